@@ -1,0 +1,23 @@
+"""SparseGrad: parameter-efficient fine-tuning of the MLP layers of transformers (arXiv 2410.07383)."""
+
+from sparsegrad.basis import Basis, hosvd
+from sparsegrad.calibration import calibrate
+from sparsegrad.errors import UserError
+from sparsegrad.linear import SparseGradLinear
+from sparsegrad.mlp import find_mlp
+from sparsegrad.optim import SparseGradAdamW
+from sparsegrad.prepare import prepare
+from sparsegrad.sparse_matmul import sparse_dense_matmul
+
+__all__ = [
+    "Basis",
+    "SparseGradAdamW",
+    "SparseGradLinear",
+    "UserError",
+    "calibrate",
+    "find_mlp",
+    "hosvd",
+    "prepare",
+    "sparse_dense_matmul",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,242 @@
+"""The change of basis: HOSVD of calibration gradients (paper, section 3.1).
+
+A linear has weight W (out, in) and gradient G (out, in). All gradients of one layer kind are stacked to a tensor
+(count, out, in). Its HOSVD factor matrices are the eigenvectors of the Grams of its unfoldings, so it is enough to
+accumulate sum G G^T (out, out) and sum G^T G (in, in): the same factors, and O(out^2 + in^2) memory however many
+gradients come. A Gram squares the singular values: summed in float32 it resolves directions down to about 1e-3 of the
+largest singular value (float64: 1e-8). What lies below holds less than 1e-6 of the energy; its basis is orthogonal
+still, but arbitrary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsegrad.errors import UserError, check_choice
+
+FORMAT = "sparsegrad-basis-1"
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """A pair of orthogonal matrices whose columns are singular vectors, sorted by falling energy.
+
+    Attributes:
+        in_basis: U (in, in), the paper's U^T.
+        out_basis: V (out, out), the paper's V^T.
+
+    Raises:
+        UserError: when a matrix is not square. Orthogonality is the maker's promise: checking it costs O(n^3).
+    """
+
+    in_basis: Tensor
+    out_basis: Tensor
+
+    def __post_init__(self) -> None:
+        for name, matrix in (("in_basis", self.in_basis), ("out_basis", self.out_basis)):
+            if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+                raise UserError(f"{name} of shape {tuple(matrix.shape)} is not a basis: give a square matrix")
+
+    @classmethod
+    def identity(cls, out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Basis:
+        """The basis that changes nothing: with it SparseGrad is MeProp with masked Adam."""
+        return cls(torch.eye(in_features, dtype=dtype), torch.eye(out_features, dtype=dtype))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in): the shape of the weights that this basis rotates."""
+        return self.out_basis.shape[0], self.in_basis.shape[0]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Basis:
+        """Move or cast both matrices, as `Tensor.to` does."""
+        return Basis(self.in_basis.to(device, dtype), self.out_basis.to(device, dtype))
+
+    def rotate(self, matrix: Tensor) -> Tensor:
+        """V^T G U for G (..., out, in): a weight or gradient in the rotated space (Table 2, Grad Weights)."""
+        self._check(matrix)
+        return self.out_basis.T @ matrix @ self.in_basis
+
+    def unrotate(self, matrix: Tensor) -> Tensor:
+        """V G~ U^T for G~ (..., out, in): the inverse of `rotate`."""
+        self._check(matrix)
+        return self.out_basis @ matrix @ self.in_basis.T
+
+    def unrotate_sparse(self, index: Tensor, values: Tensor) -> Tensor:
+        """V S U^T for the sparse S (out, in) that has `values` (k,) at flat positions `index` (k,).
+
+        The longer side is multiplied first, as sparse by dense in O(k n); only the shorter side is a dense product.
+        """
+        out_features, in_features = self.shape
+        rows, columns = index // in_features, index % in_features
+        if out_features >= in_features:
+            half = _scatter_product(columns, rows, values, in_features, self.out_basis.T)  # S^T V^T (in, out)
+            return half.T @ self.in_basis.T
+        return self.out_basis @ _scatter_product(rows, columns, values, out_features, self.in_basis.T)
+
+    def save(self, path: str | os.PathLike[str], fingerprint: str = "") -> None:
+        """Write safetensors atomically; `fingerprint` tells what the basis was made from."""
+        save_bases(path, {"basis": self}, fingerprint)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Basis:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: when the file is missing, damaged, or does not hold one basis.
+        """
+        bases = load_bases(path)
+        if len(bases) != 1:
+            raise UserError(f"{path} holds the bases of {', '.join(bases)}: read it with load_bases")
+        return next(iter(bases.values()))
+
+    def _check(self, matrix: Tensor) -> None:
+        if tuple(matrix.shape[-2:]) != self.shape:
+            raise UserError(f"a matrix {tuple(matrix.shape)} does not fit a basis for {self.shape}: give (out, in)")
+
+
+def _scatter_product(rows: Tensor, columns: Tensor, values: Tensor, size: int, dense: Tensor) -> Tensor:
+    """S @ dense (size, o), where S (size, c) has `values` at `rows`, `columns`."""
+    index = torch.stack([rows, columns])
+    sparse = torch.sparse_coo_tensor(index, values, (size, dense.shape[0]), check_invariants=False)
+    return torch.sparse.mm(sparse, dense)  # type: ignore[no-any-return]
+
+
+@dataclass
+class Grams:
+    """Running sums of G G^T (out, out) and G^T G (in, in) over the gradients of one layer kind.
+
+    Sums are kept in float32 for gradients of at most float32, in float64 for float64.
+    """
+
+    out_gram: Tensor | None = None
+    in_gram: Tensor | None = None
+    count: int = field(default=0)
+
+    def add(self, gradient: Tensor) -> None:
+        """Add one gradient (out, in).
+
+        Raises:
+            UserError: when it is not finite or its shape differs from the first one's.
+        """
+        G = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
+        if self.out_gram is None or self.in_gram is None:
+            self.out_gram, self.in_gram = G.new_zeros(G.shape[0], G.shape[0]), G.new_zeros(G.shape[1], G.shape[1])
+        if (len(self.out_gram), len(self.in_gram)) != tuple(G.shape):
+            expected = (len(self.out_gram), len(self.in_gram))
+            raise UserError(
+                f"gradients of {tuple(G.shape)} and {expected} are in one layer kind: name one kind per shape"
+            )
+        self.out_gram.addmm_(G, G.T)
+        self.in_gram.addmm_(G.T, G)
+        self.count += 1
+
+    def basis(self, dtype: torch.dtype | None = None) -> Basis:
+        """The HOSVD factor matrices, by `eigh` in float64, cast to `dtype` (default: the sums' own).
+
+        Raises:
+            UserError: when there is no gradient, or one was not finite.
+        """
+        if self.out_gram is None or self.in_gram is None:
+            raise UserError("HOSVD of no gradients is not defined: give at least one gradient")
+        dtype = dtype or self.out_gram.dtype
+        return Basis(_eigenvectors(self.in_gram).to(dtype), _eigenvectors(self.out_gram).to(dtype))
+
+
+def _eigenvectors(gram: Tensor) -> Tensor:
+    """Columns = eigenvectors of a symmetric matrix by falling eigenvalue, float64."""
+    if not torch.isfinite(gram).all():
+        raise UserError("a calibration gradient is not finite: lower the precision's risk (fp32) or check the data")
+    return torch.linalg.eigh(gram.double()).eigenvectors.flip(-1)  # type: ignore[no-any-return]
+
+
+def hosvd(gradients: Iterable[Tensor], method: str = "gram") -> Basis:
+    """HOSVD of stacked gradients: an iterable of tensors (out, in) to a `Basis` (paper, section 3.1).
+
+    Args:
+        gradients: any number of (out, in) tensors of one shape; read once, none kept by `gram`.
+        method: `gram` (default; O(out^2 + in^2) memory) or `stacked` (the reference: the whole tensor in
+            memory, SVD of its unfoldings through `tensorly`).
+
+    Raises:
+        UserError: for no gradients, different shapes, or a gradient that is not finite.
+    """
+    check_choice("method", method, ("gram", "stacked"))
+    if method == "stacked":
+        return _hosvd_stacked(list(gradients))
+    grams = Grams()
+    for gradient in gradients:
+        grams.add(gradient)
+    return grams.basis()
+
+
+def _hosvd_stacked(gradients: list[Tensor]) -> Basis:
+    import tensorly
+
+    if not gradients:
+        raise UserError("HOSVD of no gradients is not defined: give at least one gradient")
+    tensor = torch.stack(gradients).double().numpy(force=True)  # (count, out, in)
+    factors = [
+        tensorly.tenalg.svd_interface(tensorly.unfold(tensor, mode), n_eigenvecs=tensor.shape[mode])[0]
+        for mode in (1, 2)
+    ]
+    out_basis, in_basis = (torch.from_numpy(factor.copy()).to(gradients[0]) for factor in factors)
+    return Basis(in_basis, out_basis)
+
+
+def save_bases(path: str | os.PathLike[str], bases: Mapping[str, Basis], fingerprint: str = "") -> None:
+    """Write the bases of several layer kinds to one safetensors file, atomically."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for kind, basis in bases.items():
+        tensors[f"{kind}.in_basis"] = basis.in_basis.contiguous()
+        tensors[f"{kind}.out_basis"] = basis.out_basis.contiguous()
+    metadata = {"format": FORMAT, "fingerprint": fingerprint, "kinds": json.dumps(list(bases))}
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, scratch, metadata)
+        os.replace(scratch, target)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def load_bases(path: str | os.PathLike[str], fingerprint: str | None = None) -> dict[str, Basis]:
+    """Read the bases of all layer kinds in a file of `save_bases`.
+
+    Args:
+        path: the file.
+        fingerprint: what the basis must have been made from; None accepts any.
+
+    Raises:
+        UserError: when the file is missing, damaged, of another format, or of another fingerprint.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_metadata(path, metadata, fingerprint)
+            kinds = json.loads(metadata["kinds"])
+            return {kind: Basis(*(file.get_tensor(f"{kind}.{side}_basis") for side in ("in", "out"))) for kind in kinds}
+    except FileNotFoundError:
+        raise UserError(f"no basis file {path}: calibrate first, or name an existing file") from None
+    except (SafetensorError, OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a readable basis file ({error}): delete it and calibrate again") from None
+
+
+def _check_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str], fingerprint: str | None) -> None:
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} has format {metadata.get('format')}, not {FORMAT}: delete it and calibrate again")
+    if fingerprint is not None and metadata.get("fingerprint") != fingerprint:
+        found = metadata.get("fingerprint")
+        raise UserError(
+            f"{path} was made from other model, data or settings (fingerprint {found}, not {fingerprint}): "
+            "name another file or delete it"
+        )

@@ -1,0 +1,136 @@
+"""Engine `block`: not exact. The kept entries are one fixed leading block of the rotated gradient, not its top-k.
+
+HOSVD sorts directions by energy, so the leading r inputs and c outputs hold much of the gradient. If only the block
+of the rotated gradient at their crossing is wanted, it never has to be rotated as a whole: with U_r (in, r) and
+V_c (out, c)
+
+    core gradient = (dy V_c)^T (x U_r)    (c, r)
+
+costs T (n r + m c + r c) multiplications instead of T n m, and back-propagation needs x U_r (T, r) instead of x (T, n).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad.basis import Basis
+from sparsegrad.errors import UserError, check_integer
+from sparsegrad.linear import product_dtype
+from sparsegrad.selection import check_density
+
+
+class _BlockLinear(torch.autograd.Function):
+    """y = x W^T + b with gradients for x, b, and the core: W holds V_c core U_r^T already."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, core: Tensor, U_r: Tensor, V_c: Tensor) -> Tensor:
+        ctx.save_for_backward(x @ U_r if ctx.needs_input_grad[3] else None, W, V_c)
+        ctx.core_dtype = core.dtype
+        return nn.functional.linear(x, W, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), (x_r, W, V_c) = grads, ctx.saved_tensors
+        dx = dy @ W if ctx.needs_input_grad[0] else None
+        db = dy.sum(0) if ctx.needs_input_grad[2] else None
+        dcore = ((dy @ V_c).T @ x_r).to(ctx.core_dtype) if ctx.needs_input_grad[3] else None
+        return dx, None, db, dcore, None, None
+
+
+class BlockLinear(nn.Module):
+    """A linear whose weight is W + V_c core U_r^T, of which the core (c, r) trains.
+
+    The core is an ordinary parameter: accumulation, clipping, AMP and any optimizer that writes in place, as all of
+    torch's do, work as ever. Its change is merged into W before the next forward pass, so that a pass costs one
+    product; W itself has no gradient. (A write through `.data` is not noticed.)
+
+    Args:
+        weight: W (out, in), merged in place.
+        bias: (out,) or None.
+        basis: its leading columns are used.
+        core_shape: (c, r), at most (out, in).
+
+    Raises:
+        UserError: for a basis of another shape, or a core larger than the weight.
+    """
+
+    merged: Tensor
+    in_basis: Tensor
+    out_basis: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, basis: Basis, core_shape: tuple[int, int]) -> None:
+        super().__init__()
+        if basis.shape != tuple(weight.shape):
+            raise UserError(
+                f"a basis for {basis.shape} does not fit a linear of {tuple(weight.shape)}: calibrate it anew"
+            )
+        for name, size, most in zip(("out", "in"), core_shape, weight.shape, strict=True):
+            check_integer(f"{name} directions", size, at_least=1, at_most=most)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        # In float32 at least, whatever the weight's dtype: small changes of the core must not round away.
+        core = torch.zeros(core_shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+        self.core = nn.Parameter(core)
+        self.register_buffer("merged", core.clone())
+        basis = basis.to(weight.device, weight.dtype)
+        self.register_buffer("in_basis", basis.in_basis[:, : core_shape[1]].contiguous(), persistent=False)
+        self.register_buffer("out_basis", basis.out_basis[:, : core_shape[0]].contiguous(), persistent=False)
+        self._merged_version = self.core._version
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, basis: Basis, core_shape: tuple[int, int]) -> BlockLinear:
+        """Take over a linear (out, in); its own weight is left alone."""
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return cls(linear.weight.detach().clone(), bias, basis, core_shape)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """The ordinary linear with the same function."""
+        self.merge()
+        out_features, in_features = self.weight.shape
+        linear = nn.Linear(in_features, out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.weight.detach().clone())
+        linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())  # type: ignore[assignment]
+        return linear
+
+    @torch.no_grad()
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def merge(self) -> None:
+        """Bring what the core has changed since the last merge into W."""
+        if self.core._version == self._merged_version:  # counts in-place writes: no look at the values, no sync
+            return
+        change = (self.core - self.merged).to(self.weight.dtype)  # (c, r)
+        self.weight.addmm_(self.out_basis @ change, self.in_basis.T)
+        self.merged.copy_(self.core)
+        self._merged_version = self.core._version
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to y (..., out). Under autocast the products run in its dtype, as `nn.Linear`'s do."""
+        self.merge()
+        dtype = product_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            W, U_r, V_c = (tensor.to(dtype) for tensor in (self.weight, self.in_basis, self.out_basis))
+            bias = None if self.bias is None else self.bias.to(dtype)
+            tokens = x.reshape(-1, x.shape[-1]).to(dtype)
+            y = _BlockLinear.apply(tokens, W, bias, self.core, U_r, V_c)  # type: ignore[no-untyped-call]
+        return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.weight.shape
+        return f"in={in_features}, out={out_features}, core={tuple(self.core.shape)}"
+
+
+def core_shape(shape: tuple[int, int], density: float) -> tuple[int, int]:
+    """The block (c, r) of a weight (out, in) that has `density` of its entries: the same share of either side.
+
+    Of all blocks with c r = density n m this one needs the fewest multiplications.
+
+    Raises:
+        UserError: for a density outside (0, 1].
+    """
+    check_density(density)
+    rows, columns = (max(1, round(density**0.5 * size)) for size in shape)
+    return rows, columns

@@ -1,0 +1,109 @@
+"""Calibration, the paper's preliminary phase: gradients of the MLP weights over some batches, HOSVD per layer kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad.basis import Basis, Grams
+from sparsegrad.errors import UserError, check_integer
+
+Batch = Mapping[str, Any]
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    mlp: Mapping[str, Iterable[nn.Linear]],
+    steps: int = 30,
+    *,
+    update: Callable[[], None] | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> dict[str, Basis]:
+    """Collect gradients of the MLP weights over `steps` batches and decompose them (paper, section 3.1).
+
+    All parameters but the MLP weights are frozen meanwhile, no weight changes, and no gradient is kept: each is added
+    to its kind's Grams and released as soon as back-propagation has made it. Flags, gradients and the train or eval
+    mode are as before when the call returns.
+
+    Args:
+        model: called as `model(**batch)`; the result needs a `loss`.
+        batches: mappings of tensors with labels; at least `steps` of them, read lazily, moved to the model's device.
+        mlp: layer kind -> linears whose weights (out, in) share one basis.
+        steps: number of batches (paper: 30).
+        update: called after each batch instead of freezing the rest: the authors' code trains meanwhile.
+        progress: wraps the iterator of steps, e.g. `tqdm`.
+
+    Returns:
+        Layer kind -> `Basis`, in the weights' dtype (float32 for lower precisions), on their device.
+
+    Raises:
+        UserError: for too few batches, a batch without loss, a weight without gradient, or a gradient not finite.
+    """
+    check_integer("steps", steps, at_least=1, remedy="the paper takes 30")
+    weights = {kind: [linear.weight for linear in linears] for kind, linears in mlp.items()}
+    grams = {kind: Grams() for kind in weights}
+    device = next(model.parameters()).device
+    with _collecting(model, weights, grams, freeze=update is None):
+        source = iter(batches)
+        for step in progress(range(steps)):
+            _loss(model, _next_batch(source, step, steps), device).backward()  # type: ignore[no-untyped-call]
+            if update is not None:
+                update()
+    for kind, sums in grams.items():
+        if sums.count != steps * len(weights[kind]):
+            raise UserError(
+                f"calibration got {sums.count} gradients of kind {kind}, not {steps} per weight: is it in use?"
+            )
+    return {kind: sums.basis() for kind, sums in grams.items()}
+
+
+@contextmanager
+def _collecting(
+    model: nn.Module, weights: dict[str, list[Tensor]], grams: dict[str, Grams], freeze: bool
+) -> Iterator[None]:
+    """Within: gradients of `weights` flow into `grams`; afterwards flags, gradients and hooks are as before."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    wanted = {id(weight) for group in weights.values() for weight in group}
+    hooks = []
+    for kind, group in weights.items():
+        hooks += [weight.register_post_accumulate_grad_hook(_collector(grams[kind], freeze)) for weight in group]  # type: ignore[no-untyped-call]
+    try:
+        for parameter, flag, _ in before:
+            parameter.requires_grad_(id(parameter) in wanted or (flag and not freeze))
+            parameter.grad = None
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, flag, grad in before:
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
+
+
+def _collector(sums: Grams, release: bool) -> Callable[[Tensor], None]:
+    def hook(weight: Tensor) -> None:
+        sums.add(weight.grad)  # type: ignore[arg-type]
+        if release:
+            weight.grad = None
+
+    return hook
+
+
+def _next_batch(source: Iterator[Batch], step: int, steps: int) -> Batch:
+    try:
+        return next(source)
+    except StopIteration:
+        raise UserError(f"calibration ran out of batches at {step} of {steps}: give more, or fewer steps") from None
+
+
+def _loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    loss = getattr(model(**moved), "loss", None)
+    if loss is None:
+        raise UserError(f"the model gives no loss for a batch of {', '.join(moved)}: give batches with labels")
+    return loss  # type: ignore[no-any-return]

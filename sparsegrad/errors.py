@@ -1,0 +1,76 @@
+"""The one error that a user sees, and the checks that raise it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+
+class UserError(ValueError):
+    """A mistake in the input: the message names the value, what is allowed and the remedy.
+
+    `run.py` prints it as one line and exits with status 2.
+    """
+
+
+class BusyError(UserError):
+    """Another process works on the same run."""
+
+
+def fail(name: str, value: object, allowed: str, remedy: str = "") -> UserError:
+    """Build the error for `name=value`; the caller raises it."""
+    return UserError(f"{name}={value} is not allowed: {allowed}" + (f"; {remedy}" if remedy else ""))
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    below: float = math.inf,
+    remedy: str = "",
+) -> float:
+    """Return `value` as a finite float inside the bounds, or raise `UserError`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not (value > above and at_least <= value <= at_most and value < below):
+        raise fail(name, value, "give " + _bounds("a number", above, at_least, at_most, below), remedy)
+    return float(value)
+
+
+def check_integer(
+    name: str, value: Any, *, at_least: float = -math.inf, at_most: float = math.inf, remedy: str = ""
+) -> int:
+    """Return `value` as an int inside the bounds, or raise `UserError`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
+        raise fail(name, value, "give " + _bounds("a whole number", -math.inf, at_least, at_most, math.inf), remedy)
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any], remedy: str = "") -> Any:
+    """Return `value` if it is one of `choices`, or raise `UserError` that lists them."""
+    if value not in choices:
+        raise fail(name, value, "choose one of " + ", ".join(map(str, choices)), remedy)
+    return value
+
+
+def check_text(name: str, value: Any) -> str:
+    """Return `value` if it is a text with something in it, or raise `UserError`."""
+    if not isinstance(value, str) or not value.strip():
+        raise fail(name, value, "give a text", f"a number becomes one in quotes: {name}=\\'1\\'")
+    return value
+
+
+def _bounds(kind: str, above: float, at_least: float, at_most: float, below: float) -> str:
+    parts = [kind]
+    if above > -math.inf:
+        parts.append(f"above {above:g}")
+    if at_least > -math.inf:
+        parts.append(f"of at least {at_least:g}")
+    if at_most < math.inf:
+        parts.append(f"of at most {at_most:g}")
+    if below < math.inf:
+        parts.append(f"below {below:g}")
+    return " ".join(parts)

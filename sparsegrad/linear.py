@@ -1,0 +1,134 @@
+"""Engine `layer`: the paper's linear layer, whose weight lives in the rotated space (paper, section 3.2, Table 2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad.basis import Basis
+from sparsegrad.errors import UserError, check_choice
+from sparsegrad.selection import count_kept, top_k_index
+from sparsegrad.sparse_matmul import sparse_dense_matmul
+
+BACKWARDS = ("regular", "sparse_dense")
+
+
+class _RotatedLinear(torch.autograd.Function):
+    """y = x U W~^T V^T, with the sparse weight gradient top-k(V^T dy^T x U).
+
+    Table 2 of the paper, except its row Grad Input, which is dimensionally wrong as printed: dx = (dy V) W~ U^T.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, U: Tensor, V: Tensor, keep: int, backward: str) -> Tensor:
+        x_rotated = x @ U  # (tokens, in)
+        ctx.save_for_backward(x_rotated, weight, U, V)
+        ctx.keep, ctx.matmul = keep, sparse_dense_matmul if backward == "sparse_dense" else torch.matmul
+        return x_rotated @ weight.to(x.dtype).T @ V.T  # (tokens, out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_rotated, weight, U, V = ctx.saved_tensors
+        dy_rotated = ctx.matmul(grads[0], V)  # (tokens, out)
+        dx = ctx.matmul(dy_rotated, weight.to(U.dtype)) @ U.T if ctx.needs_input_grad[0] else None
+        # In the weight's dtype, which under autocast is not the products': autograd cannot cast a COO gradient.
+        dW = _kept(ctx.matmul(dy_rotated.T, x_rotated).to(weight.dtype), ctx.keep) if ctx.needs_input_grad[1] else None
+        return dx, dW, None, None, None, None
+
+
+def _kept(gradient: Tensor, keep: int) -> Tensor:
+    """The `keep` largest entries of a matrix (out, in) as sparse COO."""
+    index = top_k_index(gradient, keep)
+    rows, columns = index // gradient.shape[1], index % gradient.shape[1]
+    values = gradient.flatten()[index]
+    return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, gradient.shape, check_invariants=False)
+
+
+class SparseGradLinear(nn.Module):
+    """A linear layer that computes what the wrapped `nn.Linear` does and gets a sparse gradient in the rotated space.
+
+    Forward y = x U W~^T V^T + b with W~ = V^T W U; the gradient of `rotated_weight` is sparse COO with `keep`
+    entries: train it with `SparseGradAdamW` or `torch.optim.SparseAdam`.
+
+    The bases are shared by all blocks and fixed, so they are not part of the state dict; the parameter is called
+    `rotated_weight` so that no plain linear loads it by mistake. `to_linear` gives the ordinary weight back.
+
+    Args:
+        rotated_weight: W~ (out, in).
+        bias: (out,) or None.
+        basis: U (in, in) and V (out, out).
+        keep: number of kept entries of the gradient, 1 to out * in.
+        backward: `regular`, or `sparse_dense`: skip the zero rows and columns of dy (paper eq. 1-2; the same sums).
+
+    Raises:
+        UserError: for a basis of another shape, `keep` out of range, or an unknown `backward`.
+    """
+
+    in_basis: Tensor
+    out_basis: Tensor
+
+    def __init__(self, rotated_weight: Tensor, bias: Tensor | None, basis: Basis, keep: int, backward: str) -> None:
+        super().__init__()
+        self.keep = count_kept(rotated_weight.shape, keep=keep)
+        self.backward_mode = check_choice("backward", backward, BACKWARDS)
+        self.rotated_weight = nn.Parameter(rotated_weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.register_buffer("in_basis", basis.in_basis, persistent=False)
+        self.register_buffer("out_basis", basis.out_basis, persistent=False)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        basis: Basis,
+        *,
+        keep: int | None = None,
+        density: float | None = None,
+        backward: str = "regular",
+    ) -> SparseGradLinear:
+        """Wrap `linear` (out, in); give `keep` (entries) or `density` (share of entries, 0 to 1]."""
+        weight = linear.weight.detach()
+        if basis.shape != tuple(weight.shape):
+            raise UserError(
+                f"a basis for {basis.shape} does not fit a linear of {tuple(weight.shape)}: calibrate it anew"
+            )
+        basis = basis.to(weight.device, weight.dtype)
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return cls(basis.rotate(weight), bias, basis, count_kept(weight.shape, keep=keep, density=density), backward)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """The ordinary linear with the same function: W = V W~ U^T."""
+        out_features, in_features = self.rotated_weight.shape
+        linear = nn.Linear(in_features, out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.basis.unrotate(self.rotated_weight))
+        linear.bias = None if self.bias is None else nn.Parameter(self.bias.clone())  # type: ignore[assignment]
+        return linear
+
+    @property
+    def basis(self) -> Basis:
+        """U and V as a `Basis`."""
+        return Basis(self.in_basis, self.out_basis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to y (..., out). Under autocast the products run in its dtype, as `nn.Linear`'s do."""
+        dtype = product_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            tokens, U, V = x.reshape(-1, x.shape[-1]).to(dtype), self.in_basis.to(dtype), self.out_basis.to(dtype)
+            y = _RotatedLinear.apply(  # type: ignore[no-untyped-call]
+                tokens, self.rotated_weight, U, V, self.keep, self.backward_mode
+            )
+            y = y if self.bias is None else y + self.bias.to(dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.rotated_weight.shape
+        return f"in={in_features}, out={out_features}, keep={self.keep}, backward={self.backward_mode}"
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that `nn.Linear` would multiply in: autocast's where it is on, else the input's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -1,0 +1,38 @@
+"""Full fine-tuning: everything trains with AdamW (paper, Regular FT)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from sparsegrad.methods.base import (
+    Context,
+    Prepared,
+    adamw,
+    count_trainable,
+    freeze,
+    trainable_parameters,
+    weight_shapes,
+)
+from sparsegrad.mlp import Linears
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """Every parameter trains; with `train_rest=false` the MLP weights and the head."""
+
+    name: str = "full"
+
+    def check(self, linears: Linears) -> None:
+        """Nothing to check."""
+
+    def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
+        """See `Method`."""
+        freeze(model, linears, context, mlp_weights=True)
+        per_weight = {kind: rows * columns for kind, (rows, columns) in weight_shapes(linears).items()}
+        return Prepared(
+            optimizer=adamw(trainable_parameters(model), context),
+            trainable=count_trainable(model, linears, per_weight),
+            trainable_per_weight=per_weight,
+        )

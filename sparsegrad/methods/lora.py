@@ -1,0 +1,75 @@
+"""LoRA on the MLP linears, by `peft` (paper, section 4; rank and scale as its authors ran it)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from sparsegrad.errors import check_integer, check_number
+from sparsegrad.methods.base import (
+    Context,
+    Prepared,
+    adamw,
+    freeze,
+    replace_module,
+    trainable_parameters,
+    weight_shapes,
+)
+from sparsegrad.mlp import Linears
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """W + (alpha / rank) B A with B (out, rank) and A (rank, in); W is frozen, its bias is not.
+
+    Attributes:
+        rank: of B A; 1 to the smaller side of every weight.
+        alpha: numerator of the scale; the paper's scale 1 / rank is alpha = 1. None is modern practice: 2 * rank.
+        dropout: on the input of A, 0 to below 1.
+    """
+
+    rank: int
+    alpha: int | None = 1
+    dropout: float = 0.0
+    name: str = "lora"
+
+    def __post_init__(self) -> None:
+        check_integer("method.rank", self.rank, at_least=1, remedy="the paper takes 7 (base) and 10 (large)")
+        if self.alpha is not None:
+            check_integer("method.alpha", self.alpha, at_least=1, remedy="the paper takes 1; null is 2 * rank")
+        check_number("method.dropout", self.dropout, at_least=0, below=1)
+
+    def check(self, linears: Linears) -> None:
+        """The rank may not exceed a weight's smaller side."""
+        smaller = min(min(shape) for shape in weight_shapes(linears).values())
+        check_integer("method.rank", self.rank, at_least=1, at_most=smaller, remedy="no weight has a larger rank")
+
+    def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
+        """See `Method`."""
+        names = [name for found in linears.values() for name in found]
+        alpha = 2 * self.rank if self.alpha is None else self.alpha
+        config = LoraConfig(r=self.rank, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=names)
+        inject_adapter_in_model(config, model)
+        # peft freezes all but the adapters; the paper trains everything outside the MLP weights.
+        freeze(model, linears, context, mlp_weights=False)
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.requires_grad_(True)
+        parameters = trainable_parameters(model)
+        return Prepared(
+            optimizer=adamw(parameters, context),
+            trainable=sum(parameter.numel() for parameter in parameters),
+            trainable_per_weight={kind: self.rank * sum(shape) for kind, shape in weight_shapes(linears).items()},
+            finish=lambda: _merge(model, names),
+        )
+
+
+def _merge(model: nn.Module, names: list[str]) -> None:
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, LoraLayer)
+        layer.merge()
+        replace_module(model, name, layer.get_base_layer())

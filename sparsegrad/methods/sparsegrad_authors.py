@@ -1,0 +1,90 @@
+"""SparseGrad as the authors' code runs it, where that differs from the paper's text; each difference is a switch.
+
+Source of the facts: the authors' repository (GitHub sayankotor/sparse_grads), read beside arXiv 2410.07383.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsegrad.basis import Basis
+from sparsegrad.errors import UserError
+from sparsegrad.methods.base import Context, Prepared, adamw, freeze, trainable_parameters
+from sparsegrad.methods.sparsegrad import SparseGrad, calibrated_bases
+from sparsegrad.mlp import Linears
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseGradAuthors(SparseGrad):
+    """The text's method but for these, all on by default. `keep`, and `steps` = 11, come from the YAML.
+
+    Attributes:
+        transposed_in_basis: rotate by V^T G U^T instead of V^T G U: on the input side an arbitrary rotation.
+        rotated_bias_gradient: the MLP biases get V^T db instead of db.
+        frozen_layer_norm: LayerNorm parameters are in no optimizer.
+        training_calibration: calibration is ordinary AdamW on the whole model, and its updates stay.
+    """
+
+    density: float | None = None
+    transposed_in_basis: bool = True
+    rotated_bias_gradient: bool = True
+    frozen_layer_norm: bool = True
+    training_calibration: bool = True
+    name: str = "sparsegrad_authors"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.basis is not None and self.training_calibration:
+            raise UserError(
+                f"method.basis={self.basis} leaves out the calibration that method.training_calibration=true asks for: "
+                "set that to false, or basis to null"
+            )
+
+    def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
+        """See `Method`."""
+        freeze(model, linears, context, mlp_weights=True)
+        bases, cost = self.find_bases(model, linears, context)
+        if self.transposed_in_basis:
+            bases = {kind: Basis(basis.in_basis.T.contiguous(), basis.out_basis) for kind, basis in bases.items()}
+        if self.frozen_layer_norm:
+            _freeze_layer_norms(model)
+        prepared = self.build(model, linears, context, bases, cost)
+        if self.rotated_bias_gradient:
+            _rotate_bias_gradients(model, linears, bases)
+        return prepared
+
+    def find_bases(
+        self, model: nn.Module, linears: Linears, context: Context
+    ) -> tuple[dict[str, Basis], dict[str, Any]]:
+        """Bases and cost; unless switched off, the calibration is ordinary training."""
+        if not self.training_calibration:
+            return super().find_bases(model, linears, context)
+        optimizer = adamw(trainable_parameters(model), context)
+
+        def update() -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return calibrated_bases(model, linears, context, self.steps, update=update)
+
+
+def _freeze_layer_norms(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.requires_grad_(False)
+
+
+def _rotate_bias_gradients(model: nn.Module, linears: Linears, bases: Mapping[str, Basis]) -> None:
+    for kind, found in linears.items():
+        for name in found:
+            bias = model.get_submodule(name).bias  # looked up anew: engine `layer` has replaced the linear
+            if isinstance(bias, Tensor) and bias.requires_grad:
+                bias.register_hook(_times(bases[kind].out_basis.T))  # type: ignore[no-untyped-call]
+
+
+def _times(matrix: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: matrix.to(gradient) @ gradient

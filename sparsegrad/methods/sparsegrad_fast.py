@@ -1,0 +1,61 @@
+"""SparseGrad on a fixed block of the rotated gradient: not exact, see `sparsegrad.block`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from sparsegrad.block import BlockLinear, core_shape
+from sparsegrad.errors import check_integer
+from sparsegrad.methods.base import (
+    Context,
+    Prepared,
+    adamw,
+    freeze,
+    replace_linear,
+    restore_linears,
+    trainable_parameters,
+    weight_shapes,
+)
+from sparsegrad.methods.sparsegrad import calibrated_bases
+from sparsegrad.mlp import Linears
+from sparsegrad.selection import check_density
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseGradFast:
+    """AdamW on the leading block of the rotated gradient; the rest as in `SparseGrad`.
+
+    Attributes:
+        density: share of a weight's entries that the block has, (0, 1].
+        steps: calibration batches.
+    """
+
+    density: float = 0.01
+    steps: int = 30
+    name: str = "sparsegrad_fast"
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        check_integer("method.steps", self.steps, at_least=1, remedy="the paper takes 30")
+
+    def check(self, linears: Linears) -> None:
+        """Every block fits its weight by construction."""
+
+    def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
+        """See `Method`."""
+        freeze(model, linears, context, mlp_weights=True)  # as `SparseGrad`, so that both share stored bases
+        bases, cost = calibrated_bases(model, linears, context, self.steps)
+        shapes = {kind: core_shape(shape, self.density) for kind, shape in weight_shapes(linears).items()}
+        for kind, found in linears.items():
+            for name, linear in found.items():
+                replace_linear(model, name, linear, BlockLinear.from_linear(linear, bases[kind], shapes[kind]))
+        parameters = trainable_parameters(model)
+        return Prepared(
+            optimizer=adamw(parameters, context),
+            trainable=sum(parameter.numel() for parameter in parameters),
+            trainable_per_weight={kind: rows * columns for kind, (rows, columns) in shapes.items()},
+            calibration=cost,
+            finish=lambda: restore_linears(model, linears),
+        )

@@ -1,0 +1,72 @@
+"""Two lines for a model of one's own: calibrate, and get the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from sparsegrad.basis import Basis
+from sparsegrad.calibration import Batch, calibrate
+from sparsegrad.errors import check_number
+from sparsegrad.mlp import Linears, find_mlp
+from sparsegrad.optim import SparseGradAdamW
+from sparsegrad.selection import count_kept
+
+
+def prepare(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    mlp: Mapping[str, str] | str | None = None,
+    density: float | None = None,
+    lr: float = 1e-4,
+    *,
+    keep: int | None = None,
+    steps: int = 30,
+    **adamw: Any,
+) -> SparseGradAdamW:
+    """Calibrate `model` and return the optimizer that fine-tunes it with SparseGrad; then train as ever.
+
+    The MLP weights are SparseGrad; every other parameter that requires a gradient is AdamW, as in the paper.
+
+    Args:
+        model: called as `model(**batch)`, with a `loss` in its result; not changed.
+        batches: at least `steps` mappings of tensors with labels, for calibration only.
+        mlp: layer kind -> pattern of module names, or a layout's name; None finds those of known layouts.
+        density: share of kept entries per weight and step, (0, 1]; default 0.01, the paper's.
+        lr: learning rate of all parameters.
+        keep: number of kept entries per weight, instead of `density`.
+        steps: calibration steps (paper: 30).
+        **adamw: `betas`, `eps`, `weight_decay`, `fused`, `foreach` of `SparseGradAdamW`.
+
+    Raises:
+        UserError: for values out of range, or a model without the named linears; before any batch is read.
+    """
+    density = 0.01 if density is None and keep is None else density
+    check_number("lr", lr, above=0)
+    linears = find_mlp(model, mlp)
+    for found in linears.values():
+        for linear in found.values():
+            count_kept(linear.weight.shape, keep=keep, density=density)
+    SparseGradAdamW(model.parameters(), lr=lr, **adamw)  # refuses what it will refuse, before the calibration
+    bases = calibrate(model, batches, {kind: found.values() for kind, found in linears.items()}, steps)
+    return SparseGradAdamW(param_groups(model, linears, bases, keep=keep, density=density), lr=lr, **adamw)
+
+
+def param_groups(
+    model: nn.Module,
+    linears: Linears,
+    bases: Mapping[str, Basis | None],
+    *,
+    keep: int | None = None,
+    density: float | None = None,
+) -> list[dict[str, Any]]:
+    """Groups for `SparseGradAdamW`: one per layer kind, and one for all else that requires a gradient."""
+    groups: list[dict[str, Any]] = [
+        {"params": [linear.weight for linear in found.values()], "basis": bases[kind], "keep": keep, "density": density}
+        for kind, found in linears.items()
+    ]
+    taken = {id(weight) for group in groups for weight in group["params"]}
+    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in taken]
+    return [*groups, {"params": rest}] if rest else groups

@@ -1,0 +1,197 @@
+"""What the tests of runs share: the real configuration made small, tiny data, and `run.py` as a process."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from sparsegrad.config import RunConfig, build
+
+ROOT = Path(__file__).parents[1]
+# Two layers of width 32 with random weights: every architecture, and no download.
+TINY = (
+    "model.weights=random",
+    "model.tokenizer=asset:minilm",
+    "model.architecture.num_hidden_layers=2",
+    "model.architecture.hidden_size=32",
+    "model.architecture.intermediate_size=64",
+    "model.architecture.num_attention_heads=2",
+    "model.lora_rank=2",
+    "model.authors_keep=40",
+)
+SHORT = (
+    "task=sst2",
+    "train.batch_size=4",
+    "train.lr=1e-2",
+    "train.device=cpu",
+    "protocol.max_steps=4",
+    "protocol.eval_steps=2",
+)
+
+# A sweep with the stand-in objective of sweep_fakes.py; each trial takes 0.3 seconds.
+FAKE_SWEEP = (
+    "sweep=custom",
+    "sweep.space={train.lr:{float:[1e-5,1e-1],log:true}}",
+    "sweep.runner=sweep_fakes.run",
+    "sweep.study=fault",
+    "sweep.heartbeat=0.5",
+    "protocol.patience=300",
+    "task=sst2",
+    *TINY,
+)
+
+Composer = Callable[..., DictConfig]
+Tiny = Callable[..., RunConfig]
+RunPy = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_and_quick() -> None:
+    """No bars; and each run collects garbage before it measures memory: leave out what imports made, for good."""
+    import peft  # noqa: F401
+
+    import sparsegrad.runs  # noqa: F401
+    from sparsegrad.models import quiet_transformers
+
+    quiet_transformers()
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def conf() -> Composer:
+    """`conf(*overrides)`: the real conf/, composed as run.py does it."""
+
+    def composed(*overrides: str) -> DictConfig:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return compose("config", list(overrides))
+
+    return composed
+
+
+def write_rows(folder: Path, train: int = 24, validation: int = 10) -> Path:
+    """A folder with sst2 as JSON lines: `good` words are positive, `bad` ones negative."""
+    target = folder / "sst2"
+    target.mkdir(parents=True)
+    words = ("bad awful dull", "good great fine")
+    for part, count in (("train", train), ("validation", validation)):
+        rows = [{"sentence": f"{words[i % 2]} film number {part} {i}", "label": i % 2} for i in range(count)]
+        (target / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for data.dir with 24 training and 10 validation rows of sst2; not to be changed."""
+    return write_rows(tmp_path_factory.mktemp("glue"))
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> tuple[str, str]:
+    """Overrides that keep records and work files of one test in its own folder."""
+    return f"results_dir={tmp_path / 'results'}", f"work_dir={tmp_path / 'work'}"
+
+
+@pytest.fixture
+def small(glue: Path, places: tuple[str, str]) -> tuple[str, ...]:
+    """Overrides for a run of about a second; later ones win."""
+    return (*TINY, *SHORT, f"data.dir={glue}", *places)
+
+
+@pytest.fixture
+def tiny(conf: Composer, small: tuple[str, ...]) -> Tiny:
+    """`tiny(*overrides)`: the checked configuration of a run of about a second."""
+
+    def built(*overrides: str) -> RunConfig:
+        return build(conf(*last_wins(*small, *overrides)))
+
+    return built
+
+
+def last_wins(*overrides: str) -> list[str]:
+    """Overrides without those that a later one repeats: Hydra takes the choice of a group only once."""
+    return list({override.split("=", 1)[0]: override for override in overrides}.values())
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process of its own: one thread, no hub, and assets where this process finds them."""
+    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", **unreachable, **more}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def run_py(tmp_path: Path) -> RunPy:
+    """`run_py(*overrides, **environment)`: run.py in a process of its own, in an empty folder."""
+
+    def run(*overrides: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "run.py"), *overrides]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment(**env), capture_output=True, text=True, timeout=120, check=False
+        )
+
+    return run
+
+
+@pytest.fixture
+def start_run_py(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """The same without waiting for its end; still running ones are killed after the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*overrides: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(ROOT / "run.py"), *overrides]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment(), text=True, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def small_bert() -> Any:
+    """A BERT classifier of the right architecture, small, without dropout."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+@pytest.fixture
+def linear() -> torch.nn.Linear:
+    """A linear (11, 7) in float64."""
+    torch.manual_seed(0)
+    return torch.nn.Linear(7, 11).double()
+
+
+@pytest.fixture
+def basis() -> Any:
+    """A basis for `linear`."""
+    from sparsegrad import hosvd
+
+    torch.manual_seed(1)
+    return hosvd(torch.randn(4, 11, 7, dtype=torch.float64))

@@ -1,0 +1,120 @@
+"""Engine `block`: the core gets the leading block of the rotated gradient, the function stays an ordinary linear's."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsegrad import UserError
+from sparsegrad.block import BlockLinear, core_shape
+
+OUT, IN, CORE = 11, 7, (4, 3)
+
+
+def data(tokens: int = 13) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(2)
+    x = torch.randn(tokens, IN, dtype=torch.float64, requires_grad=True)
+    return x, torch.randn(tokens, OUT, dtype=torch.float64)
+
+
+def train(layer: nn.Module, steps: int) -> None:
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        x, target = data()
+        (layer(x) - target).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_gradients_are_the_linears_and_the_leading_block_of_the_rotated_one(linear, basis) -> None:
+    layer, (x, dy) = BlockLinear.from_linear(linear, basis, CORE), data()
+    dx, db = torch.autograd.grad(linear(x), (x, linear.bias), dy, retain_graph=True)
+    linear(x).backward(dy)
+    x.grad = None
+    layer(x).backward(dy)
+    assert torch.allclose(layer(x), linear(x), atol=1e-12)
+    assert torch.allclose(x.grad, dx, atol=1e-12)
+    assert torch.allclose(layer.bias.grad, db, atol=1e-12)
+    block = basis.rotate(linear.weight.grad)[: CORE[0], : CORE[1]]
+    assert torch.allclose(layer.core.grad, block, atol=1e-12)
+
+
+def test_it_trains_as_the_explicit_parametrization_does(linear, basis) -> None:
+    """Against autograd through W + V_c core U_r^T, 20 steps of AdamW."""
+
+    class Explicit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core = nn.Parameter(torch.zeros(CORE, dtype=torch.float64))
+            self.bias = nn.Parameter(linear.bias.detach().clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            V_c, U_r = basis.out_basis[:, : CORE[0]], basis.in_basis[:, : CORE[1]]
+            return nn.functional.linear(x, linear.weight.detach() + V_c @ self.core @ U_r.T, self.bias)
+
+    layer, explicit = BlockLinear.from_linear(linear, basis, CORE), Explicit()
+    train(layer, 20)
+    train(explicit, 20)
+    assert torch.allclose(layer.core, explicit.core, atol=1e-10)
+    assert torch.allclose(layer(data()[0]), explicit(data()[0]), atol=1e-10)
+    assert layer.core.abs().max() > 1e-2
+
+
+def test_with_all_directions_the_core_sees_the_whole_gradient(linear, basis) -> None:
+    layer, (x, dy) = BlockLinear.from_linear(linear, basis, (OUT, IN)), data()
+    layer(x).backward(dy)
+    linear(x).backward(dy)
+    assert torch.allclose(basis.unrotate(layer.core.grad), linear.weight.grad, atol=1e-12)
+
+
+def test_only_the_rotated_input_is_kept_for_the_backward_pass(linear, basis) -> None:
+    """The saving in activations: of the input's size (tokens, in) nothing is saved, only (tokens, r)."""
+    layer, saved = BlockLinear.from_linear(linear, basis, CORE), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        layer(data(tokens=500)[0])
+    assert {tuple(tensor.shape) for tensor in saved if 500 in tensor.shape} == {(500, CORE[1])}
+
+
+def test_to_linear_has_the_trained_function_and_the_source_is_untouched(linear, basis) -> None:
+    before, layer = linear.weight.clone(), BlockLinear.from_linear(linear, basis, CORE)
+    train(layer, 3)
+    assert torch.allclose(layer.to_linear()(data()[0]), layer(data()[0]), atol=1e-12)
+    assert torch.equal(linear.weight, before)
+
+
+def test_state_dict_goes_on_where_it_was(linear, basis) -> None:
+    layer = BlockLinear.from_linear(linear, basis, CORE)
+    train(layer, 3)
+    state = copy.deepcopy(layer.state_dict())  # after a step, before the merge of its change
+    fresh = BlockLinear.from_linear(linear, basis, CORE)
+    fresh.load_state_dict(state)
+    assert torch.allclose(fresh(data()[0]), layer(data()[0]), atol=1e-14)
+
+
+def test_autocast_and_accumulation(linear, basis) -> None:
+    layer, (x, dy) = BlockLinear.from_linear(linear.float(), basis, CORE), data()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x.float())
+    assert y.dtype == torch.bfloat16
+    y.float().backward(dy.float())
+    once = layer.core.grad.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x.float()).float().backward(dy.float())
+    assert layer.core.grad.dtype == torch.float32
+    assert torch.allclose(layer.core.grad, 2 * once, rtol=1e-3)
+
+
+def test_the_block_has_the_asked_share_of_entries() -> None:
+    assert core_shape((3072, 768), 0.01) == (307, 77)
+    assert core_shape((3, 3), 1.0) == (3, 3)
+    assert core_shape((4, 4), 1e-6) == (1, 1)
+
+
+def test_bad_input_is_named(linear, basis) -> None:
+    with pytest.raises(UserError, match=r"in directions=8 .* at most 7"):
+        BlockLinear.from_linear(linear, basis, (4, 8))
+    with pytest.raises(UserError, match=r"basis for \(11, 7\) does not fit a linear of \(7, 11\)"):
+        BlockLinear.from_linear(nn.Linear(OUT, IN), basis, CORE)
+    with pytest.raises(UserError, match="density=0"):
+        core_shape((4, 4), 0)

@@ -1,0 +1,140 @@
+"""Calibration and the two-line entry, on a small BERT of the right architecture."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertForSequenceClassification
+
+from sparsegrad import SparseGradAdamW, UserError, calibrate, find_mlp, hosvd, prepare
+
+
+@pytest.fixture
+def model(small_bert: BertForSequenceClassification) -> BertForSequenceClassification:
+    """In float64: gradients are compared to the last digits."""
+    return small_bert.double()
+
+
+def batches(count: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {
+            "input_ids": torch.randint(50, (4, 7), generator=generator),
+            "labels": torch.randint(2, (4,), generator=generator),
+        }
+        for _ in range(count)
+    ]
+
+
+def linears(model: torch.nn.Module) -> dict[str, list[torch.nn.Linear]]:
+    return {kind: list(found.values()) for kind, found in find_mlp(model).items()}
+
+
+def test_calibration_is_the_hosvd_of_the_stacked_gradients(model) -> None:
+    """Gradients taken one by one with autograd, stacked, decomposed by tensorly."""
+    mlp, stacks = linears(model), {"intermediate": [], "output": []}
+    for batch in batches(3):
+        for kind, modules in mlp.items():
+            stacks[kind] += torch.autograd.grad(model(**batch).loss, [linear.weight for linear in modules])
+    for kind, basis in calibrate(model, batches(3), mlp, steps=3).items():
+        reference = hosvd(stacks[kind], method="stacked")
+        for mine, theirs in ((basis.in_basis, reference.in_basis), (basis.out_basis, reference.out_basis)):
+            # The leading directions; the trailing ones hold next to no energy, where a Gram sees nothing.
+            assert torch.allclose((mine.T @ theirs).abs().diagonal()[:4], torch.ones(4).double(), atol=1e-6)
+
+
+def test_calibration_leaves_the_model_as_it_was(model) -> None:
+    model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
+    model.classifier.weight.grad = torch.ones_like(model.classifier.weight)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    calibrate(model, batches(2), linears(model), steps=2)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert flags == [parameter.requires_grad for parameter in model.parameters()]
+    assert torch.equal(model.classifier.weight.grad, torch.ones_like(model.classifier.weight))
+    assert all(linear.weight.grad is None for kind in linears(model).values() for linear in kind)
+
+
+def test_calibration_back_propagates_to_the_mlp_weights_alone_and_keeps_no_gradient(model) -> None:
+    touched: list[str] = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: touched.append(name))
+    update_free = calibrate(model, batches(1), linears(model), steps=1)
+    alive = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    expected = {f"{name}.weight" for found in find_mlp(model).values() for name in found}
+    assert set(touched) == expected
+    assert alive == []
+    assert set(update_free) == {"intermediate", "output"}
+
+
+def test_calibration_with_an_update_trains_meanwhile(model) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = model.classifier.weight.clone()
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    calibrate(model, batches(2), linears(model), steps=2, update=update)
+    assert not torch.equal(before, model.classifier.weight)
+
+
+def test_two_lines_train_any_loop(model) -> None:
+    optimizer = prepare(model, batches(5), density=0.05, lr=3e-3, steps=5)
+    assert isinstance(optimizer, SparseGradAdamW)
+    first = last = None
+    for _ in range(30):
+        loss = model(**batches(1)[0]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        first, last = first or float(loss), float(loss)
+    assert last < 0.5 * first
+
+
+def test_prepare_covers_every_trainable_parameter_once(model) -> None:
+    model.bert.embeddings.requires_grad_(False)
+    optimizer = prepare(model, batches(2), keep=5, steps=2)
+    covered = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(covered) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    assert [group["keep"] for group in optimizer.param_groups] == [5, 5, None]
+
+
+def test_patterns_name_linears_of_any_model() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+    assert list(find_mlp(model, {"up": "0", "down": "2"})["down"]) == ["2"]
+
+
+def test_attention_output_is_no_mlp(model) -> None:
+    names = [name for found in find_mlp(model).values() for name in found]
+    assert len(names) == 4
+    assert not any("attention" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: prepare(torch.nn.Linear(2, 2), batches(1)), "model_type=None .* bert"),
+        (lambda model: prepare(model, batches(30), mlp="gpt9"), "mlp=gpt9 .* bert"),
+        (lambda model: prepare(model, batches(30), mlp={"up": ".*nothing"}), "has no MLP linear of kind up"),
+        (lambda model: prepare(model, batches(30), mlp={"up": "("}), "not a regular expression"),
+        (lambda model: prepare(model, batches(30), mlp={"mixed": r".*layer\.\d\.(\w+)\.dense"}), "one kind per shape"),
+        (lambda model: prepare(model, batches(3)), "ran out of batches at 3 of 30"),
+        (lambda model: prepare(model, batches(3), steps=0), "steps=0"),
+        (lambda model: prepare(model, batches(3), density=2.0), "density=2.0"),
+        (lambda model: prepare(model, batches(3), keep=513), "keep=513 .* at most 512"),
+        (lambda model: prepare(model, batches(3), lr=-1.0), "lr=-1.0"),
+        (lambda model: prepare(model, [{"input_ids": torch.zeros(1, 3).long()}], steps=1), "no loss"),
+    ],
+)
+def test_bad_input_is_named(model, call, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call(model)
+
+
+def test_a_failed_calibration_leaves_no_hook_and_no_flag(model) -> None:
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(UserError):
+        calibrate(model, batches(1), linears(model), steps=2)
+    assert flags == [parameter.requires_grad for parameter in model.parameters()]
+    model(**batches(1)[0]).loss.backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "layer" in name)

@@ -1,0 +1,49 @@
+"""Which entries are kept."""
+
+import pytest
+import torch
+
+from sparsegrad import UserError
+from sparsegrad.selection import count_kept, top_k_index
+
+
+def heavy_tailed() -> torch.Tensor:
+    return torch.randn(300, 400).pow(5)
+
+
+def striped() -> torch.Tensor:
+    """All that is large lies in a few columns, which a regular sample may miss."""
+    matrix = torch.randn(310, 400) * 1e-3
+    matrix[:, ::31] += 1.0
+    return matrix
+
+
+@pytest.mark.parametrize("keep", [1, 37, 1200, 60_000, 120_000])
+@pytest.mark.parametrize("make", [heavy_tailed, striped, lambda: torch.randn(300, 400), lambda: torch.randn(7, 400)])
+def test_the_largest_are_selected_each_once(make, keep: int) -> None:
+    torch.manual_seed(0)
+    matrix = make()
+    keep = min(keep, matrix.numel())
+    index = top_k_index(matrix, keep)
+    expected = matrix.abs().flatten().sort(descending=True).values[:keep]
+    assert len(set(index.tolist())) == keep
+    assert torch.equal(matrix.abs().flatten()[index].sort(descending=True).values, expected)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, float("nan")])
+def test_equal_entries_still_give_as_many_as_asked(value: float) -> None:
+    assert len(top_k_index(torch.full((300, 400), value), 1200)) == 1200
+
+
+def test_density_rounds_to_the_nearest_count() -> None:
+    assert count_kept((3072, 768), density=0.01) == 23593
+    assert count_kept((10, 10), density=1) == 100
+    assert count_kept((10, 10), keep=100) == 100
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"keep": 1, "density": 0.1}, {"keep": 1.5}, {"keep": True}, {"density": "x"}]
+)
+def test_bad_input_is_named(arguments: dict) -> None:
+    with pytest.raises(UserError, match=r"keep|density"):
+        count_kept((10, 10), **arguments)
