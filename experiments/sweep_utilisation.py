@@ -1,0 +1,115 @@
+"""How busy are the workers of a sweep? Trials of uneven length, real worker processes, nothing trained.
+
+    python experiments/sweep_utilisation.py --out results/studies/utilisation.json
+
+Each trial sleeps for a time that its parameter sets, between 1 and 8 seconds. Busy is the share of worker time, from
+the first trial's start to the last one's end, that trials fill; `busy_while_trials_were_left` starts the clock when all
+workers are there and stops it when the last trial is taken. Beside it stands what a batch-synchronous sweep of the same
+trials would reach: each batch as long as its longest trial, and no time at all lost between batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from optuna.trial import FrozenTrial
+
+from sparsegrad.config import RunConfig
+from sparsegrad.records import write_json
+from sparsegrad.sweeps.config import make_plan
+from sparsegrad.sweeps.pool import start_workers
+from sparsegrad.sweeps.study import open_study
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def run(config: RunConfig, *, callbacks: Sequence[Any] = (), labels: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """In the place of `sparsegrad.runs.run`: sleep for `train.lr` seconds."""
+    time.sleep(config.train.lr)
+    record = {"result": {"chosen_step": 1}, "evaluations": [{"step": 1, "accuracy": config.train.lr}], **labels}
+    return record, True
+
+
+def sweep(folder: Path, workers: int, trials: int) -> list[FrozenTrial]:
+    """Run the sweep; its trials."""
+    overrides = [
+        "sweep=custom",
+        "sweep.space={train.lr:{float:[1.0,8.0],log:true}}",
+        "sweep.sampler=random",
+        "sweep.runner=sweep_utilisation.run",
+        f"sweep.trials={trials}",
+        f"results_dir={folder}",
+    ]
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        composed = compose("config", overrides)
+    shared = open_study(make_plan(composed))
+    for worker in start_workers(composed, workers):
+        worker.join()
+    return shared.study.trials
+
+
+def seconds(first: datetime | None, last: datetime | None) -> float:
+    """From one time to the other."""
+    assert first is not None
+    assert last is not None
+    return (last - first).total_seconds()
+
+
+def busy_in_the_middle(trials: list[FrozenTrial], workers: int) -> float:
+    """Busy share from the moment when every worker has its first trial to that when the last trial is taken."""
+    starts: dict[int, float] = {}
+    spans = [(one.datetime_start, one.datetime_complete, one.user_attrs["worker"]["pid"]) for one in trials]
+    zero = min(start for start, _, _ in spans if start is not None)
+    times = [(seconds(zero, start), seconds(zero, end), pid) for start, end, pid in spans]
+    for start, _, pid in times:
+        starts[pid] = min(start, starts.get(pid, start))
+    begin, stop = max(starts.values()), max(start for start, _, _ in times)
+    inside = sum(max(0.0, min(end, stop) - max(start, begin)) for start, end, _ in times)
+    return inside / (workers * (stop - begin))
+
+
+def figures(trials: list[FrozenTrial], workers: int) -> dict[str, Any]:
+    """Busy shares of the sweep and of the same trials in batches."""
+    lengths = [seconds(trial.datetime_start, trial.datetime_complete) for trial in trials]
+    ends = [trial.datetime_complete for trial in trials if trial.datetime_complete is not None]
+    wall = seconds(min(trial.datetime_start for trial in trials if trial.datetime_start is not None), max(ends))
+    batches = [lengths[start : start + workers] for start in range(0, len(lengths), workers)]
+    together = sum(max(batch) for batch in batches)
+    return {
+        "workers": workers,
+        "trials": len(trials),
+        "shortest_trial_seconds": round(min(lengths), 2),
+        "longest_trial_seconds": round(max(lengths), 2),
+        "wall_seconds": round(wall, 2),
+        "busy": round(sum(lengths) / (workers * wall), 4),
+        "busy_while_trials_were_left": round(busy_in_the_middle(trials, workers), 4),
+        "slept": round(sum(trial.params["train.lr"] for trial in trials) / (workers * wall), 4),
+        "batch_synchronous_wall_seconds": round(together, 2),
+        "batch_synchronous_busy": round(sum(lengths) / (workers * together), 4),
+    }
+
+
+def main() -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--trials", type=int, default=120)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = figures(sweep(Path(folder), options.workers, options.trials), options.workers)
+    print(found)
+    write_json(options.out, found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

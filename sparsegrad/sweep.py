@@ -1,0 +1,118 @@
+"""Look at sweeps: `python -m sparsegrad.sweep show STUDY`, `list`, `table`, `address`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from sparsegrad.errors import UserError
+
+if TYPE_CHECKING:  # so that a missing Optuna is said in one line
+    from sparsegrad.sweeps.storage import Store
+
+console = Console(highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; a user's mistake ends with one line and status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.do(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"error: sweeps need the package {error.name}: pip install 'sparsegrad[sweep]'", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sparsegrad.sweep", description="Look at sweeps.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    show = commands.add_parser("show", help="best trial, counts, table of trials, plots")
+    show.add_argument("study")
+    show.add_argument("--out", type=Path, help="folder for trials.csv and plots; default: beside the default storage")
+    show.set_defaults(do=_show)
+    for name, do, text in (
+        ("list", _list, "the studies of a storage"),
+        ("table", _table, "Tables 13-15: best values per task beside the published ones"),
+        ("address", _address, "the storage as optuna-dashboard takes it, password included"),
+    ):
+        commands.add_parser(name, help=text).set_defaults(do=do)
+    for command in commands.choices.values():
+        command.add_argument("--storage", help="as sweep.storage; default: SPARSEGRAD_STORAGE or the results folder")
+        command.add_argument("--results-dir", default="results")
+    return parser
+
+
+def _where(options: argparse.Namespace) -> str:
+    from sparsegrad.sweeps.hparams import default_storage
+
+    return options.storage or default_storage(options.results_dir)
+
+
+def _existing_store(options: argparse.Namespace) -> Store:
+    """Open the storage; a file that does not exist is not made by looking at it."""
+    from sparsegrad.sweeps.storage import JOURNAL, open_store
+
+    where = _where(options)
+    if "://" not in where and not Path(where.removeprefix(JOURNAL)).is_file():
+        raise UserError(f"there is no storage {where}: run a sweep first, or give --storage")
+    return open_store(where)
+
+
+def _show(options: argparse.Namespace) -> None:
+    from sparsegrad.sweeps.show import summary, write_plots, write_trials
+    from sparsegrad.sweeps.study import load_study
+
+    _existing_store(options)
+    study = load_study(_where(options), options.study)
+    folder = options.out or Path(options.results_dir) / "studies" / options.study
+    figures = summary(study)
+    console.print_json(json.dumps(figures))
+    write_trials(study, folder / "trials.csv")
+    (folder / "summary.json").write_text(json.dumps(figures, indent=1) + "\n")
+    for path in write_plots(study, folder):
+        console.print(str(path), markup=False, soft_wrap=True)
+
+
+def _list(options: argparse.Namespace) -> None:
+    import optuna
+
+    store = _existing_store(options)
+    table = Table("study", "trials", "best")
+    for one in optuna.get_all_study_summaries(store.storage):
+        best = "" if one.best_trial is None else f"{one.best_trial.value:.4f}"
+        table.add_row(one.study_name, str(one.n_trials), best)
+    console.print(table)
+
+
+def _table(options: argparse.Namespace) -> None:
+    from sparsegrad.sweeps.storage import open_store
+    from sparsegrad.sweeps.study import quiet
+    from sparsegrad.sweeps.table import HEADER, rows
+
+    quiet()
+    exists = "://" in _where(options) or Path(_where(options)).is_file()
+    print("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|")
+    for row in rows(open_store(_where(options)) if exists else None):
+        print("| " + " | ".join(row) + " |")
+
+
+def _address(options: argparse.Namespace) -> None:
+    from sparsegrad.sweeps.storage import dashboard_address
+
+    _existing_store(options)
+    print(dashboard_address(_where(options)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""What a sweep is, as a checked dataclass; how one trial's configuration follows from its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sparsegrad.config import BESIDE_RUN, RunConfig, build, determining
+from sparsegrad.errors import UserError, check_choice, check_integer, check_number, fail
+from sparsegrad.metrics import metric_config
+from sparsegrad.metrics.text_classification.text_classification import CONFIGS
+from sparsegrad.sweeps.space import Space, flatten, parse_space
+
+SAMPLERS = ("tpe", "gp", "qmc", "random", "grid")
+PRUNERS = ("none", "median", "hyperband", "patience")
+OBJECTIVES = ("heldout", "validation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """The `sweep` node of the configuration; conf/sweep/custom.yaml says what each value means."""
+
+    name: str
+    study: str
+    storage: str
+    overwrite: bool
+    trials: int
+    workers: int
+    sampler: str
+    seed: int
+    startup_trials: int
+    pruner: str
+    pruner_startup_trials: int
+    pruner_warmup: int
+    pruner_patience: int
+    objective: str
+    metric: str | None
+    direction: str
+    heartbeat: float
+    retries: int
+    worker: int | None
+    runner: str
+    space: Any
+
+    def __post_init__(self) -> None:
+        check_choice("sweep.sampler", self.sampler, SAMPLERS)
+        check_choice("sweep.pruner", self.pruner, PRUNERS)
+        check_choice("sweep.objective", self.objective, OBJECTIVES)
+        check_choice("sweep.direction", self.direction, ("maximize", "minimize"))
+        check_choice("sweep.overwrite", self.overwrite, (True, False))
+        for name in ("trials", "workers", "startup_trials", "pruner_patience"):
+            check_integer(f"sweep.{name}", getattr(self, name), at_least=1)
+        for name in ("seed", "pruner_startup_trials", "pruner_warmup", "retries"):
+            check_integer(f"sweep.{name}", getattr(self, name), at_least=0)
+        self._check_worker()
+        if (self.sampler, self.pruner) == ("grid", "hyperband"):
+            raise fail("sweep.pruner", "hyperband", "a grid goes with none, median or patience")
+        check_number("sweep.heartbeat", self.heartbeat, above=0, remedy="seconds; 15 is common")
+        if not isinstance(self.storage, str) or not self.storage.strip():
+            raise fail("sweep.storage", self.storage, "give a file or URL", "see docs/sweeps.md")
+
+    def _check_worker(self) -> None:
+        if self.worker is None:
+            return
+        check_integer("sweep.worker", self.worker, at_least=0, remedy="sweep.worker=range(4) starts four")
+        if self.overwrite:
+            remedy = "delete the study first, with one command without sweep.worker"
+            raise fail("sweep.overwrite", True, "workers of one launch would delete each other's study", remedy)
+
+    @property
+    def lease(self) -> float:
+        """Seconds without a heartbeat after which a worker counts as dead."""
+        return 4 * self.heartbeat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A sweep that has passed all checks that need no storage."""
+
+    sweep: SweepConfig
+    space: Space
+    composed: DictConfig
+    base: RunConfig
+
+    @property
+    def metric(self) -> str:
+        """The score that is searched for."""
+        return self.sweep.metric or self.base.task.main_metric
+
+    @property
+    def budget(self) -> int:
+        """Trials to finish: what is asked for, or the points of the grid if they are fewer."""
+        return min(self.sweep.trials, len(self.space.grid())) if self.sweep.sampler == "grid" else self.sweep.trials
+
+    def trial_config(self, parameters: Mapping[str, Any]) -> RunConfig:
+        """The run of one trial.
+
+        Raises:
+            UserError: if the configuration refuses a value.
+        """
+        return build(_with_values(self.composed, self.sweep, parameters))
+
+    def identity(self) -> dict[str, Any]:
+        """What all trials of a study share; a study of another identity is not continued."""
+        fixed = flatten(determining(self.base.resolved))
+        for key in self.space.distributions:
+            fixed.pop(key, None)
+        return {
+            "space": self.space.plain(),
+            "direction": self.sweep.direction,
+            "metric": self.metric,
+            "objective": self.sweep.objective,
+            "fixed": fixed,
+        }
+
+
+def make_plan(composed: DictConfig) -> Plan:
+    """Check a composed configuration that has a `sweep` node.
+
+    Raises:
+        UserError: for whatever in it cannot be searched.
+    """
+    sweep = _sweep_config(composed)
+    base = build(_with_values(composed, sweep, {}))
+    space = parse_space(sweep.space, base.resolved)
+    _check_overrides(space)
+    _check_metric(sweep, base)
+    plan = Plan(sweep=sweep, space=space, composed=composed, base=base)
+    for probe in space.probes():
+        plan.trial_config(probe)
+    runner(sweep)
+    if sweep.sampler == "grid":
+        space.grid()
+    return plan
+
+
+def runner(sweep: SweepConfig) -> Callable[..., Any]:
+    """What runs a trial: a callable like `sparsegrad.runs.run`.
+
+    Raises:
+        UserError: if it cannot be imported.
+    """
+    module, _, name = str(sweep.runner).rpartition(".")
+    try:
+        found: Callable[..., Any] = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"sweep.runner={sweep.runner} cannot be imported: {error}") from None
+    return found
+
+
+def _sweep_config(composed: DictConfig) -> SweepConfig:
+    try:
+        node: Any = OmegaConf.to_container(composed.sweep, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"sweep cannot be resolved: {str(error).splitlines()[0]}") from None
+    try:
+        return SweepConfig(**node)
+    except TypeError as error:
+        raise UserError(f"sweep does not fit: {str(error).replace('SweepConfig.__init__()', '').strip()}") from None
+
+
+def _with_values(composed: DictConfig, sweep: SweepConfig, parameters: Mapping[str, Any]) -> DictConfig:
+    """The run's part of the configuration, with a trial's values and the split that the sweep chooses on."""
+    config = composed.copy()
+    OmegaConf.set_struct(config, False)
+    for name in BESIDE_RUN:
+        config.pop(name, None)
+    for key, value in parameters.items():
+        OmegaConf.update(config, key, value)
+    config.name = sweep.study
+    if config.protocol.select != sweep.objective:
+        # Tables go by the protocol's name: it must not claim the split that it did not choose on.
+        config.protocol.name = f"{config.protocol.name}-{sweep.objective}"
+        config.protocol.select = sweep.objective
+    return config
+
+
+def _check_overrides(space: Space) -> None:
+    """A key cannot be both searched and set, by hand or by Hydra's own multirun."""
+    if not HydraConfig.initialized():
+        return
+    hydra = HydraConfig.get()
+    given = {override.lstrip("+~").split("=", 1)[0] for override in hydra.overrides.task}
+    twice = sorted(given & set(space.distributions))
+    if twice:
+        who = "Hydra's multirun" if hydra.mode == RunMode.MULTIRUN else "the command line"
+        raise UserError(f"{twice[0]} is set by {who} and searched by the sweep: drop one of the two")
+
+
+def _check_metric(sweep: SweepConfig, base: RunConfig) -> None:
+    if sweep.metric is not None:
+        given = (*CONFIGS[metric_config(base.task)], "loss")
+        check_choice("sweep.metric", sweep.metric, given, f"these are the scores of {base.task.name}")

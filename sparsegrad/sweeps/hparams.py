@@ -1,0 +1,101 @@
+"""`hparams=paper|authors|study:NAME`: values that somebody found, instead of numbers by hand."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from sparsegrad.errors import UserError, fail
+from sparsegrad.sweeps.study import LABELS, load_study
+
+DATA = Path(__file__).parents[2] / "experiments" / "data"
+STUDY = "study:"
+FILES = {"paper": "published_hyperparams.csv", "authors": "authors_hyperparams.csv"}
+# Variants of a method that the tables have one line for.
+FAMILY = {"sparsegrad_authors": "sparsegrad", "sparsegrad_fast": "sparsegrad"}
+
+
+def apply(composed: DictConfig) -> dict[str, Any]:
+    """Put the values that `hparams` names into `composed`; keys set on the command line stay as set.
+
+    Returns:
+        For the record: where the values come from, and which were taken.
+
+    Raises:
+        UserError: if nothing was found for this model, method and task.
+    """
+    name = str(composed.hparams)
+    values = _of_study(composed, name.removeprefix(STUDY)) if name.startswith(STUDY) else _of_file(composed, name)
+    taken = {key: value for key, value in values.items() if key not in _set_by_hand()}
+    for key, value in taken.items():
+        OmegaConf.update(composed, key, value)
+    return {"from": name, **taken}
+
+
+def default_storage(results_dir: str) -> str:
+    """Where studies live unless `sweep.storage` says otherwise; the same rule as in conf/sweep/custom.yaml."""
+    return os.environ.get("SPARSEGRAD_STORAGE") or f"{results_dir}/studies/studies.db"
+
+
+def read_rows(file: str) -> list[dict[str, str]]:
+    """The rows of one table of figures.
+
+    Raises:
+        UserError: outside a checkout of the project, which alone has them.
+    """
+    try:
+        with (DATA / file).open(newline="") as lines:
+            return list(csv.DictReader(lines))
+    except OSError as error:
+        raise UserError(
+            f"{DATA / file} cannot be read ({error.strerror}): run from a checkout of the project"
+        ) from None
+
+
+def find(rows: list[dict[str, str]], model: str, method: str, task: str) -> dict[str, str] | None:
+    """The row of one model, method and task."""
+    wanted = (model, FAMILY.get(method, method), task)
+    return next((row for row in rows if (row["model"], row["method"], row["task"]) == wanted), None)
+
+
+def _names(composed: DictConfig) -> tuple[str, str, str]:
+    return composed.model.name, composed.method.name, composed.task.name
+
+
+def _of_file(composed: DictConfig, name: str) -> dict[str, Any]:
+    if name not in FILES:
+        raise fail("hparams", name, "choose paper, authors or study:NAME")
+    rows = read_rows(FILES[name])
+    row = find(rows, *_names(composed))
+    if row is None:
+        known = sorted({f"{row['model']}/{row['method']}" for row in rows})
+        raise UserError(
+            f"hparams={name} has nothing for {' / '.join(_names(composed))}: it has the GLUE tasks for "
+            f"{', '.join(known)}; give train.lr and train.batch_size, or search with sweep=quick"
+        )
+    return {"train.batch_size": int(row["batch_size"]), "train.lr": float(row["lr"])}
+
+
+def _of_study(composed: DictConfig, name: str) -> Mapping[str, Any]:
+    study = load_study(default_storage(composed.results_dir), name)
+    labels = study.user_attrs.get(LABELS, {})
+    found, wanted = tuple(labels.get(key) for key in ("model", "method", "task")), _names(composed)
+    if found != wanted:
+        raise UserError(f"study {name} searched {' / '.join(map(str, found))}, this run is {' / '.join(wanted)}")
+    try:
+        return study.best_params
+    except ValueError:
+        raise UserError(f"study {name} has no completed trial yet: run its sweep first") from None
+
+
+def _set_by_hand() -> set[str]:
+    """Keys that the command line sets."""
+    if not HydraConfig.initialized():
+        return set()
+    return {override.lstrip("+~").split("=", 1)[0] for override in HydraConfig.get().overrides.task}

@@ -1,0 +1,147 @@
+"""What came of a study: numbers, a table of its trials, and plots."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from sparsegrad.errors import UserError
+from sparsegrad.sweeps.ledger import FINISHED, REASON, SURPLUS
+from sparsegrad.sweeps.reporter import PROGRESS
+from sparsegrad.sweeps.study import IDENTITY
+
+# Name of the file -> name of the function in `optuna.visualization` and in its `matplotlib` part.
+PLOTS = {
+    "history": "plot_optimization_history",
+    "intermediate": "plot_intermediate_values",
+    "importance": "plot_param_importances",
+    "slice": "plot_slice",
+    "parallel": "plot_parallel_coordinate",
+}
+
+
+def summary(study: Study) -> dict[str, Any]:
+    """The figures of a study, plain.
+
+    Raises:
+        UserError: if no trial has run to its end.
+    """
+    trials = [trial for trial in study.get_trials(deepcopy=False) if SURPLUS not in trial.user_attrs]
+    states = [trial.state for trial in trials]
+    if TrialState.COMPLETE not in states:
+        raise UserError(f"study {study.study_name} has no completed trial yet: run its sweep first")
+    best = study.best_trial
+    seconds, saved = _seconds(trials)
+    identity = study.user_attrs.get(IDENTITY, {})
+    return {
+        "study": study.study_name,
+        "metric": identity.get("metric"),
+        "objective": identity.get("objective"),
+        "best": {"trial": best.number, "value": best.value, "values": best.params},
+        "trials": {state.name.lower(): states.count(state) for state in TrialState},
+        "attempts_of_dead_workers": sum(trial.state == TrialState.FAIL for trial in trials),
+        "seconds": round(seconds, 1),
+        "seconds_saved_by_pruning": round(saved, 1),
+        "reasons": _reasons(trials),
+    }
+
+
+def _seconds(trials: list[FrozenTrial]) -> tuple[float, float]:
+    """Time that the finished trials took; and what the pruned ones would have taken beyond that, at their own pace."""
+    spent = saved = 0.0
+    for trial in trials:
+        if trial.state not in FINISHED or trial.duration is None:
+            continue
+        seconds = trial.duration.total_seconds()
+        spent += seconds
+        step, total = trial.user_attrs.get(PROGRESS, (0, 0))
+        if trial.state == TrialState.PRUNED and step:
+            saved += seconds * (total / step - 1)
+    return spent, saved
+
+
+def _reasons(trials: list[FrozenTrial]) -> dict[str, str]:
+    """Trial -> why it ended early, where a worker said so."""
+    return {str(trial.number): trial.user_attrs[REASON] for trial in trials if REASON in trial.user_attrs}
+
+
+def write_trials(study: Study, path: Path) -> None:
+    """All trials as CSV: number, state, value, seconds, parameters, reason."""
+    trials = study.get_trials(deepcopy=False)
+    keys = sorted({key for trial in trials for key in trial.params})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["trial", "state", "value", "seconds", "evaluations", *keys, "reason"])
+        writer.writerows(_row(trial, keys) for trial in trials)
+
+
+def _row(trial: FrozenTrial, keys: list[str]) -> list[Any]:
+    seconds = "" if trial.duration is None else round(trial.duration.total_seconds(), 2)
+    values = [trial.params.get(key, "") for key in keys]
+    return [
+        trial.number,
+        trial.state.name.lower(),
+        trial.value,
+        seconds,
+        len(trial.intermediate_values),
+        *values,
+        trial.user_attrs.get(REASON, ""),
+    ]
+
+
+def write_plots(study: Study, folder: Path) -> Iterator[Path]:
+    """Draw each plot as PNG and as HTML; yields each file. One that has too few trials is left out.
+
+    Raises:
+        UserError: if matplotlib or plotly is missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _quiet()
+    for name, function in PLOTS.items():
+        for suffix, draw in (("png", _png), ("html", _html)):
+            path = folder / f"{name}.{suffix}"
+            if _drawn(draw, study, function, path):
+                yield path
+
+
+def _quiet() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", "Attempting to set identical")  # all trials have one value of some key
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
+def _drawn(draw: Callable[[Study, str, Path], None], study: Study, function: str, path: Path) -> bool:
+    try:
+        draw(study, function, path)
+    except ImportError as error:
+        raise UserError(f"plots need the package {error.name}: pip install 'sparsegrad[sweep]'") from None
+    except (ValueError, RuntimeError):
+        return False  # importance of fewer than two completed trials, or of trials that are all alike
+    return True
+
+
+def _png(study: Study, function: str, path: Path) -> None:
+    import matplotlib.pyplot as plt
+    from optuna.visualization import matplotlib as plots
+
+    getattr(plots, function)(study)
+    plt.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close("all")
+
+
+def _html(study: Study, function: str, path: Path) -> None:
+    from optuna import visualization
+
+    getattr(visualization, function)(study).write_html(path, include_plotlyjs="cdn")

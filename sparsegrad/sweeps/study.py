@@ -1,0 +1,175 @@
+"""A study that workers share: opened or made, checked against the plan, trials taken and given back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from sparsegrad.errors import UserError
+from sparsegrad.sweeps.config import Plan
+from sparsegrad.sweeps.leases import WORKER, Watch, this_worker
+from sparsegrad.sweeps.ledger import DIED, FAILURE, REASON, REDO_OF, SURPLUS, Ledger
+from sparsegrad.sweeps.samplers import make_pruner, make_sampler
+from sparsegrad.sweeps.storage import Store, open_store
+
+IDENTITY, LABELS = "identity", "labels"
+
+
+class SharedStudy:
+    """One worker's hold on a study."""
+
+    def __init__(self, plan: Plan, store: Store, study: Study) -> None:
+        self.plan, self.store, self.study = plan, store, study
+        self._watch = Watch(plan.sweep.lease)
+        self._me = this_worker()
+
+    def ledger(self) -> Ledger:
+        """The trials as they are now."""
+        return Ledger(self.study.get_trials(deepcopy=False))
+
+    def is_finished(self) -> bool:
+        """Whether all trials that were asked for have ended."""
+        return len(self.ledger().finished(self.plan.budget)) >= self.plan.budget
+
+    def take(self) -> Trial | None:
+        """The next trial of this worker; None while others are at work on all that is left."""
+        with self.store.claiming():
+            self._mend()
+            if not self.ledger().has_work(self.plan.budget):
+                return None
+            trial = self.study.ask(self.plan.space.distributions)
+            trial.set_user_attr(WORKER, self._me)
+        if self.ledger().counts(trial.number, self.plan.budget):
+            return trial
+        self.close(trial, TrialState.FAIL, {SURPLUS: True, REASON: "more workers asked than trials were left"})
+        return None
+
+    def close(
+        self, trial: Trial | FrozenTrial, state: TrialState, facts: Mapping[str, Any], value: float | None = None
+    ) -> bool:
+        """End a trial and note facts with it; False if another worker has ended it."""
+        values = None if value is None else [value]
+        with self.store.claiming():
+            try:
+                for name, fact in facts.items():
+                    self.store.storage.set_trial_user_attr(trial._trial_id, name, fact)
+                return self.store.storage.set_trial_state_values(trial._trial_id, state, values)
+            except UpdateFinishedTrialError:
+                return False
+
+    def _mend(self) -> None:
+        """Fail the trials of dead workers and queue what failed once more."""
+        for trial in self.ledger().trials:
+            if trial.state == TrialState.RUNNING and self._watch.is_dead(trial):
+                self._bury(trial)
+        for trial in self.ledger().to_redo(self.plan.budget):
+            self.study.enqueue_trial(trial.params, user_attrs={REDO_OF: trial.number})
+
+    def _bury(self, trial: FrozenTrial) -> None:
+        ledger, retries = self.ledger(), self.plan.sweep.retries
+        if not ledger.counts(trial.number, self.plan.budget):
+            self.close(trial, TrialState.FAIL, {SURPLUS: True, REASON: "its worker died"})
+        elif ledger.deaths(trial.number) < retries:
+            self.close(trial, TrialState.FAIL, {FAILURE: DIED, REASON: "its worker died"})
+        else:
+            reason = f"its worker died, and {retries} times before: given up"
+            self.close(trial, TrialState.PRUNED, {FAILURE: DIED, REASON: reason})
+
+
+def open_study(plan: Plan, *, overwrite: bool = False) -> SharedStudy:
+    """Open the study of a plan, or make it.
+
+    Raises:
+        UserError: if the storage cannot be used, or holds another study of that name.
+    """
+    quiet()
+    store = open_store(plan.sweep.storage)
+    if overwrite:
+        delete(store, plan.sweep.study)
+    options = {"sampler": make_sampler(plan), "pruner": make_pruner(plan.sweep)}
+    with store.claiming():
+        study = _create_or_load(plan, store, options)
+        _check_identity(plan, study)
+    return SharedStudy(plan, store, study)
+
+
+def load_study(where: str, name: str) -> Study:
+    """An existing study, to look at.
+
+    Raises:
+        UserError: if there is none of that name; the names that exist are listed.
+    """
+    quiet()
+    store = open_store(where)
+    names = optuna.get_all_study_names(store.storage)
+    if name not in names:
+        known = ", ".join(sorted(names)) or "none"
+        raise UserError(f"{store.shown} has no study {name}; it has: {known}")
+    return optuna.load_study(study_name=name, storage=store.storage)
+
+
+def delete(store: Store, name: str) -> None:
+    """Delete a study if it exists; records of its trials stay."""
+    if name in optuna.get_all_study_names(store.storage):
+        optuna.delete_study(study_name=name, storage=store.storage)
+
+
+def quiet() -> None:
+    """Optuna's log lines repeat what the worker prints."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def _create_or_load(plan: Plan, store: Store, options: dict[str, Any]) -> Study:
+    name, storage, direction = plan.sweep.study, store.storage, StudyDirection[plan.sweep.direction.upper()]
+    try:
+        study = optuna.create_study(study_name=name, storage=storage, direction=direction, **options)
+    except DuplicatedStudyError:
+        return optuna.load_study(study_name=name, storage=storage, **options)
+    _sign(plan, study)
+    return study
+
+
+def _sign(plan: Plan, study: Study) -> None:
+    """Note in the study what it is; one attribute, so that it is there as a whole or not at all."""
+    base = plan.base
+    labels = {"model": base.model.name, "method": base.method.name, "task": base.task.name, "sweep": plan.sweep.name}
+    study.set_user_attr(IDENTITY, plan.identity())
+    study.set_user_attr(LABELS, labels)
+
+
+def _check_identity(plan: Plan, study: Study) -> None:
+    """Refuse a study that searches something else.
+
+    Raises:
+        UserError: which shows both sides of the first difference.
+    """
+    found, wanted = study.user_attrs.get(IDENTITY), json.loads(json.dumps(plan.identity()))
+    if found is None and not study.get_trials(deepcopy=False):
+        _sign(plan, study)  # its maker died in between
+        return
+    remedy = "choose another sweep.study=, or sweep.overwrite=true to start it again"
+    if found is None:
+        raise UserError(f"study {study.study_name} was not made by a sweep of this project: {remedy}")
+    for part in ("space", "direction", "metric", "objective"):
+        if found[part] != wanted[part]:
+            raise UserError(
+                f"study {study.study_name} exists with another {part}: there {_brief(found[part])}, "
+                f"here {_brief(wanted[part])}; {remedy}"
+            )
+    here, there = wanted["fixed"], found["fixed"]
+    for key in sorted(here.keys() | there.keys()):
+        if here.get(key) != there.get(key):
+            raise UserError(
+                f"study {study.study_name} exists with another {key}: there {there.get(key)}, here {here.get(key)}; "
+                f"{remedy}"
+            )
+
+
+def _brief(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

@@ -1,0 +1,379 @@
+"""Sweeps in one process: what is searched, how trials end, and what a study holds in the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+from conftest import ROOT, Composer, last_wins
+from omegaconf import DictConfig
+from optuna.study import Study
+from optuna.trial import TrialState
+
+from sparsegrad import cli, sweep
+from sparsegrad.errors import UserError
+from sparsegrad.records import read_record
+from sparsegrad.sweeps.config import make_plan
+from sparsegrad.sweeps.pool import run_sweep
+from sparsegrad.sweeps.samplers import sampler
+from sparsegrad.sweeps.show import summary
+from sparsegrad.sweeps.space import Dimension, Space
+from sparsegrad.sweeps.study import load_study, open_study
+
+LR = "sweep.space={train.lr:{float:[1e-5,1e-1],log:true}}"
+FAKE = ("sweep.runner=sweep_fakes.run", "protocol.patience=null", "sweep.study=s", "sweep.heartbeat=0.2")
+Sweep = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def composed(conf: Composer, small: tuple[str, ...]) -> Sweep:
+    """`composed(*overrides)`: a small configuration with `sweep=custom` over the learning rate, run by the stand-in."""
+
+    def made(*overrides: str) -> DictConfig:
+        given = [one for one in small if not one.startswith("train.lr")]
+        return conf(*last_wins(*given, "sweep=custom", "sweep.trials=6", LR, *FAKE, *overrides))
+
+    return made
+
+
+def study_of(composed: DictConfig) -> Study:
+    return load_study(make_plan(composed).sweep.storage, "s")
+
+
+def states(study: Study) -> list[str]:
+    return [trial.state.name for trial in study.trials]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "sweep").glob("*.yaml")))
+@pytest.mark.parametrize("method", ["sparsegrad", "lora", "full"])
+def test_every_sweep_yaml_makes_a_plan(conf: Composer, name: str, method: str) -> None:
+    extra = [LR] if name == "custom" else []
+    plan = make_plan(conf(f"sweep={name}", f"method={method}", *extra))
+    assert plan.sweep.name == name
+    assert plan.sweep.study == f"{name}-minilm-{method}-snippets"
+    assert "train.lr" in plan.space.distributions
+
+
+def test_paper_and_authors_search_what_they_say(conf: Composer) -> None:
+    paper, authors = (make_plan(conf(f"sweep={name}", "task=cola")) for name in ("paper", "authors"))
+    assert paper.space.plain() == {
+        "train.batch_size": {"choice": [8, 16, 32]},
+        "train.lr": {"float": [1e-6, 1e-1], "log": True},
+    }
+    assert authors.space.plain()["train.batch_size"] == {"choice": [16, 32]}
+    assert (paper.budget, paper.sweep.sampler, paper.sweep.pruner) == (40, "tpe", "none")
+    assert (paper.base.protocol.select, paper.base.protocol.name) == ("heldout", "paper-heldout")
+    assert (authors.base.protocol.select, authors.base.protocol.name) == ("validation", "paper")
+
+
+def test_wide_searches_what_the_method_has(conf: Composer) -> None:
+    keys = {
+        method: set(make_plan(conf("sweep=wide", f"method={method}")).space.distributions)
+        for method in ("sparsegrad", "lora", "full")
+    }
+    assert {"method.density", "method.steps"} <= keys["sparsegrad"]
+    assert {"method.rank", "method.dropout"} <= keys["lora"]
+    assert keys["full"] == {"train.batch_size", "train.lr", "train.weight_decay"}
+
+
+def test_a_sweep_finishes_its_trials_and_leaves_a_record_of_each(composed: Sweep, tmp_path: Path) -> None:
+    run_sweep(composed())
+    study = study_of(composed())
+    assert states(study) == ["COMPLETE"] * 6
+    records = [read_record(path) for path in (tmp_path / "results" / "runs" / "s").glob("*.json")]
+    assert sorted(record["sweep"]["trial"] for record in records) == list(range(6))
+    for record in records:
+        trial = study.trials[record["sweep"]["trial"]]
+        assert record["config"]["train"]["lr"] == trial.params["train.lr"]
+        assert record["evaluations"][-1]["accuracy"] == trial.value
+        assert record["sweep"] | {"trial": 0} == {
+            "study": "s",
+            "trial": 0,
+            "metric": "accuracy",
+            "objective": "heldout",
+        }
+        assert "sweep" not in record["config"]
+        assert record["config"]["protocol"]["select"] == "heldout"
+
+
+def test_a_rerun_does_nothing_and_more_trials_only_the_missing(composed: Sweep) -> None:
+    run_sweep(composed())
+    before = study_of(composed()).trials
+    run_sweep(composed())
+    assert study_of(composed()).trials == before
+    run_sweep(composed("sweep.trials=8"))
+    assert study_of(composed()).trials[:6] == before
+    assert len(study_of(composed()).trials) == 8
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "qmc", "random", "grid"])
+def test_one_worker_with_a_seed_makes_the_same_trials_twice(composed: Sweep, name: str) -> None:
+    points = "sweep.space={train.lr:{float:[1e-5,1e-1],log:true,points:6},train.batch_size:{choice:[4,8]}}"
+    found = []
+    for study in ("a", "b"):
+        options = composed(points, f"sweep.sampler={name}", "sweep.startup_trials=3", f"sweep.study={study}")
+        run_sweep(options)
+        found.append([trial.params for trial in load_study(make_plan(options).sweep.storage, study).trials])
+    assert found[0] == found[1]
+    assert len(found[0]) == 6
+    assert len({json.dumps(params) for params in found[0]}) == 6
+
+
+def test_another_seed_makes_other_trials(composed: Sweep) -> None:
+    found = []
+    for seed in (1, 2):
+        options = composed(f"sweep.seed={seed}", f"sweep.study=s{seed}")
+        run_sweep(options)
+        found.append([trial.params for trial in load_study(make_plan(options).sweep.storage, f"s{seed}").trials])
+    assert found[0] != found[1]
+
+
+def test_workers_that_ask_at_once_do_not_draw_the_same(composed: Sweep) -> None:
+    plan = make_plan(composed())
+    taken = [open_study(plan).take() for _ in range(4)]
+    rates = {trial.params["train.lr"] for trial in taken if trial is not None}
+    assert len(rates) == 4
+
+
+def test_a_grid_is_tried_as_a_whole_and_once(composed: Sweep) -> None:
+    options = composed("sweep.space={train.batch_size:{choice:[2,4]},method.steps:{int:[1,3]}}", "sweep.sampler=grid")
+    run_sweep(options)
+    found = [tuple(trial.params.values()) for trial in study_of(options).trials]
+    assert sorted(found) == [(batch, steps) for batch in (2, 4) for steps in (1, 2, 3)]
+
+
+def test_qmc_covers_the_range_evenly() -> None:
+    space = Space((Dimension(key="x", kind="float", values=(0.0, 1.0)),))
+    study = optuna.create_study(sampler=sampler("qmc", space, seed=3, startup_trials=10))
+    found = sorted(study.ask(space.distributions).params["x"] for _ in range(8))
+    assert [int(value * 8) for value in found] == list(range(8))
+
+
+def test_divergence_and_nan_prune_a_trial_with_its_reason(composed: Sweep, tmp_path: Path) -> None:
+    options = composed("sweep.space={train.lr:{choice:[1e-3,0.3,0.9]}}", "sweep.sampler=grid")
+    run_sweep(options)
+    by_rate = {trial.params["train.lr"]: trial for trial in study_of(options).trials}
+    assert {rate: trial.state.name for rate, trial in by_rate.items()} == {
+        1e-3: "COMPLETE",
+        0.3: "PRUNED",
+        0.9: "PRUNED",
+    }
+    assert "not a number" in by_rate[0.3].user_attrs["reason"]
+    assert "diverged" in by_rate[0.9].user_attrs["reason"]
+    statuses = [read_record(path)["status"] for path in (tmp_path / "results" / "runs" / "s").glob("*.json")]
+    assert sorted(statuses) == ["complete", "failed", "failed"]
+
+
+def test_real_runs_are_pruned_and_leave_their_records(composed: Sweep, tmp_path: Path) -> None:
+    options = composed(
+        "sweep.runner=sparsegrad.runs.run",
+        "sweep.space={train.lr:{choice:[1e-9,1e-2]}}",
+        "sweep.sampler=grid",
+        "sweep.pruner=patience",
+        "sweep.pruner_patience=1",
+        "sweep.metric=loss",
+        "sweep.direction=maximize",  # upside down: whatever learns is pruned
+        "method=lora",
+        "protocol.max_steps=6",
+        "protocol.eval_steps=1",
+    )
+    run_sweep(options)
+    study = study_of(options)
+    pruned = next(trial for trial in study.trials if trial.params["train.lr"] == 1e-2)
+    assert pruned.state == TrialState.PRUNED
+    assert 1 < len(pruned.intermediate_values) < 6
+    records = {one["sweep"]["trial"]: one for one in map(read_record, (tmp_path / "results" / "runs" / "s").iterdir())}
+    record = records[pruned.number]
+    assert record["status"] == "failed"
+    assert record["reason"] == pruned.user_attrs["reason"]
+    assert [row["loss"] for row in record["evaluations"]] == list(pruned.intermediate_values.values())
+    assert summary(study)["seconds_saved_by_pruning"] > 0
+    assert not list((tmp_path / "work").glob("*/checkpoints"))
+
+
+@pytest.mark.parametrize("pruner", ["median", "hyperband"])
+def test_pruning_ends_poor_trials_early(composed: Sweep, pruner: str) -> None:
+    options = composed(f"sweep.pruner={pruner}", "sweep.trials=25", "sweep.sampler=random", "sweep.pruner_warmup=1")
+    run_sweep(options)
+    study = study_of(options)
+    pruned = study.get_trials(states=[TrialState.PRUNED])
+    assert 3 < len(pruned) < 25
+    assert all(len(trial.intermediate_values) < 4 for trial in pruned)
+    assert all("pruned by the sweep" in trial.user_attrs["reason"] for trial in pruned)
+    assert summary(study)["seconds_saved_by_pruning"] >= 0
+    if pruner == "median":
+        assert all(len(trial.intermediate_values) > 1 for trial in pruned)
+
+
+def test_a_user_error_ends_the_sweep_and_the_next_call_redoes_the_trial(composed: Sweep) -> None:
+    for _ in range(4):  # more often than sweep.retries: the user's mistakes do not use up a trial
+        with pytest.raises(UserError, match="the model is not there"):
+            run_sweep(composed("sweep.runner=sweep_fakes.refuse"))
+    run_sweep(composed())
+    study = study_of(composed())
+    assert states(study) == ["FAIL"] * 4 + ["COMPLETE"] * 6
+    assert {trial.params["train.lr"] for trial in study.trials[:5]} == {study.trials[0].params["train.lr"]}
+
+
+def test_a_crash_is_not_retried_forever(composed: Sweep) -> None:
+    options = composed("sweep.runner=sweep_fakes.crash", "sweep.trials=1")
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            run_sweep(options)
+    run_sweep(options)
+    study = study_of(options)
+    assert states(study) == ["FAIL", "FAIL", "PRUNED"]
+    assert "programming error" in study.trials[2].user_attrs["reason"]
+
+
+def test_validation_is_searched_only_when_asked(composed: Sweep) -> None:
+    plan = make_plan(composed("sweep.objective=validation"))
+    assert plan.base.protocol.select == "validation"
+    run_sweep(composed())
+    with pytest.raises(UserError, match=r"study s exists with another objective: there heldout, here validation"):
+        run_sweep(composed("sweep.objective=validation"))
+
+
+def test_another_study_of_the_name_is_refused_and_overwritten_on_request(composed: Sweep) -> None:
+    run_sweep(composed())
+    other = "sweep.space={train.lr:{float:[1e-4,1e-2],log:true}}"
+    with pytest.raises(UserError) as error:
+        run_sweep(composed(other))
+    for part in ("1e-05", "0.0001", "sweep.study=", "sweep.overwrite=true"):
+        assert part in str(error.value)
+    with pytest.raises(UserError, match="another direction: there maximize, here minimize"):
+        run_sweep(composed("sweep.direction=minimize"))
+    with pytest.raises(UserError, match=r"another seed: there 42, here 7"):
+        run_sweep(composed("seed=7"))
+    run_sweep(composed(other, "sweep.overwrite=true"))
+    assert all(1e-4 <= trial.params["train.lr"] <= 1e-2 for trial in study_of(composed(other)).trials)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sweep.space={}", "sweep.space is empty"),
+        ("sweep.space={train.rl:{float:[1,2]}}", "no value train.rl; did you mean train.lr?"),
+        ("sweep.space={train:{float:[1,2]}}", "no value train"),
+        ("sweep.space={train.lr:{float:[1e-3,1e-3]}}", "empty range [0.001, 0.001]"),
+        ("sweep.space={train.lr:{float:[1e-2,1e-3]}}", "empty range [0.01, 0.001]"),
+        ("sweep.space={train.lr:{float:[0,1e-3],log:true}}", "a logarithm takes bounds above 0"),
+        ("sweep.space={train.lr:{float:[1e-3]}}", "give [low, high]"),
+        ("sweep.space={train.lr:{float:[a,b]}}", "give a number"),
+        ("sweep.space={train.lr:{float:[1e-4,1e-3],lg:true}}", "has lg; a float takes log, methods, points"),
+        ("sweep.space={train.lr:5}", "is not understood"),
+        ("sweep.space={train.lr:{range:[1,2]}}", "is not understood"),
+        ("sweep.space={train.batch_size:{int:[1.5,3]}}", "give a whole number"),
+        ("sweep.space={train.batch_size:{choice:[]}}", "a choice of nothing"),
+        ("sweep.space={train.batch_size:{choice:[4,4]}}", "one choice twice"),
+        ("sweep.space={train.batch_size:{choice:[0,4]}}", "train.batch_size=0 is not allowed"),
+        ("sweep.space={train.lr:{float:[1e-3,20]}}", "train.lr=20"),
+        ("sweep.space={train.lr:{float:[1e-4,1e-3],methods:lora}}", "give a list of names"),
+        ("sweep.space={train.lr:{float:[1e-4,1e-3],methods:[lora]}}", "has no key for method=sparsegrad"),
+        ("sweep.workers=0", "sweep.workers=0 is not allowed"),
+        ("sweep.trials=0", "sweep.trials=0 is not allowed"),
+        ("sweep.sampler=bayes", "choose one of tpe, gp, qmc, random, grid"),
+        ("sweep.pruner=fast", "choose one of none, median, hyperband, patience"),
+        ("sweep.objective=test", "choose one of heldout, validation"),
+        ("sweep.metric=bleu", "sweep.metric=bleu is not allowed: choose one of accuracy, loss"),
+        ("sweep.heartbeat=0", "sweep.heartbeat=0 is not allowed"),
+        ("sweep.sampler=grid", "a float range without points"),
+        ("sweep.runner=nowhere.run", "sweep.runner=nowhere.run cannot be imported"),
+        ("sweep.study=../x", "name=../x is not allowed"),
+        ("sweep.storage=''", "give a file or URL"),
+        ("sweep.storage=mysql://", "sweep.storage=mysql:"),
+        ("sweep.storage=nonsense://x", "cannot be used"),
+        ("sweep.storage=/proc/none/studies.db", "cannot write /proc/none"),
+        ("sweep.storage=grpc://here", "host and port are needed"),
+        ("sweep.storage='postgresql://me:sesame@127.0.0.1:9/x'", "postgresql+psycopg://me:***@127.0.0.1:9/x"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    composed: Sweep, override: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.run_command(composed(override))
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err.strip()
+    assert said in shown
+    assert len(shown.splitlines()) == 1
+    assert "sesame" not in shown
+
+
+def test_a_storage_of_a_newer_schema_is_refused(composed: Sweep) -> None:
+    import sqlite3
+
+    run_sweep(composed())
+    file = make_plan(composed()).sweep.storage
+    with sqlite3.connect(file) as database:
+        database.execute("update version_info set schema_version = 99, library_version = '99.0.0'")
+        database.execute("update alembic_version set version_num = 'v99.0.0.a'")
+    with pytest.raises(UserError, match="cannot be used"):
+        run_sweep(composed())
+
+
+def test_a_journal_file_serves_too(composed: Sweep, tmp_path: Path) -> None:
+    options = composed(f"sweep.storage='journal:{tmp_path}/s.log'")
+    run_sweep(options)
+    assert states(study_of(options)) == ["COMPLETE"] * 6
+
+
+def test_the_best_feeds_back(composed: Sweep, conf: Composer, small: tuple[str, ...]) -> None:
+    run_sweep(composed())
+    best = study_of(composed()).best_params
+    options = conf(*[one for one in small if not one.startswith("train.lr")], "hparams=study:s")
+    assert cli._apply_hparams(options) == {"hparams": {"from": "study:s", **best}}
+    assert options.train.lr == best["train.lr"]
+    with pytest.raises(UserError, match=r"has no study t; it has: s"):
+        cli._apply_hparams(conf(*small, "hparams=study:t"))
+    with pytest.raises(UserError, match="searched minilm / sparsegrad / sst2, this run is minilm / lora / sst2"):
+        cli._apply_hparams(conf(*small, "hparams=study:s", "method=lora"))
+
+
+def test_published_and_authors_values(conf: Composer) -> None:
+    for name, model, method, task, batch, lr in (
+        ("paper", "bert_base", "sparsegrad", "cola", 32, 3.15e-5),
+        ("paper", "roberta_base", "full", "qnli", 16, 8.83e-6),
+        ("authors", "roberta_base", "full", "qnli", 16, 8.38e-6),
+        ("authors", "roberta_large", "sparsegrad_authors", "stsb", 16, 2.11e-5),
+    ):
+        options = conf(f"model={model}", f"method={method}", f"task={task}", f"hparams={name}")
+        cli._apply_hparams(options)
+        assert (options.train.batch_size, options.train.lr) == (batch, lr)
+    with pytest.raises(UserError, match="hparams=paper has nothing for minilm / sparsegrad / snippets"):
+        cli._apply_hparams(conf("hparams=paper"))
+    with pytest.raises(UserError, match="choose paper, authors or study:NAME"):
+        cli._apply_hparams(conf("hparams=mine"))
+
+
+def test_show_writes_figures_trials_and_plots(
+    composed: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_sweep(composed("sweep.space={train.lr:{float:[1e-5,1e-1],log:true},train.batch_size:{choice:[2,4]}}"))
+    results = str(tmp_path / "results")
+    assert sweep.main(["show", "s", "--results-dir", results]) == 0
+    folder = tmp_path / "results" / "studies" / "s"
+    figures = json.loads((folder / "summary.json").read_text())
+    assert figures["trials"]["complete"] == 6
+    assert len((folder / "trials.csv").read_text().splitlines()) == 7
+    for name in ("history", "intermediate", "importance", "slice", "parallel"):
+        assert (folder / f"{name}.png").stat().st_size > 5000
+        assert "plotly" in (folder / f"{name}.html").read_text()
+    assert sweep.main(["list", "--results-dir", results]) == 0
+    assert sweep.main(["show", "t", "--results-dir", results]) == 2
+    assert "has no study t; it has: s" in capsys.readouterr().err
+    assert sweep.main(["list", "--results-dir", str(tmp_path / "none")]) == 2
+
+
+def test_the_table_sets_found_beside_published(
+    composed: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_sweep(composed())
+    assert sweep.main(["table", "--results-dir", str(tmp_path / "results")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(("| 13 |", "| 14 |", "| 15 |")) for line in lines) == 24
+    assert "| 13 | bert_base | sparsegrad | cola | 32 / 3.15e-05 | 32 / 3.15e-05 | 32 / 3.15e-05 |  |  |  |" in lines
+    assert lines[-1].startswith("|  | minilm | sparsegrad | sst2 |")
