@@ -1,0 +1,16 @@
+"""Fine-tune one model with one method on one task: `python run.py --help`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from sparsegrad.cli import run_command
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(config: DictConfig) -> None:
+    """Hydra entry: compose, run, leave one record."""
+    run_command(config)
+
+
+if __name__ == "__main__":
+    main()

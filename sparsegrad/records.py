@@ -1,0 +1,208 @@
+"""The record: the JSON that one run leaves. Written atomically, read back as a table."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+from safetensors import SafetensorError
+
+from sparsegrad.errors import UserError
+
+SCHEMA = 1
+_PACKAGES = ("sparsegrad", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "hydra-core", "numpy")
+# What a full, read-only or forbidden place answers, and how safetensors and torch.save say so.
+_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+_WRITING_MARKS = ("Error while serializing: I/O error", "inline_container", "PytorchStreamWriter", "iostream error")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` so that `path` is either as before or whole.
+
+    Raises:
+        UserError: when the folder cannot be written or the disk is full; nothing is left behind.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("w") as file:
+            json.dump(content, file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        raise unwritable(path, error) from None
+    finally:
+        if scratch.parent.is_dir():
+            scratch.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: Exception) -> UserError:
+    """The error for a place that cannot be written."""
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return UserError(f"cannot write {path}: {reason}; free space there or choose another folder")
+
+
+def is_of_writing(error: Exception, folders: Iterable[Path | str]) -> bool:
+    """Whether `error` means that a file in one of `folders` could not be written, as on a full disk."""
+    if isinstance(error, OSError):
+        inside = error.filename is None or any(
+            Path(error.filename).absolute().is_relative_to(Path(folder).absolute()) for folder in folders
+        )
+        return error.errno in _WRITING and inside
+    return isinstance(error, SafetensorError | RuntimeError) and any(mark in str(error) for mark in _WRITING_MARKS)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `UserError` unless a file can be made in `folder`, which is created if need be."""
+    probe = folder / f".probe.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read one record.
+
+    Raises:
+        UserError: when it is damaged or of another schema.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable record ({error}): delete it and run again") from None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{path} has record schema {found}, this version reads {SCHEMA}: delete it and run again")
+    return record
+
+
+def find_complete(path: Path) -> dict[str, Any] | None:
+    """The record at `path` if it is of a run that ended well, else None."""
+    if not path.exists():
+        return None
+    record = read_record(path)
+    return record if record["status"] == "complete" else None
+
+
+def load_records(folder: Path | str, on_bad: Callable[[UserError], None] | None = None) -> pd.DataFrame:
+    """All records below `folder`, one row each, sorted by path: the fields that tables need, and `path`.
+
+    Raises:
+        UserError: for a damaged record, unless `on_bad` takes it.
+    """
+    rows = []
+    for path in sorted(Path(folder).rglob("*.json")):
+        try:
+            rows.append({"path": str(path), **summary(read_record(path))})
+        except UserError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
+    return pd.DataFrame(rows)
+
+
+def summary(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record that tables show, flat."""
+    config, memory = record["config"], record.get("memory", {})
+    return {
+        "status": record["status"],
+        "model": config["model"]["name"],
+        "method": config["method"]["name"],
+        "task": config["task"]["name"],
+        "protocol": config["protocol"]["name"],
+        "seed": config["seed"],
+        "lr": config["train"]["lr"],
+        "batch_size": config["train"]["batch_size"],
+        "trainable": record.get("trainable", {}).get("total"),
+        "per_weight": record.get("trainable", {}).get("per_weight"),
+        "metric": record.get("result", {}).get("metric"),
+        "value": record.get("result", {}).get("value"),
+        "steps_per_second": record.get("speed", {}).get("steps_per_second"),
+        "peak_mib": memory.get("allocated_mib", memory.get("resident_mib")),
+        "baseline_mib": memory.get("baseline_mib"),
+        "engine": config["method"].get("engine"),
+        "device": memory.get("device"),
+        "finished": record.get("environment", {}).get("finished"),
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, git state, hardware and the time now: what a reader needs to judge or repeat a run."""
+    return {
+        "versions": {"python": platform.python_version(), **_versions(_PACKAGES)},
+        "git": _git(),
+        "hardware": hardware(device),
+        "started": now(),
+    }
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """Processor, memory, threads, and the GPU if one is used."""
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
+    return facts
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _git() -> dict[str, Any]:
+    """Commit and dirty flag of the checkout this file lies in; empty outside one."""
+    root = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--", ".", ":(exclude)results"],
+            cwd=root.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"

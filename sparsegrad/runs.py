@@ -1,0 +1,302 @@
+"""One run from its configuration to its record."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from transformers import TrainerCallback, set_seed
+
+from sparsegrad.basis_store import BasisStore
+from sparsegrad.callbacks import NonFiniteLossError
+from sparsegrad.config import RunConfig
+from sparsegrad.errors import BusyError, UserError
+from sparsegrad.memory import PeakMemory
+from sparsegrad.methods.base import Context, Prepared
+from sparsegrad.mlp import Linears, find_mlp
+from sparsegrad.models import load_model, load_tokenizer
+from sparsegrad.records import (
+    SCHEMA,
+    check_writable,
+    environment,
+    find_complete,
+    is_of_writing,
+    now,
+    unwritable,
+    write_json,
+)
+from sparsegrad.tasks.base import Splits, split_heldout, tokenize
+from sparsegrad.training import (
+    RunTrainer,
+    TokenSets,
+    check_tracker,
+    close_tracker,
+    last_checkpoint,
+    make_trainer,
+    pick_device,
+    training_batches,
+)
+
+
+def run(
+    config: RunConfig, *, callbacks: Sequence[TrainerCallback] = (), labels: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], bool]:
+    """Fine-tune as `config` says and write the record; or find that it exists.
+
+    Args:
+        config: the run.
+        callbacks: further Trainer callbacks, such as one that reports to a sweep.
+        labels: further fields of the record, such as study and trial.
+
+    Returns:
+        The record, and whether it is new.
+
+    Raises:
+        UserError: for whatever the user can mend; if training has begun, a record marked failed is left.
+    """
+    check_writable(config.record_path.parent)
+    check_writable(config.run_folder.parent)
+    check_tracker(config)
+    device = pick_device(config.train.device)
+    try:
+        with _lock(config).acquire(timeout=0):
+            return _run_locked(config, device, callbacks, labels or {})
+    except Timeout:
+        raise BusyError(f"run {config.key} is at work in another process: wait for it, or stop it") from None
+    except Exception as error:
+        if is_of_writing(error, (config.work_dir, config.results_dir)):
+            raise unwritable(config.run_folder, error) from error
+        raise
+    finally:
+        close_tracker(config)
+
+
+def _lock(config: RunConfig) -> FileLock:
+    """Held while a run is at work: two processes must not write one checkpoint folder."""
+    folder = Path(config.work_dir) / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / f"{config.key}.lock")
+
+
+def _run_locked(
+    config: RunConfig, device: torch.device, callbacks: Sequence[TrainerCallback], labels: Mapping[str, Any]
+) -> tuple[dict[str, Any], bool]:
+    found = None if config.force else find_complete(config.record_path)
+    if found is not None:
+        _check_same_data(config, found)
+        return found, False
+    splits = config.task.load(config.data)
+    _prepare_folder(config, splits)
+    record = _Run(config, splits, device, labels).train(callbacks)
+    write_json(config.record_path, record)
+    shutil.rmtree(config.checkpoints, ignore_errors=True)
+    if config.run_folder.is_dir() and not any(config.run_folder.iterdir()):
+        config.run_folder.rmdir()
+    return record, True
+
+
+def _prepare_folder(config: RunConfig, splits: Splits) -> None:
+    """The folder of checkpoints, empty if what it holds must not be continued: asked so, or made with other data."""
+    marker = config.checkpoints / "data"
+    same_data = marker.is_file() and marker.read_text() == splits.fingerprint
+    if config.force or not config.resume or not same_data:
+        shutil.rmtree(config.checkpoints, ignore_errors=True)
+    config.checkpoints.mkdir(parents=True, exist_ok=True)
+    marker.write_text(splits.fingerprint)
+
+
+class _Run:
+    """The parts of one run; made in order, cheap checks first."""
+
+    def __init__(self, config: RunConfig, splits: Splits, device: torch.device, labels: Mapping[str, Any]) -> None:
+        self.config, self.splits, self.device, self.labels = config, splits, device, labels
+        self.environment = environment(device)  # now: the checkout may move on while the run lasts
+        _check_sizes(config, splits)
+        set_seed(config.seed)  # before the model: heads and adapters are drawn from it
+        self.tokenizer = load_tokenizer(config.model)
+        self.model = load_model(config.model, config.task, self.tokenizer).to(device)
+        self.linears: Linears = find_mlp(self.model, config.model.mlp)
+        config.method.check(self.linears)
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.sets = _tokenized(config, splits, self.tokenizer)
+
+    def train(self, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+        """Prepare, train, evaluate; the record."""
+        memory = PeakMemory(self.device)
+        prepared = self._prepare()
+        trainer, stopwatch = make_trainer(
+            self.config, self.model, prepared.optimizer, self.sets, self.tokenizer, memory
+        )
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        record = self._facts(prepared)
+        try:
+            result = self._train(trainer)
+        except (NonFiniteLossError, UserError) as error:
+            reason = f"{error}: training diverged; lower train.lr={self.config.train.lr:g}, or check the data"
+            self._leave_failed(
+                {**record, **_history(trainer)}, reason if isinstance(error, NonFiniteLossError) else str(error)
+            )
+        record |= {"status": "complete", "result": result, "speed": stopwatch.report(), "memory": memory.report()}
+        if self.config.save_model:
+            self._save(prepared)
+        return {**record, **_history(trainer), "environment": self._environment()}
+
+    def _environment(self) -> dict[str, Any]:
+        return {**self.environment, "finished": now()}
+
+    def _prepare(self) -> Prepared:
+        config = self.config
+        self.model.train()
+        model: Any = self.model
+        named = ("transformers_version", "_name_or_path")  # the same architecture on any machine
+        architecture = {name: value for name, value in model.config.to_dict().items() if name not in named}
+        facts = {
+            "linears": {kind: list(found) for kind, found in self.linears.items()},
+            "architecture": architecture,
+            "tokenizer": config.model.tokenizer or config.model.source,
+            "data": self.splits.fingerprint,
+            "protocol": config.protocol.select,
+            "seed": config.seed,
+            "batch_size": config.train.batch_size,
+            "pad": config.data.pad,
+            "max_length": config.data.max_length,
+        }
+        store = BasisStore(
+            folder=Path(config.work_dir) / "bases",
+            model=self.model,
+            facts=facts,
+            own=config.checkpoints / "bases.safetensors",
+            resuming=last_checkpoint(config.checkpoints) is not None,
+        )
+        context = Context(
+            lr=config.train.lr,
+            weight_decay=config.train.weight_decay,
+            train_rest=config.train.train_rest,
+            is_head=config.model.is_head,
+            batches=lambda: training_batches(self.sets.train, config, self.tokenizer),
+            calibrated=store.calibrated,
+        )
+        return config.method.prepare(self.model, self.linears, context)
+
+    def _train(self, trainer: RunTrainer) -> dict[str, Any]:
+        """Train to the end and score the best checkpoint, which is then the model."""
+        trainer.train(resume_from_checkpoint=last_checkpoint(self.config.checkpoints))
+        main, state = self.config.task.main_metric, trainer.state
+        best = _evaluations(state.log_history)
+        chosen = next(row for row in best if row["step"] == state.best_global_step)
+        scores = {name: value for name, value in chosen.items() if name not in ("step", "epoch", "loss")}
+        if self.sets.report is not None:
+            # Not `evaluate`: its log would put this split's scores among those that choose.
+            scores = _scores(trainer.predict(self.sets.report, metric_key_prefix="eval").metrics)
+            scores.pop("loss")
+        return {
+            "metric": main,
+            "value": scores[main],
+            "split": "validation",
+            "scores": scores,
+            "chosen_on": self.config.protocol.select,
+            "chosen_step": state.best_global_step,
+            "chosen_score": state.best_metric,
+            "steps": state.global_step,
+            "epochs": round(state.epoch, 4),
+        }
+
+    def _facts(self, prepared: Prepared) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "key": self.config.key,
+            "status": "failed",
+            **self.labels,
+            "config": self.config.resolved,
+            "data": {
+                "fingerprint": self.splits.fingerprint,
+                "train_rows": len(self.sets.train),
+                "choose_rows": len(self.sets.choose),
+                "validation_rows": len(self.splits.validation),
+            },
+            "trainable": {
+                "total": prepared.trainable,
+                "per_weight": prepared.trainable_per_weight,
+                "model": self.parameters,
+            },
+            "calibration": prepared.calibration,
+        }
+
+    def _leave_failed(self, record: dict[str, Any], reason: str) -> None:
+        """Write the failed record; a checkpoint on the way to NaN is of no use to the next try."""
+        write_json(self.config.record_path, {**record, "reason": reason, "environment": self._environment()})
+        shutil.rmtree(self.config.checkpoints, ignore_errors=True)
+        raise UserError(f"{reason} (record {self.config.record_path}, marked failed)") from None
+
+    def _save(self, prepared: Prepared) -> None:
+        prepared.finish()
+        folder = self.config.run_folder / "model"
+        model: Any = self.model
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def _tokenized(config: RunConfig, splits: Splits, tokenizer: Any) -> TokenSets:
+    def tokens(rows: Any) -> Any:
+        return tokenize(rows, config.task, tokenizer, config.data)
+
+    if config.protocol.select == "validation":
+        return TokenSets(train=tokens(splits.train), choose=tokens(splits.validation), report=None)
+    train, heldout = split_heldout(splits.train)
+    return TokenSets(train=tokens(train), choose=tokens(heldout), report=tokens(splits.validation))
+
+
+def _check_sizes(config: RunConfig, splits: Splits) -> None:
+    """A split must fill one batch: less is a mistake in the data or in `data.max_train`."""
+    share = 0.9 if config.protocol.select == "heldout" else 1.0
+    rows, batch = math.floor(len(splits.train) * share), config.train.batch_size
+    if rows < batch:
+        raise UserError(
+            f"train.batch_size={batch} is not allowed: {config.task.name} has {rows} training rows; "
+            "give more rows (data.max_train) or a smaller batch"
+        )
+    if len(splits.validation) < 2:
+        raise UserError(f"{config.task.name} has {len(splits.validation)} validation rows: give at least 2")
+
+
+def _check_same_data(config: RunConfig, record: Mapping[str, Any]) -> None:
+    """Refuse to skip for a record of other data; where the data is not at hand, the record is taken at its word."""
+    try:
+        splits = config.task.load(config.data)
+    except UserError:
+        return
+    found = record["data"]["fingerprint"]
+    if found != splits.fingerprint:
+        raise UserError(
+            f"{config.record_path} was made with other data (fingerprint {found}, now {splits.fingerprint}): "
+            "choose another name=, or force=true to replace it"
+        )
+
+
+def _history(trainer: RunTrainer) -> dict[str, Any]:
+    """Every evaluation, and the curve of the training loss."""
+    log = trainer.state.log_history
+    losses = [{"step": row["step"], "loss": _finite(row["loss"])} for row in log if "loss" in row]
+    return {"evaluations": _evaluations(log), "losses": losses}
+
+
+def _evaluations(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = [row for row in log if any(name.startswith("eval_") for name in row)]
+    return [{"step": row["step"], "epoch": round(row["epoch"], 4), **_scores(row)} for row in rows]
+
+
+def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores of an evaluation, without its timings."""
+    timings = ("runtime", "per_second")
+    found = {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
+    return {name: _finite(value) for name, value in found.items() if not name.endswith(timings)}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

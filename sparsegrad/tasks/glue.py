@@ -1,0 +1,63 @@
+"""The GLUE tasks, from the hub or from local files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import datasets
+
+from sparsegrad.errors import UserError, check_choice
+from sparsegrad.hub import hub_answers
+from sparsegrad.tasks.base import DataConfig, Splits, Task, label_kind
+from sparsegrad.tasks.glue_files import OFFICIAL, read_local
+
+HUB_NAME = "nyu-mll/glue"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Glue(Task):
+    """One of the nine GLUE tasks; validates on the validation split (MNLI: matched), as the test labels are secret."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("task.name", self.name, tuple(OFFICIAL))
+
+    def _read(self, data: DataConfig) -> Splits:
+        return _read_hub(self) if data.dir is None else read_local(self, data.dir)
+
+
+def _read_hub(task: Task) -> Splits:
+    try:
+        with _offline_unless(hub_answers()):
+            found = datasets.load_dataset(HUB_NAME, task.name)
+    except Exception as error:  # whatever the hub client raises, the user's way out is the same
+        raise _unreachable(task, error) from error
+    validation = "validation_matched" if task.name == "mnli" else "validation"
+    return Splits(_plain(task, found["train"]), _plain(task, found[validation]))
+
+
+def _plain(task: Task, rows: datasets.Dataset) -> datasets.Dataset:
+    return rows.select_columns([*task.columns, "label"]).cast_column("label", label_kind(task))
+
+
+@contextmanager
+def _offline_unless(online: bool) -> Iterator[None]:
+    """While active and not `online`, `datasets` goes straight to its cache."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or not online
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _unreachable(task: Task, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    prefetch = f"python -c \"import datasets; datasets.load_dataset('{HUB_NAME}', '{task.name}')\""
+    return UserError(
+        f"task={task.name}: {HUB_NAME} could not be loaded from the hub or its cache ({reason}); with a network, fill "
+        f"the cache (in HF_HOME): {prefetch}; without, use data.dir=<folder> with {task.name}/train.jsonl and "
+        f"validation.jsonl, or with {OFFICIAL[task.name].folder}/train.tsv of the official GLUE zip, or task=snippets"
+    )

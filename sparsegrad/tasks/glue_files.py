@@ -1,0 +1,195 @@
+"""GLUE from local files: `<task>/*.jsonl` with the hub's columns, or the folders of the official zip."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from sparsegrad.errors import UserError
+from sparsegrad.tasks.base import Splits, Task, make_dataset
+
+
+@dataclass(frozen=True)
+class Official:
+    """Where the official zip keeps a task.
+
+    columns: the file's names of the task's text columns, then of its label.  header: the columns of a file
+    that has no header line; None = the first line is one.
+    """
+
+    folder: str
+    columns: tuple[str, ...]
+    dev: str = "dev.tsv"
+    header: tuple[str, ...] | None = None
+
+
+_PAIR = ("sentence1", "sentence2")
+OFFICIAL = {
+    "cola": Official("CoLA", ("sentence", "label"), header=("source", "label", "star", "sentence")),
+    "sst2": Official("SST-2", ("sentence", "label")),
+    "mrpc": Official("MRPC", ("#1 String", "#2 String", "Quality")),
+    "stsb": Official("STS-B", (*_PAIR, "score")),
+    "qqp": Official("QQP", ("question1", "question2", "is_duplicate")),
+    "mnli": Official("MNLI", (*_PAIR, "gold_label"), dev="dev_matched.tsv"),
+    "qnli": Official("QNLI", ("question", "sentence", "label")),
+    "rte": Official("RTE", (*_PAIR, "label")),
+    "wnli": Official("WNLI", (*_PAIR, "label")),
+}
+# The published QQP has lines that an unquoted line break cut in two, and empty questions. The hub's copy leaves the
+# former out and keeps the latter; doing the same (and saying so) gives the same rows from every source.
+FLAWED = ("qqp",)
+
+
+@dataclass
+class Rows:
+    """The columns read so far, and the flawed lines met: (line number, skipped or kept)."""
+
+    task: Task
+    path: Path
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    skipped: list[int] = field(default_factory=list)
+    empty: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.columns = {name: [] for name in (*self.task.columns, "label")}
+
+    def add(self, number: int, texts: list[Any], label: Any) -> None:
+        """Append line `number`, or raise UserError that names file and line."""
+        for name, text in zip(self.task.columns, texts, strict=True):
+            self._check_text(number, name, text)
+        value = self.task.label_value(label)
+        if value is None:
+            raise self.error(number, f"label {label!r} does not fit task={self.task.name}: give {self.task.label_help}")
+        for name, text in zip(self.task.columns, texts, strict=True):
+            self.columns[name].append(text)
+        self.columns["label"].append(value)
+
+    def _check_text(self, number: int, name: str, text: Any) -> None:
+        if not isinstance(text, str):
+            raise self.error(number, f"column {name} holds {text!r}: give a text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise self.error(number, f"column {name} holds {text!r}: half a Unicode pair; write both halves") from None
+        if not text.strip():
+            if self.task.name not in FLAWED:
+                raise self.error(number, f"column {name} is empty: give a text, or delete the line")
+            self.empty.append(number)
+
+    def error(self, number: int, what: str) -> UserError:
+        """The error for line `number`; the caller raises it."""
+        return UserError(f"{self.path} line {number}: {what}")
+
+    def finish(self) -> datasets.Dataset:
+        """The rows as a Dataset; warns once if flawed lines were met."""
+        for numbers, what in (
+            (self.skipped, "cut short and left out"),
+            (self.empty, "with an empty question and kept"),
+        ):
+            if numbers:
+                warnings.warn(
+                    f"{self.path}: {len(numbers)} line(s) {what}, as in the hub's copy; the first is line {numbers[0]}",
+                    stacklevel=2,
+                )
+        return make_dataset(self.task, self.columns)
+
+
+def read_local(task: Task, folder: str) -> Splits:
+    """Both splits from `folder`; jsonl is preferred where both layouts are there.
+
+    Raises UserError if neither layout is complete, or for the first malformed line.
+    """
+    root, official = Path(folder).expanduser(), OFFICIAL[task.name]
+    jsonl, tsv = root / task.name, root / official.folder
+    train, validation = jsonl / "train.jsonl", _jsonl_validation(task, jsonl)
+    if train.is_file() and validation.is_file():
+        return Splits(_read_jsonl(task, train), _read_jsonl(task, validation))
+    if (tsv / "train.tsv").is_file() and (tsv / official.dev).is_file():
+        return Splits(_read_tsv(task, tsv / "train.tsv"), _read_tsv(task, tsv / official.dev))
+    raise UserError(
+        f"data.dir={folder} has no complete {task.name}: tried {train} with {validation.name}, and {tsv / 'train.tsv'} "
+        f"with {official.dev}; put the files there or leave data.dir out to use the hub"
+    )
+
+
+def _jsonl_validation(task: Task, folder: Path) -> Path:
+    matched = folder / "validation_matched.jsonl"
+    return matched if task.name == "mnli" and matched.is_file() else folder / "validation.jsonl"
+
+
+def _read_jsonl(task: Task, path: Path) -> datasets.Dataset:
+    rows = Rows(task, path)
+    for number, line in lines(path):
+        if not line.strip():
+            continue
+        row = _json_object(rows, number, line)
+        missing = [name for name in rows.columns if name not in row]
+        if missing:
+            raise rows.error(number, f"column {', '.join(missing)} is missing: give {', '.join(rows.columns)}")
+        rows.add(number, [row[name] for name in task.columns], row["label"])
+    return rows.finish()
+
+
+def _json_object(rows: Rows, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise rows.error(number, f"not valid JSON ({error.msg}): give one object per line") from None
+    if not isinstance(row, dict):
+        raise rows.error(number, f"holds a JSON {type(row).__name__}: give one object per line")
+    return row
+
+
+def _read_tsv(task: Task, path: Path) -> datasets.Dataset:
+    rows, official, found = Rows(task, path), OFFICIAL[task.name], lines(path)
+    header = official.header or tuple(next(found, (1, ""))[1].split("\t"))
+    missing = [name for name in official.columns if name not in header]
+    if missing:
+        raise rows.error(
+            1, f"column {', '.join(missing)} is missing: task={task.name} needs {', '.join(official.columns)}"
+        )
+    *texts, label = (header.index(name) for name in official.columns)
+    for number, line in found:
+        fields = line.split("\t")  # the files know no quoting: a quote is a character of the text
+        if _has_fields(rows, number, fields, official.header, 1 + max(*texts, label)):
+            rows.add(number, [fields[index] for index in texts], _tsv_label(task, fields[label]))
+    return rows.finish()
+
+
+def _has_fields(rows: Rows, number: int, fields: list[str], fixed: tuple[str, ...] | None, needed: int) -> bool:
+    """Whether the line has its fields; a flawed file's short line is counted, any other is an error."""
+    # Without a header the text is the last field, so a stray tab would cut it unnoticed: the count must be exact.
+    # With one, a stray tab moves another field into the label's place, and the label check finds it.
+    if len(fields) >= needed and not (fixed and len(fields) != len(fixed)):
+        return True
+    if rows.task.name in FLAWED:
+        rows.skipped.append(number)
+        return False
+    raise rows.error(number, f"{len(fields)} tab separated fields: give {needed}, or delete the line")
+
+
+def _tsv_label(task: Task, text: str) -> Any:
+    """A label's text as id, number or name; what is none of them stays text and is refused by `Rows.add`."""
+    try:
+        return float(text) if task.is_regression else int(text)
+    except ValueError:
+        return text
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text without its line end) of a UTF-8 file; UserError names a line that is not UTF-8."""
+    with path.open("rb") as file:
+        # Only "\n" ends a line: the texts contain other characters that Python counts as line ends.
+        for number, raw in enumerate(file, 1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path} line {number}: not UTF-8 ({error.reason}): convert the file to UTF-8"
+                ) from None

@@ -1,0 +1,234 @@
+"""The Hugging Face Trainer put together for one run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from sparsegrad.callbacks import EvaluationSteps, LossWatch, Progress, Stopwatch
+from sparsegrad.config import RunConfig
+from sparsegrad.errors import UserError
+from sparsegrad.memory import PeakMemory
+from sparsegrad.metrics import compute_metrics
+
+LOGGING_STEPS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSets:
+    """Tokenized rows: what trains, what chooses the checkpoint, and what is reported (None: the same)."""
+
+    train: datasets.Dataset
+    choose: datasets.Dataset
+    report: datasets.Dataset | None
+
+
+class RunTrainer(Trainer):  # type: ignore[misc]
+    """The Trainer, which also shows each loss to a `LossWatch`."""
+
+    def __init__(self, *args: Any, loss_watch: LossWatch, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # A classifier takes any keyword, from which the Trainer concludes that its loss is already that of the whole
+        # accumulated batch; it is not, and without this the micro-batches' gradients would be summed, not averaged.
+        self.model_accepts_loss_kwargs = False
+        self.loss_watch = loss_watch
+        self.add_callback(loss_watch)
+
+    def train(self, resume_from_checkpoint: str | None = None) -> None:
+        """Train to the end, on from a checkpoint; the model is then the best one. An error leaves no bar open."""
+        state = None if resume_from_checkpoint is None else _state(resume_from_checkpoint)
+        if state is not None and state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            # Nothing was missing but the record; the Trainer would take one step too many.
+            self.state = state
+            self._load_best_model()
+            return
+        try:
+            super().train(resume_from_checkpoint=resume_from_checkpoint)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Progress):
+                    callback.close()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch, forward and backward."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self.loss_watch.add(loss)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """No norm where nothing is clipped: it would cost every step a pass, and COO gradients have none in torch."""
+        return super()._get_grad_norm(*args, **kwargs) if self.args.max_grad_norm > 0 else None
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `train.device`.
+
+    Raises:
+        UserError: for `cuda` on a machine without it.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda is not allowed: this machine has no CUDA device; use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def training_batches(rows: datasets.Dataset, config: RunConfig, tokenizer: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """An endless stream of shuffled training batches, the same for the same seed: for calibration."""
+    generator = torch.Generator().manual_seed(config.seed)
+    loader = DataLoader(
+        rows,
+        batch_size=config.train.batch_size,
+        shuffle=True,
+        drop_last=True,
+        generator=generator,
+        collate_fn=DataCollatorWithPadding(tokenizer),
+    )
+    while True:
+        yield from loader
+
+
+def make_trainer(
+    config: RunConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sets: TokenSets,
+    tokenizer: Any,
+    memory: PeakMemory,
+) -> tuple[RunTrainer, Stopwatch]:
+    """The Trainer of one run and the stopwatch that measures it."""
+    stopwatch = Stopwatch(memory)
+    callbacks: list[Any] = [stopwatch, EvaluationSteps()]
+    if config.protocol.patience is not None:
+        callbacks.append(EarlyStoppingCallback(config.protocol.patience))
+    trainer = RunTrainer(
+        model=model,
+        args=training_arguments(config, len(sets.train)),
+        train_dataset=sets.train,
+        eval_dataset=sets.choose,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=compute_metrics(config.task),
+        callbacks=callbacks,
+        optimizers=(optimizer, None),
+        loss_watch=LossWatch(),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress)
+    return trainer, stopwatch
+
+
+def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
+    """The run's settings in the Trainer's words: constant rate, no warm-up, no clipping, as in the paper."""
+    train, protocol = config.train, config.protocol
+    interval = protocol.steps_between_evaluations(config.task.eval_base, train.batch_size, total_steps(config, rows))
+    return TrainingArguments(
+        output_dir=str(config.checkpoints),
+        per_device_train_batch_size=train.batch_size,
+        per_device_eval_batch_size=train.eval_batch_size,
+        gradient_accumulation_steps=train.grad_accumulation,
+        num_train_epochs=protocol.epochs,
+        max_steps=protocol.max_steps or -1,
+        learning_rate=train.lr,
+        lr_scheduler_type="constant",
+        weight_decay=train.weight_decay,
+        max_grad_norm=0,
+        bf16=train.precision == "bf16",
+        train_sampling_strategy="group_by_length" if train.group_by_length else "random",
+        eval_strategy="steps",
+        eval_steps=interval,
+        save_strategy="steps",
+        save_steps=interval,
+        save_total_limit=2,  # the best and the last: with 1 the Trainer removes the last before the record is written
+        restore_callback_states_from_checkpoint=True,
+        load_best_model_at_end=True,
+        metric_for_best_model=f"eval_{config.task.main_metric}",
+        greater_is_better=True,
+        logging_steps=LOGGING_STEPS,
+        logging_nan_inf_filter=False,
+        disable_tqdm=False,
+        dataloader_pin_memory=pick_device(train.device).type == "cuda",
+        use_cpu=pick_device(train.device).type == "cpu",
+        seed=config.seed,
+        report_to=_tracker(config),
+        run_name=f"{config.name}/{config.model.name}/{config.method.name}/{config.task.name}/{config.seed}",
+    )
+
+
+def total_steps(config: RunConfig, rows: int) -> int:
+    """Optimizer steps that the run may take at most."""
+    if config.protocol.max_steps is not None:
+        return config.protocol.max_steps
+    micro_batches = -(-rows // config.train.batch_size)
+    per_epoch = max(1, -(-micro_batches // config.train.grad_accumulation))
+    return max(1, int(-(-per_epoch * config.protocol.epochs // 1)))
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; one that a killed run left half written is removed."""
+    while folder.is_dir() and (found := get_last_checkpoint(str(folder))) is not None:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # the Trainer writes the state last
+            _state(found)
+            return str(found)
+        shutil.rmtree(found)
+    return None
+
+
+def _state(checkpoint: str) -> TrainerState:
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+
+
+def check_tracker(config: RunConfig) -> None:
+    """Raise `UserError` if the tracker's package is missing."""
+    package = {"wandb": "wandb", "tensorboard": "tensorboard"}.get(config.tracker.name)
+    if package is None:
+        return
+    try:
+        __import__(package)
+    except ImportError:
+        raise UserError(
+            f"tracker={config.tracker.name} needs the package {package}: pip install 'sparsegrad[{package}]', "
+            "or tracker=none"
+        ) from None
+
+
+def close_tracker(config: RunConfig) -> None:
+    """End the run of Weights & Biases: the next one in this process is another."""
+    if config.tracker.name == "wandb" and "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
+
+
+def _tracker(config: RunConfig) -> list[str]:
+    """Set what the Trainer's trackers read from the environment, and name the tracker."""
+    tracker = config.tracker
+    if tracker.name == "wandb":
+        folder = Path(config.work_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ |= {
+            "WANDB_PROJECT": tracker.project or "sparsegrad",
+            "WANDB_MODE": tracker.mode or "offline",
+            "WANDB_RUN_GROUP": config.name,
+            "WANDB_DIR": str(folder),
+            "WANDB_SILENT": "true",
+        }
+    if tracker.name == "tensorboard":
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.work_dir) / "tensorboard" / config.key)
+    return [] if tracker.name == "none" else [tracker.name]

@@ -1,0 +1,345 @@
+"""Every mistake ends with one line on stderr that names value, choices and remedy, status 2, and no traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Composer, RunPy, last_wins, write_rows
+from hydra.errors import HydraException
+from transformers import TrainerCallback
+
+from sparsegrad import assets, cli, records, runs
+from sparsegrad.assets import assets_root
+from sparsegrad.basis import Basis, save_bases
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(conf: Composer, small: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> Refused:
+    """`refused(*overrides)`: run what run.py runs; the one line it prints on stderr, after status 2."""
+
+    def run(*overrides: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.run_command(conf(*last_wins(*small, *overrides)))
+        assert ended.value.code == 2
+        return error_line(capsys.readouterr().err)
+
+    return run
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error must come before a model is loaded."""
+    monkeypatch.setattr(runs, "load_model", lambda *_: pytest.fail("a model was loaded"))
+
+
+def error_line(stderr: str) -> str:
+    """The one `error:` line, which ends the output; bars may have come before it."""
+    lines = [line for line in stderr.replace("\r", "\n").splitlines() if line.strip()]
+    assert "Traceback" not in stderr
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    return lines[-1]
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr=-1e-3", r"train\.lr=-0\.001 .*above 0 below 10"),
+        ("train.lr=0", r"train\.lr=0 .*above 0"),
+        ("train.lr=fast", r"train\.lr=fast .*a number"),
+        ("train.lr=nan", r"train\.lr=nan .*a number"),
+        ("train.lr=null", r"train\.lr=None .*a number"),
+        ("train.lr=[1e-3]", r"train\.lr=\[0\.001\] .*a number"),
+        ("train.batch_size=0", r"train\.batch_size=0 .*at least 1"),
+        ("train.batch_size=null", r"train\.batch_size=None .*whole number"),
+        ("train.batch_size=2.5", r"train\.batch_size=2\.5 .*whole number"),
+        ("train.batch_size=25", r"train\.batch_size=25 .*24 training rows.*data\.max_train"),
+        ("train.weight_decay=1", r"train\.weight_decay=1 .*below 1"),
+        ("train.precision=fp16", r"train\.precision=fp16 .*fp32, bf16"),
+        ("train.train_rest=maybe", r"train\.train_rest=maybe .*True, False"),
+        ("train.device=tpu", r"train\.device=tpu .*auto, cpu, cuda"),
+        ("train=3", r"train=3 .*train\.x=y"),
+        ("method.density=0", r"density=0 .*above 0 of at most 1"),
+        ("method.density=1.5", r"density=1\.5 .*at most 1"),
+        ("method.density=-0.1", r"density=-0\.1 .*above 0"),
+        ("method.keep=5", r"method\.density=0\.01 and method\.keep=5: give one"),
+        ("method.density=null", r"method\.density=None and method\.keep=None: give one"),
+        ("method.steps=0", r"method\.steps=0 .*at least 1"),
+        ("method.engine=fast", r"method\.engine=fast .*merged, layer"),
+        ("method.backward=sparse_dense", r"method\.backward=sparse_dense belongs to method\.engine=layer"),
+        ("method._target_=os.nothing", r"method\._target_=os\.nothing cannot be imported"),
+        ("+method.rank=3", r"method does not fit SparseGrad: .*rank"),
+        ("protocol.epochs=0", r"protocol\.epochs=0 .*above 0"),
+        ("protocol.select=test", r"protocol\.select=test .*validation, heldout"),
+        ("protocol.patience=0", r"protocol\.patience=0 .*at least 1; null"),
+        ("protocol.max_steps=[1,2]", r"protocol\.max_steps=\[1, 2\] .*whole number"),
+        ("data.max_length=1", r"data\.max_length=1 .*at least 4"),
+        ("data.max_train=3", r"train\.batch_size=4 .*3 training rows"),
+        ("data.max_eval=1", r"1 validation rows: give at least 2"),
+        ("data.pad=left", r"data\.pad=left .*longest, max_length"),
+        ("tracker.name=mlflow", r"tracker\.name=mlflow .*none, wandb, tensorboard"),
+        ("+tracker.project=3", r"tracker\.project=3 .*give a text"),
+        ("seed=abc", r"seed=abc .*whole number"),
+        ("seed=-1", r"seed=-1 .*at least 0"),
+        ("seed=null", r"seed=None .*whole number"),
+        ("name=../x", r"name=\.\./x .*one folder name"),
+        ("name=''", r"name= .*give a text"),
+        ("name=7", r"name=7 .*in quotes: name=\\'7\\'|name=7 .*give a text"),
+        ("results_dir=null", r"results_dir=None .*give a text"),
+        ("force=perhaps", r"force=perhaps .*True, False"),
+        ("model.weights=old", r"model\.weights=old .*pretrained, random"),
+        ("model.head='('", r"model\.head=\( is not a regular expression"),
+        ("model.source=null", r"model\.source=None .*give a text"),
+        ("+model.size=3", r"model does not fit ModelConfig: .*size"),
+        ("seed=${nowhere}", r"the configuration cannot be resolved: .*nowhere"),
+        ("seed=???", r"the configuration cannot be resolved: .*[Mm]issing"),
+        ("train.device=cuda", r"train\.device=cuda .*no CUDA device; use auto or cpu"),
+    ],
+)
+def test_a_wrong_value_is_named_before_anything_is_loaded(refused: Refused, override: str, message: str) -> None:
+    if override == "train.device=cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert re.search(message, refused(override))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("method.density=null", "method.keep=2049"), r"keep=2049 .*at most 2048.*\(64, 32\) has 2048 entries"),
+        (("method.density=1e-6",), r"density=1e-06 keeps no entry .*at least"),
+        (("method=lora", "method.rank=0"), r"method\.rank=0 .*at least 1"),
+        (("method=lora", "method.rank=33"), r"method\.rank=33 .*at most 32"),
+        (("method.basis=nowhere.safetensors",), r"no basis file nowhere\.safetensors"),
+        (("data.max_length=4096",), r"data\.max_length=4096 .*at most 512"),
+        (("model.mlp=gpt2",), r"mlp=gpt2 .*bert, roberta"),
+        (("model.mlp={up: '.*up'}",), r"no MLP linear of kind up"),
+        (("model.architecture=3",), r"model\.architecture=3 .*fields"),
+        (("model.architecture.num_attention_heads=3",), r"model\.architecture=.* makes no model"),
+        (("model.architecture.model_type=brt",), r"model\.architecture=.* makes no model"),
+        (("model.architecture=null",), r"model\.architecture=None .*fields"),
+        (("model.weights=pretrained", "model.source=./nowhere"), r"model source \./nowhere does not exist"),
+        (("model.tokenizer=asset:big",), r"asset=big .*minilm"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_named(refused: Refused, overrides: tuple[str, ...], message: str) -> None:
+    assert re.search(message, refused(*overrides))
+
+
+@pytest.mark.parametrize("group", ["model", "method", "task", "protocol", "tracker"])
+def test_an_unknown_choice_is_answered_with_the_choices(conf: Composer, group: str) -> None:
+    with pytest.raises(HydraException, match=f"(?s){group}/nonsense.*Available options") as caught:
+        conf(f"{group}=nonsense")
+    assert {"model": "roberta_large", "task": "mnli"}.get(group, "") in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["train.learning_rate=1", "lr=1", "method.densty=0.1", "task.name.x=1"])
+def test_a_mistyped_override_is_named(conf: Composer, override: str) -> None:
+    with pytest.raises(HydraException, match=re.escape(override.split("=")[0])):
+        conf(override)
+
+
+def test_run_py_names_choices_and_mistyped_overrides_without_traceback(run_py: RunPy) -> None:
+    for override, word in (("method=lorra", "lora_tuned"), ("train.learning_rate=1", "learning_rate")):
+        done = run_py(override)
+        assert done.returncode == 1
+        assert word in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_run_py_prints_one_line(run_py: RunPy) -> None:
+    done = run_py("train.lr=fast")
+    assert done.returncode == 2
+    assert error_line(done.stderr) == done.stderr.strip()
+
+
+def test_a_missing_hub_is_named_within_seconds(run_py: RunPy, tmp_path: Path) -> None:
+    start = time.monotonic()
+    done = run_py("model=roberta_base", HF_HOME=str(tmp_path / "hf"))
+    assert done.returncode == 2
+    line = error_line(done.stderr)
+    assert "hf download FacebookAI/roberta-base" in line
+    assert "HF_HOME" in line
+    assert "model=minilm" in line
+    done = run_py("task=cola", HF_HOME=str(tmp_path / "hf"))
+    assert done.returncode == 2
+    assert re.search(r"nyu-mll/glue .*data\.dir=", error_line(done.stderr))
+    assert time.monotonic() - start < 40  # the hub's client alone would try for a minute
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_missing_and_malformed_data_are_named(refused: Refused, tmp_path: Path) -> None:
+    assert re.search(r"tried .*nowhere.sst2.train\.jsonl", refused(f"data.dir={tmp_path / 'nowhere'}"))
+    lines = write_rows(tmp_path / "data") / "sst2" / "train.jsonl"
+    lines.write_text(lines.read_text() + '{"sentence": "cut')
+    assert re.search(r"sst2.train\.jsonl line 25: not valid JSON", refused(f"data.dir={tmp_path / 'data'}"))
+    lines.write_text('{"sentence": "fine", "label": 2}\n')
+    assert re.search(
+        r"line 1: label 2 does not fit task=sst2: .*0 \(negative\)", refused(f"data.dir={tmp_path / 'data'}")
+    )
+
+
+def test_a_corrupt_asset_is_named_with_its_hash(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(assets_root() / "snippets", tmp_path / "assets" / "snippets")
+    (damaged,) = (tmp_path / "assets" / "snippets").iterdir()
+    damaged.write_bytes(damaged.read_bytes() + b"x")
+    monkeypatch.setenv("SPARSEGRAD_ASSETS", str(tmp_path / "assets"))
+    assets._verified.cache_clear()
+    line = refused("task=snippets", "data.dir=null")
+    assert re.search(
+        rf"{damaged.name} is corrupt: expected sha256 [0-9a-f]{{64}}, found [0-9a-f]{{64}}; run `make", line
+    )
+
+
+def test_basis_files_of_other_models_and_damaged_ones_are_named(refused: Refused, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_bases(path, {kind: Basis(torch.eye(8), torch.eye(16)) for kind in ("intermediate", "output")})
+    line = refused(f"method.basis={path}")
+    assert "(16, 8)" in line
+    assert "(64, 32)" in line
+    path.write_bytes(path.read_bytes()[:-100])
+    assert f"{path} is not a readable basis file" in refused(f"method.basis={path}")
+
+
+def test_a_missing_tracker_is_named(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    line = refused("tracker=wandb")
+    assert "pip install 'sparsegrad[wandb]'" in line
+    assert "tracker=none" in line
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.parametrize("place", ["results_dir", "work_dir"])
+def test_an_unwritable_folder_is_named_first(refused: Refused, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    line = refused(f"{place}={tmp_path / 'file' / 'below'}")
+    assert re.search(r"cannot write .*file.below.*choose another folder", line)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.suffix in (".json", ".tmp")] if folder.exists() else []
+
+
+def test_a_full_disk_while_writing_the_record(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = runs.write_json
+
+    def full(path: Path, content: dict[str, Any]) -> None:
+        with monkeypatch.context() as disk:
+            disk.setattr(records.os, "fsync", no_space)
+            write(path, content)
+
+    def no_space(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(runs, "write_json", full)  # the record's; the basis is stored before
+    assert re.search(r"cannot write .*results.*No space left on device; free space", refused())
+    assert leftovers(tmp_path / "results") == []
+
+
+@contextlib.contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """Within, this process can write no file larger than `size` bytes, as on a disk that is full.
+
+    Only around the command itself: pytest's own progress may go to a log file that is larger.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("megabytes", [1, 6])  # the model has 4.1, its optimizer's state 8.2
+def test_a_full_disk_while_writing_a_checkpoint(
+    refused: Refused, tmp_path: Path, conf: Composer, small: Any, megabytes: int
+) -> None:
+    with small_files(megabytes * 10**6):
+        line = refused("method=full")
+    assert re.search(r"cannot write .*work.*free space there", line)
+    assert leftovers(tmp_path / "results") == []
+    cli.run_command(conf(*last_wins(*small, "method=full")))  # what is half written does not disturb
+    (record,) = leftovers(tmp_path / "results")
+    assert json.loads(record.read_text())["status"] == "complete"
+
+
+def test_a_full_disk_while_storing_the_basis(refused: Refused) -> None:
+    with small_files(5000):
+        line = refused()
+    assert re.search(r"cannot write .*free space there", line)
+
+
+def test_an_error_that_is_not_of_writing_keeps_its_name(
+    conf: Composer, small: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ConnectionResetError(errno.ECONNRESET, "the far end hung up")
+
+    monkeypatch.setattr(runs, "load_model", broken)
+    with pytest.raises(ConnectionResetError):
+        cli.run_command(conf(*small))
+
+
+class Poison(TrainerCallback):  # type: ignore[misc]
+    """Makes a weight NaN after step 2."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            next(model.parameters()).data.fill_(float("nan"))
+
+
+def test_a_diverged_run_names_the_step_leaves_a_failed_record_and_is_tried_again(
+    conf: Composer, small: tuple[str, ...], refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = runs.run
+    monkeypatch.setattr(runs, "run", lambda config, **more: real(config, callbacks=[Poison()], **more))
+    line = refused("protocol.eval_steps=4")
+    assert re.search(r"not a finite number at step 3: .*lower train\.lr=0\.01.*record .*marked failed", line)
+    (path,) = leftovers(tmp_path / "results")
+    record = json.loads(path.read_text())
+    assert record["status"] == "failed"
+    assert "at step 3" in record["reason"]
+    monkeypatch.setattr(runs, "run", real)
+    cli.run_command(conf(*last_wins(*small, "protocol.eval_steps=4")))
+    assert json.loads(path.read_text())["status"] == "complete"
+
+
+def test_a_huge_rate_ends_in_one_line_or_in_finite_numbers(
+    conf: Composer, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    overrides = last_wins(*small, "method=full", "train.lr=9.9", "protocol.max_steps=20")
+    with contextlib.suppress(SystemExit):
+        cli.run_command(conf(*overrides))
+    (path,) = leftovers(tmp_path / "results")
+    record = json.loads(path.read_text())
+    if record["status"] == "complete":
+        assert all(math.isfinite(row["loss"]) for row in record["evaluations"] + record["losses"])
+    else:
+        assert re.search(r"step \d+|predicts NaN", record["reason"])
+
+
+def test_a_damaged_record_is_named(refused: Refused, conf: Composer, small: tuple[str, ...], tmp_path: Path) -> None:
+    cli.run_command(conf(*small))
+    (path,) = leftovers(tmp_path / "results")
+    path.write_text(path.read_text()[:50])
+    assert re.search(rf"{path.name} is not a readable record .*delete it and run again", refused())

@@ -1,0 +1,63 @@
+"""The real conf/: every choice builds, and the key holds what determines a result and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Composer, Tiny
+
+from sparsegrad.config import build, config_key
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("method", choices("method"))
+@pytest.mark.parametrize("model", choices("model"))
+def test_every_model_goes_with_every_method(conf: Composer, model: str, method: str) -> None:
+    config = build(conf(f"model={model}", f"method={method}"))
+    assert (config.model.name, config.method.name) == (model, method)
+    assert config.train.lr == config.model.lr
+
+
+@pytest.mark.parametrize("group", ["task", "protocol", "tracker"])
+def test_every_choice_builds_and_has_its_name(conf: Composer, group: str) -> None:
+    for name in choices(group):
+        assert getattr(build(conf(f"{group}={name}")), group).name == name
+
+
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_every_experiment_builds(conf: Composer, name: str) -> None:
+    assert build(conf(f"experiment={name}")).name == name
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["name=other", "results_dir=x", "work_dir=y", "force=true", "resume=false", "save_model=true",
+     "tracker=tensorboard", "data.dir=elsewhere", "train.device=auto", "train.eval_batch_size=7"],
+)  # fmt: skip
+def test_what_does_not_change_the_result_is_not_in_the_key(tiny: Tiny, override: str) -> None:
+    assert tiny(override).key == tiny().key
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=1", "train.lr=2e-2", "train.batch_size=2", "train.precision=bf16", "train.train_rest=false",
+     "train.grad_accumulation=2", "train.weight_decay=0.1", "train.group_by_length=true", "method=full",
+     "method.density=0.02", "method.engine=layer", "model=bert_base", "task=rte", "protocol=heldout",
+     "protocol.max_steps=5", "protocol.patience=2", "data.max_train=9", "data.pad=max_length"],
+)  # fmt: skip
+def test_what_changes_the_result_is_in_the_key(tiny: Tiny, override: str) -> None:
+    assert tiny(override).key != tiny().key
+
+
+def test_the_key_is_stable(tiny: Tiny) -> None:
+    config = tiny()
+    again = json.loads(json.dumps(config.resolved))
+    assert config_key(dict(reversed(again.items()))) == config.key
+    assert len(config.key) == 16
+    assert config.record_path == Path(config.results_dir) / "runs" / "adhoc" / f"{config.key}.json"
+    assert config.resolved == again  # the key takes nothing out of it

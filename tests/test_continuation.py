@@ -1,0 +1,92 @@
+"""What a stopped or repeated run may take over from an earlier one, and what not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Tiny, write_rows
+from test_runs import Stop, curves
+
+from sparsegrad.basis import load_bases, save_bases
+from sparsegrad.runs import run
+
+
+def interrupted(config, step: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(config, callbacks=[Stop(step)])
+
+
+def test_a_checkpoint_of_other_data_is_not_continued(tiny: Tiny, tmp_path: Path) -> None:
+    interrupted(tiny(), 3)
+    other = f"data.dir={write_rows(tmp_path / 'other', train=20)}"
+    again = Stop()
+    record, _ = run(tiny(other), callbacks=[again])
+    assert again.began == 0
+    assert record["data"]["train_rows"] == 20
+
+
+@pytest.mark.parametrize("engine", ["merged", "layer"])
+def test_a_continued_run_keeps_its_bases_though_the_store_changed(tiny: Tiny, engine: str) -> None:
+    """Calibrated anew, trailing directions could turn, and the layer's rotated weights would mean something else."""
+    overrides = ("method=sparsegrad", f"method.engine={engine}")
+    config = tiny(*overrides)
+    whole, _ = run(config)
+    config.record_path.unlink()
+    interrupted(config, 3)
+    (stored,) = (config.run_folder.parent / "bases").iterdir()
+    bases = load_bases(stored)
+    turned = {kind: type(basis)(-basis.in_basis.flip(1), basis.out_basis.flip(1)) for kind, basis in bases.items()}
+    save_bases(stored, turned, stored.stem)
+    again = Stop()
+    resumed, _ = run(config, callbacks=[again])
+    assert again.began == 2
+    assert curves(resumed) == curves(whole)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "model.mlp={intermediate: '.*layer.0.intermediate.dense', output: '.*layer.0.output.dense'}",
+        "+model.architecture.hidden_act=relu",
+        "seed=1",
+        "train.batch_size=3",
+        "method.steps=3",
+    ],
+)
+def test_a_stored_basis_is_not_taken_for_another_calibration(tiny: Tiny, change: str) -> None:
+    first, _ = run(tiny("method=sparsegrad"))
+    second, _ = run(tiny("method=sparsegrad", change))
+    assert not first["calibration"]["reused"]
+    assert not second["calibration"]["reused"]
+
+
+def test_a_stored_basis_is_taken_for_the_same_calibration(tiny: Tiny) -> None:
+    first, _ = run(tiny("method=sparsegrad"))
+    second, _ = run(tiny("method=sparsegrad", "train.lr=3e-4"))
+    assert second["calibration"]["reused"]
+    assert second["calibration"]["fingerprint"] == first["calibration"]["fingerprint"]
+
+
+def test_a_finished_run_is_skipped_where_its_data_is_not_at_hand(tiny: Tiny, tmp_path: Path) -> None:
+    first, _ = run(tiny())
+    second, is_new = run(tiny(f"data.dir={tmp_path / 'nowhere'}"))
+    assert not is_new
+    assert second == first
+
+
+def test_force_keeps_a_saved_model_until_it_has_a_new_one(tiny: Tiny) -> None:
+    config = tiny("save_model=true")
+    run(config)
+    interrupted(tiny("save_model=true", "force=true"), 3)
+    assert (config.run_folder / "model" / "model.safetensors").is_file()
+
+
+def test_the_record_names_the_code_that_was_started(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsegrad import records
+
+    commits = iter([{"commit": "first"}, {"commit": "second"}])
+    monkeypatch.setattr(records, "_git", lambda: next(commits))
+    record, _ = run(tiny())
+    assert record["environment"]["git"] == {"commit": "first"}
+    assert record["environment"]["started"] <= record["environment"]["finished"]

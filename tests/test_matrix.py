@@ -1,0 +1,162 @@
+"""Every architecture with every method, small: only what should train has changed, and the record says so."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import Tiny
+from torch import Tensor, nn
+from transformers import set_seed
+
+from sparsegrad import runs
+from sparsegrad.config import RunConfig
+from sparsegrad.models import load_model, load_tokenizer
+
+MODELS = ("minilm", "bert_base", "roberta_base", "roberta_large")
+METHODS = {
+    "full": (),
+    "lora": (),
+    "lora_tuned": (),
+    "meprop": (),
+    "sparsegrad": (),
+    "layer": ("method=sparsegrad", "method.engine=layer"),
+    "sparse_dense": ("method=sparsegrad", "method.engine=layer", "method.backward=sparse_dense"),
+    "sparsegrad_authors": (),
+}
+KEEP, RANK, SIZE, SIDES = 20, 2, 32 * 64, 32 + 64  # 1 % of a weight (64, 32); the tiny sizes of conftest
+STEPS = 4
+WEIGHTS = [f"encoder.layer.{i}.{kind}.dense.weight" for i in range(2) for kind in ("intermediate", "output")]
+
+
+def is_mlp_weight(name: str) -> bool:
+    return name.endswith(tuple(WEIGHTS)) and "attention" not in name
+
+
+def trained(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
+    """Run; the record, the weights before, and the model as an ordinary one afterwards."""
+    caught: list[Any] = []
+    finish = runs.make_trainer
+
+    def make_trainer(config: RunConfig, model: nn.Module, *rest: Any) -> Any:
+        caught.append(model)
+        return finish(config, model, *rest)
+
+    prepare = runs._Run._prepare
+
+    def prepared(self: Any) -> Any:
+        caught.append(prepare(self))
+        return caught[-1]
+
+    monkeypatch.setattr(runs, "make_trainer", make_trainer)
+    monkeypatch.setattr(runs._Run, "_prepare", prepared)
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config.model)
+    before = {
+        name: value.clone() for name, value in load_model(config.model, config.task, tokenizer).named_parameters()
+    }
+    record, is_new = runs.run(config)
+    assert is_new
+    made, model = caught
+    made.finish()
+    return record, before, model
+
+
+def changed(before: dict[str, Tensor], model: nn.Module) -> set[str]:
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    return {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+def expected_count(method: str, before: dict[str, Tensor]) -> tuple[int, int]:
+    """Numbers that may change in all, and per MLP weight, from the names and shapes alone."""
+    rest = sum(value.numel() for name, value in before.items() if not is_mlp_weight(name))
+    if method == "sparsegrad_authors":
+        rest -= sum(value.numel() for name, value in before.items() if "LayerNorm" in name)
+    per_weight = {"full": SIZE, "lora": RANK * SIDES, "lora_tuned": RANK * SIDES, "sparsegrad_authors": 40}
+    each = per_weight.get(method, KEEP)
+    return rest + 4 * each, each
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_with_every_method(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, model: str, method: str) -> None:
+    overrides = METHODS[method] or (f"method={method}",)
+    record, before, after = trained(tiny(f"model={model}", *overrides), monkeypatch)
+    assert record["status"] == "complete"
+    assert [row["step"] for row in record["evaluations"]] == [2, STEPS]
+    assert all(math.isfinite(row["loss"]) for row in record["evaluations"])
+    total, each = expected_count(method, before)
+    assert record["trainable"] == {
+        "total": total,
+        "per_weight": {"intermediate": each, "output": each},
+        "model": sum(value.numel() for value in before.values()),
+    }
+    assert bool(record["calibration"]) == ("sparse" in method or method == "layer")
+    # LoRA's MLP weights too, since it has been merged; the authors' LayerNorms too, in their calibration.
+    expected = {name for name in before if is_mlp_weight(name) or "LayerNorm" in name or "classifier" in name}
+    assert expected <= changed(before, after)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_the_rest_only_mlp_weights_and_head_change(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    overrides = METHODS[method] or (f"method={method}",)
+    config = tiny("model=roberta_base", "train.train_rest=false", *overrides)
+    _, before, after = trained(config, monkeypatch)
+    head = {name for name in before if name.startswith("classifier.")}
+    assert changed(before, after) == head | {name for name in before if is_mlp_weight(name)}
+
+
+def test_authors_leave_layer_norms_alone_after_a_calibration_that_does_not_train(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("model=bert_base", "method=sparsegrad_authors", "method.training_calibration=false")
+    _, before, after = trained(config, monkeypatch)
+    same = before.keys() - changed(before, after)
+    assert {name for name in before if "LayerNorm" in name} == same
+
+
+def test_lora_leaves_the_base_weights_alone(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsegrad.methods.lora._merge", lambda model, names: None)
+    _, before, after = trained(tiny("model=minilm", "method=lora"), monkeypatch)
+    found = dict(after.named_parameters())
+    bases = [name for name in before if is_mlp_weight(name)]
+    assert len(bases) == 4
+    for name in bases:
+        assert torch.equal(found[name.replace(".weight", ".base_layer.weight")], before[name])
+    assert any(bool(value.abs().sum() > 0) for name, value in found.items() if "lora_B" in name)
+
+
+def test_sparsegrad_moves_few_entries_of_the_rotated_weight(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsegrad.basis import load_bases
+
+    config = tiny("model=bert_base", "method=sparsegrad")
+    _, before, after = trained(config, monkeypatch)
+    (stored,) = (config.run_folder.parent / "bases").glob("*.safetensors")
+    found, bases = dict(after.named_parameters()), load_bases(stored)
+    for name in filter(is_mlp_weight, before):
+        basis = bases["intermediate" if "intermediate" in name else "output"]
+        moved = basis.out_basis.T @ (found[name] - before[name]) @ basis.in_basis
+        count = int((moved.abs() > 1e-3).sum())  # an Adam step at this rate is about 1e-2
+        assert KEEP <= count <= KEEP * STEPS
+
+
+@pytest.mark.parametrize("model", ["bert_base", "roberta_large"])
+def test_the_engines_walk_the_same_path(tiny: Tiny, model: str) -> None:
+    engines = (
+        ("method.engine=merged",),
+        ("method.engine=layer",),
+        ("method.engine=layer", "method.backward=sparse_dense"),
+    )
+    found = [
+        runs.run(tiny(f"model={model}", "protocol.max_steps=12", "protocol.eval_steps=4", "train.lr=1e-3", *engine))[0]
+        for engine in engines
+    ]
+    curves = [[row["loss"] for row in record["losses"] + record["evaluations"]] for record in found]
+    assert len(set(curves[0])) == len(curves[0]) > 4
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=2e-4)

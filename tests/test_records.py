@@ -1,0 +1,144 @@
+"""Records are whole or absent, and read back as a table."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from sparsegrad import cli, records
+from sparsegrad.errors import UserError
+from sparsegrad.records import SCHEMA, environment, find_complete, is_of_writing, load_records, write_json
+
+
+def record(**more: Any) -> dict[str, Any]:
+    named = {name: {"name": f"some_{name}"} for name in ("model", "method", "task", "protocol")}
+    return {
+        "schema": SCHEMA,
+        "status": "complete",
+        "config": {**named, "seed": 3, "train": {"lr": 1e-3, "batch_size": 8}},
+        "trainable": {"total": 1234, "per_weight": {"up": 5}, "model": 99},
+        "result": {"metric": "accuracy", "value": 0.75},
+        "speed": {"steps_per_second": 2.0},
+        "memory": {"device": "cpu", "baseline_mib": 100.0, "resident_mib": 150.0},
+        **more,
+    }
+
+
+FAILED = {"status": "failed", "reason": "diverged", "result": {}, "speed": {}, "memory": {}}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "r.json"
+    write_json(path, record())
+    assert find_complete(path) == record()
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_error_while_writing_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.json"
+    write_json(path, record())
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for where in ("fsync", "getpid"):
+        with monkeypatch.context() as patched:
+            patched.setattr(records.os, where, full)
+            with pytest.raises((UserError, OSError), match="No space left"):
+                write_json(path, record(status="other"))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, record(result={"value": float("nan")}))
+    assert json.loads(path.read_text()) == record()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_a_complete_record_counts_as_done(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    assert find_complete(path) is None
+    write_json(path, record(**FAILED))
+    assert find_complete(path) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"schema": 0}', "\x00\xff"])
+def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"bad\.json .*delete it and run again"):
+        find_complete(path)
+
+
+def test_the_table_has_a_row_for_each_record(tmp_path: Path) -> None:
+    write_json(tmp_path / "a" / "1.json", record())
+    write_json(tmp_path / "b" / "2.json", record(**FAILED))
+    table = load_records(tmp_path)
+    assert list(table["path"]) == [str(tmp_path / "a" / "1.json"), str(tmp_path / "b" / "2.json")]
+    assert list(table["status"]) == ["complete", "failed"]
+    row = table.iloc[0]
+    assert (row["method"], row["value"], row["trainable"], row["seed"]) == ("some_method", 0.75, 1234, 3)
+    assert row["peak_mib"] - row["baseline_mib"] == 50
+    assert load_records(tmp_path / "nowhere").empty
+
+
+def test_a_damaged_record_stops_the_table_or_is_reported(tmp_path: Path) -> None:
+    write_json(tmp_path / "1.json", record())
+    (tmp_path / "2.json").write_text("{")
+    with pytest.raises(UserError, match=r"2\.json"):
+        load_records(tmp_path)
+    said: list[UserError] = []
+    assert len(load_records(tmp_path, on_bad=said.append)) == 1
+    assert "2.json" in str(said[0])
+
+
+@pytest.mark.parametrize("written", [[record()], [record(**FAILED)], [record(), record(**FAILED)]])
+def test_the_command_shows_what_there_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], written: list[dict[str, Any]]
+) -> None:
+    for number, content in enumerate(written):
+        write_json(tmp_path / f"{number}.json", content)
+    (tmp_path / "bad.json").write_text("{")
+    assert cli.main([str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert "bad.json" in shown.err
+    for content in written:
+        assert ("0.7500" if content["status"] == "complete" else "failed") in shown.out
+
+
+def test_the_command_says_where_nothing_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: no records below")
+
+
+def test_the_environment_names_versions_commit_and_hardware() -> None:
+    found = environment(torch.device("cpu"))
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert found["hardware"]["device"] == "cpu"
+    assert found["hardware"]["memory_gib"] > 0
+    assert not found["git"] or len(found["git"]["commit"]) == 40
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, "full"), True),
+        (OSError(errno.EDQUOT, "quota", "/data/runs/x"), True),
+        (PermissionError(errno.EACCES, "denied", "/data/runs/x"), True),
+        (PermissionError(errno.EACCES, "denied", "/data/train.jsonl"), False),
+        (FileNotFoundError(errno.ENOENT, "gone", "/data/runs/x"), False),
+        (ConnectionResetError(errno.ECONNRESET, "hung up"), False),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (SafetensorError("Error while deserializing header: HeaderTooLarge"), False),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("inline_container"), False),
+    ],
+)
+def test_only_errors_of_writing_are_called_so(error: Exception, expected: bool) -> None:
+    assert is_of_writing(error, ["/data/runs", "/data/results"]) == expected

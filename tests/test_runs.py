@@ -1,0 +1,356 @@
+"""A run: skipped, forced, resumed, stopped, saved; what its protocol touches, and what its record says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Composer, RunPy, Tiny, last_wins, write_rows
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+from sparsegrad import cli, runs
+from sparsegrad.config import RunConfig
+from sparsegrad.errors import UserError
+from sparsegrad.runs import run
+from sparsegrad.training import last_checkpoint
+
+METHODS = ("full", "lora", "lora_tuned", "meprop", "sparsegrad", "layer", "sparsegrad_authors", "sparsegrad_fast")
+LAYER = ("method=sparsegrad", "method.engine=layer")
+
+# Two evaluations like guessing, then a perfect one, then a worse one.
+LEARNS = ("method=full", "train.lr=3e-3", "protocol.eval_steps=4", "protocol.max_steps=20", "protocol.patience=null")
+
+
+def method(name: str) -> tuple[str, ...]:
+    return LAYER if name == "layer" else (f"method={name}",)
+
+
+def curves(record: dict[str, Any]) -> list[float]:
+    """All that a run measured on the way."""
+    rows = [*record["evaluations"], *record["losses"]]
+    return [value for row in rows for _, value in sorted(row.items())]
+
+
+def steps(record: dict[str, Any]) -> list[int]:
+    return [row["step"] for row in record["evaluations"]]
+
+
+class Stop(TrainerCallback):  # type: ignore[misc]
+    """Raises at a step, or (0) at the end of training, as Ctrl-C does; notes where training began."""
+
+    def __init__(self, step: int | None = None) -> None:
+        self.step, self.began = step, -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        if self.step == 0:
+            raise KeyboardInterrupt
+
+
+def test_a_run_whose_record_exists_is_skipped_and_forced_again(
+    conf: Composer, small: tuple[str, ...], tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.run_command(conf(*small))
+    path = tiny().record_path
+    written = path.stat().st_mtime_ns
+    assert "exists: skipped" not in capsys.readouterr().out
+    cli.run_command(conf(*small))
+    assert path.stat().st_mtime_ns == written
+    assert "exists: skipped (force=true runs again)" in capsys.readouterr().out.replace("\n", " ")
+    cli.run_command(conf(*small, "force=true"))
+    assert path.stat().st_mtime_ns > written
+
+
+def test_a_record_of_other_data_is_not_taken_for_this_run(tiny: Tiny, tmp_path: Path) -> None:
+    first = tiny()
+    run(first)
+    other = tiny(f"data.dir={write_rows(tmp_path / 'other', train=20)}")
+    assert other.key == first.key
+    with pytest.raises(UserError, match=r"made with other data .*name=, or force=true"):
+        run(other)
+    assert run(tiny(f"data.dir={tmp_path / 'other'}", "force=true"))[0]["data"]["train_rows"] == 20
+
+
+def test_a_run_leaves_its_record_and_nothing_else(tiny: Tiny) -> None:
+    config = tiny()
+    record, _ = run(config)
+    assert json.loads(config.record_path.read_text()) == record
+    assert [path for path in Path(config.results_dir).rglob("*") if path.is_file()] == [config.record_path]
+    assert not config.run_folder.exists()
+
+
+def test_protocol_heldout_touches_validation_once_and_says_so(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    predict = runs.RunTrainer.predict
+    monkeypatch.setattr(
+        runs.RunTrainer, "predict", lambda self, rows, **more: seen.append(len(rows)) or predict(self, rows, **more)
+    )
+    config = tiny("protocol=heldout", "protocol.eval_steps=1")
+    record, _ = run(config)
+    result = record["result"]
+    assert seen == [10]
+    assert record["data"] | {"fingerprint": ""} == {
+        "fingerprint": "",
+        "train_rows": 22,
+        "choose_rows": 2,
+        "validation_rows": 10,
+    }
+    assert (result["split"], result["chosen_on"]) == ("validation", "heldout")
+    assert len(record["evaluations"]) == 4
+    assert all(row["accuracy"] in (0, 0.5, 1) for row in record["evaluations"])  # of two held-out rows
+    assert result["chosen_score"] == max(row["accuracy"] for row in record["evaluations"])
+
+
+def test_held_out_rows_are_no_validation_rows(tiny: Tiny) -> None:
+    config = tiny("protocol=heldout")
+    splits = config.task.load(config.data)
+    sets = runs._tokenized(config, splits, runs.load_tokenizer(config.model))
+    rows = {name: {tuple(row) for row in getattr(sets, name)["input_ids"]} for name in ("train", "choose", "report")}
+    assert len(set.union(*rows.values())) == sum(map(len, rows.values())) == 34
+
+
+def test_protocol_paper_reports_the_best_evaluation(tiny: Tiny) -> None:
+    record, _ = run(tiny(*LEARNS))
+    scores = [row["accuracy"] for row in record["evaluations"]]
+    result = record["result"]
+    assert len(set(scores)) > 1, "a score that never moves proves nothing"
+    assert result["value"] == result["chosen_score"] == max(scores)
+    assert result["chosen_step"] == 4 * (1 + scores.index(max(scores)))
+    assert (result["split"], result["chosen_on"], result["steps"]) == ("validation", "validation", 20)
+    assert result["scores"] == {"accuracy": max(scores)}
+
+
+def test_the_model_that_is_scored_is_the_chosen_one(tiny: Tiny) -> None:
+    config = tiny(*LEARNS, "save_model=true")
+    record, _ = run(config)
+    validation = Path(config.data.dir or "", "sst2", "validation.jsonl")
+    rows = [json.loads(line) for line in validation.read_text().splitlines()]
+    guesses = logits(config.run_folder / "model", [row["sentence"] for row in rows]).argmax(-1).tolist()
+    right = sum(guess == row["label"] for guess, row in zip(guesses, rows, strict=True))
+    assert record["result"]["chosen_step"] < 20
+    assert right / len(rows) == record["result"]["value"]
+
+
+@pytest.mark.parametrize(
+    ("given", "batch", "total", "interval"),
+    [(None, 16, 1000, 100), (None, 32, 1000, 50), (None, 12, 1000, 133), (None, 16, 60, 60), (None, 3200, 9, 1),
+     (75, 16, 1000, 75), (75, 16, 50, 50)],
+)  # fmt: skip
+def test_steps_between_evaluations(tiny: Tiny, given: int | None, batch: int, total: int, interval: int) -> None:
+    protocol = tiny(f"protocol.eval_steps={'null' if given is None else given}").protocol
+    assert protocol.steps_between_evaluations(100, batch, total) == interval
+
+
+def test_early_stopping_stops_and_survives_an_interruption(tiny: Tiny) -> None:
+    stopping = ("protocol.max_steps=40", "protocol.patience=3", "train.lr=1e-9")  # a score that never improves
+    whole, _ = run(tiny(*stopping))
+    assert steps(whole) == [2, 4, 6, 8]
+    for number, step in enumerate((7, 0)):  # before the last evaluation, and after it
+        config = tiny(*stopping, f"work_dir={tiny().work_dir}-{number}", "force=true")
+        with pytest.raises(KeyboardInterrupt):
+            run(config, callbacks=[Stop(step)])
+        config = tiny(*stopping, f"work_dir={tiny().work_dir}-{number}", "name=resumed" + str(number))
+        again = Stop()
+        resumed, _ = run(config, callbacks=[again])
+        assert again.began == (6 if step else -1)
+        assert curves(resumed) == pytest.approx(curves(whole))
+        assert resumed["result"] == whole["result"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_interrupted_run_continues_as_if_nothing_had_been(tiny: Tiny, name: str) -> None:
+    long = (
+        *method(name),
+        "protocol.max_steps=14",
+        "protocol.eval_steps=4",
+        "train.lr=1e-3",
+        "train.grad_accumulation=2",
+    )
+    whole, _ = run(tiny(*long, "name=whole"))
+    config = tiny(*long, f"work_dir={tiny().work_dir}-again")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, callbacks=[Stop(10)])
+    assert not config.record_path.exists()
+    again = Stop()
+    resumed, is_new = run(config, callbacks=[again])
+    assert (again.began, is_new) == (8, True)
+    assert curves(resumed) == pytest.approx(curves(whole), rel=1e-5)
+    assert resumed["result"] == whole["result"]
+
+
+def test_a_run_interrupted_after_its_last_step_trains_no_further(tiny: Tiny) -> None:
+    whole, _ = run(tiny("name=whole"))
+    config = tiny(f"work_dir={tiny().work_dir}-again")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, callbacks=[Stop(0)])
+    again = Stop()
+    resumed, _ = run(config, callbacks=[again])
+    assert again.began == -1  # not trained at all
+    assert curves(resumed) == pytest.approx(curves(whole))
+    assert resumed["result"] == whole["result"]
+
+
+def test_accumulated_micro_batches_are_one_batch(tiny: Tiny) -> None:
+    dropout = [f"+model.architecture.{where}_dropout_prob=0" for where in ("hidden", "attention_probs")]
+    same = ("method=full", "train.lr=1e-3", "protocol.max_steps=6", *dropout)
+    whole, _ = run(tiny(*same))
+    parts, _ = run(tiny(*same, "train.batch_size=2", "train.grad_accumulation=2"))
+    assert curves(parts) == pytest.approx(curves(whole), rel=1e-3)
+
+
+def test_resume_false_begins_anew(tiny: Tiny) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(), callbacks=[Stop(3)])
+    again = Stop()
+    run(tiny("resume=false"), callbacks=[again])
+    assert again.began == 0
+
+
+def test_a_half_written_checkpoint_is_passed_over(tiny: Tiny) -> None:
+    config = tiny("protocol.max_steps=6")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, callbacks=[Stop(5)])
+    folder = config.run_folder / "checkpoints"
+    whole = Path(last_checkpoint(folder) or "")
+    assert whole.name == "checkpoint-4"
+    for number, state in ((6, None), (8, '{"epoch": 1.')):
+        shutil.copytree(whole, folder / f"checkpoint-{number}")
+        broken = folder / f"checkpoint-{number}" / "trainer_state.json"
+        broken.unlink() if state is None else broken.write_text(state)
+    again = Stop()
+    record, _ = run(config, callbacks=[again])
+    assert again.began == 4
+    assert steps(record) == [2, 4, 6]
+
+
+def logits(folder: Path, texts: list[str]) -> torch.Tensor:
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    return answer(model, AutoTokenizer.from_pretrained(folder), texts)
+
+
+def answer(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        found: torch.Tensor = model(**tokenizer(texts, return_tensors="pt", padding=True)).logits
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_saved_model_is_an_ordinary_one_with_the_trained_answers(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    texts, caught = ["a good film", "awful and dull, really"], []
+    save = runs._Run._save
+
+    def saved(self: Any, prepared: Any) -> None:
+        caught.append(answer(self.model, self.tokenizer, texts))
+        save(self, prepared)
+
+    monkeypatch.setattr(runs._Run, "_save", saved)
+    config = tiny(*method(name), "model=roberta_base", "save_model=true")
+    run(config)
+    folder = config.run_folder / "model"
+    model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    torch.testing.assert_close(logits(folder, texts), caught[0], rtol=1e-4, atol=1e-5)
+    assert not (config.run_folder / "checkpoints").exists()
+
+
+def test_labels_become_fields_of_the_record(tiny: Tiny) -> None:
+    assert run(tiny(), labels={"study": "s", "trial": 3})[0]["trial"] == 3
+
+
+@pytest.mark.parametrize("name", ["full", "sparsegrad", "layer", "lora"])
+def test_bf16_runs_and_keeps_float32_weights(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    caught: list[Any] = []
+    facts = runs._Run._facts
+    monkeypatch.setattr(runs._Run, "_facts", lambda self, made: caught.append(self.model) or facts(self, made))
+    record, _ = run(tiny(*method(name), "train.precision=bf16"))
+    assert record["config"]["train"]["precision"] == "bf16"
+    assert {parameter.dtype for parameter in caught[0].parameters()} == {torch.float32}
+    assert all(row["loss"] is not None for row in record["evaluations"])
+
+
+def test_an_equal_calibration_is_reused_and_another_is_not(tiny: Tiny) -> None:
+    made, reused = (run(tiny(f"name=n{i}"))[0] for i in range(2))
+    assert (made["calibration"]["reused"], reused["calibration"]["reused"]) == (False, True)
+    assert made["calibration"]["fingerprint"] == reused["calibration"]["fingerprint"]
+    assert curves(made) == curves(reused)
+    assert run(tiny("train.lr=1e-3"))[0]["calibration"]["reused"]
+    for other in ("seed=1", "method.steps=3", "train.batch_size=6", "data.max_train=20"):
+        assert not run(tiny(other))[0]["calibration"]["reused"]
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_trackers_write_their_files_without_a_network(tiny: Tiny, tracker: str, monkeypatch: Any) -> None:
+    pytest.importorskip(tracker)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    config = tiny(f"tracker={tracker}")
+    assert run(config)[0]["status"] == "complete"
+    pattern = {"tensorboard": f"tensorboard/{config.key}/**/events.out.*", "wandb": "wandb/offline-run-*/*.wandb"}
+    assert len(list(Path(config.work_dir).glob(pattern[tracker]))) == 1
+    if tracker == "wandb":
+        assert sys.modules["wandb"].run is None  # the next run of this process is another
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        assert time.monotonic() < end, "the run took too long to begin"
+        time.sleep(0.01)
+
+
+LONG = ("protocol.max_steps=100", "protocol.eval_steps=20", "protocol.patience=null", "train.lr=1e-4")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_process_leaves_no_record_and_is_continued(
+    tiny: Tiny, small: tuple[str, ...], start_run_py: Callable[..., subprocess.Popen[str]], how: signal.Signals
+) -> None:
+    config = tiny(*LONG)
+    process = start_run_py(*last_wins(*small, *LONG))
+    wait_for(lambda: last_whole(config), process)
+    with pytest.raises(UserError, match=f"run {config.key} is at work in another process: wait for it, or stop it"):
+        run(config)
+    process.send_signal(how)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert "Traceback" not in error
+    assert ("interrupted: the same command continues" in error) == (how == signal.SIGINT)
+    assert not [path for path in Path(config.results_dir).rglob("*") if path.is_file()]
+    again = Stop()
+    resumed, _ = run(config, callbacks=[again])
+    assert 20 <= again.began < 100
+    whole, _ = run(tiny(*LONG, f"work_dir={config.work_dir}-whole", "name=whole"))
+    assert len(whole["evaluations"]) == 5
+    assert curves(resumed) == pytest.approx(curves(whole), rel=1e-4)
+
+
+def last_whole(config: RunConfig) -> bool:
+    """Whether the run at work has a checkpoint; looks without touching."""
+    return any((config.run_folder / "checkpoints").glob("checkpoint-*/trainer_state.json"))
+
+
+def test_multirun_leaves_one_record_each(run_py: RunPy, small: tuple[str, ...], tiny: Tiny) -> None:
+    done = run_py("-m", *small, "seed=1,2")
+    assert done.returncode == 0, done.stderr
+    records = [tiny(f"seed={seed}").record_path for seed in (1, 2)]
+    assert all(path.is_file() for path in records)
+    assert set(records[0].parent.iterdir()) == set(records)
