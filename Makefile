@@ -28,7 +28,7 @@ quickstart: assets ## fine-tune MiniLM on movie snippets with four methods, and 
 	@$(BIN)/python -m sparsegrad.cli $(QUICKSTART)/runs/quickstart
 
 test: assets ## install what is needed and run all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 
 check: $(INSTALLED) ## format, lint, types
 	$(BIN)/ruff format --check .
