@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,24 +27,33 @@ from sparsegrad.errors import UserError, check_choice
 FORMAT = "sparsegrad-basis-1"
 
 
+SIDES = ("both", "in", "out", "small")
+
+
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """A pair of orthogonal matrices whose columns are singular vectors, sorted by falling energy.
+    """Orthogonal matrices whose columns are singular vectors, sorted by falling energy: one for each side, or for one.
+
+    A side that is None is not rotated. Rotating the smaller side alone costs a fifth of both and keeps most of the
+    concentration (it is not the paper's method, which rotates both).
 
     Attributes:
-        in_basis: U (in, in), the paper's U^T.
-        out_basis: V (out, out), the paper's V^T.
+        in_basis: U (in, in), the paper's U^T; or None.
+        out_basis: V (out, out), the paper's V^T; or None.
 
     Raises:
-        UserError: when a matrix is not square. Orthogonality is the maker's promise: checking it costs O(n^3).
+        UserError: when a matrix is not square, or both are None. Orthogonality is the maker's promise: checking it
+            costs O(n^3).
     """
 
-    in_basis: Tensor
-    out_basis: Tensor
+    in_basis: Tensor | None
+    out_basis: Tensor | None
 
     def __post_init__(self) -> None:
+        if self.in_basis is None and self.out_basis is None:
+            raise UserError("a basis of no side rotates nothing: give in_basis, out_basis or both")
         for name, matrix in (("in_basis", self.in_basis), ("out_basis", self.out_basis)):
-            if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+            if matrix is not None and (matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]):
                 raise UserError(f"{name} of shape {tuple(matrix.shape)} is not a basis: give a square matrix")
 
     @classmethod
@@ -52,35 +62,60 @@ class Basis:
         return cls(torch.eye(in_features, dtype=dtype), torch.eye(out_features, dtype=dtype))
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in): the shape of the weights that this basis rotates."""
-        return self.out_basis.shape[0], self.in_basis.shape[0]
+    def shape(self) -> tuple[int | None, int | None]:
+        """(out, in): the shape of the weights that this basis rotates; None for a side that it leaves alone."""
+        return _size(self.out_basis), _size(self.in_basis)
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether it rotates weights of `shape` (out, in)."""
+        return all(own in (None, given) for own, given in zip(self.shape, shape, strict=True))
+
+    def only(self, sides: str) -> Basis:
+        """The part for `sides`: `both`, `in`, `out`, or `small`, the side with fewer features.
+
+        Raises:
+            UserError: for a side that this basis does not have.
+        """
+        check_choice("sides", sides, SIDES)
+        if sides == "small":
+            sides = small_side(self.shape)
+        part = Basis(None if sides == "out" else self.in_basis, None if sides == "in" else self.out_basis)
+        if part.shape.count(None) > (sides != "both"):
+            raise UserError(f"a basis for {self.shape} has not sides={sides}: calibrate it anew")
+        return part
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Basis:
-        """Move or cast both matrices, as `Tensor.to` does."""
-        return Basis(self.in_basis.to(device, dtype), self.out_basis.to(device, dtype))
+        """Move or cast, as `Tensor.to` does."""
+        U, V = self.in_basis, self.out_basis
+        return Basis(None if U is None else U.to(device, dtype), None if V is None else V.to(device, dtype))
 
     def rotate(self, matrix: Tensor) -> Tensor:
         """V^T G U for G (..., out, in): a weight or gradient in the rotated space (Table 2, Grad Weights)."""
         self._check(matrix)
-        return self.out_basis.T @ matrix @ self.in_basis
+        if self.in_basis is not None:
+            matrix = matrix @ self.in_basis
+        return matrix if self.out_basis is None else self.out_basis.T @ matrix
 
     def unrotate(self, matrix: Tensor) -> Tensor:
         """V G~ U^T for G~ (..., out, in): the inverse of `rotate`."""
         self._check(matrix)
-        return self.out_basis @ matrix @ self.in_basis.T
+        if self.in_basis is not None:
+            matrix = matrix @ self.in_basis.T
+        return matrix if self.out_basis is None else self.out_basis @ matrix
 
-    def unrotate_sparse(self, index: Tensor, values: Tensor) -> Tensor:
-        """V S U^T for the sparse S (out, in) that has `values` (k,) at flat positions `index` (k,).
+    def unrotate_sparse(self, index: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
+        """V S U^T (count, out, in) for `count` sparse S (out, in) with `values` (count, k) at flat positions `index`.
 
-        The longer side is multiplied first, as sparse by dense in O(k n); only the shorter side is a dense product.
+        One side, the longer where both rotate, is one sparse by dense product for all, O(k n) each.
         """
-        out_features, in_features = self.shape
+        out_features, in_features = shape
         rows, columns = index // in_features, index % in_features
-        if out_features >= in_features:
-            half = _scatter_product(columns, rows, values, in_features, self.out_basis.T)  # S^T V^T (in, out)
-            return half.T @ self.in_basis.T
-        return self.out_basis @ _scatter_product(rows, columns, values, out_features, self.in_basis.T)
+        if self.in_basis is None or (self.out_basis is not None and out_features >= in_features):
+            half = _scatter_product(columns, rows, values, in_features, self.out_basis.T)  # type: ignore[union-attr]
+            half = half.transpose(1, 2)  # V S (count, out, in)
+            return half if self.in_basis is None else half @ self.in_basis.T
+        half = _scatter_product(rows, columns, values, out_features, self.in_basis.T)  # S U^T
+        return half if self.out_basis is None else self.out_basis @ half
 
     def save(self, path: str | os.PathLike[str], fingerprint: str = "") -> None:
         """Write safetensors atomically; `fingerprint` tells what the basis was made from."""
@@ -99,15 +134,30 @@ class Basis:
         return next(iter(bases.values()))
 
     def _check(self, matrix: Tensor) -> None:
-        if tuple(matrix.shape[-2:]) != self.shape:
+        if not self.fits(matrix.shape[-2:]):
             raise UserError(f"a matrix {tuple(matrix.shape)} does not fit a basis for {self.shape}: give (out, in)")
 
 
+def small_side(shape: Sequence[int | None]) -> str:
+    """The side of (out, in) with fewer features; `in` of two equal ones."""
+    out_features, in_features = shape
+    if out_features is None or in_features is None:
+        return "out" if in_features is None else "in"
+    return "out" if out_features < in_features else "in"
+
+
+def _size(matrix: Tensor | None) -> int | None:
+    return None if matrix is None else len(matrix)
+
+
 def _scatter_product(rows: Tensor, columns: Tensor, values: Tensor, size: int, dense: Tensor) -> Tensor:
-    """S @ dense (size, o), where S (size, c) has `values` at `rows`, `columns`."""
-    index = torch.stack([rows, columns])
-    sparse = torch.sparse_coo_tensor(index, values, (size, dense.shape[0]), check_invariants=False)
-    return torch.sparse.mm(sparse, dense)  # type: ignore[no-any-return]
+    """S @ dense (count, size, o) for S (size, c) with `values` (count, k) at `rows`, `columns`: one sparse product."""
+    count = len(values)
+    rows = rows + torch.arange(count, device=rows.device)[:, None] * size
+    index = torch.stack([rows.flatten(), columns.flatten()])
+    shape = (count * size, dense.shape[0])
+    sparse = torch.sparse_coo_tensor(index, values.flatten(), shape, check_invariants=False)
+    return torch.sparse.mm(sparse, dense).view(count, size, -1)  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -115,29 +165,41 @@ class Grams:
     """Running sums of G G^T (out, out) and G^T G (in, in) over the gradients of one layer kind.
 
     Sums are kept in float32 for gradients of at most float32, in float64 for float64.
+
+    Attributes:
+        sides: `both`, or the only one that is wanted: `in`, `out`, or `small`, the side with fewer features.
     """
 
     out_gram: Tensor | None = None
     in_gram: Tensor | None = None
     count: int = field(default=0)
+    sides: str = "both"
+    shape: tuple[int, ...] | None = None
 
     def add(self, gradient: Tensor) -> None:
         """Add one gradient (out, in).
 
         Raises:
-            UserError: when it is not finite or its shape differs from the first one's.
+            UserError: when its shape differs from the first one's.
         """
         G = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
-        if self.out_gram is None or self.in_gram is None:
-            self.out_gram, self.in_gram = G.new_zeros(G.shape[0], G.shape[0]), G.new_zeros(G.shape[1], G.shape[1])
-        if (len(self.out_gram), len(self.in_gram)) != tuple(G.shape):
-            expected = (len(self.out_gram), len(self.in_gram))
+        if self.shape is None:
+            self._begin(G)
+        if self.shape != tuple(G.shape):
             raise UserError(
-                f"gradients of {tuple(G.shape)} and {expected} are in one layer kind: name one kind per shape"
+                f"gradients of {tuple(G.shape)} and {self.shape} are in one layer kind: name one kind per shape"
             )
-        self.out_gram.addmm_(G, G.T)
-        self.in_gram.addmm_(G.T, G)
+        if self.out_gram is not None:
+            self.out_gram.addmm_(G, G.T)
+        if self.in_gram is not None:
+            self.in_gram.addmm_(G.T, G)
         self.count += 1
+
+    def _begin(self, G: Tensor) -> None:
+        self.shape = tuple(G.shape)
+        sides = small_side(self.shape) if self.sides == "small" else self.sides
+        self.out_gram = None if sides == "in" else G.new_zeros(G.shape[0], G.shape[0])
+        self.in_gram = None if sides == "out" else G.new_zeros(G.shape[1], G.shape[1])
 
     def basis(self, dtype: torch.dtype | None = None) -> Basis:
         """The HOSVD factor matrices, by `eigh` in float64, cast to `dtype` (default: the sums' own).
@@ -145,17 +207,18 @@ class Grams:
         Raises:
             UserError: when there is no gradient, or one was not finite.
         """
-        if self.out_gram is None or self.in_gram is None:
+        if self.shape is None:
             raise UserError("HOSVD of no gradients is not defined: give at least one gradient")
-        dtype = dtype or self.out_gram.dtype
-        return Basis(_eigenvectors(self.in_gram).to(dtype), _eigenvectors(self.out_gram).to(dtype))
+        return Basis(_eigenvectors(self.in_gram, dtype), _eigenvectors(self.out_gram, dtype))
 
 
-def _eigenvectors(gram: Tensor) -> Tensor:
-    """Columns = eigenvectors of a symmetric matrix by falling eigenvalue, float64."""
+def _eigenvectors(gram: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """Columns = eigenvectors of a symmetric matrix by falling eigenvalue, computed in float64."""
+    if gram is None:
+        return None
     if not torch.isfinite(gram).all():
         raise UserError("a calibration gradient is not finite: lower the precision's risk (fp32) or check the data")
-    return torch.linalg.eigh(gram.double()).eigenvectors.flip(-1)  # type: ignore[no-any-return]
+    return torch.linalg.eigh(gram.double()).eigenvectors.flip(-1).to(dtype or gram.dtype)  # type: ignore[no-any-return]
 
 
 def hosvd(gradients: Iterable[Tensor], method: str = "gram") -> Basis:
@@ -198,8 +261,9 @@ def save_bases(path: str | os.PathLike[str], bases: Mapping[str, Basis], fingerp
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for kind, basis in bases.items():
-        tensors[f"{kind}.in_basis"] = basis.in_basis.contiguous()
-        tensors[f"{kind}.out_basis"] = basis.out_basis.contiguous()
+        for side in ("in_basis", "out_basis"):
+            if (matrix := getattr(basis, side)) is not None:
+                tensors[f"{kind}.{side}"] = matrix.contiguous()
     metadata = {"format": FORMAT, "fingerprint": fingerprint, "kinds": json.dumps(list(bases))}
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -224,11 +288,19 @@ def load_bases(path: str | os.PathLike[str], fingerprint: str | None = None) -> 
             metadata = file.metadata() or {}
             _check_metadata(path, metadata, fingerprint)
             kinds = json.loads(metadata["kinds"])
-            return {kind: Basis(*(file.get_tensor(f"{kind}.{side}_basis") for side in ("in", "out"))) for kind in kinds}
+            present = set(file.keys())
+            return {
+                kind: Basis(*(_tensor(file, present, f"{kind}.{side}_basis") for side in ("in", "out")))
+                for kind in kinds
+            }
     except FileNotFoundError:
         raise UserError(f"no basis file {path}: calibrate first, or name an existing file") from None
     except (SafetensorError, OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a readable basis file ({error}): delete it and calibrate again") from None
+
+
+def _tensor(file: Any, present: set[str], name: str) -> Tensor | None:
+    return file.get_tensor(name) if name in present else None
 
 
 def _check_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str], fingerprint: str | None) -> None:

@@ -7,6 +7,7 @@ V_c (out, c)
     core gradient = (dy V_c)^T (x U_r)    (c, r)
 
 costs T (n r + m c + r c) multiplications instead of T n m, and back-propagation needs x U_r (T, r) instead of x (T, n).
+A basis of the in-side alone gives a core (out, r): few input directions by all outputs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_integer
 from sparsegrad.linear import product_dtype
+from sparsegrad.rounding import add_stochastic
 from sparsegrad.selection import check_density
 
 
@@ -26,7 +28,9 @@ class _BlockLinear(torch.autograd.Function):
     """y = x W^T + b with gradients for x, b, and the core: W holds V_c core U_r^T already."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, core: Tensor, U_r: Tensor, V_c: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, core: Tensor, U_r: Tensor, V_c: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x @ U_r if ctx.needs_input_grad[3] else None, W, V_c)
         ctx.core_dtype = core.dtype
         return nn.functional.linear(x, W, bias)
@@ -36,7 +40,8 @@ class _BlockLinear(torch.autograd.Function):
         (dy,), (x_r, W, V_c) = grads, ctx.saved_tensors
         dx = dy @ W if ctx.needs_input_grad[0] else None
         db = dy.sum(0) if ctx.needs_input_grad[2] else None
-        dcore = ((dy @ V_c).T @ x_r).to(ctx.core_dtype) if ctx.needs_input_grad[3] else None
+        dy_c = dy if V_c is None or not ctx.needs_input_grad[3] else dy @ V_c
+        dcore = (dy_c.T @ x_r).to(ctx.core_dtype) if ctx.needs_input_grad[3] else None
         return dx, None, db, dcore, None, None
 
 
@@ -50,7 +55,7 @@ class BlockLinear(nn.Module):
     Args:
         weight: W (out, in), merged in place.
         bias: (out,) or None.
-        basis: its leading columns are used.
+        basis: its leading columns are used; it needs the in-side, and without the out-side c is out.
         core_shape: (c, r), at most (out, in).
 
     Raises:
@@ -59,11 +64,11 @@ class BlockLinear(nn.Module):
 
     merged: Tensor
     in_basis: Tensor
-    out_basis: Tensor
+    out_basis: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, basis: Basis, core_shape: tuple[int, int]) -> None:
         super().__init__()
-        if basis.shape != tuple(weight.shape):
+        if not basis.fits(weight.shape):
             raise UserError(
                 f"a basis for {basis.shape} does not fit a linear of {tuple(weight.shape)}: calibrate it anew"
             )
@@ -76,8 +81,8 @@ class BlockLinear(nn.Module):
         self.core = nn.Parameter(core)
         self.register_buffer("merged", core.clone())
         basis = basis.to(weight.device, weight.dtype)
-        self.register_buffer("in_basis", basis.in_basis[:, : core_shape[1]].contiguous(), persistent=False)
-        self.register_buffer("out_basis", basis.out_basis[:, : core_shape[0]].contiguous(), persistent=False)
+        self.register_buffer("in_basis", _leading(basis.in_basis, core_shape[1]), persistent=False)
+        self.register_buffer("out_basis", _leading(basis.out_basis, core_shape[0]), persistent=False)
         self._merged_version = self.core._version
 
     @classmethod
@@ -102,8 +107,12 @@ class BlockLinear(nn.Module):
         """Bring what the core has changed since the last merge into W."""
         if self.core._version == self._merged_version:  # counts in-place writes: no look at the values, no sync
             return
-        change = (self.core - self.merged).to(self.weight.dtype)  # (c, r)
-        self.weight.addmm_(self.out_basis @ change, self.in_basis.T)
+        change = self.core - self.merged  # (c, r)
+        left = change if self.out_basis is None else self.out_basis.to(change.dtype) @ change  # (out, r)
+        if self.weight.dtype == torch.bfloat16:
+            add_stochastic(self.weight, left @ self.in_basis.to(change.dtype).T)
+        else:
+            self.weight.addmm_(left.to(self.weight.dtype), self.in_basis.T)
         self.merged.copy_(self.core)
         self._merged_version = self.core._version
 
@@ -112,7 +121,8 @@ class BlockLinear(nn.Module):
         self.merge()
         dtype = product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
-            W, U_r, V_c = (tensor.to(dtype) for tensor in (self.weight, self.in_basis, self.out_basis))
+            W, U_r = self.weight.to(dtype), self.in_basis.to(dtype)
+            V_c = None if self.out_basis is None else self.out_basis.to(dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
             tokens = x.reshape(-1, x.shape[-1]).to(dtype)
             y = _BlockLinear.apply(tokens, W, bias, self.core, U_r, V_c)  # type: ignore[no-untyped-call]
@@ -121,6 +131,10 @@ class BlockLinear(nn.Module):
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape
         return f"in={in_features}, out={out_features}, core={tuple(self.core.shape)}"
+
+
+def _leading(matrix: Tensor | None, columns: int) -> Tensor | None:
+    return None if matrix is None else matrix[:, :columns].contiguous()
 
 
 def core_shape(shape: tuple[int, int], density: float) -> tuple[int, int]:

@@ -90,7 +90,7 @@ class SparseGradLinear(nn.Module):
     ) -> SparseGradLinear:
         """Wrap `linear` (out, in); give `keep` (entries) or `density` (share of entries, 0 to 1]."""
         weight = linear.weight.detach()
-        if basis.shape != tuple(weight.shape):
+        if not basis.fits(weight.shape):
             raise UserError(
                 f"a basis for {basis.shape} does not fit a linear of {tuple(weight.shape)}: calibrate it anew"
             )

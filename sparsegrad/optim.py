@@ -2,7 +2,8 @@
 
 The bases are orthogonal, so training the rotated weight W~ = V^T W U is the same as rotating the gradient, keeping
 its largest entries, running Adam on them in the rotated space, and rotating the sparse update back into W. The model
-stays as it is: whatever works with a `torch.optim.Optimizer` works with this.
+stays as it is: whatever works with a `torch.optim.Optimizer` works with this. The weights of a layer kind share their
+bases, so they are rotated, selected from, and updated together.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from sparsegrad.basis import Basis
-from sparsegrad.errors import UserError, check_number
-from sparsegrad.selection import count_kept, top_k_index
+from sparsegrad.errors import UserError, check_choice, check_number
+from sparsegrad.moments import MOMENTS
+from sparsegrad.rounding import add_stochastic
+from sparsegrad.selection import Selection, count_kept, select, together
 
 
 class SparseGradAdamW(torch.optim.AdamW):
@@ -23,19 +26,27 @@ class SparseGradAdamW(torch.optim.AdamW):
 
     A SparseGrad group holds weights (out, in) of one layer kind. Each step, per weight: rotate the gradient by the
     group's `basis` (none: no rotation), keep its `keep` largest entries, or `density` of all; update moments and
-    weight at these entries alone, with one global step count, as `torch.optim.SparseAdam` does (it adds `eps` before
-    the bias correction of the second moment; `AdamW` after it); rotate the update back. A gradient that is sparse
-    already (engine `layer`) is used as it is. Weight decay is decoupled and acts on the whole weight, which is the
-    same in both spaces.
+    weight at these entries alone; rotate the update back. A gradient that is sparse already (engine `layer`) is used
+    as it is. Weight decay is decoupled and acts on the whole weight, which is the same in both spaces. Weights in
+    bfloat16 are rounded stochastically, so that small updates add up.
+
+    A step in which a kept entry is not finite changes nothing, neither weights nor moments, and is counted in
+    `refused_steps`.
 
     Args:
-        params: parameters or groups; a group may hold `basis: Basis`, and `keep: int` or `density: float`.
+        params: parameters or groups; a group may hold `basis: Basis`, `keep: int` or `density: float`, and `moments`:
+            `dense` (the method's), or `support` (compact, not exact; see `sparsegrad.moments`).
         lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; note the paper's weight decay 0.
         fused, foreach: how the plain groups are updated.
 
     Raises:
         UserError: for a value out of range, a weight that is no matrix, does not fit its basis, or is below `keep`.
     """
+
+    # On the class: torch copies an optimizer without its other attributes.
+    _refused: Tensor | int = 0
+    _finite: Tensor | None = None  # of the weights that were updated before `step`
+    _released: set[Tensor] | None = None
 
     def __init__(
         self,
@@ -55,12 +66,48 @@ class SparseGradAdamW(torch.optim.AdamW):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group and check it; see the class."""
-        group = {"basis": None, "keep": None, "density": None, **param_group}
+        group = {"basis": None, "keep": None, "density": None, "moments": "dense", **param_group}
         super().add_param_group(group)
         if _is_sparse(group):
             _check_group(group)
         elif group["basis"] is not None:
             raise UserError("a group with a basis needs keep or density: give one of them, e.g. density=0.01")
+
+    @property
+    def refused_steps(self) -> int:
+        """Steps that changed nothing because a kept entry of a gradient was not finite."""
+        return int(self._refused)
+
+    def release_gradients(self) -> None:
+        """From now on, update a SparseGrad weight as soon as back-propagation has its gradient, and free that.
+
+        The gradients of the MLP weights then never exist together. One backward pass must be one step: accumulation,
+        clipping and gradients averaged over processes need them all.
+
+        Raises:
+            UserError: with several processes; later, in a second backward pass before `step`.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise UserError("gradients of several processes are averaged after back-propagation: do not release them")
+        self._released = set()
+        for group in filter(_is_sparse, self.param_groups):
+            for weight in group["params"]:
+                weight.register_post_accumulate_grad_hook(self._releaser(group))
+
+    def _releaser(self, group: dict[str, Any]) -> Callable[[Tensor], None]:
+        @torch.no_grad()
+        def hook(weight: Tensor) -> None:
+            assert self._released is not None
+            if weight in self._released:
+                raise UserError(
+                    "a second backward pass before step(): with released gradients each pass is a step of its own; "
+                    "do not accumulate, or do not release"
+                )
+            self._released.add(weight)
+            self._update([select(group, [weight])])
+            weight.grad = None
+
+        return hook
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -69,17 +116,37 @@ class SparseGradAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = self.param_groups
-        for group in filter(_is_sparse, groups):
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    _update(weight, self.state[weight], group)
-        try:  # AdamW's own step, for the groups that are its own
-            self.param_groups = [group for group in groups if not _is_sparse(group)]
-            super().step()
-        finally:
-            self.param_groups = groups
+        sparse = [group for group in self.param_groups if _is_sparse(group)]
+        self._update([select(group, weights) for group in sparse for weights in together(group["params"])])
+        self._step_plain()
+        if self._finite is not None:
+            self._refused = self._refused + (~self._finite).int()
+        self._finite = None
+        if self._released is not None:
+            self._released.clear()
         return loss
+
+    def _update(self, selections: list[Selection]) -> None:
+        """Move the selected weights, if all their kept entries are finite. Decided on the device: no wait for it."""
+        for selection in selections:
+            finite = selection.values.isfinite().all()
+            self._finite = finite if self._finite is None else self._finite & finite.to(self._finite.device)
+        for selection in selections:
+            states = [self.state[weight] for weight in selection.weights]
+            _apply(selection, states, self._finite.to(selection.values.device))  # type: ignore[union-attr]
+
+    def _step_plain(self) -> None:
+        """AdamW's own step, for the groups that are its own; fused, it too is told on the device to change nothing."""
+        groups, finite = self.param_groups, self._finite
+        self.param_groups = [group for group in groups if not _is_sparse(group)]
+        try:
+            if finite is None or all(group["fused"] for group in self.param_groups):
+                self.found_inf = None if finite is None else (~finite).float()
+                super().step()
+            elif bool(finite):
+                super().step()
+        finally:
+            self.found_inf, self.param_groups = None, groups
 
     def state_dict(self) -> dict[str, Any]:
         """As every optimizer's, with the bases as plain tensors: it loads with `torch.load(weights_only=True)`."""
@@ -91,8 +158,9 @@ class SparseGradAdamW(torch.optim.AdamW):
         """Take over state and hyperparameters; the moments keep the precision they were saved in.
 
         Raises:
-            UserError: when a saved basis does not fit the group's weights.
+            UserError: when a saved basis does not fit the group's weights, or its moments are of the other kind.
         """
+        _check_moments(self.param_groups, state_dict["param_groups"])
         groups = [{**group, "basis": _unpack(group.get("basis"))} for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -115,61 +183,44 @@ def _check_hyperparameters(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> 
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    """Every weight is a matrix, fits the basis and holds the kept entries; the basis moves to the weights."""
+    """Every weight is a matrix, fits the basis and holds the kept entries."""
+    check_choice("moments", group["moments"], tuple(MOMENTS))
     for weight in group["params"]:
         if weight.dim() != 2:
             raise UserError(f"a parameter {tuple(weight.shape)} cannot be SparseGrad: put only weights (out, in) there")
         count_kept(weight.shape, keep=group["keep"], density=group["density"])
         basis = group["basis"]
-        if basis is not None and basis.shape != tuple(weight.shape):
+        if basis is not None and not basis.fits(weight.shape):
             raise UserError(f"a basis for {basis.shape} does not fit a weight {tuple(weight.shape)}: calibrate it anew")
 
 
-def _update(weight: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-    """SparseGrad on one weight (out, in), in place."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    if group["basis"] is not None:  # models move after the optimizer is made; a no-op but for the first step
-        group["basis"] = group["basis"].to(weight.device, dtype)
-    index, values = _kept_entries(weight.grad, group, dtype)  # type: ignore[arg-type]
-    change = _masked_adam(state, index, values, weight.shape, group)
+def _check_moments(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    for mine, theirs in zip(groups, saved, strict=False):  # torch itself refuses another number of groups
+        if (kind := theirs.get("moments", "dense")) != mine["moments"]:
+            raise UserError(
+                f"the saved state has moments={kind}, this optimizer moments={mine['moments']}: "
+                f"make it with moments={kind}, or begin without that state"
+            )
+
+
+def _apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor) -> None:
+    """Move the weights of one selection in place; by nothing unless `finite`."""
+    group, weights = selection.group, selection.weights
+    shape = weights[0].shape
+    change = MOMENTS[group["moments"]](states, selection.index, selection.values, shape.numel(), group, finite)
     if group["weight_decay"]:
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * finite)
     if group["basis"] is None:
-        weight.view(-1).index_add_(0, index, change.to(weight.dtype))
+        change = torch.zeros(len(weights), shape.numel(), dtype=change.dtype, device=change.device).scatter_(
+            1, selection.index, change
+        )
     else:
-        weight.add_(group["basis"].unrotate_sparse(index, change).to(weight.dtype))
+        change = group["basis"].unrotate_sparse(selection.index, change, shape)
+    for weight, own in zip(weights, change, strict=True):
+        add_stochastic(weight, own.view(shape))
 
 
-def _kept_entries(grad: Tensor, group: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Flat positions and values (keep,) of the kept entries of the rotated gradient."""
-    if grad.is_sparse:
-        grad = grad.coalesce()
-        rows, columns = grad.indices()
-        return rows * grad.shape[1] + columns, grad.values().to(dtype)
-    rotated = grad.to(dtype) if group["basis"] is None else group["basis"].rotate(grad.to(dtype))
-    index = top_k_index(rotated, count_kept(rotated.shape, keep=group["keep"], density=group["density"]))
-    return index, rotated.flatten()[index]
-
-
-def _masked_adam(
-    state: dict[str, Any], index: Tensor, values: Tensor, shape: torch.Size, group: dict[str, Any]
-) -> Tensor:
-    """Adam with SparseAdam's semantics: the change (keep,) of the entries at `index`, moments kept in `state`."""
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        state["exp_avg"] = torch.zeros(shape, dtype=values.dtype, device=values.device)
-        state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-    state["step"] += 1
-    (beta1, beta2), step = group["betas"], int(state["step"])
-    first, second = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-    m = first[index].lerp_(values, 1 - beta1)
-    v = second[index].lerp_(values * values, 1 - beta2)
-    first[index], second[index] = m, v
-    scale = group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-    return m.div_(v.sqrt().add_(group["eps"])).mul_(-scale)  # type: ignore[no-any-return]
-
-
-def _pack(basis: Basis | None) -> dict[str, Tensor] | None:
+def _pack(basis: Basis | None) -> dict[str, Tensor | None] | None:
     return None if basis is None else {"in_basis": basis.in_basis, "out_basis": basis.out_basis}
 
 
@@ -178,7 +229,6 @@ def _unpack(packed: dict[str, Tensor] | Basis | None) -> Basis | None:
 
 
 def _restore(state: dict[str, Any], saved: dict[str, Any], device: torch.device) -> None:
-    """Undo torch's cast of loaded moments to the weight's dtype, which would round those of bf16 weights."""
-    for name in ("exp_avg", "exp_avg_sq"):
-        if name in saved:
-            state[name] = saved[name].to(device, copy=True)
+    """Undo torch's cast of loaded state to the weight's dtype, which rounds moments and breaks positions."""
+    for name in saved.keys() - {"step"}:
+        state[name] = saved[name].to(device, copy=True)

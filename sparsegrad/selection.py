@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsegrad.errors import UserError, check_integer, check_number
+
+# Entries of all weights that are rotated together: few enough that the copies of a step stay below what
+# back-propagation needed, many enough that a GPU does not wait for launches.
+_TOGETHER = 2**23
 
 _SAMPLE_FROM = 2**16  # entries; below it a sample saves nothing
 _SAMPLE_STRIDE = 31  # odd, so that it does not run along one column
@@ -40,14 +47,65 @@ def check_density(density: float | None) -> float | None:
     return density
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The kept entries of weights of one group: flat positions and rotated gradients, both (weights, k)."""
+
+    group: dict[str, Any]
+    weights: list[Tensor]
+    index: Tensor
+    values: Tensor
+
+
+def together(weights: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The weights that have a gradient, in lists to be rotated together; a sparse gradient stays alone."""
+    batch: list[Tensor] = []
+    for weight in (weight for weight in weights if weight.grad is not None):
+        alike = batch and batch[0].shape == weight.shape and batch[0].device == weight.device
+        if batch and (not alike or weight.grad.is_sparse or (len(batch) + 1) * weight.numel() > _TOGETHER):  # type: ignore[union-attr]
+            yield batch
+            batch = []
+        batch.append(weight)
+    if batch:
+        yield batch
+
+
+def select(group: dict[str, Any], weights: list[Tensor]) -> Selection:
+    """Rotate the gradients of weights (out, in) by the group's basis, and select `keep` or `density` of each."""
+    first = weights[0]
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    if first.grad.is_sparse:  # type: ignore[union-attr]
+        return Selection(group, weights, *_given(first.grad, dtype))  # type: ignore[arg-type]
+    if group["basis"] is not None:  # models move after the optimizer is made; a no-op but for the first step
+        group["basis"] = group["basis"].to(first.device, dtype)
+    rotated = torch.stack([weight.grad for weight in weights if weight.grad is not None]).to(dtype)
+    if group["basis"] is not None:
+        rotated = group["basis"].rotate(rotated)
+    index = top_k_index(rotated, count_kept(first.shape, keep=group["keep"], density=group["density"]))
+    return Selection(group, weights, index, rotated.flatten(1).gather(1, index))
+
+
+def _given(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Positions and values (1, k) of a gradient that is sparse already."""
+    gradient = gradient.coalesce()
+    rows, columns = gradient.indices()
+    return (rows * gradient.shape[1] + columns)[None], gradient.values().to(dtype)[None]
+
+
 def top_k_index(gradient: Tensor, keep: int) -> Tensor:
-    """Flat positions (keep,) of the entries of largest magnitude of a matrix (out, in), in no order."""
-    magnitudes = gradient.abs().flatten()
-    if magnitudes.is_cpu and magnitudes.numel() >= _SAMPLE_FROM:
-        candidates = _candidates(magnitudes, keep)
-        if len(candidates) >= keep:
-            return candidates[magnitudes[candidates].topk(keep, sorted=False).indices]
-    return magnitudes.topk(keep, sorted=False).indices
+    """Flat positions (..., keep) of the entries of largest magnitude of each matrix (..., out, in), in no order."""
+    magnitudes = gradient.abs().flatten(-2)
+    if not magnitudes.is_cpu or magnitudes.shape[-1] < _SAMPLE_FROM:
+        return magnitudes.topk(keep, sorted=False).indices
+    rows = [_top_k_by_sample(row, keep) for row in magnitudes.view(-1, magnitudes.shape[-1])]
+    return torch.stack(rows).view(*magnitudes.shape[:-1], keep)
+
+
+def _top_k_by_sample(magnitudes: Tensor, keep: int) -> Tensor:
+    candidates = _candidates(magnitudes, keep)
+    if len(candidates) < keep:
+        return magnitudes.topk(keep, sorted=False).indices
+    return candidates[magnitudes[candidates].topk(keep, sorted=False).indices]
 
 
 def _candidates(magnitudes: Tensor, keep: int) -> Tensor:

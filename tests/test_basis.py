@@ -79,7 +79,9 @@ def test_sparse_unrotation_equals_the_dense_one(shape: tuple[int, int]) -> None:
     index = torch.randperm(shape[0] * shape[1])[:11]
     values = torch.randn(11, dtype=torch.float64)
     dense = torch.zeros(shape[0] * shape[1], dtype=torch.float64).index_put((index,), values).view(shape)
-    assert torch.allclose(basis.unrotate_sparse(index, values), basis.unrotate(dense), atol=1e-12)
+    assert torch.allclose(
+        basis.unrotate_sparse(index[None], values[None], dense.shape)[0], basis.unrotate(dense), atol=1e-12
+    )
 
 
 def test_float32_gradients_give_a_float32_basis_close_to_float64s() -> None:

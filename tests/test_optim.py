@@ -168,6 +168,7 @@ def test_state_dict_round_trip_goes_on_to_the_bit(dtype: torch.dtype) -> None:
     train(model, [optimizer], data[:4])
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    torch.manual_seed(1)  # bfloat16 weights are rounded at random
     train(model, [optimizer], data[4:])
 
     file.seek(0)
@@ -175,6 +176,7 @@ def test_state_dict_round_trip_goes_on_to_the_bit(dtype: torch.dtype) -> None:
     resumed = SparseGradAdamW(groups(fresh, basis=random_basis(seed=9), keep=9), lr=1e-2)
     fresh.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
+    torch.manual_seed(1)
     train(fresh, [resumed], data[4:])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
 

@@ -49,7 +49,7 @@ class SparseGradAuthors(SparseGrad):
         freeze(model, linears, context, mlp_weights=True)
         bases, cost = self.find_bases(model, linears, context)
         if self.transposed_in_basis:
-            bases = {kind: Basis(basis.in_basis.T.contiguous(), basis.out_basis) for kind, basis in bases.items()}
+            bases = {kind: _transposed_in_basis(basis) for kind, basis in bases.items()}
         if self.frozen_layer_norm:
             _freeze_layer_norms(model)
         prepared = self.build(model, linears, context, bases, cost)
@@ -72,6 +72,11 @@ class SparseGradAuthors(SparseGrad):
         return calibrated_bases(model, linears, context, self.steps, update=update)
 
 
+def _transposed_in_basis(basis: Basis) -> Basis:
+    assert basis.in_basis is not None
+    return Basis(basis.in_basis.T.contiguous(), basis.out_basis)
+
+
 def _freeze_layer_norms(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
@@ -83,8 +88,10 @@ def _rotate_bias_gradients(model: nn.Module, linears: Linears, bases: Mapping[st
         for name in found:
             bias = model.get_submodule(name).bias  # looked up anew: engine `layer` has replaced the linear
             if isinstance(bias, Tensor) and bias.requires_grad:
-                bias.register_hook(_times(bases[kind].out_basis.T))  # type: ignore[no-untyped-call]
+                bias.register_hook(_rotating(bases[kind]))  # type: ignore[no-untyped-call]
 
 
-def _times(matrix: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda gradient: matrix.to(gradient) @ gradient
+def _rotating(basis: Basis) -> Callable[[Tensor], Tensor]:
+    V = basis.out_basis
+    assert V is not None
+    return lambda gradient: V.T.to(gradient) @ gradient

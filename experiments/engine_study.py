@@ -1,0 +1,190 @@
+"""Which engine learns how well, each at its own learning rate: mean training loss of 200 short steps.
+
+MiniLM on SST-2, batches of 16; only MLP weights and classifier train, at a constant rate; calibration on 30 other
+batches. Engines are compared at one trainable count (1 % of each MLP weight) unless an arm's name says otherwise.
+Every result goes to `results/engine_study.json` as it comes; what is there is not run again.
+
+    python -m experiments.engine_study --glue <glue folder> --arms exact fast lora --rates 5e-4 1e-3 --seeds 2 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from sparsegrad.assets import asset_path
+from sparsegrad.basis import Basis
+from sparsegrad.block import BlockLinear
+from sparsegrad.calibration import calibrate
+from sparsegrad.lean import LeanLinear
+from sparsegrad.methods.base import replace_linear
+from sparsegrad.mlp import Linears, find_mlp
+from sparsegrad.optim import SparseGradAdamW
+from sparsegrad.prepare import param_groups
+from sparsegrad.records import write_json
+from sparsegrad.selection import count_kept
+
+CALIBRATION, STEPS, BATCH = 30, 200, 16
+Batches = list[dict[str, torch.Tensor]]
+Bases = dict[str, Basis]
+Arm = Callable[[nn.Module, Linears, Bases, float], torch.optim.Optimizer]
+
+
+def merged(model: nn.Module, linears: Linears, bases: Bases, lr: float, **options: Any) -> torch.optim.Optimizer:
+    """Engine `merged` with `sides`, `moments`, `density`; sides=None: no rotation (MeProp with masked Adam)."""
+    sides, density = options.get("sides", "both"), options.get("density", 0.01)
+    chosen = {kind: None if sides is None else basis.only(sides) for kind, basis in bases.items()}
+    groups = param_groups(model, linears, chosen, density=density)
+    for group in groups:
+        if group.get("density"):
+            group["moments"] = options.get("moments", "dense")
+    if "token_share" in options:
+        for found in linears.values():
+            for name, linear in found.items():
+                replace_linear(model, name, linear, LeanLinear(linear, token_share=options["token_share"]))
+    return SparseGradAdamW(groups, lr=lr)
+
+
+def block(model: nn.Module, linears: Linears, bases: Bases, lr: float, **options: Any) -> torch.optim.Optimizer:
+    """Engine `block`: `shape` gives (c, r) of a weight (out, in); `side="in"`: no rotation of the outputs."""
+    for kind, found in linears.items():
+        basis = bases[kind].only(options.get("side", "both"))
+        for name, linear in found.items():
+            core = options["shape"](*linear.weight.shape)
+            replace_linear(model, name, linear, BlockLinear.from_linear(linear, basis, core))
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+
+
+def lora(model: nn.Module, linears: Linears, bases: Bases, lr: float) -> torch.optim.Optimizer:
+    """peft's LoRA on the MLP linears at the same trainable count, alpha = 2 rank."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    out, features = next(iter(next(iter(linears.values())).values())).weight.shape
+    rank = max(1, round(count_kept((out, features), density=0.01) / (out + features)))
+    names = [name for found in linears.values() for name in found]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or name.startswith("classifier"))
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+
+
+def _share(out_share: float, in_share: float) -> Callable[[int, int], tuple[int, int]]:
+    return lambda out, features: (max(1, round(out_share * out)), max(1, round(in_share * features)))
+
+
+def _crossed(share: float) -> Callable[[int, int], tuple[int, int]]:
+    """c in proportion to the inputs, r in proportion to the outputs: the fewest multiplications."""
+    return lambda out, features: (min(out, round(share * features)), min(features, round(share * out)))
+
+
+ARMS: dict[str, Arm] = {
+    "exact": merged,
+    "exact_small_side": partial(merged, sides="small"),
+    "exact_small_side_support": partial(merged, sides="small", moments="support"),
+    "exact_small_side_quarter_tokens": partial(merged, sides="small", token_share=0.25),
+    "meprop_masked": partial(merged, sides=None),
+    "lora": lora,
+    "block_proportional": partial(block, shape=_share(0.1, 0.1)),
+    "block_crossed": partial(block, shape=_crossed(0.1)),
+    "block_in": partial(block, side="in", shape=_share(1, 0.01)),
+    "block_in_4_percent": partial(block, side="in", shape=_share(1, 0.04)),
+    "block_crossed_4_percent": partial(block, shape=_crossed(0.2)),
+}
+
+
+def run_one(arm: str, lr: float, seed: int, glue: Path) -> dict[str, float]:
+    """One training; mean loss of all steps and of the last 50, accuracy on the validation sentences."""
+    torch.manual_seed(seed)
+    folder = asset_path("minilm")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    linears = find_mlp(model, None)
+    weights = {id(linear.weight) for found in linears.values() for linear in found.values()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in weights or name.startswith("classifier"))
+    batches = _batches(tokenizer, glue / "sst2" / "train.jsonl", seed)
+    bases = calibrate(model, batches, {kind: list(found.values()) for kind, found in linears.items()}, CALIBRATION)
+    optimizer = ARMS[arm](model, linears, bases, lr)
+    losses = list(_train(model, optimizer, batches))
+    return {
+        "loss": sum(losses) / len(losses),
+        "last_50": sum(losses[-50:]) / 50,
+        "accuracy": _accuracy(model, tokenizer, glue / "sst2" / "validation.jsonl"),
+    }
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Mapping[str, Any]]) -> Iterator[float]:
+    model.train()
+    for _, batch in zip(range(STEPS), batches, strict=False):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item()
+
+
+def _batches(tokenizer: Any, path: Path, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    for start in range(0, len(order), BATCH):
+        yield _tensors(tokenizer, [rows[number] for number in order[start : start + BATCH]])
+
+
+def _tensors(tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    texts = [row["sentence"] for row in rows]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128)
+    return {**batch, "labels": torch.tensor([row["label"] for row in rows])}
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, tokenizer: Any, path: Path) -> float:
+    model.eval()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    right = 0
+    for start in range(0, len(rows), 64):
+        batch = _tensors(tokenizer, rows[start : start + 64])
+        right += int((model(**batch).logits.argmax(1) == batch["labels"]).sum())
+    return right / len(rows)
+
+
+def main() -> None:
+    """Run what is missing of arms x rates x seeds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--glue", type=Path, required=True, help="folder with sst2/train.jsonl")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
+    parser.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[2, 3])
+    parser.add_argument("--out", type=Path, default=Path("results/engine_study.json"))
+    asked = parser.parse_args()
+    for seed in asked.seeds:
+        for lr in asked.rates:
+            for arm in asked.arms:
+                _record(asked.out, arm, lr, seed, asked.glue)
+
+
+def _record(out: Path, arm: str, lr: float, seed: int, glue: Path) -> None:
+    known = _rows(out)
+    if any((row["arm"], row["lr"], row["seed"]) == (arm, lr, seed) for row in known):
+        return
+    result = run_one(arm, lr, seed, glue)
+    finite = {name: round(value, 4) if math.isfinite(value) else None for name, value in result.items()}
+    row = {"arm": arm, "lr": lr, "seed": seed, **finite}
+    write_json(out, {"rows": [*_rows(out), row]})
+    print(json.dumps(row), flush=True)
+
+
+def _rows(out: Path) -> list[dict[str, Any]]:
+    return json.loads(out.read_text())["rows"] if out.exists() else []  # type: ignore[no-any-return]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Updates of low-precision weights that do not round away."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def add_stochastic(weight: Tensor, change: Tensor) -> None:
+    """Add `change` to `weight` in place; a bfloat16 weight is rounded up or down at random, right on average.
+
+    A bfloat16 number has 8 bits of mantissa: to the nearest, most steps of a fine-tuning round to no change at all.
+
+    Args:
+        weight: of any shape and floating dtype.
+        change: the same shape, float32 or finer; its generator is torch's own of that device.
+    """
+    if weight.dtype != torch.bfloat16:
+        weight.add_(change.to(weight.dtype))
+        return
+    bits = (weight.float() + change.float()).view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device)
+    weight.copy_(((bits + noise) & -65536).view(torch.float32))  # the upper half of a float32 is a bfloat16
