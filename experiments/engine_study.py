@@ -183,7 +183,7 @@ def _record(out: Path, arm: str, lr: float, seed: int, glue: Path) -> None:
 
 
 def _rows(out: Path) -> list[dict[str, Any]]:
-    return json.loads(out.read_text())["rows"] if out.exists() else []  # type: ignore[no-any-return]
+    return json.loads(out.read_text())["rows"] if out.exists() else []
 
 
 if __name__ == "__main__":
