@@ -43,10 +43,7 @@ def merged(model: nn.Module, linears: Linears, bases: Bases, lr: float, **option
     """Engine `merged` with `sides`, `moments`, `density`; sides=None: no rotation (MeProp with masked Adam)."""
     sides, density = options.get("sides", "both"), options.get("density", 0.01)
     chosen = {kind: None if sides is None else basis.only(sides) for kind, basis in bases.items()}
-    groups = param_groups(model, linears, chosen, density=density)
-    for group in groups:
-        if group.get("density"):
-            group["moments"] = options.get("moments", "dense")
+    groups = param_groups(model, linears, chosen, density=density, moments=options.get("moments", "dense"))
     if "token_share" in options:
         for found in linears.values():
             for name, linear in found.items():

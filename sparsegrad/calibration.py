@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegrad.basis import Basis, Grams
-from sparsegrad.errors import UserError, check_integer
+from sparsegrad.basis import SIDES, Basis, Grams
+from sparsegrad.errors import UserError, check_choice, check_integer
 
 Batch = Mapping[str, Any]
 
@@ -21,6 +21,7 @@ def calibrate(
     mlp: Mapping[str, Iterable[nn.Linear]],
     steps: int = 30,
     *,
+    sides: str = "both",
     update: Callable[[], None] | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[str, Basis]:
@@ -35,6 +36,8 @@ def calibrate(
         batches: mappings of tensors with labels; at least `steps` of them, read lazily, moved to the model's device.
         mlp: layer kind -> linears whose weights (out, in) share one basis.
         steps: number of batches (paper: 30).
+        sides: `both` (the paper), or only `in`, `out` or `small`, the side with fewer features; the longer
+            side's decomposition is most of the cost.
         update: called after each batch instead of freezing the rest: the authors' code trains meanwhile.
         progress: wraps the iterator of steps, e.g. `tqdm`.
 
@@ -45,8 +48,9 @@ def calibrate(
         UserError: for too few batches, a batch without loss, a weight without gradient, or a gradient not finite.
     """
     check_integer("steps", steps, at_least=1, remedy="the paper takes 30")
+    check_choice("sides", sides, SIDES)
     weights = {kind: [linear.weight for linear in linears] for kind, linears in mlp.items()}
-    grams = {kind: Grams() for kind in weights}
+    grams = {kind: Grams(sides=sides) for kind in weights}
     device = next(model.parameters()).device
     with _collecting(model, weights, grams, freeze=update is None):
         source = iter(batches)

@@ -23,6 +23,16 @@ from sparsegrad.tasks.base import DataConfig, Task
 _OUTSIDE_KEY = ("name", "results_dir", "work_dir", "force", "resume", "save_model", "tracker")
 _OUTSIDE_KEY_NESTED = (("data", "dir"), ("train", "device"), ("train", "eval_batch_size"))
 
+# Settings that came after the first records, with the value that means "as before": left out of the key there, so
+# that older records keep theirs.
+_LATER: dict[tuple[str, str], Any] = {
+    ("method", "sides"): "both",
+    ("method", "moments"): "dense",
+    ("method", "release_gradients"): False,
+    ("method", "drop_padding"): False,
+    ("method", "save_dtype"): None,
+}
+
 # What a composed configuration may hold beside one run; `cli` has dealt with it before.
 BESIDE_RUN = ("sweep", "hparams")
 
@@ -174,6 +184,9 @@ def determining(resolved: Mapping[str, Any]) -> dict[str, Any]:
         kept.pop(name, None)
     for group, name in _OUTSIDE_KEY_NESTED:
         kept.get(group, {}).pop(name, None)
+    for (group, name), before in _LATER.items():
+        if kept.get(group, {}).get(name, before) == before:
+            kept.get(group, {}).pop(name, None)
     return kept
 
 

@@ -68,8 +68,11 @@ def support_moments(
     m, v, age = (old[name].gather(1, place) * known for name in ("exp_avg", "exp_avg_sq", "age"))
     m, v = _blend(m, v, gradient, group["betas"], finite)
     age = age + finite
-    used = torch.tensor(steps, dtype=torch.int32, device=key.device)[:, None].expand_as(key)
-    _keep_latest(states, old, {"index": key, "exp_avg": m, "exp_avg_sq": v, "age": age, "used": used}, place, known)
+    # An unused entry loses every contest for a slot: so do all of a step that does not count.
+    used = torch.where(finite, torch.tensor(steps, dtype=torch.int32, device=key.device)[:, None].expand_as(key), -1)
+    _keep_latest(
+        states, old, {"index": key, "exp_avg": m, "exp_avg_sq": v, "age": age, "used": used}, place, known & finite
+    )
     years = age.clamp(min=1).to(m.dtype)
     change = (m / (1 - beta1**years)) / ((v / (1 - beta2**years)).sqrt() + group["eps"]) * -group["lr"]
     return torch.zeros_like(values).scatter_(1, order, change * finite)

@@ -61,10 +61,17 @@ def param_groups(
     *,
     keep: int | None = None,
     density: float | None = None,
+    moments: str = "dense",
 ) -> list[dict[str, Any]]:
     """Groups for `SparseGradAdamW`: one per layer kind, and one for all else that requires a gradient."""
     groups: list[dict[str, Any]] = [
-        {"params": [linear.weight for linear in found.values()], "basis": bases[kind], "keep": keep, "density": density}
+        {
+            "params": [linear.weight for linear in found.values()],
+            "basis": bases[kind],
+            "keep": keep,
+            "density": density,
+            "moments": moments,
+        }
         for kind, found in linears.items()
     ]
     taken = {id(weight) for group in groups for weight in group["params"]}

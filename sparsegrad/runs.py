@@ -181,6 +181,7 @@ class _Run:
             is_head=config.model.is_head,
             batches=lambda: training_batches(self.sets.train, config, self.tokenizer),
             calibrated=store.calibrated,
+            accumulation=config.train.grad_accumulation,
         )
         return config.method.prepare(self.model, self.linears, context)
 

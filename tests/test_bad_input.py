@@ -83,7 +83,17 @@ def error_line(stderr: str) -> str:
         ("method.density=null", r"method\.density=None and method\.keep=None: give one"),
         ("method.steps=0", r"method\.steps=0 .*at least 1"),
         ("method.engine=fast", r"method\.engine=fast .*merged, layer"),
-        ("method.backward=sparse_dense", r"method\.backward=sparse_dense belongs to method\.engine=layer"),
+        (
+            "method.backward=sparse_dense",
+            r"backward=sparse_dense does not belong to method\.engine=merged: set method\.b",
+        ),
+        (
+            "method.engine=layer method.sides=small",
+            r"sides=small does not belong to method\.engine=layer: .*sides=both",
+        ),
+        ("method.sides=left", r"method\.sides=left is not allowed: choose one of both, in, out, small"),
+        ("method.moments=few", r"method\.moments=few is not allowed: choose one of dense, support"),
+        ("method.save_dtype=int8", r"method\.save_dtype=int8 is not allowed: choose one of None, bf16"),
         ("method._target_=os.nothing", r"method\._target_=os\.nothing cannot be imported"),
         ("+method.rank=3", r"method does not fit SparseGrad: .*rank"),
         ("protocol.epochs=0", r"protocol\.epochs=0 .*above 0"),
@@ -124,6 +134,11 @@ def test_a_wrong_value_is_named_before_anything_is_loaded(refused: Refused, over
     [
         (("method.density=null", "method.keep=2049"), r"keep=2049 .*at most 2048.*\(64, 32\) has 2048 entries"),
         (("method.density=1e-6",), r"density=1e-06 keeps no entry .*at least"),
+        (("method.engine=layer", "method.sides=small"), r"sides=small does not belong to .*engine=layer: .*sides=both"),
+        (
+            ("method.release_gradients=true", "train.grad_accumulation=2"),
+            r"release_gradients=true does not go with train",
+        ),
         (("method=lora", "method.rank=0"), r"method\.rank=0 .*at least 1"),
         (("method=lora", "method.rank=33"), r"method\.rank=33 .*at most 32"),
         (("method.basis=nowhere.safetensors",), r"no basis file nowhere\.safetensors"),

@@ -48,7 +48,8 @@ def test_what_does_not_change_the_result_is_not_in_the_key(tiny: Tiny, override:
     ["seed=1", "train.lr=2e-2", "train.batch_size=2", "train.precision=bf16", "train.train_rest=false",
      "train.grad_accumulation=2", "train.weight_decay=0.1", "train.group_by_length=true", "method=full",
      "method.density=0.02", "method.engine=layer", "model=bert_base", "task=rte", "protocol=heldout",
-     "protocol.max_steps=5", "protocol.patience=2", "data.max_train=9", "data.pad=max_length"],
+     "protocol.max_steps=5", "protocol.patience=2", "data.max_train=9", "data.pad=max_length",
+     "method.sides=small", "method.moments=support", "method.save_dtype=bf16"],
 )  # fmt: skip
 def test_what_changes_the_result_is_in_the_key(tiny: Tiny, override: str) -> None:
     assert tiny(override).key != tiny().key
@@ -61,3 +62,10 @@ def test_the_key_is_stable(tiny: Tiny) -> None:
     assert len(config.key) == 16
     assert config.record_path == Path(config.results_dir) / "runs" / "adhoc" / f"{config.key}.json"
     assert config.resolved == again  # the key takes nothing out of it
+
+
+def test_settings_that_came_later_leave_the_keys_of_older_records_alone(tiny: Tiny) -> None:
+    older = json.loads(json.dumps(tiny().resolved))
+    for name in ("sides", "moments", "release_gradients", "drop_padding", "save_dtype"):
+        del older["method"][name]
+    assert config_key(older) == tiny().key

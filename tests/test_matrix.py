@@ -24,7 +24,16 @@ METHODS = {
     "sparsegrad": (),
     "layer": ("method=sparsegrad", "method.engine=layer"),
     "sparse_dense": ("method=sparsegrad", "method.engine=layer", "method.backward=sparse_dense"),
+    "sparse_small_side": ("method=sparsegrad", "method.sides=small"),
+    "sparse_support": ("method=sparsegrad", "method.moments=support"),
+    "sparse_lean": (
+        "method=sparsegrad",
+        "method.release_gradients=true",
+        "method.drop_padding=true",
+        "method.save_dtype=bf16",
+    ),
     "sparsegrad_authors": (),
+    "sparsegrad_fast": (),
 }
 KEEP, RANK, SIZE, SIDES = 20, 2, 32 * 64, 32 + 64  # 1 % of a weight (64, 32); the tiny sizes of conftest
 STEPS = 4
@@ -76,6 +85,7 @@ def expected_count(method: str, before: dict[str, Tensor]) -> tuple[int, int]:
     if method == "sparsegrad_authors":
         rest -= sum(value.numel() for name, value in before.items() if "LayerNorm" in name)
     per_weight = {"full": SIZE, "lora": RANK * SIDES, "lora_tuned": RANK * SIDES, "sparsegrad_authors": 40}
+    per_weight["sparsegrad_fast"] = 6 * 3  # a tenth of 64 by a tenth of 32
     each = per_weight.get(method, KEEP)
     return rest + 4 * each, each
 
@@ -143,6 +153,16 @@ def test_sparsegrad_moves_few_entries_of_the_rotated_weight(tiny: Tiny, monkeypa
         moved = basis.out_basis.T @ (found[name] - before[name]) @ basis.in_basis
         count = int((moved.abs() > 1e-3).sum())  # an Adam step at this rate is about 1e-2
         assert KEEP <= count <= KEEP * STEPS
+
+
+@pytest.mark.parametrize("setting", ["release_gradients=true", "drop_padding=true"])
+def test_exact_savings_walk_the_same_path(tiny: Tiny, setting: str) -> None:
+    short = ("protocol.max_steps=12", "protocol.eval_steps=4", "train.lr=1e-3")
+    saving = runs.run(tiny("model=bert_base", *short, f"method.{setting}"))[0]
+    plain = runs.run(tiny("model=bert_base", *short))[0]
+    assert [row["loss"] for row in saving["losses"]] == pytest.approx(
+        [row["loss"] for row in plain["losses"]], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("model", ["bert_base", "roberta_large"])

@@ -27,6 +27,7 @@ class Context:
         batches: opens an endless stream of training batches, the same at each call.
         calibrated: `(settings, compute) -> (bases, cost)`: reuses the basis stored for these settings, or calls
             `compute` and stores what it gives; settings None: never stored.
+        accumulation: backward passes for one step of the optimizer.
     """
 
     lr: float
@@ -37,6 +38,7 @@ class Context:
     calibrated: Callable[
         [Mapping[str, Any] | None, Callable[[], dict[str, Basis]]], tuple[dict[str, Basis], dict[str, Any]]
     ]
+    accumulation: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,14 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from sparsegrad.basis import Basis, load_bases
+from sparsegrad.basis import SIDES, Basis, load_bases
 from sparsegrad.calibration import calibrate
 from sparsegrad.errors import UserError, check_choice, check_integer
+from sparsegrad.lean import LeanLinear
 from sparsegrad.linear import BACKWARDS, SparseGradLinear
 from sparsegrad.methods.base import (
     Context,
@@ -23,18 +25,34 @@ from sparsegrad.methods.base import (
     freeze,
     kept_per_weight,
     replace_linear,
+    replace_module,
     restore_linears,
     weight_shapes,
 )
 from sparsegrad.mlp import Linears
+from sparsegrad.moments import MOMENTS
 from sparsegrad.optim import SparseGradAdamW
 from sparsegrad.prepare import param_groups
 
 ENGINES = ("merged", "layer")
+_DTYPES = {None: None, "bf16": torch.bfloat16}
+# Settings of one engine only, with the value that the other leaves them at.
+_OF_ENGINE: dict[str, dict[str, Any]] = {
+    "layer": {"backward": "regular"},
+    "merged": {
+        "sides": "both", "moments": "dense", "release_gradients": False, "drop_padding": False, "save_dtype": None
+    },
+}  # fmt: skip
 
 
 def calibrated_bases(
-    model: nn.Module, linears: Linears, context: Context, steps: int, *, update: Callable[[], None] | None = None
+    model: nn.Module,
+    linears: Linears,
+    context: Context,
+    steps: int,
+    *,
+    sides: str = "both",
+    update: Callable[[], None] | None = None,
 ) -> tuple[dict[str, Basis], dict[str, Any]]:
     """The bases of all layer kinds and what they cost, from the store or from `steps` batches.
 
@@ -42,8 +60,10 @@ def calibrated_bases(
     """
     mlp = {kind: list(found.values()) for kind, found in linears.items()}
     batches, progress = islice(context.batches(), steps), partial(tqdm, desc="calibration", leave=False)
-    settings = {"steps": steps} if update is None else None
-    return context.calibrated(settings, lambda: calibrate(model, batches, mlp, steps, update=update, progress=progress))
+    settings = {"steps": steps, **({} if sides == "both" else {"sides": sides})} if update is None else None
+    return context.calibrated(
+        settings, lambda: calibrate(model, batches, mlp, steps, sides=sides, update=update, progress=progress)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +77,12 @@ class SparseGrad:
         engine: `merged` (rotation in the optimizer) or `layer` (the paper's `SparseGradLinear`); the same trajectory in
             exact arithmetic, but for accumulation: `merged` selects once per step, `layer` in every micro-batch.
         backward: of engine `layer`: `regular` or `sparse_dense`.
+        sides: what engine `merged` rotates: `both` (the method), or one: `in`, `out`, `small`. Not exact, but the
+            rotation costs a fifth (see docs/performance.md).
+        moments: of engine `merged`: `dense` (the method's), or `support`: a tenth of their memory, not exact.
+        release_gradients: update each MLP weight as soon as its gradient is there, and free that. Exact.
+        drop_padding: leave padding out of the MLP weights' gradients, where it counts nothing. Exact.
+        save_dtype: `bf16` keeps the MLP linears' inputs rounded until their weight gradient is made; null as they are.
         basis: file with stored bases to use instead of calibrating.
     """
 
@@ -65,6 +91,11 @@ class SparseGrad:
     steps: int = 30
     engine: str = "merged"
     backward: str = "regular"
+    sides: str = "both"
+    moments: str = "dense"
+    release_gradients: bool = False
+    drop_padding: bool = False
+    save_dtype: str | None = None
     basis: str | None = None
     name: str = "sparsegrad"
 
@@ -73,8 +104,17 @@ class SparseGrad:
         check_integer("method.steps", self.steps, at_least=1, remedy="the paper takes 30")
         check_choice("method.engine", self.engine, ENGINES)
         check_choice("method.backward", self.backward, BACKWARDS)
-        if self.engine == "merged" and self.backward != "regular":
-            raise UserError(f"method.backward={self.backward} belongs to method.engine=layer: set that, or use regular")
+        check_choice("method.sides", self.sides, SIDES)
+        check_choice("method.moments", self.moments, tuple(MOMENTS))
+        check_choice("method.release_gradients", self.release_gradients, (True, False))
+        check_choice("method.drop_padding", self.drop_padding, (True, False))
+        check_choice("method.save_dtype", self.save_dtype, tuple(_DTYPES), "null keeps them as they are")
+        for name, value in _OF_ENGINE["layer" if self.engine == "merged" else "merged"].items():
+            if getattr(self, name) != value:
+                raise UserError(
+                    f"method.{name}={getattr(self, name)} does not belong to method.engine={self.engine}: "
+                    f"set method.{name}={_shown(value)}, or the other engine"
+                )
 
     def check(self, linears: Linears) -> None:
         """`keep` may not exceed a weight's size; a given basis file must fit the shapes."""
@@ -84,6 +124,11 @@ class SparseGrad:
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""
+        if self.release_gradients and context.accumulation > 1:
+            raise UserError(
+                f"method.release_gradients=true does not go with train.grad_accumulation={context.accumulation}: "
+                "the gradients of several passes must meet; set one of them back"
+            )
         freeze(model, linears, context, mlp_weights=True)
         bases, cost = self.find_bases(model, linears, context)
         return self.build(model, linears, context, bases, cost)
@@ -93,8 +138,8 @@ class SparseGrad:
     ) -> tuple[dict[str, Basis], dict[str, Any]]:
         """The bases of all layer kinds and what they cost: from the given file, the store, or calibration."""
         if self.basis is not None:
-            return self._load(linears), {"file": self.basis}
-        return calibrated_bases(model, linears, context, self.steps)
+            return {kind: basis.only(self.sides) for kind, basis in self._load(linears).items()}, {"file": self.basis}
+        return calibrated_bases(model, linears, context, self.steps, sides=self.sides)
 
     def build(
         self,
@@ -107,18 +152,34 @@ class SparseGrad:
         """The engine and its optimizer for given bases."""
         per_weight = kept_per_weight(linears, self.density, self.keep)
         trainable = count_trainable(model, linears, per_weight)
-        layer = self.engine == "layer"
-        if layer:
-            groups = self._layer(model, linears, bases)
-        else:
-            groups = param_groups(model, linears, bases, keep=self.keep, density=self.density)
+        optimizer = SparseGradAdamW(
+            self._groups(model, linears, bases), lr=context.lr, weight_decay=context.weight_decay, fused=True
+        )
+        if self.release_gradients:
+            optimizer.release_gradients()
         return Prepared(
-            optimizer=SparseGradAdamW(groups, lr=context.lr, weight_decay=context.weight_decay, fused=True),
+            optimizer=optimizer,
             trainable=trainable,
             trainable_per_weight=per_weight,
             calibration=cost,
-            finish=lambda: restore_linears(model, linears) if layer else None,
+            finish=lambda: restore_linears(model, linears) if self._replaces else None,
         )
+
+    @property
+    def _replaces(self) -> bool:
+        """Whether layers of ours stand in the places of the MLP linears while training."""
+        return self.engine == "layer" or self.drop_padding or self.save_dtype is not None
+
+    def _groups(self, model: nn.Module, linears: Linears, bases: Mapping[str, Basis]) -> list[dict[str, Any]]:
+        if self.engine == "layer":
+            return self._layer(model, linears, bases)
+        groups = param_groups(model, linears, bases, keep=self.keep, density=self.density, moments=self.moments)
+        if self._replaces:
+            for found in linears.values():
+                for name, linear in found.items():
+                    lean = LeanLinear(linear, drop_padding=self.drop_padding, save_dtype=_DTYPES[self.save_dtype])
+                    replace_module(model, name, lean)
+        return groups
 
     def _layer(self, model: nn.Module, linears: Linears, bases: Mapping[str, Basis]) -> list[dict[str, Any]]:
         rotated = []
@@ -137,10 +198,15 @@ class SparseGrad:
         assert self.basis is not None
         bases = load_bases(self.basis)
         for kind, shape in weight_shapes(linears).items():
-            if kind not in bases or bases[kind].shape != shape:
+            if kind not in bases or not bases[kind].fits(shape):
                 found = {name: basis.shape for name, basis in bases.items()}
                 raise UserError(
                     f"method.basis={self.basis} holds bases for {found}, but the model's weights of kind {kind} "
                     f"are {shape}: name a basis of this model, or null to calibrate"
                 )
         return bases
+
+
+def _shown(value: Any) -> str:
+    """A value as a YAML has it."""
+    return "null" if value is None else str(value).lower()

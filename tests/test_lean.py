@@ -1,0 +1,105 @@
+"""The lean linear: the same function and gradients, for less; drawn tokens right on average."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsegrad import UserError
+from sparsegrad.lean import LeanLinear, draw_tokens
+from sparsegrad.rounding import add_stochastic
+
+OUT, IN, TOKENS = 11, 7, 40
+
+
+def data(dtype: torch.dtype = torch.float64) -> tuple[nn.Linear, Tensor, Tensor]:
+    torch.manual_seed(3)
+    x = torch.randn(4, TOKENS // 4, IN, dtype=dtype, requires_grad=True)
+    dy = torch.randn(4, TOKENS // 4, OUT, dtype=dtype)
+    dy[:, 6:] = 0  # padding
+    return nn.Linear(IN, OUT).to(dtype), x, dy
+
+
+@pytest.mark.parametrize("drop_padding", [True, False])
+def test_gradients_are_the_linears(drop_padding: bool) -> None:
+    linear, x, dy = data()
+    expected = torch.autograd.grad(linear(x), (x, linear.weight, linear.bias), dy)
+    lean = LeanLinear(linear, drop_padding=drop_padding)
+    assert torch.equal(lean(x), linear(x))
+    found = torch.autograd.grad(lean(x), (x, lean.weight, lean.bias), dy)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
+    back = lean.to_linear()
+    assert type(back) is nn.Linear
+    assert back.weight is linear.weight
+
+
+def test_gradcheck() -> None:
+    linear, x, _ = data()
+    lean = LeanLinear(linear, drop_padding=True)
+    assert torch.autograd.gradcheck(lean, (x[:1, :3].detach().requires_grad_(),))
+    weight = linear.weight.detach().clone().requires_grad_()
+
+    def of_weight(weight: Tensor) -> Tensor:
+        return torch.func.functional_call(lean, {"weight": weight}, (x.detach(),))
+
+    assert torch.autograd.gradcheck(of_weight, (weight,))
+
+
+def test_inputs_kept_in_bfloat16_cost_half_and_round() -> None:
+    linear, x, dy = data(torch.float32)
+    lean = LeanLinear(linear, save_dtype=torch.bfloat16)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = lean(x)
+    assert sorted(str(tensor.dtype) for tensor in kept) == ["torch.bfloat16", "torch.float32"]  # x, and W itself
+    dx, dW = torch.autograd.grad(y, (x, lean.weight), dy)
+    exact_dx, exact_dW = torch.autograd.grad(linear(x), (x, linear.weight), dy)
+    assert torch.allclose(dx, exact_dx, atol=1e-6)
+    assert dW.dtype == torch.float32
+    assert 0 < (dW - exact_dW).norm() / exact_dW.norm() < 0.01
+
+
+def test_drawn_tokens_give_the_whole_gradient_on_average() -> None:
+    _, x, dy = data()
+    x, dy = x.detach().flatten(0, 1), dy.flatten(0, 1)
+    exact, draws = dy.T @ x, 3000
+    total = torch.zeros_like(exact)
+    for _ in range(draws):
+        rows, weights = draw_tokens(dy, x, 10)
+        total += (dy[rows] * weights[:, None]).T @ x[rows]
+    error = (total / draws - exact).norm() / exact.norm()
+    single = ((dy[rows] * weights[:, None]).T @ x[rows] - exact).norm() / exact.norm()
+    assert error < 0.05
+    assert single > 3 * error  # it is a draw, not the sum
+    rows, _ = draw_tokens(dy, x, 10)
+    assert (dy[rows].norm(dim=1) > 0).all()  # padding is not drawn
+
+
+def test_a_budget_of_all_tokens_is_exact() -> None:
+    _, x, dy = data()
+    rows, weights = draw_tokens(dy.flatten(0, 1), x.flatten(0, 1), TOKENS)
+    assert rows.tolist() == list(range(TOKENS))
+    assert (weights == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"token_share": 0.0}, "token_share=0.0"), ({"save_dtype": torch.int8}, "save_dtype=torch.int8 .*floating")],
+)
+def test_bad_values_are_named(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        LeanLinear(nn.Linear(3, 2), **options)
+
+
+def test_small_changes_of_bfloat16_weights_add_up() -> None:
+    """1,000 changes of a thousandth: to the nearest none is seen; at random the drift is there, within its spread."""
+    torch.manual_seed(0)
+    nearest, random = torch.ones(4096, dtype=torch.bfloat16), torch.ones(4096, dtype=torch.bfloat16)
+    change = torch.full((4096,), 1e-3)
+    for _ in range(1000):
+        nearest.add_(change.bfloat16())
+        add_stochastic(random, change)
+    assert (nearest == 1).all()
+    assert abs(float(random.float().mean()) - 2) < 0.005
+    exact = torch.zeros(3)
+    add_stochastic(exact, torch.tensor([0.1, -0.2, 0.3]))
+    assert torch.equal(exact, torch.tensor([0.1, -0.2, 0.3]))

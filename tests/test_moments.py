@@ -1,0 +1,208 @@
+"""Moments on the kept entries alone, compact ones included, and steps that are refused."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsegrad import Basis, SparseGradAdamW, UserError, hosvd
+
+SHAPE = (12, 8)
+
+
+def weights(count: int = 3, dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(SHAPE, generator=generator, dtype=torch.float64).to(dtype)) for _ in range(count)]
+
+
+def basis() -> Basis:
+    return hosvd(torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+
+
+def give_gradients(parameters: list[nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.grad = torch.randn(SHAPE, generator=generator, dtype=torch.float64).to(parameter.dtype)
+
+
+def walk(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, seeds: range) -> None:
+    for seed in seeds:
+        give_gradients(parameters, seed)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("moments", ["dense", "support"])
+@pytest.mark.parametrize("sides", ["both", "in", "out", None])
+def test_weights_updated_together_are_updated_as_each_alone(moments: str, sides: str | None) -> None:
+    one, other = weights(), weights()
+    group = {"keep": 9, "moments": moments, "basis": None if sides is None else basis().only(sides)}
+    walk(one, SparseGradAdamW([{"params": one, **group}], lr=1e-2), range(6))
+    alone = [SparseGradAdamW([{"params": [weight], **group}], lr=1e-2) for weight in other]
+    for seed in range(6):
+        give_gradients(other, seed)
+        for optimizer in alone:
+            optimizer.step()
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(one, other, strict=True))
+
+
+def test_a_weight_that_gets_no_gradient_for_a_while_has_its_own_step_count() -> None:
+    one, other = weights(2), weights(2)
+    together = SparseGradAdamW([{"params": one, "keep": 9}], lr=1e-2)
+    alone = [SparseGradAdamW([{"params": [weight], "keep": 9}], lr=1e-2) for weight in other]
+    for seed in range(6):
+        for parameters, optimizers in ((one, [together]), (other, alone)):
+            give_gradients(parameters, seed)
+            if seed in (1, 2):
+                parameters[0].grad = None
+            for optimizer in optimizers:
+                optimizer.step()
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(one, other, strict=True))
+
+
+def test_one_side_is_the_other_left_as_it_is() -> None:
+    one, other, full = weights(1), weights(1), basis()
+    half = Basis(full.in_basis, torch.eye(SHAPE[0], dtype=torch.float64))
+    walk(one, SparseGradAdamW([{"params": one, "keep": 9, "basis": full.only("small")}], lr=1e-2), range(5))
+    walk(other, SparseGradAdamW([{"params": other, "keep": 9, "basis": half}], lr=1e-2), range(5))
+    assert torch.allclose(one[0], other[0], atol=1e-12)
+
+
+def test_compact_moments_of_everything_are_adam() -> None:
+    """With all entries kept none is ever dropped, and the age is the step count."""
+    one, other = weights(1), weights(1)
+    walk(one, SparseGradAdamW([{"params": one, "density": 1.0, "moments": "support"}], lr=1e-2), range(8))
+    walk(other, torch.optim.AdamW(other, lr=1e-2, weight_decay=0), range(8))
+    assert torch.allclose(one[0], other[0], atol=1e-12)
+
+
+def test_compact_moments_follow_each_entry_as_long_as_it_has_a_slot() -> None:
+    """Against plain Adam for each entry, with its own count, forgotten when 4 x keep others were used later."""
+    keep, lr, parameters = 3, 1e-2, weights(1)
+    optimizer = SparseGradAdamW([{"params": parameters, "keep": keep, "moments": "support"}], lr=lr)
+    expected, known = parameters[0].detach().flatten().clone(), {}
+    for seed in range(20):
+        give_gradients(parameters, seed)
+        gradient = parameters[0].grad.flatten()
+        for position in gradient.abs().topk(keep).indices.tolist():
+            m, v, age, _ = known.get(position, (0.0, 0.0, 0, 0))
+            g, age = float(gradient[position]), age + 1
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            known[position] = (m, v, age, seed)
+            expected[position] -= lr * (m / (1 - 0.9**age)) / ((v / (1 - 0.999**age)) ** 0.5 + 1e-8)
+        optimizer.step()
+        state = optimizer.state[parameters[0]]
+        held = set(state["index"][state["age"] > 0].tolist())
+        assert held <= known.keys()
+        assert len(held) == min(4 * keep, len(known))
+        assert min(known[p][3] for p in held) >= max((known[p][3] for p in known.keys() - held), default=0)
+        known = {position: known[position] for position in held}
+    assert torch.allclose(parameters[0].flatten(), expected, atol=1e-12)
+
+
+def test_compact_moments_are_small() -> None:
+    weight = nn.Parameter(torch.randn(200, 100))
+    sizes = {}
+    for moments in ("dense", "support"):
+        optimizer = SparseGradAdamW([{"params": [weight], "density": 0.01, "moments": moments}], lr=1e-2)
+        weight.grad = torch.randn(200, 100)
+        optimizer.step()
+        state = optimizer.state[weight].values()
+        sizes[moments] = sum(tensor.numel() * tensor.element_size() for tensor in state)
+    assert sizes["support"] <= 0.11 * sizes["dense"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_compact_moments_are_saved_and_go_on_to_the_bit(dtype: torch.dtype) -> None:
+    group = {"keep": 9, "moments": "support"}
+    whole, halves = weights(dtype=dtype), weights(dtype=dtype)
+    torch.manual_seed(1)
+    walk(whole, SparseGradAdamW([{"params": whole, **group}], lr=1e-2), range(8))
+    torch.manual_seed(1)
+    first = SparseGradAdamW([{"params": halves, **group}], lr=1e-2)
+    walk(halves, first, range(4))
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = SparseGradAdamW([{"params": halves, **group}], lr=1e-2)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    walk(halves, second, range(4, 8))
+    assert all(torch.equal(a, b) for a, b in zip(whole, halves, strict=True))
+
+
+def test_moments_of_the_other_kind_are_refused() -> None:
+    parameters = weights(1)
+    dense = SparseGradAdamW([{"params": parameters, "keep": 9}], lr=1e-2)
+    compact = SparseGradAdamW([{"params": parameters, "keep": 9, "moments": "support"}], lr=1e-2)
+    with pytest.raises(UserError, match="saved state has moments=dense, this optimizer moments=support: make it with"):
+        compact.load_state_dict(dense.state_dict())
+    with pytest.raises(UserError, match="moments=some is not allowed: choose one of dense, support"):
+        SparseGradAdamW([{"params": parameters, "keep": 9, "moments": "some"}], lr=1e-2)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("moments", ["dense", "support"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
+    moments: str, fused: bool, poison: float
+) -> None:
+    parameters, rest = weights(), nn.Parameter(torch.ones(4))
+    groups = [{"params": parameters, "keep": 9, "moments": moments, "basis": basis()}, {"params": [rest]}]
+    optimizer = SparseGradAdamW(groups, lr=1e-2, weight_decay=0.1, fused=fused)
+
+    def step(seed: int, value: float | None = None) -> None:
+        give_gradients(parameters, seed)
+        rest.grad = torch.ones(4)
+        if value is not None:
+            parameters[1].grad[3, 2] = value
+        optimizer.step()
+
+    def everything() -> list[Tensor]:
+        states = [optimizer.state[p] for p in parameters]
+        names = states[0].keys() - {"step", "used"}
+        return [*parameters, rest, *(state[name] for state in states for name in names if name.startswith("exp"))]
+
+    step(0)
+    before = copy.deepcopy(everything())
+    step(1, poison)
+    assert optimizer.refused_steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+    step(2)
+    assert optimizer.refused_steps == 1
+    assert not any(torch.equal(a, b) for a, b in zip(before[:4], everything()[:4], strict=True))
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 2)).double()
+
+
+def optimizer_of(network: nn.Sequential) -> SparseGradAdamW:
+    linears = [network[0].weight, network[2].weight]
+    rest = [p for p in network.parameters() if all(p is not weight for weight in linears)]
+    return SparseGradAdamW([{"params": [w], "density": 0.1} for w in linears] + [{"params": rest}], lr=1e-2)
+
+
+def test_released_gradients_walk_the_same_path_and_are_gone() -> None:
+    ordinary, released = model(), model()
+    one, other = optimizer_of(ordinary), optimizer_of(released)
+    other.release_gradients()
+    for seed in range(6):
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(seed)).double()
+        for network, optimizer in ((ordinary, one), (released, other)):
+            network(x).square().sum().backward()
+            assert (network[0].weight.grad is None) == (network is released)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(ordinary.parameters(), released.parameters(), strict=True))
+
+
+def test_released_gradients_cannot_be_accumulated() -> None:
+    network = model()
+    optimizer = optimizer_of(network)
+    optimizer.release_gradients()
+    x = torch.randn(5, 8).double()
+    network(x).sum().backward()
+    with pytest.raises(UserError, match="a second backward pass before step"):
+        network(x).sum().backward()
