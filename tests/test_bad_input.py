@@ -87,10 +87,6 @@ def error_line(stderr: str) -> str:
             "method.backward=sparse_dense",
             r"backward=sparse_dense does not belong to method\.engine=merged: set method\.b",
         ),
-        (
-            "method.engine=layer method.sides=small",
-            r"sides=small does not belong to method\.engine=layer: .*sides=both",
-        ),
         ("method.sides=left", r"method\.sides=left is not allowed: choose one of both, in, out, small"),
         ("method.moments=few", r"method\.moments=few is not allowed: choose one of dense, support"),
         ("method.save_dtype=int8", r"method\.save_dtype=int8 is not allowed: choose one of None, bf16"),
