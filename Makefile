@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 QUICKSTART := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets quickstart test check format clean dashboard sweep-table
+.PHONY: bench bench-quick help install assets quickstart test check format clean dashboard sweep-table
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,3 +47,9 @@ dashboard: $(INSTALLED) ## watch sweeps live in a browser; prints the address
 
 sweep-table: $(INSTALLED) ## Tables 13-15: best batch size and learning rate per task, beside the published ones
 	@$(BIN)/python -m sparsegrad.sweep table
+
+bench: $(INSTALLED) ## speed and memory of every method into results/bench: half an hour on 2 quiet cores; goes on where it stopped
+	$(BIN)/python -m sparsegrad.benchmark
+
+bench-quick: $(INSTALLED) ## the same in under 3 minutes, into runs/bench: that it works, not how fast
+	$(BIN)/python -m sparsegrad.benchmark --quick

@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import psutil
 import torch
 from safetensors import SafetensorError
 
 from sparsegrad.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA = 1
 _PACKAGES = ("sparsegrad", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "hydra-core", "numpy")
@@ -33,12 +35,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         UserError: when the folder cannot be written or the disk is full; nothing is left behind.
     """
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write `content` so that `path` is either as before or whole; raises as `write_json`."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open("w") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.write("\n")
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
@@ -106,6 +112,8 @@ def load_records(folder: Path | str, on_bad: Callable[[UserError], None] | None 
     Raises:
         UserError: for a damaged record, unless `on_bad` takes it.
     """
+    import pandas as pd  # here: the benchmark writes its results on machines without it
+
     rows = []
     for path in sorted(Path(folder).rglob("*.json")):
         try:

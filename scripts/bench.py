@@ -1,0 +1,13 @@
+"""`python -m sparsegrad.benchmark` from a checkout that is not installed: `python scripts/bench.py`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from sparsegrad.benchmark import main
+
+if __name__ == "__main__":
+    sys.exit(main())

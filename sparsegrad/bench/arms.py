@@ -1,0 +1,122 @@
+"""The arms: which methods are measured, and with which options. A new arm is a line in `ARMS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from sparsegrad.bench.settings import Setting
+from sparsegrad.errors import UserError, check_choice
+from sparsegrad.methods.base import Method
+
+AUTHORS_DENSITY = 28000 / (768 * 3072)  # entries that the authors' code keeps of a base model's weight
+
+
+def lora_rank(setting: Setting) -> int:
+    """The rank with which LoRA has as many entries as SparseGrad keeps, to the nearest."""
+    hidden, intermediate = setting.widths
+    return max(1, round(setting.density * hidden * intermediate / (hidden + intermediate)))
+
+
+def by_density(setting: Setting) -> dict[str, Any]:
+    """Options of a method that keeps a share of the entries."""
+    return {"density": setting.density}
+
+
+def by_rank(setting: Setting) -> dict[str, Any]:
+    """Options of LoRA at the same count."""
+    return {"rank": lora_rank(setting)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One method with its options.
+
+    Attributes:
+        about: for tables.
+        method: `module:Class` below `sparsegrad`; imported only when it is measured.
+        cost: key of `arithmetic.COSTS`.
+        options: what the class gets, beside
+        sized: what follows from the setting.
+        bases: whether it needs a calibration.
+        only: whether it differs from another arm in this setting.
+    """
+
+    about: str
+    method: str
+    cost: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sized: Callable[[Setting], dict[str, Any]] = lambda setting: {}
+    bases: bool = False
+    only: Callable[[Setting], bool] = lambda setting: True
+
+    def make(self, setting: Setting) -> Method:
+        """The method object.
+
+        Raises:
+            UserError: when a package that the method needs is missing.
+        """
+        module, _, name = self.method.partition(":")
+        try:
+            found = getattr(import_module(f"sparsegrad.{module}"), name)
+        except ImportError as error:
+            raise UserError(f"{self.about} needs the package {error.name}: install it or leave the arm out") from None
+        made: Method = found(**{**self.sized(setting), **self.options})
+        return made
+
+
+def _sparsegrad(about: str, cost: str, **options: Any) -> Arm:
+    method = "methods.sparsegrad:SparseGrad"
+    return Arm(about=about, method=method, cost=cost, options=options, sized=by_density, bases=True)
+
+
+def _lora(about: str, method: str, only: Callable[[Setting], bool] = lambda setting: True) -> Arm:
+    return Arm(about=about, method=method, cost="lora", sized=by_rank, only=only)
+
+
+ARMS: dict[str, Arm] = {
+    "frozen": Arm(about="MLP weights frozen: the floor", method="bench.rivals:Frozen", cost="frozen"),
+    "full": Arm(about="full fine-tuning", method="methods.full:Full", cost="full"),
+    "lora_peft": _lora("LoRA, peft as it comes", "methods.lora:Lora"),
+    "lora_dtype": _lora(
+        "LoRA, peft, adapters in the model's dtype", "bench.rivals:LoraInModelDtype", lambda s: s.precision == "bf16"
+    ),
+    "lora_fused": _lora("LoRA, fused by hand", "bench.rivals:FusedLora"),
+    "meprop": Arm(about="MeProp", method="methods.meprop:MeProp", cost="full", sized=by_density),
+    "layer_regular": _sparsegrad("SparseGrad, the paper's layer, Regular", "layer", engine="layer"),
+    "layer_sparse_dense": _sparsegrad(
+        "SparseGrad, the paper's layer, Sparse-by-Dense", "layer", engine="layer", backward="sparse_dense"
+    ),
+    "authors": Arm(
+        about="SparseGrad as the authors' code",
+        method="methods.sparsegrad_authors:SparseGradAuthors",
+        cost="layer",
+        options={"density": AUTHORS_DENSITY, "engine": "layer"},
+        bases=True,
+    ),
+    "merged": _sparsegrad("SparseGrad, engine merged", "both_sides", engine="merged"),
+    "fast": Arm(
+        about="SparseGrad fast: one block, not exact",
+        method="methods.sparsegrad_fast:SparseGradFast",
+        cost="block",
+        sized=by_density,
+        bases=True,
+    ),
+}
+FIT_ARM = "full"  # measured first in every setting: how many steps fit into the time is counted on it
+PAPER_ARMS = ("full", "lora_peft", "layer_sparse_dense", "layer_regular", "merged", "fast")
+MAIN_ARMS = ("full", "lora_peft", "merged", "fast")
+REFERENCES = ("full", "lora_peft", "layer_regular")
+
+
+def find_arm(name: str) -> Arm:
+    """The arm of this name, or `UserError` that lists them."""
+    return ARMS[check_choice("arm", name, tuple(ARMS))]
+
+
+def arms_of(setting: Setting, wanted: tuple[str, ...]) -> list[str]:
+    """Of the arms `wanted` (none: all) those that make sense in `setting`, `full` first."""
+    names = [name for name in wanted or tuple(ARMS) if find_arm(name).only(setting)]
+    return sorted(names, key=lambda name: name != FIT_ARM)

@@ -1,0 +1,76 @@
+"""The bars: what the engines should reach, and what was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsegrad.bench.results import Document, summarise
+
+_TOKENS = 4096
+
+
+def bars(document: Document) -> list[dict[str, Any]]:
+    """One line per bar and setting in which it can be read: what is asked, what was measured, whether it is met."""
+    gpu = document.get("hardware", {}).get("device") == "cuda"
+    found = []
+    for key, arms in summarise(document).items():
+        tokens = document["settings"][key]["tokens"]
+        for about, arm, of, reference, at_least, bound in _asked(gpu, tokens):
+            ratio = arms.get(arm, {}).get(of, {}).get(reference)
+            if ratio is not None:
+                met = ratio["median"] >= bound if at_least else ratio["median"] <= bound
+                asked = {"at_least" if at_least else "at_most": bound}
+                found.append({"bar": about, "setting": key, "arm": arm, **asked, "measured": ratio, "met": met})
+    return found + _calibration(document)
+
+
+def _asked(gpu: bool, tokens: float) -> list[tuple[str, str, str, str, bool, float]]:
+    """(what, arm, speed or memory, reference, whether a lower bound, bound)."""
+    asked = [
+        ("merged, speed over the paper's layer", "merged", "speed", "layer_regular", True, 2.0),
+        ("merged, memory over full fine-tuning", "merged", "memory", "full", False, 1.0),
+        ("fast, speed over peft LoRA", "fast", "speed", "lora_peft", True, 1.15),
+        ("fast, memory over peft LoRA", "fast", "memory", "lora_peft", False, 0.85),
+    ]
+    if gpu:
+        asked.append(("merged, memory over peft LoRA", "merged", "memory", "lora_peft", False, 1.0))
+    if gpu or tokens == _TOKENS:
+        bound = 1.0 if gpu else 0.75
+        asked.append(("merged, speed over full fine-tuning", "merged", "speed", "full", True, bound))
+    return asked
+
+
+def _calibration(document: Document) -> list[dict[str, Any]]:
+    """Gram matrices against the stacked tensor, at the same count of gradients."""
+    done = [found for found in document["decompositions"].values() if found["status"] == "complete"]
+    lines = []
+    for gram in (found for found in done if found["method"] == "gram"):
+        shape = {name: gram[name] for name in ("out_features", "in_features", "count")}
+        name = "{out_features}x{in_features}, {count} gradients".format(**shape)
+        seconds, measured = _stacked_seconds(done, shape)
+        if seconds is not None:
+            ratio = round(seconds / gram["seconds"], 2)
+            how = "measured" if measured else "stacked: extrapolated in a straight line from smaller counts"
+            about = {"bar": "calibration, speed over stacked SVD", "setting": name, "how": how}
+            lines.append({**about, "at_least": 5.0, "measured": _single(ratio), "met": ratio >= 5})
+        ratio = round(gram["peak_mib"] / gram["stacked_tensor_mib"], 4)
+        about = {"bar": "calibration, memory over the stacked tensor", "setting": name}
+        lines.append({**about, "at_most": 0.05, "measured": _single(ratio), "met": ratio <= 0.05})
+    return lines
+
+
+def _stacked_seconds(done: list[dict[str, Any]], shape: dict[str, int]) -> tuple[float | None, bool]:
+    """Seconds of the stacked SVD at this count, and whether that was measured; None where nothing tells."""
+    alike = ("out_features", "in_features")
+    same = [found for found in done if found["method"] == "stacked" and all(found[n] == shape[n] for n in alike)]
+    times = {found["count"]: found["seconds"] for found in same}
+    if shape["count"] in times:
+        return times[shape["count"]], True
+    if len(times) < 2:
+        return None, False
+    (first, low), *_, (last, high) = sorted(times.items())
+    return low + (high - low) / (last - first) * (shape["count"] - first), False
+
+
+def _single(value: float) -> dict[str, float]:
+    return {"median": value, "min": value, "max": value, "n": 1}

@@ -1,0 +1,42 @@
+"""The decomposition of calibration alone: Gram matrices against the stacked tensor (`sparsegrad.basis.hosvd`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsegrad.basis import hosvd
+from sparsegrad.memory import PeakMemory
+
+FLOAT64 = 8
+
+
+def decompose(method: str, out_features: int, in_features: int, count: int, seed: int) -> dict[str, Any]:
+    """Seconds and peak memory of the HOSVD of `count` random gradients (out, in) by `method`, on the CPU.
+
+    Each gradient is made when it is asked for, as back-propagation makes it; making them is part of both times.
+    """
+    memory = PeakMemory(torch.device("cpu"))
+    memory.start()
+    before = time.perf_counter()
+    hosvd(_gradients(out_features, in_features, count, seed), method)
+    seconds = time.perf_counter() - before
+    memory.stop()
+    report = memory.report()
+    peak = round(report["resident_mib"] - report["baseline_mib"], 1)
+    return {"seconds": round(seconds, 3), "memory": report, "peak_mib": peak}
+
+
+def stacked_mib(out_features: int, in_features: int, count: int) -> float:
+    """The stacked tensor in float64 alone, in MiB: the least that its SVD needs."""
+    return out_features * in_features * count * FLOAT64 / 2**20
+
+
+def _gradients(out_features: int, in_features: int, count: int, seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        yield torch.randn(out_features, in_features, generator=generator)

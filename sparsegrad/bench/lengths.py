@@ -1,0 +1,75 @@
+"""Batches of the true shape: token lengths of real tasks, random tokens."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsegrad.errors import check_choice
+
+LENGTHS = Path(__file__).with_name("lengths.json")
+PADDINGS = ("max_length", "longest", "none")
+_GROUP = 50  # batches that are sorted by length together, as `transformers` does
+
+
+@cache
+def histograms() -> dict[str, dict[int, int]]:
+    """Task -> length in tokens -> rows of that length (`scripts/token_lengths.py` counted them)."""
+    tasks = json.loads(LENGTHS.read_text())["tasks"]
+    return {task: {int(length): rows for length, rows in found.items()} for task, found in tasks.items()}
+
+
+def mean_length(task: str, most: int) -> float:
+    """Mean tokens of a row of `task`, cut at `most`."""
+    found = histograms()[task]
+    return sum(min(length, most) * rows for length, rows in found.items()) / sum(found.values())
+
+
+def batch_lengths(task: str, batch: int, most: int, padding: str, count: int, seed: int) -> list[list[int]]:
+    """Token lengths of the rows of `count` batches.
+
+    Args:
+        task: whose lengths are drawn.
+        batch, most: rows of a batch; the length at which a row is cut.
+        padding: `max_length` and `longest` draw lengths (with `longest`, rows of like length come together, for every
+            arm alike); `none` fills every row.
+        count, seed: how many batches, and of which draw.
+
+    Raises:
+        UserError: for an unknown task or padding.
+    """
+    check_choice("padding", padding, PADDINGS)
+    if padding == "none":
+        return [[most] * batch for _ in range(count)]
+    check_choice("task", task, tuple(histograms()))
+    generator = torch.Generator().manual_seed(seed)
+    lengths = _draw(task, batch * max(count, _GROUP if padding == "longest" else 0), generator).clamp(max=most)
+    if padding == "longest":
+        lengths = _grouped(lengths, batch, generator)
+    return [rows.tolist() for rows in lengths.view(-1, batch)][:count]
+
+
+def token_batch(lengths: list[int], width: int, vocabulary: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random tokens: `input_ids` and `attention_mask` (rows, width), `labels` (rows,) of two classes."""
+    mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+    first = min(4, vocabulary - 1)  # below are the special tokens of BERT and RoBERTa, padding among them
+    ids = torch.randint(first, vocabulary, mask.shape, generator=generator)
+    labels = torch.randint(0, 2, (len(lengths),), generator=generator)
+    return {"input_ids": torch.where(mask, ids, 1), "attention_mask": mask.long(), "labels": labels}
+
+
+def _draw(task: str, count: int, generator: torch.Generator) -> Tensor:
+    found = histograms()[task]
+    rows = torch.tensor(list(found.values()), dtype=torch.float64)
+    return torch.tensor(list(found))[torch.multinomial(rows, count, replacement=True, generator=generator)]
+
+
+def _grouped(lengths: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """Sort within groups of batches, then shuffle whole batches."""
+    groups = [group.sort(descending=True).values for group in torch.split(lengths, batch * _GROUP)]
+    batches = torch.cat(groups).view(-1, batch)
+    return batches[torch.randperm(len(batches), generator=generator)].flatten()

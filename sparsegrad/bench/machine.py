@@ -1,0 +1,82 @@
+"""The machine: its name, and what it can measure."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from sparsegrad.bench.settings import PRECISIONS
+from sparsegrad.errors import fail
+from sparsegrad.records import hardware
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `--device`: auto, cpu or cuda.
+
+    Raises:
+        UserError: for cuda on a machine without it.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise fail("device", name, "this machine has no CUDA device", "use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+
+
+def precisions(device: torch.device) -> tuple[str, ...]:
+    """What the hardware computes in by itself; a CPU takes bf16 in any case, but emulated it is of no interest."""
+    if device.type == "cuda":
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        return PRECISIONS if ampere else ("fp32",)
+    return tuple(name for name in PRECISIONS if name == "fp32" or (name != "tf32" and _cpu_has_bf16()))
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise `UserError` for a precision that the device does not have; names those that would work."""
+    allowed = precisions(device)
+    if precision not in allowed:
+        raise fail("precision", precision, f"{machine_name(device)} has {', '.join(allowed)}", "choose one of these")
+
+
+def machine_name(device: torch.device) -> str:
+    """The device in words."""
+    facts = hardware(device)
+    return str(facts.get("gpu", facts["cpu"]))
+
+
+def slug(device: torch.device, threads: int) -> str:
+    """A short name for files: cpu-2-amd-epyc, nvidia-h100."""
+    words = re.sub(r"\((r|tm)\)|@.*|\b\d+ ?gb\b|\b(hbm\d*e?|pcie|sxm\d*|nvl|cpu|processor)\b", " ", _lower(device))
+    short = "-".join(re.findall(r"[a-z0-9]+", words)[:4]) or "unknown"
+    return short if device.type == "cuda" else f"cpu-{threads}-{short}"
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Hardware and precisions, for the results."""
+    return {**hardware(device), "precisions": list(precisions(device))}
+
+
+def gpu_memory_gib(device: torch.device) -> float:
+    """Memory of the GPU."""
+    return float(torch.cuda.get_device_properties(device).total_memory / 2**30)
+
+
+def _lower(device: torch.device) -> str:
+    return machine_name(device).lower()
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in text or "amx_bf16" in text

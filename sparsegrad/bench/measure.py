@@ -1,0 +1,268 @@
+"""Time and memory of training steps of one arm in one setting."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad.basis import Basis, load_bases, save_bases
+from sparsegrad.bench.arms import find_arm
+from sparsegrad.bench.lengths import batch_lengths, token_batch
+from sparsegrad.bench.settings import Setting, setting_from
+from sparsegrad.bench.shapes import build_model, mlp_linears
+from sparsegrad.calibration import calibrate
+from sparsegrad.errors import UserError
+from sparsegrad.memory import PeakMemory
+from sparsegrad.methods.base import Context, weight_shapes
+
+Batch = dict[str, Tensor]
+Bases = Callable[[], dict[str, Basis]]
+FEWEST_WARMUP, FEWEST_STEPS = 2, 3
+_POOL = 4  # batches of a stack of MLPs, which are large: used in turn
+
+
+def measure(
+    setting: dict[str, Any],
+    arm: str,
+    device: str,
+    bases: str,
+    seed: int,
+    warmup: int,
+    steps: int,
+    seconds: float | None,
+) -> dict[str, Any]:
+    """Measure `steps` training steps after `warmup` others.
+
+    Args:
+        setting: of `Setting.as_json`.
+        arm: key of `ARMS`.
+        device: cpu or cuda.
+        bases: file with the bases of this model's shape; read only where the arm needs them.
+        seed: of weights and batches.
+        warmup, steps: how many; at most, if
+        seconds: bounds the measured part: the warm-up gets half as many more.
+    """
+    chosen, place = setting_from(setting), torch.device(device)
+    _set_precision(chosen.precision)
+    _prime(arm, chosen.precision, place)
+    model, source = _model(chosen, place, seed), batches(chosen, place, seed, warmup + steps)
+    memory = PeakMemory(place)
+    loop = _prepare(chosen, arm, model, source, place, lambda: load_bases(bases))
+    warm, first = _timed(loop, place, warmup, FEWEST_WARMUP, seconds and seconds / 2)
+    memory.start()
+    _, times = _timed(loop, place, steps, FEWEST_STEPS, seconds, memory)
+    memory.stop()
+    loss = float(loop.last_loss)
+    if loss != loss:
+        raise UserError("the loss is not a number after the measured steps")
+    return {
+        **_speed(times),
+        "warmup_steps": warm,
+        "first_step_seconds": round(first[0] / 1000, 3),
+        "memory": memory.report(),
+        "peak_mib": _peak(memory),
+        "last_loss": round(loss, 4),
+        **loop.counts,
+    }
+
+
+def calibrate_shape(setting: dict[str, Any], device: str, bases: str, seed: int, steps: int) -> dict[str, Any]:
+    """The bases of a shape, in float32, written to `bases`; what that took, apart from everything else."""
+    chosen, place = setting_from({**setting, "precision": "fp32", "mode": "eager"}), torch.device(device)
+    model, source = _model(chosen, place, seed), batches(chosen, place, seed, steps)
+    mlp = {kind: list(found.values()) for kind, found in mlp_linears(chosen.architecture, model).items()}
+    memory = PeakMemory(place)
+    memory.start()
+    before = _now(place)
+    found = calibrate(model, source, mlp, steps)
+    elapsed = _now(place) - before
+    memory.stop()
+    save_bases(Path(bases), {kind: basis.to("cpu") for kind, basis in found.items()}, chosen.shape)
+    report = {"memory": memory.report(), "peak_mib": _peak(memory)}
+    return {"seconds": round(elapsed, 3), "steps": steps, "tokens": chosen.tokens, **report}
+
+
+def batches(setting: Setting, device: torch.device, seed: int, count: int) -> Iterator[Batch]:
+    """Endless: the same batches for every arm, already on the device."""
+    shape, generator = setting.architecture, torch.Generator().manual_seed(seed)
+    if shape.is_stack:
+        size = (setting.batch, setting.length, shape.hidden)
+        dtype = _weight_dtype(setting)
+        made = [
+            {
+                "inputs": torch.randn(size, generator=generator).to(dtype),
+                "labels": torch.randint(0, 2, (setting.batch,), generator=generator),
+            }
+            for _ in range(min(_POOL, count))
+        ]
+    else:
+        made = list(_token_batches(setting, generator, seed, count))
+    moved = [{name: value.to(device) for name, value in batch.items()} for batch in made]
+    return cycle(moved)
+
+
+def _token_batches(setting: Setting, generator: torch.Generator, seed: int, count: int) -> Iterator[Batch]:
+    _, words = setting.architecture.cut(setting.blocks)
+    for lengths in batch_lengths(setting.task or "", setting.batch, setting.length, setting.padding, count, seed):
+        width = max(lengths) if setting.padding == "longest" else setting.length
+        yield token_batch(lengths, width, words, generator)
+
+
+def _prime(arm: str, precision: str, device: torch.device) -> None:
+    """A step of the arm on a tiny model: what is imported and set up on first use is code, and no arm's memory."""
+    setting = Setting(shape="mlp_tiny", padding="none", batch=2, length=8, precision=precision, density=0.1)
+    model = _model(setting, device, 0)
+
+    def identities() -> dict[str, Basis]:
+        shapes = weight_shapes(mlp_linears(setting.architecture, model))
+        return {kind: Basis.identity(*shape) for kind, shape in shapes.items()}
+
+    _prepare(setting, arm, model, batches(setting, device, 0, 1), device, identities).step()
+
+
+@dataclass
+class _Loop:
+    """A training loop that is ready to run, one step a call."""
+
+    model: Callable[..., Any]
+    optimizer: torch.optim.Optimizer
+    source: Iterator[Batch]
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+    counts: dict[str, Any]
+    last_loss: Tensor | float = 0.0
+
+    def step(self) -> None:
+        with self.autocast():
+            loss = self.model(**next(self.source)).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.last_loss = loss.detach()
+
+
+def _prepare(
+    setting: Setting, arm: str, model: nn.Module, source: Iterator[Batch], device: torch.device, bases: Bases
+) -> _Loop:
+    linears = mlp_linears(setting.architecture, model)
+    method = find_arm(arm).make(setting)
+    method.check(linears)
+    prepared = method.prepare(model, linears, _context(setting, source, device, bases))
+    counts = {"trainable": prepared.trainable, "trainable_per_weight": prepared.trainable_per_weight}
+    called = torch.compile(model) if setting.mode == "compiled" else model
+    return _Loop(called, prepared.optimizer, source, _autocast(setting, device), counts)
+
+
+def _context(setting: Setting, source: Iterator[Batch], device: torch.device, bases: Bases) -> Context:
+    def stored(*_: Any) -> tuple[dict[str, Basis], dict[str, Any]]:
+        return {kind: basis.to(device) for kind, basis in bases().items()}, {}
+
+    return Context(
+        lr=1e-5,
+        weight_decay=0.0,
+        train_rest=setting.rest == "trained",
+        is_head=setting.architecture.is_head,
+        batches=lambda: source,
+        calibrated=stored,
+    )
+
+
+def _model(setting: Setting, device: torch.device, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return build_model(setting.architecture, setting.blocks, _weight_dtype(setting)).to(device)
+
+
+def _weight_dtype(setting: Setting) -> torch.dtype:
+    return torch.bfloat16 if setting.precision == "bf16" else torch.float32
+
+
+def _set_precision(precision: str) -> None:
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
+def _autocast(setting: Setting, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    if setting.precision == "bf16_autocast":
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext
+
+
+def _timed(
+    loop: _Loop, device: torch.device, most: int, fewest: int, seconds: float | None, memory: PeakMemory | None = None
+) -> tuple[int, list[float]]:
+    """Up to `most` steps, but no longer than `seconds` once there are `fewest`: their number and milliseconds each."""
+    clock = _CudaClock() if device.type == "cuda" else _CpuClock()
+    start = time.monotonic()
+    for done in range(most):
+        if seconds is not None and done >= fewest and time.monotonic() - start > seconds:
+            break
+        clock.before()
+        loop.step()
+        clock.after()
+        if memory is not None and device.type == "cpu":
+            memory.sample()
+    times = clock.milliseconds()
+    return len(times), times
+
+
+class _CpuClock:
+    def __init__(self) -> None:
+        self._times: list[float] = []
+
+    def before(self) -> None:
+        self._start = time.perf_counter()
+
+    def after(self) -> None:
+        self._times.append((time.perf_counter() - self._start) * 1000)
+
+    def milliseconds(self) -> list[float]:
+        return self._times
+
+
+class _CudaClock:
+    """Events on the device: the host runs ahead, as in training, and waits once at the end."""
+
+    def __init__(self) -> None:
+        self._events: list[torch.cuda.Event] = []
+
+    def before(self) -> None:
+        if not self._events:
+            self.after()
+
+    def after(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._events.append(event)
+
+    def milliseconds(self) -> list[float]:
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in zip(self._events, self._events[1:], strict=False)]
+
+
+def _speed(times: list[float]) -> dict[str, Any]:
+    return {
+        "steps": len(times),
+        "steps_per_second": round(1000 / median(times), 5),
+        "step_ms": [round(ms, 3) for ms in times],
+    }
+
+
+def _peak(memory: PeakMemory) -> float:
+    """The one figure of memory: allocated on a GPU, resident above the loaded model on a CPU."""
+    report = memory.report()
+    if "allocated_mib" in report:
+        return float(report["allocated_mib"])
+    return round(float(report["resident_mib"]) - float(report["baseline_mib"]), 1)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,163 @@
+"""What is measured on which hardware, most wanted first: an interrupted benchmark leaves a useful table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsegrad.bench import machine
+from sparsegrad.bench.arms import MAIN_ARMS, PAPER_ARMS
+from sparsegrad.bench.lengths import histograms
+from sparsegrad.bench.settings import Setting
+
+PRESETS = ("core", "paper", "model", "precision", "tokens", "width", "llama", "compiled", "decomposition")
+_FLOOR_AND_MAIN = ("frozen", *MAIN_ARMS)
+_BARS = ("frozen", "full", "lora_peft", "lora_fused", "layer_regular", "merged", "fast")
+_LLAMA_GIB = 24  # two true-size blocks in float32 with moments and bases
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A setting to be measured; `arms` empty: all that make sense in it."""
+
+    preset: str
+    setting: Setting
+    arms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decomposition:
+    """One decomposition of `count` random gradients (out, in)."""
+
+    method: str
+    out_features: int
+    in_features: int
+    count: int
+
+    @property
+    def key(self) -> str:
+        """A readable name."""
+        return f"{self.method}-{self.out_features}x{self.in_features}-{self.count}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How often and how long: warm-up and measured steps, at most `seconds` measured (None: no bound)."""
+
+    repeats: int = 3
+    warmup: int = 20
+    steps: int = 50
+    seconds: float | None = None
+    calibration_steps: int = 30
+
+
+def default_schedule(device: torch.device, quick: bool) -> Schedule:
+    """What PERFORMANCE's rules ask for; on a CPU and with `quick` cut to what there is time for."""
+    if quick:
+        return Schedule(repeats=1, warmup=2, steps=5, seconds=1.0, calibration_steps=2)
+    if device.type == "cpu":
+        return Schedule(seconds=4.0, calibration_steps=8)
+    return Schedule()
+
+
+def plan(device: torch.device, quick: bool) -> list[Planned]:
+    """The settings for this hardware."""
+    if quick:
+        return _quick()
+    return _on_gpu(device) if device.type == "cuda" else _on_cpu(device)
+
+
+def decompositions(quick: bool) -> list[Decomposition]:
+    """Base shape; one layer kind, as the other is its transpose. 360 gradients are 30 steps of 12 blocks.
+
+    The stacked tensor of 360 does not fit here, and its time follows from two smaller counts: it is linear in them.
+    """
+    if quick:
+        return [_decomposition(method, 768, 192, 12) for method in ("gram", "stacked")]
+    counts = [("gram", 12), ("gram", 360), ("stacked", 6), ("stacked", 12)]
+    return [_decomposition(method, 3072, 768, count) for method, count in counts]
+
+
+def _decomposition(method: str, out_features: int, in_features: int, count: int) -> Decomposition:
+    return Decomposition(method=method, out_features=out_features, in_features=in_features, count=count)
+
+
+def _stack(preset: str, shape: str, batch: int, arms: tuple[str, ...] = (), **more: Any) -> Planned:
+    return Planned(preset=preset, setting=Setting(shape=shape, batch=batch, padding="none", **more), arms=arms)
+
+
+def _quick() -> list[Planned]:
+    snippets = Setting(shape="minilm", padding="longest", task="snippets")
+    return [_stack("core", "mlp_768", 4, blocks=1), Planned(preset="model", setting=snippets, arms=MAIN_ARMS)]
+
+
+def _paper(blocks: int | None, tasks: tuple[str, ...]) -> list[Planned]:
+    """Tables 3, 7 and 8: padded to 128 all tasks are alike; padded to the longest row each is its own."""
+    fields: dict[str, Any] = {"shape": "roberta_base", "blocks": blocks}
+    padded = [Setting(**fields, batch=batch, task="cola") for batch in (16, 32)]
+    dynamic = [Setting(**fields, padding="longest", task=task) for task in tasks]
+    return [Planned(preset="paper", setting=setting, arms=PAPER_ARMS) for setting in [*padded, *dynamic]]
+
+
+def _on_cpu(device: torch.device) -> list[Planned]:
+    snippets: dict[str, Any] = {"shape": "minilm", "padding": "longest", "task": "snippets"}
+    chosen = [
+        _stack("core", "mlp_768", 16),
+        _stack("core", "mlp_768", 32, _BARS),
+        *_paper(2, ("mrpc",)),
+        Planned(preset="model", setting=Setting(**snippets), arms=_FLOOR_AND_MAIN),
+        Planned(preset="model", setting=Setting(**snippets, rest="frozen"), arms=_FLOOR_AND_MAIN),
+        *(_stack("tokens", "mlp_768", batch, MAIN_ARMS) for batch in (4, 64)),
+        *(_stack("width", f"mlp_{hidden}", 16, MAIN_ARMS) for hidden in (384, 1024)),
+        _llama("llama_quarter", 1, 4, "fp32"),
+    ]
+    if "bf16_autocast" in machine.precisions(device):
+        chosen.insert(6, _stack("precision", "mlp_768", 16, MAIN_ARMS, precision="bf16_autocast"))
+    return chosen
+
+
+def _on_gpu(device: torch.device) -> list[Planned]:
+    names = machine.precisions(device)
+    best = "tf32" if "tf32" in names else "fp32"
+    half = [name for name in names if name.startswith("bf16")]
+    base: dict[str, Any] = {"shape": "bert_base", "task": "mrpc"}
+    chosen = [Planned(preset="core", setting=Setting(**base, precision=name)) for name in [best, *half]]
+    chosen += [_stack("core", "mlp_768", 32, precision=name) for name in [best, *half[-1:]]]
+    chosen += _paper(None, tuple(task for task in histograms() if task != "snippets"))
+    chosen += _whole_models(base, [best, *half[-1:]])
+    chosen += [Planned(preset="precision", setting=Setting(**base), arms=_BARS)]
+    sweep = {"precision": (half or [best])[-1]}
+    chosen += [_stack("tokens", "mlp_768", batch, MAIN_ARMS, **sweep) for batch in (4, 8, 16, 64)]
+    chosen += [_stack("width", f"mlp_{width}", 16, MAIN_ARMS, **sweep) for width in (384, 768, 1024, 2048, 4096)]
+    if half and machine.gpu_memory_gib(device) >= _LLAMA_GIB:
+        chosen += [_llama("llama_2_7b", 2, 4, half[-1])]
+    else:
+        chosen += [_llama("llama_quarter", 2, 4, best)]
+    chosen += [
+        Planned(preset="compiled", setting=Setting(**base, precision=name, mode="compiled"), arms=_BARS)
+        for name in [best, *half[-1:]]
+    ]
+    return _without_repeats(chosen)
+
+
+def _whole_models(base: dict[str, Any], precisions: list[str]) -> list[Planned]:
+    """Batches, padding, a frozen rest, and the other shapes."""
+    settings = [Setting(**base, batch=batch, precision=name) for batch in (8, 32) for name in precisions]
+    settings += [Setting(**base, padding="longest", precision=name) for name in precisions]
+    settings += [Setting(**base, rest="frozen", precision=name) for name in precisions]
+    for shape in ("roberta_large", "roberta_base", "minilm"):
+        settings += [Setting(shape=shape, task="mrpc", precision=name) for name in precisions]
+    return [Planned(preset="model", setting=setting, arms=_BARS) for setting in settings]
+
+
+def _llama(shape: str, blocks: int, batch: int, precision: str) -> Planned:
+    setting = Setting(
+        shape=shape, blocks=blocks, batch=batch, length=512, padding="none", rest="frozen", precision=precision
+    )
+    return Planned(preset="llama", setting=setting, arms=_FLOOR_AND_MAIN)
+
+
+def _without_repeats(chosen: list[Planned]) -> list[Planned]:
+    return list({planned.setting.key: planned for planned in reversed(chosen)}.values())[::-1]

@@ -1,0 +1,144 @@
+"""The results: cells paired within a repeat, ratios, and the bars. The schema is told in `sparsegrad.benchmark`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from sparsegrad.bench.arithmetic import Linear, relative_speed
+from sparsegrad.bench.arms import ARMS, REFERENCES, lora_rank
+from sparsegrad.bench.settings import Setting, setting_from
+from sparsegrad.block import core_shape
+from sparsegrad.errors import UserError
+
+SCHEMA = 1
+Document = dict[str, Any]
+
+
+def empty() -> Document:
+    """A document without measurements."""
+    return {"schema": SCHEMA, "settings": {}, "cells": [], "calibrations": {}, "decompositions": {}}
+
+
+def read(path: Path) -> Document:
+    """The document at `path`, or an empty one.
+
+    Raises:
+        UserError: when it is damaged or of another schema.
+    """
+    if not path.exists():
+        return empty()
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable result ({error}): delete it, or name another --out") from None
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        found = document.get("schema") if isinstance(document, dict) else type(document).__name__
+        raise UserError(f"{path} has schema {found}, this version reads {SCHEMA}: name another --out")
+    return document
+
+
+def find_cell(document: Document, setting: str, arm: str, repeat: int) -> dict[str, Any] | None:
+    """The cell of these, or None."""
+    cells = (cell for cell in document["cells"] if _identity(cell) == (setting, arm, repeat))
+    return next(cells, None)
+
+
+def put_cell(document: Document, cell: dict[str, Any]) -> None:
+    """Add a cell in the place of an older one of the same setting, arm and repeat."""
+    document["cells"] = [old for old in document["cells"] if _identity(old) != _identity(cell)] + [cell]
+
+
+def describe(setting: Setting) -> dict[str, Any]:
+    """A setting with what the arithmetic predicts for each arm: steps/s over the reference's."""
+    linears = mlp_of(setting)
+    predicted = {
+        reference: {
+            arm: round(relative_speed(found.cost, linears, ARMS[reference].cost), 3) for arm, found in ARMS.items()
+        }
+        for reference in REFERENCES
+    }
+    return {**setting.as_json(), "lora_rank": lora_rank(setting), "predicted": predicted}
+
+
+def mlp_of(setting: Setting) -> list[Linear]:
+    """The two linears of an MLP in this setting."""
+    hidden, intermediate = setting.widths
+    return [_linear(hidden, intermediate, setting), _linear(intermediate, hidden, setting)]
+
+
+def summarise(document: Document) -> dict[str, dict[str, Any]]:
+    """Setting -> arm -> medians, and ratios to each reference that ran in the same repeat."""
+    return {
+        key: {arm: _summarise_arm(document, key, arm) for arm in _arms(document, key)} for key in document["settings"]
+    }
+
+
+def _summarise_arm(document: Document, setting: str, arm: str) -> dict[str, Any]:
+    cells = list(complete(document, setting, arm))
+    failed = [cell["reason"] for cell in document["cells"] if _identity(cell)[:2] == (setting, arm) and _failed(cell)]
+    pairs = {reference: list(_pairs(document, setting, arm, reference)) for reference in REFERENCES}
+    return {
+        "steps_per_second": spread(cell["steps_per_second"] for cell in cells),
+        "peak_mib": spread(cell["peak_mib"] for cell in cells),
+        "speed": {
+            name: spread(a["steps_per_second"] / b["steps_per_second"] for a, b in pairs[name]) for name in pairs
+        },
+        "memory": {
+            name: spread(a["peak_mib"] / b["peak_mib"] for a, b in pairs[name] if b["peak_mib"]) for name in pairs
+        },
+        "steps": sum(cell["steps"] for cell in cells),
+        "failed": failed[:1],
+    }
+
+
+def _pairs(document: Document, setting: str, arm: str, reference: str) -> Iterator[tuple[Any, Any]]:
+    others = {cell["repeat"]: cell for cell in complete(document, setting, reference)}
+    for cell in complete(document, setting, arm):
+        other = others.get(cell["repeat"])
+        if other is not None and other["steps"] == cell["steps"]:
+            yield cell, other
+
+
+def complete(document: Document, setting: str, arm: str) -> Iterator[dict[str, Any]]:
+    """Cells of an arm that were measured to the end."""
+    for cell in document["cells"]:
+        if _identity(cell)[:2] == (setting, arm) and not _failed(cell):
+            yield cell
+
+
+def spread(values: Iterable[float]) -> dict[str, float] | None:
+    """Median, least, greatest and count; None of nothing."""
+    found = sorted(values)
+    if not found:
+        return None
+    middle = {"median": median(found), "min": found[0], "max": found[-1]}
+    return {**{name: round(value, 4) for name, value in middle.items()}, "n": len(found)}
+
+
+def _linear(n: int, m: int, setting: Setting) -> Linear:
+    rows, columns = core_shape((m, n), setting.density)
+    return Linear(n=n, m=m, T=setting.tokens, c=rows, r=columns, s=lora_rank(setting))
+
+
+def _arms(document: Document, setting: str) -> list[str]:
+    """Those with a cell, in the order of the table of arms; arms that are no longer in it last."""
+    found = {cell["arm"] for cell in document["cells"] if cell["setting"] == setting}
+    return [arm for arm in ARMS if arm in found] + sorted(found - set(ARMS))
+
+
+def _identity(cell: dict[str, Any]) -> tuple[str, str, int]:
+    return cell["setting"], cell["arm"], cell["repeat"]
+
+
+def _failed(cell: dict[str, Any]) -> bool:
+    return bool(cell["status"] != "complete")
+
+
+def setting_of(document: Document, key: str) -> Setting:
+    """The setting that a document tells of."""
+    fields = document["settings"][key]
+    return setting_from({name: fields[name] for name in Setting.__dataclass_fields__})

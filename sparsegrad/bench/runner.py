@@ -1,0 +1,194 @@
+"""Run the plan: one process per measurement, arms interleaved, results written after each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsegrad.bench import machine, render, results
+from sparsegrad.bench.arms import find_arm
+from sparsegrad.bench.bars import bars
+from sparsegrad.bench.decompose import stacked_mib
+from sparsegrad.bench.plan import Decomposition, Planned, Schedule
+from sparsegrad.bench.settings import Setting
+from sparsegrad.records import environment, now, write_json
+
+ROOT = Path(__file__).parents[2]
+_NEVER = ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG")  # they would measure something else
+TIMEOUT = 1200  # seconds for one process, compilation included
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """One call of the benchmark.
+
+    Attributes:
+        out: file of the results.
+        work: folder of the bases; they are made anew where it is empty.
+        device, threads, schedule: as asked.
+        force: measure again what is there.
+        minutes: start nothing new after these; None: no bound.
+        tell: takes a line of progress.
+    """
+
+    out: Path
+    work: Path
+    device: torch.device
+    threads: int
+    schedule: Schedule
+    force: bool = False
+    minutes: float | None = None
+    tell: Callable[[str], None] = print
+    document: results.Document = field(default_factory=results.empty)
+    _start: float = field(default_factory=time.monotonic)
+
+    def run(self, planned: list[tuple[Planned, list[str]]], decompositions: list[Decomposition]) -> None:
+        """Measure what is not there yet; a failure is a result."""
+        self.document = {**results.read(self.out), **self._head()}
+        for chosen, arms in planned:
+            self._note(chosen)
+            for repeat, arm in interleaved(arms, self.schedule.repeats):
+                if not self._late():
+                    self._cell(chosen.setting, arm, repeat)
+        for decomposition in decompositions:
+            if not self._late():
+                self._decomposition(decomposition)
+        self.write()
+
+    def write(self) -> None:
+        """Write results, table and plot."""
+        self.document["finished"] = now()
+        self.document["summary"] = results.summarise(self.document)
+        self.document["bars"] = bars(self.document)
+        write_json(self.out, self.document)
+        render.write_table(self.document, self.out.with_suffix(".md"))
+
+    def _head(self) -> dict[str, Any]:
+        found = environment(self.device)
+        slug = machine.slug(self.device, self.threads)
+        facts = {**machine.facts(self.device), "threads": self.threads}
+        return {"name": slug, "hardware": facts, "versions": found["versions"], "git": found["git"]}
+
+    def _note(self, chosen: Planned) -> None:
+        known = self.document["settings"].get(chosen.setting.key, {})
+        presets = sorted({*known.get("presets", []), chosen.preset})
+        self.document["settings"][chosen.setting.key] = {**results.describe(chosen.setting), "presets": presets}
+
+    def _cell(self, setting: Setting, arm: str, repeat: int) -> None:
+        if not self.force and results.find_cell(self.document, setting.key, arm, repeat) is not None:
+            return
+        bases = self._bases(setting) if find_arm(arm).bases else None
+        if isinstance(bases, str):
+            answer = {"status": "failed", "reason": bases}
+        else:
+            answer = self._measure(setting, arm, repeat, bases)
+        cell = {"setting": setting.key, "arm": arm, "repeat": repeat, **answer, **self._stamp()}
+        results.put_cell(self.document, cell)
+        write_json(self.out, self.document)
+        self.tell(f"{setting.key} {arm} {repeat}: {_told(cell)}")
+
+    def _measure(self, setting: Setting, arm: str, repeat: int, bases: Path | None) -> dict[str, Any]:
+        warmup, steps, seconds = self._length(setting)
+        return self._process(
+            "measure",
+            setting=setting.as_json(),
+            arm=arm,
+            device=self.device.type,
+            bases=str(bases),
+            seed=repeat,
+            warmup=warmup,
+            steps=steps,
+            seconds=seconds,
+        )
+
+    def _length(self, setting: Setting) -> tuple[int, int, float | None]:
+        """Warm-up and steps; what the first arm had time for is what all others do."""
+        for cell in self.document["cells"]:
+            if cell["setting"] == setting.key and cell["status"] == "complete":
+                return cell["warmup_steps"], cell["steps"], None
+        return self.schedule.warmup, self.schedule.steps, self.schedule.seconds
+
+    def _bases(self, setting: Setting) -> Path | str:
+        """The file with the bases of the setting's model, made if need be; or why there is none."""
+        blocks, _ = setting.architecture.cut(setting.blocks)
+        key = f"{setting.shape}-{blocks}"
+        path = self.work / f"{key}.safetensors"
+        if path.is_file() and self.document["calibrations"].get(key, {}).get("status") == "complete":
+            return path
+        steps = self.schedule.calibration_steps
+        fields = {**setting.as_json(), "batch": min(setting.batch, 4)}
+        arguments = {"device": self.device.type, "bases": str(path), "seed": 0, "steps": steps}
+        answer = self._process("calibrate", setting=fields, **arguments)
+        self.document["calibrations"][key] = {**answer, **self._stamp()}
+        self.tell(f"{key} calibration: {_told(answer)}")
+        return path if answer["status"] == "complete" else f"no calibration: {answer['reason']}"
+
+    def _decomposition(self, wanted: Decomposition) -> None:
+        found = self.document["decompositions"]
+        if wanted.key in found and not self.force:
+            return
+        sizes = {"out_features": wanted.out_features, "in_features": wanted.in_features, "count": wanted.count}
+        answer = self._process("decompose", method=wanted.method, **sizes, seed=0)
+        arithmetic = {"stacked_tensor_mib": round(stacked_mib(**sizes), 1)}
+        found[wanted.key] = {"method": wanted.method, **sizes, **arithmetic, **answer, **self._stamp()}
+        write_json(self.out, self.document)
+        self.tell(f"decomposition {wanted.key}: {_told(answer)}")
+
+    def _process(self, job: str, **arguments: Any) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+            request.write_text(json.dumps({"job": job, "threads": self.threads, **arguments}))
+            command = [sys.executable, "-m", "sparsegrad.bench.worker", str(request), str(answer)]
+            return run_process(command, answer, self._environment())
+
+    def _environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if name not in _NEVER}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
+
+    def _stamp(self) -> dict[str, Any]:
+        return {"commit": self.document["git"].get("commit"), "time": now()}
+
+    def _late(self) -> bool:
+        return self.minutes is not None and time.monotonic() - self._start > 60 * self.minutes
+
+
+def interleaved(arms: list[str], repeats: int) -> Iterator[tuple[int, str]]:
+    """(repeat, arm): every arm once, then all again; what drifts on the machine meets all alike."""
+    for repeat in range(repeats):
+        for arm in arms:
+            yield repeat, arm
+
+
+def run_process(command: Iterable[str], answer: Path, env: dict[str, str]) -> dict[str, Any]:
+    """What the process answered, or how it ended."""
+    try:
+        ended = subprocess.run(list(command), env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        return {"status": "failed", "reason": f"took longer than {TIMEOUT} seconds"}
+    if answer.is_file():
+        found: dict[str, Any] = json.loads(answer.read_text())
+        return found
+    if ended.returncode < 0:
+        return {"status": "failed", "reason": f"killed by signal {-ended.returncode}: out of memory, if it is 9"}
+    lines = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
+    return {"status": "failed", "reason": lines[-1][:300]}
+
+
+def _told(answer: dict[str, Any]) -> str:
+    if answer["status"] != "complete":
+        return f"failed: {answer['reason']}"
+    if "steps_per_second" in answer:
+        speed = f"{answer['steps_per_second']:.3g} steps/s ({answer['steps']} steps)"
+        return f"{speed}, peak {answer['peak_mib']:.0f} MiB"
+    return f"{answer['seconds']:.1f} s, peak {answer['peak_mib']:.0f} MiB"

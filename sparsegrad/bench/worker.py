@@ -1,0 +1,50 @@
+"""One measurement in a process of its own: `python -m sparsegrad.bench.worker REQUEST.json ANSWER.json`.
+
+The request names a job (`measure`, `calibrate` or `decompose`) and its arguments; the answer is written atomically, a
+failure with its reason included.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsegrad.bench import decompose, measure
+from sparsegrad.records import write_json
+
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {
+    "measure": measure.measure,
+    "calibrate": measure.calibrate_shape,
+    "decompose": decompose.decompose,
+}
+
+
+def main(request_path: str, answer_path: str) -> None:
+    """Do the job of the request."""
+    warnings.filterwarnings("ignore")
+    request = json.loads(Path(request_path).read_text())
+    torch.set_num_threads(request.pop("threads"))
+    job = JOBS[request.pop("job")]
+    try:
+        answer = {"status": "complete", **job(**request)}
+    except Exception as error:  # whatever goes wrong in one arm is a fact about it, and stops no other
+        answer = {"status": "failed", "reason": reason(error)}
+    write_json(Path(answer_path), answer)
+
+
+def reason(error: Exception) -> str:
+    """One line that says what went wrong."""
+    first = (str(error).strip().splitlines() or [""])[0][:300]
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: {first}"
+    return f"{type(error).__name__}: {first}"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
