@@ -38,6 +38,7 @@ import torch
 from sparsegrad.bench import machine
 from sparsegrad.bench.arms import ARMS, arms_of, find_arm
 from sparsegrad.bench.plan import PRESETS, Decomposition, Planned, Schedule, decompositions, default_schedule, plan
+from sparsegrad.bench.results import read
 from sparsegrad.bench.runner import Bench
 from sparsegrad.bench.settings import MODES, PRECISIONS, RESTS, Setting
 from sparsegrad.bench.shapes import SHAPES, find_shape
@@ -75,11 +76,14 @@ def run(options: argparse.Namespace) -> None:
         threads=threads,
         schedule=schedule,
         force=options.force,
-        minutes=options.minutes,
         tell=lambda line: print(line, flush=True),
     )
     check_writable(bench.out.parent)
-    bench.run(planned, apart)
+    if options.render:
+        bench.document = read(bench.out)
+        bench.write()
+    else:
+        bench.run(planned, apart)
     print(f"{bench.out}, {bench.out.with_suffix('.md')}")
 
 
@@ -93,13 +97,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--work", default="runs/bench", help="folder for bases")
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     made.add_argument("--force", action="store_true", help="measure again what is there")
+    made.add_argument("--render", action="store_true", help="measure nothing: table and plot of what is there")
     made.add_argument("--list", action="store_true", help="print what would be measured")
     for name, about in (("threads", "CPU threads"), ("repeats", "processes per arm"), ("warmup", "steps not measured")):
         made.add_argument(f"--{name}", type=int, help=about)
     made.add_argument("--steps", type=int, help="measured steps")
     made.add_argument("--seconds", type=float, help="bound of the measured part; 0: none")
     made.add_argument("--calibration-steps", type=int)
-    made.add_argument("--minutes", type=float, help="start nothing new after these")
+    made.add_argument("--minutes", type=float, help="start nothing new after these (CPU: 28)")
     _add_setting(made.add_argument_group("one setting instead of presets, when --shape is given"))
     return made
 
@@ -125,11 +130,12 @@ def _schedule(options: argparse.Namespace, device: torch.device) -> Schedule:
     seconds = _or(options.seconds, default.seconds)
     if seconds is not None:
         check_number("seconds", seconds, at_least=0)
-    if options.minutes is not None:
-        check_number("minutes", options.minutes, above=0)
+    minutes = _or(options.minutes, default.minutes)
+    if minutes is not None:
+        check_number("minutes", minutes, above=0)
     if options.threads is not None:
         check_integer("threads", options.threads, at_least=1)
-    return Schedule(**counts, seconds=seconds or None)
+    return Schedule(**counts, seconds=seconds or None, minutes=minutes)
 
 
 def _chosen(

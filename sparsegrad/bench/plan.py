@@ -15,16 +15,25 @@ from sparsegrad.bench.settings import Setting
 PRESETS = ("core", "paper", "model", "precision", "tokens", "width", "llama", "compiled", "decomposition")
 _FLOOR_AND_MAIN = ("frozen", *MAIN_ARMS)
 _BARS = ("frozen", "full", "lora_peft", "lora_fused", "layer_regular", "merged", "fast")
+_FEW_BARS = ("full", "lora_peft", "layer_regular", "merged", "fast")
 _LLAMA_GIB = 24  # two true-size blocks in float32 with moments and bases
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A setting to be measured; `arms` empty: all that make sense in it."""
+    """A setting to be measured; `arms` empty: all that make sense in it.
+
+    `share` is its part of the seconds that a measurement may take.
+    """
 
     preset: str
     setting: Setting
     arms: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """The settings that the bars are read in take longer than the others."""
+        return 1.0 if self.preset in ("core", "custom") else 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +53,17 @@ class Decomposition:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How often and how long: warm-up and measured steps, at most `seconds` measured (None: no bound)."""
+    """How often and how long: warm-up and measured steps, at most `seconds` measured (None: no bound).
+
+    After `minutes` nothing new is started.
+    """
 
     repeats: int = 3
     warmup: int = 20
     steps: int = 50
     seconds: float | None = None
     calibration_steps: int = 30
+    minutes: float | None = None
 
 
 def default_schedule(device: torch.device, quick: bool) -> Schedule:
@@ -58,7 +71,7 @@ def default_schedule(device: torch.device, quick: bool) -> Schedule:
     if quick:
         return Schedule(repeats=1, warmup=2, steps=5, seconds=1.0, calibration_steps=2)
     if device.type == "cpu":
-        return Schedule(seconds=4.0, calibration_steps=8)
+        return Schedule(seconds=4.0, calibration_steps=8, minutes=28)
     return Schedule()
 
 
@@ -102,20 +115,20 @@ def _paper(blocks: int | None, tasks: tuple[str, ...]) -> list[Planned]:
 
 
 def _on_cpu(device: torch.device) -> list[Planned]:
-    snippets: dict[str, Any] = {"shape": "minilm", "padding": "longest", "task": "snippets"}
-    chosen = [
+    snippets = Setting(shape="minilm", padding="longest", task="snippets")
+    half = [name for name in machine.precisions(device) if name == "bf16_autocast"]
+    return [
         _stack("core", "mlp_768", 16),
-        _stack("core", "mlp_768", 32, _BARS),
-        *_paper(2, ("mrpc",)),
-        Planned(preset="model", setting=Setting(**snippets), arms=_FLOOR_AND_MAIN),
-        Planned(preset="model", setting=Setting(**snippets, rest="frozen"), arms=_FLOOR_AND_MAIN),
-        *(_stack("tokens", "mlp_768", batch, MAIN_ARMS) for batch in (4, 64)),
+        _stack("core", "mlp_768", 32, _FEW_BARS),
+        *_paper(1, ()),
+        *(_stack("tokens", "mlp_768", batch, MAIN_ARMS) for batch in (4, 8)),
         *(_stack("width", f"mlp_{hidden}", 16, MAIN_ARMS) for hidden in (384, 1024)),
-        _llama("llama_quarter", 1, 4, "fp32"),
+        Planned(preset="model", setting=snippets, arms=_FLOOR_AND_MAIN),
+        *(_stack("precision", "mlp_768", 16, MAIN_ARMS, precision=name) for name in half),
+        _llama("llama_quarter", 1, 2, "fp32"),
+        *_paper(1, ("mrpc",))[2:],
+        _stack("tokens", "mlp_768", 64, MAIN_ARMS),
     ]
-    if "bf16_autocast" in machine.precisions(device):
-        chosen.insert(6, _stack("precision", "mlp_768", 16, MAIN_ARMS, precision="bf16_autocast"))
-    return chosen
 
 
 def _on_gpu(device: torch.device) -> list[Planned]:

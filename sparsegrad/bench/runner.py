@@ -37,7 +37,6 @@ class Bench:
         work: folder of the bases; they are made anew where it is empty.
         device, threads, schedule: as asked.
         force: measure again what is there.
-        minutes: start nothing new after these; None: no bound.
         tell: takes a line of progress.
     """
 
@@ -47,7 +46,6 @@ class Bench:
     threads: int
     schedule: Schedule
     force: bool = False
-    minutes: float | None = None
     tell: Callable[[str], None] = print
     document: results.Document = field(default_factory=results.empty)
     _start: float = field(default_factory=time.monotonic)
@@ -55,15 +53,20 @@ class Bench:
     def run(self, planned: list[tuple[Planned, list[str]]], decompositions: list[Decomposition]) -> None:
         """Measure what is not there yet; a failure is a result."""
         self.document = {**results.read(self.out), **self._head()}
+        for decomposition in decompositions:
+            self._decomposition(decomposition)
+        left = 0
         for chosen, arms in planned:
             self._note(chosen)
             for repeat, arm in interleaved(arms, self.schedule.repeats):
-                if not self._late():
-                    self._cell(chosen.setting, arm, repeat)
-        for decomposition in decompositions:
-            if not self._late():
-                self._decomposition(decomposition)
+                if self._late():
+                    left += results.find_cell(self.document, chosen.setting.key, arm, repeat) is None
+                else:
+                    self._cell(chosen, arm, repeat)
         self.write()
+        if left:
+            minutes = self.schedule.minutes
+            self.tell(f"{left} measurements left after {minutes:g} minutes: the same command goes on with them")
 
     def write(self) -> None:
         """Write results, table and plot."""
@@ -84,21 +87,22 @@ class Bench:
         presets = sorted({*known.get("presets", []), chosen.preset})
         self.document["settings"][chosen.setting.key] = {**results.describe(chosen.setting), "presets": presets}
 
-    def _cell(self, setting: Setting, arm: str, repeat: int) -> None:
+    def _cell(self, chosen: Planned, arm: str, repeat: int) -> None:
+        setting = chosen.setting
         if not self.force and results.find_cell(self.document, setting.key, arm, repeat) is not None:
             return
         bases = self._bases(setting) if find_arm(arm).bases else None
         if isinstance(bases, str):
             answer = {"status": "failed", "reason": bases}
         else:
-            answer = self._measure(setting, arm, repeat, bases)
+            answer = self._measure(chosen, arm, repeat, bases)
         cell = {"setting": setting.key, "arm": arm, "repeat": repeat, **answer, **self._stamp()}
         results.put_cell(self.document, cell)
         write_json(self.out, self.document)
         self.tell(f"{setting.key} {arm} {repeat}: {_told(cell)}")
 
-    def _measure(self, setting: Setting, arm: str, repeat: int, bases: Path | None) -> dict[str, Any]:
-        warmup, steps, seconds = self._length(setting)
+    def _measure(self, chosen: Planned, arm: str, repeat: int, bases: Path | None) -> dict[str, Any]:
+        setting, (warmup, steps, seconds) = chosen.setting, self._length(chosen)
         return self._process(
             "measure",
             setting=setting.as_json(),
@@ -111,12 +115,13 @@ class Bench:
             seconds=seconds,
         )
 
-    def _length(self, setting: Setting) -> tuple[int, int, float | None]:
+    def _length(self, chosen: Planned) -> tuple[int, int, float | None]:
         """Warm-up and steps; what the first arm had time for is what all others do."""
         for cell in self.document["cells"]:
-            if cell["setting"] == setting.key and cell["status"] == "complete":
+            if cell["setting"] == chosen.setting.key and cell["status"] == "complete":
                 return cell["warmup_steps"], cell["steps"], None
-        return self.schedule.warmup, self.schedule.steps, self.schedule.seconds
+        seconds = self.schedule.seconds
+        return self.schedule.warmup, self.schedule.steps, seconds and seconds * chosen.share
 
     def _bases(self, setting: Setting) -> Path | str:
         """The file with the bases of the setting's model, made if need be; or why there is none."""
@@ -160,7 +165,8 @@ class Bench:
         return {"commit": self.document["git"].get("commit"), "time": now()}
 
     def _late(self) -> bool:
-        return self.minutes is not None and time.monotonic() - self._start > 60 * self.minutes
+        minutes = self.schedule.minutes
+        return minutes is not None and time.monotonic() - self._start > 60 * minutes
 
 
 def interleaved(arms: list[str], repeats: int) -> Iterator[tuple[int, str]]:
