@@ -97,6 +97,14 @@ ARMS: dict[str, Arm] = {
         bases=True,
     ),
     "merged": _sparsegrad("SparseGrad, engine merged", "both_sides", engine="merged"),
+    "merged_small_side": _sparsegrad("engine merged, small side only: not exact", "small_side", sides="small"),
+    "merged_compact": _sparsegrad(
+        "the same with compact moments and released gradients",
+        "small_side",
+        sides="small",
+        moments="support",
+        release_gradients=True,
+    ),
     "fast": Arm(
         about="SparseGrad fast: one block, not exact",
         method="methods.sparsegrad_fast:SparseGradFast",
