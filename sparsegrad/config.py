@@ -31,6 +31,10 @@ _LATER: dict[tuple[str, str], Any] = {
     ("method", "release_gradients"): False,
     ("method", "drop_padding"): False,
     ("method", "save_dtype"): None,
+    ("train", "schedule"): "constant",
+    ("train", "warmup_steps"): 0,
+    ("train", "gradient_checkpointing"): False,
+    ("protocol", "eval_at_start"): False,
 }
 
 # What a composed configuration may hold beside one run; `cli` has dealt with it before.
@@ -42,13 +46,17 @@ class TrainConfig:
     """How one run trains.
 
     Attributes:
-        lr: learning rate, constant.
+        lr: learning rate.
         batch_size: rows per process and backward pass; an optimizer step takes `grad_accumulation` of them.
         weight_decay: decoupled; 0 in the paper.
-        precision: `fp32` or `bf16` (autocast; weights and optimizer stay float32).
+        precision: `fp32`; `bf16` (autocast; weights and optimizer stay float32); or `bf16_weights`: autocast, and the
+            weights that do not train are bfloat16. Those that do stay float32, so that no small update rounds away.
         train_rest: whether parameters outside the MLP weights and the head train.
         group_by_length: batches of rows of like length, which saves padding.
         device: `auto`, `cpu` or `cuda`.
+        schedule: of the learning rate, `constant` (GLUE) or `cosine` (the paper's LLaMA runs).
+        warmup_steps: optimizer steps in which the learning rate rises from 0.
+        gradient_checkpointing: compute activations twice instead of storing them.
     """
 
     lr: float
@@ -60,6 +68,9 @@ class TrainConfig:
     train_rest: bool
     group_by_length: bool
     device: str
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         check_number("train.lr", self.lr, above=0, below=10, remedy="common values are 1e-5 to 1e-3")
@@ -67,7 +78,10 @@ class TrainConfig:
         check_integer("train.eval_batch_size", self.eval_batch_size, at_least=1)
         check_integer("train.grad_accumulation", self.grad_accumulation, at_least=1)
         check_number("train.weight_decay", self.weight_decay, at_least=0, below=1, remedy="the paper takes 0")
-        check_choice("train.precision", self.precision, ("fp32", "bf16"))
+        check_choice("train.precision", self.precision, ("fp32", "bf16", "bf16_weights"))
+        check_choice("train.schedule", self.schedule, ("constant", "cosine"))
+        check_integer("train.warmup_steps", self.warmup_steps, at_least=0)
+        check_choice("train.gradient_checkpointing", self.gradient_checkpointing, (True, False))
         check_choice("train.train_rest", self.train_rest, (True, False))
         check_choice("train.group_by_length", self.group_by_length, (True, False))
         check_choice("train.device", self.device, ("auto", "cpu", "cuda"))
@@ -85,6 +99,7 @@ class ProtocolConfig:
         max_steps: at most, instead of `epochs`; null: no such limit.
         eval_steps: steps between evaluations; null: the authors' int(task.eval_base * 16 / batch_size).
         patience: evaluations without improvement before stopping; null: never.
+        eval_at_start: whether the untrained model is evaluated too.
     """
 
     name: str
@@ -93,10 +108,12 @@ class ProtocolConfig:
     max_steps: int | None
     eval_steps: int | None
     patience: int | None
+    eval_at_start: bool = False
 
     def __post_init__(self) -> None:
         check_choice("protocol.select", self.select, ("validation", "heldout"))
         check_number("protocol.epochs", self.epochs, above=0)
+        check_choice("protocol.eval_at_start", self.eval_at_start, (True, False))
         for name in ("max_steps", "eval_steps", "patience"):
             if getattr(self, name) is not None:
                 check_integer(f"protocol.{name}", getattr(self, name), at_least=1, remedy="null leaves it out")

@@ -14,7 +14,16 @@ _BERT = {
     "intermediate": r".*encoder\.layer\.\d+\.intermediate\.dense",
     "output": r".*encoder\.layer\.\d+\.output\.dense",
 }
-LAYOUTS: dict[str, dict[str, str]] = {"bert": _BERT, "roberta": _BERT}
+# Gated: down(act(gate(x)) * up(x)).
+_LLAMA = {kind: rf".*layers\.\d+\.mlp\.{kind}_proj" for kind in ("gate", "up", "down")}
+LAYOUTS: dict[str, dict[str, str]] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
 
 Linears = dict[str, dict[str, nn.Linear]]
 """Layer kind -> module name -> linear, in the model's order."""

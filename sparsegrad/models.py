@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sparsegrad.assets import asset_path
+from sparsegrad.blocks import check_blocks
 from sparsegrad.errors import UserError, check_choice, check_number, check_text, fail
 from sparsegrad.hub import hub_answers
 from sparsegrad.tasks.base import Task
@@ -32,9 +33,13 @@ class ModelConfig:
         architecture: fields of the model's configuration, used with random weights.
         tokenizer: where the tokenizer comes from; null means from `source`.
         mlp: layer kind -> pattern of module names, or the name of a known layout (`sparsegrad.mlp`).
+        kinds: those of its layer kinds that are fine-tuned; null: all.
+        dense: those of its layer kinds that train densely beside them, whatever the method; null: none.
+        blocks: indices of the blocks whose MLP is fine-tuned, or a slice such as `0::3`; null: all.
         head: pattern of the parameters that are new for each task.
         lr: learning rate where none is given.
         lora_rank, authors_keep: the paper's rank of LoRA and the authors' kept entries per weight at this size.
+        usual: what this model sets where conf/config.yaml and conf/method say `oc.select:model.usual...`.
     """
 
     name: str
@@ -44,6 +49,10 @@ class ModelConfig:
     lr: float
     lora_rank: int
     authors_keep: int
+    kinds: Any = None
+    dense: Any = None
+    blocks: Any = None
+    usual: Mapping[str, Any] = field(default_factory=dict)
     weights: str = "pretrained"
     tokenizer: str | None = None
     architecture: Mapping[str, Any] = field(default_factory=dict)
@@ -55,6 +64,7 @@ class ModelConfig:
         if self.tokenizer is not None:
             check_text("model.tokenizer", self.tokenizer)
         check_number("model.lr", self.lr, above=0)
+        check_blocks(self.blocks)
         if not isinstance(self.architecture, Mapping):
             raise fail("model.architecture", self.architecture, "give fields of the model's configuration")
         try:
@@ -79,33 +89,37 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return _from_source(source, AutoTokenizer.from_pretrained)
 
 
-def load_model(config: ModelConfig, task: Task, tokenizer: Any) -> nn.Module:
-    """A sequence classifier for `task` in float32; its head is drawn from torch's global generator.
+def load_model(config: ModelConfig, task: Task, tokenizer: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model for `task`, with weights in `dtype`: a causal language model for a language task, else a classifier.
+
+    A classifier's head is drawn from torch's global generator.
 
     Raises:
         UserError: when the weights can be had neither from disk nor from the hub.
     """
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
-    labels = dict(enumerate(task.labels)) or {0: task.name}
-    heads = {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
+    if task.is_language:
+        maker: Any = transformers.AutoModelForCausalLM
+        heads: dict[str, Any] = {}
+    else:
+        maker = transformers.AutoModelForSequenceClassification
+        labels = dict(enumerate(task.labels)) or {0: task.name}
+        heads = {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
     if config.weights == "random":
-        return _random(config, tokenizer, heads)
-    return _from_source(  # type: ignore[no-any-return]
-        config.source,
-        partial(AutoModelForSequenceClassification.from_pretrained, dtype=torch.float32, **heads),
-    )
+        return _random(config, tokenizer, heads, maker, dtype)
+    return _from_source(config.source, partial(maker.from_pretrained, dtype=dtype, **heads))  # type: ignore[no-any-return]
 
 
-def _random(config: ModelConfig, tokenizer: Any, heads: dict[str, Any]) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+def _random(config: ModelConfig, tokenizer: Any, heads: dict[str, Any], maker: Any, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoConfig
 
     if not config.architecture:
         raise UserError(f"model.weights=random needs model.architecture, which {config.name} does not give")
     fields = {**config.architecture, "pad_token_id": tokenizer.pad_token_id, **heads}
     try:
         fields["vocab_size"] = max(fields.get("vocab_size", 0), len(tokenizer))
-        return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)  # type: ignore[no-any-return]
+        return maker.from_config(AutoConfig.for_model(**fields), dtype=dtype)  # type: ignore[no-any-return]
     except Exception as error:  # whatever a wrong field leads to
         raise UserError(
             f"model.architecture={dict(config.architecture)} makes no model: {_first_line(error)}"
@@ -129,11 +143,24 @@ def _from_source(source: str, load: Any) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         if local.is_dir():
             raise UserError(f"model folder {source} cannot be read: {_first_line(error)}") from None
+        if _is_gated(error):
+            raise UserError(
+                f"model {source} is gated: ask for access on https://huggingface.co/{source}, then `hf auth login` "
+                "with that account's token (or set HF_TOKEN), or give a folder that holds it as model.source="
+            ) from None
         raise UserError(
             f"model {source} is neither cached nor can the hub be reached ({_first_line(error)}): download it where "
             f"there is a network with `hf download {source}` (and set HF_HOME to the copied cache), give a folder as "
             "model.source=, or use model=minilm, which needs no hub"
         ) from None
+
+
+def _is_gated(error: Exception) -> bool:
+    """Whether the hub has the model but refuses it to this account; `transformers` keeps its error as the cause."""
+    from huggingface_hub.errors import GatedRepoError
+
+    causes = (error, error.__cause__, error.__context__)
+    return any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in str(error)
 
 
 def _first_line(error: Exception) -> str:

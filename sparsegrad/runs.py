@@ -13,10 +13,12 @@ from filelock import FileLock, Timeout
 from transformers import TrainerCallback, set_seed
 
 from sparsegrad.basis_store import BasisStore
+from sparsegrad.blocks import dense_weights, select_linears
 from sparsegrad.callbacks import NonFiniteLossError
 from sparsegrad.config import RunConfig
 from sparsegrad.errors import BusyError, UserError
 from sparsegrad.memory import PeakMemory
+from sparsegrad.memory_plan import check_memory
 from sparsegrad.methods.base import Context, Prepared
 from sparsegrad.mlp import Linears, find_mlp
 from sparsegrad.models import load_model, load_tokenizer
@@ -30,10 +32,11 @@ from sparsegrad.records import (
     unwritable,
     write_json,
 )
-from sparsegrad.tasks.base import Splits, split_heldout, tokenize
+from sparsegrad.tasks.base import Splits
+from sparsegrad.token_sets import check_sizes, log_counts, token_sets
 from sparsegrad.training import (
     RunTrainer,
-    TokenSets,
+    check_precision,
     check_tracker,
     close_tracker,
     last_checkpoint,
@@ -63,6 +66,7 @@ def run(
     check_writable(config.run_folder.parent)
     check_tracker(config)
     device = pick_device(config.train.device)
+    check_precision(config, device)
     try:
         with _lock(config).acquire(timeout=0):
             return _run_locked(config, device, callbacks, labels or {})
@@ -116,14 +120,22 @@ class _Run:
     def __init__(self, config: RunConfig, splits: Splits, device: torch.device, labels: Mapping[str, Any]) -> None:
         self.config, self.splits, self.device, self.labels = config, splits, device, labels
         self.environment = environment(device)  # now: the checkout may move on while the run lasts
-        _check_sizes(config, splits)
+        check_sizes(config, splits)
         set_seed(config.seed)  # before the model: heads and adapters are drawn from it
         self.tokenizer = load_tokenizer(config.model)
-        self.model = load_model(config.model, config.task, self.tokenizer).to(device)
-        self.linears: Linears = find_mlp(self.model, config.model.mlp)
+        self.bf16_weights = config.train.precision == "bf16_weights"
+        dtype = torch.bfloat16 if self.bf16_weights else torch.float32
+        self.model = load_model(config.model, config.task, self.tokenizer, dtype)
+        found, chosen = find_mlp(self.model, config.model.mlp), config.model
+        self.linears: Linears = select_linears(found, chosen.kinds, chosen.blocks)
+        self.dense = dense_weights(found, chosen.dense, chosen.blocks, self.linears)
         config.method.check(self.linears)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.sets = _tokenized(config, splits, self.tokenizer)
+        self.sets = token_sets(config, splits, self.tokenizer)
+        if config.task.is_language:
+            log_counts(splits.counts, self.sets.counts)
+            check_memory(config, self.model, self.linears, device)
+        self.model.to(device)
 
     def train(self, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
         """Prepare, train, evaluate; the record."""
@@ -154,6 +166,8 @@ class _Run:
         config = self.config
         self.model.train()
         model: Any = self.model
+        if config.train.gradient_checkpointing:  # the calibration needs it as much as the training
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         named = ("transformers_version", "_name_or_path")  # the same architecture on any machine
         architecture = {name: value for name, value in model.config.to_dict().items() if name not in named}
         facts = {
@@ -166,6 +180,7 @@ class _Run:
             "batch_size": config.train.batch_size,
             "pad": config.data.pad,
             "max_length": config.data.max_length,
+            **config.task.token_facts,
         }
         store = BasisStore(
             folder=Path(config.work_dir) / "bases",
@@ -178,12 +193,15 @@ class _Run:
             lr=config.train.lr,
             weight_decay=config.train.weight_decay,
             train_rest=config.train.train_rest,
-            is_head=config.model.is_head,
+            is_head=lambda name: name in self.dense or (not config.task.is_language and config.model.is_head(name)),
+            has_head=not config.task.is_language,
             batches=lambda: training_batches(self.sets.train, config, self.tokenizer),
             calibrated=store.calibrated,
             accumulation=config.train.grad_accumulation,
         )
-        return config.method.prepare(self.model, self.linears, context)
+        # Weights of two precisions in one model need autocast, in the calibration too.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16_weights):
+            return config.method.prepare(self.model, self.linears, context)
 
     def _train(self, trainer: RunTrainer) -> dict[str, Any]:
         """Train to the end and score the best checkpoint, which is then the model."""
@@ -220,11 +238,13 @@ class _Run:
                 "train_rows": len(self.sets.train),
                 "choose_rows": len(self.sets.choose),
                 "validation_rows": len(self.splits.validation),
+                **({"counts": {**self.splits.counts, **self.sets.counts}} if self.sets.counts else {}),
             },
             "trainable": {
                 "total": prepared.trainable,
                 "per_weight": prepared.trainable_per_weight,
                 "model": self.parameters,
+                "share": round(prepared.trainable / self.parameters, 6),
             },
             "calibration": prepared.calibration,
         }
@@ -241,29 +261,6 @@ class _Run:
         model: Any = self.model
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-
-def _tokenized(config: RunConfig, splits: Splits, tokenizer: Any) -> TokenSets:
-    def tokens(rows: Any) -> Any:
-        return tokenize(rows, config.task, tokenizer, config.data)
-
-    if config.protocol.select == "validation":
-        return TokenSets(train=tokens(splits.train), choose=tokens(splits.validation), report=None)
-    train, heldout = split_heldout(splits.train)
-    return TokenSets(train=tokens(train), choose=tokens(heldout), report=tokens(splits.validation))
-
-
-def _check_sizes(config: RunConfig, splits: Splits) -> None:
-    """A split must fill one batch: less is a mistake in the data or in `data.max_train`."""
-    share = 0.9 if config.protocol.select == "heldout" else 1.0
-    rows, batch = math.floor(len(splits.train) * share), config.train.batch_size
-    if rows < batch:
-        raise UserError(
-            f"train.batch_size={batch} is not allowed: {config.task.name} has {rows} training rows; "
-            "give more rows (data.max_train) or a smaller batch"
-        )
-    if len(splits.validation) < 2:
-        raise UserError(f"{config.task.name} has {len(splits.validation)} validation rows: give at least 2")
 
 
 def _check_same_data(config: RunConfig, record: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
-    DataCollatorWithPadding,
     EarlyStoppingCallback,
     ProgressCallback,
     Trainer,
@@ -27,31 +26,34 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from sparsegrad.callbacks import EvaluationSteps, LossWatch, Progress, Stopwatch
-from sparsegrad.config import RunConfig
+from sparsegrad.config import RunConfig, TrainConfig
 from sparsegrad.errors import UserError
 from sparsegrad.memory import PeakMemory
 from sparsegrad.metrics import compute_metrics
+from sparsegrad.metrics.language import token_losses
 
 LOGGING_STEPS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSets:
-    """Tokenized rows: what trains, what chooses the checkpoint, and what is reported (None: the same)."""
+    """Tokenized rows: what trains, what chooses the checkpoint, what is reported (None: the same); and their counts."""
 
     train: datasets.Dataset
     choose: datasets.Dataset
     report: datasets.Dataset | None
+    counts: dict[str, Any] = field(default_factory=dict)
 
 
 class RunTrainer(Trainer):  # type: ignore[misc]
     """The Trainer, which also shows each loss to a `LossWatch`."""
 
-    def __init__(self, *args: Any, loss_watch: LossWatch, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loss_watch: LossWatch, language: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # A classifier takes any keyword, from which the Trainer concludes that its loss is already that of the whole
         # accumulated batch; it is not, and without this the micro-batches' gradients would be summed, not averaged.
-        self.model_accepts_loss_kwargs = False
+        # A language model's loss is: a sum over the batch's tokens, divided by their number, as the Trainer gives it.
+        self.model_accepts_loss_kwargs = language
         self.loss_watch = loss_watch
         self.add_callback(loss_watch)
 
@@ -101,7 +103,7 @@ def training_batches(rows: datasets.Dataset, config: RunConfig, tokenizer: Any) 
         shuffle=True,
         drop_last=True,
         generator=generator,
-        collate_fn=DataCollatorWithPadding(tokenizer),
+        collate_fn=config.task.collator(tokenizer),
     )
     while True:
         yield from loader
@@ -125,8 +127,10 @@ def make_trainer(
         args=training_arguments(config, len(sets.train)),
         train_dataset=sets.train,
         eval_dataset=sets.choose,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=config.task.collator(tokenizer),
         compute_metrics=compute_metrics(config.task),
+        preprocess_logits_for_metrics=token_losses if config.task.is_language else None,
+        language=config.task.is_language,
         callbacks=callbacks,
         optimizers=(optimizer, None),
         loss_watch=LossWatch(),
@@ -137,7 +141,7 @@ def make_trainer(
 
 
 def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
-    """The run's settings in the Trainer's words: constant rate, no warm-up, no clipping, as in the paper."""
+    """The run's settings in the Trainer's words: no clipping, as in the paper."""
     train, protocol = config.train, config.protocol
     interval = protocol.steps_between_evaluations(config.task.eval_base, train.batch_size, total_steps(config, rows))
     return TrainingArguments(
@@ -148,12 +152,16 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
         num_train_epochs=protocol.epochs,
         max_steps=protocol.max_steps or -1,
         learning_rate=train.lr,
-        lr_scheduler_type="constant",
+        lr_scheduler_type=_schedule(train),
+        warmup_steps=train.warmup_steps,
+        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         weight_decay=train.weight_decay,
         max_grad_norm=0,
-        bf16=train.precision == "bf16",
+        bf16=train.precision != "fp32",
         train_sampling_strategy="group_by_length" if train.group_by_length else "random",
         eval_strategy="steps",
+        eval_on_start=protocol.eval_at_start and last_checkpoint(config.checkpoints) is None,
         eval_steps=interval,
         save_strategy="steps",
         save_steps=interval,
@@ -161,7 +169,7 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
         restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=True,
         metric_for_best_model=f"eval_{config.task.main_metric}",
-        greater_is_better=True,
+        greater_is_better=config.task.greater_is_better,
         logging_steps=LOGGING_STEPS,
         logging_nan_inf_filter=False,
         disable_tqdm=False,
@@ -171,6 +179,23 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
         report_to=_tracker(config),
         run_name=f"{config.name}/{config.model.name}/{config.method.name}/{config.task.name}/{config.seed}",
     )
+
+
+def _schedule(train: TrainConfig) -> str:
+    """The Trainer's name; its constant rate has no warm-up."""
+    if train.schedule == "constant" and train.warmup_steps:
+        return "constant_with_warmup"
+    return train.schedule
+
+
+def check_precision(config: RunConfig, device: torch.device) -> None:
+    """Raise `UserError` for bfloat16 on a GPU that has none."""
+    if device.type == "cuda" and config.train.precision != "fp32" and not torch.cuda.is_bf16_supported(False):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(
+            f"train.precision={config.train.precision} is not allowed: {name} has no bfloat16 (compute capability 8.0 "
+            "has); use train.precision=fp32"
+        )
 
 
 def total_steps(config: RunConfig, rows: int) -> int:

@@ -23,7 +23,8 @@ class Context:
     Attributes:
         lr, weight_decay: of every optimizer the method makes.
         train_rest: whether parameters outside the MLP weights train (the paper) or only the head and the MLP weights.
-        is_head: tells by its name whether a parameter belongs to the head.
+        is_head: tells by its name whether a parameter belongs to the head, or trains densely like one.
+        has_head: false for a language model, which has nothing that is new for the task.
         batches: opens an endless stream of training batches, the same at each call.
         calibrated: `(settings, compute) -> (bases, cost)`: reuses the basis stored for these settings, or calls
             `compute` and stores what it gives; settings None: never stored.
@@ -39,6 +40,7 @@ class Context:
         [Mapping[str, Any] | None, Callable[[], dict[str, Basis]]], tuple[dict[str, Basis], dict[str, Any]]
     ]
     accumulation: int = 1
+    has_head: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +76,20 @@ class Method(Protocol):
 
 
 def freeze(model: nn.Module, linears: Linears, context: Context, *, mlp_weights: bool) -> None:
-    """Set what trains: the head, the rest if asked, and the MLP weights if `mlp_weights`."""
+    """Set what trains: the head, the rest if asked, and the MLP weights if `mlp_weights`; it is float32 at least."""
     weights = {id(linear.weight) for linear in all_linears(linears)}
-    if not any(context.is_head(name) for name, _ in model.named_parameters()):
+    if context.has_head and not any(context.is_head(name) for name, _ in model.named_parameters()):
         raise UserError(f"model.head matches no parameter of {type(model).__name__}: name those new for each task")
     for name, parameter in model.named_parameters():
         rest = context.train_rest or context.is_head(name)
-        parameter.requires_grad_(mlp_weights if id(parameter) in weights else rest)
+        train_only(parameter, mlp_weights if id(parameter) in weights else rest)
+
+
+def train_only(parameter: nn.Parameter, trains: bool) -> None:
+    """Set whether a parameter trains. What trains is in float32: in bfloat16 most updates would round to nothing."""
+    parameter.requires_grad_(trains)
+    if trains and parameter.dtype in (torch.bfloat16, torch.float16):
+        parameter.data = parameter.data.float()
 
 
 def all_linears(linears: Linears) -> Iterator[nn.Linear]:

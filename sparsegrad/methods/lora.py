@@ -15,6 +15,7 @@ from sparsegrad.methods.base import (
     adamw,
     freeze,
     replace_module,
+    train_only,
     trainable_parameters,
     weight_shapes,
 )
@@ -57,7 +58,7 @@ class Lora:
         freeze(model, linears, context, mlp_weights=False)
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
-                parameter.requires_grad_(True)
+                train_only(parameter, True)
         parameters = trainable_parameters(model)
         return Prepared(
             optimizer=adamw(parameters, context),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsegrad.errors import UserError, fail
+from sparsegrad.metrics.language import language_metrics
 from sparsegrad.metrics.text_classification.text_classification import CONFIGS, TextClassification
 from sparsegrad.tasks.base import Task
 
@@ -36,9 +37,13 @@ def metric_config(task: Task) -> str:
 def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
     """Build the Trainer's `compute_metrics`: logits (rows, num_labels) and labels (rows,) -> scores.
 
+    For a language task it takes what `sparsegrad.metrics.language.token_losses` has made of the logits.
+
     The module's class is used directly and in memory: `evaluate.load` would ask the network for a download counter and
     copy the file into a folder that all processes share. The result raises UserError if the model predicts NaN.
     """
+    if task.is_language:
+        return language_metrics
     config = metric_config(task)
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import uuid
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -49,10 +50,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Splits:
-    """The two parts of a task; the columns are the task's text columns and `label`, nothing else."""
+    """The two parts of a task; the columns are the task's text columns and `label`, nothing else.
+
+    counts: what the source had and what was left out, for the record.
+    """
 
     train: datasets.Dataset
     validation: datasets.Dataset
+    counts: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -85,9 +90,9 @@ class Task:
     metric: str = ""
 
     def __post_init__(self) -> None:
-        for field in ("columns", "labels", "label_range"):  # YAML has lists only
-            value = getattr(self, field)
-            object.__setattr__(self, field, None if value is None else tuple(value))
+        for name in ("columns", "labels", "label_range"):  # YAML has lists only
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else tuple(value))
         if len(self.columns) not in (1, 2):
             raise fail("task.columns", list(self.columns), "give one or two text columns")
         if len(self.labels) == 1:
@@ -131,6 +136,37 @@ class Task:
             fits = self.label_range[0] <= raw <= self.label_range[1]
         return float(raw) if fits else None
 
+    @property
+    def is_language(self) -> bool:
+        """Whether a causal language model is trained on it, instead of a classifier."""
+        return False
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether a higher `main_metric` is better."""
+        return True
+
+    @property
+    def token_facts(self) -> dict[str, Any]:
+        """What else than the rows and the tokenizer decides about the tokens, for the name of a stored basis."""
+        return {}
+
+    def tokens(
+        self, rows: datasets.Dataset, tokenizer: Any, data: DataConfig
+    ) -> tuple[datasets.Dataset, dict[str, int]]:
+        """Rows as the model takes them, and what there is to say about them, for the record."""
+        return tokenize(rows, self, tokenizer, data), {}
+
+    def heldout(self, train: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """(train, held out) of protocol `heldout`."""
+        return split_heldout(train)
+
+    def collator(self, tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Rows -> batch."""
+        from transformers import DataCollatorWithPadding
+
+        return DataCollatorWithPadding(tokenizer)  # type: ignore[no-any-return]
+
     def load(self, data: DataConfig) -> Splits:
         """Read both splits, check the labels, keep `data.max_train` and `data.max_eval` rows.
 
@@ -140,7 +176,7 @@ class Task:
         for part, rows in (("train", found.train), ("validation", found.validation)):
             _check_rows(self, part, rows)
         return replace(
-            found, train=_subset(found.train, data.max_train), validation=_subset(found.validation, data.max_eval)
+            found, train=subset(found.train, data.max_train), validation=subset(found.validation, data.max_eval)
         )
 
     def _read(self, data: DataConfig) -> Splits:
@@ -182,7 +218,7 @@ def tokenize(dataset: datasets.Dataset, task: Task, tokenizer: Any, data: DataCo
     Rows are padded here only for data.pad=max_length; otherwise the collator pads each batch.
     The result stays in memory: no cache files pile up, one per run of a sweep.
     """
-    _check_tokenizer(tokenizer, data)
+    check_tokenizer(tokenizer, data)
     padding = "max_length" if data.pad == "max_length" else False
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
@@ -201,7 +237,8 @@ def tokenize(dataset: datasets.Dataset, task: Task, tokenizer: Any, data: DataCo
     return tokens.rename_column("label", "labels")
 
 
-def _check_tokenizer(tokenizer: Any, data: DataConfig) -> None:
+def check_tokenizer(tokenizer: Any, data: DataConfig) -> None:
+    """Raise `UserError` for rows longer than the tokenizer takes, or padding that it cannot do."""
     limit = tokenizer.model_max_length
     if data.max_length > limit:
         raise fail("data.max_length", data.max_length, f"this model's tokenizer takes at most {limit} tokens")
@@ -218,7 +255,8 @@ def _check_rows(task: Task, part: str, rows: datasets.Dataset) -> None:
         raise UserError(f"task={task.name}: the {part} split has the label {shown}; allowed is {task.label_help}")
 
 
-def _subset(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
+def subset(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
+    """`count` rows after a fixed shuffle; None, or more than there are: all."""
     return rows if count is None or count >= len(rows) else rows.select(_order(len(rows))[:count])
 
 

@@ -1,0 +1,37 @@
+"""GGUF weights, which are quantized, to a folder that `transformers` loads: once, when an asset is fetched."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sparsegrad.errors import UserError
+
+
+def check_gguf() -> None:
+    """Raise `UserError` if the package that reads GGUF is missing."""
+    if find_spec("gguf") is None:
+        raise UserError("GGUF weights need the package gguf: pip install 'sparsegrad[llama]'")
+
+
+def convert(folder: Path, file_name: str) -> None:
+    """Write config, tokenizer and float32 safetensors beside the GGUF file in `folder`.
+
+    Raises:
+        UserError: without the package gguf.
+    """
+    check_gguf()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=file_name)
+    quantized: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file_name, dtype=torch.float32)
+    config = quantized.config
+    # A model that is marked quantized refuses to be saved; its tensors are ordinary by now.
+    del config.quantization_config
+    config._name_or_path = ""
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(quantized.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

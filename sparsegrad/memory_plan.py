@@ -1,0 +1,157 @@
+"""What a fine-tuning of a language model will need, estimated before anything is computed.
+
+Weights, gradients, optimizer state and bases are exact to a few percent. Activations are an estimate: per token and
+block 14 vectors as wide as the model and 5 as wide as the MLP, and per token 3 rows of logits in float32.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from sparsegrad.block import core_shape
+from sparsegrad.config import RunConfig
+from sparsegrad.errors import UserError
+from sparsegrad.methods.base import weight_shapes
+from sparsegrad.mlp import Linears
+
+log = logging.getLogger(__name__)
+GIB = 2**30
+_WIDE, _MLP, _LOGITS = 14, 5, 3
+_ADAM = 8  # bytes of both moments of one entry
+# The paper's Table 6: share of the parameters that each method trains.
+PUBLISHED_SHARE = {"full": "22 %", "lora": "0.5 %", "meprop": "0.5 %", "sparsegrad": "0.5 %"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """All that a plan depends on.
+
+    parameters: of the model.  selected: entries of the weights that are fine-tuned.  shapes: kind -> (out, in).
+    linears: number of these weights.  width, mlp_width, depth, vocabulary: of the model.  tokens: of a micro-batch.
+    """
+
+    method: str
+    parameters: int
+    selected: int
+    shapes: dict[str, tuple[int, int]]
+    linears: int
+    width: int
+    mlp_width: int
+    depth: int
+    vocabulary: int
+    tokens: int
+    precision: str
+    checkpointing: bool
+    rank: int = 0
+    density: float = 0.01
+
+
+def plan(setup: Setup) -> dict[str, int]:
+    """Bytes of weights, gradients, optimizer state, bases and activations."""
+    frozen_size = 2 if setup.precision == "bf16_weights" else 4
+    adapters = setup.rank * sum(map(sum, setup.shapes.values())) * (setup.linears // len(setup.shapes))
+    cores = sum(r * c for r, c in (core_shape(s, setup.density) for s in setup.shapes.values()))
+    cores *= setup.linears // len(setup.shapes)
+    trained = {"lora": adapters, "sparsegrad_fast": cores}.get(setup.method, setup.selected)
+    in_float32 = 0 if setup.method == "lora" else setup.selected
+    weights = (setup.parameters - in_float32) * frozen_size + in_float32 * 4
+    weights += 4 * trained if trained != setup.selected else 0
+    return {
+        "weights": weights,
+        "gradients": 4 * trained,
+        "optimizer": _ADAM * trained,
+        "bases": _bases(setup),
+        "activations": _activations(setup),
+    }
+
+
+def _bases(setup: Setup) -> int:
+    """U and V of each kind, and as much again for the Grams they are made from."""
+    if not setup.method.startswith("sparsegrad"):
+        return 0
+    return sum(2 * 4 * (rows**2 + columns**2) for rows, columns in setup.shapes.values())
+
+
+def _activations(setup: Setup) -> int:
+    size = 4 if setup.precision == "fp32" else 2
+    block = (_WIDE * setup.width + _MLP * setup.mlp_width) * size
+    blocks = block + setup.depth * setup.width * size if setup.checkpointing else setup.depth * block
+    return setup.tokens * (blocks + _LOGITS * 4 * setup.vocabulary)
+
+
+def check_memory(config: RunConfig, model: nn.Module, linears: Linears, device: torch.device) -> None:
+    """Show the plan beside what `device` has.
+
+    Raises:
+        UserError: when it does not fit; the message says what would.
+    """
+    setup, available = make_setup(config, model, linears), memory_of(device)
+    need = plan(setup)
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in need.items())
+    log.info("memory plan in GiB: %s; in all %.2f of %.1f", parts, sum(need.values()) / GIB, available / GIB)
+    share = 100 * setup.selected / setup.parameters
+    published = PUBLISHED_SHARE.get(setup.method, "none")
+    log.info("selected weights are %.1f %% of the model; the paper says of %s: %s", share, setup.method, published)
+    check_fits(setup, available)
+
+
+def check_fits(setup: Setup, available: int) -> None:
+    """Raise `UserError` when the plan exceeds `available` bytes, naming what would fit."""
+    need = sum(plan(setup).values())
+    if need <= available:
+        return
+    fits = [text for text, other in _smaller(setup) if sum(plan(other).values()) <= available]
+    remedy = (
+        f"this would fit: {'; or '.join(fits[:3])}" if fits else "no setting of this model fits: use a smaller model"
+    )
+    raise UserError(
+        f"{setup.method} needs about {need / GIB:.1f} GiB and the device has {available / GIB:.1f}: {remedy}"
+    )
+
+
+def _smaller(setup: Setup) -> Iterator[tuple[str, Setup]]:
+    """Cheaper setups, each with the overrides that make it; first those that change the result least."""
+    checkpointed = replace(setup, checkpointing=True)
+    yield "train.gradient_checkpointing=true", checkpointed
+    light = replace(checkpointed, precision="bf16_weights")
+    yield "train.gradient_checkpointing=true train.precision=bf16_weights", light
+    one = replace(light, tokens=max(1, setup.tokens // 4))
+    yield "the same with a quarter of train.batch_size (and more train.grad_accumulation)", one
+    yield "the same with method=lora", replace(one, method="lora", rank=setup.rank or 32)
+
+
+def make_setup(config: RunConfig, model: nn.Module, linears: Linears) -> Setup:
+    """The setup of one run."""
+    architecture: Any = model.config
+    method: Any = config.method
+    found = [linear for kind in linears.values() for linear in kind.values()]
+    return Setup(
+        method=method.name,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        selected=sum(linear.weight.numel() for linear in found),
+        shapes=weight_shapes(linears),
+        linears=len(found),
+        width=architecture.hidden_size,
+        mlp_width=architecture.intermediate_size,
+        depth=architecture.num_hidden_layers,
+        vocabulary=architecture.vocab_size,
+        tokens=config.train.batch_size * config.data.max_length,
+        precision=config.train.precision,
+        checkpointing=config.train.gradient_checkpointing,
+        rank=getattr(method, "rank", 0),
+        density=getattr(method, "density", None) or 0.01,
+    )
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that the device has in all."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)

@@ -1,0 +1,196 @@
+"""Language tasks: conversations, written out, packed into windows of one length; scored by the loss per token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import datasets
+import numpy as np
+
+from sparsegrad.errors import UserError, check_choice
+from sparsegrad.tasks.base import DataConfig, Splits, Task, check_tokenizer, subset
+from sparsegrad.tasks.dialogue import Turn, write_chat, write_inst
+
+FORMATS = ("inst", "chat")
+IGNORED = -100  # label of a token without loss, as in torch's cross entropy
+_HELDOUT_SHARE = 10
+_BATCH = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageTask(Task):
+    """Conversations for a causal language model; a subclass says where they come from.
+
+    A row is one conversation: `conversation`, its turns as JSON, and `group`, what may not be torn apart by a split.
+
+    Attributes:
+        format: `inst`, the paper's `[INST] ... [/INST] ...`, or `chat`, the tokenizer's own chat template.
+        mask_prompt: loss on the assistant's turns only; false: on all tokens, as the authors' code has it.
+        usual: what this task sets where conf/config.yaml says `oc.select:task.usual...`.
+    """
+
+    columns: tuple[str, ...] = ("conversation",)
+    main_metric: str = "nll"
+    format: str = "inst"
+    mask_prompt: bool = False
+    usual: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("task.format", self.format, FORMATS)
+        check_choice("task.mask_prompt", self.mask_prompt, (True, False))
+        check_choice("task.main_metric", self.main_metric, ("nll", "perplexity"))
+
+    @property
+    def is_language(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Loss and perplexity are better lower."""
+        return False
+
+    @property
+    def token_facts(self) -> dict[str, Any]:
+        """Format and mask."""
+        return {"format": self.format, "mask_prompt": self.mask_prompt}
+
+    def load(self, data: DataConfig) -> Splits:
+        """Read both splits and keep `data.max_train` and `data.max_eval` conversations."""
+        found = self._read(data)
+        for part, rows in (("train", found.train), ("validation", found.validation)):
+            if not len(rows):
+                raise UserError(
+                    f"task={self.name}: no conversation is left for the {part} split ({_shown(found.counts)}); "
+                    "give more data, or filter less"
+                )
+        train, validation = subset(found.train, data.max_train), subset(found.validation, data.max_eval)
+        return replace(found, train=train, validation=validation)
+
+    def heldout(self, train: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """A tenth of the groups, never a part of one; see `in_tenth`."""
+        held = np.array([in_tenth(group) for group in train["group"]])
+        if held.all() or not held.any():
+            raise UserError(f"{len(set(train['group']))} conversation trees are too few to hold a tenth out: give more")
+        return train.select(np.flatnonzero(~held)), train.select(np.flatnonzero(held))
+
+    def collator(self, tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Windows are of one length: nothing is padded."""
+        from transformers import default_data_collator
+
+        return default_data_collator  # type: ignore[no-any-return]
+
+    def tokens(
+        self, rows: datasets.Dataset, tokenizer: Any, data: DataConfig
+    ) -> tuple[datasets.Dataset, dict[str, int]]:
+        """Conversations packed, in order and without a gap, into windows of `data.max_length` tokens.
+
+        Nothing is cut off: what does not fit goes on in the next window; the last window is padded.
+        """
+        check_tokenizer(tokenizer, data)
+        packer = Packer(data.max_length, _padding(tokenizer))
+        turns = ([Turn(**turn) for turn in json.loads(text)] for text in rows["conversation"])
+        while batch := list(islice(turns, _BATCH)):
+            for ids, labels in self._encode(batch, tokenizer):
+                packer.add(ids, labels)
+        windows = packer.finish()
+        if not packer.counts["loss_tokens"]:
+            raise UserError(
+                f"task={self.name}: no token has a loss: mask_prompt=true needs answers in the conversations"
+            )
+        return windows, packer.counts
+
+    def _encode(self, batch: list[list[Turn]], tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
+        """(token ids, labels) of each conversation; a label is the id itself, or IGNORED."""
+        written = [(write_inst if self.format == "inst" else write_chat)(turns, tokenizer) for turns in batch]
+        texts = [text for text, _ in written]
+        found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=self.mask_prompt)
+        for row, (_, answers) in enumerate(written):
+            ids = list(found["input_ids"][row])
+            labels = list(ids)
+            if self.mask_prompt:
+                starts = [start for start, _ in found["offset_mapping"][row]]
+                labels = [i if _inside(s, answers) else IGNORED for i, s in zip(ids, starts, strict=True)]
+            yield self._framed(ids, labels, tokenizer)
+
+    def _framed(self, ids: list[int], labels: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
+        """With the tokens that begin and end a text; a chat template writes its own."""
+        if self.format == "inst":
+            if tokenizer.bos_token_id is not None:
+                ids, labels = [tokenizer.bos_token_id, *ids], [IGNORED, *labels]
+            if tokenizer.eos_token_id is not None:
+                learned = labels[-1] != IGNORED
+                ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id if learned else IGNORED]
+        return ids, labels
+
+
+class Packer:
+    """Fills windows of `length` tokens with one text after the other; counts what it did."""
+
+    def __init__(self, length: int, padding: int) -> None:
+        self.length, self.padding = length, padding
+        self._ids: list[int] = []
+        self._labels: list[int] = []
+        names = ("conversations", "tokens", "loss_tokens", "windows", "longer_than_window", "split_between_windows")
+        self.counts = dict.fromkeys(names, 0)
+
+    def add(self, ids: list[int], labels: list[int]) -> None:
+        """Append one text."""
+        before = len(self._ids)
+        self._ids += ids
+        self._labels += labels
+        self.counts["conversations"] += 1
+        self.counts["tokens"] += len(ids)
+        self.counts["longer_than_window"] += len(ids) > self.length
+        self.counts["split_between_windows"] += before // self.length != (len(self._ids) - 1) // self.length
+
+    def finish(self) -> datasets.Dataset:
+        """The windows: input_ids, attention_mask, labels (length,) each.
+
+        A window's first token has no label: nothing before it predicts it, and it must not count among the tokens that
+        a batch's loss is divided by.
+        """
+        missing = -len(self._ids) % self.length
+        ids = np.array(self._ids + [self.padding] * missing).reshape(-1, self.length)
+        labels = np.array(self._labels + [IGNORED] * missing).reshape(-1, self.length)
+        mask = np.ones_like(ids)
+        if missing:
+            mask[-1, -missing:] = 0
+        labels[:, 0] = IGNORED
+        self.counts |= {"windows": len(ids), "loss_tokens": int((labels != IGNORED).sum())}
+        columns = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return datasets.Dataset.from_dict({name: values.tolist() for name, values in columns.items()})
+
+
+def make_conversations(rows: list[tuple[str, list[Turn]]]) -> datasets.Dataset:
+    """(group, turns) -> rows of a language task."""
+    texts = [json.dumps([{"role": turn.role, "text": turn.text} for turn in turns]) for _, turns in rows]
+    kinds = dict.fromkeys(("conversation", "group"), datasets.Value("string"))
+    columns = {"conversation": texts, "group": [group for group, _ in rows]}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+
+
+def in_tenth(group: str, salt: str = "heldout") -> bool:
+    """Whether a group belongs to a fixed tenth, the same on every machine; each `salt` draws another."""
+    import hashlib
+
+    return int(hashlib.sha256(f"{salt} {group}".encode()).hexdigest(), 16) % _HELDOUT_SHARE == 0
+
+
+def _padding(tokenizer: Any) -> int:
+    """A token for what is masked anyway."""
+    found = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    return int(found)
+
+
+def _inside(position: int, spans: list[tuple[int, int]]) -> bool:
+    return any(start <= position < end for start, end in spans)
+
+
+def _shown(counts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in counts.items()) or "no counts"

@@ -1,0 +1,114 @@
+"""OpenAssistant conversations (OASST1) from the hub, or from files in its export formats (paper, section 5.2)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from sparsegrad.errors import UserError, fail
+from sparsegrad.hub import hub_answers
+from sparsegrad.tasks.base import DataConfig, Splits
+from sparsegrad.tasks.dialogue import Turn
+from sparsegrad.tasks.language import LanguageTask, in_tenth, make_conversations
+from sparsegrad.tasks.trees import Tree, conversations, flat_trees, nested_tree
+
+HUB_NAME = "OpenAssistant/oasst1"
+AUTHORS_COUNTS = {"train": 44042, "validation": 2241}  # conversations in the authors' run, all languages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oasst(LanguageTask):
+    """Every root-to-leaf path of every tree.
+
+    `data.dir` is a file of trees or messages (one JSON object a line), or a folder: with train.jsonl and
+    validation.jsonl, or with any *.jsonl, of which a fixed tenth of the trees validates. None: the hub, with its split.
+
+    Attributes:
+        langs: languages to keep, such as [en, de]; null keeps all.
+    """
+
+    langs: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.langs is not None and (isinstance(self.langs, str) or not self.langs):
+            raise fail("task.langs", self.langs, "give a list of languages such as [en,de], or null for all")
+
+    def _read(self, data: DataConfig) -> Splits:
+        train, validation = _hub_trees() if data.dir is None else _file_trees(Path(data.dir).expanduser())
+        _check_distinct(train, validation)
+        counts: dict[str, Any] = {}
+        parts = [self._rows(part, trees, counts) for part, trees in (("train", train), ("validation", validation))]
+        return Splits(make_conversations(parts[0]), make_conversations(parts[1]), counts)
+
+    def _rows(self, part: str, trees: list[Tree], counts: dict[str, Any]) -> list[tuple[str, list[Turn]]]:
+        seen: Counter[str] = Counter()
+        rows = list(conversations(trees, self.langs, seen))
+        counts |= {f"{part}_{name}": count for name, count in sorted(seen.items())}
+        counts[f"{part}_conversations_authors"] = AUTHORS_COUNTS[part]
+        return rows
+
+
+def _check_distinct(train: list[Tree], validation: list[Tree]) -> None:
+    """A tree on both sides, or twice on one, would be trained on and scored."""
+    twice = [name for name, count in Counter(tree.id for tree in train + validation).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"conversation tree {twice[0]} is there twice ({len(twice)} such): leave each in one file, once"
+        )
+
+
+def _file_trees(path: Path) -> tuple[list[Tree], list[Tree]]:
+    named = [path / "train.jsonl", path / "validation.jsonl"]
+    if all(file.is_file() for file in named):
+        return _read_file(named[0]), _read_file(named[1])
+    files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
+    if not files:
+        raise UserError(f"data.dir={path}: no such file, and no folder with *.jsonl files of conversation trees")
+    trees = [tree for file in files for tree in _read_file(file)]
+    split = [in_tenth(tree.id, "validation") for tree in trees]
+    train = [tree for tree, held in zip(trees, split, strict=True) if not held]
+    return train, [tree for tree, held in zip(trees, split, strict=True) if held]
+
+
+def _read_file(path: Path) -> list[Tree]:
+    rows = list(_lines(path))
+    if any("prompt" in row for _, row in rows):
+        return [nested_tree(row, f"{path} line {number}") for number, row in rows]
+    return flat_trees((row for _, row in rows), str(path))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{path} line {number} is no JSON: {error}") from None
+                if not isinstance(row, Mapping):
+                    raise UserError(f"{path} line {number}: give one JSON object, a tree or a message")
+                yield number, row
+
+
+def _hub_trees() -> tuple[list[Tree], list[Tree]]:
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or not hub_answers()
+    try:
+        found = datasets.load_dataset(HUB_NAME)
+    except Exception as error:  # whatever the hub client raises, the user's way out is the same
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"task=oasst1: {HUB_NAME} could not be loaded from the hub or its cache ({reason}); with a network, "
+            f"fill the cache: hf download --repo-type dataset {HUB_NAME}; without, set data.dir=<exported trees>"
+        ) from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+    train, validation = (flat_trees(found[part], f"{HUB_NAME} {part}") for part in ("train", "validation"))
+    return train, validation

@@ -1,0 +1,135 @@
+"""OpenAssistant's conversation trees: read, checked, filtered, and taken apart into root-to-leaf paths."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparsegrad.errors import UserError, fail
+from sparsegrad.tasks.dialogue import Turn
+
+_ROLES = {"prompter": "user", "assistant": "assistant"}
+_FINISHED = "ready_for_export"
+
+
+@dataclass
+class Message:
+    """One message with its replies; `dropped` says why it is left out, if it is."""
+
+    id: str
+    turn: Turn
+    lang: str
+    dropped: str | None
+    replies: list[Message] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A conversation tree; `finished` is false for one that its makers gave up."""
+
+    id: str
+    root: Message
+    finished: bool
+
+
+def nested_tree(row: Mapping[str, Any], where: str) -> Tree:
+    """A tree in export format: `prompt` holds the root, `replies` its answers, and so on.
+
+    Raises:
+        UserError: naming `where` and the message, for what a tree must not have.
+    """
+    root, tree_id = row.get("prompt"), str(row.get("message_tree_id"))
+    if not isinstance(root, Mapping):
+        raise UserError(f"{where}: a conversation tree has a prompt; this line has the fields {', '.join(row)}")
+    return Tree(tree_id, _nested(root, None, where), row.get("tree_state", _FINISHED) == _FINISHED)
+
+
+def _nested(row: Mapping[str, Any], parent: str | None, where: str) -> Message:
+    message = _message(row, where)
+    given = row.get("parent_id")
+    if given is not None and given != parent:
+        raise UserError(
+            f"{where}: message {message.id} answers {given}, which is missing: the message above it is {parent}; "
+            "mend the file or take the tree out"
+        )
+    message.replies = [_nested(reply, message.id, where) for reply in row.get("replies") or ()]
+    return message
+
+
+def flat_trees(rows: Iterable[Mapping[str, Any]], where: str) -> list[Tree]:
+    """Trees from single messages, as the hub has them, in any order.
+
+    Raises:
+        UserError: naming `where` and the message, for what a tree must not have.
+    """
+    found: dict[str, tuple[Message, Mapping[str, Any]]] = {}
+    for row in rows:
+        found[str(row.get("message_id"))] = (_message(row, where), row)
+    trees = []
+    for message, row in found.values():
+        parent = row.get("parent_id")
+        if parent is None:
+            tree_id = str(row.get("message_tree_id") or message.id)
+            trees.append(Tree(tree_id, message, (row.get("tree_state") or _FINISHED) == _FINISHED))
+        elif parent in found:
+            found[parent][0].replies.append(message)
+        else:
+            raise UserError(
+                f"{where}: message {message.id} answers {parent}, which is missing; add it, or take the tree out"
+            )
+    return trees
+
+
+def _message(row: Mapping[str, Any], where: str) -> Message:
+    name, role = str(row.get("message_id")), row.get("role")
+    if role not in _ROLES:
+        raise fail(f"{where}: role of message {name}", role, f"choose one of {', '.join(_ROLES)}")
+    dropped, text = _dropped(row), row.get("text")
+    if dropped is None and (not isinstance(text, str) or not text.strip()):
+        raise UserError(f"{where}: message {name} has no text; mend it, or mark it deleted")
+    return Message(name, Turn(_ROLES[role], str(text)), str(row.get("lang")), dropped)
+
+
+def _dropped(row: Mapping[str, Any]) -> str | None:
+    """Why a message is left out: deleted, or not accepted by its reviewers (spam, low quality), or never reviewed."""
+    if row.get("deleted"):
+        return "deleted"
+    review = row.get("review_result")
+    return None if review is True else "unreviewed" if review is None else "spam"
+
+
+def conversations(
+    trees: Iterable[Tree], langs: Iterable[str] | None, counts: Counter[str]
+) -> Iterator[tuple[str, list[Turn]]]:
+    """(tree, turns) of every root-to-leaf path; a dropped message takes the replies below it along.
+
+    Args:
+        trees: any number.
+        langs: languages of the root to keep; None keeps all.
+        counts: gets what was found and why something was left out.
+    """
+    wanted = None if langs is None else frozenset(langs)
+    for tree in trees:
+        counts["trees"] += 1
+        if not tree.finished:
+            counts["trees_unfinished"] += 1
+        elif wanted is not None and tree.root.lang not in wanted:
+            counts["trees_in_other_languages"] += 1
+        else:
+            for turns in _paths(tree.root, (), counts):
+                counts["conversations"] += 1
+                yield tree.id, list(turns)
+
+
+def _paths(message: Message, before: tuple[Turn, ...], counts: Counter[str]) -> Iterator[tuple[Turn, ...]]:
+    if message.dropped is not None:
+        counts[f"messages_{message.dropped}"] += 1
+        return
+    counts["messages"] += 1
+    here = (*before, message.turn)
+    if all(reply.dropped is not None for reply in message.replies):
+        yield here
+    for reply in message.replies:
+        yield from _paths(reply, here, counts)
