@@ -37,7 +37,7 @@ class LanguageTask(Task):
     main_metric: str = "nll"
     format: str = "inst"
     mask_prompt: bool = False
-    usual: Mapping[str, Any] = field(default_factory=dict)
+    usual: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

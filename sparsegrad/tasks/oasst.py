@@ -39,6 +39,8 @@ class Oasst(LanguageTask):
         super().__post_init__()
         if self.langs is not None and (isinstance(self.langs, str) or not self.langs):
             raise fail("task.langs", self.langs, "give a list of languages such as [en,de], or null for all")
+        if self.langs is not None:
+            object.__setattr__(self, "langs", tuple(self.langs))
 
     def _read(self, data: DataConfig) -> Splits:
         train, validation = _hub_trees() if data.dir is None else _file_trees(Path(data.dir).expanduser())
