@@ -6,15 +6,18 @@ from sparsegrad.errors import UserError
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.mlp import find_mlp
 from sparsegrad.optim import SparseGradAdamW
+from sparsegrad.plan import Plan, describe
 from sparsegrad.prepare import prepare
 from sparsegrad.sparse_matmul import sparse_dense_matmul
 
 __all__ = [
     "Basis",
+    "Plan",
     "SparseGradAdamW",
     "SparseGradLinear",
     "UserError",
     "calibrate",
+    "describe",
     "find_mlp",
     "hosvd",
     "prepare",

@@ -106,8 +106,14 @@ def _next_batch(source: Iterator[Batch], step: int, steps: int) -> Batch:
 
 
 def _loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    if not isinstance(batch, Mapping):
+        raise UserError(f"a calibration batch is a {type(batch).__name__}: give mappings that model(**batch) takes")
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     loss = getattr(model(**moved), "loss", None)
     if loss is None:
         raise UserError(f"the model gives no loss for a batch of {', '.join(moved)}: give batches with labels")
+    if loss.numel() != 1 or not loss.requires_grad:
+        raise UserError(
+            f"the model's loss {tuple(loss.shape)} cannot be differentiated: give one number with gradients"
+        )
     return loss  # type: ignore[no-any-return]

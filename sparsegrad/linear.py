@@ -88,7 +88,13 @@ class SparseGradLinear(nn.Module):
         density: float | None = None,
         backward: str = "regular",
     ) -> SparseGradLinear:
-        """Wrap `linear` (out, in); give `keep` (entries) or `density` (share of entries, 0 to 1]."""
+        """Wrap `linear` (out, in); give `keep` (entries) or `density` (share of entries, 0 to 1].
+
+        Raises:
+            UserError: also for what is no `nn.Linear`, such as GPT-2's `Conv1D`.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise UserError(f"engine layer wraps nn.Linear, not {type(linear).__name__}: take the engine merged")
         weight = linear.weight.detach()
         if not basis.fits(weight.shape):
             raise UserError(

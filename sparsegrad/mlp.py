@@ -1,67 +1,170 @@
-"""Find the MLP linears of a model by layer kind, through patterns of module names."""
+"""Find the MLP linears of a model by layer kind, through the names of its modules."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sparsegrad.errors import UserError, check_choice
 
-# Layer kind -> pattern that must match the whole module name. RoBERTa's encoder has BERT's names.
+# Layer kind -> pattern that must match the whole module name. Many families share names: ViT of transformers 4 has
+# BERT's, later ones `mlp.fc1`; Gemma, Phi-1 and others are found by the names they share with a family listed here.
 _BERT = {
-    "intermediate": r".*encoder\.layer\.\d+\.intermediate\.dense",
-    "output": r".*encoder\.layer\.\d+\.output\.dense",
+    "intermediate": r"(.*\.)?encoder\.layer\.\d+\.intermediate\.dense",
+    "output": r"(.*\.)?encoder\.layer\.\d+\.output\.dense",
 }
-# Gated: down(act(gate(x)) * up(x)).
-_LLAMA = {kind: rf".*layers\.\d+\.mlp\.{kind}_proj" for kind in ("gate", "up", "down")}
+_DISTILBERT = {kind: rf"(.*\.)?layer\.\d+\.ffn\.{kind}" for kind in ("lin1", "lin2")}
+_VIT = {kind: rf"(.*\.)?\d+\.mlp\.{kind}" for kind in ("fc1", "fc2")}
+_GPT2 = {kind: rf"(.*\.)?h\.\d+\.mlp\.{kind}" for kind in ("c_fc", "c_proj")}
+_LLAMA = {kind: rf"(.*\.)?layers\.\d+\.mlp\.{kind}_proj" for kind in ("gate", "up", "down")}
+_T5 = {kind: rf"(.*\.)?block\.\d+\.layer\.\d+\.DenseReluDense\.{kind}" for kind in ("wi", "wo")}
+_T5_GATED = {kind: rf"(.*\.)?block\.\d+\.layer\.\d+\.DenseReluDense\.{kind}" for kind in ("wi_0", "wi_1", "wo")}
 LAYOUTS: dict[str, dict[str, str]] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
+    **dict.fromkeys(("bert", "roberta", "electra", "deberta", "deberta-v2", "mpnet"), _BERT),
+    "distilbert": _DISTILBERT,
+    "vit": _VIT,
+    "gpt2": _GPT2,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
+    "t5": _T5,
+    "t5-gated": _T5_GATED,
 }
 
 Linears = dict[str, dict[str, nn.Linear]]
-"""Layer kind -> module name -> linear, in the model's order."""
+"""Layer kind -> module name -> linear, in the model's order.
+
+GPT-2's `Conv1D` stands here too. Its weight is (in, out), so its basis is the linear's with the two matrices
+exchanged; the method treats rows and columns alike, and keeps the same entries.
+"""
+Names = Mapping[str, str] | Sequence[str] | str
 
 
-def find_mlp(model: nn.Module, patterns: Mapping[str, str] | str | None = None) -> Linears:
+def find_mlp(model: nn.Module, mlp: Names | None = None) -> Linears:
     """Find the MLP linears of `model` by kind.
 
     Args:
-        model: any module.
-        patterns: layer kind -> regular expression for the whole module name; or the name of a known layout; or None:
-            the layout that `model.config.model_type` names.
+        model: any module; nothing is asked of its class.
+        mlp: None: the one layout of `LAYOUTS` whose names the model has; or the name of a layout; or layer kind ->
+            regular expression for the whole module name; or a list of module names or their ends, as `peft`'s
+            `target_modules`: names that differ in numbers alone are one kind (`layers.*.mlp.up_proj`).
 
     Raises:
-        UserError: for an unknown layout, a bad expression, a kind without linears, or one that mixes shapes.
+        UserError: for an unknown or ambiguous layout, a bad expression, a kind without linears or with mixed shapes,
+            a quantized weight, or one that other modules share.
     """
-    if patterns is None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        patterns = check_choice("model_type", model_type, LAYOUTS, "for another layout give mlp={kind: pattern}")
-    if isinstance(patterns, str):
-        patterns = LAYOUTS[check_choice("mlp", patterns, LAYOUTS, "or give {kind: pattern}")]
-    if not isinstance(patterns, Mapping) or not patterns or not all(isinstance(p, str) for p in patterns.values()):
-        raise UserError(f"mlp={patterns} names no layer kind: give {{kind: pattern}}, or one of {', '.join(LAYOUTS)}")
-    return {kind: _find_kind(model, kind, pattern) for kind, pattern in patterns.items()}
+    linears = {kind: _linears(model, kind, names) for kind, names in _named(model, mlp).items()}
+    _refuse_shared(model, linears)
+    return linears
 
 
-def _find_kind(model: nn.Module, kind: str, pattern: str) -> dict[str, nn.Linear]:
-    try:
-        matches = re.compile(pattern).fullmatch
-    except re.error as error:
-        raise UserError(f"mlp.{kind}={pattern} is not a regular expression: {error}") from None
-    found = {name: module for name, module in model.named_modules() if matches(name) and isinstance(module, nn.Linear)}
-    if not found:
+def check_trainable(linears: Linears) -> None:
+    """Raise `UserError` for a frozen weight: an optimizer would pass over it in silence."""
+    for found in linears.values():
+        for name, linear in found.items():
+            if not linear.weight.requires_grad:
+                raise UserError(
+                    f"{name}.weight is frozen (requires_grad=False): call requires_grad_(True) on it, or name the "
+                    "other linears alone with mlp={kind: pattern}"
+                )
+
+
+def _named(model: nn.Module, mlp: Names | None) -> dict[str, list[str]]:
+    """Layer kind -> names of modules, not yet known to be linears."""
+    if mlp is None:
+        return _matching(model, _detect(model))
+    if isinstance(mlp, str):
+        return _matching(model, LAYOUTS[check_choice("mlp", mlp, LAYOUTS, "or give {kind: pattern} or a list")])
+    if isinstance(mlp, Mapping) and mlp and all(isinstance(pattern, str) for pattern in mlp.values()):
+        return _matching(model, mlp)
+    if isinstance(mlp, Sequence) and mlp and all(isinstance(name, str) for name in mlp):
+        return _listed(model, mlp)
+    raise UserError(
+        f"mlp={mlp} names no layer kind: give {{kind: pattern}}, a list of module names, or one of {', '.join(LAYOUTS)}"
+    )
+
+
+def _detect(model: nn.Module) -> dict[str, str]:
+    """The one layout of which the model has every kind."""
+    distinct = {tuple(layout.values()): (name, layout) for name, layout in reversed(LAYOUTS.items())}
+    fitting = dict(pair for pair in distinct.values() if all(_matching(model, pair[1]).values()))
+    if not fitting:
         raise UserError(
-            f"{type(model).__name__} has no MLP linear of kind {kind} (pattern {pattern}): "
-            "name the model's own modules in mlp={kind: pattern}"
+            f"{type(model).__name__} has the MLP names of no known layout ({', '.join(LAYOUTS)}): give "
+            "mlp={kind: pattern of module names}, or a list of names"
         )
+    if len(fitting) > 1:
+        raise UserError(f"{type(model).__name__} fits the layouts {', '.join(fitting)}: choose one of them as mlp=")
+    return next(iter(fitting.values()))
+
+
+def _matching(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, list[str]]:
+    named: dict[str, list[str]] = {}
+    for kind, pattern in patterns.items():
+        try:
+            matches = re.compile(pattern).fullmatch
+        except re.error as error:
+            raise UserError(f"mlp.{kind}={pattern} is not a regular expression: {error}") from None
+        named[kind] = [name for name, _ in model.named_modules() if matches(name)]
+    return named
+
+
+def _listed(model: nn.Module, wanted: Sequence[str]) -> dict[str, list[str]]:
+    named: dict[str, list[str]] = {}
+    for end in wanted:
+        found = [name for name, _ in model.named_modules() if name == end or name.endswith(f".{end}")]
+        if not found:
+            named[end] = []
+        for name in found:
+            kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+            named.setdefault(kind, [])
+            if name not in named[kind]:
+                named[kind].append(name)
+    return named
+
+
+def _linears(model: nn.Module, kind: str, names: list[str]) -> dict[str, nn.Linear]:
+    """The modules of `names`, each checked to be a linear that can train."""
+    if not names:
+        raise UserError(
+            f"{type(model).__name__} has no MLP linear of kind {kind}: name the model's own modules in "
+            "mlp={kind: pattern}"
+        )
+    found = {name: _linear(name, model.get_submodule(name)) for name in names}
     shapes = {tuple(linear.weight.shape) for linear in found.values()}
     if len(shapes) > 1:
-        raise UserError(f"mlp.{kind}={pattern} matches weights of shapes {sorted(shapes)}: name one kind per shape")
+        raise UserError(f"mlp.{kind} matches weights of shapes {sorted(shapes)}: name one kind per shape")
     return found
+
+
+def _linear(name: str, module: nn.Module) -> nn.Linear:
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and _is_quantized(weight):
+        raise UserError(
+            f"{name}.weight is quantized ({type(weight).__name__}, {weight.dtype}): SparseGrad changes the weight "
+            "itself; load the model in float32 or bfloat16, or take LoRA for a quantized one"
+        )
+    # By name, not by class: transformers is not imported for it.
+    if isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
+        return module  # type: ignore[return-value]
+    raise UserError(f"{name} is a {type(module).__name__}, not a linear with a weight of its own: name only linears")
+
+
+def _is_quantized(weight: Tensor) -> bool:
+    """bitsandbytes marks its 4-bit weights, torchao has tensor classes of its own, others store integers or float8."""
+    own_class = type(weight.data).__module__.startswith("torchao")
+    narrow = not weight.dtype.is_floating_point or torch.finfo(weight.dtype).bits < 16
+    return own_class or narrow or hasattr(weight, "quant_state")
+
+
+def _refuse_shared(model: nn.Module, linears: Linears) -> None:
+    """A weight under several names would be stepped for one of them and change all."""
+    named: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        named.setdefault(id(parameter), []).append(name)
+    for found in linears.values():
+        for linear in found.values():
+            names = named.get(id(linear.weight), [])
+            if len(names) > 1:
+                raise UserError(f"one weight is tied under the names {', '.join(names)}: untie it, or leave it out")

@@ -99,9 +99,9 @@ def all_linears(linears: Linears) -> Iterator[nn.Linear]:
 
 
 def weight_shapes(linears: Linears) -> dict[str, tuple[int, int]]:
-    """Layer kind -> (out, in) of its weights."""
-    first = {kind: next(iter(found.values())) for kind, found in linears.items()}
-    return {kind: (linear.out_features, linear.in_features) for kind, linear in first.items()}
+    """Layer kind -> (out, in) of its weights, as they are stored."""
+    first = {kind: next(iter(found.values())).weight for kind, found in linears.items()}
+    return {kind: (weight.shape[0], weight.shape[1]) for kind, weight in first.items()}
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -1,0 +1,76 @@
+"""What an optimizer of `prepare` trains, and how: the weights that were taken, their shapes and counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsegrad.errors import UserError
+from sparsegrad.selection import count_kept
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The weights of one layer kind.
+
+    Attributes:
+        kind: the layer kind.
+        names: of the parameters, in the model's order.
+        shape: of each weight as it is stored, (out, in); (in, out) for GPT-2's `Conv1D`.
+        kept: entries of each weight that one step changes in the rotated space.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    shape: tuple[int, int]
+    kept: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one optimizer trains; `print(plan)` shows it as a table.
+
+    Attributes:
+        taken: the SparseGrad weights by kind.
+        rest: number of parameters that plain AdamW trains.
+    """
+
+    taken: tuple[Taken, ...]
+    rest: int
+
+    @property
+    def trainable(self) -> int:
+        """Gradient entries that one step uses, as the paper counts them: the kept ones and all of the rest."""
+        return self.rest + sum(len(group.names) * group.kept for group in self.taken)
+
+    def __str__(self) -> str:
+        rows = [("kind", "weights", "shape", "kept of each", "density", "first")]
+        for group in self.taken:
+            size = group.shape[0] * group.shape[1]
+            counts = (str(len(group.names)), f"{group.shape[0]} x {group.shape[1]}", f"{group.kept:,} of {size:,}")
+            rows.append((group.kind, *counts, f"{group.kept / size:.3%}", group.names[0]))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, f"and {self.rest:,} other parameters by AdamW; trainable: {self.trainable:,}"])
+
+
+def describe(optimizer: Any) -> Plan:
+    """The plan of an optimizer that `prepare` returned, or of what Accelerate or a Trainer wrapped around it.
+
+    Raises:
+        UserError: for another optimizer.
+    """
+    groups = getattr(optimizer, "param_groups", [])
+    taken = tuple(_taken(group) for group in groups if group.get("kind") is not None)
+    if not taken:
+        raise UserError(f"{type(optimizer).__name__} has no SparseGrad weights: give what sparsegrad.prepare returned")
+    rest = [parameter for group in groups if group.get("kind") is None for parameter in group["params"]]
+    return Plan(taken, sum(parameter.numel() for parameter in rest))
+
+
+def _taken(group: dict[str, Any]) -> Taken:
+    weight: torch.Tensor = group["params"][0]
+    kept = count_kept(weight.shape, keep=group["keep"], density=group["density"])
+    return Taken(group["kind"], tuple(group["param_names"]), (weight.shape[0], weight.shape[1]), kept)
