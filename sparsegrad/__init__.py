@@ -1,5 +1,7 @@
 """SparseGrad: parameter-efficient fine-tuning of the MLP layers of transformers (arXiv 2410.07383)."""
 
+from sparsegrad.adapter import Adapter, load_adapter, switch
+from sparsegrad.adapter_save import save_adapter
 from sparsegrad.basis import Basis, hosvd
 from sparsegrad.calibration import calibrate
 from sparsegrad.errors import UserError
@@ -11,6 +13,7 @@ from sparsegrad.prepare import prepare
 from sparsegrad.sparse_matmul import sparse_dense_matmul
 
 __all__ = [
+    "Adapter",
     "Basis",
     "Plan",
     "SparseGradAdamW",
@@ -20,7 +23,10 @@ __all__ = [
     "describe",
     "find_mlp",
     "hosvd",
+    "load_adapter",
     "prepare",
+    "save_adapter",
     "sparse_dense_matmul",
+    "switch",
 ]
 __version__ = "0.1.0"

@@ -1,0 +1,194 @@
+"""The files of an adapter: one safetensors, and the JSON that tells what is in it. Names of files are fixed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sparsegrad.errors import UserError
+from sparsegrad.records import unwritable, write_json
+
+FORMAT = "sparsegrad-adapter-1"
+TENSORS, FACTS = "sparsegrad_adapter.safetensors", "sparsegrad_adapter.json"
+BASIS_PARTS = ("out_basis", "in_basis")  # of each kind, only the columns that kept entries need
+FORMS = ("whole", "sparse", "rotated")
+_MAX_FACTS = 64 * 2**20  # bytes of JSON; a model of 100,000 tensors has a third of it
+_DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+_DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.uint8, torch.bool)}  # buffers that count
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One changed tensor as stored.
+
+    Attributes:
+        form: see `sparsegrad.adapter`.
+        shape, dtype: of the model's tensor.
+        base_sha256: of the base's tensor, where the adapter was made against it; None for what is new, as a head.
+        values: new values, flat; or kept entries of the rotated change.
+        index: flat positions of `values`, or None for all.
+        kind: layer kind whose basis rotates, of form rotated.
+    """
+
+    form: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    base_sha256: str | None
+    values: Tensor
+    index: Tensor | None = None
+    kind: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        return self.values.nbytes + (0 if self.index is None else self.index.nbytes)
+
+    def resolve(self, base: Tensor, bases: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
+        """Positions (None: all) and new values for the tensor whose values are now `base`."""
+        if self.form != "rotated":
+            return None if self.index is None else self.index.long(), self.values
+        V, U = (bases[f"{self.kind}.{part}"] for part in BASIS_PARTS)
+        core = torch.zeros(V.shape[1] * U.shape[1], dtype=torch.float64)
+        core[self.index.long()] = self.values.double()  # type: ignore[union-attr]
+        change = V.double() @ core.view(V.shape[1], U.shape[1]) @ U.double().T
+        merged = base.detach().cpu().double() + change
+        return None, merged.to(self.dtype).view(-1)
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 of dtype, shape and bytes of a tensor."""
+    hashed = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}:".encode())
+    # As bytes of any dtype: numpy knows no bfloat16.
+    hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def write_adapter(
+    folder: Path, facts: Mapping[str, Any], entries: Mapping[str, Entry], bases: Mapping[str, Tensor]
+) -> int:
+    """Write both files, the JSON last: it holds the other's sha256, so that a half-written folder is not read.
+
+    Returns:
+        Bytes of the tensors' file.
+
+    Raises:
+        UserError: when the folder cannot be written.
+    """
+    tensors = {f"{name}::values": entry.values.contiguous() for name, entry in entries.items()}
+    tensors |= {f"{name}::index": entry.index for name, entry in entries.items() if entry.index is not None}
+    tensors |= {f"{name}::basis": tensor.contiguous() for name, tensor in bases.items()}
+    target, scratch = folder / TENSORS, folder / f".{TENSORS}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, scratch, {"format": FORMAT})
+        sha256, size = _file_sha256(scratch), scratch.stat().st_size
+        scratch.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(target, error) from None
+    finally:
+        if folder.is_dir():
+            scratch.unlink(missing_ok=True)
+    listed = {name: _facts(entry) for name, entry in entries.items()}
+    write_json(folder / FACTS, {"format": FORMAT, **facts, "sha256": sha256, "tensors": listed})
+    return size
+
+
+def _facts(entry: Entry) -> dict[str, Any]:
+    plain = {"form": entry.form, "shape": list(entry.shape), "dtype": str(entry.dtype), "kind": entry.kind}
+    return {**plain, "base_sha256": entry.base_sha256}
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[str, Tensor]]:
+    """The facts, the entries by name, and the parts of the bases; everything that does not need a model is checked.
+
+    Raises:
+        UserError: for files that are missing, damaged, of another version, inconsistent or not finite.
+    """
+    path = folder / FACTS
+    try:
+        facts = _read_facts(path)
+        if _file_sha256(folder / TENSORS) != facts["sha256"]:
+            raise UserError(f"{folder / TENSORS} is damaged or of another adapter (its sha256 differs): copy it anew")
+        tensors = load_file(folder / TENSORS)
+        entries = {name: _entry(name, plain, tensors) for name, plain in facts["tensors"].items()}
+        bases = {key.removesuffix("::basis"): tensors.pop(key) for key in list(tensors) if key.endswith("::basis")}
+        if tensors:
+            raise UserError(f"{folder / TENSORS} holds {len(tensors)} tensors that {FACTS} does not name: copy it anew")
+        _check_rotated(entries, bases)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no adapter in {folder}: {error.filename or FACTS} is missing; name a folder of save_adapter"
+        ) from None
+    except UserError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+        RecursionError,
+    ) as error:
+        raise UserError(f"{folder} is not a readable adapter ({type(error).__name__}: {error}): save it anew") from None
+    return facts, entries, bases
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_FACTS:
+        raise UserError(f"{path} has {path.stat().st_size} bytes, more than any adapter's: name another folder")
+    facts: dict[str, Any] = json.loads(path.read_text())
+    if facts.get("format") != FORMAT:
+        raise UserError(f"{path} has format {facts.get('format')}, not {FORMAT}: save it with this version")
+    return facts
+
+
+def _entry(name: str, plain: Mapping[str, Any], tensors: dict[str, Tensor]) -> Entry:
+    """Take one entry's tensors out of `tensors` and check them against what the JSON says."""
+    shape, dtype = tuple(int(size) for size in plain["shape"]), _DTYPES[plain["dtype"]]
+    values, index = tensors.pop(f"{name}::values"), tensors.pop(f"{name}::index", None)
+    entry = Entry(plain["form"], shape, dtype, plain["base_sha256"], values, index, plain["kind"])
+    expected = torch.float32 if entry.form == "rotated" else dtype
+    if entry.form not in FORMS or (entry.form == "whole") != (index is None) or values.dtype != expected:
+        raise UserError(f"the adapter's {name} is inconsistent (form {entry.form}, {values.dtype}): save it anew")
+    size = torch.Size(shape).numel()
+    wanted = (size,) if index is None else tuple(index.shape)
+    if tuple(values.shape) != wanted or (index is not None and not _is_index(index, size)):
+        raise UserError(f"the adapter's {name} has positions or values that do not fit {shape}: save it anew")
+    if not torch.isfinite(values).all():
+        raise UserError(f"the adapter's {name} holds values that are not finite: save one that was trained well")
+    return entry
+
+
+def _is_index(index: Tensor, size: int) -> bool:
+    """Whole numbers, rising, within the tensor."""
+    if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
+        return False
+    return not len(index) or bool(index[0] >= 0 and index[-1] < size and (index.diff() > 0).all())
+
+
+def _check_rotated(entries: Mapping[str, Entry], bases: Mapping[str, Tensor]) -> None:
+    for name, entry in entries.items():
+        if entry.form != "rotated":
+            continue
+        V, U = (bases[f"{entry.kind}.{part}"] for part in BASIS_PARTS)
+        fits = V.dim() == U.dim() == 2 and (V.shape[0], U.shape[0]) == entry.shape
+        inside = entry.index is not None and (not len(entry.index) or entry.index[-1] < V.shape[1] * U.shape[1])
+        if not fits or not inside or not all(torch.isfinite(matrix).all() for matrix in (V, U)):
+            raise UserError(f"the adapter's basis of kind {entry.kind} does not fit {name}: save it anew")
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,260 @@
+"""Save an adapter: find what differs from the base, choose the smallest form of each tensor, write a model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad.adapter import named_tensors
+from sparsegrad.adapter_file import BASIS_PARTS, Entry, digest, write_adapter
+from sparsegrad.basis import Basis
+from sparsegrad.errors import UserError, check_number
+from sparsegrad.mlp import find_mlp
+from sparsegrad.plan import describe
+from sparsegrad.records import unwritable
+
+Base = nn.Module | Mapping[str, Tensor] | str | Path
+_SMALL = 2**16  # entries; below it a tensor is stored whole: a head is new, and no base has it
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}  # bits of a number of so many bytes
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What `save_adapter` wrote, in bytes; `print(saved)` says it in a line.
+
+    Attributes:
+        folder: where it lies.
+        forms: number of tensors of each form.
+        mlp_bytes: of the SparseGrad weights, with their bases where they are rotated.
+        rest_bytes: of all other changed tensors, which peft's adapters would hold as `modules_to_save`.
+        lora_bytes: of LoRA matrices on the same weights with as many trainable numbers; None without `optimizer`.
+    """
+
+    folder: Path
+    forms: dict[str, int]
+    mlp_bytes: int
+    rest_bytes: int
+    lora_bytes: int | None
+
+    def __str__(self) -> str:
+        forms = ", ".join(f"{count} {form}" for form, count in self.forms.items() if count)
+        lora = "" if self.lora_bytes is None else f" (LoRA of the same count: {_mb(self.lora_bytes)})"
+        return f"MLP weights {_mb(self.mlp_bytes)}{lora}, the rest {_mb(self.rest_bytes)}; tensors: {forms}"
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    base: Base | None = None,
+    optimizer: Any = None,
+    *,
+    tolerance: float = 0.0,
+) -> Saved:
+    """Write what training changed in `model` to `folder`: safetensors, JSON, and a model card README.md.
+
+    Args:
+        model: the trained model, of ordinary linears, not wrapped by DDP or the like.
+        folder: created; an adapter that lies there is replaced.
+        base: what the model was before: a hub id or folder, which is loaded once more for the comparison; a model; or
+            tensors by name. None: the name that `from_pretrained` left in the model's configuration, as in `peft`.
+        optimizer: what `prepare` returned; tells which weights are SparseGrad, their bases and counts. None: the MLP
+            linears of a known layout.
+        tolerance: 0 stores the model bit for bit. Above, an MLP weight's change may be stored as kept entries of the
+            rotated space that miss at most this share of it (Frobenius norm), where that is smaller; needs `optimizer`.
+
+    Raises:
+        UserError: for a base that cannot be had or has other tensors, a model that differs nowhere, weights that are
+            not finite, or a folder that cannot be written.
+    """
+    check_number("tolerance", tolerance, at_least=0, below=1)
+    if tolerance and optimizer is None:
+        raise UserError(f"tolerance={tolerance} needs the bases: give optimizer=, what sparsegrad.prepare returned")
+    mlp = _mlp_kinds(model, optimizer)
+    source, before, new = _base(model, base)
+    entries = _changed(named_tensors(model), before, new, mlp)
+    if not entries:
+        raise UserError("the model equals its base in every weight: train it first, or name the base it came from")
+    bases: dict[str, Tensor] = {}
+    if tolerance:
+        for group in optimizer.param_groups:
+            if group.get("kind") is not None and group["basis"] is not None:
+                _rotate_kind(group, named_tensors(model), before, entries, bases, tolerance)
+    saved = _summary(Path(folder), entries, bases, mlp, optimizer)
+    facts = {"base": source, "model": type(model).__name__, "tolerance": tolerance, "mlp": mlp}
+    write_adapter(Path(folder), facts, entries, bases)
+    _write_card(Path(folder), source, type(model).__name__, saved, tolerance)
+    return saved
+
+
+def _mlp_kinds(model: nn.Module, optimizer: Any) -> dict[str, str]:
+    """Parameter name -> layer kind of the SparseGrad weights."""
+    if optimizer is not None:
+        return {name: group.kind for group in describe(optimizer).taken for name in group.names}
+    return {f"{name}.weight": kind for kind, found in find_mlp(model).items() for name in found}
+
+
+def _base(model: nn.Module, base: Base | None) -> tuple[str, dict[str, Tensor], set[str]]:
+    """Name for the records, tensors by name, and names that are new in the model."""
+    base = base or getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not base:
+        raise UserError("base=None: the model does not know where it came from; give base=, its hub id or a copy of it")
+    if isinstance(base, str | Path):
+        return _loaded_base(model, str(base))
+    tensors = named_tensors(base) if isinstance(base, nn.Module) else dict(base)
+    unknown = set(named_tensors(model)) ^ set(tensors) if isinstance(base, nn.Module) else set()
+    if unknown:
+        raise UserError(f"model and base differ in the tensors {_some(unknown)}: give the plain model and its own base")
+    return type(model).__name__, tensors, set(named_tensors(model)) - set(tensors)
+
+
+def _loaded_base(model: nn.Module, source: str) -> tuple[str, dict[str, Tensor], set[str]]:
+    load = getattr(type(model), "from_pretrained", None)
+    if load is None:
+        raise UserError(
+            f"base={source} cannot be loaded for a {type(model).__name__}: give a copy of the model instead"
+        )
+    try:
+        with torch.random.fork_rng():  # a new head is drawn; the caller's numbers stay as they are
+            dtype = next(model.parameters()).dtype
+            loaded, info = load(source, config=getattr(model, "config", None), dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"base={source} cannot be loaded ({reason}): give base= as a folder or a copy of it") from None
+    name = Path(source).name if Path(source).exists() else source  # a folder's place is nobody's business
+    return name, named_tensors(loaded), set(info["missing_keys"])
+
+
+def _changed(
+    tensors: Mapping[str, Tensor], before: Mapping[str, Tensor], new: set[str], mlp: Mapping[str, str]
+) -> dict[str, Entry]:
+    """Entries of all tensors that differ from the base, bit by bit."""
+    entries = {}
+    for name, tensor in tensors.items():
+        after = tensor.detach().cpu().contiguous().view(-1)
+        if not torch.isfinite(after).all():
+            raise UserError(f"{name} is not finite: this training went wrong; go back to an earlier checkpoint")
+        if name in new:
+            entries[name] = Entry("whole", tuple(tensor.shape), tensor.dtype, None, after.clone())
+            continue
+        old = before[name].detach().cpu().contiguous()
+        if (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
+            raise UserError(
+                f"{name} is {tuple(old.shape)} {old.dtype} in the base and not so in the model: give its own"
+            )
+        bits = _INTEGERS[after.element_size()]
+        index = (after.view(bits) != old.view(-1).view(bits)).nonzero().flatten()
+        if len(index):
+            entries[name] = _smallest(after, old, index, name in mlp)
+    return entries
+
+
+def _smallest(after: Tensor, before: Tensor, index: Tensor, is_mlp: bool) -> Entry:
+    """Sparse where that saves bytes, else whole; `after` is flat, `before` has the shape."""
+    index = index.to(torch.int32 if after.numel() < 2**31 else torch.int64)
+    sparse = Entry("sparse", tuple(before.shape), after.dtype, None, after[index.long()].clone(), index)
+    if sparse.size < after.nbytes and (is_mlp or after.numel() > _SMALL):
+        return Entry("sparse", sparse.shape, sparse.dtype, digest(before), sparse.values, index)
+    return Entry("whole", sparse.shape, sparse.dtype, digest(before) if is_mlp else None, after.clone())
+
+
+def _rotate_kind(
+    group: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+    entries: dict[str, Entry],
+    bases: dict[str, Tensor],
+    tolerance: float,
+) -> None:
+    """Replace the entries of one kind by their rotated form, if with its basis that is smaller."""
+    basis: Basis = group["basis"].to("cpu", torch.float64)
+    names = [name for name in group["param_names"] if name in entries]
+    cores = {name: _core(basis, tensors[name], before[name], tolerance) for name in names}
+    used = torch.stack([core != 0 for core in cores.values()]).any(0) if cores else torch.zeros(1, 1)
+    rows, columns = used.any(1), used.any(0)
+    rotated = {}
+    for name, core in cores.items():
+        flat = core[rows][:, columns].flatten()
+        index = flat.nonzero().flatten().to(torch.int32)
+        old, kind = entries[name], group["kind"]
+        values = flat[index.long()].float()
+        rotated[name] = Entry("rotated", old.shape, old.dtype, digest(before[name]), values, index, kind)
+    matrices = (basis.out_basis[:, rows].float(), basis.in_basis[:, columns].float())
+    size = sum(matrix.nbytes for matrix in matrices) + sum(entry.size for entry in rotated.values())
+    if cores and size < sum(entries[name].size for name in names):
+        entries.update(rotated)
+        bases.update({f"{group['kind']}.{part}": matrix for part, matrix in zip(BASIS_PARTS, matrices, strict=True)})
+
+
+def _core(basis: Basis, after: Tensor, before: Tensor, tolerance: float) -> Tensor:
+    """The rotated change (out, in) with its smallest entries, together at most `tolerance` of its norm, set to 0."""
+    core = basis.rotate(after.detach().cpu().double() - before.detach().cpu().double())
+    energy, order = core.flatten().square().sort()
+    dropped = order[energy.cumsum(0) <= tolerance**2 * energy.sum()]
+    core.view(-1)[dropped] = 0
+    return core
+
+
+def _summary(
+    folder: Path, entries: Mapping[str, Entry], bases: Mapping[str, Tensor], mlp: Mapping[str, str], optimizer: Any
+) -> Saved:
+    forms: dict[str, int] = {}
+    for entry in entries.values():
+        forms[entry.form] = forms.get(entry.form, 0) + 1
+    of_mlp = sum(entry.size for name, entry in entries.items() if name in mlp)
+    rest = sum(entry.size for name, entry in entries.items() if name not in mlp)
+    basis = sum(tensor.nbytes for tensor in bases.values())
+    return Saved(folder, forms, of_mlp + basis, rest, None if optimizer is None else _lora_bytes(optimizer))
+
+
+def _lora_bytes(optimizer: Any) -> int:
+    """Of LoRA in float32, peft's default, with the rank whose count is next to the kept entries."""
+    return sum(
+        4 * len(group.names) * sum(group.shape) * max(1, round(group.kept / sum(group.shape)))
+        for group in describe(optimizer).taken
+    )
+
+
+def _write_card(folder: Path, source: str, model: str, saved: Saved, tolerance: float) -> None:
+    exact = "bit for bit" if not tolerance else f"but for {tolerance:g} of each MLP weight's change"
+    text = f"""---
+library_name: sparsegrad
+base_model: {json.dumps(source)}
+tags: [sparsegrad, peft]
+---
+
+# Adapter for {source}
+
+Fine-tuned with [SparseGrad](https://arxiv.org/abs/2410.07383). It holds the weights that differ from the base and gives
+the trained `{model}` {exact}. It refuses a base whose weights have another sha256.
+
+```python
+import sparsegrad
+
+adapter = sparsegrad.load_adapter(model, ".")  # model: the base, a {model}
+adapter.merge()  # and adapter.unmerge()
+```
+
+Size: {saved}.
+
+Data, training settings, results and limits: to be added by whoever trained it.
+"""
+    path = folder / "README.md"
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def _some(names: set[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"
