@@ -53,3 +53,13 @@ bench: $(INSTALLED) ## speed and memory of every method into results/bench: half
 
 bench-quick: $(INSTALLED) ## the same in under 3 minutes, into runs/bench: that it works, not how fast
 	$(BIN)/python -m sparsegrad.benchmark --quick
+
+# Tables and figures of the paper. SCALE=paper|mini, DATA=<glue folder>, LAUNCHER=local|joblib|slurm|ray, DRY=1 (list the
+# cells and their cost, run nothing), ARGS="seed=42 method=lora" (further overrides of run.py).
+SCALE ?= paper
+LAUNCHER ?= local
+CELLS = $(BIN)/python -m experiments.run --scale $(SCALE) --launcher $(LAUNCHER) $(if $(DATA),--data $(DATA)) $(if $(DRY),--dry)
+
+reproduce-%: $(INSTALLED) # table1 ... table15, figure1 ... figure3, ablation, all: make what is missing, then show it
+	@$(CELLS) $* $(ARGS); status=$$?; [ $$status -gt 1 ] && exit $$status; \
+	$(if $(DRY),exit $$status,$(BIN)/python -m experiments.report $* --scale $(SCALE) && exit $$status)

@@ -68,7 +68,7 @@ def run(
     device = pick_device(config.train.device)
     check_precision(config, device)
     try:
-        with _lock(config).acquire(timeout=0):
+        with run_lock(config).acquire(timeout=0):
             return _run_locked(config, device, callbacks, labels or {})
     except Timeout:
         raise BusyError(f"run {config.key} is at work in another process: wait for it, or stop it") from None
@@ -80,7 +80,7 @@ def run(
         close_tracker(config)
 
 
-def _lock(config: RunConfig) -> FileLock:
+def run_lock(config: RunConfig) -> FileLock:
     """Held while a run is at work: two processes must not write one checkpoint folder."""
     folder = Path(config.work_dir) / "locks"
     folder.mkdir(parents=True, exist_ok=True)

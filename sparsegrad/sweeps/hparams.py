@@ -1,10 +1,11 @@
-"""`hparams=paper|authors|study:NAME`: values that somebody found, instead of numbers by hand."""
+"""`hparams=paper|authors|mini|study:NAME`: values that somebody found, instead of numbers by hand."""
 
 from __future__ import annotations
 
 import csv
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,17 @@ STUDY = "study:"
 FILES = {"paper": "published_hyperparams.csv", "authors": "authors_hyperparams.csv"}
 # Variants of a method that the tables have one line for.
 FAMILY = {"sparsegrad_authors": "sparsegrad", "sparsegrad_fast": "sparsegrad"}
+# The authors searched nothing for MeProp; their BERT runs took SparseGrad's values, and so do ours for RoBERTa.
+STAND_IN = {"meprop": "sparsegrad"}
+MINI = "mini"
 
 
-def apply(composed: DictConfig) -> dict[str, Any]:
+def apply(composed: DictConfig, by_hand: Collection[str] | None = None) -> dict[str, Any]:
     """Put the values that `hparams` names into `composed`; keys set on the command line stay as set.
+
+    Args:
+        composed: the configuration, changed in place.
+        by_hand: keys that stay as they are; None: those that this process's command line sets.
 
     Returns:
         For the record: where the values come from, and which were taken.
@@ -31,11 +39,17 @@ def apply(composed: DictConfig) -> dict[str, Any]:
         UserError: if nothing was found for this model, method and task.
     """
     name = str(composed.hparams)
-    values = _of_study(composed, name.removeprefix(STUDY)) if name.startswith(STUDY) else _of_file(composed, name)
-    taken = {key: value for key, value in values.items() if key not in _set_by_hand()}
+    values, kept = _values(composed, name), _set_by_hand() if by_hand is None else by_hand
+    taken = {key: value for key, value in values.items() if key not in kept}
     for key, value in taken.items():
         OmegaConf.update(composed, key, value)
     return {"from": name, **taken}
+
+
+def _values(composed: DictConfig, name: str) -> Mapping[str, Any]:
+    if name.startswith(STUDY):
+        return _of_study(composed, name.removeprefix(STUDY))
+    return _of_mini(composed) if name == MINI else _of_file(composed, name)
 
 
 def default_storage(results_dir: str) -> str:
@@ -70,9 +84,9 @@ def _names(composed: DictConfig) -> tuple[str, str, str]:
 
 def _of_file(composed: DictConfig, name: str) -> dict[str, Any]:
     if name not in FILES:
-        raise fail("hparams", name, "choose paper, authors or study:NAME")
-    rows = read_rows(FILES[name])
-    row = find(rows, *_names(composed))
+        raise fail("hparams", name, "choose paper, authors, mini or study:NAME")
+    rows, (model, method, task) = read_rows(FILES[name]), _names(composed)
+    row = find(rows, model, method, task) or find(rows, model, STAND_IN.get(method, method), task)
     if row is None:
         known = sorted({f"{row['model']}/{row['method']}" for row in rows})
         raise UserError(
@@ -80,6 +94,22 @@ def _of_file(composed: DictConfig, name: str) -> dict[str, Any]:
             f"{', '.join(known)}; give train.lr and train.batch_size, or search with sweep=quick"
         )
     return {"train.batch_size": int(row["batch_size"]), "train.lr": float(row["lr"])}
+
+
+def _of_mini(composed: DictConfig) -> dict[str, Any]:
+    """The learning rate that the grid of the mini tables chose for this method (`python -m experiments.rates`)."""
+    path, method = Path(composed.results_dir) / "mini_rates.json", composed.method.name
+    try:
+        chosen = json.loads(path.read_text())["methods"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"hparams=mini needs {path} ({error!r}): make it with python -m experiments.rates") from None
+    rate = chosen.get(method, {}).get("lr")
+    if rate is None:
+        raise UserError(
+            f"hparams=mini has no rate for {method} in {path}: run experiment=mini_grid method={method}, "
+            "then python -m experiments.rates"
+        )
+    return {"train.lr": float(rate)}
 
 
 def _of_study(composed: DictConfig, name: str) -> Mapping[str, Any]:

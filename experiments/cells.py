@@ -1,0 +1,128 @@
+"""The runs that a table needs: one YAML of conf/experiment each, whose sweeper parameters span the cells."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sparsegrad.config import RunConfig, build
+from sparsegrad.errors import UserError, check_choice
+from sparsegrad.records import read_record
+from sparsegrad.sweeps import hparams
+from sparsegrad.tasks.glue import Glue
+
+ROOT = Path(__file__).parents[1]
+SCALES = ("paper", "mini")
+# Table -> experiment YAML, by scale. The mini tables share their runs: one small model stands for all of the paper's.
+EXPERIMENTS: dict[str, dict[str, str]] = {
+    "paper": {name: name for name in ("table4", "table5", "table9", "table10", "table11", "table12")},
+    "mini": dict.fromkeys(("table4", "table5", "table9", "table10"), "table5_mini")
+    | dict.fromkeys(("table11", "table12"), "table11_mini"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of a table.
+
+    Attributes:
+        experiment: the YAML it comes from.
+        point: the sweeper's parameters of this cell, such as method and seed.
+        overrides: what run.py takes beside `experiment=`.
+        config: the same, composed and checked.
+    """
+
+    experiment: str
+    point: dict[str, str]
+    overrides: tuple[str, ...]
+    config: RunConfig
+
+    @property
+    def label(self) -> str:
+        """What a reader calls it."""
+        return " ".join(self.point.values())
+
+    @property
+    def is_glue(self) -> bool:
+        """Whether its data comes from GLUE, and so from `data.dir` where one is given."""
+        return isinstance(self.config.task, Glue)
+
+    def record(self) -> dict[str, Any] | None:
+        """Its record, or None; a damaged one counts as none, as the next run replaces it."""
+        if not self.config.record_path.exists():
+            return None
+        try:
+            return read_record(self.config.record_path)
+        except UserError:
+            return None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether a record of a run that ended well exists."""
+        record = self.record()
+        return record is not None and record["status"] == "complete"
+
+
+def experiment_of(table: str, scale: str) -> str:
+    """The experiment YAML of a table.
+
+    Raises:
+        UserError: for a table that needs no runs at this scale, or does not exist.
+    """
+    check_choice("scale", scale, SCALES)
+    check_choice("table", table, EXPERIMENTS[scale], f"these are the tables made of runs at scale={scale}")
+    return EXPERIMENTS[scale][table]
+
+
+def list_cells(experiment: str, extra: Sequence[str] = (), data: str | None = None) -> list[Cell]:
+    """The cells of one experiment, in the order in which they are run.
+
+    Args:
+        experiment: a YAML of conf/experiment with `hydra.sweeper.params`.
+        extra: further overrides, for every cell; a value with commas spans the grid too or narrows it.
+        data: folder with GLUE for the tasks that take it.
+
+    Raises:
+        UserError: for a missing YAML or a value that is not allowed.
+    """
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        try:
+            return [_cell(experiment, point, extra, data) for point in _points(experiment, extra)]
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(f"experiment {experiment}: {str(error).splitlines()[0]}") from None
+
+
+def _points(experiment: str, extra: Iterable[str]) -> list[dict[str, str]]:
+    composed = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
+    params = {str(key): str(value) for key, value in (composed.hydra.sweeper.params or {}).items()}
+    if not params:
+        raise UserError(f"experiment {experiment} has no hydra.sweeper.params: it is one run, not a table")
+    params |= {key: value for key, _, value in (one.partition("=") for one in extra) if key in params}
+    axes = [[(key, value.strip()) for value in text.split(",")] for key, text in params.items()]
+    return [dict(point) for point in itertools.product(*axes)]
+
+
+def _cell(experiment: str, point: dict[str, str], extra: Sequence[str], data: str | None) -> Cell:
+    rest = [one for one in extra if one.partition("=")[0] not in point]
+    overrides = [*(f"{key}={value}" for key, value in point.items()), *rest]
+    composed = compose("config", [f"experiment={experiment}", *overrides])
+    _fill(composed, overrides)
+    config = build(composed)
+    if data is not None and isinstance(config.task, Glue):
+        overrides.append(f"data.dir={data}")
+    return Cell(experiment=experiment, point=point, overrides=tuple(overrides), config=config)
+
+
+def _fill(composed: DictConfig, overrides: Iterable[str]) -> None:
+    """Put in the values that `hparams` names, as run.py does."""
+    if composed.get("hparams") is not None:
+        hparams.apply(composed, {one.partition("=")[0] for one in overrides})
+    OmegaConf.resolve(composed)

@@ -1,0 +1,75 @@
+"""What a run costs, from the records of like runs; where there are none, from the authors' logs of theirs."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from sparsegrad.errors import UserError
+from sparsegrad.records import read_record
+
+AUTHORS = Path(__file__).parent / "data" / "authors_runs.csv"
+# What makes two runs alike, from close to loose.
+_LIKE = (
+    ("experiment", "model", "method", "task"),
+    ("experiment", "model", "method"),
+    ("experiment", "model"),
+    ("model", "method"),
+    ("model",),
+)
+_THEIRS = (("model", "method", "task"), ("model", "task"), ("model",))
+
+
+def hours(record: Mapping[str, Any]) -> float | None:
+    """Wall-clock hours from start to end of one run; None where the record does not say."""
+    environment = record.get("environment", {})
+    try:
+        began, ended = (datetime.fromisoformat(environment[name]) for name in ("started", "finished"))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return (ended - began).total_seconds() / 3600
+
+
+class Estimates:
+    """Hours of runs not made yet; built once from all records below a folder and the authors' logs."""
+
+    def __init__(self, runs: Path) -> None:
+        self._rows = list(_own(runs)), list(_theirs())
+
+    def of(self, facts: Mapping[str, str]) -> tuple[float | None, str]:
+        """(hours, where they come from) for a run with these `experiment`, `model`, `method` and `task`."""
+        sources = ("records", "authors' logs, their GPU")
+        for rows, likes, source in zip(self._rows, (_LIKE, _THEIRS), sources, strict=True):
+            for like in likes:
+                found = [spent for row, spent in rows if all(row[name] == facts[name] for name in like)]
+                if found:
+                    return median(found), source
+        return None, "no like run"
+
+
+def _own(runs: Path) -> Iterable[tuple[dict[str, str], float]]:
+    for path in sorted(runs.rglob("*.json")):
+        try:
+            record = read_record(path)
+        except UserError:
+            continue  # the report names it
+        spent = hours(record)
+        if spent is not None and record.get("status") == "complete":
+            yield facts_of(record["config"]), spent
+
+
+def facts_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """What `Estimates` compares, from a resolved configuration."""
+    names = {group: str(config[group]["name"]) for group in ("model", "method", "task")}
+    return {"experiment": str(config["name"]), **names}
+
+
+def _theirs() -> Iterable[tuple[dict[str, str], float]]:
+    with AUTHORS.open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            if row["hours"]:
+                yield row, float(row["hours"])

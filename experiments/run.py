@@ -1,0 +1,187 @@
+"""Make the runs of a table that are missing: `python -m experiments.run table5 --scale mini --data <glue folder>`.
+
+The cells come from conf/experiment; one whose record is complete is skipped, so the same command goes on where it
+stopped, and several at once share the work: a cell that another process has in hand is taken up again at the end, if
+it still needs to be. A failed cell stops no other, is shown with its reason, and is tried again by the next call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import Timeout
+
+from experiments.cells import ROOT, SCALES, Cell, experiment_of, list_cells
+from experiments.dry import show
+from sparsegrad.errors import UserError, check_choice
+from sparsegrad.runs import run_lock
+
+LAUNCHERS = ("local", "joblib", "slurm", "ray")
+POLL_SECONDS = 5.0
+_BUSY = "is at work in another process"
+
+Runner = Callable[[Cell], "str | None"]
+"""Makes one cell; None when its record is complete, else the reason."""
+
+
+@dataclass
+class Outcome:
+    """How one call went: cells done here, and reasons of the failed ones by label."""
+
+    done: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: status 0 when every cell is complete, 1 when some failed, 2 for a user's mistake."""
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        check_choice("LAUNCHER", options.launcher, LAUNCHERS)
+        cells = list_cells(experiment_of(options.table, options.scale), options.overrides, options.data)
+        if options.dry:
+            show(cells)
+            return 0
+        return _report(_launch(cells, options.launcher), cells)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m experiments.run", description=__doc__.splitlines()[0])
+    parser.add_argument("table", help="table4, table5, table9 to table12")
+    parser.add_argument("--scale", default="paper", help=", ".join(SCALES))
+    parser.add_argument("--data", help="folder with GLUE; without it the hub")
+    parser.add_argument("--launcher", default="local", help=", ".join(LAUNCHERS))
+    parser.add_argument("--dry", action="store_true", help="list the cells and their cost; run nothing")
+    parser.add_argument("overrides", nargs="*", help="as of run.py, e.g. seed=42 method=full,lora")
+    return parser
+
+
+def _launch(cells: Sequence[Cell], launcher: str) -> Outcome:
+    if launcher == "local":
+        return work(cells, run_cell)
+    for group in ([cell for cell in cells if cell.is_glue is glue and not cell.is_complete] for glue in (True, False)):
+        if group:
+            subprocess.run(_multirun(group, launcher), check=False)
+    left = {cell.label: _reason(cell) for cell in cells if not cell.is_complete}
+    return Outcome(failed=left)
+
+
+def work(cells: Sequence[Cell], run: Runner, poll: float = POLL_SECONDS) -> Outcome:
+    """Make every cell that has no complete record; see the module.
+
+    Args:
+        cells: what the table holds.
+        run: makes one cell.
+        poll: seconds between two looks at cells that others have in hand.
+    """
+    outcome, began = Outcome(), time.time()
+    waiting = [cell for cell in cells if not cell.is_complete]
+    while waiting:
+        busy = []
+        for cell in waiting:
+            if cell.is_complete:
+                continue
+            if _is_held(cell):
+                busy.append(cell)
+            elif _failed_since(cell, began):
+                outcome.failed[cell.label] = _reason(cell)
+            else:
+                _make(cell, run, outcome, busy)
+        if len(busy) == len(waiting):
+            time.sleep(poll)
+        waiting = busy
+    return outcome
+
+
+def _make(cell: Cell, run: Runner, outcome: Outcome, busy: list[Cell]) -> None:
+    print(f"{cell.experiment}: {cell.label}", flush=True)
+    began, reason = time.monotonic(), run(cell)
+    if reason is not None and _BUSY in reason:
+        busy.append(cell)
+        return
+    outcome.done += reason is None
+    if reason is not None:
+        outcome.failed[cell.label] = reason
+    print(f"  {reason or 'done'} ({(time.monotonic() - began) / 60:.1f} min)", flush=True)
+
+
+def run_cell(cell: Cell) -> str | None:
+    """One cell as a process of its own, so that its memory is its own; what it prints goes to a log."""
+    log = Path(cell.config.work_dir) / "logs" / f"{cell.config.key}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "run.py"), f"experiment={cell.experiment}", *cell.overrides]
+    with log.open("w") as output:
+        process = subprocess.Popen([*command, "hydra.mode=RUN"], stdout=output, stderr=subprocess.STDOUT)
+        try:
+            status = process.wait()
+        finally:
+            process.kill()
+    if status == 0 and cell.is_complete:
+        return None
+    return _last_words(log) or f"ended with status {status}, see {log}"
+
+
+def _last_words(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or [line for line in lines if line] or [""])[-1].removeprefix("error: ")
+
+
+def _is_held(cell: Cell) -> bool:
+    try:
+        with run_lock(cell.config).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _failed_since(cell: Cell, began: float) -> bool:
+    """Whether another process tried this cell in vain meanwhile: once a call is enough."""
+    path = cell.config.record_path
+    return path.exists() and path.stat().st_mtime >= began and not cell.is_complete
+
+
+def _reason(cell: Cell) -> str:
+    record = cell.record()
+    return "no record: see the launcher's log" if record is None else str(record.get("reason", "failed"))
+
+
+def _multirun(cells: Sequence[Cell], launcher: str) -> list[str]:
+    """One Hydra multirun over the smallest grid that holds `cells`; run.py skips what is complete in it."""
+    axes: dict[str, list[str]] = {}
+    for cell in cells:
+        for key, value in cell.point.items():
+            axes.setdefault(key, [])
+            axes[key] += [] if value in axes[key] else [value]
+    rest = [one for one in cells[0].overrides if one.partition("=")[0] not in axes]
+    grid = [f"{key}={','.join(values)}" for key, values in axes.items()]
+    command = [sys.executable, str(ROOT / "run.py"), "-m", f"experiment={cells[0].experiment}"]
+    return [*command, *grid, *rest, f"hydra/launcher={launcher}"]
+
+
+def _report(outcome: Outcome, cells: Sequence[Cell]) -> int:
+    complete = sum(cell.is_complete for cell in cells)
+    print(f"{complete} of {len(cells)} cells complete, {outcome.done} of them by this call")
+    for line in _failures(outcome):
+        print(line)
+    return 1 if outcome.failed else 0
+
+
+def _failures(outcome: Outcome) -> Iterator[str]:
+    for label, reason in outcome.failed.items():
+        yield f"failed: {label}: {reason}; the next call tries it again"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

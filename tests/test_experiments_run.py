@@ -1,0 +1,236 @@
+"""Tables as lists of runs: which cells there are, and that each is made once however often it is asked for."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, SHORT, TINY, environment
+
+from experiments import rates
+from experiments import run as runner
+from experiments.cells import EXPERIMENTS, Cell, list_cells
+from sparsegrad.config import build
+from sparsegrad.errors import UserError
+from sparsegrad.records import write_json
+from sparsegrad.runs import run_lock
+
+SEEDS = 4
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A results folder with a rate for every method."""
+    chosen = {method: {"lr": 1e-3 * (index + 1)} for index, method in enumerate(rates.METHODS)}
+    write_json(tmp_path / "results" / "mini_rates.json", {"methods": chosen})
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def overrides(results: Path, tmp_path: Path) -> list[str]:
+    """Overrides that make the cells of table5_mini tiny, and keep them in the test's folder."""
+    small = [one for one in SHORT if not one.startswith("train.lr")]
+    places = [f"results_dir={results}", f"work_dir={tmp_path / 'work'}"]
+    return [*TINY, *small, *places, "train.precision=fp32", "protocol=paper", "method=full"]
+
+
+@pytest.fixture
+def cells(overrides: list[str]) -> list[Cell]:
+    """Four tiny cells that differ in the seed."""
+    return list_cells("table5_mini", [*overrides, f"seed={','.join(map(str, range(SEEDS)))}"])
+
+
+def complete(cell: Cell) -> None:
+    """Stand in for a run: the lock, some time, and a record."""
+    with run_lock(cell.config).acquire(timeout=0):
+        time.sleep(0.2)
+        write_json(cell.config.record_path, {"schema": 1, "status": "complete"})
+        with (Path(cell.config.work_dir) / "made").open("a") as log:
+            log.write(f"{cell.label}\n")
+
+
+def made(cells: list[Cell]) -> list[str]:
+    return (Path(cells[0].config.work_dir) / "made").read_text().split("\n")[:-1]
+
+
+def test_the_mini_cells_are_those_of_the_mini_yaml(conf: Any, overrides: list[str], results: Path) -> None:
+    found = list_cells("table5_mini", [f"results_dir={results}", "seed=3705", "task=snippets,stsb"], data="somewhere")
+    assert len(found) == 2 * 2 * 7
+    assert len({cell.config.key for cell in found}) == len(found)
+    cell = next(cell for cell in found if cell.label == "paper 3705 stsb meprop")
+    assert "data.dir=somewhere" in cell.overrides
+    same = ["experiment=mini", "method=meprop", "task=stsb", "seed=3705", "train.lr=0.004"]
+    assert build(conf(*same)).key == cell.config.key
+    assert not any("data.dir" in text for cell in found if "snippets" in cell.label for text in cell.overrides)
+
+
+def test_every_table_of_runs_composes(results: Path) -> None:
+    for experiment in {name for names in EXPERIMENTS.values() for name in names.values()}:
+        narrow = ["seed=42", "task=stsb", *([f"results_dir={results}"] if "mini" in experiment else [])]
+        found = list_cells(experiment, narrow)
+        assert len({cell.config.key for cell in found}) == len(found) >= 5, experiment
+        models = {"table4": ["roberta_large"], "table9": ["bert_base"], "table5": ["bert_base", "roberta_base"]}
+        if experiment in models:
+            assert sorted({cell.config.model.name for cell in found}) == models[experiment]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table99"], "table=table99 is not allowed: choose one of table4"),
+        (["table4", "--scale", "huge"], "scale=huge is not allowed: choose one of paper, mini"),
+        (["table4", "--launcher", "pigeon"], "LAUNCHER=pigeon is not allowed: choose one of local"),
+        (["table4", "--dry", "method=magic"], "Could not find 'method/magic'"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_failed_cell_stops_no_other_and_is_tried_again(cells: list[Cell], capsys: pytest.CaptureFixture[str]) -> None:
+    broken = [cells[1].label]
+
+    def run(cell: Cell) -> str | None:
+        if cell.label in broken:
+            return "the loss is not a finite number"
+        complete(cell)
+        return None
+
+    first = runner.work(cells, run)
+    assert first.failed == {cells[1].label: "the loss is not a finite number"}
+    assert first.done == SEEDS - 1
+    assert "the loss is not a finite number (0.0 min)" in capsys.readouterr().out
+    broken.clear()
+    second = runner.work(cells, run)
+    assert (second.done, second.failed) == (1, {})
+    assert sorted(made(cells)) == sorted(cell.label for cell in cells)
+
+
+def _worker(cells: list[Cell], results: Any) -> None:
+    results.put(runner.work(cells, _completed, poll=0.05).done)
+
+
+def _completed(cell: Cell) -> str | None:
+    try:
+        complete(cell)
+    except TimeoutError:
+        return f"run {cell.config.key} is at work in another process: wait for it, or stop it"
+    return None
+
+
+def test_two_processes_make_each_cell_once(cells: list[Cell]) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    workers = [context.Process(target=_worker, args=(cells, results)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert sorted(made(cells)) == sorted(cell.label for cell in cells)
+    assert results.get() + results.get() == SEEDS
+
+
+def test_a_cell_in_other_hands_is_taken_up_when_its_holder_fails(cells: list[Cell]) -> None:
+    held = run_lock(cells[0].config)
+    held.acquire()
+    order: list[str] = []
+
+    def run(cell: Cell) -> str | None:
+        order.append(cell.label)
+        complete(cell)
+        if len(order) == SEEDS - 1:
+            held.release()
+        return None
+
+    assert runner.work(cells, run, poll=0.05).done == SEEDS
+    assert order[-1] == cells[0].label
+
+
+def test_kill_and_call_again_repeats_no_finished_cell(overrides: list[str], glue: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "experiments.run", "table5", "--scale", "mini", "--data", str(glue)]
+    command += [*overrides, "seed=1,2"]
+    more: dict[str, Any] = {"cwd": tmp_path, "env": environment(PYTHONPATH=str(ROOT))}
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True, **more)
+    assert process.stdout is not None
+    said = [process.stdout.readline() for _ in range(3)]  # the first began, it is done, the second began
+    assert said[1].startswith("  done"), said
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = {path: path.read_text() for path in (tmp_path / "results" / "runs").rglob("*.json")}
+    assert len(before) == 1
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **more)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "2 of 2 cells complete, 1 of them by this call" in again.stdout
+    after = {path: path.read_text() for path in (tmp_path / "results" / "runs").rglob("*.json")}
+    assert len(after) == 2
+    assert all(after[path] == text for path, text in before.items())
+    seeds = [json.loads(text)["config"]["seed"] for text in after.values()]
+    assert sorted(seeds) == [1, 2]
+
+
+def test_dry_lists_what_exists_and_what_is_missing(
+    overrides: list[str], cells: list[Cell], capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {
+        "schema": 1,
+        "status": "complete",
+        "config": cells[0].config.resolved,
+        "environment": {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:30:00+00:00"},
+    }
+    write_json(cells[0].config.record_path, record)
+    failed = {**record, "status": "failed", "reason": "diverged", "config": cells[1].config.resolved}
+    write_json(cells[1].config.record_path, failed)
+    assert runner.main(["table5", "--scale", "mini", "--dry", *overrides, "seed=0,1,2,3"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 of 4 cells complete; about 1.5 hours left" in shown
+    assert "│ minilm │ full   │ sst2 │ 1        │ 1      │ 2       │ 1.50       │ records" in shown
+
+
+def _record(method: str, task: str, rate: float, score: float | None) -> dict[str, Any]:
+    config = {
+        "method": {"name": method},
+        "task": {"name": task},
+        "train": {"lr": rate},
+        "protocol": {"select": "heldout"},
+    }
+    status = {"status": "failed"} if score is None else {"status": "complete", "result": {"chosen_score": score}}
+    return {"key": "k", "config": config, **status}
+
+
+def grid(score: Callable[[str, float], float | None]) -> list[dict[str, Any]]:
+    return [_record("full", task, rate, score(task, rate)) for task in rates.TASKS for rate in rates.RATES]
+
+
+def test_the_rate_of_the_best_mean_wins_and_a_diverged_one_cannot() -> None:
+    def score(task: str, rate: float) -> float | None:
+        if rate == 5e-4:
+            return None if task == "stsb" else 0.99
+        return {5e-5: 0.8, 1.5e-4: 0.7}[rate] if task == "snippets" else {5e-5: 0.2, 1.5e-4: 0.4}[rate]
+
+    chosen = rates.choose(rates.scores(grid(score)))["methods"]
+    assert chosen["full"]["lr"] == 1.5e-4
+    assert not chosen["full"]["at_edge"]
+    assert chosen["full"]["mean"] == {"5e-05": 0.5, "0.00015": 0.55, "0.0005": None}
+    assert chosen["lora"]["lr"] is None
+    assert len(chosen["lora"]["missing"]) == 6
+
+
+def test_disagreeing_records_and_validation_scores_are_refused() -> None:
+    twice = [_record("full", "stsb", 5e-5, 0.5), _record("full", "stsb", 5e-5, 0.6)]
+    with pytest.raises(UserError, match="two records for full / stsb at 5e-05 disagree"):
+        rates.scores(twice)
+    wrong = _record("full", "stsb", 5e-5, 0.5)
+    wrong["config"]["protocol"]["select"] = "validation"
+    with pytest.raises(UserError, match="chosen on validation rows"):
+        rates.scores([wrong])
