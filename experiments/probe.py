@@ -1,0 +1,125 @@
+"""A model in training whose MLP gradients can be looked at: what figures 2 and 3 and the basis study measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, set_seed
+
+from experiments.cells import ROOT
+from sparsegrad.basis import Basis
+from sparsegrad.calibration import calibrate
+from sparsegrad.config import RunConfig, build
+from sparsegrad.mlp import find_mlp
+from sparsegrad.models import load_model, load_tokenizer, quiet_transformers
+from sparsegrad.optim import SparseGradAdamW
+from sparsegrad.tasks.base import tokenize
+
+Batch = Mapping[str, Any]
+
+
+def compose_run(*overrides: str) -> RunConfig:
+    """The checked configuration that run.py would make of `overrides`."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return build(compose("config", list(overrides)))
+
+
+class Probe:
+    """One model on one task, calibrated as the paper's text says, then trained by SparseGrad.
+
+    Attributes:
+        bases: layer kind -> HOSVD basis of the calibration gradients.
+        linears: layer kind -> its linears, block by block.
+    """
+
+    def __init__(self, config: RunConfig, *, calibration_steps: int = 30) -> None:
+        quiet_transformers()
+        set_seed(config.seed)
+        self.config = config
+        self.tokenizer = load_tokenizer(config.model)
+        self.model = load_model(config.model, config.task, self.tokenizer)
+        self.linears = {kind: list(of.values()) for kind, of in find_mlp(self.model, config.model.mlp).items()}
+        self.rows = tokenize(config.task.load(config.data).train, config.task, self.tokenizer, config.data)
+        self.model.train()
+        self.bases = calibrate(self.model, self.batches(1), self.linears, calibration_steps)
+        self.optimizer = SparseGradAdamW(self._groups(), lr=config.train.lr)
+
+    def batches(self, stream: int, pad: str = "longest") -> Iterator[Batch]:
+        """Endless batches of shuffled rows, the same rows for the same `stream`; `pad` as `data.pad`."""
+        generator = torch.Generator().manual_seed(1000 * self.config.seed + stream)
+        width = self.config.data.max_length if pad == "max_length" else None
+        collate = DataCollatorWithPadding(self.tokenizer, padding=pad, max_length=width)
+        size = self.config.train.batch_size
+        loader = DataLoader(
+            self.rows, batch_size=size, shuffle=True, drop_last=True, generator=generator, collate_fn=collate
+        )
+        while True:
+            yield from loader
+
+    def backward(self, batch: Batch) -> float:
+        """Fresh gradients of one batch; its loss."""
+        self.model.zero_grad()
+        loss: Tensor = self.model(**batch).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.item()
+
+    def gradients(self, kind: str) -> list[Tensor]:
+        """The weight gradients (out, in) of one kind after `backward`, block by block."""
+        return [linear.weight.grad for linear in self.linears[kind] if linear.weight.grad is not None]
+
+    def output_gradients(self, batch: Batch) -> dict[str, list[Tensor]]:
+        """dL/dY (batch * tokens, out) of every linear, block by block; changes the gradients as `backward` does."""
+        found: dict[str, list[Tensor]] = {kind: [] for kind in self.linears}
+        hooks = [
+            linear.register_full_backward_hook(_keep(found[kind]))
+            for kind, linears in self.linears.items()
+            for linear in linears
+        ]
+        try:
+            self.backward(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {kind: grads[::-1] for kind, grads in found.items()}  # back-propagation meets the last block first
+
+    def _groups(self) -> list[dict[str, Any]]:
+        weights = {kind: [linear.weight for linear in of] for kind, of in self.linears.items()}
+        sparse = {id(weight) for of in weights.values() for weight in of}
+        rest = [parameter for parameter in self.model.parameters() if id(parameter) not in sparse]
+        groups = [{"params": of, "basis": self.bases[kind], "density": 0.01} for kind, of in weights.items()]
+        return [*groups, {"params": rest}]
+
+
+def _keep(found: list[Tensor]) -> Any:
+    def hook(module: nn.Module, grad_input: Any, grad_output: Sequence[Tensor]) -> None:
+        found.append(grad_output[0].detach().flatten(0, -2))
+
+    return hook
+
+
+def variants(basis: Basis, seed: int = 0) -> dict[str, Basis]:
+    """The bases that the study compares, for one layer kind, by name."""
+    out_features, in_features = basis.shape
+    none = Basis.identity(out_features, in_features)
+    generator = torch.Generator().manual_seed(seed)
+    random = [torch.linalg.qr(torch.randn(n, n, generator=generator))[0] for n in (in_features, out_features)]
+    return {
+        "none": none,
+        "in-side": Basis(basis.in_basis, none.out_basis),
+        "out-side": Basis(none.in_basis, basis.out_basis),
+        "both": basis,
+        "authors": Basis(basis.in_basis.T.contiguous(), basis.out_basis),  # V^T G U^T instead of V^T G U
+        "random": Basis(*random),
+    }
+
+
+def top_energy(matrix: Tensor, density: float) -> float:
+    """Share of the squared norm that the largest `density` of all entries of a matrix hold."""
+    squares = matrix.square().flatten().double()
+    total = squares.sum().item()
+    return 0.0 if total == 0 else squares.topk(max(1, round(density * squares.numel()))).values.sum().item() / total
