@@ -1,0 +1,119 @@
+"""Records on disk as the cells of tables: values by seed, and whatever is wrong with a record."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.costs import hours
+from sparsegrad.records import SCHEMA
+
+PRUNED = "pruned by the sweep"  # how the reason of a trial begins that its sweep stopped: no failure
+
+Key = tuple[str, str, str, str, str]
+"""Folder of the records, model, method, task, protocol; a method may carry its number of kept entries: `x@18000`."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What tables need of one record; `value` in points (0 to 100), None for a failed run."""
+
+    path: Path
+    seed: int
+    value: float | None
+    hours: float | None
+    reason: str
+
+
+@dataclass
+class Store:
+    """All records below a folder.
+
+    Attributes:
+        runs: cell -> its runs.
+        skipped: one line for each record that was not used.
+        records: path -> record, as read.
+    """
+
+    runs: dict[Key, list[Run]] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    records: dict[Path, dict[str, Any]] = field(default_factory=dict)
+
+    def values(self, key: Key) -> list[float]:
+        """The scores of a cell, by seed; seeds whose records disagree are left out."""
+        return [value for _, value in sorted(self.by_seed(key).items())]
+
+    def by_seed(self, key: Key) -> dict[int, float]:
+        """Seed -> score."""
+        found: dict[int, set[float]] = {}
+        for run in self.runs.get(key, []):
+            if run.value is not None:
+                found.setdefault(run.seed, set()).add(run.value)
+        return {seed: values.pop() for seed, values in found.items() if len(values) == 1}
+
+    def disagreements(self) -> Iterator[str]:
+        """One line for each cell and seed that has two scores."""
+        for key, runs in sorted(self.runs.items()):
+            for seed in sorted({run.seed for run in runs}):
+                of = [run for run in runs if run.seed == seed and run.value is not None]
+                if len({run.value for run in of}) > 1:
+                    names = ", ".join(f"{run.path.name} {run.value:.2f}" for run in of)
+                    yield f"{'/'.join(key)} seed {seed}: two records disagree ({names}); neither is used: delete one"
+
+    def failures(self, key: Key) -> list[str]:
+        """Reasons of seeds that failed and have no good run."""
+        good = self.by_seed(key)
+        return [f"seed {run.seed}: {run.reason}" for run in self.runs.get(key, []) if _failed(run, good)]
+
+    def cost(self, key: Key) -> float | None:
+        """Hours that the runs of a cell took, all seeds together."""
+        spent = [run.hours for run in self.runs.get(key, []) if run.hours is not None and run.value is not None]
+        return sum(spent) if spent else None
+
+
+def _failed(run: Run, good: dict[int, float]) -> bool:
+    return run.value is None and run.seed not in good and not run.reason.startswith(PRUNED)
+
+
+def collect(runs: Path) -> Store:
+    """Read all records below `runs`; a damaged one or one of another schema is named, skipped and counted."""
+    store = Store()
+    for path in sorted(runs.rglob("*.json")):
+        place = path.relative_to(runs)
+        try:
+            record = json.loads(path.read_text())
+            if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+                found = record.get("schema") if isinstance(record, dict) else type(record).__name__
+                store.skipped.append(f"{place}: record schema {found}, this version reads {SCHEMA}")
+                continue
+            key, run = _run(place, record)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            store.skipped.append(f"{place}: not a readable record ({type(error).__name__})")
+            continue
+        store.runs.setdefault(key, []).append(run)
+        store.records[place] = record
+    return store
+
+
+def _run(place: Path, record: dict[str, Any]) -> tuple[Key, Run]:
+    config = record["config"]
+    keep = (
+        config["method"].get("keep") if place.parts[0].endswith("ablation") or "ablation_" in place.parts[0] else None
+    )
+    method = config["method"]["name"] + (f"@{keep}" if keep else "")
+    key = (place.parts[0], config["model"]["name"], method, config["task"]["name"], config["protocol"]["name"])
+    complete = record["status"] == "complete"
+    value = round(100 * float(record["result"]["value"]), 4) if complete else None
+    return key, Run(place, int(config["seed"]), value, hours(record), str(record.get("reason", "")))
+
+
+def skipped_summary(store: Store) -> str:
+    """How many records were skipped, in one line; empty if none."""
+    if not store.skipped:
+        return ""
+    kinds = Counter("another schema" if "record schema" in line else "damaged" for line in store.skipped)
+    return f"{len(store.skipped)} records skipped: " + ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))

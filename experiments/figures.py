@@ -1,0 +1,189 @@
+"""Figures 2 and 3, the basis study, the ablation and the learning curves, drawn from measured data with matplotlib."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from experiments.collect import Store
+from experiments.render import write_bytes
+from experiments.tables import ablation, basis
+from experiments.tables.accuracy import MINI_METHODS, MINI_TASKS
+from experiments.tables.base import MINI_MARK, Context
+
+VIEWS = {"untouched": "untouched", "rotated": "rotated (HOSVD)", "authors": "authors' basis"}
+KINDS = ("intermediate", "output")
+# No dates and no version in the files: the same data gives the same bytes.
+_METADATA: dict[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "ModDate": None, "Producer": None, "Creator": None},
+}
+_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42, "figure.dpi": 110}
+
+
+def draw_all(context: Context) -> dict[str, Path]:
+    """Every figure whose data exists: title -> PNG; PDF beside it."""
+    drawn = {}
+    for name, (title, draw) in FIGURES.items():
+        with plt.rc_context(_STYLE):
+            figure = draw(context)
+        if figure is not None:
+            drawn[f"{title} ({MINI_MARK})"] = save(figure, context.results / "figures" / f"{name}.png")
+    return drawn
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """PNG at `path` and PDF beside it, the same bytes for the same figure."""
+    for kind, metadata in _METADATA.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, metadata=metadata, bbox_inches="tight")
+        write_bytes(path.with_suffix(f".{kind}"), buffer.getvalue())
+    plt.close(figure)
+    return path
+
+
+def _data(context: Context, name: str) -> dict[str, Any] | None:
+    path = context.results / "figures" / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def figure2(context: Context) -> Figure | None:
+    """Heat maps of one block's gradients, three ways, both layer kinds."""
+    data = _data(context, "figure2")
+    if data is None:
+        return None
+    figure, axes = plt.subplots(2, 3, figsize=(8, 5.2), layout="constrained")
+    for line, kind in zip(axes, KINDS, strict=True):
+        for axis, (view, label) in zip(line, VIEWS.items(), strict=True):
+            found = data["kinds"][kind][view]
+            image = axis.imshow(found["log10"], aspect="auto", vmin=-4, vmax=0, cmap="magma", interpolation="nearest")
+            axis.set_title(f"{label}\ntop 1 % holds {100 * found['top_1_percent']:.0f} %", fontsize=9)
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(f"{kind}\n{found['shape'][0]} outputs x {found['shape'][1]} inputs")
+    figure.colorbar(image, ax=axes, label="log10 |gradient| / largest, by patch", shrink=0.8)
+    where = f"block {data['block']}, step {data['step']}, {data['model']}, {data['task']}"
+    figure.suptitle(f"MLP weight gradients: {where}", fontsize=10)
+    return figure
+
+
+def figure3(context: Context) -> Figure | None:
+    """The stripes of dL/dY, and the share of its entries that are not zero, padded and not."""
+    data = _data(context, "figure3")
+    if data is None:
+        return None
+    figure, axes = plt.subplots(2, 2, figsize=(8, 5.2), layout="constrained")
+    for line, (pad, label) in zip(axes, _PADS.items(), strict=True):
+        rows = data["pictures"][pad]["intermediate"]["row_share"]
+        line[0].imshow([[share] * 60 for share in rows], aspect="auto", cmap="Greys", vmin=0, vmax=1)
+        line[0].set(xticks=[], xlabel="features of dL/dY", ylabel="tokens of the batch")
+        line[0].set_title(f"{label}: rows with a gradient, block {data['block']}", fontsize=9)
+        for kind in KINDS:
+            line[1].hist(_shares(data, pad, kind), bins=[i / 40 for i in range(41)], alpha=0.6, label=kind)
+        line[1].axvline(_real(data, pad), color="black", linestyle="--", linewidth=1, label="real tokens, mean")
+        line[1].set(xlabel="share of entries of dL/dY not zero", ylabel="blocks x steps")
+        line[1].legend(fontsize=8)
+    figure.suptitle(
+        "dL/dY is striped because padded tokens get no gradient (last block: only the first token)", size=10
+    )
+    return figure
+
+
+_PADS = {"max_length": "padded to 128", "longest": "padded to the longest row"}
+
+
+def _shares(data: dict[str, Any], pad: str, kind: str) -> list[float]:
+    return [share for row in data["shares"] if row["pad"] == pad for share in row["nonzero"][kind]]
+
+
+def _real(data: dict[str, Any], pad: str) -> float:
+    return mean(row["real_tokens"] for row in data["shares"] if row["pad"] == pad)
+
+
+def basis_study(context: Context) -> Figure | None:
+    """Energy in the largest 1 % over training, one line a basis."""
+    data = basis.read(context.results)
+    if data is None:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
+    for axis, kind in zip(axes, KINDS, strict=True):
+        for name, label in basis.NAMES.items():
+            line = basis.energy(data, name, kind)
+            axis.plot(list(line), list(line.values()), marker=".", label=label)
+        axis.set(title=kind, xlabel="training step", ylim=(0, 1))
+    axes[0].set_ylabel("energy in the largest 1 %")
+    axes[1].legend(fontsize=8)
+    return figure
+
+
+def ablation_curve(context: Context) -> Figure | None:
+    """Score over kept share: ours with an error band, the printed ones as lines."""
+    points = ablation.mini_curve(context)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    for number, model in ablation.MODELS.items():
+        axes[0].plot(*zip(*ablation.published_curve(number), strict=True), marker="o", label=f"published, {model}")
+    axes[0].legend(fontsize=8)
+    if points:
+        shares, means = [point.share for point in points], [point.value.mean for point in points]
+        spread = [point.value.std or 0.0 for point in points]
+        low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+        axes[1].plot(shares, means, marker="o", label="MiniLM, mean over seeds")
+        axes[1].fill_between(shares, low, high, alpha=0.25, label="± sample std")
+        axes[1].legend(fontsize=8)
+    else:
+        axes[1].text(0.5, 0.5, "missing: no run yet", ha="center", transform=axes[1].transAxes)
+    for axis in axes:
+        axis.set(xscale="log", xlabel="kept entries, %", ylabel="average score")
+    return figure
+
+
+def curves(context: Context) -> Figure | None:
+    """Training loss and metric of the mini runs, mean over seeds, one line a method."""
+    figure, axes = plt.subplots(2, len(MINI_TASKS), figsize=(10, 5), layout="constrained")
+    any_line = False
+    for column, task in enumerate(MINI_TASKS):
+        for method in MINI_METHODS:
+            for line, (group, field) in enumerate((("losses", "loss"), ("evaluations", None))):
+                steps = _mean_curve(context.store, method, task, group, field)
+                if steps:
+                    any_line = True
+                    axes[line][column].plot(list(steps), list(steps.values()), linewidth=1, label=method)
+        axes[0][column].set_title(task)
+        axes[1][column].set_xlabel("step")
+    axes[0][0].set_ylabel("training loss")
+    axes[1][0].set_ylabel("metric, validation")
+    if not any_line:
+        plt.close(figure)
+        return None
+    axes[1][0].legend(fontsize=6)
+    return figure
+
+
+def _mean_curve(store: Store, method: str, task: str, group: str, field: str | None) -> dict[int, float]:
+    """Step -> mean over seeds of a field of the records; `field` None: the metric that chooses."""
+    by_step: dict[int, list[float]] = {}
+    for run in store.runs.get(("mini", "minilm", method, task, "paper"), []):
+        record = store.records[run.path]
+        name = field or record["config"]["task"]["main_metric"]
+        for row in record.get(group, []):
+            if row.get(name) is not None:
+                by_step.setdefault(row["step"], []).append(row[name])
+    return {step: mean(values) for step, values in sorted(by_step.items())}
+
+
+FIGURES: dict[str, tuple[str, Callable[[Context], Figure | None]]] = {
+    "figure2": ("Figure 2: gradients before and after rotation", figure2),
+    "figure3": ("Figure 3: the stripes of dL/dY, and what they are", figure3),
+    "basis": ("Basis study: energy in the largest 1 % over training", basis_study),
+    "ablation": ("Appendix C: kept entries, published and in small", ablation_curve),
+    "curves": ("Learning curves of the mini tables, protocol paper", curves),
+}

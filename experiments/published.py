@@ -1,0 +1,68 @@
+"""The figures of others: the paper's printed cells, and the authors' logged runs; see experiments/data/README.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from sparsegrad.errors import UserError
+
+DATA = Path(__file__).parent / "data"
+COLUMNS = {
+    "published.csv": ("table", "row", "column", "value", "std"),
+    "authors_runs.csv": (
+        "model", "method", "task", "seed", "score", "batch_size", "epochs", "hours", "true_steps_per_second",
+        "logged_steps_per_second", "train_peak_mb", "eval_peak_mb", "trainable",
+    ),
+}  # fmt: skip
+# Our names of the paper's rows and columns.
+METHODS = {"Regular FT": "full", "LoRA": "lora", "SparseGrad": "sparsegrad", "MeProp": "meprop"}
+TASKS = {"STSB": "stsb", "CoLA": "cola", "MNLI": "mnli", "MRPC": "mrpc", "QNLI": "qnli", "QQP": "qqp", "RTE": "rte"}
+TASKS |= {"SST2": "sst2"}
+ROUNDING = 0.101  # cells and average are each rounded to 0.1: rounding alone moves their difference by up to 0.1
+
+
+def read(file: str, folder: Path = DATA) -> pd.DataFrame:
+    """One of the tables of figures; all cells of published.csv are text.
+
+    Raises:
+        UserError: when it cannot be read or its columns are others than expected.
+    """
+    try:
+        frame = pd.read_csv(folder / file, dtype=str if file == "published.csv" else None)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / file} cannot be read ({error}): restore it from the repository") from None
+    expected, found = COLUMNS[file], tuple(frame.columns)
+    if found != expected:
+        wrong = sorted(set(found) ^ set(expected)) or list(found)
+        raise UserError(
+            f"{folder / file} has wrong columns ({', '.join(wrong)}): it needs exactly {', '.join(expected)}"
+        )
+    return frame
+
+
+def cells(table: int, folder: Path = DATA) -> dict[tuple[str, str], tuple[str, str]]:
+    """(row, column) -> (value, std) of a printed table; std is empty where none is printed."""
+    frame = read("published.csv", folder)
+    rows = frame[frame["table"] == str(table)].fillna("")
+    return {(row.row, row.column): (row.value, row.std) for row in rows.itertuples()}  # type: ignore[misc]
+
+
+def average_of_cells(table: int, row: str) -> float:
+    """The mean of the task cells that a printed row has."""
+    values = [float(value) for (of, column), (value, _) in cells(table).items() if of == row and column in TASKS]
+    return sum(values) / len(values)
+
+
+def contradicts(table: int, row: str) -> str:
+    """A mark for a printed average that is not the mean of its own printed cells; empty where it is."""
+    printed, real = float(cells(table)[row, "AVG"][0]), average_of_cells(table, row)
+    return f" [its cells average {real:.2f}]" if abs(printed - real) > ROUNDING else ""
+
+
+def authors_runs(model: str, method: str, task: str, seeds: tuple[int, ...] = (42, 3705, 2023)) -> pd.DataFrame:
+    """The logged runs of the authors for one cell, of the paper's three seeds."""
+    frame = read("authors_runs.csv")
+    chosen = (frame["model"] == model) & (frame["method"] == method) & (frame["task"] == task)
+    return frame[chosen & frame["seed"].isin(seeds)]

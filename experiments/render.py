@@ -1,0 +1,65 @@
+"""A table as Markdown, LaTeX (booktabs) and CSV; written so that a file is either as before or whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from experiments.tables.base import Table
+from sparsegrad.records import unwritable
+
+_LATEX = {"±": r"$\pm$", "%": r"\%", "_": r"\_", "^": r"\^{}", "~": r"\~{}", "#": r"\#", "&": r"\&", "<": "$<$"}
+
+
+def write_table(table: Table, folder: Path) -> list[Path]:
+    """Write all three forms of a table.
+
+    Raises:
+        UserError: when the folder cannot be written.
+    """
+    texts = {"md": markdown(table), "tex": latex(table), "csv": table.frame.to_csv(index=False, lineterminator="\n")}
+    paths = [folder / f"{table.name}.{suffix}" for suffix in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        write_text(path, text)
+    return paths
+
+
+def markdown(table: Table) -> str:
+    """With title and notes."""
+    cells = table.frame.map(lambda cell: str(cell).replace("|", "\\|"))
+    grid = cells.to_markdown(index=False, disable_numparse=True)
+    return f"## {table.title}\n\n{grid}\n\n" + "".join(f"- {note}\n" for note in table.notes)
+
+
+def latex(table: Table) -> str:
+    """A booktabs tabular in a table environment."""
+    frame = table.frame.map(_escape)
+    frame.columns = [_escape(name) for name in frame.columns]
+    return frame.to_latex(index=False, escape=False, caption=_escape(table.title), label=f"tab:{table.name}")
+
+
+def _escape(text: object) -> str:
+    return "".join(_LATEX.get(character, character) for character in str(text))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_bytes(content)
+        scratch.replace(path)
+    except OSError as error:
+        raise unwritable(path, error) from None
+    finally:
+        if scratch.parent.is_dir():
+            scratch.unlink(missing_ok=True)

@@ -1,0 +1,39 @@
+"""Mean, spread, and the interval of a difference, from few seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean, sample standard deviation (None for fewer than two values) and count."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    def __str__(self) -> str:
+        spread = "" if self.std is None else f" ± {self.std:.2f}"
+        return f"{self.mean:.2f}{spread}"
+
+
+def summarise(values: Sequence[float]) -> Summary | None:
+    """None of nothing: a cell without seeds is missing, not zero."""
+    if not values:
+        return None
+    return Summary(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+
+def welch_interval(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """The two-sided interval of mean(a) - mean(b), variances unequal; None where a side has fewer than two values."""
+    if min(len(a), len(b)) < 2:
+        return None
+    if len(set(a)) == len(set(b)) == 1:
+        return mean(a) - mean(b), mean(a) - mean(b)
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(level)
+    return float(interval.low), float(interval.high)

@@ -1,0 +1,176 @@
+"""Tables 4, 9 and 10 (a model on GLUE), Table 5 (their averages), and the same in small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.collect import Key
+from experiments.published import METHODS, TASKS, authors_runs, average_of_cells, cells, contradicts
+from experiments.stats import Summary, summarise, welch_interval
+from experiments.tables.base import MINI_MARK, MISSING, Context, Table, hours, signed
+
+MODELS = {4: "roberta_large", 9: "bert_base", 10: "roberta_base"}
+TITLES = {4: "RoBERTa-large on GLUE", 9: "BERT-base on GLUE", 10: "RoBERTa-base on GLUE"}
+PAPER_METHODS = ("full", "lora", "sparsegrad", "sparsegrad_authors", "meprop")
+MINI_METHODS = ("full", "lora", "lora_tuned", "meprop", "sparsegrad", "sparsegrad_authors", "sparsegrad_fast")
+MINI_TASKS = ("snippets", "cola", "stsb", "mrpc")
+PROTOCOLS = ("paper", "heldout")
+SEEDS = 3
+AVERAGE = "average"
+ROWS = {method: row for row, method in METHODS.items()} | {"sparsegrad_authors": "SparseGrad"}
+HEADINGS = {task: column for column, task in TASKS.items()}
+SCORES = "Scores in points: Matthews for CoLA, Pearson for STS-B, accuracy otherwise; mean ± sample std over seeds."
+WELCH = "Interval: two-sided 95 % Welch interval of the difference to full fine-tuning; one that holds 0 shows nothing."
+
+
+class Grid:
+    """The cells of one model and protocol, method by task."""
+
+    def __init__(self, context: Context, folder: str, model: str, protocol: str, tasks: Sequence[str]) -> None:
+        self.store, self.tasks = context.store, tasks
+        self.where = folder, model, protocol
+
+    def key(self, method: str, task: str) -> Key:
+        """Where the store has a cell."""
+        folder, model, protocol = self.where
+        return folder, model, method, task, protocol
+
+    def values(self, method: str, task: str) -> list[float]:
+        """Scores by seed; for `average`, each seed's mean over the tasks, where it has all of them."""
+        if task != AVERAGE:
+            return self.store.values(self.key(method, task))
+        by_task = [self.store.by_seed(self.key(method, one)) for one in self.tasks]
+        seeds = set.intersection(*(set(of) for of in by_task)) if by_task else set()
+        return [sum(of[seed] for of in by_task) / len(by_task) for seed in sorted(seeds)]
+
+    def cost(self, method: str, task: str) -> float | None:
+        """Hours of all seeds."""
+        tasks = self.tasks if task == AVERAGE else [task]
+        spent = [cost for one in tasks if (cost := self.store.cost(self.key(method, one))) is not None]
+        return sum(spent) if spent else None
+
+    def failures(self, method: str, task: str) -> list[str]:
+        """Reasons of failed seeds."""
+        return [] if task == AVERAGE else self.store.failures(self.key(method, task))
+
+    def line(self, method: str, task: str) -> dict[str, str]:
+        """Ours, as the columns of a row."""
+        values = self.values(method, task)
+        ours, failed = summarise(values), self.failures(method, task)
+        interval = None if method == "full" else welch_interval(values, self.values("full", task))
+        return {
+            "ours": str(ours) if ours else ("failed: " + "; ".join(failed) if failed else MISSING),
+            "vs full, 95 %": "" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}",
+            "n": str(ours.n if ours else 0) + (f" of {SEEDS}" if (ours.n if ours else 0) < SEEDS else ""),
+            "protocol": self.where[2],
+            "hours": hours(self.cost(method, task)),
+        }
+
+    def records(self, methods: Sequence[str]) -> Iterator[tuple[str, list[Path]]]:
+        """Label and records of every cell that has some."""
+        for method in methods:
+            for task in self.tasks:
+                paths = [run.path for run in self.store.runs.get(self.key(method, task), [])]
+                if paths:
+                    yield f"{method} {task} {self.where[2]}", paths
+
+
+def per_task(context: Context, number: int) -> Table:
+    """Table 4, 9 or 10 beside the published cells and the authors' logs."""
+    tasks, model = tuple(TASKS.values()), MODELS[number]
+    grid = Grid(context, f"glue_{model}", model, "paper", tasks)
+    rows = [_row(grid, number, method, task) for method in PAPER_METHODS for task in (*tasks, AVERAGE)]
+    return Table(
+        f"table{number}",
+        f"Table {number}: {TITLES[number]}",
+        pd.DataFrame(rows),
+        [SCORES, WELCH, *_contradictions(number)],
+        dict(grid.records(PAPER_METHODS)),
+    )
+
+
+def _row(grid: Grid, number: int, method: str, task: str) -> dict[str, str]:
+    column = "AVG" if task == AVERAGE else HEADINGS[task]
+    published, std = cells(number)[ROWS[method], column]
+    mark = contradicts(number, ROWS[method]) if task == AVERAGE else ""
+    logged = logs(MODELS[number], "sparsegrad" if method == "sparsegrad_authors" else method, task, grid.tasks)
+    ours = summarise(grid.values(method, task))
+    return {
+        "method": method,
+        "task": task,
+        "published": published + (f" ± {std}" if std else "") + mark,
+        "authors' logs": str(logged) if logged else "none",
+        **_after_ours(grid.line(method, task), signed(ours.mean - float(published)) if ours else ""),
+    }
+
+
+def _after_ours(line: dict[str, str], difference: str) -> dict[str, str]:
+    ours = line.pop("ours")
+    return {"ours": ours, "difference": difference, **line}
+
+
+def logs(model: str, method: str, task: str, tasks: Sequence[str]) -> Summary | None:
+    """What the authors' logs say of a cell, seeds 42, 3705 and 2023; the average is that of the tasks' means."""
+    if task != AVERAGE:
+        scores = authors_runs(model, method, task)["score"].dropna()
+        return summarise([100 * float(score) for score in scores])
+    found = [logs(model, method, one, tasks) for one in tasks]
+    means = [one.mean for one in found if one is not None]
+    return Summary(sum(means) / len(means), None, len(means)) if len(means) == len(tasks) else None
+
+
+def _contradictions(number: int) -> list[str]:
+    wrong = [row for row in METHODS if contradicts(number, row)]
+    lines = [f"{row} prints {cells(number)[row, 'AVG'][0]}, its cells average {average_of_cells(number, row):.2f}"
+             for row in wrong]  # fmt: skip
+    return [f"Printed averages that their own cells contradict: {'; '.join(lines)}."] if lines else []
+
+
+def averages(context: Context) -> Table:
+    """Table 5: the averages of Tables 9 and 10."""
+    rows: list[dict[str, str]] = []
+    records: dict[str, list[Path]] = {}
+    for number in (9, 10):
+        tasks, model = tuple(TASKS.values()), MODELS[number]
+        grid = Grid(context, f"glue_{model}", model, "paper", tasks)
+        for method in PAPER_METHODS:
+            row = _row(grid, number, method, AVERAGE)
+            row.pop("task")
+            rows.append({"model": model, **row})
+        records |= {f"{model} {label}": paths for label, paths in grid.records(PAPER_METHODS)}
+    notes = [SCORES, WELCH, *_contradictions(9), *_contradictions(10)]
+    return Table("table5", "Table 5: averages on GLUE", pd.DataFrame(rows), notes, records)
+
+
+def mini(context: Context) -> Table:
+    """Tables 4, 5, 9 and 10 in small: MiniLM, our tasks, both protocols."""
+    rows: list[dict[str, str]] = []
+    records: dict[str, list[Path]] = {}
+    for protocol in PROTOCOLS:
+        grid = Grid(context, "mini", "minilm", protocol, MINI_TASKS)
+        for method in MINI_METHODS:
+            for task in (*MINI_TASKS, AVERAGE):
+                rows.append({"method": method, "task": task, **grid.line(method, task)})
+        records |= dict(grid.records(MINI_METHODS))
+    notes = [
+        SCORES,
+        WELCH,
+        "Learning rate of each method: results/mini_rates.json, chosen on held-out rows, two tasks.",
+    ]
+    title = f"Tables 4, 5, 9 and 10 in small: MiniLM ({MINI_MARK})"
+    return Table("table5_mini", title, pd.DataFrame(rows), notes, records)
+
+
+def mini_overview(context: Context) -> Table:
+    """The same, method by task."""
+    rows = []
+    for protocol in PROTOCOLS:
+        grid = Grid(context, "mini", "minilm", protocol, MINI_TASKS)
+        for method in MINI_METHODS:
+            of = {task: grid.line(method, task)["ours"] for task in (*MINI_TASKS, AVERAGE)}
+            rows.append({"protocol": protocol, "method": method, **of})
+    title = f"Tables 5, 9 and 10 in small, at a glance ({MINI_MARK})"
+    return Table("table5_mini_overview", title, pd.DataFrame(rows), [SCORES])

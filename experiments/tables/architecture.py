@@ -1,0 +1,79 @@
+"""Table 1: parameters per kind of block, counted on the architectures; no weights are needed or made."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pandas as pd
+import torch
+from omegaconf import OmegaConf
+
+from experiments.cells import ROOT
+from experiments.published import cells
+from experiments.tables.base import Context, Table
+
+# LLaMA-2-7B as its paper gives it (arXiv 2307.09288, 2302.13971).
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+}
+MODELS = {"BERT": "bert_base", "RoBERTa-base": "roberta_base", "RoBERTa-large": "roberta_large", "LLaMa-2": "llama"}
+# The first pattern that matches a parameter's name says where it belongs.
+PARTS = {
+    "Embeddings": r"(.*\.)?(embeddings|embed_tokens)\..*",
+    "MLP": r".*(intermediate\.dense|layer\.\d+\.output\.dense|\.mlp\.\w+_proj)\..*",
+    "Attention": r".*(attention\.(self|output\.dense)|self_attn)\..*|.*attention\.output\.dense\..*",
+    "Other": r".*",
+}
+
+
+def architecture(name: str) -> dict[str, Any]:
+    """The fields of a model's configuration."""
+    if name == "llama":
+        return dict(LLAMA)
+    loaded: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml"))
+    return dict(loaded["architecture"])
+
+
+def counts(name: str) -> dict[str, int]:
+    """Part -> number of parameters."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    maker = AutoModelForCausalLM if name == "llama" else AutoModel
+    with torch.device("meta"):
+        model = maker.from_config(AutoConfig.for_model(**architecture(name)))
+    found = dict.fromkeys(PARTS, 0)
+    for parameter_name, parameter in model.named_parameters():
+        found[_part(parameter_name)] += parameter.numel()
+    return found
+
+
+def _part(name: str) -> str:
+    return next(part for part, pattern in PARTS.items() if re.fullmatch(pattern, name))
+
+
+def table(context: Context) -> Table:
+    """Parameters per part of each model beside the printed ones."""
+    rows = []
+    for column, name in MODELS.items():
+        found = counts(name)
+        total = sum(found.values())
+        for part, number in {"Full model": total, **found}.items():
+            params, percent = (_printed(part, f"{column} {what}") for what in ("params", "%"))
+            ours = {"parameters": f"{number:,}", "share": f"{100 * number / total:.1f} %"}
+            rows.append({"model": column, "part": part, "published": f"{params} / {percent}".strip(" /"), **ours})
+    notes = [
+        "Counted on the architectures, without a task head; LLaMA-2 with its output head, which is under Other.",
+        "The paper prints no RoBERTa-large column and no Other row: LayerNorm, pooler, output head.",
+    ]
+    return Table("table1", "Table 1: parameters per kind of block", pd.DataFrame(rows), notes)
+
+
+def _printed(part: str, column: str) -> str:
+    return cells(1).get((part, column), ("", ""))[0]

@@ -1,0 +1,95 @@
+"""Section 8 of the paper: what calibration costs; the arithmetic behind its megabytes, and our measurements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from experiments.tables.base import MISSING, Context, Table
+from experiments.tables.speed import documents
+
+
+@dataclass(frozen=True)
+class Printed:
+    """One model as section 8 prints it; `kinds` are shapes (out, in) of the layer kinds that share a basis;
+    `blocks` have SparseGrad layers."""
+
+    model: str
+    seconds: str
+    memory: str
+    kinds: tuple[tuple[int, int], ...]
+    blocks: int
+
+
+PRINTED = (
+    Printed("RoBERTa-base", "78 s", "276 MB", ((3072, 768), (768, 3072)), 12),
+    Printed("LLaMA-2-7B", "668 s", "5.2 GB", ((11008, 4096), (4096, 11008)), 11),
+)
+STEPS = 30
+FLOAT32 = 4
+MB = 1e6
+
+
+def arithmetic(one: Printed) -> dict[str, float]:
+    """MB that each thing takes which the printed memory might count, in float32; one layer kind each but `bases`."""
+    out_features, in_features = one.kinds[0]
+    gradient = out_features * in_features
+    return {
+        "gradients of 1 weight, 30 steps": STEPS * gradient * FLOAT32 / MB,
+        "gradients of all blocks, 1 step": one.blocks * gradient * FLOAT32 / MB,
+        "gradients of all blocks, 30 steps": STEPS * one.blocks * gradient * FLOAT32 / MB,
+        "Gram matrices instead of gradients": (out_features**2 + in_features**2) * FLOAT32 / MB,
+        "bases of both kinds": sum(m * m + n * n for m, n in one.kinds) * FLOAT32 / MB,
+    }
+
+
+def table(context: Context) -> Table:
+    """Printed cost beside the arithmetic, then what was measured."""
+    rows = []
+    for one in PRINTED:
+        for what, megabytes in arithmetic(one).items():
+            rows.append({"model": one.model, "what": what, "MB": f"{megabytes:,.0f}", "seconds": ""})
+        rows.append({"model": one.model, "what": "published", "MB": one.memory, "seconds": one.seconds})
+    rows += _measured(context)
+    return Table("section8", "Section 8: cost of calibration", pd.DataFrame(rows), [*_notes(), *_missing(rows)])
+
+
+def _notes() -> list[str]:
+    lines = []
+    for one in PRINTED:
+        numbers = arithmetic(one)
+        closest = min(numbers, key=lambda name: abs(numbers[name] - _in_mb(one.memory)))
+        binary = numbers[closest] * MB / 2**20
+        lines.append(
+            f"{one.model}: {one.memory} counts what '{closest}' takes: {numbers[closest]:,.0f} MB, {binary:,.0f} MiB."
+        )
+    return [
+        "Arithmetic in float32; one layer kind, LLaMA-2 with its 11 blocks 0, 3, ..., 30.",
+        *lines,
+        "So the printed memory is one weight's; stacking all blocks, as section 3.1 says, takes the number of blocks more.",
+    ]
+
+
+def _in_mb(text: str) -> float:
+    number, unit = text.split()
+    return float(number) * {"MB": 1, "GB": 1000}[unit]
+
+
+def _measured(context: Context) -> list[dict[str, str]]:
+    rows = []
+    for name, document in documents(context.results):
+        for group in ("decompositions", "calibrations"):
+            for key, found in document.get(group, {}).items():
+                if found.get("status") == "complete":
+                    peak, seconds = (found.get(field) for field in ("peak_mib", "seconds"))
+                    shown = "" if peak is None else f"{peak * 2**20 / MB:,.0f}"
+                    label = f"measured: {group[:-1]} {key}"
+                    rows.append({"model": name, "what": label, "MB": shown, "seconds": f"{seconds:.1f} s"})
+    return rows
+
+
+def _missing(rows: list[dict[str, str]]) -> list[str]:
+    if any(row["what"].startswith("measured") for row in rows):
+        return ["Decomposition keys: method-OUTxIN-COUNT of random gradients; the stacked one is linear in COUNT."]
+    return [f"Measurements: {MISSING}; python -m sparsegrad.benchmark --preset decomposition makes them."]
