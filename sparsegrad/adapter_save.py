@@ -173,6 +173,9 @@ def _rotate_kind(
 ) -> None:
     """Replace the entries of one kind by their rotated form, if with its basis that is smaller."""
     basis: Basis = group["basis"].to("cpu", torch.float64)
+    U, V = basis.in_basis, basis.out_basis
+    if U is None or V is None:  # one side rotated: the change is not sparse enough to gain
+        return
     names = [name for name in group["param_names"] if name in entries]
     cores = {name: _core(basis, tensors[name], before[name], tolerance) for name in names}
     used = torch.stack([core != 0 for core in cores.values()]).any(0) if cores else torch.zeros(1, 1)
@@ -184,7 +187,7 @@ def _rotate_kind(
         old, kind = entries[name], group["kind"]
         values = flat[index.long()].float()
         rotated[name] = Entry("rotated", old.shape, old.dtype, digest(before[name]), values, index, kind)
-    matrices = (basis.out_basis[:, rows].float(), basis.in_basis[:, columns].float())
+    matrices = (V[:, rows].float(), U[:, columns].float())
     size = sum(matrix.nbytes for matrix in matrices) + sum(entry.size for entry in rotated.values())
     if cores and size < sum(entries[name].size for name in names):
         entries.update(rotated)
