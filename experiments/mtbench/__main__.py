@@ -1,0 +1,7 @@
+"""`python -m experiments.mtbench`."""
+
+import sys
+
+from experiments.mtbench.cli import main
+
+sys.exit(main())

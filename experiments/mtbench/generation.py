@@ -1,0 +1,118 @@
+"""Text out of a causal language model: one batch of conversations at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from sparsegrad.errors import UserError, check_choice
+from sparsegrad.models import _from_source
+
+FORMATS = ("auto", "chat", "inst")
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def write_prompt(turns: Sequence[str], tokenizer: Any, chosen: str) -> str:
+    """The conversation so far, ready for the next answer; `turns` are question, answer, question, ...
+
+    chosen: `chat`, the tokenizer's template; `inst`, the paper's `[INST] question [/INST] answer` (section 5.2);
+    `auto`, chat where the tokenizer has a template.
+
+    Raises:
+        UserError: when there is no template, or it refuses the conversation.
+    """
+    if chosen == "inst" or (chosen == "auto" and not tokenizer.chat_template):
+        return " ".join(turn if index % 2 else f"[INST] {turn} [/INST]" for index, turn in enumerate(turns))
+    if not tokenizer.chat_template:
+        raise UserError("format=chat is not allowed: this tokenizer has no chat template; use --format inst")
+    messages = [{"role": "assistant" if index % 2 else "user", "content": turn} for index, turn in enumerate(turns)]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template may raise anything
+        raise UserError(f"the chat template refuses a conversation ({error}): use --format inst") from None
+
+
+@dataclass
+class Writer:
+    """A loaded model that continues conversations."""
+
+    model: Any
+    tokenizer: Any
+    format: str = "auto"
+    max_new_tokens: int = 1024
+
+    @classmethod
+    def load(cls, source: str, *, format: str, max_new_tokens: int, device: str, dtype: str) -> Writer:
+        """Load model and tokenizer from a folder, the hub or `asset:NAME`.
+
+        Raises:
+            UserError: when they cannot be had, or the device is not there.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        place = pick_device(device)
+        default = torch.bfloat16 if place.type == "cuda" else torch.float32
+        number_type = DTYPES[check_choice("dtype", dtype, DTYPES)] or default
+        tokenizer = _from_source(source, partial(AutoTokenizer.from_pretrained, padding_side="left"))
+        model = _from_source(source, partial(AutoModelForCausalLM.from_pretrained, dtype=number_type))
+        return cls(model.to(place).eval(), tokenizer, format, max_new_tokens)
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
+        if self.tokenizer.pad_token_id is None:
+            raise UserError("this tokenizer has neither a padding nor an end token: a batch cannot be padded")
+        self.tokenizer.padding_side = "left"
+
+    @torch.inference_mode()
+    def write(self, conversations: Sequence[Sequence[str]], temperature: float, seed: int) -> list[str]:
+        """The next answer of each conversation. The same batch, temperature and seed give the same answers on a CPU.
+
+        Raises:
+            UserError: when a conversation leaves no room in the model's window.
+        """
+        batch = self._encode(conversations)
+        torch.manual_seed(seed)
+        options: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            options = {"do_sample": True, "temperature": temperature}
+        length = batch["input_ids"].shape[1]
+        found = self.model.generate(
+            **batch, **options, max_new_tokens=self._room(length), pad_token_id=self.tokenizer.pad_token_id
+        )
+        texts = self.tokenizer.batch_decode(found[:, length:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _encode(self, conversations: Sequence[Sequence[str]]) -> Any:
+        prompts = [write_prompt(turns, self.tokenizer, self.format) for turns in conversations]
+        # A chat template has written the special tokens already.
+        special = self.format == "inst" or not self.tokenizer.chat_template
+        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=special)
+        names = ("input_ids", "attention_mask")
+        return {name: batch[name].to(self.model.device) for name in names}
+
+    def _room(self, length: int) -> int:
+        """How many tokens may follow: fewer than asked for where the model's window ends."""
+        window = getattr(self.model.config, "max_position_embeddings", None) or length + self.max_new_tokens
+        if window <= length:
+            raise UserError(
+                f"a conversation of {length} tokens fills the model's window of {window}: "
+                "lower --max-new-tokens, so that first answers are shorter, or leave the question out"
+            )
+        return min(self.max_new_tokens, int(window) - length)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: the GPU if there is one.
+
+    Raises:
+        UserError: for a device that is not there.
+    """
+    check_choice("device", name, ("auto", "cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda is not allowed: no GPU is found here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,88 @@
+"""Files of JSON lines that grow: a line is there whole, or is not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from sparsegrad.errors import UserError
+from sparsegrad.records import unwritable
+
+Row = dict[str, Any]
+
+
+def read_lines(path: Path) -> list[Row]:
+    """All rows of `path`; none where there is no such file. A last line that a killed writer cut is left out.
+
+    Raises:
+        UserError: when the file cannot be read, or any other line is no JSON object.
+    """
+    if not path.exists():
+        return []
+    lines = _content(path).split(b"\n")
+    rows = [_parse(line) for line in lines]
+    for number, (line, row) in enumerate(zip(lines, rows, strict=True), start=1):
+        cut = number == len(lines)
+        if row is None and line.strip() and not cut:
+            raise UserError(f"{path}, line {number} is not a JSON object: mend or delete the line")
+    return [row for row in rows if row is not None]
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one row, on disk when this returns; a cut last line goes first. Safe with several processes.
+
+    Raises:
+        UserError: when the file cannot be written.
+    """
+    line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"), path.open("ab+") as file:
+            start = _mend(file)
+            try:
+                _write(file, line)
+            except OSError:
+                file.truncate(start)  # a full disk must not leave half a line
+                raise
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def _write(file: Any, line: bytes) -> None:
+    file.write(line)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _mend(file: Any) -> int:
+    """End the last line: cut it off where it is half written; the file's length afterwards."""
+    file.seek(0)
+    content = file.read()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        if _parse(content[whole:]) is None:
+            file.truncate(whole)
+        else:
+            file.write(b"\n")
+    return int(file.seek(0, os.SEEK_END))
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _parse(line: bytes) -> Row | None:
+    # A JSON object ends with its last brace, so no beginning of one is itself valid.
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None

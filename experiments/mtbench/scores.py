@@ -1,0 +1,159 @@
+"""Means of the grades, and answers side by side: the data of Table 6 and Appendix E."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean
+
+from experiments.mtbench.lines import Row, read_lines
+from experiments.mtbench.schema import Answer, Question, QuestionId, load_answers, load_questions, select
+from sparsegrad.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """One model under one judge; without a judge `judge` is None and there are no means.
+
+    Attributes:
+        turn1, turn2, mean: mean grades from 1 to 10; None where nothing is graded.
+        categories: mean grade of each category.
+        judged, unparsable, unjudged: turns with a grade, with a verdict that holds none, without a verdict.
+        judge, judge_model: the judge's name as asked for, and what the server called itself.
+        date: day (UTC) of the last verdict.
+    """
+
+    model: str
+    judge: str | None
+    turn1: float | None
+    turn2: float | None
+    mean: float | None
+    categories: Mapping[str, float]
+    judged: int
+    unparsable: int
+    unjudged: int
+    judge_model: str | None = None
+    date: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What a table says of the judge."""
+        return "not judged" if self.judge is None else f"{self.judge}, {self.date}"
+
+
+def scores(folder: Path | str) -> list[ModelScores]:
+    """Every model in `folder`, once for each judge that graded it; sorted by model and judge.
+
+    A verdict counts only for the very answer it was given for.
+
+    Raises:
+        UserError: for a damaged file.
+    """
+    found: list[ModelScores] = []
+    judgments = _by_judge(Path(folder))
+    for path in sorted((Path(folder) / "model_answer").glob("*.jsonl")):
+        answers = load_answers(path)
+        own = {judge: _own(rows, path.stem, answers) for judge, rows in judgments.items()}
+        graded = [_score(path.stem, judge, rows, answers) for judge, rows in sorted(own.items()) if rows]
+        found += graded or [_score(path.stem, None, [], answers)]
+    return found
+
+
+def _by_judge(folder: Path) -> dict[str, list[Row]]:
+    rows: dict[str, list[Row]] = {}
+    for path in sorted((folder / "model_judgment").glob("*_single.jsonl")):
+        for row in read_lines(path):
+            rows.setdefault(str(row["judge"][0]), []).append(row)
+    return rows
+
+
+def _own(rows: Iterable[Row], model: str, answers: Sequence[Answer]) -> list[Row]:
+    """The last verdict for each turn of this model's present answers."""
+    present = {(answer.model, answer.question_id, answer.answer_id) for answer in answers}
+    last = {}
+    for row in rows:
+        if (row["model"], row["question_id"], row.get("answer_id")) in present:
+            last[row["question_id"], row["turn"]] = row
+    return list(last.values())
+
+
+def _score(model: str, judge: str | None, rows: Sequence[Row], answers: Sequence[Answer]) -> ModelScores:
+    graded = [row for row in rows if row["score"] >= 1]
+    turns = sum(len(answer.turns) for answer in answers)
+    names = sorted({row["category"] for row in graded})
+    newest = max(rows, key=lambda row: float(row["tstamp"]), default=None)
+    return ModelScores(
+        model=model,
+        judge=judge,
+        turn1=_mean(row for row in graded if row["turn"] == 1),
+        turn2=_mean(row for row in graded if row["turn"] == 2),
+        mean=_mean(graded),
+        categories={name: fmean(row["score"] for row in graded if row["category"] == name) for name in names},
+        judged=len(graded),
+        unparsable=len(rows) - len(graded),
+        unjudged=turns - len(rows),
+        judge_model=None if newest is None else newest["judge_model"],
+        date=None if newest is None else _day(newest["tstamp"]),
+    )
+
+
+def _day(tstamp: float) -> str:
+    return datetime.fromtimestamp(tstamp, UTC).date().isoformat()
+
+
+def _mean(rows: Iterable[Row]) -> float | None:
+    grades = [float(row["score"]) for row in rows]
+    return fmean(grades) if grades else None
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """One question and what each model said: model -> one text a turn."""
+
+    question_id: QuestionId
+    category: str
+    turns: tuple[str, ...]
+    answers: Mapping[str, tuple[str, ...]]
+
+
+def side_by_side(
+    answers: Path | str | Sequence[Path | str],
+    question_ids: Sequence[QuestionId] | None = None,
+    questions: Sequence[Question] | None = None,
+) -> list[SideBySide]:
+    """The answers of several models to chosen questions, in the order of the questions' file.
+
+    answers: the folder that `scores` takes, or answers files.
+    question_ids: default: every question that some model answered.
+    questions: default MT-Bench's.
+
+    Raises:
+        UserError: for an unknown question, a missing or damaged file, or no answers at all.
+    """
+    by_model = _answers(answers)
+    ids = {answer_id for found in by_model.values() for answer_id in found} if question_ids is None else question_ids
+    chosen = select(load_questions() if questions is None else questions, map(str, ids))
+    return [
+        SideBySide(
+            question.question_id,
+            question.category,
+            question.turns,
+            {model: found[question.question_id] for model, found in by_model.items() if question.question_id in found},
+        )
+        for question in chosen
+    ]
+
+
+def _answers(places: Path | str | Sequence[Path | str]) -> dict[str, dict[QuestionId, tuple[str, ...]]]:
+    if isinstance(places, Path | str):
+        paths = sorted((Path(places) / "model_answer").glob("*.jsonl"))
+    else:
+        paths = [Path(place) for place in places]
+    if not paths:
+        raise UserError(f"no answers in {places}: make some with `python -m experiments.mtbench answer`")
+    found = {path.stem: {answer.question_id: answer.turns for answer in load_answers(path)} for path in paths}
+    if len(found) != len(paths):
+        raise UserError("two answers files have the same name: each model needs its own")
+    return found
