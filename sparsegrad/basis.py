@@ -28,6 +28,7 @@ FORMAT = "sparsegrad-basis-1"
 
 
 SIDES = ("both", "in", "out", "small")
+LARGE_SIDE = 8192  # features; a larger side (LLaMA's MLP) is decomposed on the CPU, wherever the model is
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +176,7 @@ class Grams:
     count: int = field(default=0)
     sides: str = "both"
     shape: tuple[int, ...] | None = None
+    device: torch.device | str | None = None
 
     def add(self, gradient: Tensor) -> None:
         """Add one gradient (out, in).
@@ -182,7 +184,7 @@ class Grams:
         Raises:
             UserError: when its shape differs from the first one's.
         """
-        G = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
+        G = gradient.detach().to(self.device, torch.promote_types(gradient.dtype, torch.float32))
         if self.shape is None:
             self._begin(G)
         if self.shape != tuple(G.shape):
@@ -218,7 +220,10 @@ def _eigenvectors(gram: Tensor | None, dtype: torch.dtype | None) -> Tensor | No
         return None
     if not torch.isfinite(gram).all():
         raise UserError("a calibration gradient is not finite: lower the precision's risk (fp32) or check the data")
-    return torch.linalg.eigh(gram.double()).eigenvectors.flip(-1).to(dtype or gram.dtype)  # type: ignore[no-any-return]
+    device, dtype = gram.device, dtype or gram.dtype
+    if len(gram) > LARGE_SIDE:  # in host memory: in float64 it takes five times the Gram's own
+        gram = gram.cpu()
+    return torch.linalg.eigh(gram.double()).eigenvectors.flip(-1).to(device, dtype)  # type: ignore[no-any-return]
 
 
 def hosvd(gradients: Iterable[Tensor], method: str = "gram") -> Basis:

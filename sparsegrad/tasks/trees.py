@@ -66,7 +66,10 @@ def flat_trees(rows: Iterable[Mapping[str, Any]], where: str) -> list[Tree]:
     """
     found: dict[str, tuple[Message, Mapping[str, Any]]] = {}
     for row in rows:
-        found[str(row.get("message_id"))] = (_message(row, where), row)
+        message = _message(row, where)
+        if message.id in found:
+            raise UserError(f"{where}: message {message.id} is there twice; leave one")
+        found[message.id] = (message, row)
     trees = []
     for message, row in found.values():
         parent = row.get("parent_id")

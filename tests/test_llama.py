@@ -1,0 +1,246 @@
+"""Language models through the whole run: what trains, in which precision, how it is scored, what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Composer, last_wins
+from llama_fixtures import LLAMA, tiny_llama, tree, write_trees
+
+from sparsegrad.config import RunConfig, build
+from sparsegrad.errors import UserError
+from sparsegrad.memory_plan import GIB, Setup, check_fits, plan
+from sparsegrad.methods.base import train_only
+from sparsegrad.metrics.language import language_metrics, token_losses
+from sparsegrad.runs import run
+from sparsegrad.training import check_precision, training_arguments
+
+METHODS = ("full", "lora", "meprop", "sparsegrad", "sparsegrad_fast")
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_trees(tmp_path_factory.mktemp("trees") / "trees.jsonl", [tree(i) for i in range(30)])
+
+
+@pytest.fixture
+def llama(conf: Composer, trees: Path, places: tuple[str, str]) -> Any:
+    """`llama(*overrides)`: the checked configuration of a run of a second."""
+
+    def built(*overrides: str) -> RunConfig:
+        return build(conf(*last_wins(*LLAMA, f"data.dir={trees}", *places, *overrides)))
+
+    return built
+
+
+def steps(method: str) -> list[str]:
+    return ["method.steps=2"] if method.startswith("sparsegrad") else []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_lowers_the_loss_of_the_chosen_blocks_alone(llama: Any, method: str) -> None:
+    config = llama(f"method={method}", *steps(method), "protocol.max_steps=8", "save_model=true")
+    record, _ = run(config)
+    before, after = (row["nll"] for row in record["evaluations"])
+    assert record["evaluations"][0]["step"] == 0
+    assert after < before
+    assert record["result"]["value"] == pytest.approx(min(before, after) if after < before else after)
+    assert record["result"]["scores"]["perplexity"] == pytest.approx(np.exp(after))
+    assert record["data"]["counts"]["train_windows"] == record["data"]["counts"]["train_windows"]
+    assert 0 < record["trainable"]["share"] < 0.1
+    _check_moved(config, 4)
+
+
+def _check_moved(config: RunConfig, depth: int) -> None:
+    """Of all parameters only up and down of blocks 0 and 3 differ from the fresh model's."""
+    from transformers import AutoModelForCausalLM, set_seed
+
+    from sparsegrad.models import load_model, load_tokenizer
+
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config.model)
+    fresh = load_model(config.model, config.task, tokenizer).state_dict()
+    tuned = AutoModelForCausalLM.from_pretrained(config.run_folder / "model").state_dict()
+    moved = {name for name, value in tuned.items() if not torch.equal(value, fresh[name])}
+    assert moved == {f"model.layers.{block}.mlp.{kind}_proj.weight" for block in (0, 3) for kind in ("up", "down")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_weights_with_checkpointing_learn_too(llama: Any, method: str) -> None:
+    overrides = ("train.precision=bf16_weights", "train.gradient_checkpointing=true", "protocol.max_steps=8")
+    record, _ = run(llama(f"method={method}", *steps(method), *overrides))
+    before, after = (row["nll"] for row in record["evaluations"])
+    assert after < before
+
+
+def test_gate_trains_densely_beside_the_sparse_kinds(llama: Any) -> None:
+    plain, _ = run(llama("method=sparsegrad", "method.steps=1"))
+    record, _ = run(llama("method=sparsegrad", "method.steps=1", "model.dense=[gate]"))
+    assert record["trainable"]["total"] == plain["trainable"]["total"] + 2 * 32 * 64
+
+
+def test_small_updates_add_up_although_the_model_is_bfloat16() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    rounded = weight.detach().clone()
+    train_only(weight, True)
+    optimizer = torch.optim.SGD([weight], lr=1e-4)
+    for _ in range(100):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        rounded -= 1e-4
+    assert torch.allclose(weight.detach(), torch.full((4,), 0.99), atol=1e-5)
+    assert torch.equal(rounded, torch.ones(4, dtype=torch.bfloat16))  # what bfloat16 itself would have done
+
+
+def test_a_frozen_weight_keeps_its_precision() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    train_only(weight, False)
+    assert weight.dtype == torch.bfloat16
+
+
+def test_the_loss_is_weighted_by_tokens() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
+    labels[1, 2:] = -100
+    each = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 7), labels[:, 1:].reshape(-1), reduction="none")
+    sums = token_losses(logits, labels)
+    found = language_metrics(SimpleNamespace(predictions=sums.numpy()))  # type: ignore[arg-type]
+    assert found["tokens"] == 5
+    assert found["nll"] == pytest.approx(float(each.sum() / 5))
+    with pytest.raises(UserError, match="diverged"):
+        language_metrics(SimpleNamespace(predictions=np.array([[np.nan, 1.0]])))  # type: ignore[arg-type]
+
+
+def test_accumulation_gives_the_loss_of_the_whole_batch(llama: Any) -> None:
+    masked = ("task.mask_prompt=true", "method=full", "protocol.max_steps=2", "protocol.eval_steps=2")
+    whole, _ = run(llama(*masked, "train.batch_size=4"))
+    parts, _ = run(llama(*masked, "train.batch_size=2", "train.grad_accumulation=2"))
+    assert parts["result"]["value"] == pytest.approx(whole["result"]["value"], rel=1e-4)
+
+
+def test_lower_is_better(llama: Any) -> None:
+    config = llama("method=full", "train.lr=5", "protocol.max_steps=6", "protocol.eval_steps=2")
+    record, _ = run(config)
+    trained = [row["nll"] for row in record["evaluations"] if row["step"]]
+    assert record["result"]["value"] == min(trained)
+
+
+def test_schedule_and_warm_up_reach_the_trainer(llama: Any) -> None:
+    arguments = training_arguments(llama("train.warmup_steps=7"), rows=100)
+    assert (arguments.lr_scheduler_type, arguments.warmup_steps) == ("cosine", 7)
+
+
+def test_table6_is_section_5_2(conf: Composer) -> None:
+    config = build(conf("experiment=table6", "method=sparsegrad"))
+    method: Any = config.method
+    assert (method.keep, method.density, config.train.lr) == (100000, None, 9e-4)
+    assert (config.train.batch_size, config.train.grad_accumulation, config.train.warmup_steps) == (2, 32, 50)
+    assert (config.train.schedule, config.data.max_length, config.protocol.epochs) == ("cosine", 512, 1)
+    lora: Any = build(conf("experiment=table6", "method=lora")).method
+    assert (lora.rank, lora.alpha, lora.dropout) == (32, 32, 0.05)
+    assert build(conf("experiment=table6_authors", "method=full")).model.dense == ["gate"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("model.blocks=[0,9]",), "block 9 is beyond the model, which has 4 blocks"),
+        (("model.usual.keep=100000",), "has 2048 entries"),
+        (("task.langs=[fr]",), "no conversation is left"),
+        (("train.batch_size=60", "data.max_length=128"), "windows"),
+        (("task.format=chat",), "has no chat template"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(llama: Any, overrides: tuple[str, ...], says: str) -> None:
+    config = llama("method=sparsegrad", *overrides)
+    with pytest.raises(UserError, match=says):
+        run(config)
+    assert not config.record_path.exists()
+
+
+def test_bf16_needs_hardware_that_has_it(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    config = llama("train.precision=bf16_weights")
+    with pytest.raises(UserError, match="Tesla T4 has no bfloat16"):
+        check_precision(config, torch.device("cuda"))
+    check_precision(config, torch.device("cpu"))
+    check_precision(llama("train.precision=fp32"), torch.device("cuda"))
+
+
+def test_a_gated_model_says_how_to_get_access(conf: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+
+    from sparsegrad import models
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError("You are trying to access a gated repo.")
+
+    monkeypatch.setattr(models, "hub_answers", lambda: True)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refused)
+    config = build(conf("experiment=table6"))
+    with pytest.raises(UserError, match=r"meta-llama/Llama-2-7b-hf is gated: ask for access .*hf auth login"):
+        models.load_tokenizer(config.model)
+
+
+def test_a_missing_folder_of_weights_is_named(conf: Composer) -> None:
+    from sparsegrad.models import load_tokenizer
+
+    with pytest.raises(UserError, match="does not exist"):
+        load_tokenizer(build(conf("experiment=table6", "model.source=./none")).model)
+
+
+SEVEN_B = Setup(
+    method="sparsegrad", parameters=6_738_415_616, selected=22 * 4096 * 11008,
+    shapes={"up": (11008, 4096), "down": (4096, 11008)}, linears=22, width=4096, mlp_width=11008, depth=32,
+    vocabulary=32000, tokens=1024, precision="bf16_weights", checkpointing=True,
+)  # fmt: skip
+
+
+def test_the_plan_counts_weights_gradients_and_moments() -> None:
+    need, full = plan(SEVEN_B), plan(replace(SEVEN_B, method="full"))
+    assert need["weights"] == 2 * SEVEN_B.parameters + 2 * SEVEN_B.selected
+    assert (need["gradients"], need["optimizer"]) == (4 * SEVEN_B.selected, 8 * SEVEN_B.selected)
+    assert (full["bases"], need["bases"]) == (0, 2 * 2 * 4 * (4096**2 + 11008**2))
+    assert plan(replace(SEVEN_B, method="lora", rank=32))["optimizer"] == 8 * 32 * (11008 + 4096) * 22
+
+
+def test_the_papers_model_fits_80_gb_and_not_24() -> None:
+    check_fits(SEVEN_B, 80 * GIB)
+    with pytest.raises(UserError, match=r"needs about .* GiB and the device has 24\.0: this would fit: .*lora"):
+        check_fits(SEVEN_B, 24 * GIB)
+    with pytest.raises(UserError, match="no setting of this model fits"):
+        check_fits(SEVEN_B, 4 * GIB)
+
+
+def test_the_remedy_fits(llama: Any) -> None:
+    large = replace(SEVEN_B, precision="fp32", checkpointing=False, tokens=16384)
+    with pytest.raises(UserError, match=r"this would fit: train\.gradient_checkpointing=true"):
+        check_fits(large, 60 * GIB)
+
+
+def test_llama_calibrates_in_bfloat16_with_float32_sums() -> None:
+    from sparsegrad import calibrate
+    from sparsegrad.mlp import find_mlp
+
+    model = tiny_llama(torch.bfloat16)
+    ids = torch.randint(0, 40, (2, 8))
+    linears = {kind: list(found.values()) for kind, found in find_mlp(model).items()}
+    bases = calibrate(model, [{"input_ids": ids, "labels": ids}], linears, steps=1, gram_device="cpu")
+    U = bases["up"].in_basis
+    assert U is not None
+    assert U.dtype == torch.float32
+    assert torch.allclose(U.T @ U, torch.eye(16), atol=1e-5)
+
+
+def test_run_py_refuses_in_one_line(run_py: Any, trees: Path) -> None:
+    done = run_py(*LLAMA, f"data.dir={trees}", "model.blocks=[99]")
+    assert done.returncode == 2
+    assert "block 99 is beyond the model" in done.stderr
+    assert "Traceback" not in done.stderr
