@@ -47,17 +47,15 @@ def steps(method: str) -> list[str]:
 def test_every_method_lowers_the_loss_of_the_chosen_blocks_alone(llama: Any, method: str) -> None:
     config = llama(f"method={method}", *steps(method), "protocol.max_steps=8", "save_model=true")
     record, _ = run(config)
-    before, after = (row["nll"] for row in record["evaluations"])
-    assert record["evaluations"][0]["step"] == 0
-    assert after < before
-    assert record["result"]["value"] == pytest.approx(min(before, after) if after < before else after)
-    assert record["result"]["scores"]["perplexity"] == pytest.approx(np.exp(after))
-    assert record["data"]["counts"]["train_windows"] == record["data"]["counts"]["train_windows"]
+    start, *trained = record["evaluations"]
+    assert start["step"] == 0
+    assert record["result"]["value"] == min(row["nll"] for row in trained) < start["nll"]
+    assert record["result"]["scores"]["perplexity"] == pytest.approx(np.exp(record["result"]["value"]))
     assert 0 < record["trainable"]["share"] < 0.1
-    _check_moved(config, 4)
+    _check_moved(config)
 
 
-def _check_moved(config: RunConfig, depth: int) -> None:
+def _check_moved(config: RunConfig) -> None:
     """Of all parameters only up and down of blocks 0 and 3 differ from the fresh model's."""
     from transformers import AutoModelForCausalLM, set_seed
 
@@ -73,10 +71,9 @@ def _check_moved(config: RunConfig, depth: int) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_weights_with_checkpointing_learn_too(llama: Any, method: str) -> None:
-    overrides = ("train.precision=bf16_weights", "train.gradient_checkpointing=true", "protocol.max_steps=8")
-    record, _ = run(llama(f"method={method}", *steps(method), *overrides))
-    before, after = (row["nll"] for row in record["evaluations"])
-    assert after < before
+    overrides = ("train.precision=bf16_weights", "train.gradient_checkpointing=true", "train.lr=0.1")
+    record, _ = run(llama(f"method={method}", *steps(method), *overrides, "protocol.max_steps=8"))
+    assert record["result"]["value"] < record["evaluations"][0]["nll"]
 
 
 def test_gate_trains_densely_beside_the_sparse_kinds(llama: Any) -> None:
@@ -153,7 +150,7 @@ def test_table6_is_section_5_2(conf: Composer) -> None:
         (("model.blocks=[0,9]",), "block 9 is beyond the model, which has 4 blocks"),
         (("model.usual.keep=100000",), "has 2048 entries"),
         (("task.langs=[fr]",), "no conversation is left"),
-        (("train.batch_size=60", "data.max_length=128"), "windows"),
+        (("train.batch_size=20", "data.max_length=128"), "windows"),
         (("task.format=chat",), "has no chat template"),
     ],
 )
@@ -237,10 +234,3 @@ def test_llama_calibrates_in_bfloat16_with_float32_sums() -> None:
     assert U is not None
     assert U.dtype == torch.float32
     assert torch.allclose(U.T @ U, torch.eye(16), atol=1e-5)
-
-
-def test_run_py_refuses_in_one_line(run_py: Any, trees: Path) -> None:
-    done = run_py(*LLAMA, f"data.dir={trees}", "model.blocks=[99]")
-    assert done.returncode == 2
-    assert "block 99 is beyond the model" in done.stderr
-    assert "Traceback" not in done.stderr

@@ -15,7 +15,7 @@ from transformers import BertForSequenceClassification
 
 from sparsegrad import Basis, UserError, calibrate, find_mlp
 from sparsegrad.config import build
-from sparsegrad.methods.base import Context, Prepared
+from sparsegrad.methods.base import Context, Prepared, adamw
 from sparsegrad.methods.lora import Lora
 from sparsegrad.methods.meprop import MeProp
 from sparsegrad.methods.sparsegrad import SparseGrad
@@ -184,3 +184,13 @@ def test_a_head_that_matches_nothing_is_named(model) -> None:
 def test_a_given_basis_and_a_training_calibration_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="training_calibration=true"):
         SparseGradAuthors(keep=9, basis=str(tmp_path / "basis.safetensors"))
+
+
+def test_a_fused_step_counts_as_a_write() -> None:
+    """`BlockLinear` merges its core when it was written; torch's fused AdamW does not count its writes."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = adamw([parameter], context(train_rest=False))
+    parameter.grad = torch.ones(3)
+    before = parameter._version
+    optimizer.step()
+    assert parameter._version > before

@@ -111,7 +111,11 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def adamw(parameters: Iterable[nn.Parameter], context: Context) -> torch.optim.AdamW:
     """The AdamW of all methods, fused: the same and as fast as it can be for each."""
-    return torch.optim.AdamW(parameters, lr=context.lr, weight_decay=context.weight_decay, fused=True)
+    trained = list(parameters)
+    optimizer = torch.optim.AdamW(trained, lr=context.lr, weight_decay=context.weight_decay, fused=True)
+    # Fused, it writes without counting its writes, by which `BlockLinear` would know that its core has moved.
+    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(trained))
+    return optimizer
 
 
 def count_trainable(model: nn.Module, linears: Linears, per_weight: Mapping[str, int]) -> int:
