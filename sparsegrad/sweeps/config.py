@@ -195,6 +195,11 @@ def _check_overrides(space: Space) -> None:
 
 
 def _check_metric(sweep: SweepConfig, base: RunConfig) -> None:
+    language = base.task.is_language
+    if language and sweep.direction == "maximize":
+        raise fail(
+            "sweep.direction", "maximize", f"{base.task.name} is scored by a loss, which is better lower: minimize"
+        )
     if sweep.metric is not None:
-        given = (*CONFIGS[metric_config(base.task)], "loss")
+        given = ("nll", "perplexity", "loss") if language else (*CONFIGS[metric_config(base.task)], "loss")
         check_choice("sweep.metric", sweep.metric, given, f"these are the scores of {base.task.name}")
