@@ -119,7 +119,7 @@ def test_protocol_heldout_touches_validation_once_and_says_so(tiny: Tiny, monkey
 def test_held_out_rows_are_no_validation_rows(tiny: Tiny) -> None:
     config = tiny("protocol=heldout")
     splits = config.task.load(config.data)
-    sets = runs._tokenized(config, splits, runs.load_tokenizer(config.model))
+    sets = runs.token_sets(config, splits, runs.load_tokenizer(config.model))
     rows = {name: {tuple(row) for row in getattr(sets, name)["input_ids"]} for name in ("train", "choose", "report")}
     assert len(set.union(*rows.values())) == sum(map(len, rows.values())) == 34
 
