@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 QUICKSTART := runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: bench bench-quick help install assets quickstart test check format clean dashboard sweep-table
+.PHONY: bench bench-quick docs help install assets quickstart test check format clean dashboard sweep-table
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ check: $(INSTALLED) ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED) ## build the site of docs/ into build/site; a broken link or reference is an error
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(INSTALLED) ## let ruff format and mend what it can
 	$(BIN)/ruff format .
