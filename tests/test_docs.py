@@ -37,7 +37,7 @@ def test_the_tutorial_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
     for block in blocks("tutorial.md"):
         execute(block, names, "tutorial.md")
     assert (tmp_path / "film-adapter" / "README.md").is_file()
-    assert len(names["losses"]) == 6
+    assert len(names["losses"]) == 4
 
 
 def recipe_names() -> dict[str, Any]:
