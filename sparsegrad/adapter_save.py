@@ -44,8 +44,8 @@ class Saved:
 
     def __str__(self) -> str:
         forms = ", ".join(f"{count} {form}" for form, count in self.forms.items() if count)
-        lora = "" if self.lora_bytes is None else f" (LoRA of the same count: {_mb(self.lora_bytes)})"
-        return f"MLP weights {_mb(self.mlp_bytes)}{lora}, the rest {_mb(self.rest_bytes)}; tensors: {forms}"
+        lora = "" if self.lora_bytes is None else f" (LoRA of the same count: {_readable(self.lora_bytes)})"
+        return f"MLP weights {_readable(self.mlp_bytes)}{lora}, the rest {_readable(self.rest_bytes)}; tensors: {forms}"
 
 
 def save_adapter(
@@ -259,5 +259,5 @@ def _some(names: set[str]) -> str:
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.2f} MB"
+def _readable(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 10**6 else f"{size / 1e3:.1f} kB"

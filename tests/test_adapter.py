@@ -140,11 +140,12 @@ def test_a_folder_is_a_base_and_a_head_that_it_lacks_is_new(tmp_path: Path) -> N
     assert str(tmp_path) not in (tmp_path / "adapter" / "README.md").read_text()
 
 
-def test_with_a_tolerance_kept_entries_are_stored_and_keep_their_promise(tmp_path: Path) -> None:
-    """A leading block of the rotated space holds the change: its few columns of the basis are smaller than W."""
-    base = tiny_model("llama", torch.float32)
+@pytest.mark.parametrize("layout", ["llama", "gpt2"])
+def test_with_a_tolerance_kept_entries_are_stored_and_keep_their_promise(layout: str, tmp_path: Path) -> None:
+    """Few entries changed in the rotated space: they and the columns of the basis they need are smaller than W."""
+    base = tiny_model(layout, torch.float32)
     model = copy.deepcopy(base)
-    optimizer = train(model, "llama", steps=2, keep=4)
+    optimizer = train(model, layout, steps=2, keep=4)
     exact = save_adapter(model, tmp_path / "exact", base, optimizer)
     small = save_adapter(model, tmp_path / "small", base, optimizer, tolerance=1e-3)
     assert small.forms["rotated"] > 0
@@ -174,7 +175,7 @@ def test_the_size_beside_lora_is_what_peft_saves(trained: Trained, tmp_path: Pat
 def test_the_card_says_what_it_is(saved: Path) -> None:
     card = (saved / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: sparsegrad\nbase_model:")
-    assert "LoRA of the same count" in card
+    assert "kB (LoRA of the same count: 0." in card
     assert "bit for bit" in card
 
 
