@@ -6,7 +6,7 @@ measured again, so the same command goes on where it was stopped.
 
 Schema of `results/bench/HARDWARE.json` (schema 1):
 
-    name, hardware, versions, git, finished     the machine and the code
+    name, hardware, versions, git, schedule, finished   of the last call: machine, code, how often and how long
     settings    key -> what is the same for all arms: shape, blocks (of the model, None: all), batch, length, padding
                 (max_length, longest, none), task (whose token lengths), rest (trained, frozen), precision, mode,
                 density; tokens a step, label (what was cut), lora_rank, presets, and predicted: reference -> arm ->
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
         bench.write()
     else:
         bench.run(planned, apart)
-    print(f"{bench.out}, {bench.out.with_suffix('.md')}")
+    print(f"{bench.out} and beside it a table (.md) and, with matplotlib, a plot (.png)")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -67,9 +67,9 @@ class Arm:
         return made
 
 
-def _sparsegrad(about: str, cost: str, **options: Any) -> Arm:
+def _sparsegrad(about: str, cost: str, only: Callable[[Setting], bool] = lambda setting: True, **options: Any) -> Arm:
     method = "methods.sparsegrad:SparseGrad"
-    return Arm(about=about, method=method, cost=cost, options=options, sized=by_density, bases=True)
+    return Arm(about=about, method=method, cost=cost, options=options, sized=by_density, bases=True, only=only)
 
 
 def _lora(about: str, method: str, only: Callable[[Setting], bool] = lambda setting: True) -> Arm:
@@ -96,10 +96,17 @@ ARMS: dict[str, Arm] = {
         options={"density": AUTHORS_DENSITY, "engine": "layer"},
         bases=True,
     ),
-    "merged": _sparsegrad("SparseGrad, engine merged", "both_sides", engine="merged"),
-    "merged_small_side": _sparsegrad("engine merged, small side only: not exact", "small_side", sides="small"),
-    "merged_compact": _sparsegrad(
-        "the same with compact moments and released gradients",
+    "merged": _sparsegrad("SparseGrad, engine merged", "both_sides"),
+    "merged_release": _sparsegrad("merged, gradients released", "both_sides", release_gradients=True),
+    "merged_drop": _sparsegrad(
+        "merged, padding dropped", "both_sides", lambda s: s.padding == "max_length", drop_padding=True
+    ),
+    "merged_bf16": _sparsegrad(
+        "merged, inputs kept in bf16", "both_sides", lambda s: s.precision in ("fp32", "tf32"), save_dtype="bf16"
+    ),
+    "merged_small": _sparsegrad("merged, small side only, not exact", "small_side", sides="small"),
+    "merged_lean": _sparsegrad(
+        "merged, small side, moments on the support, gradients released; not exact",
         "small_side",
         sides="small",
         moments="support",

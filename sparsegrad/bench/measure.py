@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -162,8 +162,9 @@ def _prepare(
 
 
 def _context(setting: Setting, source: Iterator[Batch], device: torch.device, bases: Bases) -> Context:
-    def stored(*_: Any) -> tuple[dict[str, Basis], dict[str, Any]]:
-        return {kind: basis.to(device) for kind, basis in bases().items()}, {}
+    def stored(settings: Mapping[str, Any] | None, _: Any) -> tuple[dict[str, Basis], dict[str, Any]]:
+        sides = (settings or {}).get("sides", "both")
+        return {kind: basis.only(sides).to(device) for kind, basis in bases().items()}, {}
 
     return Context(
         lr=1e-5,

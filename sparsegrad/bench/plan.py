@@ -14,8 +14,8 @@ from sparsegrad.bench.settings import Setting
 
 PRESETS = ("core", "paper", "model", "precision", "tokens", "width", "llama", "compiled", "decomposition")
 _FLOOR_AND_MAIN = ("frozen", *MAIN_ARMS)
-_BARS = ("frozen", "full", "lora_peft", "lora_fused", "layer_regular", "merged", "fast")
-_FEW_BARS = ("full", "lora_peft", "layer_regular", "merged", "fast")
+_BARS = ("frozen", "full", "lora_peft", "lora_fused", "layer_regular", "merged", "merged_lean", "fast")
+_FEW_BARS = ("full", "lora_peft", "layer_regular", "merged", "merged_small", "fast")
 _LLAMA_GIB = 24  # two true-size blocks in float32 with moments and bases
 
 

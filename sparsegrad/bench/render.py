@@ -33,7 +33,7 @@ def _lines(document: Mapping[str, Any]) -> Iterable[str]:
     for key, setting in document["settings"].items():
         arms = document["summary"].get(key)
         if arms:
-            yield from _setting(setting, arms)
+            yield from _setting(setting, arms, _length(document, key))
     yield from _apart("Calibration of each shape", document["calibrations"])
     yield from _apart("Decomposition alone", document["decompositions"])
 
@@ -43,24 +43,36 @@ def _preamble(document: Mapping[str, Any]) -> Iterable[str]:
     device = hardware.get("gpu", hardware["cpu"])
     yield f"# Speed and memory: {device}"
     yield ""
-    yield f"{hardware['threads']} CPU threads; torch {versions['torch']}, transformers {versions['transformers']}, "
+    yield f"{hardware['threads']} CPU threads; torch {versions['torch']}, transformers {versions['transformers']},"
     yield f"peft {versions['peft']}. Random weights of the true architecture, random tokens of true lengths."
-    yield "Medians over repeats, each ratio taken within a repeat, its least and greatest in brackets. Memory: "
+    yield "Medians over repeats, each ratio taken within a repeat, its least and greatest in brackets. Memory:"
     if hardware["device"] == "cuda":
-        yield "peak allocated in the measured steps. "
+        yield "peak allocated in the measured steps."
     else:
-        yield "peak resident in the measured steps, above the loaded model. "
+        yield "peak resident in the measured steps, above the loaded model."
     yield "Predicted: by the multiplications of the MLP linears alone (docs/performance.md)."
     yield ""
 
 
-def _setting(setting: Mapping[str, Any], arms: Mapping[str, Any]) -> Iterable[str]:
+def _setting(setting: Mapping[str, Any], arms: Mapping[str, Any], length: str) -> Iterable[str]:
     yield f"## {setting['label']}"
     yield ""
-    yield _conditions(setting)
+    yield f"{_conditions(setting)}. {length}"
     yield ""
     yield from table(_HEAD, (_row(setting, arm, found) for arm, found in arms.items()))
     yield ""
+
+
+def _length(document: Mapping[str, Any], key: str) -> str:
+    """How many steps a process took, and whether that is fewer than wanted."""
+    cells = [cell for cell in document["cells"] if cell["setting"] == key and cell["status"] == "complete"]
+    if not cells:
+        return "Nothing could be measured."
+    repeats = len({cell["repeat"] for cell in cells})
+    steps, warmup = min(cell["steps"] for cell in cells), min(cell["warmup_steps"] for cell in cells)
+    short = steps < 50 or warmup < 20 or repeats < 3
+    few = " Fewer than the rule asks (50 after 20, 3 processes)." if short else ""
+    return f"{repeats} processes an arm, {steps} steps after {warmup}.{few}"
 
 
 def _conditions(setting: Mapping[str, Any]) -> str:

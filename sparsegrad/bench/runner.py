@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from sparsegrad.bench.arms import find_arm
 from sparsegrad.bench.bars import bars
 from sparsegrad.bench.decompose import stacked_mib
 from sparsegrad.bench.plan import Decomposition, Planned, Schedule
+from sparsegrad.bench.plot import write_plot
 from sparsegrad.bench.settings import Setting
+from sparsegrad.errors import UserError
 from sparsegrad.records import environment, now, write_json
 
 ROOT = Path(__file__).parents[2]
@@ -75,12 +77,23 @@ class Bench:
         self.document["bars"] = bars(self.document)
         write_json(self.out, self.document)
         render.write_table(self.document, self.out.with_suffix(".md"))
+        try:
+            write_plot(self.document, self.out.with_suffix(".png"))
+        except UserError as error:
+            self.tell(str(error))
 
     def _head(self) -> dict[str, Any]:
         found = environment(self.device)
         slug = machine.slug(self.device, self.threads)
         facts = {**machine.facts(self.device), "threads": self.threads}
-        return {"name": slug, "hardware": facts, "versions": found["versions"], "git": found["git"]}
+        schedule = asdict(self.schedule)
+        return {
+            "name": slug,
+            "schedule": schedule,
+            "hardware": facts,
+            "versions": found["versions"],
+            "git": found["git"],
+        }
 
     def _note(self, chosen: Planned) -> None:
         known = self.document["settings"].get(chosen.setting.key, {})
