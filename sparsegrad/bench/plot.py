@@ -72,7 +72,7 @@ def _bars(axes: Any, document: Mapping[str, Any]) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color="gray", linewidth=0.8)
     axes.set(title=document["settings"][key]["label"], xlabel="steps/s over full fine-tuning")
-    axes.legend()
+    axes.legend(loc="lower right")
 
 
 def _lines(axes: Any, document: Mapping[str, Any], points: Points, name: str) -> None:

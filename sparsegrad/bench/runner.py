@@ -157,7 +157,7 @@ class Bench:
             return
         sizes = {"out_features": wanted.out_features, "in_features": wanted.in_features, "count": wanted.count}
         answer = self._process("decompose", method=wanted.method, **sizes, seed=0)
-        arithmetic = {"stacked_tensor_mib": round(stacked_mib(**sizes), 1)}
+        arithmetic = {"stacked_tensor_mib": round(stacked_mib(**sizes), 3)}
         found[wanted.key] = {"method": wanted.method, **sizes, **arithmetic, **answer, **self._stamp()}
         write_json(self.out, self.document)
         self.tell(f"decomposition {wanted.key}: {_told(answer)}")

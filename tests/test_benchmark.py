@@ -1,0 +1,315 @@
+"""The benchmark: what is compared with what, what is written, what is not measured twice. No time is tested."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsegrad import benchmark
+from sparsegrad.bench import machine, results
+from sparsegrad.bench.arms import ARMS, REFERENCES, arms_of, lora_rank
+from sparsegrad.bench.bars import bars
+from sparsegrad.bench.measure import batches
+from sparsegrad.bench.plan import Decomposition, Planned, Schedule, plan
+from sparsegrad.bench.render import write_table
+from sparsegrad.bench.runner import Bench, interleaved, run_process
+from sparsegrad.bench.settings import Setting
+from sparsegrad.errors import UserError
+
+CPU = torch.device("cpu")
+SETTING = Setting(shape="mlp_tiny", batch=2, length=8, padding="none", density=0.05)
+SPEEDS = {"full": 2.0, "lora_peft": 4.0, "merged": 1.0, "fast": 5.0}
+SCHEDULE = Schedule(repeats=2, warmup=2, steps=3, calibration_steps=2)
+# Not on the machines that the benchmark goes to, or not to be dragged in.
+BLOCKED = ("hydra", "omegaconf", "datasets", "evaluate", "optuna", "pandas", "sklearn", "tensorly")
+
+
+class Fake(Bench):
+    """Answers of a fixed speed by arm instead of processes; counts them, and fails where told."""
+
+    failing = ""
+
+    def _process(self, job: str, **arguments: Any) -> dict[str, Any]:
+        self.__dict__.setdefault("asked", []).append((job, arguments))
+        if job != "measure":
+            Path(arguments["bases"]).parent.mkdir(parents=True, exist_ok=True)
+            Path(arguments["bases"]).touch()
+            return {"status": "complete", "seconds": 1.0, "peak_mib": 1.0, "steps": 2, "tokens": 16}
+        if arguments["arm"] == self.failing:
+            return {"status": "failed", "reason": "out of memory"}
+        speed = SPEEDS[arguments["arm"]] * (1 + arguments["seed"])  # the machine drifts between the repeats
+        steps = min(arguments["steps"], 3)
+        return {
+            "status": "complete",
+            "steps_per_second": speed,
+            "peak_mib": 10 * speed,
+            "steps": steps,
+            "warmup_steps": 2,
+            "step_ms": [1000 / speed] * steps,
+        }
+
+    @property
+    def measured(self) -> list[tuple[str, int]]:
+        return [(arguments["arm"], arguments["seed"]) for job, arguments in self.asked if job == "measure"]
+
+
+def fake(folder: Path, **more: Any) -> Fake:
+    bench = Fake(out=folder / "x.json", work=folder / "w", device=CPU, threads=1, schedule=SCHEDULE, **more)
+    bench.tell = lambda line: None
+    bench.__dict__["asked"] = []
+    return bench
+
+
+def run(bench: Bench, arms: tuple[str, ...] = ("full", "lora_peft", "merged", "fast")) -> dict[str, Any]:
+    bench.run([(Planned(preset="core", setting=SETTING), list(arms))], [])
+    return dict(json.loads(bench.out.read_text()))
+
+
+def test_the_arms_are_those_of_the_comparison_and_every_one_can_be_made() -> None:
+    assert {
+        "frozen", "full", "lora_peft", "lora_dtype", "lora_fused", "meprop", "layer_regular", "layer_sparse_dense",
+        "authors", "merged", "fast",
+    } <= set(ARMS)  # fmt: skip
+    assert set(REFERENCES) <= set(ARMS)
+    for arm in ARMS.values():
+        assert arm.make(Setting(shape="mlp_768", padding="none")).prepare
+
+
+def test_lora_has_as_many_entries_as_are_kept() -> None:
+    setting = Setting(shape="roberta_base", task="cola")
+    kept = 0.01 * 768 * 3072
+    assert abs(lora_rank(setting) * (768 + 3072) - kept) <= (768 + 3072) / 2
+
+
+def test_an_arm_that_differs_only_in_bf16_or_with_padding_is_measured_there_only() -> None:
+    assert "lora_dtype" not in arms_of(SETTING, ())
+    assert "lora_dtype" in arms_of(replace(SETTING, precision="bf16"), ())
+    assert "merged_drop" not in arms_of(SETTING, ())
+    assert arms_of(SETTING, ("fast", "full")) == ["full", "fast"]
+
+
+def test_arms_take_turns_within_a_repeat() -> None:
+    assert list(interleaved(["a", "b"], 2)) == [(0, "a"), (0, "b"), (1, "a"), (1, "b")]
+
+
+def test_ratios_are_taken_within_a_repeat(tmp_path: Path) -> None:
+    summary = run(fake(tmp_path))["summary"][SETTING.key]
+    # Every pair agrees although the speeds of the repeats differ by a factor of two.
+    assert summary["fast"]["speed"]["lora_peft"] == {"median": 1.25, "min": 1.25, "max": 1.25, "n": 2}
+    assert summary["merged"]["memory"]["full"]["median"] == 0.5
+    assert summary["fast"]["steps_per_second"] == {"median": 7.5, "min": 5.0, "max": 10.0, "n": 2}
+
+
+def test_cells_of_different_length_are_not_compared(tmp_path: Path) -> None:
+    document = run(fake(tmp_path))
+    cell = results.find_cell(document, SETTING.key, "fast", 1)
+    assert cell is not None
+    cell["steps"] += 1
+    assert results.summarise(document)[SETTING.key]["fast"]["speed"]["full"]["n"] == 1
+
+
+def test_all_arms_take_the_steps_that_the_first_had_time_for(tmp_path: Path) -> None:
+    bench = fake(tmp_path)
+    bench.schedule = replace(SCHEDULE, steps=50, warmup=20, seconds=1.0)
+    run(bench)
+    asked = [(a["warmup"], a["steps"], a["seconds"]) for job, a in bench.asked if job == "measure"]
+    assert asked[0] == (20, 50, 1.0)
+    assert set(asked[1:]) == {(2, 3, None)}
+
+
+def test_what_is_there_is_not_measured_again_unless_forced(tmp_path: Path) -> None:
+    run(fake(tmp_path), ("full", "merged"))
+    again = fake(tmp_path)
+    run(again, ("full", "merged", "fast"))
+    assert again.measured == [("fast", 0), ("fast", 1)]
+    assert [job for job, _ in again.asked].count("calibrate") == 0
+    forced = fake(tmp_path, force=True)
+    document = run(forced, ("full", "merged"))
+    assert len(forced.measured) == 4
+    assert len(document["cells"]) == 6  # replaced, not doubled
+
+
+def test_a_failure_is_a_result_and_stops_no_other(tmp_path: Path) -> None:
+    bench = fake(tmp_path)
+    bench.failing = "full"
+    document = run(bench)
+    assert [cell["reason"] for cell in document["cells"] if cell["arm"] == "full"] == ["out of memory"] * 2
+    summary = document["summary"][SETTING.key]
+    assert summary["full"]["failed"] == ["out of memory"]
+    assert summary["merged"]["speed"]["full"] is None
+    assert summary["fast"]["speed"]["lora_peft"]["median"] == 1.25
+    assert "failed: out of memory" in bench.out.with_suffix(".md").read_text()
+
+
+def test_nothing_new_is_started_after_the_minutes(tmp_path: Path) -> None:
+    bench, lines = fake(tmp_path), []
+    bench.schedule, bench.tell = replace(SCHEDULE, minutes=1e-9), lines.append
+    assert run(bench)["cells"] == []
+    assert "8 measurements left" in lines[-1]
+
+
+def test_the_bars_are_read_from_the_summary(tmp_path: Path) -> None:
+    found = {bar["bar"]: bar for bar in bars(run(fake(tmp_path)))}
+    assert found["fast, speed over peft LoRA"]["met"] is True
+    assert found["fast, memory over peft LoRA"]["met"] is False
+    assert "merged, speed over full fine-tuning" not in found  # asked at 4,096 tokens alone
+
+
+def test_calibration_is_compared_at_the_same_count_or_extrapolated_and_says_so() -> None:
+    shape = {"status": "complete", "out_features": 8, "in_features": 4, "stacked_tensor_mib": 100.0, "peak_mib": 4.0}
+    counts = {("gram", 2): 1.0, ("gram", 10): 2.0, ("stacked", 2): 6.0, ("stacked", 4): 8.0}
+    document = results.empty()
+    for (method, count), seconds in counts.items():
+        document["decompositions"][f"{method}{count}"] = {
+            **shape, "method": method, "count": count, "seconds": seconds,
+        }  # fmt: skip
+    speed = [bar for bar in bars(document) if "speed" in bar["bar"]]
+    assert [(bar["measured"]["median"], bar["how"][:8]) for bar in speed] == [(6.0, "measured"), (7.0, "stacked:")]
+    assert all(bar["met"] for bar in bars(document))
+
+
+def test_the_document_has_the_fields_that_its_schema_names(tmp_path: Path) -> None:
+    document = run(fake(tmp_path))
+    assert document["schema"] == results.SCHEMA
+    assert benchmark.__doc__ is not None
+    for name in document:
+        assert name == "schema" or name in benchmark.__doc__
+    setting = document["settings"][SETTING.key]
+    assert setting["tokens"] == 16
+    assert setting["presets"] == ["core"]
+    assert results.setting_of(document, SETTING.key) == SETTING
+    assert set(setting["predicted"]["full"]) == set(ARMS)
+    assert setting["predicted"]["full"]["full"] == 1
+
+
+def test_a_table_and_a_plot_lie_beside_the_results(tmp_path: Path) -> None:
+    run(fake(tmp_path))
+    table = (tmp_path / "x.md").read_text()
+    assert "`fast`: " + ARMS["fast"].about in table
+    assert "2 processes an arm, 3 steps after 2. Fewer than the rule asks" in table
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_a_table_of_nothing_is_written_too(tmp_path: Path) -> None:
+    bench = fake(tmp_path)
+    bench.run([], [])
+    write_table(json.loads(bench.out.read_text()), tmp_path / "t.md")
+    assert "# Speed and memory" in (tmp_path / "t.md").read_text()
+
+
+def test_no_two_planned_settings_are_the_same() -> None:
+    planned = plan(CPU, quick=False)
+    keys = [found.setting.key for found in planned]
+    assert len(set(keys)) == len(keys)
+    assert {found.preset for found in planned} >= {"core", "paper", "model", "tokens", "width", "llama"}
+
+
+def test_the_plan_for_a_gpu_has_its_precisions_and_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(machine, "gpu_memory_gib", lambda device: 80.0)
+    planned = plan(torch.device("cuda"), quick=False)
+    settings = [found.setting for found in planned]
+    assert {s.precision for s in settings} == {"fp32", "tf32", "bf16_autocast", "bf16"}
+    assert {s.shape for s in settings} >= {"bert_base", "roberta_base", "roberta_large", "minilm", "llama_2_7b"}
+    assert {s.batch for s in settings if s.shape == "bert_base"} == {8, 16, 32}
+    assert all(s.blocks is None for s in settings if s.shape == "roberta_base")
+    assert len({s.key for s in settings}) == len(settings)
+    monkeypatch.setattr(machine, "gpu_memory_gib", lambda device: 8.0)
+    assert "llama_2_7b" not in {found.setting.shape for found in plan(torch.device("cuda"), quick=False)}
+
+
+def test_every_arm_gets_the_same_batches_padded_as_asked() -> None:
+    longest = Setting(shape="minilm", padding="longest", task="mrpc", batch=4)
+    first, second = (list(_take(batches(longest, CPU, 3, 5), 5)) for _ in range(2))
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, second, strict=True))
+    assert all(batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1] for batch in first)
+    padded = next(batches(replace(longest, padding="max_length"), CPU, 3, 1))
+    assert padded["input_ids"].shape == (4, 128)
+    assert (padded["attention_mask"].sum(1) < 128).any()
+
+
+def _take(source: Any, count: int) -> Any:
+    return [next(source) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--arms", "lora,full"], "arm=lora is not allowed: choose one of frozen, full"),
+        (["--shape", "bert"], "shape=bert is not allowed: choose one of bert_base"),
+        (["--shape", "bert_base", "--precision", "tf32", "--device", "cpu"], "fp32"),
+        (["--shape", "bert_base", "--precision", "fp8"], "choose one of fp32, tf32"),
+        (["--shape", "bert_base", "--blocks", "13"], "of at most 12"),
+        (["--shape", "mlp_768", "--padding", "longest"], "give none"),
+        (["--shape", "minilm", "--task", "qnli"], "choose one of cola"),
+        (["--batch", "8"], "--batch belongs to --shape"),
+        (["--presets", "all"], "choose one of core"),
+        (["--repeats", "0"], "of at least 1"),
+        (["--minutes", "-1"], "above 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.json"
+    assert benchmark.main([*arguments, "--out", str(out), "--list"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert says in error
+    assert not out.exists()
+
+
+def test_a_gpu_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert benchmark.main(["--device", "cuda"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_results_of_another_schema_are_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"schema": 99}')
+    with pytest.raises(UserError, match="schema 99"):
+        run(fake(tmp_path))
+    assert path.read_text() == '{"schema": 99}'
+
+
+def test_a_process_that_dies_leaves_its_reason(tmp_path: Path) -> None:
+    assert "signal 9" in run_process(["bash", "-c", "kill -9 $$"], tmp_path / "a.json", {})["reason"]
+    assert run_process(["bash", "-c", "echo no >&2; exit 1"], tmp_path / "a.json", {})["reason"] == "no"
+
+
+def test_a_real_run_needs_only_torch_transformers_and_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = f"import sys\nfor name in {BLOCKED}: sys.modules[name] = None\n"
+    (tmp_path / "sitecustomize.py").write_text(blocks)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    arguments = ["--shape", "tiny", "--task", "cola", "--batch", "2", "--length", "16", "--repeats", "1"]
+    counts = ["--warmup", "2", "--steps", "3", "--threads", "1", "--device", "cpu", "--calibration-steps", "2"]
+    out = ["--out", str(tmp_path / "x.json"), "--work", str(tmp_path / "w")]
+    arms = ("full", "lora_peft", "merged")
+    assert benchmark.main([*arguments, *counts, *out, "--density", "0.05", "--arms", ",".join(arms)]) == 0
+    document = json.loads((tmp_path / "x.json").read_text())
+    assert [(cell["arm"], cell.get("reason")) for cell in document["cells"]] == [(arm, None) for arm in arms]
+    for cell in document["cells"]:
+        assert len(cell["step_ms"]) == cell["steps"] == 3
+        assert cell["memory"]["device"] == "cpu"
+        assert cell["trainable"] > 0
+    (summary,) = document["summary"].values()
+    assert all(summary[arm]["speed"]["full"]["n"] == 1 for arm in arms)
+    assert document["calibrations"]["tiny-2"]["steps"] == 2
+
+
+def test_a_decomposition_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
+    bench = Bench(out=tmp_path / "x.json", work=tmp_path, device=CPU, threads=1, schedule=SCHEDULE)
+    bench.tell = lambda line: None
+    bench.run([], [Decomposition(method="gram", out_features=16, in_features=8, count=3)])
+    (found,) = bench.document["decompositions"].values()
+    assert found["status"] == "complete"
+    assert found["stacked_tensor_mib"] == round(16 * 8 * 3 * 8 / 2**20, 3)
