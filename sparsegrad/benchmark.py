@@ -38,6 +38,7 @@ import torch
 from sparsegrad.bench import machine
 from sparsegrad.bench.arms import ARMS, arms_of, find_arm
 from sparsegrad.bench.plan import PRESETS, Decomposition, Planned, Schedule, decompositions, default_schedule, plan
+from sparsegrad.bench.render import predictions
 from sparsegrad.bench.results import read
 from sparsegrad.bench.runner import Bench
 from sparsegrad.bench.settings import MODES, PRECISIONS, RESTS, Setting
@@ -60,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Check everything, then measure."""
+    if options.predict:
+        print("\n".join(predictions()))
+        return
     device = machine.pick_device(options.device)
     schedule = _schedule(options, device)
     planned, apart = _chosen(options, device)
@@ -98,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     made.add_argument("--force", action="store_true", help="measure again what is there")
     made.add_argument("--render", action="store_true", help="measure nothing: table and plot of what is there")
+    made.add_argument("--predict", action="store_true", help="measure nothing: what the arithmetic predicts")
     made.add_argument("--list", action="store_true", help="print what would be measured")
     for name, about in (("threads", "CPU threads"), ("repeats", "processes per arm"), ("warmup", "steps not measured")):
         made.add_argument(f"--{name}", type=int, help=about)

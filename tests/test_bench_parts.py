@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparsegrad import Basis, SparseGradLinear
 from sparsegrad.bench.arithmetic import COSTS, Linear, relative_speed
 from sparsegrad.bench.lengths import batch_lengths, histograms, mean_length, token_batch
+from sparsegrad.bench.render import predictions
 from sparsegrad.bench.rivals import FusedLoraLinear
 from sparsegrad.bench.shapes import SHAPES, build_model, find_shape, mlp_linears
 from sparsegrad.block import BlockLinear
@@ -39,7 +41,7 @@ LAYERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
 def test_the_predicted_cost_is_what_a_pass_multiplies(name: str) -> None:
     layer = LAYERS[name](nn.Linear(N, M))
     x = torch.randn(T, N, requires_grad=True)
-    in_place = {torch.ops.aten.addmm_: addmm_flop}
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         layer(x).sum().backward()
     merged = min(CORE) / (2 * T) if name == "block" else 0  # the block's merge comes after a step
@@ -51,6 +53,11 @@ def test_the_rotation_costs_less_the_more_tokens_share_it() -> None:
     for cost in ("both_sides", "small_side"):
         assert relative_speed(cost, [few]) < relative_speed(cost, [many]) < 1
     assert relative_speed("full", [few]) == 1
+
+
+def test_the_documentation_tells_the_predictions_of_this_code() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "performance.md").read_text()
+    assert "\n".join(predictions()) in page, "put what `python -m sparsegrad.benchmark --predict` prints there"
 
 
 def test_fused_lora_is_lora() -> None:

@@ -6,9 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsegrad.bench.arithmetic import COSTS, relative_speed
 from sparsegrad.bench.arms import ARMS
+from sparsegrad.bench.results import mlp_of
+from sparsegrad.bench.settings import Setting
 from sparsegrad.records import write_text
 
+PREDICTED_BATCHES = (4, 16, 32, 64)  # of 128 tokens
 _HEAD = (
     "arm",
     "steps/s",
@@ -25,6 +29,14 @@ _HEAD = (
 def write_table(document: Mapping[str, Any], path: Path) -> None:
     """Write the results to `path` as Markdown, atomically."""
     write_text(path, "\n".join(_lines(document)) + "\n")
+
+
+def predictions(shape: str = "mlp_768") -> list[str]:
+    """Steps/s over full fine-tuning that the arithmetic gives each cost, by tokens a step."""
+    settings = [Setting(shape=shape, batch=batch, padding="none") for batch in PREDICTED_BATCHES]
+    arms = {cost: ", ".join(f"`{name}`" for name, arm in ARMS.items() if arm.cost == cost) for cost in COSTS}
+    rows = ([arms[cost], *(f"{relative_speed(cost, mlp_of(setting)):.2f}" for setting in settings)] for cost in COSTS)
+    return list(table(("arms", *(f"{setting.tokens:,.0f} tokens" for setting in settings)), rows))
 
 
 def _lines(document: Mapping[str, Any]) -> Iterable[str]:
