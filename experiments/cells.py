@@ -22,10 +22,31 @@ from sparsegrad.tasks.glue import Glue
 ROOT = Path(__file__).parents[1]
 SCALES = ("paper", "mini")
 # Table -> experiment YAML, by scale. The mini tables share their runs: one small model stands for all of the paper's.
-EXPERIMENTS: dict[str, dict[str, str]] = {
-    "paper": {name: name for name in ("table4", "table5", "table9", "table10", "table11", "table12")},
-    "mini": dict.fromkeys(("table4", "table5", "table9", "table10"), "table5_mini")
-    | dict.fromkeys(("table11", "table12"), "table11_mini"),
+EXPERIMENTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "paper": {name: (name,) for name in ("table4", "table5", "table9", "table10", "table11", "table12")}
+    | {"ablation": ("table11", "table12"), "all": ("table4", "table5", "table11", "table12")},
+    "mini": dict.fromkeys(("table4", "table5", "table9", "table10"), ("table5_mini",))
+    | dict.fromkeys(("table11", "table12", "ablation"), ("table11_mini",))
+    | {"basis": ("basis_mini",), "all": ("table5_mini", "table11_mini", "basis_mini")},
+}
+# What else a name needs: the command that makes it, by hand where it takes hardware of its own.
+MEASURED = {
+    "figure2": ("figure2",),
+    "figure3": ("figure3",),
+    "basis": ("basis",),
+    "all": ("figure2", "figure3", "basis"),
+}
+BENCHMARK = "measured apart: python -m sparsegrad.benchmark --preset paper"
+ELSEWHERE = {
+    "figure1": "a drawing: no runs",
+    "table1": "counted on the architectures: no runs",
+    "table2": "checked by number: no runs",
+    "table3": BENCHMARK,
+    "table6": "runs of task oasst1, where that task is installed; the table says what is missing",
+    "table7": BENCHMARK,
+    "table8": BENCHMARK,
+    **{f"table{n}": "made by sweeps: python run.py sweep=paper model=... method=... task=..." for n in (13, 14, 15)},
+    "section8": "measured apart: python -m sparsegrad.benchmark --preset decomposition",
 }
 
 
@@ -71,15 +92,16 @@ class Cell:
         return record is not None and record["status"] == "complete"
 
 
-def experiment_of(table: str, scale: str) -> str:
-    """The experiment YAML of a table.
+def experiments_of(name: str, scale: str) -> tuple[str, ...]:
+    """The experiment YAMLs whose runs a table, a figure or `all` needs; none for what is made without runs.
 
     Raises:
-        UserError: for a table that needs no runs at this scale, or does not exist.
+        UserError: for an unknown name or scale.
     """
-    check_choice("scale", scale, SCALES)
-    check_choice("table", table, EXPERIMENTS[scale], f"these are the tables made of runs at scale={scale}")
-    return EXPERIMENTS[scale][table]
+    check_choice("SCALE", scale, SCALES)
+    known = dict.fromkeys([*EXPERIMENTS["paper"], *EXPERIMENTS["mini"], *MEASURED, *ELSEWHERE])
+    check_choice("table", name, list(known))
+    return EXPERIMENTS[scale].get(name, ())
 
 
 def list_cells(experiment: str, extra: Sequence[str] = (), data: str | None = None) -> list[Cell]:

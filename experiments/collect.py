@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from typing import Any
 from experiments.costs import hours
 from sparsegrad.records import SCHEMA
 
+# Folders that tables read: elsewhere, as in a sweep, records of one seed differ by design.
+READ = re.compile(r"(glue|ablation)_.*|mini|mini_ablation|mini_basis")
 PRUNED = "pruned by the sweep"  # how the reason of a trial begins that its sweep stopped: no failure
 
 Key = tuple[str, str, str, str, str]
@@ -56,13 +59,13 @@ class Store:
         return {seed: values.pop() for seed, values in found.items() if len(values) == 1}
 
     def disagreements(self) -> Iterator[str]:
-        """One line for each cell and seed that has two scores."""
-        for key, runs in sorted(self.runs.items()):
+        """One line for each cell and seed that has more than one score."""
+        for key, runs in sorted((key, runs) for key, runs in self.runs.items() if READ.fullmatch(key[0])):
             for seed in sorted({run.seed for run in runs}):
                 of = [run for run in runs if run.seed == seed and run.value is not None]
                 if len({run.value for run in of}) > 1:
                     names = ", ".join(f"{run.path.name} {run.value:.2f}" for run in of)
-                    yield f"{'/'.join(key)} seed {seed}: two records disagree ({names}); neither is used: delete one"
+                    yield f"{'/'.join(key)} seed {seed}: records disagree ({names}): delete the wrong ones"
 
     def failures(self, key: Key) -> list[str]:
         """Reasons of seeds that failed and have no good run."""
@@ -101,14 +104,20 @@ def collect(runs: Path) -> Store:
 
 def _run(place: Path, record: dict[str, Any]) -> tuple[Key, Run]:
     config = record["config"]
-    keep = (
-        config["method"].get("keep") if place.parts[0].endswith("ablation") or "ablation_" in place.parts[0] else None
-    )
-    method = config["method"]["name"] + (f"@{keep}" if keep else "")
+    method = _variant(place.parts[0], config["method"])
     key = (place.parts[0], config["model"]["name"], method, config["task"]["name"], config["protocol"]["name"])
     complete = record["status"] == "complete"
     value = round(100 * float(record["result"]["value"]), 4) if complete else None
     return key, Run(place, int(config["seed"]), value, hours(record), str(record.get("reason", "")))
+
+
+def _variant(folder: str, method: dict[str, Any]) -> str:
+    """A method by its name; in an ablation with what is varied there."""
+    if "ablation" in folder:
+        return f"{method['name']}@{method['keep']}"
+    if "basis" in folder:
+        return "authors" if method["transposed_in_basis"] else "both"
+    return str(method["name"])
 
 
 def skipped_summary(store: Store) -> str:

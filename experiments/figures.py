@@ -28,7 +28,13 @@ _METADATA: dict[str, dict[str, Any]] = {
     "png": {"Software": None},
     "pdf": {"CreationDate": None, "ModDate": None, "Producer": None, "Creator": None},
 }
-_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42, "figure.dpi": 110}
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "pdf.fonttype": 42,
+    "figure.dpi": 110,
+}
 
 
 def draw_all(context: Context) -> dict[str, Path]:
@@ -66,7 +72,8 @@ def figure2(context: Context) -> Figure | None:
     for line, kind in zip(axes, KINDS, strict=True):
         for axis, (view, label) in zip(line, VIEWS.items(), strict=True):
             found = data["kinds"][kind][view]
-            image = axis.imshow(found["log10"], aspect="auto", vmin=-4, vmax=0, cmap="magma", interpolation="nearest")
+            levels = [[float(value) for value in row.split()] for row in found["log10"]]
+            image = axis.imshow(levels, aspect="auto", vmin=-4, vmax=0, cmap="magma", interpolation="nearest")
             axis.set_title(f"{label}\ntop 1 % holds {100 * found['top_1_percent']:.0f} %", fontsize=9)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(f"{kind}\n{found['shape'][0]} outputs x {found['shape'][1]} inputs")
@@ -106,7 +113,7 @@ def _shares(data: dict[str, Any], pad: str, kind: str) -> list[float]:
 
 
 def _real(data: dict[str, Any], pad: str) -> float:
-    return mean(row["real_tokens"] for row in data["shares"] if row["pad"] == pad)
+    return float(mean(row["real_tokens"] for row in data["shares"] if row["pad"] == pad))
 
 
 def basis_study(context: Context) -> Figure | None:

@@ -153,7 +153,7 @@ def _view(matrix: Tensor) -> dict[str, Any]:
     return {
         "shape": list(matrix.shape),
         "top_1_percent": round(top_energy(matrix, 0.01), 4),
-        "log10": [[round(value, 2) for value in row] for row in levels.tolist()],
+        "log10": [" ".join(f"{value:.1f}" for value in row) for row in levels.tolist()],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +24,7 @@ TASKS |= {"SST2": "sst2"}
 ROUNDING = 0.101  # cells and average are each rounded to 0.1: rounding alone moves their difference by up to 0.1
 
 
+@functools.cache  # read anew by each process; callers do not change it
 def read(file: str, folder: Path = DATA) -> pd.DataFrame:
     """One of the tables of figures; all cells of published.csv are text.
 
@@ -42,6 +44,7 @@ def read(file: str, folder: Path = DATA) -> pd.DataFrame:
     return frame
 
 
+@functools.cache
 def cells(table: int, folder: Path = DATA) -> dict[tuple[str, str], tuple[str, str]]:
     """(row, column) -> (value, std) of a printed table; std is empty where none is printed."""
     frame = read("published.csv", folder)

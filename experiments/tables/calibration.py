@@ -67,7 +67,7 @@ def _notes() -> list[str]:
     return [
         "Arithmetic in float32; one layer kind, LLaMA-2 with its 11 blocks 0, 3, ..., 30.",
         *lines,
-        "So the printed memory is one weight's; stacking all blocks, as section 3.1 says, takes the number of blocks more.",
+        "So the printed memory is one weight's; the stack of section 3.1, of all blocks, is larger by their number.",
     ]
 
 

@@ -1,0 +1,148 @@
+"""Show tables and figures from what is on disk: `python -m experiments.report table4`, `... all`.
+
+Writes Markdown, LaTeX and CSV to results/tables, figures to results/figures, and, with `all`, the page
+results/report/index.html. Nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from experiments import figures
+from experiments.cells import SCALES
+from experiments.collect import collect
+from experiments.page import problems, write_figure1, write_page
+from experiments.render import markdown, write_table
+from experiments.tables import (
+    ablation,
+    accuracy,
+    architecture,
+    basis,
+    calibration,
+    correspondence,
+    hyperparams,
+    llama,
+    speed,
+)
+from experiments.tables.base import Context, Table
+from sparsegrad.errors import UserError, check_choice
+from sparsegrad.records import check_writable
+
+Maker = Callable[[Context], Sequence[Table]]
+
+
+def _mini_accuracy(context: Context) -> Sequence[Table]:
+    return [accuracy.mini_overview(context), accuracy.mini(context)]
+
+
+def _speed(*names: str) -> Maker:
+    def make(context: Context) -> Sequence[Table]:
+        return [table for table in speed.tables(context) if table.name in (*names, "table3_measured")]
+
+    return make
+
+
+def _searched(number: int) -> Maker:
+    def make(context: Context) -> Sequence[Table]:
+        return [table for table in hyperparams.tables(context) if table.name in (f"table{number}", "table13_mini")]
+
+    return make
+
+
+def _ablations(context: Context) -> Sequence[Table]:
+    return [ablation.table(context, 11), ablation.table(context, 12)]
+
+
+# What each name shows at the paper's scale; SCALE=mini has its own for the tables of runs.
+MAKERS: dict[str, Maker] = {
+    "table1": lambda context: [architecture.table(context)],
+    "table2": lambda context: [correspondence.table(context)],
+    "table3": _speed("table3"),
+    "table4": lambda context: [accuracy.per_task(context, 4)],
+    "table5": lambda context: [accuracy.averages(context)],
+    "table6": lambda context: [llama.table(context)],
+    "table7": _speed("table7"),
+    "table8": _speed("table8"),
+    "table9": lambda context: [accuracy.per_task(context, 9)],
+    "table10": lambda context: [accuracy.per_task(context, 10)],
+    "table11": lambda context: [ablation.table(context, 11)],
+    "table12": lambda context: [ablation.table(context, 12)],
+    "table13": _searched(13),
+    "table14": _searched(14),
+    "table15": _searched(15),
+    "section8": lambda context: [calibration.table(context)],
+    "basis": lambda context: [basis.table(context)],
+    "ablation": _ablations,
+}
+MINI: dict[str, Maker] = dict.fromkeys(("table4", "table5", "table9", "table10"), _mini_accuracy)
+MINI |= {name: lambda context: [ablation.mini(context)] for name in ("table11", "table12", "ablation")}
+FIGURES = ("figure1", "figure2", "figure3")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; a user's mistake ends with one line and status 2."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__.splitlines()[0])
+    parser.add_argument("name", help=", ".join([*MAKERS, *FIGURES, "all"]))
+    parser.add_argument("--scale", default="paper", help=", ".join(SCALES))
+    parser.add_argument("--results-dir", type=Path, default=Path("results"))
+    options = parser.parse_args(arguments)
+    try:
+        check_choice("table", options.name, [*MAKERS, *FIGURES, "all"])
+        check_choice("scale", options.scale, SCALES)
+        report(options.name, options.scale, options.results_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(name: str, scale: str, results: Path) -> None:
+    """Write what `name` asks for, and print it or where it lies."""
+    check_writable(results / "tables")
+    context = Context(results, collect(results / "runs"), scale)
+    if name in FIGURES:
+        _figures(context, name)
+        return
+    tables = everything(context) if name == "all" else make(context, name)
+    for table in tables:
+        write_table(table, results / "tables")
+    if name == "all":
+        drawn = _figures(context, "all")
+        print(write_page(context, tables, drawn))
+    else:
+        print("\n".join(markdown(table) for table in tables))
+    for line in problems(context):
+        print(f"note: {line}", file=sys.stderr)
+
+
+def make(context: Context, name: str) -> Sequence[Table]:
+    """The tables of one name at the context's scale."""
+    makers = MAKERS | MINI if context.scale == "mini" else MAKERS
+    return makers[name](context)
+
+
+def everything(context: Context) -> list[Table]:
+    """Every table once, the small ones first: they are the ones with runs."""
+    found = [*_mini_accuracy(context), ablation.mini(context), basis.table(context)]
+    for name in MAKERS:
+        found += MAKERS[name](context)
+    return list({table.name: table for table in found}.values())
+
+
+def _figures(context: Context, name: str) -> dict[str, Path]:
+    """Draw the figures; say where they lie, or what brings their data."""
+    for path in write_figure1(context.results / "figures"):
+        print(path)
+    drawn = {} if name == "figure1" else figures.draw_all(context)
+    for path in drawn.values():
+        print(path)
+    if name in figures.FIGURES and not any(path.stem == name for path in drawn.values()):
+        raise UserError(f"{name} has no data: python -m experiments.measure {name} --data <glue folder> makes it")
+    return drawn
+
+
+if __name__ == "__main__":
+    sys.exit(main())
