@@ -121,14 +121,14 @@ def basis_study(context: Context) -> Figure | None:
     data = basis.read(context.results)
     if data is None:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), sharey=True, layout="constrained")
     for axis, kind in zip(axes, KINDS, strict=True):
         for name, label in basis.NAMES.items():
             line = basis.energy(data, name, kind)
             axis.plot(list(line), list(line.values()), marker=".", label=label)
         axis.set(title=kind, xlabel="training step", ylim=(0, 1))
     axes[0].set_ylabel("energy in the largest 1 %")
-    axes[1].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
@@ -171,7 +171,8 @@ def curves(context: Context) -> Figure | None:
     if not any_line:
         plt.close(figure)
         return None
-    axes[1][0].legend(fontsize=6)
+    labels = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=len(labels), fontsize=8)
     return figure
 
 

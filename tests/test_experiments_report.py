@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from test_sweep_dashboard import BROWSER
 
-from experiments import published, render, report
+from experiments import figures, published, render, report
 from experiments.collect import collect
 from experiments.stats import summarise, welch_interval
 from experiments.tables import ablation, accuracy, architecture, basis, calibration, correspondence, llama, speed
@@ -217,6 +217,19 @@ def test_section8_finds_what_the_printed_megabytes_count() -> None:
 def test_table6_and_basis_study_say_what_is_missing(results: Path) -> None:
     assert any(note.startswith("Missing: runs of task oasst1") for note in llama.table(context(results)).notes)
     assert cell(basis.table(context(results)), "energy, output", basis="random") == "missing"
+
+
+def test_curves_are_drawn_from_the_records(results: Path) -> None:
+    for seed, loss in ((42, 0.4), (3705, 0.6)):
+        log = {"losses": [{"step": 10, "loss": loss}], "evaluations": [{"step": 10, "loss": 1.0, "accuracy": 0.9}]}
+        write(results, f"mini/full{seed}", record("full", "snippets", seed, 0.8, **log))
+    of = context(results)
+    assert figures._mean_curve(of.store, "full", "snippets", "losses", "loss") == {10: 0.5}
+    assert figures._mean_curve(of.store, "full", "snippets", "evaluations", None) == {10: 0.9}
+    drawn = figures.draw_all(of)
+    assert {path.stem for path in drawn.values()} == {"curves", "ablation"}
+    assert all(MINI_MARK in title for title in drawn)
+    assert all(path.with_suffix(".pdf").is_file() for path in drawn.values())
 
 
 def test_latex_and_markdown_are_whole(results: Path) -> None:

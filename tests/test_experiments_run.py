@@ -77,7 +77,7 @@ def test_every_table_of_runs_composes(results: Path) -> None:
     for experiment in {name for of in EXPERIMENTS.values() for names in of.values() for name in names}:
         narrow = ["seed=42", "task=stsb", *([f"results_dir={results}"] if "mini" in experiment else [])]
         found = list_cells(experiment, narrow)
-        assert len({cell.config.key for cell in found}) == len(found) >= 5, experiment
+        assert len({cell.config.key for cell in found}) == len(found) >= 2, experiment
         models = {"table4": ["roberta_large"], "table9": ["bert_base"], "table5": ["bert_base", "roberta_base"]}
         if experiment in models:
             assert sorted({cell.config.model.name for cell in found}) == models[experiment]
