@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,22 @@ from sparsegrad.config import RunConfig, build
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.records import read_record
 from sparsegrad.sweeps import hparams
-from sparsegrad.tasks.glue import Glue
+from sparsegrad.tasks.snippets import Snippets
 
 ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
 SCALES = ("paper", "mini")
 # Table -> experiment YAML, by scale. The mini tables share their runs: one small model stands for all of the paper's.
 EXPERIMENTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "paper": {name: (name,) for name in ("table4", "table5", "table9", "table10", "table11", "table12")}
-    | {"ablation": ("table11", "table12"), "all": ("table4", "table5", "table11", "table12")},
+    "paper": {name: (name,) for name in ("table4", "table5", "table6", "table9", "table10", "table11", "table12")}
+    | {"ablation": ("table11", "table12"), "all": ("table4", "table5", "table6", "table11", "table12")},
     "mini": dict.fromkeys(("table4", "table5", "table9", "table10"), ("table5_mini",))
     | dict.fromkeys(("table11", "table12", "ablation"), ("table11_mini",))
-    | {"basis": ("basis_mini",), "all": ("table5_mini", "table11_mini", "basis_mini")},
+    | {"table6": ("table6_mini",), "basis": ("basis_mini",)}
+    | {"all": ("table5_mini", "table11_mini", "basis_mini", "table6_mini")},
 }
+# The grid of an experiment whose YAML gives none.
+GRID = {"seed": "42,3705,2023", "method": "full,lora,sparsegrad,meprop"}
 # What else a name needs: the command that makes it, by hand where it takes hardware of its own.
 MEASURED = {
     "figure2": ("figure2",),
@@ -42,7 +46,7 @@ ELSEWHERE = {
     "table1": "counted on the architectures: no runs",
     "table2": "checked by number: no runs",
     "table3": BENCHMARK,
-    "table6": "runs of task oasst1, where that task is installed; the table says what is missing",
+    "table6": "LLaMA-2-7B on OASST1; the table says what is missing",
     "table7": BENCHMARK,
     "table8": BENCHMARK,
     **{f"table{n}": "made by sweeps: python run.py sweep=paper model=... method=... task=..." for n in (13, 14, 15)},
@@ -72,9 +76,9 @@ class Cell:
         return " ".join(self.point.values())
 
     @property
-    def is_glue(self) -> bool:
-        """Whether its data comes from GLUE, and so from `data.dir` where one is given."""
-        return isinstance(self.config.task, Glue)
+    def takes_data(self) -> bool:
+        """Whether its data comes from the folder that `DATA` names; the snippets have an asset of their own."""
+        return not isinstance(self.config.task, Snippets)
 
     def record(self) -> dict[str, Any] | None:
         """Its record, or None; a damaged one counts as none, as the next run replaces it."""
@@ -101,7 +105,7 @@ def experiments_of(name: str, scale: str) -> tuple[str, ...]:
     check_choice("SCALE", scale, SCALES)
     known = dict.fromkeys([*EXPERIMENTS["paper"], *EXPERIMENTS["mini"], *MEASURED, *ELSEWHERE])
     check_choice("table", name, list(known))
-    return EXPERIMENTS[scale].get(name, ())
+    return tuple(one for one in EXPERIMENTS[scale].get(name, ()) if (CONF / "experiment" / f"{one}.yaml").is_file())
 
 
 def list_cells(experiment: str, extra: Sequence[str] = (), data: str | None = None) -> list[Cell]:
@@ -110,12 +114,12 @@ def list_cells(experiment: str, extra: Sequence[str] = (), data: str | None = No
     Args:
         experiment: a YAML of conf/experiment with `hydra.sweeper.params`.
         extra: further overrides, for every cell; a value with commas spans the grid too or narrows it.
-        data: folder with GLUE for the tasks that take it.
+        data: folder with the data of the tasks that take one, such as GLUE.
 
     Raises:
         UserError: for a missing YAML or a value that is not allowed.
     """
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             return [_cell(experiment, point, extra, data) for point in _points(experiment, extra)]
         except (HydraException, OmegaConfBaseException) as error:
@@ -124,9 +128,7 @@ def list_cells(experiment: str, extra: Sequence[str] = (), data: str | None = No
 
 def _points(experiment: str, extra: Iterable[str]) -> list[dict[str, str]]:
     composed = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
-    params = {str(key): str(value) for key, value in (composed.hydra.sweeper.params or {}).items()}
-    if not params:
-        raise UserError(f"experiment {experiment} has no hydra.sweeper.params: it is one run, not a table")
+    params = {str(key): str(value) for key, value in (composed.hydra.sweeper.params or GRID).items()}
     params |= {key: value for key, _, value in (one.partition("=") for one in extra) if key in params}
     axes = [[(key, value.strip()) for value in text.split(",")] for key, text in params.items()]
     return [dict(point) for point in itertools.product(*axes)]
@@ -138,9 +140,8 @@ def _cell(experiment: str, point: dict[str, str], extra: Sequence[str], data: st
     composed = compose("config", [f"experiment={experiment}", *overrides])
     _fill(composed, overrides)
     config = build(composed)
-    if data is not None and isinstance(config.task, Glue):
-        overrides.append(f"data.dir={data}")
-    return Cell(experiment=experiment, point=point, overrides=tuple(overrides), config=config)
+    cell = Cell(experiment=experiment, point=point, overrides=tuple(overrides), config=config)
+    return replace(cell, overrides=(*overrides, f"data.dir={data}")) if data and cell.takes_data else cell
 
 
 def _fill(composed: DictConfig, overrides: Iterable[str]) -> None:

@@ -89,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
 def _launch(cells: Sequence[Cell], launcher: str) -> Outcome:
     if launcher == "local":
         return work(cells, run_cell)
-    for group in ([cell for cell in cells if cell.is_glue is glue and not cell.is_complete] for glue in (True, False)):
+    for group in (
+        [cell for cell in cells if cell.takes_data is data and not cell.is_complete] for data in (True, False)
+    ):
         if group:
             subprocess.run(_multirun(group, launcher), check=False)
     left = {cell.label: _reason(cell) for cell in cells if not cell.is_complete}

@@ -214,6 +214,15 @@ def test_section8_finds_what_the_printed_megabytes_count() -> None:
         assert numbers[closest] == pytest.approx(calibration._in_mb(one.memory), rel=0.05)
 
 
+def test_table6_holds_the_losses_of_our_runs(results: Path) -> None:
+    for seed, loss in ((42, 1.25), (3705, 1.35)):
+        of = record("lora", "oasst1", seed, 0.0)
+        write(results, f"table6_mini/{seed}", {**of, "result": {"metric": "nll", "value": loss}})
+    table = llama.table(context(results))
+    assert cell(table, "ours, loss", model="minilm", method="lora") == "1.300 ± 0.071"
+    assert cell(table, "published loss", model="llama2_7b", method="lora") == "1.249 ± 0.05"
+
+
 def test_table6_and_basis_study_say_what_is_missing(results: Path) -> None:
     assert any(note.startswith("Missing: runs of task oasst1") for note in llama.table(context(results)).notes)
     assert cell(basis.table(context(results)), "energy, output", basis="random") == "missing"

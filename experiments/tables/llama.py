@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -11,7 +12,7 @@ from experiments.published import METHODS, cells
 from experiments.stats import summarise
 from experiments.tables.base import MISSING, Context, Table, hours
 
-TASKS = ("oasst1", "oasst")
+TASK = "oasst1"
 
 
 def table(context: Context) -> Table:
@@ -19,7 +20,7 @@ def table(context: Context) -> Table:
     rows = [_published(row, method) for row, method in METHODS.items()]
     records: dict[str, list[Path]] = {}
     for (folder, model, method, task, protocol), runs in sorted(context.store.runs.items()):
-        if task in TASKS:
+        if task == TASK:
             rows.append(_ours(model, method, runs, context))
             records[f"{model} {method} {protocol} {folder}"] = [run.path for run in runs]
     notes = [
@@ -54,9 +55,7 @@ def _ours(model: str, method: str, runs: list[Run], context: Context) -> dict[st
     return {"model": model, "method": method, **blank, **measured}
 
 
-def _loss(record: dict[str, object]) -> float | None:
-    """The validation loss of the chosen checkpoint: the lowest, as these runs choose by loss."""
-    evaluations = record.get("evaluations")
-    rows = evaluations if record["status"] == "complete" and isinstance(evaluations, list) else []
-    losses = [row["loss"] for row in rows if row.get("loss") is not None]
-    return min(losses) if losses else None
+def _loss(record: dict[str, Any]) -> float | None:
+    """The validation loss of the chosen checkpoint: the mean negative log-likelihood per token."""
+    result = record["result"] if record["status"] == "complete" else {}
+    return float(result["value"]) if result.get("metric") == "nll" else None
