@@ -137,7 +137,8 @@ def _points(experiment: str, extra: Iterable[str]) -> list[dict[str, str]]:
 def _cell(experiment: str, point: dict[str, str], extra: Sequence[str], data: str | None) -> Cell:
     rest = [one for one in extra if one.partition("=")[0] not in point]
     overrides = [*(f"{key}={value}" for key, value in point.items()), *rest]
-    composed = compose("config", [f"experiment={experiment}", *overrides])
+    own = [one for one in overrides if not one.startswith("hydra.")]  # those are for the launcher alone
+    composed = compose("config", [f"experiment={experiment}", *own])
     _fill(composed, overrides)
     config = build(composed)
     cell = Cell(experiment=experiment, point=point, overrides=tuple(overrides), config=config)

@@ -141,7 +141,8 @@ def run_cell(cell: Cell) -> str | None:
     """One cell as a process of its own, so that its memory is its own; what it prints goes to a log."""
     log = Path(cell.config.work_dir) / "logs" / f"{cell.config.key}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "run.py"), f"experiment={cell.experiment}", *cell.overrides]
+    own = [one for one in cell.overrides if not one.startswith("hydra.")]
+    command = [sys.executable, str(ROOT / "run.py"), f"experiment={cell.experiment}", *own]
     with log.open("w") as output:
         process = subprocess.Popen([*command, "hydra.mode=RUN"], stdout=output, stderr=subprocess.STDOUT)
         try:
