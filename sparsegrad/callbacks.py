@@ -107,8 +107,8 @@ class LossWatch(TrainerCallback):  # type: ignore[misc]
         self._count += 1
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Look before an evaluation, which would stumble over the same, but not name the step."""
-        if control.should_log or control.should_evaluate:
+        """Look before an evaluation, which would stumble over the same, but not name the step; and before a save."""
+        if control.should_log or control.should_evaluate or control.should_save:
             self.on_log(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:

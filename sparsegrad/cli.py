@@ -6,6 +6,7 @@ import argparse
 import logging
 import math
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,14 +28,19 @@ console = Console()
 
 
 def run_command(composed: DictConfig) -> None:
-    """Run one composed configuration; a user's mistake ends with one line and status 2, Ctrl-C with 130."""
+    """Run one composed configuration; a user's mistake ends with one line and status 2, Ctrl-C with 130.
+
+    SIGTERM and SIGUSR1 end with 143 and 138, after a checkpoint.
+    """
     try:
         _run(composed)
     except UserError as error:
         _refuse(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        number = getattr(interrupt, "number", signal.SIGINT)
+        how = "interrupted" if number == signal.SIGINT else f"stopped by {interrupt}"
+        print(f"\n{how}: the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def _refuse(error: UserError) -> NoReturn:

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, set_seed
 from sparsegrad.basis_store import BasisStore
 from sparsegrad.blocks import dense_weights, select_linears
 from sparsegrad.callbacks import NonFiniteLossError
+from sparsegrad.checkpoints import last_checkpoint, weights_fingerprint
 from sparsegrad.config import RunConfig
 from sparsegrad.errors import BusyError, UserError
 from sparsegrad.memory import PeakMemory
@@ -32,6 +33,7 @@ from sparsegrad.records import (
     unwritable,
     write_json,
 )
+from sparsegrad.stopping import StopOnSignal
 from sparsegrad.tasks.base import Splits
 from sparsegrad.token_sets import check_sizes, log_counts, token_sets
 from sparsegrad.training import (
@@ -39,7 +41,6 @@ from sparsegrad.training import (
     check_precision,
     check_tracker,
     close_tracker,
-    last_checkpoint,
     make_trainer,
     pick_device,
     training_batches,
@@ -93,10 +94,13 @@ def _run_locked(
     found = None if config.force else find_complete(config.record_path)
     if found is not None:
         _check_same_data(config, found)
+        shutil.rmtree(config.checkpoints, ignore_errors=True)  # if the run was killed just after its record was written
         return found, False
     splits = config.task.load(config.data)
     _prepare_folder(config, splits)
-    record = _Run(config, splits, device, labels).train(callbacks)
+    stop = StopOnSignal()
+    with stop.listening():
+        record = _Run(config, splits, device, labels, stop).train(callbacks)
     write_json(config.record_path, record)
     shutil.rmtree(config.checkpoints, ignore_errors=True)
     if config.run_folder.is_dir() and not any(config.run_folder.iterdir()):
@@ -110,15 +114,23 @@ def _prepare_folder(config: RunConfig, splits: Splits) -> None:
     same_data = marker.is_file() and marker.read_text() == splits.fingerprint
     if config.force or not config.resume or not same_data:
         shutil.rmtree(config.checkpoints, ignore_errors=True)
-    config.checkpoints.mkdir(parents=True, exist_ok=True)
-    marker.write_text(splits.fingerprint)
+        config.checkpoints.mkdir(parents=True, exist_ok=True)
+        marker.write_text(splits.fingerprint)
 
 
 class _Run:
     """The parts of one run; made in order, cheap checks first."""
 
-    def __init__(self, config: RunConfig, splits: Splits, device: torch.device, labels: Mapping[str, Any]) -> None:
-        self.config, self.splits, self.device, self.labels = config, splits, device, labels
+    def __init__(
+        self,
+        config: RunConfig,
+        splits: Splits,
+        device: torch.device,
+        labels: Mapping[str, Any],
+        stop: StopOnSignal,
+    ) -> None:
+        self.config, self.splits, self.device, self.labels, self.stop = config, splits, device, labels, stop
+        self.checkpoint = last_checkpoint(config.checkpoints)
         self.environment = environment(device)  # now: the checkout may move on while the run lasts
         check_sizes(config, splits)
         set_seed(config.seed)  # before the model: heads and adapters are drawn from it
@@ -142,7 +154,7 @@ class _Run:
         memory = PeakMemory(self.device)
         prepared = self._prepare()
         trainer, stopwatch = make_trainer(
-            self.config, self.model, prepared.optimizer, self.sets, self.tokenizer, memory
+            self.config, self.model, prepared.optimizer, self.sets, self.tokenizer, memory, self.stop
         )
         for callback in callbacks:
             trainer.add_callback(callback)
@@ -187,7 +199,7 @@ class _Run:
             model=self.model,
             facts=facts,
             own=config.checkpoints / "bases.safetensors",
-            resuming=last_checkpoint(config.checkpoints) is not None,
+            resuming=self.checkpoint is not None,
         )
         context = Context(
             lr=config.train.lr,
@@ -205,7 +217,7 @@ class _Run:
 
     def _train(self, trainer: RunTrainer) -> dict[str, Any]:
         """Train to the end and score the best checkpoint, which is then the model."""
-        trainer.train(resume_from_checkpoint=last_checkpoint(self.config.checkpoints))
+        trainer.train(resume_from_checkpoint=self.checkpoint)
         main, state = self.config.task.main_metric, trainer.state
         best = _evaluations(state.log_history)
         chosen = next(row for row in best if row["step"] == state.best_global_step)
@@ -224,6 +236,7 @@ class _Run:
             "chosen_score": state.best_metric,
             "steps": state.global_step,
             "epochs": round(state.epoch, 4),
+            "weights": weights_fingerprint(self.model),
         }
 
     def _facts(self, prepared: Prepared) -> dict[str, Any]:

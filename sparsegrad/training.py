@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import sys
@@ -19,18 +18,19 @@ from transformers import (
     EarlyStoppingCallback,
     ProgressCallback,
     Trainer,
-    TrainerState,
+    TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from sparsegrad.callbacks import EvaluationSteps, LossWatch, Progress, Stopwatch
+from sparsegrad.checkpoints import PREFIX, load_state, prune, read_manifest, seal
 from sparsegrad.config import RunConfig, TrainConfig
+from sparsegrad.distributed import average_
 from sparsegrad.errors import UserError
 from sparsegrad.memory import PeakMemory
 from sparsegrad.metrics import compute_metrics
 from sparsegrad.metrics.language import token_losses
+from sparsegrad.stopping import StopOnSignal
 
 LOGGING_STEPS = 10
 
@@ -59,12 +59,14 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
         """Train to the end, on from a checkpoint; the model is then the best one. An error leaves no bar open."""
-        state = None if resume_from_checkpoint is None else _state(resume_from_checkpoint)
+        state = None if resume_from_checkpoint is None else load_state(resume_from_checkpoint)
         if state is not None and state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
             # Nothing was missing but the record; the Trainer would take one step too many.
             self.state = state
             self._load_best_model()
             return
+        if resume_from_checkpoint is not None:
+            self.add_callback(_Unlogged(self, **read_manifest(resume_from_checkpoint)["unlogged"]))
         try:
             super().train(resume_from_checkpoint=resume_from_checkpoint)
         finally:
@@ -78,9 +80,51 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self.loss_watch.add(loss)
         return loss
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, which would forget the best checkpoint if the folder has moved."""
+        found = super()._init_training_state(*args, **kwargs)
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(self._checkpoint(self.state.best_global_step))
+        return found
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, sealed, and with the losses that no log has averaged yet; then older ones go."""
+        unlogged = {"loss": _mean_over_processes(self._tr_loss), "since": self._globalstep_last_logged}
+        checkpoint = self._checkpoint(self.state.global_step)
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+            self.accelerator.wait_for_everyone()  # each process wrote its own random state
+            if self.args.should_save:
+                seal(checkpoint, {"unlogged": unlogged})
+                prune(checkpoint.parent, self.state.best_global_step)
+        except Exception:
+            shutil.rmtree(checkpoint, ignore_errors=True)  # on a full disk, what is half written only takes room
+            raise
+
+    def _checkpoint(self, step: int) -> Path:
+        return Path(self.args.output_dir) / f"{PREFIX}{step}"
+
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """No norm where nothing is clipped: it would cost every step a pass, and COO gradients have none in torch."""
         return super()._get_grad_norm(*args, **kwargs) if self.args.max_grad_norm > 0 else None
+
+
+class _Unlogged(TrainerCallback):  # type: ignore[misc]
+    """Gives a continued run the sum of the losses since the last log, so that its next log is the same."""
+
+    def __init__(self, trainer: RunTrainer, loss: float, since: int) -> None:
+        self.trainer, self.loss, self.since = trainer, loss, since
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """The Trainer has just set both to nothing."""
+        self.trainer._tr_loss += self.loss
+        self.trainer._globalstep_last_logged = self.since
+
+
+def _mean_over_processes(loss: torch.Tensor) -> float:
+    mean = loss.detach().clone()
+    average_([mean])
+    return float(mean)
 
 
 def pick_device(name: str) -> torch.device:
@@ -116,10 +160,11 @@ def make_trainer(
     sets: TokenSets,
     tokenizer: Any,
     memory: PeakMemory,
+    stop: StopOnSignal | None = None,
 ) -> tuple[RunTrainer, Stopwatch]:
     """The Trainer of one run and the stopwatch that measures it."""
     stopwatch = Stopwatch(memory)
-    callbacks: list[Any] = [stopwatch, EvaluationSteps()]
+    callbacks: list[Any] = [stopwatch, EvaluationSteps(), stop or StopOnSignal()]
     if config.protocol.patience is not None:
         callbacks.append(EarlyStoppingCallback(config.protocol.patience))
     trainer = RunTrainer(
@@ -165,7 +210,6 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
         eval_steps=interval,
         save_strategy="steps",
         save_steps=interval,
-        save_total_limit=2,  # the best and the last: with 1 the Trainer removes the last before the record is written
         restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=True,
         metric_for_best_model=f"eval_{config.task.main_metric}",
@@ -205,20 +249,6 @@ def total_steps(config: RunConfig, rows: int) -> int:
     micro_batches = -(-rows // config.train.batch_size)
     per_epoch = max(1, -(-micro_batches // config.train.grad_accumulation))
     return max(1, int(-(-per_epoch * config.protocol.epochs // 1)))
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; one that a killed run left half written is removed."""
-    while folder.is_dir() and (found := get_last_checkpoint(str(folder))) is not None:
-        with contextlib.suppress(OSError, ValueError, TypeError):  # the Trainer writes the state last
-            _state(found)
-            return str(found)
-        shutil.rmtree(found)
-    return None
-
-
-def _state(checkpoint: str) -> TrainerState:
-    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
 
 
 def check_tracker(config: RunConfig) -> None:

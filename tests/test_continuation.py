@@ -90,3 +90,23 @@ def test_the_record_names_the_code_that_was_started(tiny: Tiny, monkeypatch: pyt
     record, _ = run(tiny())
     assert record["environment"]["git"] == {"commit": "first"}
     assert record["environment"]["started"] <= record["environment"]["finished"]
+
+
+def test_the_core_that_fused_adamw_trains_reaches_the_weight(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step does not count as a write, by which the layer knows what to merge."""
+    from sparsegrad import runs
+    from sparsegrad.block import BlockLinear
+
+    layers: list[BlockLinear] = []
+    made = runs.make_trainer
+
+    def make_trainer(config, model, *rest):
+        layers.extend(module for module in model.modules() if isinstance(module, BlockLinear))
+        return made(config, model, *rest)
+
+    monkeypatch.setattr(runs, "make_trainer", make_trainer)
+    run(tiny("method=sparsegrad_fast"))
+    assert len(layers) == 4
+    for layer in layers:
+        assert layer.core.detach().abs().max() > 0
+        assert layer.core.equal(layer.merged)

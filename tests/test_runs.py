@@ -18,10 +18,10 @@ from conftest import Composer, RunPy, Tiny, last_wins, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from sparsegrad import cli, runs
+from sparsegrad.checkpoints import last_checkpoint
 from sparsegrad.config import RunConfig
 from sparsegrad.errors import UserError
 from sparsegrad.runs import run
-from sparsegrad.training import last_checkpoint
 
 METHODS = ("full", "lora", "lora_tuned", "meprop", "sparsegrad", "layer", "sparsegrad_authors", "sparsegrad_fast")
 LAYER = ("method=sparsegrad", "method.engine=layer")
@@ -345,7 +345,7 @@ def test_a_killed_process_leaves_no_record_and_is_continued(
 
 def last_whole(config: RunConfig) -> bool:
     """Whether the run at work has a checkpoint; looks without touching."""
-    return any((config.run_folder / "checkpoints").glob("checkpoint-*/trainer_state.json"))
+    return any((config.run_folder / "checkpoints").glob("checkpoint-*/manifest.json"))
 
 
 def test_multirun_leaves_one_record_each(run_py: RunPy, small: tuple[str, ...], tiny: Tiny) -> None:
