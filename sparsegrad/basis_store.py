@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sparsegrad.basis import Basis, load_bases, save_bases
+from sparsegrad.distributed import from_main
 from sparsegrad.memory import PeakMemory
 from sparsegrad.records import write_json
 
@@ -40,29 +41,39 @@ class BasisStore:
         self, settings: Mapping[str, Any] | None, compute: Callable[[], dict[str, Basis]]
     ) -> tuple[dict[str, Basis], dict[str, Any]]:
         """Bases and what they cost; see `Context.calibrated`."""
-        if self.resuming and self.own.exists():
-            return load_bases(self.own), json.loads(self._own_cost.read_text())
-        bases, cost = self._found_or_made(settings, compute)
-        save_bases(self.own, bases)
-        write_json(self._own_cost, cost)
-        return bases, cost
+        fingerprint = None if settings is None else self.fingerprint(settings)
+        found = from_main(lambda: self._find(fingerprint))
+        if found is None:
+            made, cost = self._measured(compute)
+            facts = {} if fingerprint is None else {"fingerprint": fingerprint, "reused": False}
+            found = from_main(lambda: self._keep(made, {**facts, **cost}, fingerprint))
+        return found
 
     @property
     def _own_cost(self) -> Path:
         return self.own.with_suffix(".json")
 
-    def _found_or_made(
-        self, settings: Mapping[str, Any] | None, compute: Callable[[], dict[str, Basis]]
+    def _find(self, fingerprint: str | None) -> tuple[dict[str, Basis], dict[str, Any]] | None:
+        """What this run, or an equal calibration, left."""
+        if self.resuming and self.own.exists():
+            return load_bases(self.own), json.loads(self._own_cost.read_text())
+        if fingerprint is None or not self._stored(fingerprint).exists():
+            return None
+        bases, cost = load_bases(self._stored(fingerprint), fingerprint), {"fingerprint": fingerprint, "reused": True}
+        return self._keep(bases, cost, None)
+
+    def _keep(
+        self, bases: dict[str, Basis], cost: dict[str, Any], fingerprint: str | None
     ) -> tuple[dict[str, Basis], dict[str, Any]]:
-        if settings is None:
-            return self._measured(compute)
-        fingerprint = self.fingerprint(settings)
-        path = self.folder / f"{fingerprint}.safetensors"
-        if path.exists():
-            return load_bases(path, fingerprint), {"fingerprint": fingerprint, "reused": True}
-        bases, cost = self._measured(compute)
-        save_bases(path, bases, fingerprint)
-        return bases, {"fingerprint": fingerprint, "reused": False, **cost}
+        """Write for this run, and under `fingerprint` for others."""
+        if fingerprint is not None:
+            save_bases(self._stored(fingerprint), bases, fingerprint)
+        save_bases(self.own, bases)
+        write_json(self._own_cost, cost)
+        return bases, cost
+
+    def _stored(self, fingerprint: str) -> Path:
+        return self.folder / f"{fingerprint}.safetensors"
 
     def fingerprint(self, settings: Mapping[str, Any]) -> str:
         """16 hex digits of the model's weights, the data and the settings."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import SIDES, Basis, Grams
+from sparsegrad.distributed import average_
 from sparsegrad.errors import UserError, check_choice, check_integer
 
 Batch = Mapping[str, Any]
@@ -30,7 +31,8 @@ def calibrate(
 
     All parameters but the MLP weights are frozen meanwhile, no weight changes, and no gradient is kept: each is added
     to its kind's Grams and released as soon as back-propagation has made it. Flags, gradients and the train or eval
-    mode are as before when the call returns.
+    mode are as before when the call returns. Several connected processes (`torch.distributed`) average each gradient
+    over their batches first, so that all get the basis of the batch they share.
 
     Args:
         model: called as `model(**batch)`; the result needs a `loss`.
@@ -60,6 +62,7 @@ def calibrate(
         for step in progress(range(steps)):
             _loss(model, _next_batch(source, step, steps), device).backward()  # type: ignore[no-untyped-call]
             if update is not None:
+                average_(_outside(model, weights))
                 update()
     for kind, sums in grams.items():
         if sums.count != steps * len(weights[kind]):
@@ -94,11 +97,19 @@ def _collecting(
 
 def _collector(sums: Grams, release: bool) -> Callable[[Tensor], None]:
     def hook(weight: Tensor) -> None:
-        sums.add(weight.grad)  # type: ignore[arg-type]
+        assert weight.grad is not None
+        average_([weight.grad])
+        sums.add(weight.grad)
         if release:
             weight.grad = None
 
     return hook
+
+
+def _outside(model: nn.Module, weights: Mapping[str, list[Tensor]]) -> Iterator[Tensor]:
+    """Gradients of all parameters but `weights`, whose hooks have averaged theirs."""
+    wanted = {id(weight) for group in weights.values() for weight in group}
+    return (p.grad for p in model.parameters() if p.grad is not None and id(p) not in wanted)
 
 
 def _next_batch(source: Iterator[Batch], step: int, steps: int) -> Batch:

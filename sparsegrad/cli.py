@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from sparsegrad.errors import UserError
+from sparsegrad.processes import is_main
 
 console = Console()
 
@@ -39,13 +40,15 @@ def run_command(composed: DictConfig) -> None:
     except KeyboardInterrupt as interrupt:
         number = getattr(interrupt, "number", signal.SIGINT)
         how = "interrupted" if number == signal.SIGINT else f"stopped by {interrupt}"
-        print(f"\n{how}: the same command continues from the last checkpoint", file=sys.stderr)
+        if is_main():
+            print(f"\n{how}: the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(128 + number)
 
 
 def _refuse(error: UserError) -> NoReturn:
     """End with the error; one job of several through Hydra, which goes on with the others and then exits with 1."""
-    print(f"error: {error}", file=sys.stderr)
+    if is_main() or not error.shared:  # what all processes met, one says
+        print(f"error: {error}", file=sys.stderr)
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise CompactHydraException(f"error: {error}") from None
     sys.exit(2)
@@ -69,6 +72,7 @@ def _run_once(composed: DictConfig, labels: Mapping[str, Any]) -> None:
     from sparsegrad.runs import run
 
     config = build(composed)
+    console.quiet = not is_main()
     console.print(tree("run " + config.key, config.resolved))
     record, is_new = run(config, labels=labels)
     if not is_new:
@@ -92,6 +96,8 @@ def _sweeps(name: str) -> Any:
 def quiet() -> None:
     """Leave the screen to progress bars and results: libraries' own chatter goes."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not is_main():
+        os.environ["TQDM_DISABLE"] = "1"
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     for module in ("torch", "peft", "transformers", "accelerate"):
         warnings.filterwarnings("ignore", module=rf"{module}\..*")

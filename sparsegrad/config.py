@@ -14,6 +14,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sparsegrad.distributed import world_size
 from sparsegrad.errors import UserError, check_choice, check_integer, check_number, check_text, fail
 from sparsegrad.methods.base import Method
 from sparsegrad.models import ModelConfig
@@ -220,8 +221,11 @@ def build(config: DictConfig) -> RunConfig:
     for name in BESIDE_RUN:
         resolved.pop(name, None)
     groups = {name: make(resolved.get(name), name) for name, make in _GROUPS.items()}
+    processes = {"processes": world_size()} if world_size() > 1 else {}  # part of the key: another global batch
     flat = {name: value for name, value in resolved.items() if name not in groups}
-    return cast(RunConfig, _make(RunConfig, {**groups, **flat, "resolved": resolved}, "the configuration"))
+    return cast(
+        RunConfig, _make(RunConfig, {**groups, **flat, "resolved": {**resolved, **processes}}, "the configuration")
+    )
 
 
 def _make_target(node: Any, where: str) -> Any:

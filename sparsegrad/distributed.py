@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -11,23 +10,19 @@ from torch import Tensor
 from torch import distributed as dist
 
 from sparsegrad.errors import UserError
+from sparsegrad.processes import is_main, rank, world_size
+
+__all__ = ["average_", "check_same", "connect", "connected", "from_main", "is_main", "largest", "rank", "world_size"]
 
 Value = TypeVar("Value")
 
 
-def world_size() -> int:
-    """How many processes train together, by what the launcher set; known before they are connected."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def connect(device: torch.device) -> None:
+    """Let the processes of one launcher talk: by NCCL with CUDA, else by gloo. Alone, nothing happens."""
+    if world_size() > 1 and not connected():
+        from accelerate import PartialState  # type: ignore[import-untyped]
 
-
-def rank() -> int:
-    """This process's number among them."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def is_main() -> bool:
-    """Whether this process writes records and prints."""
-    return rank() == 0
+        PartialState(cpu=device.type == "cpu")
 
 
 def connected() -> bool:
@@ -66,7 +61,7 @@ def from_main(make: Callable[[], Value]) -> Value:
     dist.broadcast_object_list(outcome, src=0)
     value, failure = outcome[0]
     if failure is not None:
-        raise failure
+        raise _shared(failure)
     return value  # type: ignore[return-value]
 
 
@@ -76,6 +71,13 @@ def check_same(name: str, value: str) -> None:
         values: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(values, value)
         if len(set(values)) > 1:
-            raise UserError(
+            message = (
                 f"{name} differs between the processes ({', '.join(values)}): start all with the same command and seed"
             )
+            raise _shared(UserError(message))
+
+
+def _shared(error: UserError) -> UserError:
+    """Mark an error that all processes raise, so that only one prints it."""
+    error.shared = True
+    return error

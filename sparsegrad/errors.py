@@ -13,6 +13,8 @@ class UserError(ValueError):
     `run.py` prints it as one line and exits with status 2.
     """
 
+    shared = False  # whether all of several processes raise it, and so one prints it
+
 
 class BusyError(UserError):
     """Another process works on the same run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from sparsegrad.blocks import dense_weights, select_linears
 from sparsegrad.callbacks import NonFiniteLossError
 from sparsegrad.checkpoints import last_checkpoint, weights_fingerprint
 from sparsegrad.config import RunConfig
+from sparsegrad.distributed import check_same, connect, from_main, is_main, rank, world_size
 from sparsegrad.errors import BusyError, UserError
 from sparsegrad.memory import PeakMemory
 from sparsegrad.memory_plan import check_memory
@@ -69,16 +71,42 @@ def run(
     device = pick_device(config.train.device)
     check_precision(config, device)
     try:
-        with run_lock(config).acquire(timeout=0):
+        _check_processes(config, device)
+        lock = run_lock(config)
+        from_main(lambda: _acquire(lock, config.key))
+        try:
             return _run_locked(config, device, callbacks, labels or {})
-    except Timeout:
-        raise BusyError(f"run {config.key} is at work in another process: wait for it, or stop it") from None
+        finally:
+            lock.release()
     except Exception as error:
         if is_of_writing(error, (config.work_dir, config.results_dir)):
             raise unwritable(config.run_folder, error) from error
         raise
     finally:
         close_tracker(config)
+
+
+def _check_processes(config: RunConfig, device: torch.device) -> None:
+    """Connect the processes, if there are several, and refuse what they cannot do together."""
+    if world_size() > 1 and getattr(config.method, "engine", "merged") == "layer":
+        raise UserError(
+            "method.engine=layer is not allowed with several processes: each would keep other entries of its own "
+            "gradient; engine=merged selects once, from the gradient of all, and walks the same path"
+        )
+    if world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError(
+            "FSDP is not allowed: a weight cut into shards cannot be rotated; start with torchrun, or "
+            "accelerate launch --multi_gpu, which keep every weight whole (DDP)"
+        )
+    connect(device)
+    check_same("the configuration", config.key)
+
+
+def _acquire(lock: FileLock, key: str) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BusyError(f"run {key} is at work in another process: wait for it, or stop it") from None
 
 
 def run_lock(config: RunConfig) -> FileLock:
@@ -91,21 +119,27 @@ def run_lock(config: RunConfig) -> FileLock:
 def _run_locked(
     config: RunConfig, device: torch.device, callbacks: Sequence[TrainerCallback], labels: Mapping[str, Any]
 ) -> tuple[dict[str, Any], bool]:
-    found = None if config.force else find_complete(config.record_path)
+    found = None if config.force else from_main(lambda: find_complete(config.record_path))
     if found is not None:
         _check_same_data(config, found)
-        shutil.rmtree(config.checkpoints, ignore_errors=True)  # if the run was killed just after its record was written
+        _clear(config)  # it may have been killed just after its record was written
         return found, False
     splits = config.task.load(config.data)
-    _prepare_folder(config, splits)
+    from_main(lambda: _prepare_folder(config, splits))
     stop = StopOnSignal()
     with stop.listening():
         record = _Run(config, splits, device, labels, stop).train(callbacks)
-    write_json(config.record_path, record)
-    shutil.rmtree(config.checkpoints, ignore_errors=True)
-    if config.run_folder.is_dir() and not any(config.run_folder.iterdir()):
-        config.run_folder.rmdir()
+    from_main(lambda: write_json(config.record_path, record))
+    _clear(config)
     return record, True
+
+
+def _clear(config: RunConfig) -> None:
+    """Remove what a finished run needs no more."""
+    if is_main():
+        shutil.rmtree(config.checkpoints, ignore_errors=True)
+        if config.run_folder.is_dir() and not any(config.run_folder.iterdir()):
+            config.run_folder.rmdir()
 
 
 def _prepare_folder(config: RunConfig, splits: Splits) -> None:
@@ -130,7 +164,7 @@ class _Run:
         stop: StopOnSignal,
     ) -> None:
         self.config, self.splits, self.device, self.labels, self.stop = config, splits, device, labels, stop
-        self.checkpoint = last_checkpoint(config.checkpoints)
+        self.checkpoint = from_main(lambda: last_checkpoint(config.checkpoints))
         self.environment = environment(device)  # now: the checkout may move on while the run lasts
         check_sizes(config, splits)
         set_seed(config.seed)  # before the model: heads and adapters are drawn from it
@@ -168,7 +202,7 @@ class _Run:
             )
         record |= {"status": "complete", "result": result, "speed": stopwatch.report(), "memory": memory.report()}
         if self.config.save_model:
-            self._save(prepared)
+            from_main(lambda: self._save(prepared))
         return {**record, **_history(trainer), "environment": self._environment()}
 
     def _environment(self) -> dict[str, Any]:
@@ -189,7 +223,7 @@ class _Run:
             "data": self.splits.fingerprint,
             "protocol": config.protocol.select,
             "seed": config.seed,
-            "batch_size": config.train.batch_size,
+            "batch_size": config.train.batch_size * world_size(),
             "pad": config.data.pad,
             "max_length": config.data.max_length,
             **config.task.token_facts,
@@ -217,6 +251,8 @@ class _Run:
 
     def _train(self, trainer: RunTrainer) -> dict[str, Any]:
         """Train to the end and score the best checkpoint, which is then the model."""
+        if not is_main():
+            torch.manual_seed(self.config.seed + rank())  # rows of one batch must not share their dropout
         trainer.train(resume_from_checkpoint=self.checkpoint)
         main, state = self.config.task.main_metric, trainer.state
         best = _evaluations(state.log_history)
@@ -264,8 +300,10 @@ class _Run:
 
     def _leave_failed(self, record: dict[str, Any], reason: str) -> None:
         """Write the failed record; a checkpoint on the way to NaN is of no use to the next try."""
-        write_json(self.config.record_path, {**record, "reason": reason, "environment": self._environment()})
-        shutil.rmtree(self.config.checkpoints, ignore_errors=True)
+        failed = {**record, "reason": reason, "environment": self._environment()}
+        if is_main():  # the others may not fail, or not here
+            write_json(self.config.record_path, failed)
+            shutil.rmtree(self.config.checkpoints, ignore_errors=True)
         raise UserError(f"{reason} (record {self.config.record_path}, marked failed)") from None
 
     def _save(self, prepared: Prepared) -> None:

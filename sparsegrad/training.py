@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from sparsegrad.callbacks import EvaluationSteps, LossWatch, Progress, Stopwatch
-from sparsegrad.checkpoints import PREFIX, load_state, prune, read_manifest, seal
+from sparsegrad.checkpoints import PREFIX, last_checkpoint, load_state, prune, read_manifest, seal
 from sparsegrad.config import RunConfig, TrainConfig
-from sparsegrad.distributed import average_
+from sparsegrad.distributed import average_, is_main, rank, world_size
 from sparsegrad.errors import UserError
 from sparsegrad.memory import PeakMemory
 from sparsegrad.metrics import compute_metrics
@@ -79,6 +79,27 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self.loss_watch.add(loss)
         return loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss; of several processes' last batch of an epoch, only this one's share of the rows that are left."""
+        share = self._share_of_the_rest() if model.training else None
+        if share is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        rows, weight = share
+        # Every process takes part in the averaging, so one without rows gives a loss of nothing.
+        left = {name: value[: max(rows, 1)] for name, value in inputs.items()}
+        return super().compute_loss(model, left, *args, **kwargs) * weight
+
+    def _share_of_the_rest(self) -> tuple[int, float] | None:
+        """Rows of this process in a global batch that is not full, and the weight of their mean; None for a full one.
+
+        `accelerate` fills such a batch with rows from the epoch's beginning, at its end; one process would not.
+        """
+        state, size = self.accelerator.gradient_state, self.args.per_device_train_batch_size
+        if world_size() == 1 or not (state.end_of_dataloader and state.sync_gradients) or state.remainder <= 0:
+            return None
+        rows = min(max(state.remainder - rank() * size, 0), size)
+        return rows, rows * world_size() / state.remainder
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, which would forget the best checkpoint if the folder has moved."""
@@ -139,18 +160,23 @@ def pick_device(name: str) -> torch.device:
 
 
 def training_batches(rows: datasets.Dataset, config: RunConfig, tokenizer: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """An endless stream of shuffled training batches, the same for the same seed: for calibration."""
-    generator = torch.Generator().manual_seed(config.seed)
+    """An endless stream of shuffled training batches, the same for the same seed: for calibration.
+
+    Of several processes each gets its own rows of a batch of all.
+    """
+    generator, size = torch.Generator().manual_seed(config.seed), config.train.batch_size
     loader = DataLoader(
         rows,
-        batch_size=config.train.batch_size,
+        batch_size=size * world_size(),
         shuffle=True,
         drop_last=True,
         generator=generator,
         collate_fn=config.task.collator(tokenizer),
     )
+    mine = slice(rank() * size, (rank() + 1) * size)
     while True:
-        yield from loader
+        for batch in loader:
+            yield {name: value[mine] for name, value in batch.items()}
 
 
 def make_trainer(
@@ -216,9 +242,10 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
         greater_is_better=config.task.greater_is_better,
         logging_steps=LOGGING_STEPS,
         logging_nan_inf_filter=False,
-        disable_tqdm=False,
+        disable_tqdm=not is_main(),
         dataloader_pin_memory=pick_device(train.device).type == "cuda",
         use_cpu=pick_device(train.device).type == "cpu",
+        ddp_broadcast_buffers=False,  # none of them is trained: only gradients travel
         seed=config.seed,
         report_to=_tracker(config),
         run_name=f"{config.name}/{config.model.name}/{config.method.name}/{config.task.name}/{config.seed}",
@@ -246,7 +273,7 @@ def total_steps(config: RunConfig, rows: int) -> int:
     """Optimizer steps that the run may take at most."""
     if config.protocol.max_steps is not None:
         return config.protocol.max_steps
-    micro_batches = -(-rows // config.train.batch_size)
+    micro_batches = -(-rows // (config.train.batch_size * world_size()))
     per_epoch = max(1, -(-micro_batches // config.train.grad_accumulation))
     return max(1, int(-(-per_epoch * config.protocol.epochs // 1)))
 
