@@ -15,6 +15,7 @@ from experiments.cells import ROOT
 from sparsegrad.basis import Basis
 from sparsegrad.calibration import calibrate
 from sparsegrad.config import RunConfig, build
+from sparsegrad.errors import UserError
 from sparsegrad.mlp import find_mlp
 from sparsegrad.models import load_model, load_tokenizer, quiet_transformers
 from sparsegrad.optim import SparseGradAdamW
@@ -103,17 +104,23 @@ def _keep(found: list[Tensor]) -> Any:
 
 
 def variants(basis: Basis, seed: int = 0) -> dict[str, Basis]:
-    """The bases that the study compares, for one layer kind, by name."""
-    out_features, in_features = basis.shape
-    none = Basis.identity(out_features, in_features)
+    """The bases that the study compares, for one layer kind, by name.
+
+    Raises:
+        UserError: for a basis of one side.
+    """
+    U, V = basis.in_basis, basis.out_basis
+    if U is None or V is None:
+        raise UserError(f"a basis for {basis.shape} lacks a side: the study compares both")
+    none = Basis.identity(len(V), len(U))
     generator = torch.Generator().manual_seed(seed)
-    random = [torch.linalg.qr(torch.randn(n, n, generator=generator))[0] for n in (in_features, out_features)]
+    random = [torch.linalg.qr(torch.randn(n, n, generator=generator))[0] for n in (len(U), len(V))]
     return {
         "none": none,
-        "in-side": Basis(basis.in_basis, none.out_basis),
-        "out-side": Basis(none.in_basis, basis.out_basis),
+        "in-side": basis.only("in"),
+        "out-side": basis.only("out"),
         "both": basis,
-        "authors": Basis(basis.in_basis.T.contiguous(), basis.out_basis),  # V^T G U^T instead of V^T G U
+        "authors": Basis(U.T.contiguous(), V),  # V^T G U^T instead of V^T G U
         "random": Basis(*random),
     }
 

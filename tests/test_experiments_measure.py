@@ -43,7 +43,7 @@ def test_every_variant_is_orthogonal_and_hosvd_concentrates_what_random_spreads(
     rank_one = [torch.outer(torch.randn(30), torch.randn(20)) for _ in range(1)]
     named = variants(hosvd(rank_one))
     for one in named.values():
-        for matrix in (one.in_basis, one.out_basis):
+        for matrix in filter(lambda side: side is not None, (one.in_basis, one.out_basis)):
             torch.testing.assert_close(matrix.T @ matrix, torch.eye(len(matrix)), atol=1e-5, rtol=0)
     energy = {name: top_energy(one.rotate(rank_one[0]), 1 / 600) for name, one in named.items()}
     assert energy["both"] > 0.999

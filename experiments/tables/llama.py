@@ -10,9 +10,10 @@ import pandas as pd
 from experiments.collect import Run
 from experiments.published import METHODS, cells
 from experiments.stats import summarise
-from experiments.tables.base import MISSING, Context, Table, hours
+from experiments.tables.base import MINI_MARK, MISSING, Context, Table, hours
 
 TASK = "oasst1"
+PAPER_MODEL = "llama2_7b"
 
 
 def table(context: Context) -> Table:
@@ -35,7 +36,7 @@ def _published(row: str, method: str) -> dict[str, str]:
     found = cells(6)
     loss, std = found[row, "Valid Loss"]
     return {
-        "model": "llama2_7b",
+        "model": PAPER_MODEL,
         "method": method,
         "published loss": f"{loss} ± {std}",
         "published I-Bench": found[row, "I-Bench Score"][0],
@@ -52,7 +53,8 @@ def _ours(model: str, method: str, runs: list[Run], context: Context) -> dict[st
     blank = dict.fromkeys(("published loss", "published I-Bench", "published trainable"), "none")
     shown = MISSING if found is None else f"{found.mean:.3f}" + ("" if found.std is None else f" ± {found.std:.3f}")
     measured = {"ours, loss": shown, "n": str(len(losses)), "hours": hours(sum(spent) if spent else None)}
-    return {"model": model, "method": method, **blank, **measured}
+    mark = "" if model == PAPER_MODEL else f" ({MINI_MARK})"
+    return {"model": model + mark, "method": method, **blank, **measured}
 
 
 def _loss(record: dict[str, Any]) -> float | None:
