@@ -29,9 +29,24 @@ def test_every_choice_builds_and_has_its_name(conf: Composer, group: str) -> Non
         assert getattr(build(conf(f"{group}={name}")), group).name == name
 
 
+def hydra_grid(conf: Composer, name: str) -> list[str]:
+    """The first point of the experiment's own multirun, hyperparameters by hand; empty if it is one run."""
+    from omegaconf import OmegaConf
+
+    text = OmegaConf.load(ROOT / "conf" / "experiment" / f"{name}.yaml")
+    inherited = [one for one in text.get("defaults", []) if isinstance(one, str) and one != "_self_"]
+    params = dict(OmegaConf.select(text, "hydra.sweeper.params") or {})
+    own = [f"{key}={str(value).split(',')[0].strip()}" for key, value in params.items()]
+    return own or [point for parent in inherited for point in hydra_grid(conf, parent)]
+
+
 @pytest.mark.parametrize("name", choices("experiment"))
 def test_every_experiment_builds(conf: Composer, name: str) -> None:
-    assert build(conf(f"experiment={name}")).name == name
+    """One run, or the first cell of a table's grid; its records get a folder of its own name or a shared one."""
+    grid = hydra_grid(conf, name)
+    config = build(conf(f"experiment={name}", *grid))
+    assert config.record_path.parent.name == config.name
+    assert bool(grid) or config.name == name
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,8 @@ def test_every_model_with_every_method(tiny: Tiny, monkeypatch: pytest.MonkeyPat
     assert record["trainable"] == {
         "total": total,
         "per_weight": {"intermediate": each, "output": each},
-        "model": sum(value.numel() for value in before.values()),
+        "model": (size := sum(value.numel() for value in before.values())),
+        "share": pytest.approx(total / size, abs=1e-5),
     }
     assert bool(record["calibration"]) == ("sparse" in method or method == "layer")
     # LoRA's MLP weights too, since it has been merged; the authors' LayerNorms too, in their calibration.
