@@ -53,7 +53,7 @@ def measure(
     """
     chosen, place = setting_from(setting), torch.device(device)
     _set_precision(chosen.precision)
-    _prime(arm, chosen.precision, place)
+    _prime(arm, chosen.precision, chosen.mode, place)
     model, source = _model(chosen, place, seed), batches(chosen, place, seed, warmup + steps)
     memory = PeakMemory(place)
     loop = _prepare(chosen, arm, model, source, place, lambda: load_bases(bases))
@@ -117,9 +117,11 @@ def _token_batches(setting: Setting, generator: torch.Generator, seed: int, coun
         yield token_batch(lengths, width, words, generator)
 
 
-def _prime(arm: str, precision: str, device: torch.device) -> None:
+def _prime(arm: str, precision: str, mode: str, device: torch.device) -> None:
     """A step of the arm on a tiny model: what is imported and set up on first use is code, and no arm's memory."""
-    setting = Setting(shape="mlp_tiny", padding="none", batch=2, length=8, precision=precision, density=0.1)
+    setting = Setting(
+        shape="mlp_tiny", padding="none", batch=2, length=8, precision=precision, mode=mode, density=0.1
+    )
     model = _model(setting, device, 0)
 
     def identities() -> dict[str, Basis]:
