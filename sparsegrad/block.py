@@ -48,9 +48,10 @@ class _BlockLinear(torch.autograd.Function):
 class BlockLinear(nn.Module):
     """A linear whose weight is W + V_c core U_r^T, of which the core (c, r) trains.
 
-    The core is an ordinary parameter: accumulation, clipping, AMP and any optimizer that writes in place, as all of
-    torch's do, work as ever. Its change is merged into W before the next forward pass, so that a pass costs one
-    product; W itself has no gradient. (A write through `.data` is not noticed.)
+    The core is an ordinary parameter: accumulation, clipping, AMP and optimizers work as ever. Its change is merged into
+    W before the next forward pass, so that a pass costs one product; W itself has no gradient. A change is seen by
+    torch's count of in-place writes. Writes through `.data`, and those of torch's fused optimizers, are not counted:
+    after a fused step call `torch.autograd.graph.increment_version` on the cores, as `methods.base.adamw` does.
 
     Args:
         weight: W (out, in), merged in place.
@@ -108,13 +109,21 @@ class BlockLinear(nn.Module):
         if self.core._version == self._merged_version:  # counts in-place writes: no look at the values, no sync
             return
         change = self.core - self.merged  # (c, r)
-        left = change if self.out_basis is None else self.out_basis.to(change.dtype) @ change  # (out, r)
+        left, right = self._factors(change)  # (out, k) and (k, in), k the shorter side of the core
         if self.weight.dtype == torch.bfloat16:
-            add_stochastic(self.weight, left @ self.in_basis.to(change.dtype).T)
+            add_stochastic(self.weight, left @ right)
         else:
-            self.weight.addmm_(left.to(self.weight.dtype), self.in_basis.T)
+            self.weight.addmm_(left.to(self.weight.dtype), right.to(self.weight.dtype))
         self.merged.copy_(self.core)
         self._merged_version = self.core._version
+
+    def _factors(self, change: Tensor) -> tuple[Tensor, Tensor]:
+        """V_c change U_r^T as a product of two; the longer side of the core (c, r) is multiplied first."""
+        right = self.in_basis.to(change.dtype).T
+        if self.out_basis is None:
+            return change, right
+        V_c = self.out_basis.to(change.dtype)
+        return (V_c, change @ right) if change.shape[0] < change.shape[1] else (V_c @ change, right)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to y (..., out). Under autocast the products run in its dtype, as `nn.Linear`'s do."""

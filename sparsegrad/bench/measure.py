@@ -119,9 +119,7 @@ def _token_batches(setting: Setting, generator: torch.Generator, seed: int, coun
 
 def _prime(arm: str, precision: str, mode: str, device: torch.device) -> None:
     """A step of the arm on a tiny model: what is imported and set up on first use is code, and no arm's memory."""
-    setting = Setting(
-        shape="mlp_tiny", padding="none", batch=2, length=8, precision=precision, mode=mode, density=0.1
-    )
+    setting = Setting(shape="mlp_tiny", padding="none", batch=2, length=8, precision=precision, mode=mode, density=0.1)
     model = _model(setting, device, 0)
 
     def identities() -> dict[str, Basis]:
