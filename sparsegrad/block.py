@@ -48,8 +48,8 @@ class _BlockLinear(torch.autograd.Function):
 class BlockLinear(nn.Module):
     """A linear whose weight is W + V_c core U_r^T, of which the core (c, r) trains.
 
-    The core is an ordinary parameter: accumulation, clipping, AMP and optimizers work as ever. Its change is merged into
-    W before the next forward pass, so that a pass costs one product; W itself has no gradient. A change is seen by
+    The core is an ordinary parameter: accumulation, clipping, AMP and optimizers work as ever. Its change is merged
+    into W before the next forward pass, so that a pass costs one product; W itself has no gradient. A change is seen by
     torch's count of in-place writes. Writes through `.data`, and those of torch's fused optimizers, are not counted:
     after a fused step call `torch.autograd.graph.increment_version` on the cores, as `methods.base.adamw` does.
 
