@@ -90,6 +90,14 @@ class Basis:
         U, V = self.in_basis, self.out_basis
         return Basis(None if U is None else U.to(device, dtype), None if V is None else V.to(device, dtype))
 
+    def by_columns(self) -> Basis:
+        """The same matrices with each column in one piece of memory, which is what a sparse product reads.
+
+        A file gives them row by row; from there `unrotate_sparse` takes ten times as long (3072 x 768 on a CPU).
+        """
+        U, V = self.in_basis, self.out_basis
+        return Basis(None if U is None else U.T.contiguous().T, None if V is None else V.T.contiguous().T)
+
     def rotate(self, matrix: Tensor) -> Tensor:
         """V^T G U for G (..., out, in): a weight or gradient in the rotated space (Table 2, Grad Weights)."""
         self._check(matrix)
