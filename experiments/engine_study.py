@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sparsegrad.assets import asset_path
 from sparsegrad.basis import Basis
-from sparsegrad.block import BlockLinear
+from sparsegrad.block import BlockLinear, core_shape
 from sparsegrad.calibration import calibrate
 from sparsegrad.lean import LeanLinear
 from sparsegrad.methods.base import replace_linear
@@ -78,6 +78,10 @@ def _share(out_share: float, in_share: float) -> Callable[[int, int], tuple[int,
     return lambda out, features: (max(1, round(out_share * out)), max(1, round(in_share * features)))
 
 
+def _core(core: str, out: int, features: int) -> tuple[int, int]:
+    return core_shape((out, features), 0.01, core)
+
+
 def _crossed(share: float) -> Callable[[int, int], tuple[int, int]]:
     """c in proportion to the inputs, r in proportion to the outputs: the fewest multiplications."""
     return lambda out, features: (min(out, round(share * features)), min(features, round(share * out)))
@@ -91,6 +95,7 @@ ARMS: dict[str, Arm] = {
     "meprop_masked": partial(merged, sides=None),
     "lora": lora,
     "block_proportional": partial(block, shape=_share(0.1, 0.1)),
+    "block_narrow": partial(block, shape=partial(_core, "narrow")),
     "block_crossed": partial(block, shape=_crossed(0.1)),
     "block_in": partial(block, side="in", shape=_share(1, 0.01)),
     "block_in_4_percent": partial(block, side="in", shape=_share(1, 0.04)),

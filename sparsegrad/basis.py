@@ -229,9 +229,12 @@ def _eigenvectors(gram: Tensor | None, dtype: torch.dtype | None) -> Tensor | No
     if not torch.isfinite(gram).all():
         raise UserError("a calibration gradient is not finite: lower the precision's risk (fp32) or check the data")
     device, dtype = gram.device, dtype or gram.dtype
-    if len(gram) > LARGE_SIDE:  # in host memory: in float64 it takes five times the Gram's own
+    if len(gram) > LARGE_SIDE:  # in host memory: in float64 it takes several times the Gram's own
         gram = gram.cpu()
-    return torch.linalg.eigh(gram.double()).eigenvectors.flip(-1).to(device, dtype)  # type: ignore[no-any-return]
+    # Symmetric, so its transpose is the same matrix in the order that LAPACK writes: it is overwritten, not copied.
+    matrix = gram.to(torch.float64, copy=True).T
+    torch.linalg.eigh(matrix, out=(matrix.new_empty(len(matrix)), matrix))
+    return matrix.to(device, dtype).flip(-1)
 
 
 def hosvd(gradients: Iterable[Tensor], method: str = "gram") -> Basis:

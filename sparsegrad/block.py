@@ -6,8 +6,9 @@ V_c (out, c)
 
     core gradient = (dy V_c)^T (x U_r)    (c, r)
 
-costs T (n r + m c + r c) multiplications instead of T n m, and back-propagation needs x U_r (T, r) instead of x (T, n).
-A basis of the in-side alone gives a core (out, r): few input directions by all outputs.
+costs at most T (n r + m c + r c) multiplications instead of T n m, and back-propagation needs x U_r (T, r) instead of
+x (T, n). Where c is large, V_c^T (dy^T x U_r) is the same for T m r + m r c: then r alone decides. A basis of the
+in-side alone gives a core (out, r): few input directions by all outputs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
-from sparsegrad.errors import UserError, check_integer
+from sparsegrad.errors import UserError, check_choice, check_integer
 from sparsegrad.linear import product_dtype
 from sparsegrad.rounding import add_stochastic
 from sparsegrad.selection import check_density
@@ -40,9 +41,16 @@ class _BlockLinear(torch.autograd.Function):
         (dy,), (x_r, W, V_c) = grads, ctx.saved_tensors
         dx = dy @ W if ctx.needs_input_grad[0] else None
         db = dy.sum(0) if ctx.needs_input_grad[2] else None
-        dy_c = dy if V_c is None or not ctx.needs_input_grad[3] else dy @ V_c
-        dcore = (dy_c.T @ x_r).to(ctx.core_dtype) if ctx.needs_input_grad[3] else None
+        dcore = _core_gradient(dy, x_r, V_c).to(ctx.core_dtype) if ctx.needs_input_grad[3] else None
         return dx, None, db, dcore, None, None
+
+
+def _core_gradient(dy: Tensor, x_r: Tensor, V_c: Tensor | None) -> Tensor:
+    """V_c^T dy^T x_r (c, r) from dy (T, out) and x U_r (T, r), in the order that multiplies less."""
+    if V_c is None:
+        return dy.T @ x_r
+    (T, r), (m, c) = x_r.shape, V_c.shape
+    return V_c.T @ (dy.T @ x_r) if m * r * (T + c) < T * c * (m + r) else (dy @ V_c).T @ x_r
 
 
 class BlockLinear(nn.Module):
@@ -146,14 +154,23 @@ def _leading(matrix: Tensor | None, columns: int) -> Tensor | None:
     return None if matrix is None else matrix[:, :columns].contiguous()
 
 
-def core_shape(shape: tuple[int, int], density: float) -> tuple[int, int]:
-    """The block (c, r) of a weight (out, in) that has `density` of its entries: the same share of either side.
+CORES = ("proportional", "narrow")
 
-    Of all blocks with c r = density n m this one needs the fewest multiplications.
+
+def core_shape(shape: tuple[int, int], density: float, core: str = "proportional") -> tuple[int, int]:
+    """The block (c, r) of a weight (out, in) that has `density` of its entries.
+
+    Args:
+        shape: (out, in).
+        density: share of the entries, (0, 1].
+        core: `proportional`: the same share of either side; or `narrow`: with the longer side of that along the
+            outputs, as far as there are so many. What a step costs and keeps grows with r, not with c.
 
     Raises:
-        UserError: for a density outside (0, 1].
+        UserError: for a density outside (0, 1], or an unknown `core`.
     """
     check_density(density)
     rows, columns = (max(1, round(density**0.5 * size)) for size in shape)
-    return rows, columns
+    if check_choice("core", core, CORES) == "proportional" or columns <= rows:
+        return rows, columns
+    return (columns, rows) if columns <= shape[0] else (shape[0], max(1, round(density * shape[1])))

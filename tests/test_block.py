@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad import UserError
-from sparsegrad.block import BlockLinear, core_shape
+from sparsegrad.block import BlockLinear, _core_gradient, core_shape
 
 OUT, IN, CORE = 11, 7, (4, 3)
 
@@ -118,3 +118,24 @@ def test_bad_input_is_named(linear, basis) -> None:
         BlockLinear.from_linear(nn.Linear(OUT, IN), basis, CORE)
     with pytest.raises(UserError, match="density=0"):
         core_shape((4, 4), 0)
+
+
+def test_the_core_gradient_is_the_same_in_either_order() -> None:
+    T, m, r = 50, 12, 3
+    dy, x_r = torch.randn(T, m, dtype=torch.float64), torch.randn(T, r, dtype=torch.float64)
+    for c in (1, 2, 11, 12):
+        V_c = torch.randn(m, c, dtype=torch.float64)
+        assert torch.allclose(_core_gradient(dy, x_r, V_c), (dy @ V_c).T @ x_r, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3072, 768), (768, 3072), (8, 8)])
+def test_a_narrow_block_has_few_inputs_and_as_many_entries(shape: tuple[int, int]) -> None:
+    rows, columns = core_shape(shape, 0.01, "narrow")
+    assert columns <= rows <= shape[0]
+    assert rows * columns == core_shape(shape, 0.01)[0] * core_shape(shape, 0.01)[1]
+
+
+def test_a_narrow_block_of_everything_still_fits() -> None:
+    assert core_shape((4, 16), 1.0, "narrow") == (4, 16)
+    with pytest.raises(UserError, match="core=wide is not allowed: choose one of proportional, narrow"):
+        core_shape((4, 4), 0.5, "wide")
