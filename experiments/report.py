@@ -58,7 +58,7 @@ def _ablations(context: Context) -> Sequence[Table]:
 
 
 def _quality(context: Context) -> Sequence[Table]:
-    return [quality.table(context), quality.per_task(context)]
+    return [quality.table(context), quality.per_task(context), quality.energy(context)]
 
 
 # What each name shows at the paper's scale; SCALE=mini has its own for the tables of runs.

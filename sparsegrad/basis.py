@@ -85,6 +85,16 @@ class Basis:
             raise UserError(f"a basis for {self.shape} has not sides={sides}: calibrate it anew")
         return part
 
+    def both(self) -> tuple[Tensor, Tensor]:
+        """U and V.
+
+        Raises:
+            UserError: for a basis of one side.
+        """
+        if self.in_basis is None or self.out_basis is None:
+            raise UserError(f"a basis for {self.shape} lacks a side: calibrate it with sides=both")
+        return self.in_basis, self.out_basis
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Basis:
         """Move or cast, as `Tensor.to` does."""
         U, V = self.in_basis, self.out_basis

@@ -6,6 +6,7 @@ machine with others.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,29 @@ def per_task(context: Context) -> Table:
     ]
     notes = [SCORES, "Differences: two-sided 95 % Welch interval.", "Loss: over the steps that every run took."]
     return Table("quality_per_task", f"Quality per task ({MINI_MARK})", pd.DataFrame(rows), notes)
+
+
+def energy(context: Context) -> Table:
+    """Share of the gradient that each engine captures, of either kind, at the first and the last step measured."""
+    path = context.results / "figures" / "energy.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    steps = sorted({row["step"] for row in rows})
+    shown = [_shares(rows, arm, steps) for arm in dict.fromkeys(row["arm"] for row in rows)]
+    notes = ["Share of the squared norm of an MLP weight's gradient in the 1 % of entries that an engine trains: mean",
+             "over blocks. The largest 1 % after rotation, or one leading block. `all`: mean over the steps measured.",
+             "A larger share is no proof of better training: see the quality table."]  # fmt: skip
+    if not rows:
+        notes, shown = [f"{MISSING}: python -m experiments.measure energy"], [{"arm": MISSING}]
+    return Table("quality_energy", f"Gradient captured by each engine ({MINI_MARK})", pd.DataFrame(shown), notes)
+
+
+def _shares(rows: Sequence[Mapping[str, Any]], arm: str, steps: Sequence[int]) -> dict[str, str]:
+    of = {(row["kind"], row["step"]): mean(row["blocks"]) for row in rows if row["arm"] == arm}
+    line = {"arm": arm}
+    for kind in dict.fromkeys(kind for kind, _ in of):
+        line |= {f"{kind}, step {step}": f"{of[kind, step]:.3f}" for step in dict.fromkeys((steps[0], steps[-1]))}
+        line[f"{kind}, all"] = f"{mean(of[kind, step] for step in steps):.3f}"
+    return line
 
 
 def _grid(context: Context) -> Grid:

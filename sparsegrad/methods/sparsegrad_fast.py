@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparsegrad.block import CORES, BlockLinear, core_shape
+from sparsegrad.block import CORES, BlockLinear, core_shape, share_bases
 from sparsegrad.errors import check_choice, check_integer
 from sparsegrad.methods.base import (
     Context,
@@ -52,8 +52,10 @@ class SparseGradFast:
         bases, cost = calibrated_bases(model, linears, context, self.steps)
         shapes = {kind: core_shape(shape, self.density, self.core) for kind, shape in weight_shapes(linears).items()}
         for kind, found in linears.items():
-            for name, linear in found.items():
-                replace_linear(model, name, linear, BlockLinear.from_linear(linear, bases[kind], shapes[kind]))
+            layers = [BlockLinear.from_linear(linear, bases[kind], shapes[kind]) for linear in found.values()]
+            share_bases(layers)
+            for (name, linear), layer in zip(found.items(), layers, strict=True):
+                replace_linear(model, name, linear, layer)
         parameters = trainable_parameters(model)
         return Prepared(
             optimizer=adamw(parameters, context),
