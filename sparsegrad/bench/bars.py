@@ -29,6 +29,7 @@ def _asked(gpu: bool, tokens: float) -> list[tuple[str, str, str, str, bool, flo
     asked = [
         ("merged, speed over the paper's layer", "merged", "speed", "layer_regular", True, 2.0),
         ("merged, memory over full fine-tuning", "merged", "memory", "full", False, 1.0),
+        ("merged, gradients released, memory over full", "merged_release", "memory", "full", False, 1.0),
     ]
     for arm in ("fast", "fast_narrow"):
         asked.append((f"{arm}, speed over peft LoRA", arm, "speed", "lora_peft", True, 1.15))
