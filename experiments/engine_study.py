@@ -23,9 +23,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sparsegrad.assets import asset_path
 from sparsegrad.basis import Basis
-from sparsegrad.block import BlockLinear
+from sparsegrad.block import BlockLinear, core_shape
 from sparsegrad.calibration import calibrate
-from sparsegrad.lean import LeanLinear
 from sparsegrad.methods.base import replace_linear
 from sparsegrad.mlp import Linears, find_mlp
 from sparsegrad.optim import SparseGradAdamW
@@ -44,20 +43,15 @@ def merged(model: nn.Module, linears: Linears, bases: Bases, lr: float, **option
     sides, density = options.get("sides", "both"), options.get("density", 0.01)
     chosen = {kind: None if sides is None else basis.only(sides) for kind, basis in bases.items()}
     groups = param_groups(model, linears, chosen, density=density, moments=options.get("moments", "dense"))
-    if "token_share" in options:
-        for found in linears.values():
-            for name, linear in found.items():
-                replace_linear(model, name, linear, LeanLinear(linear, token_share=options["token_share"]))
     return SparseGradAdamW(groups, lr=lr)
 
 
 def block(model: nn.Module, linears: Linears, bases: Bases, lr: float, **options: Any) -> torch.optim.Optimizer:
-    """Engine `block`: `shape` gives (c, r) of a weight (out, in); `side="in"`: no rotation of the outputs."""
+    """Engine `block`: `shape` gives (c, r) of a weight (out, in)."""
     for kind, found in linears.items():
-        basis = bases[kind].only(options.get("side", "both"))
         for name, linear in found.items():
             core = options["shape"](*linear.weight.shape)
-            replace_linear(model, name, linear, BlockLinear.from_linear(linear, basis, core))
+            replace_linear(model, name, linear, BlockLinear.from_linear(linear, bases[kind], core))
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
 
 
@@ -74,8 +68,8 @@ def lora(model: nn.Module, linears: Linears, bases: Bases, lr: float) -> torch.o
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
 
 
-def _share(out_share: float, in_share: float) -> Callable[[int, int], tuple[int, int]]:
-    return lambda out, features: (max(1, round(out_share * out)), max(1, round(in_share * features)))
+def _core(core: str, out: int, features: int) -> tuple[int, int]:
+    return core_shape((out, features), 0.01, core)
 
 
 def _crossed(share: float) -> Callable[[int, int], tuple[int, int]]:
@@ -87,14 +81,11 @@ ARMS: dict[str, Arm] = {
     "exact": merged,
     "exact_small_side": partial(merged, sides="small"),
     "exact_small_side_support": partial(merged, sides="small", moments="support"),
-    "exact_small_side_quarter_tokens": partial(merged, sides="small", token_share=0.25),
     "meprop_masked": partial(merged, sides=None),
     "lora": lora,
-    "block_proportional": partial(block, shape=_share(0.1, 0.1)),
+    "block_proportional": partial(block, shape=partial(_core, "proportional")),
+    "block_narrow": partial(block, shape=partial(_core, "narrow")),
     "block_crossed": partial(block, shape=_crossed(0.1)),
-    "block_in": partial(block, side="in", shape=_share(1, 0.01)),
-    "block_in_4_percent": partial(block, side="in", shape=_share(1, 0.04)),
-    "block_crossed_4_percent": partial(block, shape=_crossed(0.2)),
 }
 
 

@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 
 from experiments.collect import Store
 from experiments.render import write_bytes
-from experiments.tables import ablation, basis
+from experiments.tables import ablation, basis, quality
 from experiments.tables.accuracy import MINI_METHODS, MINI_TASKS
 from experiments.tables.base import MINI_MARK, Context
+from sparsegrad.records import write_json
 
 VIEWS = {"untouched": "untouched", "rotated": "rotated (HOSVD)", "authors": "authors' basis"}
 KINDS = ("intermediate", "output")
@@ -176,6 +177,25 @@ def curves(context: Context) -> Figure | None:
     return figure
 
 
+def quality_speed(context: Context) -> Figure | None:
+    """Average score over steps/s, the Pareto front joined. What is drawn lies beside it as JSON."""
+    points = quality.points(context)
+    if not points:
+        return None
+    write_json(context.results / "figures" / "quality.json", {"schema": 1, "points": points})
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for point in points:
+        axis.errorbar(
+            point["steps_per_second"], point["score"], yerr=point["std"], fmt="o" if point["front"] else "x", capsize=2
+        )
+        axis.annotate(point["method"], (point["steps_per_second"], point["score"]), (5, 4), textcoords="offset points")
+    front = sorted((point["steps_per_second"], point["score"]) for point in points if point["front"])
+    axis.plot(*zip(*front, strict=True), color="gray", linewidth=1, zorder=0, label="Pareto front")
+    axis.set(xlabel="steps/s in the benchmark", ylabel="average score, points (± sample std)")
+    axis.legend()
+    return figure
+
+
 def _mean_curve(store: Store, method: str, task: str, group: str, field: str | None) -> dict[int, float]:
     """Step -> mean over seeds of a field of the records; `field` None: the metric that chooses."""
     by_step: dict[int, list[float]] = {}
@@ -193,5 +213,6 @@ FIGURES: dict[str, tuple[str, Callable[[Context], Figure | None]]] = {
     "figure3": ("Figure 3: the stripes of dL/dY, and what they are", figure3),
     "basis": ("Basis study: energy in the largest 1 % over training", basis_study),
     "ablation": ("Appendix C: kept entries, published and in small", ablation_curve),
+    "quality": ("Quality and speed: mean over four tasks, and the Pareto front", quality_speed),
     "curves": ("Learning curves of the mini tables, protocol paper", curves),
 }

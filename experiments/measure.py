@@ -1,8 +1,11 @@
-"""Measure what figures 2 and 3 and the basis study show, on MiniLM in training; one JSON each in results/figures.
+"""Measure what figures 2 and 3, the basis study and the energy table show, on MiniLM in training.
+
+One JSON each in results/figures.
 
     python -m experiments.measure figure2 --data <glue folder> --block 3 --step 80
     python -m experiments.measure figure3 --data <glue folder>
     python -m experiments.measure basis --data <glue folder>
+    python -m experiments.measure energy
 
 Without --data the offline task snippets stands for SST-2. A minute or two each on one core; plots are made by
 `python -m experiments.report`.
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from experiments.captured import DENSITY, captured
 from experiments.probe import Probe, compose_run, top_energy, variants
 from sparsegrad.config import RunConfig
 from sparsegrad.errors import UserError, check_integer
@@ -51,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="folder with GLUE; without it the offline snippets")
     parser.add_argument("--block", type=int, default=3, help="figure2, figure3: which block, from 0")
     parser.add_argument("--step", type=int, default=80, help="figure2: after how many training steps")
-    parser.add_argument("--steps", type=int, default=120, help="figure3, basis: training steps in all")
+    parser.add_argument("--steps", type=int, default=120, help="figure3, basis, energy: training steps in all")
     parser.add_argument("overrides", nargs="*", help="as of run.py")
     return parser
 
@@ -133,6 +137,21 @@ def basis(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def energy(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
+    """Share of each block's squared gradient norm that the engines capture, over training."""
+    probe = Probe(config)
+    rows: list[dict[str, Any]] = []
+
+    def look(step: int) -> None:
+        probe.backward(next(probe.batches(100 + step)))
+        for kind, basis in probe.bases.items():
+            for arm, shares in captured(probe.gradients(kind), basis).items():
+                rows.append({"step": step, "kind": kind, "arm": arm, "blocks": shares})
+
+    _train(probe, options.steps, every=20, look=look)
+    return {"density": DENSITY, "rows": rows}
+
+
 def _train(probe: Probe, steps: int, every: int = 1, look: Callable[[int], None] | None = None) -> None:
     """`steps` optimizer steps; `look` before the first, every `every`-th, and after the last."""
     batches = probe.batches(2)
@@ -171,6 +190,7 @@ _MEASURES: dict[str, Callable[[RunConfig, argparse.Namespace], dict[str, Any]]] 
     "figure2": figure2,
     "figure3": figure3,
     "basis": basis,
+    "energy": energy,
 }
 
 if __name__ == "__main__":

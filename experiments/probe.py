@@ -15,7 +15,6 @@ from experiments.cells import ROOT
 from sparsegrad.basis import Basis
 from sparsegrad.calibration import calibrate
 from sparsegrad.config import RunConfig, build
-from sparsegrad.errors import UserError
 from sparsegrad.mlp import find_mlp
 from sparsegrad.models import load_model, load_tokenizer, quiet_transformers
 from sparsegrad.optim import SparseGradAdamW
@@ -109,9 +108,7 @@ def variants(basis: Basis, seed: int = 0) -> dict[str, Basis]:
     Raises:
         UserError: for a basis of one side.
     """
-    U, V = basis.in_basis, basis.out_basis
-    if U is None or V is None:
-        raise UserError(f"a basis for {basis.shape} lacks a side: the study compares both")
+    U, V = basis.both()
     none = Basis.identity(len(V), len(U))
     generator = torch.Generator().manual_seed(seed)
     random = [torch.linalg.qr(torch.randn(n, n, generator=generator))[0] for n in (len(U), len(V))]

@@ -25,6 +25,7 @@ from experiments.tables import (
     correspondence,
     hyperparams,
     llama,
+    quality,
     speed,
 )
 from experiments.tables.base import Context, Table
@@ -56,6 +57,10 @@ def _ablations(context: Context) -> Sequence[Table]:
     return [ablation.table(context, 11), ablation.table(context, 12)]
 
 
+def _quality(context: Context) -> Sequence[Table]:
+    return [quality.table(context), quality.per_task(context), quality.energy(context)]
+
+
 # What each name shows at the paper's scale; SCALE=mini has its own for the tables of runs.
 MAKERS: dict[str, Maker] = {
     "table1": lambda context: [architecture.table(context)],
@@ -76,6 +81,7 @@ MAKERS: dict[str, Maker] = {
     "section8": lambda context: [calibration.table(context)],
     "basis": lambda context: [basis.table(context)],
     "ablation": _ablations,
+    "quality": _quality,
 }
 MINI: dict[str, Maker] = dict.fromkeys(("table4", "table5", "table9", "table10"), _mini_accuracy)
 MINI |= {name: lambda context: [ablation.mini(context)] for name in ("table11", "table12", "ablation")}

@@ -6,19 +6,20 @@ V_c (out, c)
 
     core gradient = (dy V_c)^T (x U_r)    (c, r)
 
-costs T (n r + m c + r c) multiplications instead of T n m, and back-propagation needs x U_r (T, r) instead of x (T, n).
-A basis of the in-side alone gives a core (out, r): few input directions by all outputs.
+costs at most T (n r + m c + r c) multiplications instead of T n m, and back-propagation needs x U_r (T, r) instead of
+x (T, n). Where c is large, V_c^T (dy^T x U_r) is the same for T m r + m r c: then r alone decides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
-from sparsegrad.errors import UserError, check_integer
+from sparsegrad.errors import UserError, check_choice, check_integer
 from sparsegrad.linear import product_dtype
 from sparsegrad.rounding import add_stochastic
 from sparsegrad.selection import check_density
@@ -28,9 +29,7 @@ class _BlockLinear(torch.autograd.Function):
     """y = x W^T + b with gradients for x, b, and the core: W holds V_c core U_r^T already."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, core: Tensor, U_r: Tensor, V_c: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, core: Tensor, U_r: Tensor, V_c: Tensor) -> Tensor:
         ctx.save_for_backward(x @ U_r if ctx.needs_input_grad[3] else None, W, V_c)
         ctx.core_dtype = core.dtype
         return nn.functional.linear(x, W, bias)
@@ -40,9 +39,14 @@ class _BlockLinear(torch.autograd.Function):
         (dy,), (x_r, W, V_c) = grads, ctx.saved_tensors
         dx = dy @ W if ctx.needs_input_grad[0] else None
         db = dy.sum(0) if ctx.needs_input_grad[2] else None
-        dy_c = dy if V_c is None or not ctx.needs_input_grad[3] else dy @ V_c
-        dcore = (dy_c.T @ x_r).to(ctx.core_dtype) if ctx.needs_input_grad[3] else None
+        dcore = _core_gradient(dy, x_r, V_c).to(ctx.core_dtype) if ctx.needs_input_grad[3] else None
         return dx, None, db, dcore, None, None
+
+
+def _core_gradient(dy: Tensor, x_r: Tensor, V_c: Tensor) -> Tensor:
+    """V_c^T dy^T x_r (c, r) from dy (T, out) and x U_r (T, r), in the order that multiplies less."""
+    (T, r), (m, c) = x_r.shape, V_c.shape
+    return V_c.T @ (dy.T @ x_r) if m * r * (T + c) < T * c * (m + r) else (dy @ V_c).T @ x_r
 
 
 class BlockLinear(nn.Module):
@@ -56,16 +60,16 @@ class BlockLinear(nn.Module):
     Args:
         weight: W (out, in), merged in place.
         bias: (out,) or None.
-        basis: its leading columns are used; it needs the in-side, and without the out-side c is out.
+        basis: its leading columns are used; it needs both sides.
         core_shape: (c, r), at most (out, in).
 
     Raises:
-        UserError: for a basis of another shape, or a core larger than the weight.
+        UserError: for a basis of another shape or of one side, or a core larger than the weight.
     """
 
     merged: Tensor
     in_basis: Tensor
-    out_basis: Tensor | None
+    out_basis: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, basis: Basis, core_shape: tuple[int, int]) -> None:
         super().__init__()
@@ -81,9 +85,9 @@ class BlockLinear(nn.Module):
         core = torch.zeros(core_shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
         self.core = nn.Parameter(core)
         self.register_buffer("merged", core.clone())
-        basis = basis.to(weight.device, weight.dtype)
-        self.register_buffer("in_basis", _leading(basis.in_basis, core_shape[1]), persistent=False)
-        self.register_buffer("out_basis", _leading(basis.out_basis, core_shape[0]), persistent=False)
+        U, V = basis.to(weight.device, weight.dtype).both()
+        self.register_buffer("in_basis", U[:, : core_shape[1]].contiguous(), persistent=False)
+        self.register_buffer("out_basis", V[:, : core_shape[0]].contiguous(), persistent=False)
         self._merged_version = self.core._version
 
     @classmethod
@@ -120,8 +124,6 @@ class BlockLinear(nn.Module):
     def _factors(self, change: Tensor) -> tuple[Tensor, Tensor]:
         """V_c change U_r^T as a product of two; the longer side of the core (c, r) is multiplied first."""
         right = self.in_basis.to(change.dtype).T
-        if self.out_basis is None:
-            return change, right
         V_c = self.out_basis.to(change.dtype)
         return (V_c, change @ right) if change.shape[0] < change.shape[1] else (V_c @ change, right)
 
@@ -131,7 +133,7 @@ class BlockLinear(nn.Module):
         dtype = product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             W, U_r = self.weight.to(dtype), self.in_basis.to(dtype)
-            V_c = None if self.out_basis is None else self.out_basis.to(dtype)
+            V_c = self.out_basis.to(dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
             tokens = x.reshape(-1, x.shape[-1]).to(dtype)
             y = _BlockLinear.apply(tokens, W, bias, self.core, U_r, V_c)  # type: ignore[no-untyped-call]
@@ -142,18 +144,29 @@ class BlockLinear(nn.Module):
         return f"in={in_features}, out={out_features}, core={tuple(self.core.shape)}"
 
 
-def _leading(matrix: Tensor | None, columns: int) -> Tensor | None:
-    return None if matrix is None else matrix[:, :columns].contiguous()
+def share_bases(layers: Sequence[BlockLinear]) -> None:
+    """Let layers that were made from one basis with one core shape read the same two matrices: one copy for all."""
+    for layer in layers[1:]:
+        layer.in_basis, layer.out_basis = layers[0].in_basis, layers[0].out_basis
 
 
-def core_shape(shape: tuple[int, int], density: float) -> tuple[int, int]:
-    """The block (c, r) of a weight (out, in) that has `density` of its entries: the same share of either side.
+CORES = ("proportional", "narrow")
 
-    Of all blocks with c r = density n m this one needs the fewest multiplications.
+
+def core_shape(shape: tuple[int, int], density: float, core: str = "proportional") -> tuple[int, int]:
+    """The block (c, r) of a weight (out, in) that has `density` of its entries.
+
+    Args:
+        shape: (out, in).
+        density: share of the entries, (0, 1].
+        core: `proportional`: the same share of either side; or `narrow`: with the longer side of that along the
+            outputs, as far as there are so many. What a step costs and keeps grows with r, not with c.
 
     Raises:
-        UserError: for a density outside (0, 1].
+        UserError: for a density outside (0, 1], or an unknown `core`.
     """
     check_density(density)
     rows, columns = (max(1, round(density**0.5 * size)) for size in shape)
-    return rows, columns
+    if check_choice("core", core, CORES) == "proportional" or columns <= rows:
+        return rows, columns
+    return (columns, rows) if columns <= shape[0] else (shape[0], max(1, round(density * shape[1])))

@@ -1,4 +1,4 @@
-"""A linear that spends less on its weight gradient: dropped padding (exact), inputs kept in bfloat16, drawn tokens.
+"""A linear that spends less on its weight gradient: padding dropped (exact), inputs kept in bfloat16.
 
 The products y = x W^T and dx = dy W stay as they are; only dW = dy^T x changes. It is made for engine `merged`, which
 needs dW as a whole, but gives any optimizer its gradient.
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegrad.errors import UserError, check_choice, check_number
+from sparsegrad.errors import UserError, check_choice
 from sparsegrad.linear import product_dtype
 
 
@@ -40,10 +40,9 @@ class LeanLinear(nn.Linear):
         drop_padding: leave out tokens whose output gradient is zero, as that of padding is: the same sum, fewer terms.
             It looks at the gradient on the host, which a GPU has to wait for.
         save_dtype: dtype in which x is kept for dW, such as `torch.bfloat16`: half the memory, rounded products.
-        token_share: share of the tokens, (0, 1], that dW is computed from; below 1 drawn without bias (`draw_tokens`).
 
     Raises:
-        UserError: for a share out of range or a dtype that is not floating.
+        UserError: for a dtype that is not floating.
     """
 
     def __init__(
@@ -52,12 +51,10 @@ class LeanLinear(nn.Linear):
         *,
         drop_padding: bool = False,
         save_dtype: torch.dtype | None = None,
-        token_share: float = 1.0,
     ) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.drop_padding = check_choice("drop_padding", drop_padding, (True, False))
-        self.token_share = check_number("token_share", token_share, above=0, at_most=1)
         if save_dtype is not None and not save_dtype.is_floating_point:
             raise UserError(f"save_dtype={save_dtype} is not allowed: give a floating dtype, e.g. torch.bfloat16")
         self.save_dtype = save_dtype
@@ -83,31 +80,5 @@ class LeanLinear(nn.Linear):
             rows = dy.any(1).nonzero().flatten()
             if len(rows) < len(dy):
                 dy, x = dy[rows], x[rows]
-        if self.token_share < 1:
-            rows, weights = draw_tokens(dy, x, max(2, round(self.token_share * len(dy))))
-            dy, x = dy[rows] * weights[:, None].to(dy.dtype), x[rows]
         # In the kept dtype: casting x back would make the copy that keeping it in bfloat16 has saved.
         return dy.to(x.dtype).T @ x
-
-
-def draw_tokens(dy: Tensor, x: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-    """Tokens that stand for all in sum_t dy_t x_t^T, without bias: E[sum over drawn of weight dy x^T] is the whole sum.
-
-    Half of the budget are the tokens of largest |dy| |x|, with weight 1. The rest is drawn with replacement in
-    proportion to that score, each weighted by the inverse of how often it is expected.
-
-    Args:
-        dy, x: (tokens, out) and (tokens, in).
-        budget: number of tokens, at least 2.
-
-    Returns:
-        Positions and weights, both (budget,); all positions with weight 1 where the budget covers them.
-    """
-    if budget >= len(dy):
-        return torch.arange(len(dy), device=dy.device), torch.ones(len(dy), device=dy.device)
-    score = dy.float().norm(dim=1) * x.float().norm(dim=1)
-    largest = score.topk(budget // 2, sorted=False).indices
-    rest = score.scatter(0, largest, 0) + torch.finfo(torch.float32).tiny  # all zero: any may be drawn
-    drawn = rest.multinomial(budget - len(largest), replacement=True)
-    weights = rest.sum() / (rest[drawn] * len(drawn))
-    return torch.cat([largest, drawn]), torch.cat([torch.ones_like(score[largest]), weights])

@@ -79,8 +79,9 @@ def select(group: dict[str, Any], weights: list[Tensor]) -> Selection:
     if first.grad.is_sparse:  # type: ignore[union-attr]
         return Selection(group, weights, *_given(first.grad, dtype))  # type: ignore[arg-type]
     if group["basis"] is not None:  # models move after the optimizer is made; a no-op but for the first step
-        group["basis"] = group["basis"].to(first.device, dtype)
-    rotated = torch.stack([weight.grad for weight in weights if weight.grad is not None]).to(dtype)
+        group["basis"] = group["basis"].to(first.device, dtype).by_columns()
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    rotated = (gradients[0][None] if len(gradients) == 1 else torch.stack(gradients)).to(dtype)
     if group["basis"] is not None:
         rotated = group["basis"].rotate(rotated)
     index = top_k_index(rotated, count_kept(first.shape, keep=group["keep"], density=group["density"]))

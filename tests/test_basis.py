@@ -84,6 +84,25 @@ def test_sparse_unrotation_equals_the_dense_one(shape: tuple[int, int]) -> None:
     )
 
 
+def test_a_basis_from_a_file_is_read_by_columns_and_stays_the_same(tmp_path) -> None:
+    basis = hosvd(gradients())
+    basis.save(tmp_path / "basis.safetensors")
+    loaded = Basis.load(tmp_path / "basis.safetensors").by_columns()
+    for mine, theirs in ((loaded.in_basis, basis.in_basis), (loaded.out_basis, basis.out_basis)):
+        assert mine.T.is_contiguous()
+        assert torch.equal(mine, theirs)
+        assert mine.T.contiguous().data_ptr() == mine.data_ptr()  # done once, it is free
+
+
+def test_the_decomposition_leaves_the_sums_as_they_are() -> None:
+    grams = Grams()
+    for gradient in gradients():
+        grams.add(gradient)
+    before, first = grams.in_gram.clone(), grams.basis()
+    assert torch.equal(grams.in_gram, before)
+    assert torch.equal(grams.basis().in_basis, first.in_basis)
+
+
 def test_float32_gradients_give_a_float32_basis_close_to_float64s() -> None:
     basis = hosvd(G.float() for G in gradients())
     assert basis.in_basis.dtype == torch.float32

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from sparsegrad import UserError
-from sparsegrad.block import BlockLinear, core_shape
+from sparsegrad.block import BlockLinear, _core_gradient, core_shape, share_bases
 
 OUT, IN, CORE = 11, 7, (4, 3)
 
@@ -116,5 +117,91 @@ def test_bad_input_is_named(linear, basis) -> None:
         BlockLinear.from_linear(linear, basis, (4, 8))
     with pytest.raises(UserError, match=r"basis for \(11, 7\) does not fit a linear of \(7, 11\)"):
         BlockLinear.from_linear(nn.Linear(OUT, IN), basis, CORE)
+    with pytest.raises(UserError, match="lacks a side: calibrate it with sides=both"):
+        BlockLinear.from_linear(linear, basis.only("in"), CORE)
     with pytest.raises(UserError, match="density=0"):
         core_shape((4, 4), 0)
+
+
+def test_the_core_gradient_is_the_same_in_either_order() -> None:
+    T, m, r = 50, 12, 3
+    dy, x_r = torch.randn(T, m, dtype=torch.float64), torch.randn(T, r, dtype=torch.float64)
+    for c in (1, 2, 11, 12):
+        V_c = torch.randn(m, c, dtype=torch.float64)
+        assert torch.allclose(_core_gradient(dy, x_r, V_c), (dy @ V_c).T @ x_r, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3072, 768), (768, 3072), (8, 8)])
+def test_a_narrow_block_has_few_inputs_and_as_many_entries(shape: tuple[int, int]) -> None:
+    rows, columns = core_shape(shape, 0.01, "narrow")
+    assert columns <= rows <= shape[0]
+    assert rows * columns == core_shape(shape, 0.01)[0] * core_shape(shape, 0.01)[1]
+
+
+def test_a_narrow_block_of_everything_still_fits() -> None:
+    assert core_shape((4, 16), 1.0, "narrow") == (4, 16)
+    with pytest.raises(UserError, match="core=wide is not allowed: choose one of proportional, narrow"):
+        core_shape((4, 4), 0.5, "wide")
+
+
+def test_layers_of_one_kind_hold_their_basis_once(linear, basis) -> None:
+    layers = [BlockLinear.from_linear(linear, basis, CORE) for _ in range(3)]
+    before = layers[2](data()[0])
+    share_bases(layers)
+    assert (
+        len({layer.out_basis.data_ptr() for layer in layers})
+        == len({layer.in_basis.data_ptr() for layer in layers})
+        == 1
+    )
+    assert torch.equal(layers[2](data()[0]), before)
+
+
+def test_checkpointing_and_clipping(linear, basis) -> None:
+    """Activations computed twice give the same core gradient; clipping sees and scales it."""
+    plain, twice = (BlockLinear.from_linear(linear, basis, CORE) for _ in range(2))
+    for layer in (plain, twice):
+        train(layer, 2)
+        x, dy = data()
+        y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if layer is twice else layer(x)
+        y.backward(dy)
+        norm = torch.nn.utils.clip_grad_norm_(layer.parameters(), 0.5)
+        assert norm > 0.5
+    assert torch.allclose(twice.core.grad, plain.core.grad, atol=1e-14)
+    norms = [parameter.grad.norm() for parameter in plain.parameters() if parameter.grad is not None]
+    assert torch.stack(norms).norm() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_a_scaled_loss_is_unscaled_and_an_overflow_skipped(linear, basis) -> None:
+    layer = BlockLinear.from_linear(linear.float(), basis, CORE)
+    optimizer, scaler = torch.optim.SGD([layer.core], lr=1.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    (x, dy), before = data(), layer.core.clone()
+    scaler.scale((layer(x.float()) * dy.float()).sum()).backward()
+    expected = layer.core.grad / 1024
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.allclose(layer.core, before - expected, rtol=1e-5)
+    moved = layer.core.clone()
+    layer.core.grad = torch.full_like(layer.core, torch.inf)
+    scaler.step(optimizer)
+    assert torch.equal(layer.core, moved)
+
+
+def test_small_steps_reach_a_bfloat16_weight(linear, basis) -> None:
+    """400 steps of the core, each below what a bfloat16 weight resolves: the weight drifts with it all the same."""
+    torch.manual_seed(0)
+    layer = BlockLinear.from_linear(linear.bfloat16(), basis, (OUT, IN))
+    before, x = layer.weight.float(), torch.zeros(1, IN, dtype=torch.bfloat16)
+    assert layer.core.dtype == torch.float32
+    direction = torch.randn(OUT, IN)
+    nearest = before.bfloat16()
+    for _ in range(400):
+        with torch.no_grad():
+            layer.core += 2e-4 * direction
+        layer(x)  # merges
+        V, U = layer.out_basis.float(), layer.in_basis.float()
+        nearest += (V @ (2e-4 * direction) @ U.T).bfloat16()
+    wanted = V @ layer.core.detach() @ U.T
+    kept = ((layer.weight.float() - before) * wanted).sum() / wanted.square().sum()
+    lost = ((nearest.float() - before) * wanted).sum() / wanted.square().sum()
+    assert kept == pytest.approx(1, abs=0.1)
+    assert lost < 0.5

@@ -28,6 +28,13 @@ class Linear:
         return 4 * self.T * self.n * self.m
 
 
+def _block(x: Linear, c: int, r: int) -> float:
+    """x U_r, the core V_c^T dy^T x U_r in the cheaper order, its change merged into W by way of its smaller side."""
+    outputs_first = c / (2 * x.n) + r * c / (2 * x.n * x.m)
+    inputs_first = r / (2 * x.n) + r * c / (2 * x.n * x.T)
+    return 1 + r / (2 * x.m) + min(outputs_first, inputs_first) + min(r, c) / (2 * x.T)
+
+
 Cost = Callable[[Linear], float]
 """A linear to its cost in shares of F."""
 
@@ -39,8 +46,8 @@ COSTS: dict[str, Cost] = {
     # The gradient rotated on both sides, and the sparse update rotated back: sparse by dense, then one dense product.
     "both_sides": lambda x: 1.5 + (x.n + x.m) / (2 * x.T) + min(x.n, x.m) / (2 * x.T),
     "small_side": lambda x: 1.5 + min(x.n, x.m) / (2 * x.T),
-    # x U_r, dy V_c, the core, and its change merged into W by way of the block's smaller side.
-    "block": lambda x: 1 + x.r / (2 * x.m) + x.c / (2 * x.n) + x.r * x.c / (2 * x.n * x.m) + min(x.r, x.c) / (2 * x.T),
+    "block": lambda x: _block(x, x.c, x.r),
+    "block_narrow": lambda x: _block(x, max(x.c, x.r), min(x.c, x.r)),
 }
 
 

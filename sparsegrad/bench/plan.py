@@ -14,8 +14,21 @@ from sparsegrad.bench.settings import Setting
 
 PRESETS = ("core", "paper", "model", "precision", "tokens", "width", "llama", "compiled", "decomposition")
 _FLOOR_AND_MAIN = ("frozen", *MAIN_ARMS)
-_BARS = ("frozen", "full", "lora_peft", "lora_fused", "layer_regular", "merged", "merged_lean", "fast")
-_FEW_BARS = ("full", "lora_peft", "layer_regular", "merged", "merged_small", "fast")
+_BARS = (
+    "frozen",
+    "full",
+    "lora_peft",
+    "lora_fused",
+    "layer_regular",
+    "merged",
+    "merged_release",
+    "merged_lean",
+    "fast",
+    "fast_narrow",
+)
+_FEW_BARS = ("full", "lora_peft", "layer_regular", "merged", "merged_small", "fast", "fast_narrow")
+# The arms of the mini accuracy runs: the quality table takes their speed from here.
+_QUALITY = (*_FLOOR_AND_MAIN, "merged_release", "fast_narrow", "meprop", "authors")
 _LLAMA_GIB = 24  # two true-size blocks in float32 with moments and bases
 
 
@@ -119,11 +132,11 @@ def _on_cpu(device: torch.device) -> list[Planned]:
     half = [name for name in machine.precisions(device) if name == "bf16_autocast"]
     return [
         _stack("core", "mlp_768", 16),
+        Planned(preset="model", setting=snippets, arms=_QUALITY),
         _stack("core", "mlp_768", 32, _FEW_BARS),
         *_paper(1, ()),
         *(_stack("tokens", "mlp_768", batch, MAIN_ARMS) for batch in (4, 8)),
         *(_stack("width", f"mlp_{hidden}", 16, MAIN_ARMS) for hidden in (384, 1024)),
-        Planned(preset="model", setting=snippets, arms=_FLOOR_AND_MAIN),
         *(_stack("precision", "mlp_768", 16, MAIN_ARMS, precision=name) for name in half),
         _llama("llama_quarter", 1, 2, "fp32"),
         *_paper(1, ("mrpc",))[2:],

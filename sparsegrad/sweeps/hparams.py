@@ -19,7 +19,7 @@ DATA = Path(__file__).parents[2] / "experiments" / "data"
 STUDY = "study:"
 FILES = {"paper": "published_hyperparams.csv", "authors": "authors_hyperparams.csv"}
 # Variants of a method that the tables have one line for.
-FAMILY = {"sparsegrad_authors": "sparsegrad", "sparsegrad_fast": "sparsegrad"}
+FAMILY = {"sparsegrad_authors": "sparsegrad", "sparsegrad_fast": "sparsegrad", "sparsegrad_fast_narrow": "sparsegrad"}
 # The authors searched nothing for MeProp; their BERT runs took SparseGrad's values, and so do ours for RoBERTa.
 STAND_IN = {"meprop": "sparsegrad"}
 MINI = "mini"

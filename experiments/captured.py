@@ -1,0 +1,61 @@
+"""How much of a weight gradient each engine captures: the share of its squared norm in the entries that it trains.
+
+Every arm has the same number of entries. That a gradient is captured does not say that training goes well: the quality
+table does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from experiments.probe import top_energy
+from sparsegrad.basis import Basis
+from sparsegrad.block import core_shape
+
+DENSITY = 0.01
+
+
+def leading_energy(matrix: Tensor, rows: int, columns: int) -> float:
+    """Share of the squared norm of a matrix (out, in) in its leading `rows` by `columns`."""
+    squares = matrix.double().square()
+    total = squares.sum().item()
+    return 0.0 if total == 0 else squares[:rows, :columns].sum().item() / total
+
+
+def _top(sides: str) -> Callable[[Tensor, Basis], float]:
+    return lambda G, basis: top_energy(basis.only(sides).rotate(G), DENSITY)
+
+
+def _block(core: str) -> Callable[[Tensor, Basis], float]:
+    def share(G: Tensor, basis: Basis) -> float:
+        rows, columns = core_shape((G.shape[0], G.shape[1]), DENSITY, core)
+        return leading_energy(basis.rotate(G), rows, columns)
+
+    return share
+
+
+def _in_only(G: Tensor, basis: Basis) -> float:
+    return leading_energy(basis.only("in").rotate(G), G.shape[0], max(1, round(DENSITY * G.shape[1])))
+
+
+# Arm -> gradient (out, in) and basis of both sides -> share.
+ARMS: dict[str, Callable[[Tensor, Basis], float]] = {
+    "exact, both sides": _top("both"),
+    "small side": _top("small"),
+    "MeProp": lambda G, basis: top_energy(G, DENSITY),
+    "block, proportional": _block("proportional"),
+    "block, narrow": _block("narrow"),
+    "block, inputs alone": _in_only,
+}
+
+
+def captured(gradients: list[Tensor], basis: Basis) -> dict[str, list[float]]:
+    """Arm -> its share of each gradient (out, in) of one layer kind.
+
+    Raises:
+        UserError: for a basis of one side.
+    """
+    basis.both()
+    return {name: [round(share(G, basis), 5) for G in gradients] for name, share in ARMS.items()}

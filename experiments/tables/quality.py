@@ -1,0 +1,217 @@
+"""Quality against cost: the engines beside LoRA and MeProp at the same trainable count, MiniLM, four tasks.
+
+Scores and losses are those of the mini runs; steps/s and memory are the benchmark's, because accuracy runs share their
+machine with others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import pandas as pd
+
+from experiments.stats import Summary, summarise, welch_interval
+from experiments.tables.accuracy import AVERAGE, MINI_TASKS, SCORES, SEEDS, Grid
+from experiments.tables.base import MINI_MARK, MISSING, Context, Table
+from experiments.tables.speed import documents
+
+EXACT, LORA, TUNED = "sparsegrad", "lora", "lora_tuned"
+# Method of the accuracy runs -> name here, arm of the benchmark. The default engine `merged` is exact.
+ARMS = {
+    "full": ("full fine-tuning", "full"),
+    EXACT: ("SparseGrad, default engine: exact", "merged"),
+    "sparsegrad_fast": ("SparseGrad fast: block, not exact", "fast"),
+    "sparsegrad_fast_narrow": ("SparseGrad fast: narrow block, not exact", "fast_narrow"),
+    "sparsegrad_authors": ("SparseGrad as the authors' code", "authors"),
+    LORA: ("LoRA, peft's default alpha", "lora_peft"),
+    TUNED: ("LoRA, alpha = 2 rank", "lora_peft"),
+    "meprop": ("MeProp", "meprop"),
+}
+REFERENCES = {LORA: "minus LoRA", TUNED: "minus LoRA, alpha = 2 rank", EXACT: "minus exact"}
+SETTING = {"shape": "minilm", "padding": "longest", "task": "snippets", "rest": "trained", "mode": "eager"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Median steps/s and training peak memory of one arm."""
+
+    speed: float
+    peak_mib: float
+    repeats: int
+
+
+def table(context: Context) -> Table:
+    """One row per arm: score by task, its difference to LoRA and to exact, training loss, steps/s, memory."""
+    grid, (machine, costs) = _grid(context), measured(context.results)
+    rows = [_row(context, grid, method, costs) for method in ARMS]
+    notes = [
+        SCORES + " n: seeds of the average.",
+        f"Differences of the average: two-sided 95 % Welch interval; one that holds 0 shows nothing ({SEEDS} seeds).",
+        "The default engine walks the path of the paper's layer (a test holds it to that): its row is the exact one.",
+        "Learning rate of each method: results/mini_rates.json. The checkpoint is chosen on held-out training rows.",
+        "Loss: mean training loss over the steps that every run of a task took, then over the tasks.",
+        f"steps/s and peak: {_where(context.results, machine)}; both LoRA rows are one arm there.",
+    ]
+    return Table(
+        "quality", f"Quality and cost ({MINI_MARK})", pd.DataFrame(rows), notes, dict(grid.records(list(ARMS)))
+    )
+
+
+def per_task(context: Context) -> Table:
+    """One row per arm and task."""
+    grid = _grid(context)
+    rows = [
+        {"method": name, "task": task, **_score(grid, method, task), "loss": _text(losses(context, method, task), 4)}
+        for method, (name, _) in ARMS.items()
+        for task in MINI_TASKS
+    ]
+    notes = [SCORES, "Differences: two-sided 95 % Welch interval.", "Loss: over the steps that every run took."]
+    return Table("quality_per_task", f"Quality per task ({MINI_MARK})", pd.DataFrame(rows), notes)
+
+
+def energy(context: Context) -> Table:
+    """Share of the gradient that each engine captures, of either kind, at the first and the last step measured."""
+    path = context.results / "figures" / "energy.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    steps = sorted({row["step"] for row in rows})
+    shown = [_shares(rows, arm, steps) for arm in dict.fromkeys(row["arm"] for row in rows)]
+    notes = ["Share of the squared norm of an MLP weight's gradient in the 1 % of entries that an engine trains: mean",
+             "over blocks. The largest 1 % after rotation, or one leading block. `all`: mean over the steps measured.",
+             "A larger share is no proof of better training: see the quality table."]  # fmt: skip
+    if not rows:
+        notes, shown = [f"{MISSING}: python -m experiments.measure energy"], [{"arm": MISSING}]
+    return Table("quality_energy", f"Gradient captured by each engine ({MINI_MARK})", pd.DataFrame(shown), notes)
+
+
+def _shares(rows: Sequence[Mapping[str, Any]], arm: str, steps: Sequence[int]) -> dict[str, str]:
+    of = {(row["kind"], row["step"]): mean(row["blocks"]) for row in rows if row["arm"] == arm}
+    line = {"arm": arm}
+    for kind in dict.fromkeys(kind for kind, _ in of):
+        line |= {f"{kind}, step {step}": f"{of[kind, step]:.3f}" for step in dict.fromkeys((steps[0], steps[-1]))}
+        line[f"{kind}, all"] = f"{mean(of[kind, step] for step in steps):.3f}"
+    return line
+
+
+def _grid(context: Context) -> Grid:
+    return Grid(context, "mini", "minilm", "heldout", MINI_TASKS)
+
+
+def _row(context: Context, grid: Grid, method: str, costs: Mapping[str, Cost]) -> dict[str, str]:
+    name, arm = ARMS[method]
+    scores = {task: grid.line(method, task)["ours"] for task in MINI_TASKS}
+    average = _score(grid, method, AVERAGE)
+    of_tasks = [losses(context, method, task) for task in MINI_TASKS]
+    loss = summarise([one.mean for one in of_tasks if one]) if all(of_tasks) else None
+    cost = costs.get(arm)
+    return {
+        "method": name,
+        **scores,
+        AVERAGE: average.pop("score"),
+        **average,
+        "loss": _text(loss, 4),
+        "trainable": _trainable(context, grid, method),
+        "steps/s": _number(cost.speed if cost else None, 2),
+        "peak MiB": _number(cost.peak_mib if cost else None, 0),
+    }
+
+
+def _score(grid: Grid, method: str, task: str) -> dict[str, str]:
+    """Mean and spread, number of seeds, and the interval of the difference to each reference."""
+    line, values = grid.line(method, task), grid.values(method, task)
+    intervals = {
+        heading: _interval(welch_interval(values, grid.values(reference, task)) if method != reference else None)
+        for reference, heading in REFERENCES.items()
+    }
+    return {"score": line["ours"], "n": line["n"], **intervals}
+
+
+def losses(context: Context, method: str, task: str) -> Summary | None:
+    """Mean training loss, over seeds, of the steps that every run of the task took, whatever its method."""
+    last = min((rows[-1]["step"] for one in ARMS for rows in _curves(context, one, task)), default=None)
+    if last is None:
+        return None
+    return summarise(
+        [mean(row["loss"] for row in rows if row["step"] <= last) for rows in _curves(context, method, task)]
+    )
+
+
+def _curves(context: Context, method: str, task: str) -> Iterator[Sequence[Mapping[str, Any]]]:
+    """The training losses of each complete run of a cell."""
+    for run in context.store.runs.get(_grid(context).key(method, task), []):
+        rows = context.store.records[run.path].get("losses", [])
+        if run.value is not None and rows:
+            yield rows
+
+
+def measured(results: Path) -> tuple[str, dict[str, Cost]]:
+    """The machine with the most arms in the benchmark's MiniLM setting, and arm -> what was measured there."""
+    found: dict[str, dict[str, Cost]] = {}
+    for name, document in documents(results):
+        for key, setting in document["settings"].items():
+            if all(setting.get(field) == value for field, value in SETTING.items()):
+                where = f"{name}, batch {setting.get('batch')}, {setting.get('precision')}"
+                found[where] = _costs(document, key)
+    best = max(found, key=lambda where: len(found[where]), default="")
+    return best, found.get(best, {})
+
+
+def _costs(document: Mapping[str, Any], setting: str) -> dict[str, Cost]:
+    by_arm: dict[str, list[Mapping[str, Any]]] = {}
+    for cell in document["cells"]:
+        if cell["setting"] == setting and cell["status"] == "complete":
+            by_arm.setdefault(cell["arm"], []).append(cell)
+    return {
+        arm: Cost(median(c["steps_per_second"] for c in cells), median(c["peak_mib"] for c in cells), len(cells))
+        for arm, cells in by_arm.items()
+    }
+
+
+def points(context: Context) -> list[dict[str, Any]]:
+    """What the plot shows: arms with both an average over the tasks and a measured speed; `front`: Pareto."""
+    grid, (_, costs) = _grid(context), measured(context.results)
+    found = []
+    for method, (name, arm) in ARMS.items():
+        score, cost = summarise(grid.values(method, AVERAGE)), costs.get(arm)
+        if score is not None and cost is not None:
+            about = {"method": method, "name": name, "n": score.n, "std": score.std}
+            found.append({**about, "score": round(score.mean, 4), "steps_per_second": cost.speed})
+    return [{**one, "front": not any(_beats(other, one) for other in found)} for one in found]
+
+
+def _beats(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether `a` is at least as good and as fast, and better in one of them."""
+    pairs = [(a[axis], b[axis]) for axis in ("score", "steps_per_second")]
+    return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
+
+
+def _trainable(context: Context, grid: Grid, method: str) -> str:
+    """Trainable entries of the MLP weights, one block; empty without a run."""
+    for task in MINI_TASKS:
+        for run in context.store.runs.get(grid.key(method, task), []):
+            per_weight = context.store.records[run.path].get("trainable", {}).get("per_weight")
+            if per_weight:
+                return f"{sum(per_weight.values()):,}"
+    return MISSING
+
+
+def _where(results: Path, machine: str) -> str:
+    if not machine:
+        return f"{MISSING}: python -m sparsegrad.benchmark --presets model makes results/bench"
+    return f"results/bench/{machine}, MiniLM on snippets padded to the longest row, random weights"
+
+
+def _interval(found: tuple[float, float] | None) -> str:
+    return "" if found is None else f"{found[0]:+.2f} to {found[1]:+.2f}"
+
+
+def _text(found: Summary | None, digits: int) -> str:
+    return _number(found.mean if found else None, digits)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return MISSING if value is None else f"{value:.{digits}f}"
