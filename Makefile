@@ -65,7 +65,7 @@ SCALE ?= paper
 LAUNCHER ?= local
 CELLS = $(BIN)/python -m experiments.run --scale $(SCALE) --launcher $(LAUNCHER) $(if $(DATA),--data $(DATA)) $(if $(DRY),--dry)
 
-reproduce-%: $(INSTALLED) # table1 ... table15, ablation, basis, section8, figure1 ... figure3, all
+reproduce-%: $(INSTALLED) # table1 ... table15, ablation, basis, quality, section8, figure1 ... figure3, all
 	@$(CELLS) $* $(ARGS); status=$$?; \
 	if [ $$status -le 1 ] && [ -z "$(DRY)" ]; then $(BIN)/python -m experiments.report $* --scale $(SCALE) || exit $$?; fi; \
 	exit $$status

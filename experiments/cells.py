@@ -26,7 +26,7 @@ SCALES = ("paper", "mini")
 EXPERIMENTS: dict[str, dict[str, tuple[str, ...]]] = {
     "paper": {name: (name,) for name in ("table4", "table5", "table6", "table9", "table10", "table11", "table12")}
     | {"ablation": ("table11", "table12"), "all": ("table4", "table5", "table6", "table11", "table12")},
-    "mini": dict.fromkeys(("table4", "table5", "table9", "table10"), ("table5_mini",))
+    "mini": dict.fromkeys(("table4", "table5", "table9", "table10", "quality"), ("table5_mini",))
     | dict.fromkeys(("table11", "table12", "ablation"), ("table11_mini",))
     | {"table6": ("table6_mini",), "basis": ("basis_mini",)}
     | {"all": ("table5_mini", "table11_mini", "basis_mini", "table6_mini")},
@@ -38,7 +38,8 @@ MEASURED = {
     "figure2": ("figure2",),
     "figure3": ("figure3",),
     "basis": ("basis",),
-    "all": ("figure2", "figure3", "basis"),
+    "quality": ("energy",),
+    "all": ("figure2", "figure3", "basis", "energy"),
 }
 BENCHMARK = "measured apart: python -m sparsegrad.benchmark --preset paper"
 ELSEWHERE = {

@@ -77,7 +77,7 @@ def _measure(name: str, options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments.run", description=__doc__.splitlines()[0])
-    parser.add_argument("table", help="table1 to table15, ablation, basis, figure1 to figure3, section8, all")
+    parser.add_argument("table", help="table1 to table15, ablation, basis, quality, figure1 to figure3, section8, all")
     parser.add_argument("--scale", default="paper", help=", ".join(SCALES))
     parser.add_argument("--data", help="folder with GLUE; without it the hub")
     parser.add_argument("--launcher", default="local", help=", ".join(LAUNCHERS))

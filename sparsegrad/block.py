@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_choice, check_integer
 from sparsegrad.linear import product_dtype
-from sparsegrad.rounding import add_stochastic
+from sparsegrad.rounding import add_stochastic, check_updated
 from sparsegrad.selection import check_density
 
 
@@ -64,7 +64,7 @@ class BlockLinear(nn.Module):
         core_shape: (c, r), at most (out, in).
 
     Raises:
-        UserError: for a basis of another shape or of one side, or a core larger than the weight.
+        UserError: for a basis of another shape or of one side, a core larger than the weight, or a weight in float16.
     """
 
     merged: Tensor
@@ -77,6 +77,7 @@ class BlockLinear(nn.Module):
             raise UserError(
                 f"a basis for {basis.shape} does not fit a linear of {tuple(weight.shape)}: calibrate it anew"
             )
+        check_updated(weight, "the weight of a block")
         for name, size, most in zip(("out", "in"), core_shape, weight.shape, strict=True):
             check_integer(f"{name} directions", size, at_least=1, at_most=most)
         self.weight = nn.Parameter(weight, requires_grad=False)

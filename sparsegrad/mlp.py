@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.errors import UserError, check_choice
+from sparsegrad.rounding import check_updated
 
 # Layer kind -> pattern that must match the whole module name. Many families share names: ViT of transformers 4 has
 # BERT's, later ones `mlp.fc1`; Gemma, Phi-1 and others are found by the names they share with a family listed here.
@@ -60,7 +61,7 @@ def find_mlp(model: nn.Module, mlp: Names | None = None) -> Linears:
 
 
 def check_trainable(linears: Linears) -> None:
-    """Raise `UserError` for a frozen weight: an optimizer would pass over it in silence."""
+    """Raise `UserError` for a weight that would stay as it is in silence: frozen, or in float16."""
     for found in linears.values():
         for name, linear in found.items():
             if not linear.weight.requires_grad:
@@ -68,6 +69,7 @@ def check_trainable(linears: Linears) -> None:
                     f"{name}.weight is frozen (requires_grad=False): call requires_grad_(True) on it, or name the "
                     "other linears alone with mlp={kind: pattern}"
                 )
+            check_updated(linear.weight, f"{name}.weight")
 
 
 def _named(model: nn.Module, mlp: Names | None) -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_choice, check_number
 from sparsegrad.moments import MOMENTS
-from sparsegrad.rounding import add_stochastic
+from sparsegrad.rounding import add_stochastic, check_updated
 from sparsegrad.selection import Selection, count_kept, select, together
 
 
@@ -188,6 +188,7 @@ def _check_group(group: dict[str, Any]) -> None:
     for weight in group["params"]:
         if weight.dim() != 2:
             raise UserError(f"a parameter {tuple(weight.shape)} cannot be SparseGrad: put only weights (out, in) there")
+        check_updated(weight, "a SparseGrad weight")
         count_kept(weight.shape, keep=group["keep"], density=group["density"])
         basis = group["basis"]
         if basis is not None and not basis.fits(weight.shape):

@@ -5,6 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsegrad.errors import UserError
+
+UPDATED = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def check_updated(weight: Tensor, what: str) -> None:
+    """Raise `UserError` for a dtype in which small updates are lost."""
+    if weight.dtype not in UPDATED:
+        raise UserError(
+            f"{what} in {weight.dtype} loses small updates: load the model in float32, which autocast multiplies in "
+            "half precision all the same, or in bfloat16, which is rounded at random"
+        )
+
 
 def add_stochastic(weight: Tensor, change: Tensor) -> None:
     """Add `change` to `weight` in place; a bfloat16 weight is rounded up or down at random, right on average.

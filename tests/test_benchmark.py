@@ -171,6 +171,8 @@ def test_calibration_is_compared_at_the_same_count_or_extrapolated_and_says_so()
     speed = [bar for bar in bars(document) if "speed" in bar["bar"]]
     assert [(bar["measured"]["median"], bar["how"][:8]) for bar in speed] == [(6.0, "measured"), (7.0, "stacked:")]
     assert all(bar["met"] for bar in bars(document))
+    document["decompositions"]["stacked4"]["seconds"] = 5.0  # less than of two gradients
+    assert len([bar for bar in bars(document) if "speed" in bar["bar"]]) == 1
 
 
 def test_the_document_has_the_fields_that_its_schema_names(tmp_path: Path) -> None:

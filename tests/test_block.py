@@ -119,6 +119,8 @@ def test_bad_input_is_named(linear, basis) -> None:
         BlockLinear.from_linear(nn.Linear(OUT, IN), basis, CORE)
     with pytest.raises(UserError, match="lacks a side: calibrate it with sides=both"):
         BlockLinear.from_linear(linear, basis.only("in"), CORE)
+    with pytest.raises(UserError, match=r"weight of a block in torch.float16 .* float32, .* or in bfloat16"):
+        BlockLinear.from_linear(copy.deepcopy(linear).half(), basis, CORE)
     with pytest.raises(UserError, match="density=0"):
         core_shape((4, 4), 0)
 

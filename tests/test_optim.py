@@ -280,6 +280,11 @@ def test_bad_groups_are_named(group: dict, message: str) -> None:
         SparseGradAdamW(groups(network(), **group))
 
 
+def test_float16_is_refused_and_what_works_is_named() -> None:
+    with pytest.raises(UserError, match=r"SparseGrad weight in torch.float16 .* float32, .* or in bfloat16"):
+        SparseGradAdamW([{"params": [nn.Parameter(torch.zeros(4, 3, dtype=torch.float16))], "keep": 3}])
+
+
 def test_a_bias_cannot_be_sparsegrad() -> None:
     with pytest.raises(UserError, match=r"parameter \(12,\) cannot be SparseGrad"):
         SparseGradAdamW([{"params": [network()[0].bias], "keep": 3}])
