@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from experiments import figures
+from experiments import figures, findings
 from experiments.cells import SCALES
 from experiments.collect import collect
 from experiments.page import problems, write_figure1, write_page
@@ -26,6 +26,7 @@ from experiments.tables import (
     hyperparams,
     llama,
     speed,
+    verdict,
 )
 from experiments.tables.base import Context, Table
 from sparsegrad.errors import UserError, check_choice
@@ -35,7 +36,7 @@ Maker = Callable[[Context], Sequence[Table]]
 
 
 def _mini_accuracy(context: Context) -> Sequence[Table]:
-    return [accuracy.mini_overview(context), accuracy.mini(context)]
+    return [verdict.table(context), accuracy.mini_overview(context), accuracy.mini(context)]
 
 
 def _speed(*names: str) -> Maker:
@@ -126,7 +127,7 @@ def make(context: Context, name: str) -> Sequence[Table]:
 
 def everything(context: Context) -> list[Table]:
     """Every table once, the small ones first: they are the ones with runs."""
-    found = [*_mini_accuracy(context), ablation.mini(context), basis.table(context)]
+    found = [findings.table(context), *_mini_accuracy(context), ablation.mini(context), basis.table(context)]
     for name in MAKERS:
         found += MAKERS[name](context)
     return list({table.name: table for table in found}.values())
