@@ -68,7 +68,7 @@ def _detail(context: Context, table: Table, label: str, paths: Sequence[Path]) -
     found = [record for _, record in records]
     return Detail(
         anchor=anchor(table.name, label),
-        label=label,
+        label=label.replace(" ", ", "),
         runs=[_run(path, record) for path, record in sorted(records, key=lambda pair: pair[1]["config"]["seed"])],
         curves=[_drawn(_losses(found), "training loss"), _drawn(*_metrics(found))],
         environments=sorted({environment_line(record.get("environment", {})) for record in found}),
@@ -122,7 +122,7 @@ def _drawn(curves: Sequence[Curve], label: str) -> Markup:
     lines = "".join(_line(curve, index, (last, low, high)) for index, curve in enumerate(curves) if curve)
     said = f"{label}: {low:.3g} to {high:.3g}, {last:g} steps"
     return Markup(
-        f'<figure class="curve"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(said)}">{lines}'
+        f'<figure class="curve"><svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{escape(said)}">{lines}'
         f"</svg><figcaption>{escape(said)}</figcaption></figure>"
     )
 

@@ -11,7 +11,7 @@ from experiments import figures
 from experiments.published import METHODS, average_of_cells, cells, contradicts
 from experiments.stats import welch_interval
 from experiments.tables import ablation, basis, calibration, correspondence, speed, verdict
-from experiments.tables.accuracy import AVERAGE, MODELS, Grid
+from experiments.tables.accuracy import AVERAGE, MODELS, PROTOCOLS, Grid
 from experiments.tables.base import Context, Table
 
 Finding = tuple[str, str, str]
@@ -27,7 +27,7 @@ def table(context: Context) -> Table:
 
 
 def _mini(context: Context) -> Iterator[Finding]:
-    for protocol in verdict.PROTOCOLS:
+    for protocol in PROTOCOLS:
         for method in ("sparsegrad", "sparsegrad_fast", "sparsegrad_authors"):
             said = [text for other in verdict.REFERENCES if (text := _against(context, protocol, method, other))]
             if said:
@@ -96,9 +96,9 @@ def _paper(context: Context) -> Iterator[Finding]:
     names = ", ".join(one.row for one in wrong)
     yield "Do the rows of Table 2 hold numerically?", f"in our words all do; as printed not: {names}", "Table 2"
     yield from _averages(sorted(MODELS))
-    for number in ablation.MODELS:
-        for line in ablation.copied(number):
-            yield f"Is Table {number}'s 100 % row a run of its own?", line, f"Table {number}"
+    lines = [f"Table {number}: {line}" for number in ablation.MODELS for line in ablation.copied(number)]
+    if lines:
+        yield "Are the 100 % rows of the ablation runs of their own?", " ".join(lines), "Tables 11, 12"
     for one in calibration.PRINTED:
         numbers, printed = calibration.arithmetic(one), float(one.memory.split()[0])
         printed *= 1000 if one.memory.endswith("GB") else 1
@@ -108,11 +108,12 @@ def _paper(context: Context) -> Iterator[Finding]:
 
 
 def _averages(tables: Sequence[int]) -> Iterator[Finding]:
-    for number in tables:
-        said = [
-            f"{row} prints {cells(number)[row, 'AVG'][0]}, its cells average {average_of_cells(number, row):.2f}"
-            for row in METHODS
-            if contradicts(number, row)
-        ]
-        if said:
-            yield f"Which averages of Table {number} contradict their own cells?", "; ".join(said), f"Table {number}"
+    said = [
+        f"Table {number}, {row}: printed {cells(number)[row, 'AVG'][0]}, its cells {average_of_cells(number, row):.2f}"
+        for number in tables
+        for row in METHODS
+        if contradicts(number, row)
+    ]
+    if said:
+        places = "Tables " + ", ".join(map(str, tables))
+        yield "Which printed averages contradict their own cells?", "; ".join(said), places

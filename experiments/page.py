@@ -16,10 +16,11 @@ from experiments.collect import PRUNED, skipped_summary
 from experiments.details import anchor, details, environment_line
 from experiments.render import write_text
 from experiments.tables import hyperparams, speed
-from experiments.tables.base import MISSING, OURS, Context, Table
+from experiments.tables.base import MINI_MARK, MISSING, OURS, Context, Table
 
 TEMPLATES = Path(__file__).parent / "templates"
 LONG = 48  # characters; a longer cell wraps
+_DERIVED = ("table5", "table5_mini_overview", "mini_verdict", "table3_measured")
 _CELLS_OF = {"table5_mini_overview": "table5_mini"}  # a table whose cells another one tells of
 THEMES = {
     "light": {"ink": "#1c1e21", "soft": "#5d646e", "box": "#f3f5f8", "new": "#dfeaf8", "grad": "#b3401f"},
@@ -42,7 +43,7 @@ def write_page(context: Context, tables: Sequence[Table], figures: Mapping[str, 
     shown = [{"title": title, "name": image.stem, "image": _base64(image)} for title, image in figures.items()]
     inline = _template("figure1.svg.j2").render({name: f"var(--{name})" for name in THEMES["light"]})
     facts = {"tables": [_shown(context, table, tables) for table in tables], "problems": problems(context)}
-    facts |= {"figures": shown, "figure1": Markup(inline), "failed": _failed(context)}
+    facts |= {"figures": shown, "figure1": Markup(inline), "failed": _failed(context), "counts": _counts(tables)}
     write_text(path, _template("page.html.j2").render(facts | _environment(context)) + "\n")
     return path
 
@@ -60,7 +61,7 @@ def _shown(context: Context, table: Table, tables: Sequence[Table]) -> dict[str,
     measured, cells = table.coverage
     source = next((one for one in tables if one.name == _CELLS_OF.get(table.name)), table)
     known = {label: anchor(source.name, label) for label in source.records}
-    records = table.frame.to_dict("records")
+    records = [{str(name): str(cell) for name, cell in row.items()} for row in table.frame.to_dict("records")]
     return {
         "name": table.name,
         "title": table.title,
@@ -76,10 +77,10 @@ def _shown(context: Context, table: Table, tables: Sequence[Table]) -> dict[str,
     }
 
 
-def _cell(table: Table, row: Mapping[str, Any], name: str, known: Mapping[str, str]) -> dict[str, str]:
+def _cell(table: Table, row: Mapping[str, str], name: str, known: Mapping[str, str]) -> dict[str, str]:
     """One cell: text, class, and where its records are told of."""
     label = table.label_of(row) if name.startswith(OURS) else f"{row.get('method')} {name} {row.get('protocol')}"
-    text = str(row[name])
+    text = row[name]
     return {"text": text, "css": _css(text), "href": known.get(label, "") if text != MISSING else ""}
 
 
@@ -96,6 +97,15 @@ def _command(name: str) -> str:
     }
     target = known.get(name) or (name if re.fullmatch(r"table\d+|section8", name) else "")
     return f"make reproduce-{target}" if target else "make report"
+
+
+def _counts(tables: Sequence[Table]) -> list[tuple[str, int, int]]:
+    """(what, measured, all) for the paper's models and for the small ones; tables made from others do not count."""
+    counted = {"cells of the paper's models": (0, 0), "cells of the mini tables": (0, 0)}
+    for table in (one for one in tables if one.name not in _DERIVED):
+        name = list(counted)[MINI_MARK in table.title]
+        counted[name] = (counted[name][0] + table.coverage[0], counted[name][1] + table.coverage[1])
+    return [(name, *numbers) for name, numbers in counted.items()]
 
 
 def _failed(context: Context) -> int:

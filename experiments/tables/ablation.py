@@ -72,7 +72,7 @@ def _kept(keep: int, scale: int = 1) -> str:
 
 def _records(grid: Grid, scale: int = 1) -> dict[str, list[Path]]:
     """Label and records of every cell; labels begin as the rows do."""
-    found = {}
+    found: dict[str, list[Path]] = {}
     for keep in KEPT:
         method = f"sparsegrad@{keep // scale}"
         found |= {label.replace(method, _kept(keep, scale)): paths for label, paths in grid.records([method])}

@@ -12,7 +12,7 @@ from experiments.collect import Store
 
 MINI_MARK = "mini: not the paper's model"
 MISSING = "missing"
-OURS = ("ours", "found here")  # how the columns that our runs fill begin
+OURS = ("ours", "found here", "energy")  # how the columns that our runs fill begin
 LABELLED = ("model", "method", "kept", "task", "protocol")  # columns whose cells name a cell of `records`
 
 

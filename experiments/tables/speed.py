@@ -126,15 +126,28 @@ def _cells_of(found: list[dict[str, Any]], arm: str, task: str | None, units: Ma
     """Ours, one column per machine and padding; padded to 128 tokens every task costs the same."""
     paddings = {"max_length": "padded"} | ({} if task is None else {"longest": "dynamic"})
     columns = {}
-    for machine, label in dict.fromkeys((row["machine"], row["label"]) for row in found) or {("", ""): None}:
+    for (machine, label), place in (_places(found) or {("", ""): ""}).items():
+        same = [row for row in found if (row["machine"], row["label"], row["arm"]) == (machine, label, arm)]
         for padding, name in paddings.items():
-            same = [row for row in found if (row["machine"], row["label"], row["arm"]) == (machine, label, arm)]
             hits = [row for row in same if row["padding"] == padding and row["batch"] == BATCH and _plain(row)]
             hits = [row for row in hits if padding == "max_length" or row["task"] == task]
             for field, unit in units.items():
-                where = f" ({', '.join(filter(None, [machine, label]))})" if machine else ""
-                columns[f"ours {name}, {unit}{where}"] = _shown(hits, field)
+                columns[f"ours {name}, {unit}{place and f', {place}'}"] = _shown(hits, field)
     return columns
+
+
+def _places(found: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """(machine, what it measured) -> what a column calls it; what was cut is told in a note."""
+    pairs = list(dict.fromkeys((row["machine"], row["label"]) for row in found))
+    machines = [machine for machine, _ in pairs]
+    return {
+        (machine, label): f"{machine}, {label}" if machines.count(machine) > 1 else machine + _scaled(label)
+        for machine, label in pairs
+    }
+
+
+def _scaled(label: str) -> str:
+    return " (scaled)" if "scaled" in label else ""
 
 
 def is_main(row: Mapping[str, Any]) -> bool:
@@ -160,7 +173,8 @@ def _where(found: list[dict[str, Any]]) -> str:
         return "Ours: missing; make reproduce-table3 measures them, on this hardware."
     return (
         f"Ours: batch {BATCH}, float32, medians over repeats; padded to 128 tokens, or dynamically to the longest row. "
-        "A machine that measured fewer blocks than the model has says so: its figures compare among themselves alone."
+        + " ".join(f"{machine}: {label}." for machine, label in _places(found) if label)
+        + (" Scaled figures compare among themselves alone." if any(_scaled(row["label"]) for row in found) else "")
     )
 
 
