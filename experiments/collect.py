@@ -93,22 +93,27 @@ def collect(runs: Path) -> Store:
                 found = record.get("schema") if isinstance(record, dict) else type(record).__name__
                 store.skipped.append(f"{place}: record schema {found}, this version reads {SCHEMA}")
                 continue
-            key, run = _run(place, record)
+            found_runs = dict(_runs(place, record))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             store.skipped.append(f"{place}: not a readable record ({type(error).__name__})")
             continue
-        store.runs.setdefault(key, []).append(run)
+        for key, run in found_runs.items():
+            store.runs.setdefault(key, []).append(run)
         store.records[place] = record
     return store
 
 
-def _run(place: Path, record: dict[str, Any]) -> tuple[Key, Run]:
-    config = record["config"]
-    method = _variant(place.parts[0], config["method"])
-    key = (place.parts[0], config["model"]["name"], method, config["task"]["name"], config["protocol"]["name"])
-    complete = record["status"] == "complete"
-    value = round(100 * float(record["result"]["value"]), 4) if complete else None
-    return key, Run(place, int(config["seed"]), value, hours(record), str(record.get("reason", "")))
+def _runs(place: Path, record: dict[str, Any]) -> Iterator[tuple[Key, Run]]:
+    """The run under its protocol; one of protocol `both` under either, as it has the value of each."""
+    config, result = record["config"], record.get("result", {})
+    method, protocol = _variant(place.parts[0], config["method"]), config["protocol"]["name"]
+    values = {protocol: result.get("value")}
+    if protocol == "both":
+        values = {"heldout": result.get("value"), "paper": result.get("best_on_validation", {}).get("value")}
+    for name, value in values.items():
+        points = round(100 * float(value), 4) if record["status"] == "complete" else None
+        key = (place.parts[0], config["model"]["name"], method, config["task"]["name"], name)
+        yield key, Run(place, int(config["seed"]), points, hours(record), str(record.get("reason", "")))
 
 
 def _variant(folder: str, method: dict[str, Any]) -> str:

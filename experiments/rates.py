@@ -4,7 +4,9 @@
     python -m experiments.rates                                                       # the choice
 
 The rate with the best mean of the held-out scores over the grid's tasks wins; the validation split has no part in it.
-A rate whose run diverged on a task counts as failed and cannot win. `hparams=mini` reads what this writes.
+A rate whose run diverged on a task counts as failed and cannot win. Where the best rate is the least or the greatest
+(`at_edge`), run the next one, a factor of 3 on: further rates count as soon as all tasks have them.
+`hparams=mini` reads what this writes.
 """
 
 from __future__ import annotations
@@ -77,6 +79,7 @@ def choose(found: Scores, tasks: Sequence[str] = TASKS, rates: Sequence[float] =
 
 def _choose(of: Mapping[float, Mapping[str, float | None]], tasks: Sequence[str], rates: Sequence[float]) -> Any:
     missing = [f"{task} at {rate:g}" for rate in rates for task in tasks if task not in of.get(rate, {})]
+    rates = sorted({*rates, *(rate for rate in of if all(task in of[rate] for task in tasks))})
     table = {f"{rate:g}": dict(sorted(of[rate].items())) for rate in rates if rate in of}
     means = {rate: _mean([of[rate][task] for task in tasks]) for rate in rates} if not missing else {}
     whole = {rate: mean for rate, mean in means.items() if mean is not None}

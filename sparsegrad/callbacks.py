@@ -55,6 +55,10 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
         """Training goes on."""
         self._resume()
 
+    def on_predict(self, *_: Any, **__: Any) -> None:
+        """Training goes on."""
+        self._resume()
+
     def on_save(self, *_: Any, **__: Any) -> None:
         """Training goes on."""
         self._resume()

@@ -36,6 +36,7 @@ _LATER: dict[tuple[str, str], Any] = {
     ("train", "warmup_steps"): 0,
     ("train", "gradient_checkpointing"): False,
     ("protocol", "eval_at_start"): False,
+    ("protocol", "watch_validation"): False,
 }
 
 # What a composed configuration may hold beside one run; `cli` has dealt with it before.
@@ -101,6 +102,8 @@ class ProtocolConfig:
         eval_steps: steps between evaluations; null: the authors' int(task.eval_base * 16 / batch_size).
         patience: evaluations without improvement before stopping; null: never.
         eval_at_start: whether the untrained model is evaluated too.
+        watch_validation: with `heldout`, score the validation split at every evaluation too, without a part in any
+            choice: the record then has the value of both protocols.
     """
 
     name: str
@@ -110,9 +113,16 @@ class ProtocolConfig:
     eval_steps: int | None
     patience: int | None
     eval_at_start: bool = False
+    watch_validation: bool = False
 
     def __post_init__(self) -> None:
         check_choice("protocol.select", self.select, ("validation", "heldout"))
+        check_choice("protocol.watch_validation", self.watch_validation, (True, False))
+        if self.watch_validation and self.select != "heldout":
+            raise UserError(
+                "protocol.watch_validation=true has no effect with protocol.select=validation, which scores that split "
+                "anyway: leave it out, or choose protocol=both"
+            )
         check_number("protocol.epochs", self.epochs, above=0)
         check_choice("protocol.eval_at_start", self.eval_at_start, (True, False))
         for name in ("max_steps", "eval_steps", "patience"):

@@ -39,6 +39,7 @@ from sparsegrad.stopping import StopOnSignal
 from sparsegrad.tasks.base import Splits
 from sparsegrad.token_sets import check_sizes, log_counts, token_sets
 from sparsegrad.training import (
+    VALIDATION,
     RunTrainer,
     check_precision,
     check_tracker,
@@ -273,7 +274,17 @@ class _Run:
             "steps": state.global_step,
             "epochs": round(state.epoch, 4),
             "weights": weights_fingerprint(self.model),
+            **self._watched(state.log_history),
         }
+
+    def _watched(self, log: list[dict[str, Any]]) -> dict[str, Any]:
+        """The best score on the validation split, where every evaluation took it; `value` is not chosen by it."""
+        task = self.config.task
+        seen = [row for row in _evaluations(log, VALIDATION) if row.get(task.main_metric) is not None]
+        if not seen:
+            return {}
+        best = (max if task.greater_is_better else min)(seen, key=lambda row: float(row[task.main_metric]))
+        return {"best_on_validation": {"value": best[task.main_metric], "step": best["step"]}}
 
     def _facts(self, prepared: Prepared) -> dict[str, Any]:
         return {
@@ -332,18 +343,20 @@ def _history(trainer: RunTrainer) -> dict[str, Any]:
     """Every evaluation, and the curve of the training loss."""
     log = trainer.state.log_history
     losses = [{"step": row["step"], "loss": _finite(row["loss"])} for row in log if "loss" in row]
-    return {"evaluations": _evaluations(log), "losses": losses}
+    watched = _evaluations(log, VALIDATION)
+    return {"evaluations": _evaluations(log), **({"validations": watched} if watched else {}), "losses": losses}
 
 
-def _evaluations(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = [row for row in log if any(name.startswith("eval_") for name in row)]
-    return [{"step": row["step"], "epoch": round(row["epoch"], 4), **_scores(row)} for row in rows]
+def _evaluations(log: list[dict[str, Any]], prefix: str = "eval") -> list[dict[str, Any]]:
+    rows = [row for row in log if any(name.startswith(f"{prefix}_") for name in row)]
+    return [{"step": row["step"], "epoch": round(row["epoch"], 4), **_scores(row, prefix)} for row in rows]
 
 
-def _scores(row: Mapping[str, Any]) -> dict[str, Any]:
+def _scores(row: Mapping[str, Any], prefix: str = "eval") -> dict[str, Any]:
     """The scores of an evaluation, without its timings."""
     timings = ("runtime", "per_second")
-    found = {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
+    of = {name: value for name, value in row.items() if name.startswith(f"{prefix}_")}
+    found = {name.removeprefix(f"{prefix}_"): value for name, value in of.items()}
     return {name: _finite(value) for name, value in found.items() if not name.endswith(timings)}
 
 

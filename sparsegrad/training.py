@@ -45,11 +45,22 @@ class TokenSets:
     counts: dict[str, Any] = field(default_factory=dict)
 
 
-class RunTrainer(Trainer):  # type: ignore[misc]
-    """The Trainer, which also shows each loss to a `LossWatch`."""
+VALIDATION = "validation"  # prefix, in the log, of the scores that have no part in a choice
 
-    def __init__(self, *args: Any, loss_watch: LossWatch, language: bool = False, **kwargs: Any) -> None:
+
+class RunTrainer(Trainer):  # type: ignore[misc]
+    """The Trainer, which also shows each loss to a `LossWatch`, and scores the rows `watched` at each evaluation."""
+
+    def __init__(
+        self,
+        *args: Any,
+        loss_watch: LossWatch,
+        language: bool = False,
+        watched: datasets.Dataset | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.watched = watched
         # A classifier takes any keyword, from which the Trainer concludes that its loss is already that of the whole
         # accumulated batch; it is not, and without this the micro-batches' gradients would be summed, not averaged.
         # A language model's loss is: a sum over the batch's tokens, divided by their number, as the Trainer gives it.
@@ -79,6 +90,14 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self.loss_watch.add(loss)
         return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's; then the watched rows, into the log alone."""
+        scores: dict[str, float] = super().evaluate(*args, **kwargs)
+        if self.watched is not None:
+            found = self.predict(self.watched, metric_key_prefix=VALIDATION).metrics
+            self.state.log_history.append({"step": self.state.global_step, "epoch": self.state.epoch, **found})
+        return scores
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss; of several processes' last batch of an epoch, only this one's share of the rows that are left."""
@@ -202,6 +221,7 @@ def make_trainer(
         compute_metrics=compute_metrics(config.task),
         preprocess_logits_for_metrics=token_losses if config.task.is_language else None,
         language=config.task.is_language,
+        watched=sets.report if config.protocol.watch_validation else None,
         callbacks=callbacks,
         optimizers=(optimizer, None),
         loss_watch=LossWatch(),

@@ -41,6 +41,8 @@ def test_only_steps_are_timed(clock: Clock) -> None:
             watch.on_log()
             clock.now += 30
             watch.on_evaluate()
+            clock.now += 20  # rows that are watched besides
+            watch.on_predict()
             clock.now += 7
             watch.on_save()
     assert watch.report() == {"steps_per_second": 2.0, "timed_steps": 10, "timed_seconds": 5.0}

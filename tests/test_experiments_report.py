@@ -31,7 +31,7 @@ def record(method: str, task: str, seed: int, value: float | None, **more: Any) 
         "model": {"name": "minilm"},
         "method": {"name": method, "keep": more.pop("keep", None)},
         "task": {"name": task, "main_metric": "accuracy"},
-        "protocol": {"name": "paper"},
+        "protocol": {"name": more.pop("protocol", "paper")},
         "seed": seed,
     }
     times = {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:15:00+00:00"}
@@ -64,6 +64,19 @@ def cell(table: Any, column: str, **where: str) -> str:
         rows = rows[rows[name] == value]
     assert len(rows) == 1
     return str(rows.iloc[0][column])
+
+
+def test_a_run_of_both_protocols_counts_under_either(results: Path) -> None:
+    both = {"status": "complete", "result": {"value": 0.5, "best_on_validation": {"value": 0.6, "step": 9}}}
+    write(results, "mini/both", record("meprop", "cola", 42, 0.5, protocol="both", **both))
+    write(results, "mini/died", record("meprop", "stsb", 42, None, protocol="both"))
+    table = accuracy.mini(context(results))
+    of = {"method": "meprop", "task": "cola"}
+    assert cell(table, "ours", protocol="heldout", **of).startswith("50.0")
+    assert cell(table, "ours", protocol="paper", **of).startswith("60.0")
+    assert all(
+        "failed" in cell(table, "ours", method="meprop", task="stsb", protocol=name) for name in ("heldout", "paper")
+    )
 
 
 def test_a_cell_holds_mean_spread_count_interval_protocol_and_cost(results: Path) -> None:

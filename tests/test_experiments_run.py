@@ -236,6 +236,15 @@ def test_the_rate_of_the_best_mean_wins_and_a_diverged_one_cannot() -> None:
     assert len(chosen["lora"]["missing"]) == 6
 
 
+@pytest.mark.parametrize(("tasks", "best", "at_edge"), [(("stsb",), 5e-4, True), (rates.TASKS, 1.5e-3, True)])
+def test_a_rate_beyond_the_grid_counts_once_all_tasks_have_it(
+    tasks: tuple[str, ...], best: float, at_edge: bool
+) -> None:
+    further = [_record("full", task, 1.5e-3, 1.0) for task in tasks]
+    chosen = rates.choose(rates.scores([*grid(lambda _, rate: 1000 * rate), *further]))["methods"]["full"]
+    assert (chosen["lr"], chosen["at_edge"]) == (best, at_edge)
+
+
 def test_disagreeing_records_and_validation_scores_are_refused() -> None:
     twice = [_record("full", "stsb", 5e-5, 0.5), _record("full", "stsb", 5e-5, 0.6)]
     with pytest.raises(UserError, match="two records for full / stsb at 5e-05 disagree"):

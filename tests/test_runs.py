@@ -116,6 +116,17 @@ def test_protocol_heldout_touches_validation_once_and_says_so(tiny: Tiny, monkey
     assert result["chosen_score"] == max(row["accuracy"] for row in record["evaluations"])
 
 
+def test_protocol_both_has_the_value_of_either_rule(tiny: Tiny) -> None:
+    record, _ = run(tiny(*LEARNS, "protocol=both"))
+    result, seen = record["result"], {row["step"]: row["accuracy"] for row in record["validations"]}
+    assert list(seen) == steps(record) == [4, 8, 12, 16, 20]
+    assert len(set(seen.values())) > 1, "a score that never moves proves nothing"
+    assert result["chosen_on"] == "heldout"
+    assert result["value"] == seen[result["chosen_step"]]  # the held-out rows' choice, scored
+    assert result["best_on_validation"]["value"] == max(seen.values())
+    assert seen[result["best_on_validation"]["step"]] == max(seen.values())
+
+
 def test_held_out_rows_are_no_validation_rows(tiny: Tiny) -> None:
     config = tiny("protocol=heldout")
     splits = config.task.load(config.data)
