@@ -96,7 +96,9 @@ def _outcome(record: Mapping[str, Any]) -> str:
     if record["status"] != "complete":
         return f"failed: {record.get('reason', '')}"
     result = record["result"]
-    return f"{result.get('metric', 'score')} {float(result['value']):.4f}"
+    said = f"{result.get('metric', 'score')} {float(result['value']):.4f}"
+    best = result.get("best_on_validation")
+    return said if best is None else f"{said} (heldout), {float(best['value']):.4f} (paper)"
 
 
 def _losses(records: Sequence[Mapping[str, Any]]) -> list[Curve]:
@@ -121,10 +123,9 @@ def _drawn(curves: Sequence[Curve], label: str) -> Markup:
     last, low, high = max(x for x, _ in points), min(y for _, y in points), max(y for _, y in points)
     lines = "".join(_line(curve, index, (last, low, high)) for index, curve in enumerate(curves) if curve)
     said = f"{label}: {low:.3g} to {high:.3g}, {last:g} steps"
-    return Markup(
-        f'<figure class="curve"><svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{escape(said)}">{lines}'
-        f"</svg><figcaption>{escape(said)}</figcaption></figure>"
-    )
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none"'
+    drawn = f'<svg {size} role="img" aria-label="{escape(said)}">{lines}</svg>'
+    return Markup(f'<figure class="curve">{drawn}<figcaption>{escape(said)}</figcaption></figure>')
 
 
 def _line(curve: Curve, index: int, bounds: tuple[float, float, float]) -> str:

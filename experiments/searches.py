@@ -16,6 +16,7 @@ from pathlib import Path
 import optuna
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from rich.table import Table
 
 from experiments.cells import CONF, ROOT
@@ -94,17 +95,21 @@ def searches(table: str, scale: str, data: str | None, overrides: Sequence[str])
     rest = [one for one in overrides if not one.startswith("task=")]
     sweep = "paper" if scale == "paper" else "quick"
     about = [f"sweep={sweep}", f"model={model}", f"method={method}"]
+    return [_search([*about, f"task={task}", *rest], task, data) for task in tasks]
+
+
+def compose_sweep(overrides: Sequence[str]) -> DictConfig:
+    """The configuration that run.py would make of these; those for the launcher alone have no part in it."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return [_search([*about, f"task={task}", *rest], task, data) for task in tasks]
+        return compose("config", [one for one in overrides if not one.startswith("hydra.")])
 
 
 def _search(overrides: list[str], task: str, data: str | None) -> Search:
     given = [*overrides, f"data.dir={data}"] if data and task != "snippets" else overrides
     try:
-        plan = make_plan(compose("config", [one for one in given if not one.startswith("hydra.")]))
+        return Search(tuple(given), make_plan(compose_sweep(given)))
     except HydraException as error:
         raise UserError(f"search on {task}: {str(error).splitlines()[0]}") from None
-    return Search(tuple(given), plan)
 
 
 def make(found: Sequence[Search], launcher: str, *, dry: bool) -> int:
