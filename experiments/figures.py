@@ -40,13 +40,30 @@ _STYLE: Any = {
 
 def draw_all(context: Context) -> dict[str, Path]:
     """Every figure whose data exists: title -> PNG; PDF beside it."""
-    drawn = {}
-    for name, (title, draw) in FIGURES.items():
-        with plt.rc_context(_STYLE):
-            figure = draw(context)
-        if figure is not None:
-            drawn[f"{title} ({MINI_MARK})"] = save(figure, context.results / "figures" / f"{name}.png")
-    return drawn
+    return {title: path for name in FIGURES for title, path in draw(context, name).items()}
+
+
+def draw(context: Context, name: str) -> dict[str, Path]:
+    """One figure, as `draw_all` gives them; empty where its data is missing."""
+    title, make = FIGURES[name]
+    with plt.rc_context(_STYLE):
+        figure = make(context)
+    if figure is None:
+        return {}
+    return {f"{title} ({MINI_MARK})": save(figure, context.results / "figures" / f"{name}.png")}
+
+
+def energies(context: Context) -> list[str]:
+    """One line for each layer kind of figure 2: the share of energy in the largest 1 % of entries."""
+    data = read_data(context, "figure2")
+    if data is None:
+        return []
+    where = f"block {data['block']}, step {data['step']}"
+    shares = {
+        kind: ", ".join(f"{label} {100 * views[view]['top_1_percent']:.1f} %" for view, label in VIEWS.items())
+        for kind, views in data["kinds"].items()
+    }
+    return [f"{where}, {kind}: the largest 1 % holds {said}" for kind, said in shares.items()]
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -150,13 +167,13 @@ def ablation_curve(context: Context) -> Figure | None:
     points = ablation.mini_curve(context)
     _band(axes[1], points, "MiniLM, mean ± sample std over seeds")
     for axis in axes:
-        axis.set(xscale="log", xlabel="kept entries, %", ylabel="average score")
+        axis.set(xscale="log", xlim=(0.5, 150), xlabel="kept entries, %", ylabel="average score")
     axes[0].legend(fontsize=8)
     if points:
         axes[1].legend(fontsize=8)
     else:
         axes[1].text(0.5, 0.5, "missing: no run yet", ha="center", transform=axes[1].transAxes)
-        axes[1].set(xlim=(0.5, 150), yticks=[])
+        axes[1].set(yticks=[])
     return figure
 
 
@@ -185,7 +202,7 @@ def curves(context: Context) -> Figure | None:
         axes[0][column].set_title(task)
         axes[1][column].set_xlabel("step")
     axes[0][0].set_ylabel("training loss")
-    axes[1][0].set_ylabel("metric, validation")
+    axes[1][0].set_ylabel("metric at evaluations")
     if not any_line:
         plt.close(figure)
         return None

@@ -81,6 +81,7 @@ MAKERS: dict[str, Maker] = {
 MINI: dict[str, Maker] = dict.fromkeys(("table4", "table5", "table9", "table10"), _mini_accuracy)
 MINI |= {name: lambda context: [ablation.mini(context)] for name in ("table11", "table12", "ablation")}
 FIGURES = ("figure1", "figure2", "figure3")
+CURVES = dict.fromkeys(("ablation", "table11", "table12"), "ablation") | {"basis": "basis"}  # drawn beside a table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,6 +116,8 @@ def report(name: str, scale: str, results: Path) -> None:
         print(write_page(context, tables, drawn))
     else:
         print("\n".join(markdown(table) for table in tables))
+        for path in figures.draw(context, CURVES[name]).values() if name in CURVES else ():
+            print(path)
     for line in problems(context):
         print(f"note: {line}", file=sys.stderr)
 
@@ -134,14 +137,16 @@ def everything(context: Context) -> list[Table]:
 
 
 def _figures(context: Context, name: str) -> dict[str, Path]:
-    """Draw the figures; say where they lie, or what brings their data."""
-    for path in write_figure1(context.results / "figures"):
+    """Draw one figure or all; say where they lie, or what brings their data."""
+    drawings = write_figure1(context.results / "figures") if name in ("figure1", "all") else []
+    drawn = figures.draw_all(context) if name == "all" else {}
+    drawn |= figures.draw(context, name) if name in figures.FIGURES else {}
+    for path in [*drawings, *drawn.values()]:
         print(path)
-    drawn = {} if name == "figure1" else figures.draw_all(context)
-    for path in drawn.values():
-        print(path)
-    if name in figures.FIGURES and not any(path.stem == name for path in drawn.values()):
-        raise UserError(f"{name} has no data: python -m experiments.measure {name} --data <glue folder> makes it")
+    if name == "figure2":
+        print("\n".join(figures.energies(context)))
+    if name in figures.FIGURES and not drawn:
+        raise UserError(f"{name} has no data: make reproduce-{name} DATA=<glue folder> makes it")
     return drawn
 
 

@@ -119,9 +119,8 @@ def make(found: Sequence[Search], launcher: str, *, dry: bool) -> int:
         _show(found)
         return 0
     missing = [one for one in found if one.finished() < one.plan.budget]
-    for group in [[one] for one in missing] if launcher == "local" else [missing]:
-        if group:
-            call(_command(group, launcher))
+    for group in _groups(missing, launcher):
+        call(_command(group, launcher))
     for one in missing:
         if one.finished():
             call(_export(one))
@@ -133,7 +132,17 @@ def make(found: Sequence[Search], launcher: str, *, dry: bool) -> int:
 
 def call(command: Sequence[str]) -> None:
     """One process; what it says is shown."""
-    subprocess.run(command, check=False, cwd=None)
+    subprocess.run(command, check=False)
+
+
+def _groups(missing: Sequence[Search], launcher: str) -> list[list[Search]]:
+    """What one command each can make: here a study, by a launcher all whose data lies in the same place."""
+    if launcher == "local":
+        return [[one] for one in missing]
+    groups: dict[str | None, list[Search]] = {}
+    for one in missing:
+        groups.setdefault(one.plan.base.data.dir, []).append(one)
+    return list(groups.values())
 
 
 def _command(group: Sequence[Search], launcher: str) -> list[str]:

@@ -12,29 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 from conftest import ROOT
 from test_sweep_dashboard import BROWSER
 
-from experiments import figures, findings, page, published, render, report
+from experiments import figures, published, render, report
 from experiments.collect import collect
 from experiments.stats import summarise, welch_interval
-from experiments.tables import (
-    ablation,
-    accuracy,
-    architecture,
-    basis,
-    calibration,
-    correspondence,
-    hyperparams,
-    llama,
-    speed,
-    verdict,
-)
+from experiments.tables import ablation, accuracy, architecture, basis, calibration, correspondence, llama, speed
 from experiments.tables.base import MINI_MARK, Context
 from sparsegrad.errors import UserError
 from sparsegrad.records import write_json
-from sparsegrad.sweeps.hparams import read_rows
 
 
 def record(method: str, task: str, seed: int, value: float | None, **more: Any) -> dict[str, Any]:
@@ -55,11 +44,16 @@ def record(method: str, task: str, seed: int, value: float | None, **more: Any) 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """A folder with three seeds of two methods on one mini task, and a benchmark."""
+    """A folder with three seeds of two methods on one mini task."""
+    return fill(tmp_path)
+
+
+def fill(results: Path) -> Path:
+    """Write the records of `results`."""
     for method, values in (("full", (0.80, 0.82, 0.84)), ("lora", (0.70, 0.74, None))):
         for seed, value in zip((42, 3705, 2023), values, strict=True):
-            write(tmp_path, f"mini/{method}{seed}", record(method, "snippets", seed, value))
-    return tmp_path
+            write(results, f"mini/{method}{seed}", record(method, "snippets", seed, value))
+    return results
 
 
 def write(results: Path, name: str, content: Any) -> None:
@@ -233,160 +227,6 @@ def test_speed_takes_medians_and_ratios_within_a_setting(results: Path) -> None:
     assert (cell(table, "of full", arm="merged"), cell(table, "of full ", arm="merged")) == ("2.00", "0.50")
 
 
-def bench(results: Path, name: str, cells: list[dict[str, Any]], **setting: Any) -> None:
-    """A benchmark of one machine, one setting each for padded and dynamic batches."""
-    about = {"shape": "roberta_base", "batch": 16, "precision": "fp32", "mode": "eager", "rest": "trained", **setting}
-    settings = {
-        "padded": {**about, "padding": "max_length", "task": "cola"},
-        "dynamic": {**about, "padding": "longest", "task": "mrpc"},
-    }
-    write_json(results / "bench" / f"{name}.json", {"schema": 1, "settings": settings, "cells": cells})
-
-
-def measurement(setting: str, arm: str, speed: float | None, peak: float = 100.0) -> dict[str, Any]:
-    status: dict[str, Any] = {"status": "complete", "steps_per_second": speed, "peak_mib": peak}
-    failed = {"status": "failed", "reason": "out of memory"}
-    return {"setting": setting, "arm": arm, "repeat": 0, **(failed if speed is None else status)}
-
-
-def test_tables_3_7_and_8_show_ours_beside_three_figures_of_others(results: Path) -> None:
-    bench(
-        results, "gpu", [measurement("padded", "full", 9.0), measurement("padded", "fast", None)], label="RoBERTa-base"
-    )
-    bench(results, "cpu", [measurement("dynamic", "full", 2.0, 55.0)], label="RoBERTa-base; scaled: 1 of 12 blocks")
-    three, seven, eight, _ = speed.tables(context(results))
-    assert cell(three, "ours padded, steps/s, gpu", arm="full") == "9"
-    assert cell(three, "ours padded, steps/s, gpu", arm="fast") == "failed: out of memory"
-    assert cell(three, "ours padded, MiB, cpu (scaled)", arm="full") == "missing"
-    assert (cell(three, "published steps/s", arm="full"), cell(three, "true steps/s", arm="full")) == ("4.11", "3.87")
-    assert any("cpu: RoBERTa-base; scaled: 1 of 12 blocks." in note for note in three.notes)
-    assert cell(seven, "ours dynamic, steps/s, cpu (scaled)", arm="full", task="mrpc") == "2"
-    assert cell(seven, "ours dynamic, steps/s, cpu (scaled)", arm="full", task="cola") == "missing"
-    assert cell(seven, "ours padded, steps/s, gpu", arm="full", task="rte") == "9"
-    assert cell(eight, "ours dynamic, MiB, cpu (scaled)", arm="full", task="mrpc") == "55"
-    assert cell(eight, "published", arm="merged", task="mrpc") == "none"
-
-
-def test_damaged_benchmarks_and_summaries_are_named(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for place in ("bench/torn.json", "studies/one/summary.json"):
-        (results / place).parent.mkdir(parents=True)
-        (results / place).write_text('{"schema": 1')
-    write_json(results / "bench" / "old.json", {"schema": 0})
-    assert report.main(["table3", "--results-dir", str(results)]) == 0
-    said = capsys.readouterr().err
-    assert "bench/torn.json: not a readable benchmark (JSONDecodeError)" in said
-    assert "bench/old.json: benchmark schema 0, this version reads 1" in said
-    assert "studies/one/summary.json: not a readable summary (JSONDecodeError)" in said
-
-
-def test_a_damaged_figure_is_one_line_with_the_remedy(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (results / "figures").mkdir()
-    (results / "figures" / "figure2.json").write_text("{")
-    assert report.main(["figure2", "--results-dir", str(results)]) == 2
-    said = capsys.readouterr().err
-    assert "figure2.json is damaged" in said
-    assert "make reproduce-figure2 measures it again" in said
-
-
-def test_a_wrong_column_of_the_searched_values_is_one_error(tmp_path: Path) -> None:
-    (tmp_path / "published_hyperparams.csv").write_text(
-        "table,model,method,task,batch,lr\n13,bert_base,full,cola,8,1\n"
-    )
-    with pytest.raises(UserError, match=r"has wrong columns \(batch, batch_size\): it needs exactly table, model"):
-        read_rows("published_hyperparams.csv", tmp_path)
-
-
-def test_tables_13_to_15_take_a_study_from_its_summary(results: Path) -> None:
-    best = {"value": 0.5123, "values": {"train.batch_size": 16, "train.lr": 2e-5}}
-    of = {"metric": "accuracy", "objective": "heldout", "best": best, "trials": {"complete": 40, "pruned": 0}}
-    labels = {"model": "bert_base", "method": "sparsegrad", "task": "cola"}
-    write_json(results / "studies" / "s" / "summary.json", {**of, "study": "s", "labels": labels})
-    write_json(results / "studies" / "mini" / "summary.json", {**of, "study": "mini"})
-    tables = {table.name: table for table in hyperparams.tables(context(results))}
-    row = {"task": "cola", "study": "s"}
-    assert cell(tables["table13"], "found here", **row) == "16 / 2.00e-05"
-    assert cell(tables["table13"], "score", **row) == "0.5123"
-    assert tables["table13"].coverage == (1, 8)
-    assert cell(tables["table14"], "found here", task="cola") == "missing"
-    assert list(tables["table13_mini"].frame["study"]) == ["mini"]
-
-
-def test_the_verdict_compares_on_the_tasks_that_both_have(results: Path) -> None:
-    for seed, full, sparse in ((42, 0.50, 0.60), (3705, 0.52, 0.62), (2023, 0.54, 0.64)):
-        write(results, f"mini/f{seed}", record("full", "cola", seed, full))
-        write(results, f"mini/s{seed}", record("sparsegrad", "cola", seed, sparse))
-        write(results, f"mini/m{seed}", record("sparsegrad", "mrpc", seed, 0.99))  # full has no such runs
-    found = verdict.compare(context(results), "paper", "sparsegrad", "full")
-    assert (found.tasks, found.higher, found.lower) == (("cola",), ("cola*",), ())
-    assert found.difference == pytest.approx(10.0)
-    low, high = found.interval or (0.0, 0.0)
-    half = 2.776445 * (4 * 2 / 3) ** 0.5  # equal variances of 4: the t of 4 degrees of freedom
-    assert (low, high) == pytest.approx((10 - half, 10 + half), abs=1e-4)
-    assert found.verdict == "better"
-    table = verdict.table(context(results))
-    row = {"protocol": "paper", "method": "sparsegrad"}
-    assert cell(table, "tasks", against="full", **row) == "1 of 4"
-    assert cell(table, "difference", against="lora", **row) == "missing"  # LoRA has snippets alone
-    lora = verdict.compare(context(results), "paper", "lora", "full")
-    assert (lora.lower, lora.higher) == (("snippets",), ())
-    assert verdict.compare(context(results), "heldout", "lora", "full").verdict == "missing"
-
-
-def test_one_seed_is_too_few_for_a_verdict(results: Path) -> None:
-    write(results, "mini/s", record("sparsegrad", "snippets", 42, 0.9))
-    found = verdict.compare(context(results), "paper", "sparsegrad", "full")
-    assert (found.interval, found.verdict) == (None, "too few seeds")
-    assert found.difference == pytest.approx(8.0)
-
-
-def test_findings_have_data_or_are_left_out(results: Path) -> None:
-    assert not any("sparsegrad" in question for question in findings.table(context(results)).frame["question"])
-    for seed, value in ((42, 0.7), (3705, 0.71)):
-        write(results, f"mini/s{seed}", record("sparsegrad", "snippets", seed, value))
-    bench(results, "gpu", [measurement("padded", "merged", 6.0), measurement("padded", "layer_regular", 2.0)])
-    frame = findings.table(context(results)).frame.set_index("question")["answer"]
-    assert frame["MiniLM, protocol paper: how does sparsegrad do?"].startswith("-11.50 points against full over 1 task")
-    assert frame["How fast on gpu, whole model?"] == "merged 3.00 times the steps/s of layer_regular"
-    assert "Table 4, LoRA: printed 83.7, its cells 84.86" in frame["Which printed averages contradict their own cells?"]
-    assert not any("energy" in question for question in frame.index)
-
-
-def test_a_cell_of_the_page_leads_to_records_curves_environment_and_rerun(results: Path) -> None:
-    log = {
-        "losses": [{"step": 10, "loss": 0.9}, {"step": 20, "loss": 0.3}],
-        "evaluations": [{"step": 20, "accuracy": 0.9}],
-    }
-    hardware = {
-        "hardware": {"cpu": "a processor", "cores": 2, "threads": 1},
-        "git": {"commit": "0123456789", "dirty": True},
-    }
-    write(results, "mini/full42", record("full", "snippets", 42, 0.8, **log, environment=hardware))
-    of = context(results)
-    tables = [accuracy.mini(of), accuracy.mini_overview(of)]
-    text = page.write_page(of, tables, {}).read_text()
-    anchor = "table5_mini--full-snippets-paper"
-    assert text.count(f'href="#{anchor}">82.00 ± 2.00</a>') == 2, "a link from either table"
-    detail = text.split(f'id="{anchor}"')[1].split("</div>")[0]
-    assert 'href="../runs/mini/full42.json"' in detail
-    assert "commit 0123456 with changes" in detail
-    assert "training loss: 0.3 to 0.9, 20 steps" in detail
-    assert "<polyline" in detail
-    assert "<circle" in detail, "one evaluation is a point"
-    assert "a processor, 2 cores, 1 threads" in detail
-    assert "make reproduce-table5 SCALE=mini ARGS=&#34;method=full task=snippets seed=2023,3705,42&#34;" in detail
-
-
-def test_a_table_without_anything_of_ours_is_folded_away(results: Path) -> None:
-    of = context(results)
-    text = page.write_page(of, [accuracy.per_task(of, 4), accuracy.mini(of)], {}).read_text()
-    assert '<details class="bare" id="table4">' in text
-    assert '<h2 id="table5_mini">' in text
-    assert "<b>2 of 70</b>cells of the mini tables measured" in text
-    assert (
-        "<b>0 of 45</b>cells of the paper&#39;s models measured" in text or "<b>0 of 45</b>cells of the paper's" in text
-    )
-
-
 def test_section8_finds_what_the_printed_megabytes_count() -> None:
     for one in calibration.PRINTED:
         numbers = calibration.arithmetic(one)
@@ -447,6 +287,18 @@ def test_the_committed_tables_are_those_of_the_committed_records(committed: Path
     assert built == {path.name: path.read_bytes() for path in (ROOT / "results" / "tables").iterdir()}
 
 
+def test_the_committed_figures_and_page_are_those_of_the_committed_records(committed: Path) -> None:
+    pinned = f"matplotlib=={matplotlib.__version__}" in (ROOT / "constraints.txt").read_text().splitlines()
+    if not pinned:
+        pytest.skip(f"matplotlib {matplotlib.__version__} draws other bytes than the version of constraints.txt")
+    for folder in ("figures", "report"):
+        wanted = {path.name: path.read_bytes() for path in (ROOT / "results" / folder).iterdir()}
+        found = {path.name: path.read_bytes() for path in (committed / folder).iterdir()}
+        assert sorted(name for name in wanted if found.get(name) != wanted[name]) == [], (
+            f"results/{folder}: make report"
+        )
+
+
 def test_the_same_records_give_the_same_bytes(committed: Path) -> None:
     outputs = [path for path in committed.rglob("*") if path.is_file() and "runs" not in path.parts]
     before = {path: path.read_bytes() for path in outputs}
@@ -467,10 +319,13 @@ def test_the_page_has_every_table_and_live_links(committed: Path) -> None:
 
 HARNESS = """<!doctype html><title>waiting</title><iframe src="report/index.html" width="400" height="800"></iframe>
 <script>addEventListener("load", () => { const page = document.querySelector("iframe").contentDocument;
-document.title = JSON.stringify({width: page.documentElement.scrollWidth, inner: page.defaultView.innerWidth,
+const folded = page.querySelector("details.bare"), width = page.documentElement.scrollWidth;
+if (folded) page.defaultView.location.hash = folded.id;
+setTimeout(() => { document.title = JSON.stringify({opened: !folded || folded.open, width: width,
+inner: page.defaultView.innerWidth,
 dark: page.defaultView.matchMedia("(prefers-color-scheme: dark)").matches,
 paper: getComputedStyle(page.body).backgroundColor, drawn: [...page.images].every(image => image.naturalWidth > 0),
-tables: [...page.querySelectorAll("table")].filter(table => table.rows.length > 1).length}) })</script>"""
+tables: [...page.querySelectorAll("table")].filter(table => table.rows.length > 1).length}) }, 200) })</script>"""
 
 
 @pytest.fixture
@@ -503,6 +358,7 @@ def test_a_browser_shows_the_page_on_a_phone(served: str, committed: Path, tmp_p
     assert found["width"] <= found["inner"] <= 400, "the page is wider than a phone"
     assert found["tables"] == len(list((committed / "tables").glob("*.csv"))) + 2  # and contents and environment
     assert found["drawn"], "a figure was not drawn"
+    assert found["opened"], "a link to a folded table did not open it"
     assert found["dark"] is dark
     assert found["paper"] == ("rgb(21, 24, 28)" if dark else "rgb(255, 255, 255)")
     assert "CONSOLE" not in shown.stderr, shown.stderr
