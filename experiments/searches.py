@@ -60,6 +60,11 @@ class Search:
         """The results folder."""
         return Path(self.plan.base.results_dir)
 
+    @property
+    def summary(self) -> Path:
+        """What a study leaves when it was looked at."""
+        return self.results / "studies" / self.study / "summary.json"
+
     def finished(self) -> int:
         """Trials that have ended, by the storage or by the summary that a finished study left."""
         return min(self.plan.budget, max(self._stored(), self._summarised()))
@@ -75,9 +80,8 @@ class Search:
         return len(Ledger(trials).finished(self.plan.budget))
 
     def _summarised(self) -> int:
-        path = self.results / "studies" / self.study / "summary.json"
         try:
-            trials = json.loads(path.read_text())["trials"]
+            trials = json.loads(self.summary.read_text())["trials"]
             return int(trials["complete"]) + int(trials["pruned"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0
@@ -121,8 +125,8 @@ def make(found: Sequence[Search], launcher: str, *, dry: bool) -> int:
     missing = [one for one in found if one.finished() < one.plan.budget]
     for group in _groups(missing, launcher):
         call(_command(group, launcher))
-    for one in missing:
-        if one.finished():
+    for one in found:
+        if one.finished() and (one in missing or not one.summary.is_file()):
             call(_export(one))
     left = [one for one in found if one.finished() < one.plan.budget]
     for one in left:
