@@ -60,7 +60,8 @@ bench-quick: $(INSTALLED) ## the same in under 3 minutes, into runs/bench: that 
 	$(BIN)/python -m sparsegrad.benchmark --quick
 
 # Tables and figures of the paper. SCALE=paper|mini, DATA=<glue folder>, LAUNCHER=local|joblib|slurm|ray, DRY=1 (list the
-# cells and their cost, run nothing), ARGS="seed=42 method=lora" (further overrides of run.py).
+# cells and their cost, run nothing), ARGS="seed=42 method=lora" (further overrides of run.py; figure 2 takes
+# ARGS="block=2 step=40" too). Speed tables and section 8 run the benchmark, Tables 13-15 their sweeps.
 SCALE ?= paper
 LAUNCHER ?= local
 CELLS = $(BIN)/python -m experiments.run --scale $(SCALE) --launcher $(LAUNCHER) $(if $(DATA),--data $(DATA)) $(if $(DRY),--dry)

@@ -33,7 +33,7 @@ EXPERIMENTS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # The grid of an experiment whose YAML gives none.
 GRID = {"seed": "42,3705,2023", "method": "full,lora,sparsegrad,meprop"}
-# What else a name needs: the command that makes it, by hand where it takes hardware of its own.
+# Figures whose data `experiments.measure` makes.
 MEASURED = {
     "figure2": ("figure2",),
     "figure3": ("figure3",),
@@ -41,17 +41,17 @@ MEASURED = {
     "quality": ("energy",),
     "all": ("figure2", "figure3", "basis", "energy"),
 }
-BENCHMARK = "measured apart: python -m sparsegrad.benchmark --preset paper"
+# Names that need no runs of cells, and why.
 ELSEWHERE = {
     "figure1": "a drawing: no runs",
     "table1": "counted on the architectures: no runs",
     "table2": "checked by number: no runs",
-    "table3": BENCHMARK,
+    "table3": "measured by the benchmark, preset paper, the same at both scales",
     "table6": "LLaMA-2-7B on OASST1; the table says what is missing",
-    "table7": BENCHMARK,
-    "table8": BENCHMARK,
-    **{f"table{n}": "made by sweeps: python run.py sweep=paper model=... method=... task=..." for n in (13, 14, 15)},
-    "section8": "measured apart: python -m sparsegrad.benchmark --preset decomposition",
+    "table7": "measured by the benchmark, preset paper, the same at both scales",
+    "table8": "measured by the benchmark, preset paper, the same at both scales",
+    **{f"table{n}": "searched by sweeps, one study a task" for n in (13, 14, 15)},
+    "section8": "measured by the benchmark, preset decomposition, the same at both scales",
 }
 
 

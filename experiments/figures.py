@@ -20,6 +20,7 @@ from experiments.render import write_bytes
 from experiments.tables import ablation, basis, quality
 from experiments.tables.accuracy import MINI_METHODS, MINI_TASKS
 from experiments.tables.base import MINI_MARK, Context
+from sparsegrad.errors import UserError
 from sparsegrad.records import write_json
 
 VIEWS = {"untouched": "untouched", "rotated": "rotated (HOSVD)", "authors": "authors' basis"}
@@ -40,13 +41,30 @@ _STYLE: Any = {
 
 def draw_all(context: Context) -> dict[str, Path]:
     """Every figure whose data exists: title -> PNG; PDF beside it."""
-    drawn = {}
-    for name, (title, draw) in FIGURES.items():
-        with plt.rc_context(_STYLE):
-            figure = draw(context)
-        if figure is not None:
-            drawn[f"{title} ({MINI_MARK})"] = save(figure, context.results / "figures" / f"{name}.png")
-    return drawn
+    return {title: path for name in FIGURES for title, path in draw(context, name).items()}
+
+
+def draw(context: Context, name: str) -> dict[str, Path]:
+    """One figure, as `draw_all` gives them; empty where its data is missing."""
+    title, make = FIGURES[name]
+    with plt.rc_context(_STYLE):
+        figure = make(context)
+    if figure is None:
+        return {}
+    return {f"{title} ({MINI_MARK})": save(figure, context.results / "figures" / f"{name}.png")}
+
+
+def energies(context: Context) -> list[str]:
+    """One line for each layer kind of figure 2: the share of energy in the largest 1 % of entries."""
+    data = read_data(context, "figure2")
+    if data is None:
+        return []
+    where = f"block {data['block']}, step {data['step']}"
+    shares = {
+        kind: ", ".join(f"{label} {100 * views[view]['top_1_percent']:.1f} %" for view, label in VIEWS.items())
+        for kind, views in data["kinds"].items()
+    }
+    return [f"{where}, {kind}: the largest 1 % holds {said}" for kind, said in shares.items()]
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -59,14 +77,22 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _data(context: Context, name: str) -> dict[str, Any] | None:
+def read_data(context: Context, name: str) -> dict[str, Any] | None:
+    """What `python -m experiments.measure` left for a figure, or None.
+
+    Raises:
+        UserError: when it cannot be read.
+    """
     path = context.results / "figures" / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): make reproduce-{name} measures it again") from None
 
 
 def figure2(context: Context) -> Figure | None:
     """Heat maps of one block's gradients, three ways, both layer kinds."""
-    data = _data(context, "figure2")
+    data = read_data(context, "figure2")
     if data is None:
         return None
     figure, axes = plt.subplots(2, 3, figsize=(8, 5.2), layout="constrained")
@@ -86,11 +112,11 @@ def figure2(context: Context) -> Figure | None:
 
 def figure3(context: Context) -> Figure | None:
     """The stripes of dL/dY, and the share of its entries that are not zero, padded and not."""
-    data = _data(context, "figure3")
+    data = read_data(context, "figure3")
     if data is None:
         return None
     figure, axes = plt.subplots(2, 2, figsize=(8, 5.2), layout="constrained")
-    for line, (pad, label) in zip(axes, _PADS.items(), strict=True):
+    for line, (pad, label) in zip(axes, PADS.items(), strict=True):
         rows = data["pictures"][pad]["intermediate"]["row_share"]
         line[0].imshow([[share] * 60 for share in rows], aspect="auto", cmap="Greys", vmin=0, vmax=1)
         line[0].set(xticks=[], xlabel="features of dL/dY", ylabel="tokens of the batch")
@@ -106,7 +132,7 @@ def figure3(context: Context) -> Figure | None:
     return figure
 
 
-_PADS = {"max_length": "padded to 128", "longest": "padded to the longest row"}
+PADS = {"max_length": "padded to 128", "longest": "padded to the longest row"}
 
 
 def _shares(data: dict[str, Any], pad: str, kind: str) -> list[float]:
@@ -134,24 +160,33 @@ def basis_study(context: Context) -> Figure | None:
 
 
 def ablation_curve(context: Context) -> Figure | None:
-    """Score over kept share: ours with an error band, the printed ones as lines."""
-    points = ablation.mini_curve(context)
+    """Score over kept share: printed and ours of the paper's models, and MiniLM; ours with an error band."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     for number, model in ablation.MODELS.items():
         axes[0].plot(*zip(*ablation.published_curve(number), strict=True), marker="o", label=f"published, {model}")
+        _band(axes[0], ablation.curve(context, number), f"ours, {model}")
+    points = ablation.mini_curve(context)
+    _band(axes[1], points, "MiniLM, mean ± sample std over seeds")
+    for axis in axes:
+        axis.set(xscale="log", xlim=(0.5, 150), xlabel="kept entries, %", ylabel="average score")
     axes[0].legend(fontsize=8)
     if points:
-        shares, means = [point.share for point in points], [point.value.mean for point in points]
-        spread = [point.value.std or 0.0 for point in points]
-        low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
-        axes[1].plot(shares, means, marker="o", label="MiniLM, mean over seeds")
-        axes[1].fill_between(shares, low, high, alpha=0.25, label="± sample std")
         axes[1].legend(fontsize=8)
     else:
         axes[1].text(0.5, 0.5, "missing: no run yet", ha="center", transform=axes[1].transAxes)
-    for axis in axes:
-        axis.set(xscale="log", xlabel="kept entries, %", ylabel="average score")
+        axes[1].set(yticks=[])
     return figure
+
+
+def _band(axis: Any, points: list[ablation.Point], label: str) -> None:
+    """A line of means with a band of one sample std to either side."""
+    if not points:
+        return
+    shares, means = [point.share for point in points], [point.value.mean for point in points]
+    spread = [point.value.std or 0.0 for point in points]
+    low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+    (line,) = axis.plot(shares, means, marker="o", label=label)
+    axis.fill_between(shares, low, high, alpha=0.25, color=line.get_color())
 
 
 def curves(context: Context) -> Figure | None:
@@ -168,7 +203,7 @@ def curves(context: Context) -> Figure | None:
         axes[0][column].set_title(task)
         axes[1][column].set_xlabel("step")
     axes[0][0].set_ylabel("training loss")
-    axes[1][0].set_ylabel("metric, validation")
+    axes[1][0].set_ylabel("metric at evaluations")
     if not any_line:
         plt.close(figure)
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,12 +12,16 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from experiments.collect import skipped_summary
+from experiments.collect import PRUNED, skipped_summary
+from experiments.details import anchor, details, environment_line
 from experiments.render import write_text
-from experiments.tables.base import MISSING, Context, Table
+from experiments.tables import hyperparams, speed
+from experiments.tables.base import MINI_MARK, MISSING, OURS, Context, Table
 
 TEMPLATES = Path(__file__).parent / "templates"
 LONG = 48  # characters; a longer cell wraps
+_DERIVED = ("table5", "table5_mini_overview", "mini_verdict", "table3_measured")
+_CELLS_OF = {"table5_mini_overview": "table5_mini"}  # a table whose cells another one tells of
 THEMES = {
     "light": {"ink": "#1c1e21", "soft": "#5d646e", "box": "#f3f5f8", "new": "#dfeaf8", "grad": "#b3401f"},
     "dark": {"ink": "#e6e8eb", "soft": "#a2a9b3", "box": "#20252b", "new": "#1f3550", "grad": "#f0946f"},
@@ -37,8 +42,9 @@ def write_page(context: Context, tables: Sequence[Table], figures: Mapping[str, 
     path = context.results / "report" / "index.html"
     shown = [{"title": title, "name": image.stem, "image": _base64(image)} for title, image in figures.items()]
     inline = _template("figure1.svg.j2").render({name: f"var(--{name})" for name in THEMES["light"]})
-    facts = {"tables": tables, "figures": shown, "figure1": Markup(inline), "problems": problems(context)}
-    write_text(path, _template("page.html.j2").render(facts | _environment(context), css=_css) + "\n")
+    facts = {"tables": [_shown(context, table, tables) for table in tables], "problems": problems(context)}
+    facts |= {"figures": shown, "figure1": Markup(inline), "failed": _failed(context), "counts": _counts(tables)}
+    write_text(path, _template("page.html.j2").render(facts | _environment(context)) + "\n")
     return path
 
 
@@ -46,7 +52,68 @@ def problems(context: Context) -> list[str]:
     """Records that were not used, and why."""
     store = context.store
     lines = [line for line in (skipped_summary(store),) if line]
-    return [*lines, *store.skipped, *store.disagreements()]
+    others = [*speed.unread(context.results), *hyperparams.unread(context.results)]
+    return [*lines, *store.skipped, *store.disagreements(), *others]
+
+
+def _shown(context: Context, table: Table, tables: Sequence[Table]) -> dict[str, Any]:
+    """A table as the template takes it."""
+    measured, cells = table.coverage
+    source = next((one for one in tables if one.name == _CELLS_OF.get(table.name)), table)
+    known = {label: anchor(source.name, label) for label in source.records}
+    records = [{str(name): str(cell) for name, cell in row.items()} for row in table.frame.to_dict("records")]
+    return {
+        "name": table.name,
+        "title": table.title,
+        "notes": table.notes,
+        "columns": list(table.frame.columns),
+        "rows": [[_cell(table, row, name, known) for name in table.frame.columns] for row in records],
+        "details": details(context, table),
+        "measured": measured,
+        "cells": cells,
+        "share": round(100 * measured / cells) if cells else 0,
+        "is_bare": table.is_bare,
+        "command": _command(table.name),
+    }
+
+
+def _cell(table: Table, row: Mapping[str, str], name: str, known: Mapping[str, str]) -> dict[str, str]:
+    """One cell: text, class, and where its records are told of."""
+    label = table.label_of(row) if name.startswith(OURS) else f"{row.get('method')} {name} {row.get('protocol')}"
+    text = row[name]
+    return {"text": text, "css": _css(text), "href": known.get(label, "") if text != MISSING else ""}
+
+
+def _command(name: str) -> str:
+    """What fills a table."""
+    known = {
+        "table5_mini_overview": "table5 SCALE=mini DATA=glue",
+        "table5_mini": "table5 SCALE=mini DATA=glue",
+        "mini_verdict": "table5 SCALE=mini DATA=glue",
+        "table11_mini": "ablation SCALE=mini DATA=glue",
+        "table13_mini": "table13 SCALE=mini DATA=glue",
+        "basis_study": "basis SCALE=mini DATA=glue",
+        "table3_measured": "table3",
+    }
+    target = known.get(name) or (name if re.fullmatch(r"table\d+|section8", name) else "")
+    return f"make reproduce-{target}" if target else "make report"
+
+
+def _counts(tables: Sequence[Table]) -> list[tuple[str, int, int]]:
+    """(what, measured, all) for the paper's models and for the small ones; tables made from others do not count."""
+    counted = {"cells of the paper's models": (0, 0), "cells of the mini tables": (0, 0)}
+    for table in (one for one in tables if one.name not in _DERIVED):
+        name = list(counted)[MINI_MARK in table.title]
+        counted[name] = (counted[name][0] + table.coverage[0], counted[name][1] + table.coverage[1])
+    return [(name, *numbers) for name, numbers in counted.items()]
+
+
+def _failed(context: Context) -> int:
+    return sum(record["status"] == "failed" and _is_failure(record) for record in context.store.records.values())
+
+
+def _is_failure(record: Mapping[str, Any]) -> bool:
+    return not str(record.get("reason", "")).startswith(PRUNED)
 
 
 def _template(name: str) -> Any:
@@ -58,26 +125,18 @@ def _base64(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-def _css(cell: object) -> Markup:
+def _css(text: str) -> str:
     """The class of a cell."""
-    text = str(cell)
     if text.startswith("failed"):
-        return Markup(' class="bad long"')
+        return "bad long"
     if text == MISSING:
-        return Markup(' class="missing"')
-    return Markup(' class="long"') if len(text) > LONG else Markup("")
+        return "missing"
+    return "long" if len(text) > LONG else ""
 
 
 def _environment(context: Context) -> dict[str, Any]:
     found = [record.get("environment", {}) for _, record in sorted(context.store.records.items())]
     dates = sorted(one["finished"][:10] for one in found if one.get("finished"))
-    lines = Counter(_line(one) for one in found if one)
+    lines = Counter(environment_line(one) for one in found if one)
     ends = {"first": dates[0] if dates else "", "last": dates[-1] if dates else ""}
     return {"record_count": len(found), "environments": sorted(lines.items()), **ends}
-
-
-def _line(environment: Mapping[str, Any]) -> str:
-    hardware, versions = environment.get("hardware", {}), environment.get("versions", {})
-    what = [str(hardware.get(name)) for name in ("gpu", "cpu", "system") if hardware.get(name)]
-    what += [f"{hardware.get('cores')} cores", f"{hardware.get('threads')} threads"]
-    return ", ".join([*what, *(f"{name} {number}" for name, number in versions.items())])

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from experiments import figures
+from experiments import figures, findings
 from experiments.cells import SCALES
 from experiments.collect import collect
 from experiments.page import problems, write_figure1, write_page
@@ -27,6 +27,7 @@ from experiments.tables import (
     llama,
     quality,
     speed,
+    verdict,
 )
 from experiments.tables.base import Context, Table
 from sparsegrad.errors import UserError, check_choice
@@ -36,7 +37,7 @@ Maker = Callable[[Context], Sequence[Table]]
 
 
 def _mini_accuracy(context: Context) -> Sequence[Table]:
-    return [accuracy.mini_overview(context), accuracy.mini(context)]
+    return [verdict.table(context), accuracy.mini_overview(context), accuracy.mini(context)]
 
 
 def _speed(*names: str) -> Maker:
@@ -86,6 +87,7 @@ MAKERS: dict[str, Maker] = {
 MINI: dict[str, Maker] = dict.fromkeys(("table4", "table5", "table9", "table10"), _mini_accuracy)
 MINI |= {name: lambda context: [ablation.mini(context)] for name in ("table11", "table12", "ablation")}
 FIGURES = ("figure1", "figure2", "figure3")
+CURVES = dict.fromkeys(("ablation", "table11", "table12"), "ablation") | {"basis": "basis"}  # drawn beside a table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,6 +122,8 @@ def report(name: str, scale: str, results: Path) -> None:
         print(write_page(context, tables, drawn))
     else:
         print("\n".join(markdown(table) for table in tables))
+        for path in figures.draw(context, CURVES[name]).values() if name in CURVES else ():
+            print(path)
     for line in problems(context):
         print(f"note: {line}", file=sys.stderr)
 
@@ -132,21 +136,23 @@ def make(context: Context, name: str) -> Sequence[Table]:
 
 def everything(context: Context) -> list[Table]:
     """Every table once, the small ones first: they are the ones with runs."""
-    found = [*_mini_accuracy(context), ablation.mini(context), basis.table(context)]
+    found = [findings.table(context), *_mini_accuracy(context), ablation.mini(context), basis.table(context)]
     for name in MAKERS:
         found += MAKERS[name](context)
     return list({table.name: table for table in found}.values())
 
 
 def _figures(context: Context, name: str) -> dict[str, Path]:
-    """Draw the figures; say where they lie, or what brings their data."""
-    for path in write_figure1(context.results / "figures"):
+    """Draw one figure or all; say where they lie, or what brings their data."""
+    drawings = write_figure1(context.results / "figures") if name in ("figure1", "all") else []
+    drawn = figures.draw_all(context) if name == "all" else {}
+    drawn |= figures.draw(context, name) if name in figures.FIGURES else {}
+    for path in [*drawings, *drawn.values()]:
         print(path)
-    drawn = {} if name == "figure1" else figures.draw_all(context)
-    for path in drawn.values():
-        print(path)
-    if name in figures.FIGURES and not any(path.stem == name for path in drawn.values()):
-        raise UserError(f"{name} has no data: python -m experiments.measure {name} --data <glue folder> makes it")
+    if name == "figure2":
+        print("\n".join(figures.energies(context)))
+    if name in figures.FIGURES and not drawn:
+        raise UserError(f"{name} has no data: make reproduce-{name} DATA=<glue folder> makes it")
     return drawn
 
 

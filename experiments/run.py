@@ -8,22 +8,25 @@ it still needs to be. A failed cell stops no other, is shown with its reason, an
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import Timeout
 
-from experiments import measure
+from experiments import benchmarks, measure, searches
 from experiments.cells import ELSEWHERE, MEASURED, ROOT, SCALES, Cell, experiments_of, list_cells
 from experiments.dry import show
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.runs import run_lock
 
 LAUNCHERS = ("local", "joblib", "slurm", "ray")
+FIGURE_KEYS = ("block", "step", "steps")  # of figures 2 and 3 and the basis study: block=2 step=40
+FOR_EVERY_SWEEP = ("results_dir=", "work_dir=", "sweep.")  # what `all` hands on, beside the runs of cells
 POLL_SECONDS = 5.0
 _BUSY = "is at work in another process"
 
@@ -46,10 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_choice("LAUNCHER", options.launcher, LAUNCHERS)
         names = experiments_of(options.table, options.scale)
         groups = [list_cells(name, options.overrides, options.data) for name in names]
-        measured = [_measure(name, options) for name in MEASURED.get(options.table, ())]
         if options.table in ELSEWHERE:
-            print(f"{options.table}: {ELSEWHERE[options.table]}")
-        return max([0, *measured, *(_group(cells, options) for cells in groups)])
+            print(f"{options.table}: {ELSEWHERE[options.table]}", flush=True)
+        studies = _studies(options)
+        measured = [_measure(name, options) for name in MEASURED.get(options.table, ())]
+        measured += [_benchmark(preset, options) for preset in benchmarks.PRESETS.get(options.table, ())]
+        made = [_group(cells, options) for cells in groups]
+        searched = [searches.make(found, options.launcher, dry=options.dry) for found in studies]
+        return max([0, *measured, *made, *searched])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -65,14 +72,50 @@ def _group(cells: list[Cell], options: argparse.Namespace) -> int:
     return _report(_launch(cells, options.launcher), cells)
 
 
+def _benchmark(preset: str, options: argparse.Namespace) -> int:
+    """Measure speed and memory here; a machine of its own is no matter of a launcher."""
+    others = [one for one in options.overrides if not one.startswith("results_dir=")]
+    if others and options.table != "all":
+        raise UserError(
+            f"{options.table} takes no {others[0]}: it is one preset of the benchmark; for settings of your own: "
+            "python -m sparsegrad.benchmark --help"
+        )
+    return benchmarks.make(preset, _results(options), dry=options.dry)
+
+
+def _studies(options: argparse.Namespace) -> list[list[searches.Search]]:
+    """The sweeps of Tables 13-15, composed and checked before anything runs."""
+    tables = list(searches.TABLES) if options.table == "all" else [options.table]
+    wanted = [name for name in tables if name in searches.TABLES]
+    given = [one for one in options.overrides if options.table != "all" or one.startswith(FOR_EVERY_SWEEP)]
+    return [searches.searches(name, options.scale, options.data, given) for name in wanted]
+
+
 def _measure(name: str, options: argparse.Namespace) -> int:
-    """Measure a figure's data unless it is there."""
-    places = [one.partition("=")[2] for one in options.overrides if one.startswith("results_dir=")]
-    path = Path(*places or ["results"]) / "figures" / f"{name}.json"
-    if path.is_file() or options.dry:
-        print(f"{name}: {path} {'exists' if path.is_file() else 'is missing: a few minutes on one core'}")
+    """Measure a figure's data unless it is there, of the block and step that are asked for."""
+    path = _results(options) / "figures" / f"{name}.json"
+    chosen = {key: value for key, _, value in (one.partition("=") for one in options.overrides) if key in FIGURE_KEYS}
+    there = path.is_file() and "force=true" not in options.overrides and _is_of(path, chosen)
+    if there or options.dry:
+        print(f"{name}: {path} {'exists' if there else 'is missing: a few minutes on one core'}")
         return 0
-    return measure.main([name, *(["--data", options.data] if options.data else []), *options.overrides])
+    flags = [f"--{key}={value}" for key, value in chosen.items()]
+    rest = [one for one in options.overrides if one.partition("=")[0] not in FIGURE_KEYS]
+    return measure.main([name, *flags, *(["--data", options.data] if options.data else []), *rest])
+
+
+def _is_of(path: Path, chosen: Mapping[str, str]) -> bool:
+    """Whether measured data is of this block and step; how many steps a study took is not in it."""
+    try:
+        found = json.loads(path.read_text())
+        return all(str(found.get(key)) == value for key, value in chosen.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _results(options: argparse.Namespace) -> Path:
+    places = [one.partition("=")[2] for one in options.overrides if one.startswith("results_dir=")]
+    return Path(*places[-1:] or ["results"])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 from conftest import ROOT
 from test_sweep_dashboard import BROWSER
@@ -43,11 +44,16 @@ def record(method: str, task: str, seed: int, value: float | None, **more: Any) 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """A folder with three seeds of two methods on one mini task, and a benchmark."""
+    """A folder with three seeds of two methods on one mini task."""
+    return fill(tmp_path)
+
+
+def fill(results: Path) -> Path:
+    """Write the records of `results`."""
     for method, values in (("full", (0.80, 0.82, 0.84)), ("lora", (0.70, 0.74, None))):
         for seed, value in zip((42, 3705, 2023), values, strict=True):
-            write(tmp_path, f"mini/{method}{seed}", record(method, "snippets", seed, value))
-    return tmp_path
+            write(results, f"mini/{method}{seed}", record(method, "snippets", seed, value))
+    return results
 
 
 def write(results: Path, name: str, content: Any) -> None:
@@ -214,7 +220,9 @@ def test_speed_takes_medians_and_ratios_within_a_setting(results: Path) -> None:
     write_json(results / "bench" / "cpu.json", {"schema": 1, "settings": settings, "cells": [*rows, failed]})
     (results / "bench" / "torn.json").write_text("{")
     table = next(one for one in speed.tables(context(results)) if one.name == "table3_measured")
-    assert list(table.frame["arm"]) == ["full", "merged"]
+    assert list(table.frame["arm"]) == ["full", "merged", "fast"]
+    assert cell(table, "steps/s", arm="fast") == "failed: no memory"
+    assert (cell(table, "n", arm="full"), cell(table, "n", arm="fast")) == ("3", "0")
     assert cell(table, "steps/s", arm="merged") == "6.000"
     assert (cell(table, "of full", arm="merged"), cell(table, "of full ", arm="merged")) == ("2.00", "0.50")
 
@@ -279,6 +287,18 @@ def test_the_committed_tables_are_those_of_the_committed_records(committed: Path
     assert built == {path.name: path.read_bytes() for path in (ROOT / "results" / "tables").iterdir()}
 
 
+def test_the_committed_figures_and_page_are_those_of_the_committed_records(committed: Path) -> None:
+    pinned = f"matplotlib=={matplotlib.__version__}" in (ROOT / "constraints.txt").read_text().splitlines()
+    if not pinned:
+        pytest.skip(f"matplotlib {matplotlib.__version__} draws other bytes than the version of constraints.txt")
+    for folder in ("figures", "report"):
+        wanted = {path.name: path.read_bytes() for path in (ROOT / "results" / folder).iterdir()}
+        found = {path.name: path.read_bytes() for path in (committed / folder).iterdir()}
+        assert sorted(name for name in wanted if found.get(name) != wanted[name]) == [], (
+            f"results/{folder}: make report"
+        )
+
+
 def test_the_same_records_give_the_same_bytes(committed: Path) -> None:
     outputs = [path for path in committed.rglob("*") if path.is_file() and "runs" not in path.parts]
     before = {path: path.read_bytes() for path in outputs}
@@ -289,6 +309,7 @@ def test_the_same_records_give_the_same_bytes(committed: Path) -> None:
 def test_the_page_has_every_table_and_live_links(committed: Path) -> None:
     page = (committed / "report" / "index.html").read_text()
     names = [f"table{number}" for number in range(1, 16)] + ["section8", "basis_study", "table5_mini", "table11_mini"]
+    names += ["findings", "mini_verdict"]
     assert all(f'data-name="{name}"' in page for name in names)
     assert "http" not in page.replace("http://www.w3.org", "").replace("https://arxiv.org", "")
     links = [part.split('"')[0] for part in page.split('href="../')[1:]]
@@ -298,10 +319,13 @@ def test_the_page_has_every_table_and_live_links(committed: Path) -> None:
 
 HARNESS = """<!doctype html><title>waiting</title><iframe src="report/index.html" width="400" height="800"></iframe>
 <script>addEventListener("load", () => { const page = document.querySelector("iframe").contentDocument;
-document.title = JSON.stringify({width: page.documentElement.scrollWidth, inner: page.defaultView.innerWidth,
+const folded = page.querySelector("details.bare"), width = page.documentElement.scrollWidth;
+if (folded) page.defaultView.location.hash = folded.id;
+setTimeout(() => { document.title = JSON.stringify({opened: !folded || folded.open, width: width,
+inner: page.defaultView.innerWidth,
 dark: page.defaultView.matchMedia("(prefers-color-scheme: dark)").matches,
 paper: getComputedStyle(page.body).backgroundColor, drawn: [...page.images].every(image => image.naturalWidth > 0),
-tables: [...page.querySelectorAll("table")].filter(table => table.rows.length > 1).length}) })</script>"""
+tables: [...page.querySelectorAll("table")].filter(table => table.rows.length > 1).length}) }, 200) })</script>"""
 
 
 @pytest.fixture
@@ -332,8 +356,9 @@ def test_a_browser_shows_the_page_on_a_phone(served: str, committed: Path, tmp_p
     shown = subprocess.run([*command, "--dump-dom", served], capture_output=True, text=True, timeout=120, check=True)
     found = json.loads(shown.stdout.split("<title>")[1].split("</title>")[0].replace("&quot;", '"'))
     assert found["width"] <= found["inner"] <= 400, "the page is wider than a phone"
-    assert found["tables"] == len(list((committed / "tables").glob("*.csv"))) + 1  # and that of the environment
+    assert found["tables"] == len(list((committed / "tables").glob("*.csv"))) + 2  # and contents and environment
     assert found["drawn"], "a figure was not drawn"
+    assert found["opened"], "a link to a folded table did not open it"
     assert found["dark"] is dark
     assert found["paper"] == ("rgb(21, 24, 28)" if dark else "rgb(255, 255, 255)")
     assert "CONSOLE" not in shown.stderr, shown.stderr

@@ -200,9 +200,9 @@ def test_dry_lists_what_exists_and_what_is_missing(
 
 
 def test_what_needs_no_runs_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for number in (1, 2, 3, 7, 8, 13, 14, 15):
-        assert runner.main([f"table{number}"]) == 0
-        assert capsys.readouterr().out.startswith(f"table{number}: ")
+    for name in ("table1", "table2", "figure1"):
+        assert runner.main([name]) == 0
+        assert capsys.readouterr().out.startswith(f"{name}: ")
     assert runner.main(["figure2", "--dry", f"results_dir={tmp_path}"]) == 0
     assert "figure2.json is missing" in capsys.readouterr().out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
@@ -34,17 +35,15 @@ class Point:
 
 def table(context: Context, number: int) -> Table:
     """Table 11 or 12."""
-    tasks = tuple(task for task in TASKS.values() if task != "sst2")
-    grid = Grid(context, f"ablation_{MODELS[number]}", MODELS[number], "paper", tasks)
-    rows = [_row(grid, number, keep, task) for keep in KEPT for task in (*tasks, AVERAGE)]
+    grid = _grid(context, number)
+    rows = [_row(grid, number, keep, task) for keep in KEPT for task in (*grid.tasks, AVERAGE)]
     notes = [
         SCORES,
         "The SST-2 column is lost; printed averages are over eight tasks, ours over the seven that are printed.",
-        *_copied(number),
+        *copied(number),
     ]
-    methods = [f"sparsegrad@{keep}" for keep in KEPT]
     title = f"Table {number}: kept entries, {MODELS[number]}"
-    return Table(f"table{number}", title, pd.DataFrame(rows), notes, dict(grid.records(methods)))
+    return Table(f"table{number}", title, pd.DataFrame(rows), notes, _records(grid))
 
 
 def _row(grid: Grid, number: int, keep: int, task: str) -> dict[str, str]:
@@ -55,7 +54,7 @@ def _row(grid: Grid, number: int, keep: int, task: str) -> dict[str, str]:
     line, ours = grid.line(method, task), summarise(grid.values(method, task))
     comparable = ours is not None and published and task != AVERAGE
     return {
-        "kept": "all" if keep == SIZE else f"{keep:,}",
+        "kept": _kept(keep),
         "share": f"{100 * keep / SIZE:.2f} %",
         "task": task,
         "published": (published + (f" ± {std}" if std else "")) or "none",
@@ -67,7 +66,20 @@ def _row(grid: Grid, number: int, keep: int, task: str) -> dict[str, str]:
     }
 
 
-def _copied(number: int) -> list[str]:
+def _kept(keep: int, scale: int = 1) -> str:
+    return "all" if keep == SIZE else f"{keep // scale:,}"
+
+
+def _records(grid: Grid, scale: int = 1) -> dict[str, list[Path]]:
+    """Label and records of every cell; labels begin as the rows do."""
+    found: dict[str, list[Path]] = {}
+    for keep in KEPT:
+        method = f"sparsegrad@{keep // scale}"
+        found |= {label.replace(method, _kept(keep, scale)): paths for label, paths in grid.records([method])}
+    return found
+
+
+def copied(number: int) -> list[str]:
     """The "100 %" row beside the main table's: the paper printed the 1 % results in its place."""
     main = {11: 9, 12: 10}[number]
     row = next(name for name, method in METHODS.items() if method == "sparsegrad")
@@ -86,18 +98,24 @@ def mini(context: Context) -> Table:
         for task in (*MINI_TASKS, AVERAGE):
             line = grid.line(method, task)
             line.pop("vs full, 95 %")
-            kept = "all" if keep == SIZE else f"{keep // MINI_SCALE:,}"
-            rows.append({"kept": kept, "share": f"{100 * keep / SIZE:.2f} %", "task": task, **line})
-    methods = [f"sparsegrad@{keep // MINI_SCALE}" for keep in KEPT]
+            rows.append({"kept": _kept(keep, MINI_SCALE), "share": f"{100 * keep / SIZE:.2f} %", "task": task, **line})
     notes = [SCORES, "Same densities as the paper's {18000, 22000, 28000, 30000, 100000, all} of 2,359,296."]
     title = f"Tables 11 and 12 in small: MiniLM ({MINI_MARK})"
-    return Table("table11_mini", title, pd.DataFrame(rows), notes, dict(grid.records(methods)))
+    return Table("table11_mini", title, pd.DataFrame(rows), notes, _records(grid, MINI_SCALE))
 
 
 def mini_curve(context: Context) -> list[Point]:
     """The averages over tasks of the mini ablation; points without a seed are left out."""
-    grid = _mini_grid(context)
-    found = [(keep, summarise(grid.values(f"sparsegrad@{keep // MINI_SCALE}", AVERAGE))) for keep in KEPT]
+    return _curve(_mini_grid(context), MINI_SCALE)
+
+
+def curve(context: Context, number: int) -> list[Point]:
+    """The same of the paper's model in Table 11 or 12."""
+    return _curve(_grid(context, number), 1)
+
+
+def _curve(grid: Grid, scale: int) -> list[Point]:
+    found = [(keep, summarise(grid.values(f"sparsegrad@{keep // scale}", AVERAGE))) for keep in KEPT]
     return [Point(100 * keep / SIZE, value) for keep, value in found if value is not None]
 
 
@@ -105,6 +123,11 @@ def published_curve(number: int) -> list[tuple[float, float]]:
     """(share in per cent, printed average)."""
     rows = [*PRINTED[number].items(), (SIZE, ALL)]
     return [(100 * keep / SIZE, float(cells(number)[row, "AVG"][0])) for keep, row in rows]
+
+
+def _grid(context: Context, number: int) -> Grid:
+    tasks = tuple(task for task in TASKS.values() if task != "sst2")
+    return Grid(context, f"ablation_{MODELS[number]}", MODELS[number], "paper", tasks)
 
 
 def _mini_grid(context: Context) -> Grid:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from experiments.collect import Store
 
 MINI_MARK = "mini: not the paper's model"
 MISSING = "missing"
+OURS = ("ours", "found here", "energy")  # how the columns that our runs fill begin
+LABELLED = ("model", "method", "kept", "task", "protocol")  # columns whose cells name a cell of `records`
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,23 @@ class Table:
     frame: pd.DataFrame
     notes: list[str] = field(default_factory=list)
     records: dict[str, list[Path]] = field(default_factory=dict)
+
+    @property
+    def coverage(self) -> tuple[int, int]:
+        """(measured, all) of the cells that ours fill: (0, 0) for a table that needs no runs, or lacks none."""
+        mine = [name for name in self.frame.columns if name.startswith(OURS) or (self.frame[name] == MISSING).any()]
+        cells = [str(cell) for name in mine for cell in self.frame[name] if str(cell)]
+        return sum(cell != MISSING and not cell.startswith("failed") for cell in cells), len(cells)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether nothing of ours is in it."""
+        measured, cells = self.coverage
+        return cells > 0 and measured == 0
+
+    def label_of(self, row: Mapping[str, str]) -> str:
+        """How `records` calls the cell of a row."""
+        return " ".join(row[name] for name in LABELLED if name in row)
 
 
 def signed(number: float | None) -> str:

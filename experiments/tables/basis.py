@@ -12,6 +12,7 @@ import pandas as pd
 from experiments.stats import summarise, welch_interval
 from experiments.tables.accuracy import AVERAGE, Grid
 from experiments.tables.base import MINI_MARK, MISSING, Context, Table
+from sparsegrad.errors import UserError
 
 TASKS = ("stsb", "mrpc")
 NAMES = {
@@ -26,9 +27,16 @@ DENSITY = 0.01
 
 
 def read(results: Path) -> dict[str, Any] | None:
-    """What `python -m experiments.measure basis` left, or None."""
+    """What `python -m experiments.measure basis` left, or None.
+
+    Raises:
+        UserError: when it cannot be read.
+    """
     path = results / "figures" / "basis.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): make reproduce-basis measures it again") from None
 
 
 def energy(found: dict[str, Any], basis: str, kind: str, density: float = DENSITY) -> dict[int, float]:
@@ -56,5 +64,5 @@ def table(context: Context) -> Table:
     interval = welch_interval(grid.values("both", AVERAGE), grid.values("authors", AVERAGE))
     if interval is not None:
         notes.append(f"HOSVD minus the authors' basis, average: {interval[0]:+.2f} to {interval[1]:+.2f} (95 % Welch).")
-    records = {f"{basis} {label}": paths for basis in ("both", "authors") for label, paths in grid.records([basis])}
+    records = {f"basis {label}": paths for label, paths in grid.records(["both", "authors"])}
     return Table("basis_study", f"Basis study ({MINI_MARK})", pd.DataFrame(rows), notes, records)

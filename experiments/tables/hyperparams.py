@@ -1,40 +1,92 @@
-"""Tables 13-15: best batch size and learning rate per task; the rows are those of `make sweep-table`."""
+"""Tables 13-15: best batch size and learning rate per task; the rows are those of `make sweep-table`.
+
+A study counts by its storage or, where that is not at hand, by the summary that it left in results/studies.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from experiments.tables.base import Context, Table
+from experiments.tables.base import MISSING, Context, Table
 from sparsegrad.sweeps.storage import open_store
 from sparsegrad.sweeps.table import HEADER, rows
+
+FOUND, SCORE, STUDY = (HEADER.index(name) for name in ("found here", "score", "study"))
 
 
 def tables(context: Context) -> list[Table]:
     """One table per printed one, and one for the searches of anything else."""
     storage = context.results / "studies" / "studies.db"
-    lines = rows(open_store(str(storage)) if storage.is_file() else None)
-    found = [_table(number, [line[1:] for line in lines if line[0] == str(number)]) for number in (13, 14, 15)]
-    return [*found, _summaries(context.results)]
+    found = summaries(context.results)
+    lines = [_filled(line, found) for line in rows(open_store(str(storage)) if storage.is_file() else None)]
+    printed = {number: [line[1:] for line in lines if line[0] == str(number)] for number in (13, 14, 15)}
+    own = [one for one in found if _names(one) not in {tuple(line[1:4]) for line in lines if line[0]}]
+    return [*(_table(number, of) for number, of in printed.items()), _summaries(own)]
+
+
+def summaries(results: Path) -> list[dict[str, Any]]:
+    """The summaries of studies that can be read, as `python -m sparsegrad.sweep show` writes them."""
+    return [one for _, one in _read(results) if isinstance(one, dict)]
+
+
+def unread(results: Path) -> list[str]:
+    """One line for each summary that is damaged."""
+    return [f"studies/{path.parent.name}/{path.name}: {one}" for path, one in _read(results) if isinstance(one, str)]
+
+
+def _read(results: Path) -> list[tuple[Path, dict[str, Any] | str]]:
+    return [(path, _summary(path)) for path in sorted((results / "studies").glob("*/summary.json"))]
+
+
+def _summary(path: Path) -> dict[str, Any] | str:
+    try:
+        found = json.loads(path.read_text())
+        float(found["best"]["value"]), found["best"]["values"], found["trials"]["complete"], found["study"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"not a readable summary ({type(error).__name__})"
+    return dict(found)
+
+
+def _names(summary: dict[str, Any]) -> tuple[str, ...]:
+    labels = summary.get("labels") or {}
+    return tuple(labels.get(name, "") for name in ("model", "method", "task"))
+
+
+def _filled(line: list[str], found: list[dict[str, Any]]) -> list[str]:
+    """A row with the best summary of its model, method and task, where the storage has no study of them."""
+    like = [one for one in found if _names(one) == tuple(line[1:4])]
+    if line[FOUND] or not like:
+        return [*line[:FOUND], line[FOUND] or MISSING, *line[SCORE:]]
+    one = max(like, key=lambda each: int(each["trials"]["complete"]))
+    return [*line[:FOUND], _pair(one), f"{one['best']['value']:.4f}", str(one["study"])]
+
+
+def _pair(summary: dict[str, Any]) -> str:
+    values = summary["best"]["values"]
+    batch, rate = values.get("train.batch_size"), values.get("train.lr")
+    return f"{'' if batch is None else batch} / {'' if rate is None else f'{rate:.2e}'}"
 
 
 def _table(number: int, lines: list[list[str]]) -> Table:
     title = f"Table {number}: batch size / learning rate, {lines[0][0]}, {lines[0][1]}"
     notes = ["Captions as the authors' runs show them: Table 14 is BERT, Table 15 RoBERTa-base, both full fine-tuning."]
+    if all(line[FOUND - 1] == MISSING for line in lines):
+        notes.append(f"Found here: missing; make reproduce-table{number} searches, DRY=1 says for how many hours.")
     return Table(f"table{number}", title, pd.DataFrame(lines, columns=list(HEADER[1:])), notes)
 
 
-def _summaries(results: Path) -> Table:
-    """The searches whose summaries are committed; they are of other models than the paper's."""
+def _summaries(found: list[dict[str, Any]]) -> Table:
+    """The searches of other models than the paper's."""
     names = ["study", "batch size / learning rate", "score", "objective", "trials complete", "pruned"]
     lines = []
-    for path in sorted((results / "studies").glob("*/summary.json")):
-        found = json.loads(path.read_text())
-        best, trials = found["best"], found["trials"]
-        pair = f"{best['values'].get('train.batch_size', '')} / {best['values'].get('train.lr', float('nan')):.2e}"
-        score = f"{best['value']:.4f} {found['metric']}"
-        lines.append([found["study"], pair, score, found["objective"], str(trials["complete"]), str(trials["pruned"])])
+    for one in found:
+        score, trials = f"{one['best']['value']:.4f} {one['metric']}", one["trials"]
+        lines.append(
+            [one["study"], _pair(one), score, one["objective"], str(trials["complete"]), str(trials["pruned"])]
+        )
     frame = pd.DataFrame(lines, columns=names)
     return Table("table13_mini", "Tables 13 to 15 in small: our searches (mini: not the paper's model)", frame)

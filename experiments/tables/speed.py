@@ -17,6 +17,8 @@ from experiments.published import TASKS, authors_runs, cells
 from experiments.tables.base import MISSING, Context, Table
 
 MODEL = "roberta_base"
+SCHEMA = 1
+BATCH = 16  # of the settings that stand for a table's cells; the others are in the table of all
 # Row as printed -> our arm; the merged engine and the block engine are ours alone.
 ARMS = {
     "Regular FT": "full",
@@ -34,18 +36,33 @@ WHY = (
 
 
 def documents(results: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, content) of each benchmark file; unreadable ones and those of another schema are left out."""
+    """(name, content) of each benchmark file that can be read; `unread` names the others."""
     for path in sorted((results / "bench").glob("*.json")):
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(found, dict) and found.get("schema") == 1 and "cells" in found and "settings" in found:
+        found = _document(path)
+        if isinstance(found, dict):
             yield path.stem, found
 
 
+def unread(results: Path) -> list[str]:
+    """One line for each benchmark file that is damaged or of another schema."""
+    found = [(path, _document(path)) for path in sorted((results / "bench").glob("*.json"))]
+    return [f"bench/{path.name}: {reason}" for path, reason in found if isinstance(reason, str)]
+
+
+def _document(path: Path) -> dict[str, Any] | str:
+    """The content of a benchmark file, or what is wrong with it."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        return f"not a readable benchmark ({type(error).__name__})"
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        schema = found.get("schema") if isinstance(found, dict) else type(found).__name__
+        return f"benchmark schema {schema}, this version reads {SCHEMA}"
+    return found if "cells" in found and "settings" in found else "not a benchmark: no cells or no settings"
+
+
 def measured(results: Path, shape: str = MODEL) -> list[dict[str, Any]]:
-    """One row per hardware, setting and arm: medians over repeats."""
+    """One row per hardware, setting and arm: medians over repeats, None with a reason where all failed."""
     rows = []
     for name, document in documents(results):
         for key, setting in document["settings"].items():
@@ -53,7 +70,7 @@ def measured(results: Path, shape: str = MODEL) -> list[dict[str, Any]]:
                 continue
             of: dict[str, list[Mapping[str, Any]]] = {}
             for cell in document["cells"]:
-                if cell["setting"] == key and cell["status"] == "complete":
+                if cell["setting"] == key:
                     of.setdefault(cell["arm"], []).append(cell)
             rows += [_row(name, setting, arm, found) for arm, found in of.items()]
     return rows
@@ -61,37 +78,108 @@ def measured(results: Path, shape: str = MODEL) -> list[dict[str, Any]]:
 
 def _row(name: str, setting: Mapping[str, Any], arm: str, found: list[Mapping[str, Any]]) -> dict[str, Any]:
     what = ("label", "task", "padding", "batch", "precision", "mode")
-    speeds, peaks = ([cell[field] for cell in found] for field in ("steps_per_second", "peak_mib"))
+    good = [cell for cell in found if cell["status"] == "complete"]
     about = {field: setting.get(field) or "" for field in what}
-    return {"machine": name, "arm": arm, **about, "n": len(found), "speed": median(speeds), "peak": median(peaks)}
+    medians = {
+        name: median(cell[field] for cell in good) if good else None
+        for name, field in (("speed", "steps_per_second"), ("peak", "peak_mib"))
+    }
+    reason = "" if good else str(found[0].get("reason", ""))
+    return {"machine": name, "arm": arm, **about, "n": len(good), **medians, "reason": reason}
 
 
 def tables(context: Context) -> list[Table]:
     """Tables 3, 7 and 8, and what was measured in every setting."""
-    return [_table3(), _per_task(7), _per_task(8), _ours(context)]
+    found = measured(context.results)
+    return [_table3(found), _per_task(7, found), _per_task(8, found), _ours(context, found)]
 
 
-def _table3() -> Table:
+def _table3(found: list[dict[str, Any]]) -> Table:
     rows = []
-    for printed, arm in ARMS.items():
-        row = SHORT.get(printed, printed)
-        speed, memory = (cells(3)[row, column][0] for column in ("Steps/Sec.", "Memory MB"))
-        rows.append({"arm": arm, "published steps/s": speed, "published MB": memory, **_logs(arm, None)})
-    notes = [WHY, "Ours: the table of what was measured here."]
+    for arm in (*ARMS.values(), *EXTRA):
+        printed = {of: SHORT.get(name, name) for name, of in ARMS.items()}.get(arm)
+        published = [cells(3)[printed, name][0] if printed else "none" for name in ("Steps/Sec.", "Memory MB")]
+        others = dict(zip(("published steps/s", "published MB"), published, strict=True)) | _logs(arm, None)
+        rows.append({"arm": arm, **others, **_cells_of(found, arm, None, {"speed": "steps/s", "peak": "MiB"})})
+    notes = [WHY, _where(found), _extra()]
     return Table("table3", "Table 3: speed and memory, RoBERTa-base", pd.DataFrame(rows), notes)
 
 
-def _per_task(number: int) -> Table:
-    speed = number == 7
+def _per_task(number: int, found: list[dict[str, Any]]) -> Table:
+    unit = {"speed": "steps/s"} if number == 7 else {"peak": "MiB"}
+    names = ("logged steps/s", "true steps/s") if number == 7 else ("logged MB", "true training MB")
+    printed = {arm: row for row, arm in ARMS.items()}
     rows = []
-    for printed, arm in ARMS.items():
+    for arm in (*ARMS.values(), *EXTRA):
         for column, task in TASKS.items():
-            names = ("logged steps/s", "true steps/s") if speed else ("logged MB", "true training MB")
             others = {name: value for name, value in _logs(arm, task).items() if name in names}
-            published = cells(number)[printed, column][0]
-            rows.append({"arm": arm, "task": task, "published": published, **others})
-    title = "steps per second" if speed else "memory, MB"
-    return Table(f"table{number}", f"Table {number}: {title} per task, RoBERTa-base", pd.DataFrame(rows), [WHY])
+            published = cells(number)[printed[arm], column][0] if arm in printed else "none"
+            rows.append(
+                {"arm": arm, "task": task, "published": published, **others, **_cells_of(found, arm, task, unit)}
+            )
+    title = "steps per second" if number == 7 else "memory, MB"
+    notes = [WHY, _where(found), _extra()]
+    return Table(f"table{number}", f"Table {number}: {title} per task, RoBERTa-base", pd.DataFrame(rows), notes)
+
+
+def _cells_of(found: list[dict[str, Any]], arm: str, task: str | None, units: Mapping[str, str]) -> dict[str, str]:
+    """Ours, one column per machine and padding; padded to 128 tokens every task costs the same."""
+    paddings = {"max_length": "padded"} | ({} if task is None else {"longest": "dynamic"})
+    columns = {}
+    for (machine, label), place in (_places(found) or {("", ""): ""}).items():
+        same = [row for row in found if (row["machine"], row["label"], row["arm"]) == (machine, label, arm)]
+        for padding, name in paddings.items():
+            hits = [row for row in same if row["padding"] == padding and row["batch"] == BATCH and _plain(row)]
+            hits = [row for row in hits if padding == "max_length" or row["task"] == task]
+            for field, unit in units.items():
+                columns[f"ours {name}, {unit}{place and f', {place}'}"] = _shown(hits, field)
+    return columns
+
+
+def _places(found: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """(machine, what it measured) -> what a column calls it; what was cut is told in a note."""
+    pairs = list(dict.fromkeys((row["machine"], row["label"]) for row in found))
+    machines = [machine for machine, _ in pairs]
+    return {
+        (machine, label): f"{machine}, {label}" if machines.count(machine) > 1 else machine + _scaled(label)
+        for machine, label in pairs
+    }
+
+
+def _scaled(label: str) -> str:
+    return " (scaled)" if "scaled" in label else ""
+
+
+def is_main(row: Mapping[str, Any]) -> bool:
+    """Whether a row of `measured` is the setting of Table 3."""
+    return row["batch"] == BATCH and row["padding"] == "max_length" and _plain(row)
+
+
+def _plain(row: Mapping[str, Any]) -> bool:
+    """As the paper ran: float32, not compiled."""
+    return bool(row["precision"] == "fp32" and row["mode"] == "eager")
+
+
+def _shown(hits: list[dict[str, Any]], field: str) -> str:
+    """The median over repeats; why there is none where all of them failed."""
+    if not hits:
+        return MISSING
+    value = hits[0][field]
+    return f"failed: {hits[0]['reason']}" if value is None else f"{value:.3g}" if field == "speed" else f"{value:.0f}"
+
+
+def _where(found: list[dict[str, Any]]) -> str:
+    if not any(map(is_main, found)):
+        return "Ours: missing; make reproduce-table3 measures them, on this hardware."
+    return (
+        f"Ours: batch {BATCH}, float32, medians over repeats; padded to 128 tokens, or dynamically to the longest row. "
+        + " ".join(f"{machine}: {label}." for machine, label in _places(found) if label)
+        + (" Scaled figures compare among themselves alone." if any(_scaled(row["label"]) for row in found) else "")
+    )
+
+
+def _extra() -> str:
+    return "Arms that the paper has not: " + "; ".join(f"{arm}: {about}" for arm, about in EXTRA.items()) + "."
 
 
 def _logs(arm: str, task: str | None) -> dict[str, str]:
@@ -110,30 +198,20 @@ def _logs(arm: str, task: str | None) -> dict[str, str]:
     return {name: f"{mean(values):.{columns[name][1]}f}" if len(values) else "no log" for name, values in found.items()}
 
 
-def _ours(context: Context) -> Table:
-    found = measured(context.results)
+def _ours(context: Context, found: list[dict[str, Any]]) -> Table:
     rows = [_with_ratio(row, found) for row in found]
-    names = [
-        "machine",
-        "model",
-        "task",
-        "padding",
-        "batch",
-        "precision",
-        "arm",
-        "steps/s",
-        "of full",
-        "peak MiB",
-        "of full ",
-    ]
+    names = ["machine", "model", "task", "padding", "batch", "precision", "mode", "arm", "steps/s", "of full"]
+    names += ["peak MiB", "of full ", "n"]
     frame = pd.DataFrame(rows or [{**dict.fromkeys(names, ""), "machine": MISSING}], columns=names)
     notes = [
         "One process per arm and repeat, in turn, medians; peak: GPU allocated, CPU resident above the loaded model.",
         "Random weights of the true architecture (or cut to the blocks that the label names), real token lengths.",
-        "Arms that the paper has not: " + "; ".join(f"{arm}: {about}" for arm, about in EXTRA.items()) + ".",
+        _extra(),
     ]
     if not rows:
-        notes.append("Missing: python -m sparsegrad.benchmark --preset paper, on this hardware.")
+        notes.append(
+            "Missing: make reproduce-table3 (python -m sparsegrad.benchmark --presets paper), on this hardware."
+        )
     return Table("table3_measured", "Tables 3, 7 and 8: measured here", frame, notes)
 
 
@@ -141,9 +219,11 @@ def _with_ratio(row: Mapping[str, Any], found: list[dict[str, Any]]) -> dict[str
     same = ("machine", "label", "task", "padding", "batch", "precision", "mode")
     full = [one for one in found if one["arm"] == "full" and all(one[name] == row[name] for name in same)]
     ratios = {
-        name: f"{row[field] / full[0][field]:.2f}" if full and full[0][field] > 0 else ""
+        name: f"{row[field] / full[0][field]:.2f}" if full and full[0][field] and row[field] is not None else ""
         for name, field in (("of full", "speed"), ("of full ", "peak"))
     }
-    shown = {name: str(row[name]) for name in ("machine", "task", "padding", "batch", "precision", "arm")}
-    values = {"steps/s": f"{row['speed']:.3f}", "peak MiB": f"{row['peak']:.0f}"}
+    shown = {name: str(row[name]) for name in ("machine", "task", "padding", "batch", "precision", "mode", "arm", "n")}
+    failed = row["speed"] is None
+    values = {"steps/s": f"failed: {row['reason']}" if failed else f"{row['speed']:.3f}"}
+    values["peak MiB"] = "" if failed else f"{row['peak']:.0f}"
     return {"model": str(row["label"] or MODEL), **shown, **values, **ratios}

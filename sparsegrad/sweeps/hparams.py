@@ -18,6 +18,12 @@ from sparsegrad.sweeps.study import LABELS, load_study
 DATA = Path(__file__).parents[2] / "experiments" / "data"
 STUDY = "study:"
 FILES = {"paper": "published_hyperparams.csv", "authors": "authors_hyperparams.csv"}
+COLUMNS = {
+    "published_hyperparams.csv": ("table", "model", "method", "task", "batch_size", "lr"),
+    "authors_hyperparams.csv": (
+        "model", "method", "task", "batch_size", "lr", "optuna_batch_size", "optuna_lr", "optuna_value",
+    ),
+}  # fmt: skip
 # Variants of a method that the tables have one line for.
 FAMILY = {"sparsegrad_authors": "sparsegrad", "sparsegrad_fast": "sparsegrad", "sparsegrad_fast_narrow": "sparsegrad"}
 # The authors searched nothing for MeProp; their BERT runs took SparseGrad's values, and so do ours for RoBERTa.
@@ -57,19 +63,24 @@ def default_storage(results_dir: str) -> str:
     return os.environ.get("SPARSEGRAD_STORAGE") or f"{results_dir}/studies/studies.db"
 
 
-def read_rows(file: str) -> list[dict[str, str]]:
+def read_rows(file: str, folder: Path = DATA) -> list[dict[str, str]]:
     """The rows of one table of figures.
 
     Raises:
-        UserError: outside a checkout of the project, which alone has them.
+        UserError: outside a checkout of the project, which alone has them; for other columns than expected.
     """
     try:
-        with (DATA / file).open(newline="") as lines:
-            return list(csv.DictReader(lines))
+        with (folder / file).open(newline="") as lines:
+            reader = csv.DictReader(lines)
+            rows, found = list(reader), tuple(reader.fieldnames or ())
     except OSError as error:
         raise UserError(
-            f"{DATA / file} cannot be read ({error.strerror}): run from a checkout of the project"
+            f"{folder / file} cannot be read ({error.strerror}): run from a checkout of the project"
         ) from None
+    if found != COLUMNS[file]:
+        wrong = ", ".join(sorted(set(found) ^ set(COLUMNS[file])) or found)
+        raise UserError(f"{folder / file} has wrong columns ({wrong}): it needs exactly {', '.join(COLUMNS[file])}")
+    return rows
 
 
 def find(rows: list[dict[str, str]], model: str, method: str, task: str) -> dict[str, str] | None:

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sparsegrad.errors import UserError
 from sparsegrad.sweeps.ledger import FINISHED, REASON, SURPLUS
 from sparsegrad.sweeps.reporter import PROGRESS
-from sparsegrad.sweeps.study import IDENTITY
+from sparsegrad.sweeps.study import IDENTITY, LABELS
 
 # Name of the file -> name of the function in `optuna.visualization` and in its `matplotlib` part.
 PLOTS = {
@@ -43,6 +43,7 @@ def summary(study: Study) -> dict[str, Any]:
     identity = study.user_attrs.get(IDENTITY, {})
     return {
         "study": study.study_name,
+        "labels": study.user_attrs.get(LABELS, {}),
         "metric": identity.get("metric"),
         "objective": identity.get("objective"),
         "best": {"trial": best.number, "value": best.value, "values": best.params},

@@ -1,0 +1,132 @@
+"""Tables 3, 7, 8 and section 8: what the benchmark still has to measure on this machine, and measuring it.
+
+The results lie in results/bench/HARDWARE.json; what is there is not measured again, what failed is.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.table import Table
+
+from experiments.cells import ROOT
+from experiments.dry import console
+from sparsegrad.bench import machine
+from sparsegrad.bench.arms import arms_of
+from sparsegrad.bench.plan import decompositions, default_schedule, plan
+from sparsegrad.bench.results import find_cell, read
+from sparsegrad.records import write_json
+
+PRESETS = {
+    "table3": ("paper",),
+    "table7": ("paper",),
+    "table8": ("paper",),
+    "section8": ("decomposition",),
+    "all": ("paper", "decomposition"),
+}
+MINUTES = 600  # of one call; its own bound on a CPU is for a look at all presets
+START_SECONDS = 10  # of a process, before its first step
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One process of the benchmark: where it belongs, and what came of it so far (None: not run)."""
+
+    setting: str
+    arm: str
+    found: dict[str, Any] | None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it was measured to the end."""
+        return self.found is not None and self.found["status"] == "complete"
+
+
+def make(preset: str, results: Path, *, dry: bool) -> int:
+    """List what a preset has and lacks here; unless `dry`, measure it: status 1 when something is left or failed."""
+    path = _path(results)
+    if dry:
+        _show(preset, path, _planned(preset, read(path)))
+        return 0
+    _forget_failures(preset, path)
+    if not all(one.is_complete for one in _planned(preset, read(path))):
+        call(preset, path)
+    left = [one for one in _planned(preset, read(path)) if not one.is_complete]
+    for one in left:
+        reason = "not measured yet" if one.found is None else one.found["reason"]
+        print(f"failed: {one.setting} {one.arm}: {reason}; the next call tries it again")
+    return 1 if left else 0
+
+
+def call(preset: str, path: Path) -> None:
+    """The benchmark itself, as a process of its own."""
+    command = [sys.executable, "-m", "sparsegrad.benchmark", "--presets", preset]
+    known = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    options = ["--out", str(path), "--minutes", str(MINUTES)]
+    subprocess.run([*command, *options], check=False, env={**os.environ, "PYTHONPATH": known})
+
+
+def _path(results: Path) -> Path:
+    slug = machine.slug(machine.pick_device("auto"), machine.default_threads())
+    return results / "bench" / f"{slug}.json"
+
+
+def _planned(preset: str, document: dict[str, Any]) -> list[Measurement]:
+    if preset == "decomposition":
+        keys = [one.key for one in decompositions(quick=False)]
+        return [Measurement("decomposition", key, document["decompositions"].get(key)) for key in keys]
+    return list(_cells(preset, document))
+
+
+def _cells(preset: str, document: dict[str, Any]) -> Iterator[Measurement]:
+    device = machine.pick_device("auto")
+    repeats = default_schedule(device, quick=False).repeats
+    for planned in (one for one in plan(device, quick=False) if one.preset == preset):
+        key = planned.setting.key
+        for arm in arms_of(planned.setting, planned.arms):
+            yield from (Measurement(key, arm, find_cell(document, key, arm, repeat)) for repeat in range(repeats))
+
+
+def _forget_failures(preset: str, path: Path) -> None:
+    """The benchmark takes a failure for a result; a table's next call tries it again."""
+    if not path.exists():
+        return
+    document = read(path)
+    failed = [one.found for one in _planned(preset, document) if one.found is not None and not one.is_complete]
+    if failed:
+        found = document["decompositions"].items()
+        document["decompositions"] = {key: one for key, one in found if one not in failed}
+        document["cells"] = [cell for cell in document["cells"] if cell not in failed]
+        write_json(path, document)
+
+
+def _show(preset: str, path: Path, planned: list[Measurement]) -> None:
+    cells = read(path)["cells"]
+    table = Table("setting", "arm", "complete", "failed", "missing", "minutes left", title=str(path))
+    total, unknown = 0.0, 0
+    for setting, arm in dict.fromkeys((one.setting, one.arm) for one in planned):
+        group = [one for one in planned if (one.setting, one.arm) == (setting, arm)]
+        complete, absent = sum(one.is_complete for one in group), sum(one.found is None for one in group)
+        left, each = len(group) - complete, _seconds(cells, arm)
+        total, unknown = total + left * (each or 0.0) / 60, unknown + (left if each is None else 0)
+        minutes = "" if not left else "?" if each is None else f"{left * each / 60:.1f}"
+        table.add_row(setting, arm, str(complete), str(left - absent), str(absent), minutes)
+    done = sum(one.is_complete for one in planned)
+    console.print(table)
+    console.print(f"{preset}: {done} of {len(planned)} measurements complete; about {total:.0f} minutes left", end="")
+    console.print(f", and {unknown} measurements of unknown cost: none was made here yet" if unknown else "")
+
+
+def _seconds(cells: list[dict[str, Any]], arm: str) -> float | None:
+    """What a measurement of this arm took on this machine; else one of any arm."""
+    complete = [cell for cell in cells if cell["status"] == "complete"]
+    like = [cell for cell in complete if cell["arm"] == arm] or complete
+    spent = [(cell["warmup_steps"] + cell["steps"]) / cell["steps_per_second"] for cell in like]
+    return START_SECONDS + median(spent) if spent else None

@@ -1,0 +1,162 @@
+"""What the page tells of one cell: its records, curves of loss and metric, environment, and how to run it again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from experiments.costs import hours
+from experiments.tables.base import Context, Table
+
+# Folder of the records -> what makes them again.
+COMMANDS = {
+    "mini": "table5 SCALE=mini",
+    "mini_ablation": "ablation SCALE=mini",
+    "mini_basis": "basis SCALE=mini",
+    "glue_bert_base": "table9",
+    "glue_roberta_base": "table10",
+    "glue_roberta_large": "table4",
+    "ablation_bert_base": "table11",
+    "ablation_roberta_base": "table12",
+    "table6": "table6",
+    "table6_mini": "table6 SCALE=mini",
+}
+WIDTH, HEIGHT, POINTS = 240, 72, 48  # of a curve: size, and how many points at most
+
+Curve = list[tuple[float, float]]
+"""(step, value) of one run."""
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """One record, in words."""
+
+    path: str
+    seed: int
+    said: str
+
+
+@dataclass(frozen=True)
+class Detail:
+    """One cell of a table."""
+
+    anchor: str
+    label: str
+    runs: list[RunLine]
+    curves: list[Markup]
+    environments: list[str]
+    command: str
+
+
+def anchor(table: str, label: str) -> str:
+    """The id of a cell on the page."""
+    return f"{table}--{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')}"
+
+
+def details(context: Context, table: Table) -> list[Detail]:
+    """One for every cell of a table that has records."""
+    return [_detail(context, table, label, paths) for label, paths in table.records.items()]
+
+
+def _detail(context: Context, table: Table, label: str, paths: Sequence[Path]) -> Detail:
+    records = [(path, context.store.records[path]) for path in paths]
+    found = [record for _, record in records]
+    return Detail(
+        anchor=anchor(table.name, label),
+        label=label.replace(" ", ", "),
+        runs=[_run(path, record) for path, record in sorted(records, key=lambda pair: pair[1]["config"]["seed"])],
+        curves=[_drawn(_losses(found), "training loss"), _drawn(*_metrics(found))],
+        environments=sorted({environment_line(record.get("environment", {})) for record in found}),
+        command=_command(records),
+    )
+
+
+def environment_line(environment: Mapping[str, Any]) -> str:
+    """Hardware and versions in one line."""
+    hardware, versions = environment.get("hardware", {}), environment.get("versions", {})
+    what = [str(hardware.get(name)) for name in ("gpu", "cpu", "system") if hardware.get(name)]
+    what += [f"{hardware.get('cores')} cores", f"{hardware.get('threads')} threads"]
+    return ", ".join([*what, *(f"{name} {number}" for name, number in versions.items())])
+
+
+def _run(path: Path, record: Mapping[str, Any]) -> RunLine:
+    spent, git = hours(record), record.get("environment", {}).get("git", {})
+    said = [_outcome(record)]
+    said += [f"{60 * spent:.0f} min"] if spent is not None else []
+    said += [f"commit {git['commit'][:7]}{' with changes' if git.get('dirty') else ''}"] if git.get("commit") else []
+    return RunLine(path.as_posix(), int(record["config"]["seed"]), ", ".join(said))
+
+
+def _outcome(record: Mapping[str, Any]) -> str:
+    if record["status"] != "complete":
+        return f"failed: {record.get('reason', '')}"
+    result = record["result"]
+    said = f"{result.get('metric', 'score')} {float(result['value']):.4f}"
+    best = result.get("best_on_validation")
+    return said if best is None else f"{said} (heldout), {float(best['value']):.4f} (paper)"
+
+
+def _losses(records: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    return [[(row["step"], row["loss"]) for row in _given(record.get("losses", []), "loss")] for record in records]
+
+
+def _metrics(records: Sequence[Mapping[str, Any]]) -> tuple[list[Curve], str]:
+    name = str(records[0]["config"]["task"].get("main_metric", "loss"))
+    rows = [_given(record.get("evaluations", []), name) for record in records]
+    return [[(row["step"], row[name]) for row in of] for of in rows], name.replace("_", " ")
+
+
+def _given(rows: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row.get(name) is not None]
+
+
+def _drawn(curves: Sequence[Curve], label: str) -> Markup:
+    """An SVG of one line a run; nothing where no run has a point."""
+    points = [point for curve in curves for point in curve]
+    if not points:
+        return Markup("")
+    last, low, high = max(x for x, _ in points), min(y for _, y in points), max(y for _, y in points)
+    lines = "".join(_line(curve, index, (last, low, high)) for index, curve in enumerate(curves) if curve)
+    said = f"{label}: {low:.3g} to {high:.3g}, {last:g} steps"
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none"'
+    drawn = f'<svg {size} role="img" aria-label="{escape(said)}">{lines}</svg>'
+    return Markup(f'<figure class="curve">{drawn}<figcaption>{escape(said)}</figcaption></figure>')
+
+
+def _line(curve: Curve, index: int, bounds: tuple[float, float, float]) -> str:
+    last, low, high = bounds
+    every = -(-len(curve) // POINTS)
+    kept = [*curve[:-1:every], curve[-1]]
+    span, tall = max(last, 1e-9), max(high - low, 1e-9)
+    shown = [f"{WIDTH * x / span:.0f},{3 + (HEIGHT - 6) * (1 - (y - low) / tall):.1f}" for x, y in kept]
+    if len(shown) == 1:
+        x, y = shown[0].split(",")
+        return f'<circle class="s{index % 3}" cx="{x}" cy="{y}" r="2"/>'
+    return f'<polyline class="s{index % 3}" points="{" ".join(shown)}"/>'
+
+
+def _command(records: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
+    """What makes these records again, once they are deleted."""
+    path, config = records[0][0], records[0][1]["config"]
+    name, needs_data = COMMANDS.get(path.parts[0]), config["task"]["name"] not in ("snippets", "snippets_rating")
+    if name is None:
+        return f"python -m sparsegrad.cli results/runs/{path.parts[0]}"
+    data = " DATA=<folder>" if needs_data and "SCALE=mini" in name else ""
+    seeds = ",".join(dict.fromkeys(str(record["config"]["seed"]) for _, record in records))
+    chosen = [*_variant(path.parts[0], config["method"]), f"task={config['task']['name']}", f"seed={seeds}"]
+    return f'make reproduce-{name}{data} ARGS="{" ".join(chosen)}"'
+
+
+def _variant(folder: str, method: Mapping[str, Any]) -> Iterator[str]:
+    """What the experiment of a folder varies in the method."""
+    if "ablation" in folder:
+        yield f"method.keep={method['keep']}"
+    elif "basis" in folder:
+        yield f"method.transposed_in_basis={str(method['transposed_in_basis']).lower()}"
+    else:
+        yield f"method={method['name']}"

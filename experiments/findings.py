@@ -1,0 +1,119 @@
+"""What the data at hand shows, in sentences whose every number is computed from records, logs or printed cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import mean
+
+import pandas as pd
+
+from experiments import figures
+from experiments.published import METHODS, average_of_cells, cells, contradicts
+from experiments.stats import welch_interval
+from experiments.tables import ablation, basis, calibration, correspondence, speed, verdict
+from experiments.tables.accuracy import AVERAGE, MODELS, PROTOCOLS, Grid
+from experiments.tables.base import Context, Table
+
+Finding = tuple[str, str, str]
+"""Question, answer, and the table or figure that it rests on."""
+
+
+def table(context: Context) -> Table:
+    """All findings that the data at hand allows."""
+    rows = [*_mini(context), *_basis(context), *_stripes(context), *_speed(context), *_paper(context)]
+    frame = pd.DataFrame(rows, columns=["question", "answer", "rests on"])
+    notes = ["Computed from the records, the authors' logs and the printed cells; a question without data is left out."]
+    return Table("findings", "Findings", frame, notes)
+
+
+def _mini(context: Context) -> Iterator[Finding]:
+    for protocol in PROTOCOLS:
+        for method in ("sparsegrad", "sparsegrad_fast", "sparsegrad_authors"):
+            said = [text for other in verdict.REFERENCES if (text := _against(context, protocol, method, other))]
+            if said:
+                question = f"MiniLM, protocol {protocol}: how does {method} do?"
+                yield question, "; ".join(said), "What the mini tables show"
+
+
+def _against(context: Context, protocol: str, method: str, other: str) -> str:
+    found = verdict.compare(context, protocol, method, other)
+    if found.difference is None:
+        return ""
+    low_high = "" if found.interval is None else f", 95 % {found.interval[0]:+.2f} to {found.interval[1]:+.2f}"
+    count = f"{len(found.tasks)} task{'s' * (len(found.tasks) > 1)}"
+    return f"{found.difference:+.2f} points against {other} over {count}{low_high}: {found.verdict}"
+
+
+def _basis(context: Context) -> Iterator[Finding]:
+    found = basis.read(context.results)
+    if found is not None:
+        energy = {
+            name: {kind: mean(basis.energy(found, name, kind).values()) for kind in figures.KINDS}
+            for name in ("none", "both", "authors")
+        }
+        said = "; ".join(
+            f"{kind}: {100 * energy['both'][kind]:.0f} % with HOSVD, {100 * energy['none'][kind]:.0f} % unrotated, "
+            f"{100 * energy['authors'][kind]:.0f} % in the authors' basis"
+            for kind in figures.KINDS
+        )
+        yield "How much gradient energy do the largest 1 % of entries hold?", said, "Basis study"
+    grid = Grid(context, "mini_basis", "minilm", "paper", basis.TASKS)
+    interval = welch_interval(grid.values("both", AVERAGE), grid.values("authors", AVERAGE))
+    if interval is not None:
+        said = f"HOSVD minus theirs: {interval[0]:+.2f} to {interval[1]:+.2f} points (95 % Welch, average of tasks)"
+        yield "Does HOSVD as defined beat the basis that the authors ran?", said, "Basis study"
+
+
+def _stripes(context: Context) -> Iterator[Finding]:
+    found = figures.read_data(context, "figure3")
+    if found is None:
+        return
+    said = []
+    for pad, label in figures.PADS.items():
+        rows = [row for row in found["shares"] if row["pad"] == pad]
+        nonzero = mean(share for row in rows for share in row["nonzero"]["intermediate"][:-1])
+        real = mean(row["real_tokens"] for row in rows)
+        said.append(f"{label}: {100 * nonzero:.1f} % of dL/dY is not zero, {100 * real:.1f} % of the tokens are real")
+    yield "What are the stripes of dL/dY (all blocks but the last)?", "; ".join(said), "Figure 3"
+
+
+def _speed(context: Context) -> Iterator[Finding]:
+    found = [row for row in speed.measured(context.results) if speed.is_main(row) and row["speed"] is not None]
+    for machine, label in dict.fromkeys((row["machine"], row["label"]) for row in found):
+        of = {row["arm"]: row for row in found if (row["machine"], row["label"]) == (machine, label)}
+        pairs = [("merged", "layer_regular"), ("merged", "full"), ("fast", "lora_peft")]
+        said = [
+            f"{arm} {of[arm]['speed'] / of[other]['speed']:.2f} times the steps/s of {other}"
+            for arm, other in pairs
+            if arm in of and other in of
+        ]
+        if said:
+            yield f"How fast on {machine}, {label or 'whole model'}?", "; ".join(said), "Tables 3, 7 and 8: measured"
+
+
+def _paper(context: Context) -> Iterator[Finding]:
+    wrong = [one for one in correspondence.checks() if one.printed is not None and one.printed > correspondence.TINY]
+    names = ", ".join(one.row for one in wrong)
+    yield "Do the rows of Table 2 hold numerically?", f"in our words all do; as printed not: {names}", "Table 2"
+    yield from _averages(sorted(MODELS))
+    lines = [f"Table {number}: {line}" for number in ablation.MODELS for line in ablation.copied(number)]
+    if lines:
+        yield "Are the 100 % rows of the ablation runs of their own?", " ".join(lines), "Tables 11, 12"
+    for one in calibration.PRINTED:
+        numbers, printed = calibration.arithmetic(one), float(one.memory.split()[0])
+        printed *= 1000 if one.memory.endswith("GB") else 1
+        closest = min(numbers, key=lambda name: abs(numbers[name] - printed))
+        said = f"closest of what they might count: {closest}, {numbers[closest]:,.0f} MB"
+        yield f"What do the {one.memory} of section 8 count ({one.model})?", said, "Section 8"
+
+
+def _averages(tables: Sequence[int]) -> Iterator[Finding]:
+    said = [
+        f"Table {number}, {row}: printed {cells(number)[row, 'AVG'][0]}, its cells {average_of_cells(number, row):.2f}"
+        for number in tables
+        for row in METHODS
+        if contradicts(number, row)
+    ]
+    if said:
+        places = "Tables " + ", ".join(map(str, tables))
+        yield "Which printed averages contradict their own cells?", "; ".join(said), places

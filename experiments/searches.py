@@ -1,0 +1,184 @@
+"""Tables 13-15: one sweep per task; what its study has and lacks, and the workers that finish it.
+
+At the paper's scale the search of its text (sweep=paper), in small a short one on MiniLM (sweep=quick). A finished
+study leaves its numbers and plots in results/studies.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from rich.table import Table
+
+from experiments.cells import CONF, ROOT
+from experiments.costs import Estimates, facts_of
+from experiments.dry import console
+from experiments.published import TASKS
+from sparsegrad.errors import UserError
+from sparsegrad.sweeps.config import Plan, make_plan
+from sparsegrad.sweeps.ledger import Ledger
+from sparsegrad.sweeps.storage import JOURNAL, open_store
+from sparsegrad.sweeps.study import quiet
+
+TABLES = {
+    "table13": ("bert_base", "sparsegrad"),
+    "table14": ("bert_base", "full"),
+    "table15": ("roberta_base", "full"),
+}
+MINI_MODEL = "minilm"
+MINI_TASKS = {False: ("snippets",), True: ("snippets", "cola", "stsb", "mrpc")}  # without and with a GLUE folder
+
+
+@dataclass(frozen=True)
+class Search:
+    """One study of a table.
+
+    Attributes:
+        overrides: what run.py takes to add a worker to it.
+        plan: the sweep, checked.
+    """
+
+    overrides: tuple[str, ...]
+    plan: Plan
+
+    @property
+    def study(self) -> str:
+        """Its name."""
+        return self.plan.sweep.study
+
+    @property
+    def results(self) -> Path:
+        """The results folder."""
+        return Path(self.plan.base.results_dir)
+
+    @property
+    def summary(self) -> Path:
+        """What a study leaves when it was looked at."""
+        return self.results / "studies" / self.study / "summary.json"
+
+    def finished(self) -> int:
+        """Trials that have ended, by the storage or by the summary that a finished study left."""
+        return min(self.plan.budget, max(self._stored(), self._summarised()))
+
+    def _stored(self) -> int:
+        where = self.plan.sweep.storage
+        if "://" not in where and not Path(where.removeprefix(JOURNAL)).is_file():
+            return 0
+        storage = open_store(where).storage
+        if self.study not in optuna.get_all_study_names(storage):
+            return 0
+        trials = optuna.load_study(study_name=self.study, storage=storage).get_trials(deepcopy=False)
+        return len(Ledger(trials).finished(self.plan.budget))
+
+    def _summarised(self) -> int:
+        try:
+            trials = json.loads(self.summary.read_text())["trials"]
+            return int(trials["complete"]) + int(trials["pruned"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+
+def searches(table: str, scale: str, data: str | None, overrides: Sequence[str]) -> list[Search]:
+    """The studies of a table; `task=` among the overrides narrows its tasks.
+
+    Raises:
+        UserError: for a value that is not allowed.
+    """
+    model, method = TABLES[table] if scale == "paper" else (MINI_MODEL, TABLES[table][1])
+    narrowed = [one.partition("=")[2].split(",") for one in overrides if one.startswith("task=")]
+    tasks = narrowed[-1] if narrowed else TASKS.values() if scale == "paper" else MINI_TASKS[data is not None]
+    rest = [one for one in overrides if not one.startswith("task=")]
+    sweep = "paper" if scale == "paper" else "quick"
+    about = [f"sweep={sweep}", f"model={model}", f"method={method}"]
+    return [_search([*about, f"task={task}", *rest], task, data) for task in tasks]
+
+
+def compose_sweep(overrides: Sequence[str]) -> DictConfig:
+    """The configuration that run.py would make of these; those for the launcher alone have no part in it."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", [one for one in overrides if not one.startswith("hydra.")])
+
+
+def _search(overrides: list[str], task: str, data: str | None) -> Search:
+    given = [*overrides, f"data.dir={data}"] if data and task != "snippets" else overrides
+    try:
+        return Search(tuple(given), make_plan(compose_sweep(given)))
+    except HydraException as error:
+        raise UserError(f"search on {task}: {str(error).splitlines()[0]}") from None
+
+
+def make(found: Sequence[Search], launcher: str, *, dry: bool) -> int:
+    """List what the studies have and lack; unless `dry`, finish them: status 1 when trials are left."""
+    quiet()
+    if dry:
+        _show(found)
+        return 0
+    missing = [one for one in found if one.finished() < one.plan.budget]
+    for group in _groups(missing, launcher):
+        call(_command(group, launcher))
+    for one in found:
+        if one.finished() and (one in missing or not one.summary.is_file()):
+            call(_export(one))
+    left = [one for one in found if one.finished() < one.plan.budget]
+    for one in left:
+        print(f"failed: study {one.study}: {one.finished()} of {one.plan.budget} trials; the next call goes on with it")
+    return 1 if left else 0
+
+
+def call(command: Sequence[str]) -> None:
+    """One process; what it says is shown."""
+    subprocess.run(command, check=False)
+
+
+def _groups(missing: Sequence[Search], launcher: str) -> list[list[Search]]:
+    """What one command each can make: here a study, by a launcher all whose data lies in the same place."""
+    if launcher == "local":
+        return [[one] for one in missing]
+    groups: dict[str | None, list[Search]] = {}
+    for one in missing:
+        groups.setdefault(one.plan.base.data.dir, []).append(one)
+    return list(groups.values())
+
+
+def _command(group: Sequence[Search], launcher: str) -> list[str]:
+    """A worker here, or, by a launcher, one job for each study."""
+    run = [sys.executable, str(ROOT / "run.py")]
+    if launcher == "local":
+        return [*run, *group[0].overrides]
+    tasks = ",".join(one.plan.base.task.name for one in group)
+    rest = [one for one in group[-1].overrides if not one.startswith("task=")]
+    return [*run, "-m", *rest, f"task={tasks}", f"hydra/launcher={launcher}"]
+
+
+def _export(search: Search) -> list[str]:
+    """Summary, trials and plots of a study into results/studies."""
+    show = [sys.executable, "-m", "sparsegrad.sweep", "show", search.study]
+    return [*show, "--storage", search.plan.sweep.storage, "--results-dir", str(search.results)]
+
+
+def _show(found: Sequence[Search]) -> None:
+    estimates = Estimates(found[0].results / "runs")
+    table = Table("study", "trials finished", "missing", "hours left", "estimated from")
+    total, unknown = 0.0, 0
+    for one in found:
+        done, budget = one.finished(), one.plan.budget
+        each, source = estimates.of({**facts_of(one.plan.base.resolved), "experiment": one.study})
+        left = budget - done
+        total, unknown = total + left * (each or 0.0), unknown + (left if each is None else 0)
+        hours = "" if not left else "?" if each is None else f"{left * each:.2f}"
+        table.add_row(one.study, f"{done} of {budget}", str(left), hours, source if left else "")
+    console.print(table)
+    complete = sum(one.finished() >= one.plan.budget for one in found)
+    console.print(
+        f"{complete} of {len(found)} studies complete; about {total:.1f} hours left, one trial at a time", end=""
+    )
+    console.print(f"; {unknown} trials of unknown cost" if unknown else "")

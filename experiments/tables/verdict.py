@@ -1,0 +1,95 @@
+"""What the mini tables show: every method against full fine-tuning and against LoRA, over the tasks that both have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import mean
+
+import pandas as pd
+
+from experiments.stats import welch_interval
+from experiments.tables.accuracy import AVERAGE, MINI_METHODS, MINI_TASKS, PROTOCOLS, Grid
+from experiments.tables.base import MINI_MARK, MISSING, Context, Table, signed
+
+REFERENCES = ("full", "lora")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method against another.
+
+    Attributes:
+        tasks: those on which both have a seed.
+        difference: mean over these tasks of the difference of means, in points; None without a task.
+        interval: 95 % Welch interval of the seeds' averages over these tasks; None where a side has fewer than two.
+        higher, lower: tasks on which the mean is higher or lower; a star where the task's own interval excludes 0.
+    """
+
+    tasks: tuple[str, ...]
+    difference: float | None
+    interval: tuple[float, float] | None
+    higher: tuple[str, ...]
+    lower: tuple[str, ...]
+
+    @property
+    def verdict(self) -> str:
+        """In words; an interval that holds 0 tells nothing apart."""
+        if self.interval is None:
+            return MISSING if self.difference is None else "too few seeds"
+        low, high = self.interval
+        return "better" if low > 0 else "worse" if high < 0 else "not told apart"
+
+
+def compare(context: Context, protocol: str, method: str, other: str) -> Comparison:
+    """Method minus other on the tasks at hand; a task that one of them lacks has no part in it."""
+    every = _grid(context, protocol, MINI_TASKS)
+    tasks = tuple(task for task in MINI_TASKS if every.values(method, task) and every.values(other, task))
+    if not tasks:
+        return Comparison((), None, None, (), ())
+    pairs = {task: (every.values(method, task), every.values(other, task)) for task in tasks}
+    differences = {task: mean(a) - mean(b) for task, (a, b) in pairs.items()}
+    averages = _grid(context, protocol, tasks)
+    interval = welch_interval(averages.values(method, AVERAGE), averages.values(other, AVERAGE))
+    told = {task: task + _star(welch_interval(a, b)) for task, (a, b) in pairs.items()}
+    higher = tuple(told[task] for task in tasks if differences[task] > 0)
+    lower = tuple(told[task] for task in tasks if differences[task] < 0)
+    return Comparison(tasks, mean(differences.values()), interval, higher, lower)
+
+
+def _grid(context: Context, protocol: str, tasks: tuple[str, ...]) -> Grid:
+    return Grid(context, "mini", "minilm", protocol, tasks)
+
+
+def _star(interval: tuple[float, float] | None) -> str:
+    return "*" if interval is not None and (interval[0] > 0 or interval[1] < 0) else ""
+
+
+def table(context: Context) -> Table:
+    """One row per protocol, method and reference."""
+    rows = []
+    for protocol in PROTOCOLS:
+        for other in REFERENCES:
+            for method in (one for one in MINI_METHODS if one != other):
+                rows.append(_row(compare(context, protocol, method, other), protocol, method, other))
+    notes = [
+        "Difference in points: mean over the tasks that both have; interval: two-sided 95 % Welch, over the seeds' "
+        "averages of these tasks.",
+        "*: the task's own interval excludes 0. Nothing is corrected for the number of comparisons.",
+    ]
+    title = f"What the mini tables show: each method against full fine-tuning and LoRA ({MINI_MARK})"
+    return Table("mini_verdict", title, pd.DataFrame(rows), notes)
+
+
+def _row(found: Comparison, protocol: str, method: str, other: str) -> dict[str, str]:
+    low_high = "" if found.interval is None else f"{found.interval[0]:+.2f} to {found.interval[1]:+.2f}"
+    return {
+        "protocol": protocol,
+        "method": method,
+        "against": other,
+        "difference": MISSING if found.difference is None else signed(found.difference),
+        "95 %": low_high,
+        "so it is": "" if found.difference is None else found.verdict,
+        "tasks": f"{len(found.tasks)} of {len(MINI_TASKS)}",
+        "higher on": ", ".join(found.higher),
+        "lower on": ", ".join(found.lower),
+    }

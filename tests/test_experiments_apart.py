@@ -1,0 +1,193 @@
+"""Tables that are not made of runs: the benchmark's presets and the sweeps are listed, made, and made only once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import FAKE_SWEEP, ROOT
+
+from experiments import benchmarks, measure, searches
+from experiments import run as runner
+from sparsegrad.bench.plan import Planned
+from sparsegrad.bench.results import empty, find_cell, put_cell, read
+from sparsegrad.bench.settings import Setting
+from sparsegrad.records import write_json
+from sparsegrad.sweeps.pool import run_sweep
+
+SETTING = Setting(shape="minilm", blocks=1, batch=2, length=8, padding="none")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A benchmark of two arms and three repeats that measures what is missing in no time; what it measured."""
+    asked: list[str] = []
+
+    def call(preset: str, path: Path) -> None:
+        asked.append(preset)
+        document = read(path)
+        for repeat in range(3):
+            for arm in ("full", "lora_peft"):
+                if find_cell(document, SETTING.key, arm, repeat) is None:
+                    asked.append(f"{arm} {repeat}")
+                    put_cell(document, measured(arm, repeat))
+        write_json(path, document)
+
+    planned = [Planned(preset="paper", setting=SETTING, arms=("full", "lora_peft"))]
+    monkeypatch.setattr(benchmarks, "plan", lambda *_, **__: planned)
+    monkeypatch.setattr(benchmarks, "arms_of", lambda setting, arms: list(arms))
+    monkeypatch.setattr(benchmarks, "call", call)
+    return asked
+
+
+def measured(arm: str, repeat: int) -> dict[str, Any]:
+    cell = {"setting": SETTING.key, "arm": arm, "repeat": repeat, "status": "complete", "peak_mib": 1.0}
+    return {**cell, "steps": 50, "warmup_steps": 20, "steps_per_second": 7.0}
+
+
+@pytest.mark.parametrize("table", ["table3", "table7", "table8"])
+def test_speed_tables_measure_what_is_missing(
+    table: str, calls: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = f"results_dir={tmp_path}"
+    assert runner.main([table, "--dry", where]) == 0
+    assert "paper: 0 of 6 measurements complete" in capsys.readouterr().out
+    assert calls == [], "dry measures nothing"
+    assert runner.main([table, where]) == 0
+    assert calls.count("paper") == 1
+    assert runner.main([table, where]) == 0
+    assert calls.count("paper") == 1, "what is complete is not measured again"
+
+
+def test_a_failed_measurement_is_shown_and_tried_again(
+    calls: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = benchmarks._path(tmp_path)
+    failed = [{**measured("lora_peft", repeat), "status": "failed", "reason": "no peft"} for repeat in range(3)]
+    write_json(path, {**empty(), "cells": [*(measured("full", repeat) for repeat in range(3)), *failed]})
+    assert benchmarks.make("paper", tmp_path, dry=True) == 0
+    shown = capsys.readouterr().out
+    assert "3 of 6 measurements complete; about 1 minutes left" in shown  # 3 of 10 s and 70 steps at 7 a second
+    assert benchmarks.make("paper", tmp_path, dry=False) == 0
+    assert [one for one in calls if one.startswith("full")] == [], "finished cells stay"
+    assert sorted(one for one in calls if one.startswith("lora")) == [f"lora_peft {n}" for n in range(3)]
+
+
+def test_what_fails_again_ends_with_status_1(
+    calls: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmarks, "call", lambda preset, path: None)
+    assert benchmarks.make("paper", tmp_path, dry=False) == 1
+    assert "full: not measured yet; the next call tries it again" in capsys.readouterr().out
+
+
+def test_the_benchmark_takes_no_overrides_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner.main(["table3", "seed=3", f"results_dir={tmp_path}"]) == 2
+    assert "table3 takes no seed=3: it is one preset of the benchmark" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> list[str]:
+    """Overrides that make a search three trials of a function that needs no model."""
+    fake = [one for one in FAKE_SWEEP if not one.startswith(("sweep=", "sweep.study=", "task="))]
+    places = [f"results_dir={tmp_path / 'results'}", f"work_dir={tmp_path / 'work'}"]
+    return [*fake, *places, "sweep.trials=3", "protocol.patience=null"]
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What would be started; a sweep of one task runs here and now."""
+    asked: list[list[str]] = []
+
+    def call(command: Sequence[str]) -> None:
+        asked.append(list(command))
+
+    monkeypatch.setattr(searches, "call", call)
+    return asked
+
+
+def test_tables_13_to_15_are_one_study_a_task(tmp_path: Path) -> None:
+    found = searches.searches("table15", "paper", None, [f"results_dir={tmp_path}"])
+    assert [one.study for one in found][:2] == ["paper-roberta_base-full-stsb", "paper-roberta_base-full-cola"]
+    assert len(found) == 8
+    assert all(one.plan.budget == 40 for one in found)
+    mini = searches.searches("table13", "mini", "somewhere", [f"results_dir={tmp_path}"])
+    assert [one.plan.base.task.name for one in mini] == ["snippets", "cola", "stsb", "mrpc"]
+    assert ["data.dir=somewhere" in one.overrides for one in mini] == [False, True, True, True]
+    assert {one.plan.base.model.name for one in mini} == {"minilm"}
+
+
+def test_a_search_is_listed_run_exported_and_not_repeated(
+    small: list[str], commands: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    arguments = ["table13", "--scale", "mini", *small]
+    assert runner.main([*arguments, "--dry"]) == 0
+    assert "0 of 1 studies complete" in capsys.readouterr().out
+    assert commands == []
+    assert runner.main(arguments) == 1
+    assert "study quick-minilm-sparsegrad-snippets: 0 of 3 trials" in capsys.readouterr().out
+    assert [Path(one[1]).name for one in commands] == ["run.py"], "without a trial there is nothing to export"
+
+    def call(command: Sequence[str]) -> None:
+        commands.append(list(command))
+        if "show" in command:
+            from sparsegrad.sweep import main
+
+            assert main(command[3:]) == 0
+        else:
+            run_sweep(searches.compose_sweep(command[2:]), {})
+
+    monkeypatch.setattr(searches, "call", call)
+    commands.clear()
+    assert runner.main(arguments) == 0
+    assert len(commands) == 2
+    summary = tmp_path / "results" / "studies" / "quick-minilm-sparsegrad-snippets" / "summary.json"
+    assert json.loads(summary.read_text())["labels"]["method"] == "sparsegrad"
+    assert runner.main(arguments) == 0
+    assert len(commands) == 2, "a finished study is left alone"
+    (tmp_path / "results" / "studies" / "studies.db").unlink()
+    assert runner.main(arguments) == 0
+    assert len(commands) == 2, "its summary is enough"
+
+
+def test_a_launcher_gets_one_job_a_study(commands: list[list[str]], tmp_path: Path) -> None:
+    arguments = ["table14", "--scale", "mini", "--data", "glue", "--launcher", "joblib", f"results_dir={tmp_path}"]
+    assert runner.main(arguments) == 1
+    assert all(one[1:3] == [str(ROOT / "run.py"), "-m"] and "hydra/launcher=joblib" in one for one in commands)
+    assert [("task=snippets" in one, "data.dir=glue" in one) for one in commands] == [(True, False), (False, True)]
+    assert "task=cola,stsb,mrpc" in commands[1]
+
+
+def test_tasks_can_be_narrowed_and_a_wrong_one_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = f"results_dir={tmp_path}"
+    found = searches.searches("table13", "paper", None, ["task=cola,rte", where])
+    assert [one.plan.base.task.name for one in found] == ["cola", "rte"]
+    assert runner.main(["table13", "--dry", "task=magic", where]) == 2
+    assert "search on magic: " in capsys.readouterr().err
+
+
+def test_all_is_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(searches, "TABLES", {"table15": ("roberta_base", "full")})
+    monkeypatch.setattr(runner, "experiments_of", lambda name, scale: ())  # the hundreds of runs are listed elsewhere
+    assert runner.main(["all", "--dry", "seed=42", f"results_dir={tmp_path}"]) == 0
+    shown = capsys.readouterr().out
+    for said in ("figure2: ", "paper: 0 of ", "decomposition: 0 of ", "paper-roberta_base-full-rte"):
+        assert said in shown
+
+
+def test_another_block_of_a_figure_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(measure, "main", lambda arguments: asked.append(arguments) or 0)
+    path = tmp_path / "figures" / "figure2.json"
+    write_json(path, {"block": 3, "step": 80})
+    where = f"results_dir={tmp_path}"
+    assert runner.main(["figure2", where, "block=3"]) == 0
+    assert asked == []
+    assert runner.main(["figure2", where, "block=1", "step=40"]) == 0
+    assert asked == [["figure2", "--block=1", "--step=40", where]]
+    assert runner.main(["figure2", where, "force=true"]) == 0
+    assert len(asked) == 2

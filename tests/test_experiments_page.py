@@ -1,0 +1,192 @@
+"""Ours beside the figures of others, what is told of the mini tables, and what the page shows of a cell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_experiments_report import cell, context, fill, record, write
+
+from experiments import findings, page, report
+from experiments.tables import accuracy, hyperparams, speed, verdict
+from sparsegrad.errors import UserError
+from sparsegrad.records import write_json
+from sparsegrad.sweeps.hparams import read_rows
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder with three seeds of two methods on one mini task."""
+    return fill(tmp_path)
+
+
+def bench(results: Path, name: str, cells: list[dict[str, Any]], **setting: Any) -> None:
+    """A benchmark of one machine, one setting each for padded and dynamic batches."""
+    about = {"shape": "roberta_base", "batch": 16, "precision": "fp32", "mode": "eager", "rest": "trained", **setting}
+    settings = {
+        "padded": {**about, "padding": "max_length", "task": "cola"},
+        "dynamic": {**about, "padding": "longest", "task": "mrpc"},
+    }
+    write_json(results / "bench" / f"{name}.json", {"schema": 1, "settings": settings, "cells": cells})
+
+
+def measurement(setting: str, arm: str, speed: float | None, peak: float = 100.0) -> dict[str, Any]:
+    status: dict[str, Any] = {"status": "complete", "steps_per_second": speed, "peak_mib": peak}
+    failed = {"status": "failed", "reason": "out of memory"}
+    return {"setting": setting, "arm": arm, "repeat": 0, **(failed if speed is None else status)}
+
+
+def test_tables_3_7_and_8_show_ours_beside_three_figures_of_others(results: Path) -> None:
+    bench(
+        results, "gpu", [measurement("padded", "full", 9.0), measurement("padded", "fast", None)], label="RoBERTa-base"
+    )
+    bench(results, "cpu", [measurement("dynamic", "full", 2.0, 55.0)], label="RoBERTa-base; scaled: 1 of 12 blocks")
+    three, seven, eight, _ = speed.tables(context(results))
+    assert cell(three, "ours padded, steps/s, gpu", arm="full") == "9"
+    assert cell(three, "ours padded, steps/s, gpu", arm="fast") == "failed: out of memory"
+    assert cell(three, "ours padded, MiB, cpu (scaled)", arm="full") == "missing"
+    assert (cell(three, "published steps/s", arm="full"), cell(three, "true steps/s", arm="full")) == ("4.11", "3.87")
+    assert any("cpu: RoBERTa-base; scaled: 1 of 12 blocks." in note for note in three.notes)
+    assert cell(seven, "ours dynamic, steps/s, cpu (scaled)", arm="full", task="mrpc") == "2"
+    assert cell(seven, "ours dynamic, steps/s, cpu (scaled)", arm="full", task="cola") == "missing"
+    assert cell(seven, "ours padded, steps/s, gpu", arm="full", task="rte") == "9"
+    assert cell(eight, "ours dynamic, MiB, cpu (scaled)", arm="full", task="mrpc") == "55"
+    assert cell(eight, "published", arm="merged", task="mrpc") == "none"
+
+
+def test_damaged_benchmarks_and_summaries_are_named(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place in ("bench/torn.json", "studies/one/summary.json"):
+        (results / place).parent.mkdir(parents=True)
+        (results / place).write_text('{"schema": 1')
+    write_json(results / "bench" / "old.json", {"schema": 0})
+    assert report.main(["table3", "--results-dir", str(results)]) == 0
+    said = capsys.readouterr().err
+    assert "bench/torn.json: not a readable benchmark (JSONDecodeError)" in said
+    assert "bench/old.json: benchmark schema 0, this version reads 1" in said
+    assert "studies/one/summary.json: not a readable summary (JSONDecodeError)" in said
+
+
+def test_a_damaged_figure_is_one_line_with_the_remedy(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (results / "figures").mkdir()
+    (results / "figures" / "figure2.json").write_text("{")
+    assert report.main(["figure2", "--results-dir", str(results)]) == 2
+    said = capsys.readouterr().err
+    assert "figure2.json is damaged" in said
+    assert "make reproduce-figure2 measures it again" in said
+
+
+def test_a_wrong_column_of_the_searched_values_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "published_hyperparams.csv").write_text(
+        "table,model,method,task,batch,lr\n13,bert_base,full,cola,8,1\n"
+    )
+    with pytest.raises(UserError, match=r"has wrong columns \(batch, batch_size\): it needs exactly table, model"):
+        read_rows("published_hyperparams.csv", tmp_path)
+
+
+def test_tables_13_to_15_take_a_study_from_its_summary(results: Path) -> None:
+    best = {"value": 0.5123, "values": {"train.batch_size": 16, "train.lr": 2e-5}}
+    of = {"metric": "accuracy", "objective": "heldout", "best": best, "trials": {"complete": 40, "pruned": 0}}
+    labels = {"model": "bert_base", "method": "sparsegrad", "task": "cola"}
+    write_json(results / "studies" / "s" / "summary.json", {**of, "study": "s", "labels": labels})
+    write_json(results / "studies" / "mini" / "summary.json", {**of, "study": "mini"})
+    tables = {table.name: table for table in hyperparams.tables(context(results))}
+    row = {"task": "cola", "study": "s"}
+    assert cell(tables["table13"], "found here", **row) == "16 / 2.00e-05"
+    assert cell(tables["table13"], "score", **row) == "0.5123"
+    assert tables["table13"].coverage == (1, 8)
+    assert cell(tables["table14"], "found here", task="cola") == "missing"
+    assert list(tables["table13_mini"].frame["study"]) == ["mini"]
+
+
+def test_the_verdict_compares_on_the_tasks_that_both_have(results: Path) -> None:
+    for seed, full, sparse in ((42, 0.50, 0.60), (3705, 0.52, 0.62), (2023, 0.54, 0.64)):
+        write(results, f"mini/f{seed}", record("full", "cola", seed, full))
+        write(results, f"mini/s{seed}", record("sparsegrad", "cola", seed, sparse))
+        write(results, f"mini/m{seed}", record("sparsegrad", "mrpc", seed, 0.99))  # full has no such runs
+    found = verdict.compare(context(results), "paper", "sparsegrad", "full")
+    assert (found.tasks, found.higher, found.lower) == (("cola",), ("cola*",), ())
+    assert found.difference == pytest.approx(10.0)
+    low, high = found.interval or (0.0, 0.0)
+    half = 2.776445 * (4 * 2 / 3) ** 0.5  # equal variances of 4: the t of 4 degrees of freedom
+    assert (low, high) == pytest.approx((10 - half, 10 + half), abs=1e-4)
+    assert found.verdict == "better"
+    table = verdict.table(context(results))
+    row = {"protocol": "paper", "method": "sparsegrad"}
+    assert cell(table, "tasks", against="full", **row) == "1 of 4"
+    assert cell(table, "difference", against="lora", **row) == "missing"  # LoRA has snippets alone
+    lora = verdict.compare(context(results), "paper", "lora", "full")
+    assert (lora.lower, lora.higher) == (("snippets",), ())
+    assert verdict.compare(context(results), "heldout", "lora", "full").verdict == "missing"
+
+
+def test_one_seed_is_too_few_for_a_verdict(results: Path) -> None:
+    write(results, "mini/s", record("sparsegrad", "snippets", 42, 0.9))
+    found = verdict.compare(context(results), "paper", "sparsegrad", "full")
+    assert (found.interval, found.verdict) == (None, "too few seeds")
+    assert found.difference == pytest.approx(8.0)
+
+
+def test_findings_have_data_or_are_left_out(results: Path) -> None:
+    assert not any("sparsegrad" in question for question in findings.table(context(results)).frame["question"])
+    for seed, value in ((42, 0.7), (3705, 0.71)):
+        write(results, f"mini/s{seed}", record("sparsegrad", "snippets", seed, value))
+    bench(results, "gpu", [measurement("padded", "merged", 6.0), measurement("padded", "layer_regular", 2.0)])
+    frame = findings.table(context(results)).frame.set_index("question")["answer"]
+    assert frame["MiniLM, protocol paper: how does sparsegrad do?"].startswith("-11.50 points against full over 1 task")
+    assert frame["How fast on gpu, whole model?"] == "merged 3.00 times the steps/s of layer_regular"
+    assert "Table 4, LoRA: printed 83.7, its cells 84.86" in frame["Which printed averages contradict their own cells?"]
+    assert not any("energy" in question for question in frame.index)
+
+
+def test_a_cell_of_the_page_leads_to_records_curves_environment_and_rerun(results: Path) -> None:
+    log = {
+        "losses": [{"step": 10, "loss": 0.9}, {"step": 20, "loss": 0.3}],
+        "evaluations": [{"step": 20, "accuracy": 0.9}],
+    }
+    hardware = {
+        "hardware": {"cpu": "a processor", "cores": 2, "threads": 1},
+        "git": {"commit": "0123456789", "dirty": True},
+    }
+    write(results, "mini/full42", record("full", "snippets", 42, 0.8, **log, environment=hardware))
+    of = context(results)
+    tables = [accuracy.mini(of), accuracy.mini_overview(of)]
+    text = page.write_page(of, tables, {}).read_text()
+    anchor = "table5_mini--full-snippets-paper"
+    assert text.count(f'href="#{anchor}">82.00 ± 2.00</a>') == 2, "a link from either table"
+    detail = text.split(f'id="{anchor}"')[1].split("</div>")[0]
+    assert 'href="../runs/mini/full42.json"' in detail
+    assert "commit 0123456 with changes" in detail
+    assert "training loss: 0.3 to 0.9, 20 steps" in detail
+    assert "<polyline" in detail
+    assert "<circle" in detail, "one evaluation is a point"
+    assert "a processor, 2 cores, 1 threads" in detail
+    assert "make reproduce-table5 SCALE=mini ARGS=&#34;method=full task=snippets seed=2023,3705,42&#34;" in detail
+
+
+def test_a_table_without_anything_of_ours_is_folded_away(results: Path) -> None:
+    of = context(results)
+    text = page.write_page(of, [accuracy.per_task(of, 4), accuracy.mini(of)], {}).read_text()
+    assert '<details class="bare" id="table4">' in text
+    assert '<h2 id="table5_mini">' in text
+    assert "<b>2 of 70</b>cells of the mini tables measured" in text
+    assert (
+        "<b>0 of 45</b>cells of the paper&#39;s models measured" in text or "<b>0 of 45</b>cells of the paper's" in text
+    )
+
+
+def test_the_energy_of_figure2_is_printed(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    maps = {"log10": ["-1.0 0.0", "-2.0 -3.0"], "shape": [2, 2]}
+    views = {
+        name: {**maps, "top_1_percent": share}
+        for name, share in (("untouched", 0.4), ("rotated", 0.7), ("authors", 0.2))
+    }
+    data = {"block": 1, "step": 5, "model": "minilm", "task": "sst2", "kinds": {"intermediate": views, "output": views}}
+    write_json(results / "figures" / "figure2.json", data)
+    assert report.main(["figure2", "--results-dir", str(results)]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "block 1, step 5, output: the largest 1 % holds untouched 40.0 %, rotated (HOSVD) 70.0 %, authors' basis 20.0 %"
+        in said
+    )
+    assert {path.name for path in (results / "figures").iterdir()} == {"figure2.json", "figure2.png", "figure2.pdf"}
