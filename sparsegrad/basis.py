@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsegrad.errors import UserError, check_choice
+from sparsegrad.large_side import LARGE_SIDE, large_eigenvectors, to_host
 
 FORMAT = "sparsegrad-basis-1"
 
 
 SIDES = ("both", "in", "out", "small")
-LARGE_SIDE = 8192  # features; a larger side (LLaMA's MLP) is decomposed on the CPU, wherever the model is
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,14 +204,21 @@ class Grams:
         self.in_gram = None if sides == "out" else G.new_zeros(G.shape[1], G.shape[1])
 
     def basis(self, dtype: torch.dtype | None = None) -> Basis:
-        """The HOSVD factor matrices, by `eigh` in float64, cast to `dtype` (default: the sums' own).
+        """The HOSVD factor matrices, by `eigh` in float64, cast to `dtype` (default: the sums' own); uses the sums up.
 
         Raises:
             UserError: when there is no gradient, or one was not finite.
         """
         if self.shape is None:
             raise UserError("HOSVD of no gradients is not defined: give at least one gradient")
-        return Basis(_eigenvectors(self.in_gram, dtype), _eigenvectors(self.out_gram, dtype))
+        self.shape = None  # the next gradient begins anew
+        return Basis(_eigenvectors(self._take("in_gram"), dtype), _eigenvectors(self._take("out_gram"), dtype))
+
+    def _take(self, name: str) -> Tensor | None:
+        """Give a sum away: a large one must be gone while its eigenvectors are computed."""
+        gram: Tensor | None = getattr(self, name)
+        setattr(self, name, None)
+        return gram
 
 
 def _eigenvectors(gram: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
@@ -221,9 +228,13 @@ def _eigenvectors(gram: Tensor | None, dtype: torch.dtype | None) -> Tensor | No
     if not torch.isfinite(gram).all():
         raise UserError("a calibration gradient is not finite: lower the precision's risk (fp32) or check the data")
     device, dtype = gram.device, dtype or gram.dtype
-    if len(gram) > LARGE_SIDE:  # in host memory: in float64 it takes five times the Gram's own
-        gram = gram.cpu()
-    return torch.linalg.eigh(gram.double()).eigenvectors.flip(-1).to(device, dtype)  # type: ignore[no-any-return]
+    if len(gram) > LARGE_SIDE:
+        gram = to_host(gram)  # the sums themselves go
+        vectors = large_eigenvectors(gram)
+    else:
+        vectors = torch.linalg.eigh(gram.double()).eigenvectors
+    del gram
+    return vectors.to(dtype).flip(-1).to(device)  # narrower first: a flip copies
 
 
 def hosvd(gradients: Iterable[Tensor], method: str = "gram") -> Basis:
