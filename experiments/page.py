@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from experiments.answers_page import has_answers
 from experiments.collect import skipped_summary
 from experiments.render import write_text
 from experiments.tables.base import MISSING, Context, Table
@@ -37,7 +38,8 @@ def write_page(context: Context, tables: Sequence[Table], figures: Mapping[str, 
     path = context.results / "report" / "index.html"
     shown = [{"title": title, "name": image.stem, "image": _base64(image)} for title, image in figures.items()]
     inline = _template("figure1.svg.j2").render({name: f"var(--{name})" for name in THEMES["light"]})
-    facts = {"tables": tables, "figures": shown, "figure1": Markup(inline), "problems": problems(context)}
+    facts: dict[str, Any] = {"tables": tables, "figures": shown, "figure1": Markup(inline)}
+    facts |= {"problems": problems(context), "answers": has_answers(context.results)}
     write_text(path, _template("page.html.j2").render(facts | _environment(context), css=_css) + "\n")
     return path
 
