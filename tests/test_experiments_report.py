@@ -216,6 +216,18 @@ def test_section8_finds_what_the_printed_megabytes_count() -> None:
         assert numbers[closest] == pytest.approx(calibration._in_mb(one.memory), rel=0.05)
 
 
+def test_section8_scales_a_measurement_that_tells_its_parts_apart(results: Path) -> None:
+    parts = {"status": "complete", "seconds": 620.0, "sums_seconds": 20.0, "eigenvectors_seconds": 600.0}
+    plain = {"status": "complete", "seconds": 9.0, "peak_mib": 100.0}
+    found = {"gram-11008x4096-2": {**parts, "gradients": 2, "peak_mib": 1900.0}, "gram-3072x768-12": plain}
+    document = {"schema": 1, "settings": {}, "cells": [], "decompositions": found}
+    write_json(results / "bench" / "machine.json", document)
+    rows = calibration.table(context(results)).frame
+    computed = rows[rows["what"].str.startswith("computed")]
+    assert list(computed["seconds"]) == ["7,800 s"]  # 2 kinds, each 330 gradients of 10 s and 600 s
+    assert list(rows[rows["what"].str.startswith("measured")]["MB"]) == ["1,992", "105"]
+
+
 def test_table6_holds_the_losses_of_our_runs(results: Path) -> None:
     for seed, loss in ((42, 1.25), (3705, 1.35)):
         of = record("lora", "oasst1", seed, 0.0)
