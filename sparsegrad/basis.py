@@ -204,20 +204,24 @@ class Grams:
         self.in_gram = None if sides == "out" else G.new_zeros(G.shape[1], G.shape[1])
 
     def basis(self, dtype: torch.dtype | None = None) -> Basis:
-        """The HOSVD factor matrices, by `eigh` in float64, cast to `dtype` (default: the sums' own); uses the sums up.
+        """The HOSVD factor matrices, by `eigh` in float64, cast to `dtype` (default: the sums' own).
+
+        With a side of more than `LARGE_SIDE` features the sums are used up: their memory is needed.
 
         Raises:
             UserError: when there is no gradient, or one was not finite.
         """
         if self.shape is None:
             raise UserError("HOSVD of no gradients is not defined: give at least one gradient")
-        self.shape = None  # the next gradient begins anew
+        if max(self.shape) > LARGE_SIDE:
+            self.shape = None  # the next gradient begins anew
         return Basis(_eigenvectors(self._take("in_gram"), dtype), _eigenvectors(self._take("out_gram"), dtype))
 
     def _take(self, name: str) -> Tensor | None:
-        """Give a sum away: a large one must be gone while its eigenvectors are computed."""
+        """A sum, to be decomposed; given away where it is used up."""
         gram: Tensor | None = getattr(self, name)
-        setattr(self, name, None)
+        if self.shape is None:
+            setattr(self, name, None)
         return gram
 
 
@@ -229,12 +233,12 @@ def _eigenvectors(gram: Tensor | None, dtype: torch.dtype | None) -> Tensor | No
         raise UserError("a calibration gradient is not finite: lower the precision's risk (fp32) or check the data")
     device, dtype = gram.device, dtype or gram.dtype
     if len(gram) > LARGE_SIDE:
-        gram = to_host(gram)  # the sums themselves go
+        gram = to_host(gram)  # the sum itself goes
         vectors = large_eigenvectors(gram)
     else:
         vectors = torch.linalg.eigh(gram.double()).eigenvectors
     del gram
-    return vectors.to(dtype).flip(-1).to(device)  # narrower first: a flip copies
+    return vectors.to(dtype).flip(-1).to(device)  # narrowed first, so that what is copied is small
 
 
 def hosvd(gradients: Iterable[Tensor], method: str = "gram") -> Basis:

@@ -76,7 +76,8 @@ def test_the_large_solver_works_in_place_and_without_scipy_too(monkeypatch: pyte
     assert torch.allclose((usual.T @ gram @ usual).diag(), rotated.diag(), atol=1e-9)
 
 
-def test_sums_are_used_up_and_begin_anew() -> None:
+def test_large_sums_are_used_up_and_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsegrad.basis.LARGE_SIDE", 10)
     grams = Grams()
     for G in gradients():
         grams.add(G)
