@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from experiments.answers_page import has_answers
 from experiments.collect import PRUNED, skipped_summary
 from experiments.details import anchor, details, environment_line
 from experiments.render import write_text
@@ -44,6 +45,7 @@ def write_page(context: Context, tables: Sequence[Table], figures: Mapping[str, 
     inline = _template("figure1.svg.j2").render({name: f"var(--{name})" for name in THEMES["light"]})
     facts = {"tables": [_shown(context, table, tables) for table in tables], "problems": problems(context)}
     facts |= {"figures": shown, "figure1": Markup(inline), "failed": _failed(context), "counts": _counts(tables)}
+    facts["answers"] = has_answers(context.results)
     write_text(path, _template("page.html.j2").render(facts | _environment(context)) + "\n")
     return path
 

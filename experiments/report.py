@@ -1,7 +1,7 @@
 """Show tables and figures from what is on disk: `python -m experiments.report table4`, `... all`.
 
 Writes Markdown, LaTeX and CSV to results/tables, figures to results/figures, and, with `all`, the page
-results/report/index.html. Nothing is run.
+results/report/index.html and, from results/mtbench, answers.html. Nothing is run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments import figures, findings
+from experiments.answers_page import write_answers_page
 from experiments.cells import SCALES
 from experiments.collect import collect
 from experiments.page import problems, write_figure1, write_page
@@ -120,6 +121,8 @@ def report(name: str, scale: str, results: Path) -> None:
     if name == "all":
         drawn = _figures(context, "all")
         print(write_page(context, tables, drawn))
+        if answers := write_answers_page(results):
+            print(answers)
     else:
         print("\n".join(markdown(table) for table in tables))
         for path in figures.draw(context, CURVES[name]).values() if name in CURVES else ():

@@ -108,6 +108,21 @@ ASSETS = {
             converts="SmolLM2-135M-Instruct.Q4_1.gguf",
         ),
         Asset(
+            name="alpaca",
+            about="999 instructions with answers in Alpaca's form, for language models",
+            licence="package Apache-2.0; the rows upstream: not for commercial use",
+            source="LLaMA-Factory's sample of Alpaca",
+            package="llamafactory",
+            version="0.9.5",
+            sha256="1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+            files=(
+                AssetFile(
+                    "llamafactory-0.9.5/data/alpaca_en_demo.json",
+                    "bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318",
+                ),
+            ),
+        ),
+        Asset(
             name="mtbench",
             about="MT-Bench: 80 questions of two turns, 8 judge prompts, 30 reference answers of GPT-4",
             licence="Apache-2.0",

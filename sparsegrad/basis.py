@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsegrad.errors import UserError, check_choice
+from sparsegrad.large_side import LARGE_SIDE, large_eigenvectors, to_host
 
 FORMAT = "sparsegrad-basis-1"
 
 
 SIDES = ("both", "in", "out", "small")
-LARGE_SIDE = 8192  # features; a larger side (LLaMA's MLP) is decomposed on the CPU, wherever the model is
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,12 +224,23 @@ class Grams:
     def basis(self, dtype: torch.dtype | None = None) -> Basis:
         """The HOSVD factor matrices, by `eigh` in float64, cast to `dtype` (default: the sums' own).
 
+        With a side of more than `LARGE_SIDE` features the sums are used up: their memory is needed.
+
         Raises:
             UserError: when there is no gradient, or one was not finite.
         """
         if self.shape is None:
             raise UserError("HOSVD of no gradients is not defined: give at least one gradient")
-        return Basis(_eigenvectors(self.in_gram, dtype), _eigenvectors(self.out_gram, dtype))
+        if max(self.shape) > LARGE_SIDE:
+            self.shape = None  # the next gradient begins anew
+        return Basis(_eigenvectors(self._take("in_gram"), dtype), _eigenvectors(self._take("out_gram"), dtype))
+
+    def _take(self, name: str) -> Tensor | None:
+        """A sum, to be decomposed; given away where it is used up."""
+        gram: Tensor | None = getattr(self, name)
+        if self.shape is None:
+            setattr(self, name, None)
+        return gram
 
 
 def _eigenvectors(gram: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
@@ -239,12 +250,15 @@ def _eigenvectors(gram: Tensor | None, dtype: torch.dtype | None) -> Tensor | No
     if not torch.isfinite(gram).all():
         raise UserError("a calibration gradient is not finite: lower the precision's risk (fp32) or check the data")
     device, dtype = gram.device, dtype or gram.dtype
-    if len(gram) > LARGE_SIDE:  # in host memory: in float64 it takes several times the Gram's own
-        gram = gram.cpu()
-    # Symmetric, so its transpose is the same matrix in the order that LAPACK writes: it is overwritten, not copied.
-    matrix = gram.to(torch.float64, copy=True).T
-    torch.linalg.eigh(matrix, out=(matrix.new_empty(len(matrix)), matrix))
-    return matrix.to(device, dtype).flip(-1)
+    if len(gram) > LARGE_SIDE:
+        gram = to_host(gram)  # the sum itself goes
+        vectors = large_eigenvectors(gram)
+    else:
+        # Symmetric, so its transpose is the same matrix in the order that LAPACK writes: it is overwritten, not copied.
+        vectors = gram.to(torch.float64, copy=True).T
+        torch.linalg.eigh(vectors, out=(vectors.new_empty(len(vectors)), vectors))
+    del gram
+    return vectors.to(dtype).to(device).flip(-1)  # narrowed first, so that what is copied is small
 
 
 def hosvd(gradients: Iterable[Tensor], method: str = "gram") -> Basis:

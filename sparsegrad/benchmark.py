@@ -38,6 +38,7 @@ import torch
 from sparsegrad.bench import machine
 from sparsegrad.bench.arms import ARMS, arms_of, find_arm
 from sparsegrad.bench.plan import PRESETS, Decomposition, Planned, Schedule, decompositions, default_schedule, plan
+from sparsegrad.bench.reflections import BASES
 from sparsegrad.bench.render import predictions
 from sparsegrad.bench.results import read
 from sparsegrad.bench.runner import Bench
@@ -80,6 +81,7 @@ def run(options: argparse.Namespace) -> None:
         threads=threads,
         schedule=schedule,
         force=options.force,
+        bases=options.bases,
         tell=lambda line: print(line, flush=True),
     )
     check_writable(bench.out.parent)
@@ -100,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", help="file of the results (default results/bench/HARDWARE.json)")
     made.add_argument("--work", default="runs/bench", help="folder for bases")
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    made.add_argument("--bases", default=BASES[0], choices=BASES, help="reflections: not calibrated, at once")
     made.add_argument("--force", action="store_true", help="measure again what is there")
     made.add_argument("--render", action="store_true", help="measure nothing: table and plot of what is there")
     made.add_argument("--predict", action="store_true", help="measure nothing: what the arithmetic predicts")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from sparsegrad.assets import asset_path
@@ -95,7 +96,7 @@ def load_model(config: ModelConfig, task: Task, tokenizer: Any, dtype: torch.dty
     A classifier's head is drawn from torch's global generator.
 
     Raises:
-        UserError: when the weights can be had neither from disk nor from the hub.
+        UserError: when the weights can be had neither from disk nor from the hub, or the model is no language model.
     """
     import transformers
 
@@ -107,8 +108,24 @@ def load_model(config: ModelConfig, task: Task, tokenizer: Any, dtype: torch.dty
         labels = dict(enumerate(task.labels)) or {0: task.name}
         heads = {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
     if config.weights == "random":
-        return _random(config, tokenizer, heads, maker, dtype)
-    return _from_source(config.source, partial(maker.from_pretrained, dtype=dtype, **heads))  # type: ignore[no-any-return]
+        model = _random(config, tokenizer, heads, maker, dtype)
+    else:
+        model = _from_source(config.source, partial(maker.from_pretrained, dtype=dtype, **heads))
+    if task.is_language:
+        _check_causal(config, task, model)
+    return model
+
+
+def _check_causal(config: ModelConfig, task: Task, model: Any) -> None:
+    """Refuse an encoder: `transformers` gives it a language head too, but its tokens see what they should predict."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    found = model.config
+    if found.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(found, "is_decoder", False):
+        raise UserError(
+            f"task={task.name} needs a causal language model, and model={config.name} ({found.model_type}) sees both "
+            "ways: choose model=smollm2, model=llama2_7b, or another decoder"
+        )
 
 
 def _random(config: ModelConfig, tokenizer: Any, heads: dict[str, Any], maker: Any, dtype: torch.dtype) -> nn.Module:
@@ -135,12 +152,14 @@ def _from_source(source: str, load: Any) -> Any:
         raise UserError(
             f"model source {source} does not exist: name a folder with config.json and weights, or a hub id"
         )
+    if local.is_dir() and not any(local.glob("*.json")):
+        raise UserError(f"folder {source} holds neither model nor tokenizer: name one that `save_pretrained` wrote")
     try:
         if local.is_dir():
             return load(str(local))
         # Straight to the cache where the hub does not answer: its client would try for a minute.
         return load(source, local_files_only=not hub_answers())
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if local.is_dir():
             raise UserError(f"model folder {source} cannot be read: {_first_line(error)}") from None
         if _is_gated(error):

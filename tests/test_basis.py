@@ -1,11 +1,14 @@
 """HOSVD by Grams against the stacked reference, and what a basis promises."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 from sparsegrad import Basis, UserError, hosvd
 from sparsegrad.basis import Grams, load_bases, save_bases
+from sparsegrad.large_side import large_eigenvectors
 
 
 def gradients(out: int = 14, features: int = 9, count: int = 5, seed: int = 0) -> list[Tensor]:
@@ -47,6 +50,44 @@ def test_fewer_gradients_than_dimensions_still_give_an_orthogonal_basis() -> Non
     basis = hosvd([torch.outer(torch.arange(6.0), torch.arange(4.0)).double()])
     assert orthogonality(basis.out_basis) < 1e-10
     assert orthogonality(basis.in_basis) < 1e-10
+
+
+def test_a_large_side_is_decomposed_with_less_memory_to_the_same_subspaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = hosvd(gradients())
+    monkeypatch.setattr("sparsegrad.basis.LARGE_SIDE", 10)
+    large = hosvd(gradients())
+    assert distance(large.out_basis, usual.out_basis) < 1e-6
+    assert torch.equal(large.in_basis, usual.in_basis)  # 9 features: not large
+    assert orthogonality(large.out_basis) < 1e-10
+
+
+def test_the_large_solver_works_in_place_and_without_scipy_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = torch.randn(40, 7, dtype=torch.float64)
+    gram = half @ half.T  # of rank 7: most eigenvalues are one cluster
+    given = gram.clone()
+    vectors = large_eigenvectors(given)
+    assert not torch.equal(given, gram)  # no copy was made
+    assert orthogonality(vectors) < 1e-10
+    rotated = vectors.T @ gram @ vectors
+    assert torch.allclose(rotated, torch.diag(rotated.diag()), atol=1e-9)
+    assert (rotated.diag().diff() > -1e-9).all()
+    monkeypatch.setitem(sys.modules, "scipy.linalg", None)
+    usual = large_eigenvectors(gram.clone())
+    assert torch.allclose((usual.T @ gram @ usual).diag(), rotated.diag(), atol=1e-9)
+
+
+def test_large_sums_are_used_up_and_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsegrad.basis.LARGE_SIDE", 10)
+    grams = Grams()
+    for G in gradients():
+        grams.add(G)
+    basis = grams.basis()
+    assert (grams.out_gram, grams.in_gram) == (None, None)
+    with pytest.raises(UserError, match="at least one gradient"):
+        grams.basis()
+    for G in gradients():
+        grams.add(G)
+    assert torch.equal(grams.basis().in_basis, basis.in_basis)
 
 
 def test_energy_falls_along_both_sides() -> None:

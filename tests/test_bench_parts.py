@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsegrad import Basis, SparseGradLinear
+from sparsegrad.basis import load_bases
+from sparsegrad.bench import reflections
 from sparsegrad.bench.arithmetic import COSTS, Linear, relative_speed
 from sparsegrad.bench.lengths import batch_lengths, histograms, mean_length, token_batch
 from sparsegrad.bench.render import predictions
@@ -119,3 +121,17 @@ def test_padding_is_masked() -> None:
     assert batch["attention_mask"].sum(1).tolist() == [2, 5]
     assert (batch["input_ids"][batch["attention_mask"] == 0] == 1).all()
     assert (batch["input_ids"][batch["attention_mask"] == 1] >= 4).all()
+
+
+def test_reflections_are_orthogonal_dense_and_of_the_models_shapes(tmp_path: Path) -> None:
+    path = reflections.write(find_shape("tiny"), tmp_path / "bases.safetensors")
+    bases = load_bases(path)
+    assert {kind: basis.shape for kind, basis in bases.items()} == {"intermediate": (128, 32), "output": (32, 128)}
+    for basis in bases.values():
+        for Q in (basis.in_basis, basis.out_basis):
+            assert Q is not None
+            assert torch.allclose(Q.T @ Q, torch.eye(len(Q)), atol=1e-5)
+            assert (Q != 0).all()
+    before = path.stat().st_mtime_ns
+    reflections.write(find_shape("tiny"), path)
+    assert path.stat().st_mtime_ns == before  # made once

@@ -315,3 +315,12 @@ def test_a_decomposition_is_measured_in_a_process_of_its_own(tmp_path: Path) -> 
     (found,) = bench.document["decompositions"].values()
     assert found["status"] == "complete"
     assert found["stacked_tensor_mib"] == round(16 * 8 * 3 * 8 / 2**20, 3)
+
+
+def test_reflections_spare_the_calibration_and_the_results_say_so(tmp_path: Path) -> None:
+    bench = fake(tmp_path, bases="reflections")
+    document = run(bench, ("full", "merged"))
+    assert [job for job, _ in bench.asked].count("calibrate") == 0
+    assert document["calibrations"] == {}
+    assert document["settings"][SETTING.key]["bases"] == "reflections"
+    assert {cell["status"] for cell in document["cells"]} == {"complete"}

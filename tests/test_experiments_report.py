@@ -19,9 +19,11 @@ from test_sweep_dashboard import BROWSER
 
 from experiments import figures, published, render, report
 from experiments.collect import collect
+from experiments.mtbench.scores import ModelScores
 from experiments.stats import summarise, welch_interval
 from experiments.tables import ablation, accuracy, architecture, basis, calibration, correspondence, llama, speed
 from experiments.tables.base import MINI_MARK, Context
+from experiments.tables.grades import grade
 from sparsegrad.errors import UserError
 from sparsegrad.records import write_json
 
@@ -235,6 +237,18 @@ def test_section8_finds_what_the_printed_megabytes_count() -> None:
         assert numbers[closest] == pytest.approx(calibration._in_mb(one.memory), rel=0.05)
 
 
+def test_section8_scales_a_measurement_that_tells_its_parts_apart(results: Path) -> None:
+    parts = {"status": "complete", "seconds": 620.0, "sums_seconds": 20.0, "eigenvectors_seconds": 600.0}
+    plain = {"status": "complete", "seconds": 9.0, "peak_mib": 100.0}
+    found = {"gram-11008x4096-2": {**parts, "gradients": 2, "peak_mib": 1900.0}, "gram-3072x768-12": plain}
+    document = {"schema": 1, "settings": {}, "cells": [], "decompositions": found}
+    write_json(results / "bench" / "machine.json", document)
+    rows = calibration.table(context(results)).frame
+    computed = rows[rows["what"].str.startswith("computed")]
+    assert list(computed["seconds"]) == ["7,800 s"]  # 2 kinds, each 330 gradients of 10 s and 600 s
+    assert list(rows[rows["what"].str.startswith("measured")]["MB"]) == ["1,992", "105"]
+
+
 def test_table6_holds_the_losses_of_our_runs(results: Path) -> None:
     for seed, loss in ((42, 1.25), (3705, 1.35)):
         of = record("lora", "oasst1", seed, 0.0)
@@ -242,6 +256,46 @@ def test_table6_holds_the_losses_of_our_runs(results: Path) -> None:
     table = llama.table(context(results))
     assert cell(table, "ours, loss", model=f"minilm ({MINI_MARK})", method="lora") == "1.300 ± 0.071"
     assert cell(table, "published loss", model="llama2_7b", method="lora") == "1.249 ± 0.05"
+
+
+def test_table6_shows_share_loss_before_speed_memory_and_counts_of_our_runs(results: Path) -> None:
+    of = record("sparsegrad", "oasst1", 42, 0.0)
+    more = {
+        "result": {"metric": "nll", "value": 1.25},
+        "trainable": {"share": 0.014868},
+        "evaluations": [{"step": 0, "nll": 1.5}, {"step": 9, "nll": 1.25}],
+        "speed": {"steps_per_second": 0.333},
+        "memory": {"resident_mib": 1910.9},
+        "data": {"counts": {"train_conversations": 560, "validation_conversations": 12}},
+    }
+    write(results, "table6_mini/a", {**of, **more})
+    table = llama.table(context(results))
+    where = {"model": f"minilm ({MINI_MARK})", "method": "sparsegrad"}
+    found = [cell(table, name, **where) for name in ("trainable", "loss before", "steps/s", "peak MiB", "judge")]
+    assert found == ["1.49 %", "1.500", "0.33", "1,911", "not judged"]
+    assert "Conversations, train / validation: the authors' 44,042 / 2,241; ours 560 / 12." in table.notes
+
+
+def test_table6_computes_the_papers_shares() -> None:
+    """22 % is up, down and gate of 11 blocks; 0.5 % is LoRA on all blocks: the authors' code, not the text."""
+    found = llama.paper_shares()
+    assert (found["with_gate"], found["full"], found["lora_all"]) == ("22.1 %", "14.7 %", "0.459 %")
+
+
+def test_table6_names_judge_and_day(results: Path) -> None:
+    scores = [graded("minilm-lora-1", 4.0), graded("minilm-lora-2", 5.0), graded("minilm-lora_tuned", 9.0)]
+    found = grade(scores, "minilm", "lora")
+    assert found == {"judge's score": "4.50", "judge": "gpt-4, 2026-01-02, 6 of 8 turns"}
+    assert grade([graded("minilm-lora", None)], "minilm", "lora")["judge"] == "not judged"
+    assert grade(scores, "minilm", "full") == {"judge's score": "", "judge": "not judged"}
+
+
+def graded(name: str, mean: float | None) -> ModelScores:
+    none = mean is None
+    return ModelScores(
+        model=name, judge=None if none else "gpt-4", turn1=mean, turn2=mean, mean=mean, categories={},
+        judged=0 if none else 3, unparsable=0, unjudged=4 if none else 1, date=None if none else "2026-01-02",
+    )  # fmt: skip
 
 
 def test_table6_and_basis_study_say_what_is_missing(results: Path) -> None:
@@ -315,6 +369,8 @@ def test_the_page_has_every_table_and_live_links(committed: Path) -> None:
     links = [part.split('"')[0] for part in page.split('href="../')[1:]]
     assert links
     assert all((committed / link).is_file() for link in links)
+    assert 'href="answers.html"' in page
+    assert (committed / "report" / "answers.html").is_file()
 
 
 HARNESS = """<!doctype html><title>waiting</title><iframe src="report/index.html" width="400" height="800"></iframe>

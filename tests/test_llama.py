@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +13,10 @@ import torch
 from conftest import Composer, last_wins
 from llama_fixtures import LLAMA, tiny_llama, tree, write_trees
 
+from sparsegrad import Basis
 from sparsegrad.config import RunConfig, build
 from sparsegrad.errors import UserError
-from sparsegrad.memory_plan import GIB, Setup, check_fits, plan
+from sparsegrad.linear import SparseGradLinear
 from sparsegrad.methods.base import train_only
 from sparsegrad.metrics.language import language_metrics, token_losses
 from sparsegrad.runs import run
@@ -128,6 +129,64 @@ def test_lower_is_better(llama: Any) -> None:
     assert record["result"]["value"] == min(trained)
 
 
+def test_checkpointing_changes_memory_and_no_number(llama: Any) -> None:
+    plain, _ = run(llama("method=full"))
+    checkpointed, _ = run(llama("method=full", "train.gradient_checkpointing=true"))
+    assert checkpointed["result"]["value"] == pytest.approx(plain["result"]["value"], rel=1e-6)
+
+
+def test_lora_takes_the_selected_blocks_or_all(llama: Any) -> None:
+    entries = 2 * 2 * (32 + 64)  # up and down, rank 2
+    assert run(llama("method=lora"))[0]["trainable"]["total"] == 2 * entries
+    assert run(llama("method=lora", "model.blocks=null"))[0]["trainable"]["total"] == 4 * entries
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "qwen3"])
+def test_another_model_of_gate_up_and_down_is_a_matter_of_yaml(llama: Any, architecture: str) -> None:
+    other = ("model.name=other", f"model.architecture.model_type={architecture}", "model.blocks=[1]")
+    record, _ = run(llama("method=full", *other))
+    assert record["trainable"]["per_weight"] == {"up": 2048, "down": 2048}
+    assert record["trainable"]["total"] == 2 * 2048
+    assert record["result"]["value"] < record["evaluations"][0]["nll"]
+
+
+def test_micro_batches_unite_their_selections_in_engine_layer() -> None:
+    """The authors' accumulation: each micro-batch adds its own kept entries; engine merged selects once, of the sum."""
+    torch.manual_seed(0)
+    linear, keep = torch.nn.Linear(6, 8, bias=False), 5
+    inputs = [torch.randn(3, 6), torch.randn(3, 6)]
+
+    def gradient(batches: list[torch.Tensor]) -> torch.Tensor:
+        layer = SparseGradLinear.from_linear(linear, Basis.identity(8, 6), keep=keep)
+        for x in batches:
+            layer(x).square().sum().backward()
+        assert layer.rotated_weight.grad is not None
+        return layer.rotated_weight.grad.to_dense()
+
+    parts = [gradient([x]) for x in inputs]
+    united = gradient(inputs)
+    assert [int((part != 0).sum()) for part in parts] == [keep, keep]
+    assert keep < int((united != 0).sum()) <= 2 * keep
+    assert torch.allclose(united, parts[0] + parts[1])
+
+
+def test_accumulation_in_engine_layer_runs_in_bfloat16_with_checkpointing(llama: Any) -> None:
+    layer = ("method=sparsegrad", "method.steps=1", "method.engine=layer", "train.grad_accumulation=2", "train.lr=0.1")
+    record, _ = run(llama(*layer, "train.precision=bf16_weights", "train.gradient_checkpointing=true"))
+    assert record["result"]["value"] < record["evaluations"][0]["nll"]
+
+
+def test_plan_and_counts_are_shown_before_training(llama: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        run(llama("method=lora", "protocol.max_steps=1", "protocol.eval_steps=1"))
+    shown = caplog.text
+    for part in ("weights", "gradients", "optimizer", "bases", "activations"):
+        assert re.search(rf"memory plan in GiB:.*{part} \d", shown)
+    assert "the paper says of lora: 0.5 %" in shown
+    assert "train conversations authors 44,042" in shown
+    assert "validation conversations authors 2,241" in shown
+
+
 def test_schedule_and_warm_up_reach_the_trainer(llama: Any) -> None:
     arguments = training_arguments(llama("train.warmup_steps=7"), rows=100)
     assert (arguments.lr_scheduler_type, arguments.warmup_steps) == ("cosine", 7)
@@ -152,6 +211,10 @@ def test_table6_is_section_5_2(conf: Composer) -> None:
         (("task.langs=[fr]",), "no conversation is left"),
         (("train.batch_size=20", "data.max_length=128"), "windows"),
         (("task.format=chat",), "has no chat template"),
+        (
+            ("model.architecture.model_type=bert",),
+            r"needs a causal language model, and model=smollm2 \(bert\) sees both",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(llama: Any, overrides: tuple[str, ...], says: str) -> None:
@@ -193,33 +256,18 @@ def test_a_missing_folder_of_weights_is_named(conf: Composer) -> None:
         load_tokenizer(build(conf("experiment=table6", "model.source=./none")).model)
 
 
-SEVEN_B = Setup(
-    method="sparsegrad", parameters=6_738_415_616, selected=22 * 4096 * 11008,
-    shapes={"up": (11008, 4096), "down": (4096, 11008)}, linears=22, width=4096, mlp_width=11008, depth=32,
-    vocabulary=32000, tokens=1024, precision="bf16_weights", checkpointing=True,
-)  # fmt: skip
+def test_damaged_or_missing_weights_in_a_folder_are_named(conf: Composer, tmp_path: Path) -> None:
+    from sparsegrad.models import load_model, load_tokenizer
 
-
-def test_the_plan_counts_weights_gradients_and_moments() -> None:
-    need, full = plan(SEVEN_B), plan(replace(SEVEN_B, method="full"))
-    assert need["weights"] == 2 * SEVEN_B.parameters + 2 * SEVEN_B.selected
-    assert (need["gradients"], need["optimizer"]) == (4 * SEVEN_B.selected, 8 * SEVEN_B.selected)
-    assert (full["bases"], need["bases"]) == (0, 2 * 2 * 4 * (4096**2 + 11008**2))
-    assert plan(replace(SEVEN_B, method="lora", rank=32))["optimizer"] == 8 * 32 * (11008 + 4096) * 22
-
-
-def test_the_papers_model_fits_80_gb_and_not_24() -> None:
-    check_fits(SEVEN_B, 80 * GIB)
-    with pytest.raises(UserError, match=r"needs about .* GiB and the device has 24\.0: this would fit: .*lora"):
-        check_fits(SEVEN_B, 24 * GIB)
-    with pytest.raises(UserError, match="no setting of this model fits"):
-        check_fits(SEVEN_B, 4 * GIB)
-
-
-def test_the_remedy_fits(llama: Any) -> None:
-    large = replace(SEVEN_B, precision="fp32", checkpointing=False, tokens=16384)
-    with pytest.raises(UserError, match=r"this would fit: train\.gradient_checkpointing=true"):
-        check_fits(large, 60 * GIB)
+    config = build(conf("experiment=table6", f"model.source={tmp_path}"))
+    with pytest.raises(UserError, match="holds neither model nor tokenizer"):
+        load_tokenizer(config.model)
+    tiny_llama().config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"cannot be read: .*no file named model\.safetensors"):
+        load_model(config.model, config.task, None)
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    with pytest.raises(UserError, match=r"model folder .* cannot be read"):
+        load_model(config.model, config.task, None)
 
 
 def test_llama_calibrates_in_bfloat16_with_float32_sums() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sparsegrad.bench import machine, render, results
+from sparsegrad.bench import machine, reflections, render, results
 from sparsegrad.bench.arms import find_arm
 from sparsegrad.bench.bars import bars
 from sparsegrad.bench.decompose import stacked_mib
@@ -39,6 +39,7 @@ class Bench:
         work: folder of the bases; they are made anew where it is empty.
         device, threads, schedule: as asked.
         force: measure again what is there.
+        bases: `calibrated`, or `reflections`: orthogonal matrices that are made at once (see `bench.reflections`).
         tell: takes a line of progress.
     """
 
@@ -48,6 +49,7 @@ class Bench:
     threads: int
     schedule: Schedule
     force: bool = False
+    bases: str = "calibrated"
     tell: Callable[[str], None] = print
     document: results.Document = field(default_factory=results.empty)
     _start: float = field(default_factory=time.monotonic)
@@ -98,7 +100,8 @@ class Bench:
     def _note(self, chosen: Planned) -> None:
         known = self.document["settings"].get(chosen.setting.key, {})
         presets = sorted({*known.get("presets", []), chosen.preset})
-        self.document["settings"][chosen.setting.key] = {**results.describe(chosen.setting), "presets": presets}
+        note = {**results.describe(chosen.setting), "presets": presets, "bases": self.bases}
+        self.document["settings"][chosen.setting.key] = note
 
     def _cell(self, chosen: Planned, arm: str, repeat: int) -> None:
         setting = chosen.setting
@@ -140,6 +143,8 @@ class Bench:
         """The file with the bases of the setting's model, made if need be; or why there is none."""
         blocks, _ = setting.architecture.cut(setting.blocks)
         key = f"{setting.shape}-{blocks}"
+        if self.bases == "reflections":
+            return reflections.write(setting.architecture, self.work / f"{key}-reflections.safetensors")
         path = self.work / f"{key}.safetensors"
         if path.is_file() and self.document["calibrations"].get(key, {}).get("status") == "complete":
             return path

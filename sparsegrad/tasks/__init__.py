@@ -2,8 +2,20 @@
 
 from sparsegrad.tasks.base import DataConfig, Splits, Task, split_heldout, tokenize
 from sparsegrad.tasks.glue import Glue
+from sparsegrad.tasks.instructions import Instructions
 from sparsegrad.tasks.language import LanguageTask
 from sparsegrad.tasks.oasst import Oasst
 from sparsegrad.tasks.snippets import Snippets
 
-__all__ = ["DataConfig", "Glue", "LanguageTask", "Oasst", "Snippets", "Splits", "Task", "split_heldout", "tokenize"]
+__all__ = [
+    "DataConfig",
+    "Glue",
+    "Instructions",
+    "LanguageTask",
+    "Oasst",
+    "Snippets",
+    "Splits",
+    "Task",
+    "split_heldout",
+    "tokenize",
+]

@@ -1,0 +1,60 @@
+"""results/report/answers.html: the answers of the methods side by side (the paper's Appendix E)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from experiments.mtbench.schema import load_questions
+from experiments.mtbench.scores import ModelScores, scores, side_by_side
+from experiments.render import write_text
+
+TEMPLATES = Path(__file__).parent / "templates"
+NAME = "answers.html"
+
+
+def has_answers(results: Path) -> bool:
+    """Whether there is anything for the page: chosen questions, and a model that answered."""
+    folder = results / "mtbench"
+    return (folder / "questions.jsonl").is_file() and any((folder / "model_answer").glob("*.jsonl"))
+
+
+def write_answers_page(results: Path) -> Path | None:
+    """Render the page from results/mtbench; None, and no page, where there are no answers.
+
+    The chosen questions are those of results/mtbench/questions.jsonl; the page needs no asset.
+
+    Raises:
+        UserError: for a damaged file.
+    """
+    path = results / "report" / NAME
+    if not has_answers(results):
+        path.unlink(missing_ok=True)  # an older page would show answers that are gone
+        return None
+    folder = results / "mtbench"
+    chosen = side_by_side(folder, questions=load_questions(folder / "questions.jsonl"))
+    models = [_model(name, folder) for name in sorted({name for one in chosen for name in one.answers})]
+    facts = {"chosen": chosen, "models": models, "judges": _judges(scores(folder))}
+    loader = FileSystemLoader(TEMPLATES)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    write_text(path, environment.get_template("answers.html.j2").render(facts) + "\n")
+    return path
+
+
+def _model(name: str, folder: Path) -> dict[str, Any]:
+    """A model's name and how its answers were made, in one line."""
+    try:
+        settings = json.loads((folder / "model_answer" / f"{name}.settings.json").read_text())
+    except (OSError, ValueError):
+        return {"name": name, "how": "not recorded"}
+    names = ("model", "format", "max_new_tokens", "seed", "dtype")
+    return {"name": name, "how": ", ".join(f"{key} {settings[key]}" for key in names if key in settings)}
+
+
+def _judges(found: Sequence[ModelScores]) -> dict[str, str]:
+    """Model -> what a judge said of it."""
+    return {one.model: one.label if one.mean is None else f"{one.mean:.2f} ({one.label})" for one in found}

@@ -1,0 +1,35 @@
+"""Bases that cost nothing to make, for shapes whose calibration would take longer than everything that is measured.
+
+A Householder reflection I - 2 v v^T / v^T v is a dense orthogonal matrix. What a step costs does not depend on which
+orthogonal matrices it multiplies by, so time and memory are those of calibrated bases; what is learned is not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsegrad.basis import Basis, save_bases
+from sparsegrad.bench.shapes import Shape, build_model, mlp_linears
+from sparsegrad.methods.base import weight_shapes
+
+BASES = ("calibrated", "reflections")
+
+
+def write(shape: Shape, path: Path) -> Path:
+    """Write the bases of all layer kinds of `shape` in float32, unless they are there."""
+    if not path.is_file():
+        with torch.device("meta"):
+            shapes = weight_shapes(mlp_linears(shape, build_model(shape, 1, torch.float32)))
+        made = {kind: Basis(reflection(columns, 0), reflection(rows, 1)) for kind, (rows, columns) in shapes.items()}
+        save_bases(path, made, "reflections")
+    return path
+
+
+def reflection(size: int, seed: int) -> Tensor:
+    """A dense orthogonal matrix (size, size), float32."""
+    v = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    v /= v.norm()
+    return torch.eye(size).addr_(v, v, alpha=-2.0)

@@ -1,0 +1,67 @@
+"""Appendix E's page: every answer is on it as it was given, and no page is left without answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from experiments.answers_page import write_answers_page
+from experiments.mtbench.schema import Answer, load_answers, load_questions
+
+TEXTS = {"tiny": ("<b>two</b>", "a line\nand another"), "tiny-lora": ("2 & 2", "")}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "mtbench" / "model_answer"
+    folder.mkdir(parents=True)
+    question = {"question_id": 7, "category": "math", "turns": ["1 + 1?", "And why?"]}
+    (tmp_path / "mtbench" / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    for name, turns in TEXTS.items():
+        (folder / f"{name}.jsonl").write_text(json.dumps(Answer(7, name, turns, name, 1.0).row()) + "\n")
+    settings = {"model": "runs/abc/model", "format": "inst", "max_new_tokens": 80, "seed": 42}
+    (folder / "tiny.settings.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+def test_questions_and_answers_stand_side_by_side_as_they_are(results: Path) -> None:
+    path = write_answers_page(results)
+    assert path is not None
+    page = path.read_text()
+    for text in ("1 + 1?", "And why?", "&lt;b&gt;two&lt;/b&gt;", "a line\nand another", "2 &amp; 2", "(no text)"):
+        assert text in page
+    assert "<b>" not in page
+    assert "tiny: model runs/abc/model, format inst, max_new_tokens 80, seed 42; judge: not judged" in page
+    assert "tiny-lora: not recorded; judge: not judged" in page
+
+
+def test_links_lead_to_what_is_there(results: Path) -> None:
+    path = write_answers_page(results)
+    assert path is not None
+    links = [part.split('"')[0] for part in path.read_text().split('href="')[1:]]
+    local = [link for link in links if not link.startswith(("http", "data:"))]
+    assert len(local) == 4
+    assert all((path.parent / link).is_file() for link in local if link != "index.html")
+
+
+def test_without_answers_there_is_no_page_and_no_link(results: Path) -> None:
+    write_answers_page(results)
+    for path in (results / "mtbench" / "model_answer").glob("*.jsonl"):
+        path.unlink()
+    assert write_answers_page(results) is None
+    assert not (results / "report" / "answers.html").exists()
+
+
+def test_the_committed_answers_are_to_the_committed_questions() -> None:
+    folder = ROOT / "results" / "mtbench"
+    questions = {one.question_id: one for one in load_questions(folder / "questions.jsonl")}
+    paths = sorted((folder / "model_answer").glob("*.jsonl"))
+    assert "smollm2" in [path.stem for path in paths]
+    for path in paths:
+        answers = load_answers(path)
+        assert {one.question_id for one in answers} == set(questions)
+        assert all(len(one.turns) == len(questions[one.question_id].turns) for one in answers)
+        assert path.with_suffix(".settings.json").is_file()

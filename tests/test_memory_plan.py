@@ -1,0 +1,38 @@
+"""The plan of a fine-tuning's memory: what it counts, and what it advises when there is too little."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from sparsegrad.errors import UserError
+from sparsegrad.memory_plan import GIB, Setup, check_fits, plan
+
+SEVEN_B = Setup(
+    method="sparsegrad", parameters=6_738_415_616, selected=22 * 4096 * 11008,
+    shapes={"up": (11008, 4096), "down": (4096, 11008)}, linears=22, width=4096, mlp_width=11008, depth=32,
+    vocabulary=32000, tokens=1024, precision="bf16_weights", checkpointing=True,
+)  # fmt: skip
+
+
+def test_the_plan_counts_weights_gradients_and_moments() -> None:
+    need, full = plan(SEVEN_B), plan(replace(SEVEN_B, method="full"))
+    assert need["weights"] == 2 * SEVEN_B.parameters + 2 * SEVEN_B.selected
+    assert (need["gradients"], need["optimizer"]) == (4 * SEVEN_B.selected, 8 * SEVEN_B.selected)
+    assert (full["bases"], need["bases"]) == (0, 2 * 2 * 4 * (4096**2 + 11008**2))
+    assert plan(replace(SEVEN_B, method="lora", rank=32))["optimizer"] == 8 * 32 * (11008 + 4096) * 22
+
+
+def test_the_papers_model_fits_80_gb_and_not_24() -> None:
+    check_fits(SEVEN_B, 80 * GIB)
+    with pytest.raises(UserError, match=r"needs about .* GiB and the device has 24\.0: this would fit: .*lora"):
+        check_fits(SEVEN_B, 24 * GIB)
+    with pytest.raises(UserError, match="no setting of this model fits"):
+        check_fits(SEVEN_B, 4 * GIB)
+
+
+def test_the_remedy_fits() -> None:
+    large = replace(SEVEN_B, precision="fp32", checkpointing=False, tokens=16384)
+    with pytest.raises(UserError, match=r"this would fit: train\.gradient_checkpointing=true"):
+        check_fits(large, 60 * GIB)
