@@ -133,7 +133,8 @@ def cut(folder: Path, draw: random.Random) -> bool:
 
 def try_method(method: str, kills: int, steps: int, seed: int) -> dict[str, Any]:
     """Kill, cut, end; each kill, their counts, and whether the record is that of an uninterrupted run."""
-    draw, log, cuts = random.Random(f"{method}{seed}"), [], 0
+    draw, cuts = random.Random(f"{method}{seed}"), 0
+    log: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         data = write_data(Path(name) / "data")
         whole, folder = Path(name) / "whole", Path(name) / "killed"
