@@ -13,23 +13,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import resource
+import runpy
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkProcess as Run
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401 - here, and not in every run
 import torch
 
+import sparsegrad.runs  # noqa: F401
 from sparsegrad.records import environment, read_record, write_json
 
 ROOT = Path(__file__).parents[1]
+ERRORS = "stderr.txt"
 METHODS = {
     **{name: (f"method={name}",) for name in ("full", "lora", "lora_tuned", "meprop", "sparsegrad")},
     "sparsegrad layer": ("method=sparsegrad", "method.engine=layer"),
@@ -42,7 +47,7 @@ ENDED = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130, -2, 1), "full 
 
 
 def command(method: str, folder: Path, data: Path, steps: int) -> list[str]:
-    """`run.py` on a model of two layers; a checkpoint every `INTERVAL` steps."""
+    """Overrides for `run.py`: a model of two layers; a checkpoint every `INTERVAL` steps."""
     small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     architecture = [f"model.architecture.{name}={value}" for name, value in small.items()]
     model = ["model.weights=random", "model.tokenizer=asset:minilm", "model.lora_rank=2", "model.authors_keep=40"]
@@ -55,7 +60,7 @@ def command(method: str, folder: Path, data: Path, steps: int) -> list[str]:
     ]
     places = [f"data.dir={data}", f"results_dir={folder / 'results'}", f"work_dir={folder / 'work'}"]
     chosen = [*METHODS[method], "task=sst2", f"protocol.max_steps={steps}"]
-    return [sys.executable, str(ROOT / "run.py"), *chosen, *architecture, *model, *train, *places]
+    return [*chosen, *architecture, *model, *train, *places]
 
 
 def write_data(folder: Path) -> Path:
@@ -67,18 +72,33 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def start(line: list[str], folder: Path, full_disk: bool = False) -> subprocess.Popen[str]:
-    """The command as a process; on a full disk no file may grow beyond a size that no checkpoint keeps to."""
+def start(line: list[str], folder: Path, full_disk: bool = False) -> Run:
+    """`run.py` in a process of its own, forked from this one, which has imported what takes seconds to import.
 
-    def limit() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it, and so would its children
-        if full_disk:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    On a full disk no file may grow beyond a size that no checkpoint keeps to.
+    """
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(line, folder, full_disk))
+    process.start()
+    return process
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(line, cwd=folder, env=environment, text=True, preexec_fn=limit, **pipes)
+
+def _run(line: list[str], folder: Path, full_disk: bool) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+    if full_disk:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    os.chdir(folder)
+    for descriptor, name in ((1, os.devnull), (2, folder / ERRORS)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.argv = [str(ROOT / "run.py"), *line]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def end(process: Run, folder: Path) -> tuple[int | None, str]:
+    """Wait for the end: status, minus the signal's number where one ended it, and what was printed as error."""
+    process.join(600)
+    status, error = process.exitcode, folder / ERRORS
+    return status, error.read_text(errors="replace") if error.exists() else ""
 
 
 def result(folder: Path) -> dict[str, Any] | None:
@@ -106,19 +126,20 @@ def kill_once(line: list[str], folder: Path, how: str, draw: random.Random) -> d
     how = how if before else "SIGKILL"  # with nothing written yet, a full disk is a run that cannot begin
     process, more = start(line, folder, full_disk=how == "full disk"), draw.randint(1, 4) * INTERVAL
     if how != "full disk":
-        wait_until(process, lambda: newest(folder) >= before + more, draw.choice([draw.uniform(0, 15), 120, 120]))
+        wait_until(process, lambda: newest(folder) >= before + more, draw.choice([draw.uniform(0, 4), 120, 120]))
         time.sleep(draw.uniform(0, 0.3))
-        process.send_signal(signal.Signals[how])  # nothing, if it has ended
-    error = process.communicate(timeout=300)[1]
-    if process.returncode not in (0, *ENDED[how]) or (process.returncode == 1 and "KeyboardInterrupt" not in error):
-        raise RuntimeError(f"{how} ended with {process.returncode}: {error[-2000:]}")
-    return {"how": how, "status": process.returncode, "newest": newest(folder)} if process.returncode else None
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, signal.Signals[how])
+    status, error = end(process, folder)
+    if status not in (0, *ENDED[how]) or (status == 1 and "KeyboardInterrupt" not in error):
+        raise RuntimeError(f"{how} ended with {status}: {error[-2000:]}")
+    return {"how": how, "status": status, "newest": newest(folder)} if status else None
 
 
-def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool], seconds: float) -> None:
+def wait_until(process: Run, condition: Callable[[], bool], seconds: float) -> None:
     """Until the condition holds, the process ends, or the time is over."""
     end = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < end and not condition():
+    while process.is_alive() and time.monotonic() < end and not condition():
         time.sleep(0.01)
 
 
@@ -156,10 +177,9 @@ def try_method(method: str, kills: int, steps: int, seed: int) -> dict[str, Any]
 
 def finish(line: list[str], folder: Path) -> None:
     """Let a run come to its end."""
-    process = start(line, folder)
-    error = process.communicate()[1]
-    if process.returncode:
-        raise RuntimeError(f"an uninterrupted run ended with {process.returncode}: {error[-2000:]}")
+    status, error = end(start(line, folder), folder)
+    if status:
+        raise RuntimeError(f"an uninterrupted run ended with {status}: {error[-2000:]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.kill_test", description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "results/reliability/kills.json")
     chosen = parser.parse_args(arguments)
