@@ -189,7 +189,9 @@ def _check_rotated(entries: Mapping[str, Entry], bases: Mapping[str, Tensor]) ->
         fits = V.dim() == U.dim() == 2 and (V.shape[0], U.shape[0]) == entry.shape
         # Columns of square matrices: more would make a small file ask for a large product.
         fits = fits and V.shape[1] <= V.shape[0] and U.shape[1] <= U.shape[0] and V.dtype == U.dtype == torch.float32
-        inside = entry.index is not None and (not len(entry.index) or entry.index[-1] < V.shape[1] * U.shape[1])
+        inside = (
+            fits and entry.index is not None and (not len(entry.index) or entry.index[-1] < V.shape[1] * U.shape[1])
+        )
         if not fits or not inside or not all(torch.isfinite(matrix).all() for matrix in (V, U)):
             raise UserError(f"the adapter's basis of kind {entry.kind} does not fit {name}: save it anew")
 

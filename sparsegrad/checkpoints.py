@@ -86,8 +86,11 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _best_is_whole(checkpoint: Path) -> bool:
-    best = load_state(checkpoint).best_model_checkpoint
-    return best is None or Path(best) == checkpoint or is_whole(Path(best))
+    try:
+        best = load_state(checkpoint).best_model_checkpoint
+        return best is None or Path(best) == checkpoint or is_whole(Path(best))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # hashed, but never a state
+        return False
 
 
 def _sorted(folder: Path) -> list[Path]:

@@ -28,7 +28,7 @@ def or_exit(folder: Path) -> None:
 
 
 def check_yaml(path: Path) -> None:
-    """Check one file without making anything of it: no tag of Python is followed.
+    """Check one file; only plain data is made of it: no tag of Python is followed.
 
     Raises:
         UserError: when it is not UTF-8, not YAML, names a key twice, has tags that are not plain data, or aliases that
@@ -40,8 +40,11 @@ def check_yaml(path: Path) -> None:
         text = path.read_text(encoding="utf-8")
         _check_depth(text)
         root = yaml.compose(text, Loader=_LOADER)
+        if root is not None and not isinstance(root, yaml.MappingNode):
+            raise ValueError("it holds no names with values")
         if root is not None and _count(root, {}) > MAX_NODES:
             raise ValueError("its aliases make it too large")
+        yaml.load(text, Loader=_LOADER)  # of plain data alone: numbers and dates that are none
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} cannot be read ({reason}): mend it, or take it from a fresh checkout") from None

@@ -33,7 +33,7 @@ from sparsegrad.records import environment, write_json
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 20  # for one input
-ROOM = 2**30  # bytes that reading may take beyond what the process has
+ROOM = 2**31  # bytes of addresses beyond what the process has: to map an oversized file, not to read it as text
 _PROCESSES = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork")
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 OUTSIDE = "outside"  # a folder that no reader may touch; names in files point there
 PAYLOAD = "code-was-run"  # the folder that a disguised pickle makes there, if it is loaded
-HUGE = 3 * 2**30  # bytes of an oversized file; sparse, it takes no room
+HUGE = 3 * 2**29  # bytes of an oversized file; sparse, it takes no room
 
 
 class Payload:
