@@ -24,6 +24,7 @@ from sparsegrad.records import find_complete, load_records
 from sparsegrad.tasks import DataConfig, Oasst
 
 INPUTS = 40  # of each reader
+BOMB = "b0: &b0 [x]\n" + "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]\n" for i in range(1, 12))
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_a_small_adapter_cannot_ask_for_a_large_product(tmp_path: Path) -> None:
         ("a: " + "9" * 5000, "digits"),
         ("- 1", "no names"),
         ("? [a]\n: b", "not a text"),
-        ("b0: &b [x]\n" + "".join(f"b{i}: &b [{', '.join(['*b'] * 9)}]\n" for i in range(1, 12)), "aliases"),
+        (BOMB, "aliases"),
         ("\x00", "character|unacceptable"),
     ],
 )  # fmt: skip
