@@ -165,7 +165,8 @@ def try_method(method: str, kills: int, steps: int, seed: int) -> dict[str, Any]
         finish(command(method, whole, data, steps), whole)
         line = command(method, folder, data, steps)
         while len(log) < kills and result(folder) is None:
-            if killed := kill_once(line, folder, HOW[len(log) % len(HOW)], draw):
+            how = HOW[(list(METHODS).index(method) + len(log)) % len(HOW)]
+            if killed := kill_once(line, folder, how, draw):
                 log.append(killed)
             cuts += draw.random() < 0.25 and cut(folder, draw)
         finish(line, folder)

@@ -23,7 +23,7 @@ from sparsegrad.errors import UserError, check_number
 from sparsegrad.records import find_complete, load_records
 from sparsegrad.tasks import DataConfig, Oasst
 
-INPUTS = 40  # of each reader
+INPUTS = 25  # of each reader
 BOMB = "b0: &b0 [x]\n" + "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]\n" for i in range(1, 12))
 
 
