@@ -18,6 +18,7 @@ import os
 import random
 import resource
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
@@ -77,6 +78,7 @@ def start(line: list[str], folder: Path, full_disk: bool = False) -> Run:
 
     On a full disk no file may grow beyond a size that no checkpoint keeps to.
     """
+    folder.mkdir(exist_ok=True)
     process = multiprocessing.get_context("fork").Process(target=_run, args=(line, folder, full_disk))
     process.start()
     return process
@@ -154,26 +156,32 @@ def cut(folder: Path, draw: random.Random) -> bool:
 
 
 def try_method(method: str, kills: int, steps: int, seed: int) -> dict[str, Any]:
-    """Kill, cut, end; each kill, their counts, and whether the record is that of an uninterrupted run."""
+    """Kill, cut, end; each kill, their counts, and whether the record is that of an uninterrupted run.
+
+    A run that comes to its end before it has been killed often enough is compared too, and another one begins.
+    """
     draw, cuts = random.Random(f"{method}{seed}"), 0
     log: list[dict[str, Any]] = []
+    records: list[bool] = []
     with tempfile.TemporaryDirectory() as name:
-        data = write_data(Path(name) / "data")
-        whole, folder = Path(name) / "whole", Path(name) / "killed"
-        for place in (whole, folder):
-            place.mkdir()
+        data, whole, folder = write_data(Path(name) / "data"), Path(name) / "whole", Path(name) / "killed"
         finish(command(method, whole, data, steps), whole)
-        line = command(method, folder, data, steps)
-        while len(log) < kills and result(folder) is None:
+        line, expected = command(method, folder, data, steps), result(whole)
+        while len(log) < kills and len(records) < kills:
             how = HOW[(list(METHODS).index(method) + len(log)) % len(HOW)]
             if killed := kill_once(line, folder, how, draw):
                 log.append(killed)
-            cuts += draw.random() < 0.25 and cut(folder, draw)
+            if result(folder) is not None:
+                records.append(result(folder) == expected)
+                shutil.rmtree(folder)
+            else:
+                cuts += draw.random() < 0.25 and cut(folder, draw)
         finish(line, folder)
-        equal, weights = result(folder) == result(whole), (result(whole) or {})["result"]["weights"]
+        records.append(result(folder) == expected)
     counts = {how: sum(kill["how"] == how for kill in log) for how in HOW}
-    done = {"kills": len(log), **counts, "cut_checkpoints": cuts, "steps": steps, "weights": weights}
-    return {"method": method, "equal": equal and len(log) == kills, **done, "log": log}
+    equal = all(records) and len(log) == kills
+    done = {"kills": len(log), **counts, "records_compared": len(records), "cut_checkpoints": cuts, "steps": steps}
+    return {"method": method, "equal": equal, **done, "weights": (expected or {})["result"]["weights"], "log": log}
 
 
 def finish(line: list[str], folder: Path) -> None:

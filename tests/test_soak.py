@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.reliability_page import BLOCKS, MISSING, PAGE, RESULTS, filled, fuzz, kills
 from experiments.soak import COLUMNS, main, read_samples, report
 
 LEAK = 3.0  # MiB an hour
@@ -83,3 +84,23 @@ def test_a_process_is_sampled_until_it_ends(tmp_path: Path) -> None:
 def test_no_process_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", str(2**22 + os.getpid()), "--out", str(tmp_path / "s.csv")]) == 2
     assert "is no process" in capsys.readouterr().err
+
+
+def test_the_page_says_what_the_files_hold(tmp_path: Path) -> None:
+    """The committed page is what the committed results make of it; a new result changes its block alone."""
+    page = PAGE.read_text()
+    assert filled(page, RESULTS) == page
+    assert page.count("<!-- /") == len(BLOCKS)
+    facts = report(read_samples(write(tmp_path / "s.csv", LEAK)), "A stand-in | here", 0.25)
+    (tmp_path / "soak.json").write_text(json.dumps(facts))
+    said = filled(page, tmp_path)
+    assert f"A stand-in | here: {facts['hours']:.2f} hours" in said
+    assert said.count(MISSING) == 2
+    assert filled(said, tmp_path) == said
+    row = {"method": "lora", "equal": False, **dict.fromkeys(("kills", "SIGKILL", "SIGTERM", "SIGINT"), 5)}
+    row |= {"full disk": 4, "cut_checkpoints": 1, "records_compared": 2}
+    assert "| lora | 5 | 5 | 5 | 5 | 4 | 1 | 2 | **no** |" in kills({"methods": [row]})
+    counts = {"inputs": 2000, "refused": 1500, "accepted": 499, "defect": 1}
+    text = fuzz({"seed": 3, "inputs": 2000, "defects": 1, "readers": {"bases": counts}})
+    assert "| bases | 2,000 | 1,500 | 499 | 1 |" in text
+    assert "2,000 inputs of seed 3, 1 defects." in text
