@@ -1,9 +1,12 @@
 """Fine-tune one model with one method on one task: `python run.py --help`."""
 
+from pathlib import Path
+
 import hydra
 from omegaconf import DictConfig
 
 from sparsegrad.cli import run_command
+from sparsegrad.config_files import or_exit
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -13,4 +16,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    or_exit(Path(__file__).parent / "conf")
     main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.costs import hours
-from sparsegrad.records import SCHEMA
+from sparsegrad.records import SCHEMA, read_json
 
 # Folders that tables read: elsewhere, as in a sweep, records of one seed differ by design.
 READ = re.compile(r"(glue|ablation)_.*|mini|mini_ablation|mini_basis")
@@ -88,13 +87,13 @@ def collect(runs: Path) -> Store:
     for path in sorted(runs.rglob("*.json")):
         place = path.relative_to(runs)
         try:
-            record = json.loads(path.read_text())
+            record = read_json(path)
             if not isinstance(record, dict) or record.get("schema") != SCHEMA:
                 found = record.get("schema") if isinstance(record, dict) else type(record).__name__
                 store.skipped.append(f"{place}: record schema {found}, this version reads {SCHEMA}")
                 continue
             found_runs = dict(_runs(place, record))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             store.skipped.append(f"{place}: not a readable record ({type(error).__name__})")
             continue
         for key, run in found_runs.items():

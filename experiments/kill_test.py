@@ -5,39 +5,50 @@
 
 A method's run is started and killed until it has been killed `--kills` times, then left to end; its record must be
 that of a run never interrupted: scores, losses, and the hash of the chosen weights, bit for bit. After a kill in
-four a file of the newest checkpoint is also cut in half. The outcome goes to results/reliability/kill.json.
+four a file of the newest checkpoint is also cut in half. The outcome goes to results/reliability/kills.json, a row a
+method; rows of methods that are not run now stay.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import resource
+import runpy
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkProcess as Run
 from pathlib import Path
 from typing import Any
 
-from sparsegrad.records import read_record, write_json
+import peft  # noqa: F401 - here, and not in every run
+import torch
+
+import sparsegrad.runs  # noqa: F401
+from sparsegrad.records import environment, read_record, write_json
 
 ROOT = Path(__file__).parents[1]
+ERRORS = "stderr.txt"
 METHODS = {
     **{name: (f"method={name}",) for name in ("full", "lora", "lora_tuned", "meprop", "sparsegrad")},
     "sparsegrad layer": ("method=sparsegrad", "method.engine=layer"),
     **{name: (f"method={name}",) for name in ("sparsegrad_authors", "sparsegrad_fast")},
 }
+INTERVAL = 7  # steps between two checkpoints
 HOW = ("SIGKILL", "SIGTERM", "SIGINT", "full disk")
-ENDED = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143, "SIGINT": 130, "full disk": 2}
+# How a run may end by each; before run.py listens, by the signal itself, or by Python's Ctrl-C while importing.
+ENDED = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130, -2, 1), "full disk": (2,)}
 
 
 def command(method: str, folder: Path, data: Path, steps: int) -> list[str]:
-    """`run.py` on a model of two layers; a checkpoint every seven steps."""
+    """Overrides for `run.py`: a model of two layers; a checkpoint every `INTERVAL` steps."""
     small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     architecture = [f"model.architecture.{name}={value}" for name, value in small.items()]
     model = ["model.weights=random", "model.tokenizer=asset:minilm", "model.lora_rank=2", "model.authors_keep=40"]
@@ -45,12 +56,12 @@ def command(method: str, folder: Path, data: Path, steps: int) -> list[str]:
         "train.batch_size=4",
         "train.lr=1e-3",
         "train.device=cpu",
-        "protocol.eval_steps=7",
+        f"protocol.eval_steps={INTERVAL}",
         "protocol.patience=null",
     ]
     places = [f"data.dir={data}", f"results_dir={folder / 'results'}", f"work_dir={folder / 'work'}"]
     chosen = [*METHODS[method], "task=sst2", f"protocol.max_steps={steps}"]
-    return [sys.executable, str(ROOT / "run.py"), *chosen, *architecture, *model, *train, *places]
+    return [*chosen, *architecture, *model, *train, *places]
 
 
 def write_data(folder: Path) -> Path:
@@ -62,17 +73,34 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def start(line: list[str], folder: Path, file_limit: int | None = None) -> subprocess.Popen[str]:
-    """The command as a process; with `file_limit` no file may grow beyond it, as on a full disk."""
+def start(line: list[str], folder: Path, full_disk: bool = False) -> Run:
+    """`run.py` in a process of its own, forked from this one, which has imported what takes seconds to import.
 
-    def limit() -> None:
-        if file_limit is not None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    On a full disk no file may grow beyond a size that no checkpoint keeps to.
+    """
+    folder.mkdir(exist_ok=True)
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(line, folder, full_disk))
+    process.start()
+    return process
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(line, cwd=folder, env=environment, text=True, preexec_fn=limit, **pipes)
+
+def _run(line: list[str], folder: Path, full_disk: bool) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+    if full_disk:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    os.chdir(folder)
+    for descriptor, name in ((1, os.devnull), (2, folder / ERRORS)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.argv = [str(ROOT / "run.py"), *line]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def end(process: Run, folder: Path) -> tuple[int | None, str]:
+    """Wait for the end: status, minus the signal's number where one ended it, and what was printed as error."""
+    process.join(600)
+    status, error = process.exitcode, folder / ERRORS
+    return status, error.read_text(errors="replace") if error.exists() else ""
 
 
 def result(folder: Path) -> dict[str, Any] | None:
@@ -84,35 +112,36 @@ def result(folder: Path) -> dict[str, Any] | None:
     return {name: record[name] for name in ("result", "evaluations", "losses", "trainable", "status")}
 
 
-def sealed(folder: Path) -> set[str]:
-    """The checkpoints that count, by name."""
-    return {path.parent.name for path in folder.glob("work/*/checkpoints/checkpoint-*/manifest.json")}
+def newest(folder: Path) -> int:
+    """The step of the newest checkpoint that counts; 0 before there is one."""
+    found = folder.glob("work/*/checkpoints/checkpoint-*/manifest.json")
+    return max((int(path.parent.name.split("-")[1]) for path in found), default=0)
 
 
-def kill_once(line: list[str], folder: Path, how: str, draw: random.Random) -> bool:
-    """Start, kill at a random moment of the training, and check how it ended; False if it was done before."""
-    before = sealed(folder)
-    process = start(line, folder, file_limit=100_000 if how == "full disk" and before else None)
-    if how != "full disk" or not before:
-        wait = draw.choice([draw.uniform(0, 12), None, None])  # anywhere from the start, or soon after a checkpoint
-        wait_until(process, (lambda: bool(sealed(folder) - before)) if wait is None else None, wait or 60)
+def kill_once(line: list[str], folder: Path, how: str, draw: random.Random) -> dict[str, Any] | None:
+    """Start, kill at a random moment, and check how it ended: the newest checkpoint then; None if it was done before.
+
+    A kill in three comes at a random second, in the imports, the calibration or wherever; the others a moment after
+    one of the next checkpoints.
+    """
+    before = newest(folder)
+    how = how if before else "SIGKILL"  # with nothing written yet, a full disk is a run that cannot begin
+    process, more = start(line, folder, full_disk=how == "full disk"), draw.randint(1, 4) * INTERVAL
+    if how != "full disk":
+        wait_until(process, lambda: newest(folder) >= before + more, draw.choice([draw.uniform(0, 4), 120, 120]))
         time.sleep(draw.uniform(0, 0.3))
-        if process.poll() is None:
-            process.send_signal(signal.Signals[how if how != "full disk" else "SIGKILL"])
-    error = process.communicate(timeout=120)[1]
-    early = (
-        -signal.SIGTERM,
-        1,
-    )  # before run.py listens: ended by the signal itself, or by Python's Ctrl-C while importing
-    if process.returncode not in (0, *ENDED.values(), *early):
-        raise RuntimeError(f"{how} ended with {process.returncode}: {error[-2000:]}")
-    return process.returncode != 0
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, signal.Signals[how])
+    status, error = end(process, folder)
+    if status not in (0, *ENDED[how]) or (status == 1 and "KeyboardInterrupt" not in error):
+        raise RuntimeError(f"{how} ended with {status}: {error[-2000:]}")
+    return {"how": how, "status": status, "newest": newest(folder)} if status else None
 
 
-def wait_until(process: subprocess.Popen[str], condition: Any, seconds: float) -> None:
+def wait_until(process: Run, condition: Callable[[], bool], seconds: float) -> None:
     """Until the condition holds, the process ends, or the time is over."""
     end = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < end and not (condition and condition()):
+    while process.is_alive() and time.monotonic() < end and not condition():
         time.sleep(0.01)
 
 
@@ -127,30 +156,39 @@ def cut(folder: Path, draw: random.Random) -> bool:
 
 
 def try_method(method: str, kills: int, steps: int, seed: int) -> dict[str, Any]:
-    """Kill, cut, end; the counts and whether the record is that of an uninterrupted run."""
-    draw, done, cuts = random.Random(f"{method}{seed}"), dict.fromkeys(HOW, 0), 0
+    """Kill, cut, end; each kill, their counts, and whether the record is that of an uninterrupted run.
+
+    A run that comes to its end before it has been killed often enough is compared too, and another one begins.
+    """
+    draw, cuts = random.Random(f"{method}{seed}"), 0
+    log: list[dict[str, Any]] = []
+    records: list[bool] = []
     with tempfile.TemporaryDirectory() as name:
-        data = write_data(Path(name) / "data")
-        whole, folder = Path(name) / "whole", Path(name) / "killed"
-        for place in (whole, folder):
-            place.mkdir()
+        data, whole, folder = write_data(Path(name) / "data"), Path(name) / "whole", Path(name) / "killed"
         finish(command(method, whole, data, steps), whole)
-        line = command(method, folder, data, steps)
-        while sum(done.values()) < kills and result(folder) is None:
-            how = HOW[sum(done.values()) % len(HOW)]
-            done[how] += kill_once(line, folder, how, draw)
-            cuts += draw.random() < 0.25 and cut(folder, draw)
+        line, expected = command(method, folder, data, steps), result(whole)
+        while len(log) < kills and len(records) < kills:
+            how = HOW[(list(METHODS).index(method) + len(log)) % len(HOW)]
+            if killed := kill_once(line, folder, how, draw):
+                log.append(killed)
+            if result(folder) is not None:
+                records.append(result(folder) == expected)
+                shutil.rmtree(folder)
+            else:
+                cuts += draw.random() < 0.25 and cut(folder, draw)
         finish(line, folder)
-        equal = result(folder) == result(whole)
-    return {"method": method, "kills": done, "cut_checkpoints": cuts, "steps": steps, "equal": equal}
+        records.append(result(folder) == expected)
+    counts = {how: sum(kill["how"] == how for kill in log) for how in HOW}
+    equal = all(records) and len(log) == kills
+    done = {"kills": len(log), **counts, "records_compared": len(records), "cut_checkpoints": cuts, "steps": steps}
+    return {"method": method, "equal": equal, **done, "weights": (expected or {})["result"]["weights"], "log": log}
 
 
 def finish(line: list[str], folder: Path) -> None:
     """Let a run come to its end."""
-    process = start(line, folder)
-    error = process.communicate()[1]
-    if process.returncode:
-        raise RuntimeError(f"an uninterrupted run ended with {process.returncode}: {error[-2000:]}")
+    status, error = end(start(line, folder), folder)
+    if status:
+        raise RuntimeError(f"an uninterrupted run ended with {status}: {error[-2000:]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,16 +196,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.kill_test", description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "results/reliability/kill.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "results/reliability/kills.json")
     chosen = parser.parse_args(arguments)
-    rows = []
+    rows = {row["method"]: row for row in json.loads(chosen.out.read_text())["methods"]} if chosen.out.exists() else {}
     for method in chosen.methods:
-        rows.append(try_method(method, chosen.kills, chosen.steps, chosen.seed))
-        print(rows[-1], flush=True)
-        write_json(chosen.out, {"seed": chosen.seed, "methods": rows})
-    return 0 if all(row["equal"] for row in rows) else 1
+        row = {**try_method(method, chosen.kills, chosen.steps, chosen.seed), "seed": chosen.seed}
+        rows[method] = row
+        print({name: value for name, value in row.items() if name != "log"}, flush=True)
+        facts = {"environment": environment(torch.device("cpu")), "interval": INTERVAL}
+        write_json(chosen.out, {**facts, "methods": [rows[name] for name in METHODS if name in rows]})
+    return 0 if all(rows[method]["equal"] for method in chosen.methods) else 1
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -117,6 +117,8 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[s
     path = folder / FACTS
     try:
         facts = _read_facts(path)
+        with safe_open(folder / TENSORS, framework="pt"):
+            pass  # its header fits its size: only then is all of it read
         if _file_sha256(folder / TENSORS) != facts["sha256"]:
             raise UserError(f"{folder / TENSORS} is damaged or of another adapter (its sha256 differs): copy it anew")
         tensors = load_file(folder / TENSORS)
@@ -139,6 +141,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[s
         AttributeError,
         RuntimeError,
         SafetensorError,
+        OverflowError,
         RecursionError,
     ) as error:
         raise UserError(f"{folder} is not a readable adapter ({type(error).__name__}: {error}): save it anew") from None
@@ -184,7 +187,11 @@ def _check_rotated(entries: Mapping[str, Entry], bases: Mapping[str, Tensor]) ->
             continue
         V, U = (bases[f"{entry.kind}.{part}"] for part in BASIS_PARTS)
         fits = V.dim() == U.dim() == 2 and (V.shape[0], U.shape[0]) == entry.shape
-        inside = entry.index is not None and (not len(entry.index) or entry.index[-1] < V.shape[1] * U.shape[1])
+        # Columns of square matrices: more would make a small file ask for a large product.
+        fits = fits and V.shape[1] <= V.shape[0] and U.shape[1] <= U.shape[0] and V.dtype == U.dtype == torch.float32
+        inside = (
+            fits and entry.index is not None and (not len(entry.index) or entry.index[-1] < V.shape[1] * U.shape[1])
+        )
         if not fits or not inside or not all(torch.isfinite(matrix).all() for matrix in (V, U)):
             raise UserError(f"the adapter's basis of kind {entry.kind} does not fit {name}: save it anew")
 

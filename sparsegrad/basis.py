@@ -10,6 +10,7 @@ still, but arbitrary.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -305,6 +306,7 @@ def save_bases(path: str | os.PathLike[str], bases: Mapping[str, Basis], fingerp
             if (matrix := getattr(basis, side)) is not None:
                 tensors[f"{kind}.{side}"] = matrix.contiguous()
     metadata = {"format": FORMAT, "fingerprint": fingerprint, "kinds": json.dumps(list(bases))}
+    metadata["sha256"] = _digest(tensors)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, scratch, metadata)
@@ -327,20 +329,39 @@ def load_bases(path: str | os.PathLike[str], fingerprint: str | None = None) -> 
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             _check_metadata(path, metadata, fingerprint)
-            kinds = json.loads(metadata["kinds"])
-            present = set(file.keys())
-            return {
-                kind: Basis(*(_tensor(file, present, f"{kind}.{side}_basis") for side in ("in", "out")))
-                for kind in kinds
-            }
+            kinds, tensors = json.loads(metadata["kinds"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        _check_content(path, kinds, tensors, metadata)
+        return {kind: Basis(tensors.get(f"{kind}.in_basis"), tensors.get(f"{kind}.out_basis")) for kind in kinds}
     except FileNotFoundError:
         raise UserError(f"no basis file {path}: calibrate first, or name an existing file") from None
-    except (SafetensorError, OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a readable basis file ({error}): delete it and calibrate again") from None
 
 
-def _tensor(file: Any, present: set[str], name: str) -> Tensor | None:
-    return file.get_tensor(name) if name in present else None
+def _check_content(
+    path: str | os.PathLike[str], kinds: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Refuse what is not as it was written, or was never a basis."""
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise ValueError("kinds are not a list of names")
+    unknown = set(tensors) - {f"{kind}.{side}_basis" for kind in kinds for side in ("in", "out")}
+    if unknown:
+        raise ValueError(f"{len(unknown)} tensors belong to no kind")
+    if not all(tensor.is_floating_point() for tensor in tensors.values()):
+        raise ValueError("a matrix is not of floating point numbers")
+    if metadata.get("sha256", _digest(tensors)) != _digest(tensors):  # files of older versions have none
+        raise UserError(f"{path} is damaged (its sha256 differs): delete it and calibrate again")
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of the bytes of all tensors."""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 def _check_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str], fingerprint: str | None) -> None:

@@ -15,8 +15,9 @@ from torch import nn
 
 from sparsegrad.basis import Basis, load_bases, save_bases
 from sparsegrad.distributed import from_main
+from sparsegrad.errors import UserError
 from sparsegrad.memory import PeakMemory
-from sparsegrad.records import write_json
+from sparsegrad.records import read_json, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +57,20 @@ class BasisStore:
     def _find(self, fingerprint: str | None) -> tuple[dict[str, Basis], dict[str, Any]] | None:
         """What this run, or an equal calibration, left."""
         if self.resuming and self.own.exists():
-            return load_bases(self.own), json.loads(self._own_cost.read_text())
+            return load_bases(self.own), self._read_cost()
         if fingerprint is None or not self._stored(fingerprint).exists():
             return None
         bases, cost = load_bases(self._stored(fingerprint), fingerprint), {"fingerprint": fingerprint, "reused": True}
         return self._keep(bases, cost, None)
+
+    def _read_cost(self) -> dict[str, Any]:
+        try:
+            cost = read_json(self._own_cost)
+        except ValueError as error:
+            raise UserError(f"{self._own_cost} is damaged ({error}): resume=false starts the run over") from None
+        if not isinstance(cost, dict):
+            raise UserError(f"{self._own_cost} is damaged: resume=false starts the run over")
+        return cost
 
     def _keep(
         self, bases: dict[str, Basis], cost: dict[str, Any], fingerprint: str | None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from torch import nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from sparsegrad.records import write_json
+from sparsegrad.records import read_json, write_json
 
 MANIFEST = "manifest.json"
 KEEP = 2  # the newest ones; the best one stays besides
@@ -35,7 +34,7 @@ def seal(checkpoint: Path, facts: Mapping[str, Any]) -> None:
 
 def read_manifest(checkpoint: Path | str) -> dict[str, Any]:
     """The manifest of a whole checkpoint."""
-    content: dict[str, Any] = json.loads((Path(checkpoint) / MANIFEST).read_text())
+    content: dict[str, Any] = read_json(Path(checkpoint) / MANIFEST)
     return content
 
 
@@ -43,7 +42,10 @@ def is_whole(checkpoint: Path) -> bool:
     """Whether every file of the manifest is there as it was written; reads them all."""
     try:
         files = read_manifest(checkpoint)["files"]
-        return TRAINER_STATE_NAME in files and all(_fingerprint(checkpoint / name) == files[name] for name in files)
+        inside = all(Path(name).name == name for name in files)  # a manifest is of its own folder alone
+        sizes = inside and all((checkpoint / name).stat().st_size == files[name][0] for name in files)
+        whole = sizes and all(_fingerprint(checkpoint / name) == files[name] for name in files)
+        return TRAINER_STATE_NAME in files and whole
     except (OSError, ValueError, TypeError, KeyError):
         return False
 
@@ -84,8 +86,11 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _best_is_whole(checkpoint: Path) -> bool:
-    best = load_state(checkpoint).best_model_checkpoint
-    return best is None or Path(best) == checkpoint or is_whole(Path(best))
+    try:
+        best = load_state(checkpoint).best_model_checkpoint
+        return best is None or Path(best) == checkpoint or is_whole(Path(best))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # hashed, but never a state
+        return False
 
 
 def _sorted(folder: Path) -> list[Path]:

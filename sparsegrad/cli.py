@@ -119,7 +119,19 @@ def _grow(branch: Tree, node: Mapping[str, Any]) -> None:
 
 
 def outcome(record: Mapping[str, Any]) -> str:
-    """One line on what a run reached."""
+    """One line on what a run reached.
+
+    Raises:
+        UserError: for a record in which something of it is missing.
+    """
+    try:
+        return _outcome(record)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        key = record.get("key")
+        raise UserError(f"record {key} lacks what every record has ({error!r}): delete it and run again") from None
+
+
+def _outcome(record: Mapping[str, Any]) -> str:
     result, config = record["result"], record["config"]
     speed = record["speed"]["steps_per_second"]
     return (

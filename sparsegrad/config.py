@@ -245,8 +245,11 @@ def _make_target(node: Any, where: str) -> Any:
     module, _, name = str(node.get("_target_", "")).rpartition(".")
     try:
         maker = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"{where}._target_={module}.{name} cannot be imported: {error}") from None
+    needed = _PARTS[where]
+    if not isinstance(maker, type) or not all(hasattr(maker, part) for part in needed):  # never call anything else
+        raise UserError(f"{where}._target_={module}.{name} is no {where}: name a class with {' and '.join(needed)}")
     return _make(maker, {key: value for key, value in node.items() if key != "_target_"}, where)
 
 
@@ -265,6 +268,7 @@ def _mapping(node: Any, where: str) -> Mapping[str, Any]:
     return node
 
 
+_PARTS = {"method": ("check", "prepare"), "task": ("load", "tokens")}  # what a class of a group must have
 _GROUPS: dict[str, Callable[[Any, str], Any]] = {
     "model": partial(_make, ModelConfig),
     "method": _make_target,

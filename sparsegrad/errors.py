@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -36,7 +37,7 @@ def check_number(
     remedy: str = "",
 ) -> float:
     """Return `value` as a finite float inside the bounds, or raise `UserError`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not number or not (value > above and at_least <= value <= at_most and value < below):
         raise fail(name, value, "give " + _bounds("a number", above, at_least, at_most, below), remedy)
     return float(value)

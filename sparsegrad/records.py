@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
+MAX_JSON = 64 * 2**20  # bytes; a record has some 10,000
 _PACKAGES = ("sparsegrad", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "hydra-core", "numpy")
 # What a full, read-only or forbidden place answers, and how safetensors and torch.save say so.
 _WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
@@ -82,20 +83,51 @@ def check_writable(folder: Path) -> None:
         raise unwritable(folder, error) from None
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of ours.
+
+    Raises:
+        ValueError: when it is missing, damaged, nested too deep, or larger than any of ours.
+    """
+    try:
+        if (size := path.stat().st_size) > MAX_JSON:
+            raise ValueError(f"{size} bytes are too many")
+        return json.loads(path.read_text())
+    except (OSError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Read one record.
 
     Raises:
-        UserError: when it is damaged or of another schema.
+        UserError: when it is damaged, of another schema, or without what tables need of it.
     """
     try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        record = read_json(path)
+    except ValueError as error:
         raise UserError(f"{path} is not a readable record ({error}): delete it and run again") from None
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         found = record.get("schema") if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{path} has record schema {found}, this version reads {SCHEMA}: delete it and run again")
+    if wrong := _wrong_field(record):
+        raise UserError(f"{path} is not a readable record ({wrong}): delete it and run again")
     return record
+
+
+def _wrong_field(record: Mapping[str, Any]) -> str | None:
+    """The first field of `summary` that is not what it must be; None if all are."""
+    try:
+        row = summary(record)
+    except (KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__} {error}"
+    done = row["status"] == "complete"
+    for name, value in row.items():
+        optional = name not in _ALWAYS and not (done and name in ("metric", "value"))
+        if not (isinstance(value, _KINDS[name]) or (optional and value is None)):
+            return f"{name} is a {type(value).__name__}"
+    counts = (row["per_weight"] or {}).values()
+    return None if all(isinstance(count, int) for count in counts) else "per_weight holds other than counts"
 
 
 def find_complete(path: Path) -> dict[str, Any] | None:
@@ -148,6 +180,16 @@ def summary(record: Mapping[str, Any]) -> dict[str, Any]:
         "device": memory.get("device"),
         "finished": record.get("environment", {}).get("finished"),
     }
+
+
+_NUMBER = (int, float)
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("status", "model", "method", "task", "protocol", "metric", "engine", "device", "finished"), str),
+    **dict.fromkeys(("seed", "batch_size", "trainable"), int),
+    **dict.fromkeys(("lr", "value", "steps_per_second", "peak_mib", "baseline_mib"), _NUMBER),
+    "per_weight": dict,
+}
+_ALWAYS = ("status", "model", "method", "task", "protocol", "seed", "lr", "batch_size")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def _clear(config: RunConfig) -> None:
 def _prepare_folder(config: RunConfig, splits: Splits) -> None:
     """The folder of checkpoints, empty if what it holds must not be continued: asked so, or made with other data."""
     marker = config.checkpoints / "data"
-    same_data = marker.is_file() and marker.read_text() == splits.fingerprint
+    same_data = marker.is_file() and marker.read_bytes() == splits.fingerprint.encode()
     if config.force or not config.resume or not same_data:
         shutil.rmtree(config.checkpoints, ignore_errors=True)
         config.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -331,7 +331,7 @@ def _check_same_data(config: RunConfig, record: Mapping[str, Any]) -> None:
         splits = config.task.load(config.data)
     except UserError:
         return
-    found = record["data"]["fingerprint"]
+    found = record.get("data", {}).get("fingerprint")
     if found != splits.fingerprint:
         raise UserError(
             f"{config.record_path} was made with other data (fingerprint {found}, now {splits.fingerprint}): "

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,20 +71,38 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
         """Train to the end, on from a checkpoint; the model is then the best one. An error leaves no bar open."""
-        state = None if resume_from_checkpoint is None else load_state(resume_from_checkpoint)
-        if state is not None and state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+        if resume_from_checkpoint is not None and self._is_done(resume_from_checkpoint):
             # Nothing was missing but the record; the Trainer would take one step too many.
-            self.state = state
             self._load_best_model()
             return
-        if resume_from_checkpoint is not None:
-            self.add_callback(_Unlogged(self, **read_manifest(resume_from_checkpoint)["unlogged"]))
         try:
             super().train(resume_from_checkpoint=resume_from_checkpoint)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, Progress):
                     callback.close()
+
+    def _is_done(self, checkpoint: str) -> bool:
+        """Whether the training had ended there: its state is then this trainer's; else only its losses are."""
+        with _readable(checkpoint):
+            state = load_state(checkpoint)
+            if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+                self.state = state
+                return True
+            self.add_callback(_Unlogged(self, **read_manifest(checkpoint)["unlogged"]))
+        return False
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with _readable(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch, forward and backward."""
@@ -149,11 +168,23 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         return super()._get_grad_norm(*args, **kwargs) if self.args.max_grad_norm > 0 else None
 
 
+@contextmanager
+def _readable(checkpoint: str | None) -> Iterator[None]:
+    """Within: whatever keeps a checkpoint from loading is the user's to know; its hashes were checked before."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # files that somebody replaced, of another version of torch, or of another model
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{checkpoint} cannot be loaded ({reason}): resume=false starts the run over") from error
+
+
 class _Unlogged(TrainerCallback):  # type: ignore[misc]
     """Gives a continued run the sum of the losses since the last log, so that its next log is the same."""
 
     def __init__(self, trainer: RunTrainer, loss: float, since: int) -> None:
-        self.trainer, self.loss, self.since = trainer, loss, since
+        self.trainer, self.loss, self.since = trainer, float(loss), int(since)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """The Trainer has just set both to nothing."""

@@ -131,7 +131,7 @@ class Task:
             return None
         if self.labels:
             return self._label_ids.get(raw) if isinstance(raw, int | str) else None
-        fits = isinstance(raw, int | float) and math.isfinite(raw)
+        fits = isinstance(raw, int | float) and abs(raw) < 2.0**127 and math.isfinite(raw)  # float32 has to hold it
         if fits and self.label_range is not None:
             fits = self.label_range[0] <= raw <= self.label_range[1]
         return float(raw) if fits else None

@@ -41,6 +41,7 @@ OFFICIAL = {
     "rte": Official("RTE", (*_PAIR, "label")),
     "wnli": Official("WNLI", (*_PAIR, "label")),
 }
+MAX_LINE = 2**24  # bytes; a file that is no table of texts may be one line of gigabytes
 # The published QQP has lines that an unquoted line break cut in two, and empty questions. The hub's copy leaves the
 # former out and keeps the latter; doing the same (and saying so) gives the same rows from every source.
 FLAWED = ("qqp",)
@@ -139,8 +140,9 @@ def _read_jsonl(task: Task, path: Path) -> datasets.Dataset:
 def _json_object(rows: Rows, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise rows.error(number, f"not valid JSON ({error.msg}): give one object per line") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError of another kind
+        reason = getattr(error, "msg", str(error))
+        raise rows.error(number, f"not valid JSON ({reason}): give one object per line") from None
     if not isinstance(row, dict):
         raise rows.error(number, f"holds a JSON {type(row).__name__}: give one object per line")
     return row
@@ -186,7 +188,9 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, text without its line end) of a UTF-8 file; UserError names a line that is not UTF-8."""
     with path.open("rb") as file:
         # Only "\n" ends a line: the texts contain other characters that Python counts as line ends.
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+            if len(raw) > MAX_LINE:
+                raise UserError(f"{path} line {number}: longer than {MAX_LINE} bytes: give one row per line")
             try:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:

@@ -15,6 +15,7 @@ from sparsegrad.errors import UserError, fail
 from sparsegrad.hub import hub_answers
 from sparsegrad.tasks.base import DataConfig, Splits
 from sparsegrad.tasks.dialogue import Turn
+from sparsegrad.tasks.glue_files import lines
 from sparsegrad.tasks.language import LanguageTask, in_tenth, make_conversations
 from sparsegrad.tasks.trees import Tree, conversations, flat_trees, nested_tree
 
@@ -87,16 +88,15 @@ def _read_file(path: Path) -> list[Tree]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path} line {number} is no JSON: {error}") from None
-                if not isinstance(row, Mapping):
-                    raise UserError(f"{path} line {number}: give one JSON object, a tree or a message")
-                yield number, row
+    for number, line in lines(path):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path} line {number} is no JSON: {error}") from None
+            if not isinstance(row, Mapping):
+                raise UserError(f"{path} line {number}: give one JSON object, a tree or a message")
+            yield number, row
 
 
 def _hub_trees() -> tuple[list[Tree], list[Tree]]:

@@ -12,6 +12,7 @@ from sparsegrad.tasks.dialogue import Turn
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 _FINISHED = "ready_for_export"
+_DEEPEST = 200  # messages from root to leaf; a conversation has some ten
 
 
 @dataclass
@@ -46,16 +47,24 @@ def nested_tree(row: Mapping[str, Any], where: str) -> Tree:
     return Tree(tree_id, _nested(root, None, where), row.get("tree_state", _FINISHED) == _FINISHED)
 
 
-def _nested(row: Mapping[str, Any], parent: str | None, where: str) -> Message:
-    message = _message(row, where)
+def _nested(row: Any, parent: str | None, where: str, depth: int = 1) -> Message:
+    message, replies = _message(row, where), row.get("replies") or ()
+    _check_depth(depth, where, message)
+    if not isinstance(replies, list | tuple):
+        raise UserError(f"{where}: the replies of message {message.id} are a {type(replies).__name__}: give a list")
     given = row.get("parent_id")
     if given is not None and given != parent:
         raise UserError(
             f"{where}: message {message.id} answers {given}, which is missing: the message above it is {parent}; "
             "mend the file or take the tree out"
         )
-    message.replies = [_nested(reply, message.id, where) for reply in row.get("replies") or ()]
+    message.replies = [_nested(reply, message.id, where, depth + 1) for reply in replies]
     return message
+
+
+def _check_depth(depth: int, where: str, message: Message) -> None:
+    if depth > _DEEPEST:
+        raise UserError(f"{where}: message {message.id} has more than {_DEEPEST} above it: split the conversation")
 
 
 def flat_trees(rows: Iterable[Mapping[str, Any]], where: str) -> list[Tree]:
@@ -76,23 +85,45 @@ def flat_trees(rows: Iterable[Mapping[str, Any]], where: str) -> list[Tree]:
         if parent is None:
             tree_id = str(row.get("message_tree_id") or message.id)
             trees.append(Tree(tree_id, message, (row.get("tree_state") or _FINISHED) == _FINISHED))
-        elif parent in found:
+        elif isinstance(parent, str) and parent in found:
             found[parent][0].replies.append(message)
         else:
             raise UserError(
                 f"{where}: message {message.id} answers {parent}, which is missing; add it, or take the tree out"
             )
+    _check_reached(trees, found, where)
     return trees
 
 
-def _message(row: Mapping[str, Any], where: str) -> Message:
+def _check_reached(trees: list[Tree], found: Mapping[str, Any], where: str) -> None:
+    """Refuse messages that answer each other in a circle, and trees that are too deep to walk."""
+    level, depth, reached = [tree.root for tree in trees], 1, 0
+    while level:
+        _check_depth(depth, where, level[0])
+        level, depth, reached = [reply for one in level for reply in one.replies], depth + 1, reached + len(level)
+    if reached < len(found):
+        raise UserError(f"{where}: {len(found) - reached} messages answer each other in a circle; mend their parent_id")
+
+
+def _message(row: Any, where: str) -> Message:
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where}: a message is a {type(row).__name__}: give a JSON object")
     name, role = str(row.get("message_id")), row.get("role")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise fail(f"{where}: role of message {name}", role, f"choose one of {', '.join(_ROLES)}")
     dropped, text = _dropped(row), row.get("text")
+    for value in (name, text, row.get("lang"), row.get("message_tree_id")):
+        _check_unicode(value, f"{where}: message {name!a}")
     if dropped is None and (not isinstance(text, str) or not text.strip()):
         raise UserError(f"{where}: message {name} has no text; mend it, or mark it deleted")
     return Message(name, Turn(_ROLES[role], str(text)), str(row.get("lang")), dropped)
+
+
+def _check_unicode(value: Any, where: str) -> None:
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds {value!a}: half a Unicode pair; write both halves") from None
 
 
 def _dropped(row: Mapping[str, Any]) -> str | None:

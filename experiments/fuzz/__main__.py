@@ -1,0 +1,179 @@
+"""Give every reader of files damaged ones, and count what it does.
+
+    python -m experiments.fuzz --inputs 2000 --seed 0     # of each reader; results/reliability/fuzz.json
+
+A file that is still right may be accepted. Everything else must be refused by a `UserError`, within seconds, without a
+large allocation, a look outside the folder, a process, or code from a file: all of these are defects. Input `i` of a
+reader follows from the seed alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from experiments.fuzz import mutate
+from experiments.fuzz.readers import Reader, readers
+from sparsegrad.errors import UserError
+from sparsegrad.records import environment, write_json
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 20  # for one input
+ROOM = 2**31  # bytes of addresses beyond what the process has: to map an oversized file, not to read it as text
+_PROCESSES = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork")
+
+
+class Guard:
+    """Watches a reader: files outside its folder, processes, code, time and memory."""
+
+    def __init__(self, forbidden: Path) -> None:
+        self.forbidden, self.active = str(forbidden), False
+        self.seen: list[str] = []
+        sys.addaudithook(self._audit)
+        signal.signal(signal.SIGALRM, self._late)
+
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.active and (event in _PROCESSES or self._is_outside(arguments)):
+            self.seen.append(f"{event} {arguments[:1]}")
+
+    def _is_outside(self, arguments: tuple[Any, ...]) -> bool:
+        first = arguments[0] if arguments else None
+        path = os.path.realpath(first) if isinstance(first, str) and "\0" not in first and "/" in first else ""
+        return path.startswith(self.forbidden) or path == "/etc/passwd"
+
+    def _late(self, *_: Any) -> None:
+        raise TimeoutError(f"longer than {SECONDS} seconds")
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within: limits hold; what was seen is raised at the end."""
+        self.seen.clear()
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, hard))
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+            if os.path.exists(f"{self.forbidden}/{mutate.PAYLOAD}"):
+                os.rmdir(f"{self.forbidden}/{mutate.PAYLOAD}")
+                self.seen.append("code of a file was run")
+            if self.seen:
+                raise AssertionError("; ".join(sorted(set(self.seen))))
+
+
+def fuzz(name: str, reader: Reader, inputs: int, seed: int, place: Path, guard: Guard) -> dict[str, Any]:
+    """The counts of one reader: by kind of damage, and every defect."""
+    good, case = place / "good", place / "case"
+    shutil.rmtree(good, ignore_errors=True)
+    good.mkdir()
+    reader.make(good)
+    with guard.watching():
+        reader.read(_fresh(good, case))  # as they are, the files must be accepted
+    counts: dict[str, Counter[str]] = {}
+    defects = []
+    for number in range(inputs):
+        draw = random.Random(f"{seed} {name} {number}")
+        folder = _fresh(good, case)
+        damage = _damage(reader, folder, draw)
+        outcome, detail = _outcome(reader, folder, guard)
+        counts.setdefault(damage, Counter())[outcome] += 1
+        if detail:
+            defects.append({"input": number, "damage": damage, "error": detail})
+    total: Counter[str] = sum(counts.values(), Counter())
+    names = ("refused", "accepted", "defect")
+    by_damage = {key: {one: counts[key][one] for one in names} for key in sorted(counts)}
+    return {"inputs": inputs, **{one: total[one] for one in names}, "by_damage": by_damage, "defects": defects}
+
+
+def _fresh(good: Path, case: Path) -> Path:
+    shutil.rmtree(case, ignore_errors=True)
+    shutil.copytree(good, case)
+    return case
+
+
+def _damage(reader: Reader, folder: Path, draw: random.Random) -> str:
+    file = draw.choice(sorted(reader.files))
+    change = draw.choice(reader.files[file])
+    change(folder / file, draw)
+    reader.repair(folder, draw)
+    return change.__name__
+
+
+def _outcome(reader: Reader, folder: Path, guard: Guard) -> tuple[str, str]:
+    """`refused`, `accepted`, or `defect` and what it was."""
+    try:
+        with guard.watching():
+            reader.read(folder)
+    except UserError:
+        return "refused", ""
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return "defect", f"{type(error).__name__}: {str(error)[:200]} ({Path(last.filename).name}, {last.name})"
+    return "accepted", ""
+
+
+def fuzz_all(inputs: int, seed: int, only: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Reader -> counts."""
+    logging.disable(logging.WARNING)
+    found = {}
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        place = Path(name).resolve()
+        (place / mutate.OUTSIDE).mkdir()
+        (place / mutate.OUTSIDE / "secret").write_text("{}")
+        guard = Guard(place / mutate.OUTSIDE)
+        for reader, parts in readers().items():
+            if not only or reader in only:
+                found[reader] = fuzz(reader, parts, inputs, seed, place, guard)
+                print(
+                    f"{reader}: "
+                    + ", ".join(f"{found[reader][one]} {one}" for one in ("refused", "accepted", "defect"))
+                )
+                sys.stdout.flush()
+    logging.disable(logging.NOTSET)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Status 0 without defects."""
+    import torch
+
+    parser = argparse.ArgumentParser(prog="python -m experiments.fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("--inputs", type=int, default=2000, help="of each reader")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--readers", nargs="+", choices=list(readers()), default=[])
+    parser.add_argument("--out", type=Path, default=ROOT / "results/reliability/fuzz.json")
+    chosen = parser.parse_args(arguments)
+    found = fuzz_all(chosen.inputs, chosen.seed, chosen.readers)
+    total = sum(one["inputs"] for one in found.values())
+    defects = [defect for one in found.values() for defect in one["defects"]]
+    for defect in defects[:40]:
+        print(defect)
+    facts = {"seed": chosen.seed, "inputs": total, "defects": len(defects), "readers": found}
+    write_json(chosen.out, {**facts, "environment": environment(torch.device("cpu"))})
+    return 1 if defects else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Ways to damage a file: of any kind, of JSON, of safetensors. All draws come from one `random.Random`."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+OUTSIDE = "outside"  # a folder that no reader may touch; names in files point there
+PAYLOAD = "code-was-run"  # the folder that a disguised pickle makes there, if it is loaded
+HUGE = 3 * 2**29  # bytes of an oversized file; sparse, it takes no room
+
+
+class Payload:
+    """Unpickled, it makes a folder: the proof that code was run."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.target,)
+
+
+def outside(path: Path) -> Path:
+    """The forbidden folder beside the one that `path` lies in."""
+    return next(parent / OUTSIDE for parent in path.parents if (parent / OUTSIDE).is_dir())
+
+
+def truncated(path: Path, draw: random.Random) -> None:
+    """Cut anywhere, also to nothing."""
+    content = path.read_bytes()
+    path.write_bytes(content[: draw.choice([0, draw.randrange(len(content)), max(0, len(content) - 1)])])
+
+
+def bits_flipped(path: Path, draw: random.Random) -> None:
+    """One to sixteen bits, in the beginning as often as anywhere."""
+    content = bytearray(path.read_bytes())
+    for _ in range(draw.choice([1, 1, 2, 16])):
+        content[draw.randrange(draw.choice([len(content), min(200, len(content))]))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+def spliced(path: Path, draw: random.Random) -> None:
+    """A piece taken out, doubled, or replaced by other bytes."""
+    content = path.read_bytes()
+    begin = draw.randrange(len(content))
+    end = min(len(content), begin + draw.choice([1, 8, 100, 1000]))
+    piece = draw.choice([b"", content[begin:end] * 2, draw.randbytes(end - begin), b"\x00" * 20, b"\xff\xfe", b"\n\n"])
+    path.write_bytes(content[:begin] + piece + content[end:])
+
+
+def oversized(path: Path, draw: random.Random) -> None:
+    """Grown to gigabytes, or a header that claims as much."""
+    if draw.random() < 0.3:
+        os.truncate(path, HUGE)
+    else:
+        content = path.read_bytes()
+        claimed = draw.choice([2**63 - 1, 2**40, 2**31, 100_000_001, len(content) * 2])
+        path.write_bytes(struct.pack("<Q", claimed) + content[8:])
+
+
+def pickled(path: Path, draw: random.Random) -> None:
+    """A pickle that runs code, as it is, in torch's archive, or behind a header of another format."""
+    payload = Payload(str(outside(path) / PAYLOAD))
+    plain = pickle.dumps(payload)
+    archive = io.BytesIO()
+    torch.save(payload, archive)
+    path.write_bytes(draw.choice([plain, archive.getvalue(), struct.pack("<Q", len(plain)) + plain]))
+
+
+ANY = (truncated, bits_flipped, spliced, oversized, pickled)
+
+_VALUES: tuple[Any, ...] = (
+    None, True, -1, 0, 2**31, 2**63, 10**400, 0.5, 1e308, float("nan"), float("-inf"), "", "x", "\ud800", "\x00",
+    "x" * 3000, [], {}, [[]], [None], {"": None}, {"a": {"b": []}}, "0", "torch.float32", "complete",
+)  # fmt: skip
+
+
+def json_changed(path: Path, draw: random.Random) -> None:
+    """Values of other types and ranges, keys gone or doubled, in one to three places of a line."""
+    _on_a_line(path, draw, lambda content: _change(content, draw, _VALUES))
+
+
+def names_outside(path: Path, draw: random.Random) -> None:
+    """A name or key that leads out of the folder."""
+    secret = outside(path) / "secret"
+    names = (f"../{OUTSIDE}/secret", str(secret), "../../../../etc/passwd", "a/../b", "..", "/", "~/x", "\\\\x\\y")
+    _on_a_line(path, draw, lambda content: _change(content, draw, names))
+
+
+def nested_deep(path: Path, draw: random.Random) -> None:
+    """Brackets in brackets, and a number of too many digits."""
+    depth = draw.choice([900, 5000, 200_000])
+    deep = draw.choice(["[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth, "9" * 5000])
+    _on_a_line(path, draw, lambda content: _change(content, draw, ("DEEP",)), lambda text: text.replace('"DEEP"', deep))
+
+
+JSON = (json_changed, json_changed, names_outside, nested_deep)
+
+
+def _on_a_line(
+    path: Path, draw: random.Random, change: Callable[[Any], Any], after: Callable[[str], str] = lambda text: text
+) -> None:
+    """Change the JSON of a file, or of a random line of JSON lines."""
+    text = path.read_text()
+    parts = text.splitlines() if path.suffix == ".jsonl" else [text]
+    number = draw.randrange(len(parts))
+    content = json.loads(parts[number])
+    for _ in range(draw.choice([1, 1, 2, 3])):
+        content = change(content)
+    parts[number] = after(json.dumps(content))
+    path.write_text("\n".join(parts) + "\n")
+
+
+def _change(content: Any, draw: random.Random, values: tuple[Any, ...]) -> Any:
+    """The content with one random place changed."""
+    places = list(_places(content))
+    if not places or draw.random() < 0.02:
+        return draw.choice(values)
+    node, key = draw.choice(places)
+    how = draw.random()
+    if how < 0.7:
+        node[key] = draw.choice(values)
+    elif how < 0.85:
+        del node[key]
+    elif isinstance(node, dict):
+        node[str(draw.choice(values))] = node.pop(key)
+    else:
+        node.append(node[key])
+    return content
+
+
+def _places(node: Any) -> Any:
+    """Every (container, key) below `node`."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield node, key
+        yield from _places(value)
+
+
+def tensors_changed(path: Path, draw: random.Random) -> None:
+    """A well-formed safetensors file with a tensor of another type, shape, name or content."""
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = draw.choice(sorted(tensors))
+    tensor = tensors[name]
+    how = draw.choice(["dtype", "shape", "name", "gone", "extra", "nan", "metadata", "wide"])
+    if how == "dtype":
+        tensors[name] = tensor.to(draw.choice([torch.float64, torch.float16, torch.int32, torch.uint8, torch.bool]))
+    elif how == "shape":
+        sizes = [(-1,), (0, *tensor.shape), (*tensor.shape, 1), ()]
+        size = draw.choice(sizes)
+        tensors[name] = tensor.reshape(-1) if size == (-1,) else tensor.new_zeros(size)
+    elif how == "wide":  # so many columns that a product with another would not fit into memory
+        tensors[name] = torch.zeros(tensor.shape[0] if tensor.dim() else 1, 150_000)
+    elif how == "name":
+        tensors[draw.choice(["../outside/secret", "", "x" * 500, "up::values", "/etc/passwd"])] = tensors.pop(name)
+    elif how == "gone":
+        del tensors[name]
+    elif how == "extra":
+        tensors["extra"] = tensor.clone()
+    elif how == "nan" and tensor.is_floating_point():
+        tensors[name] = torch.full_like(tensor, float("nan"))
+    elif metadata:
+        metadata[draw.choice(sorted(metadata))] = draw.choice(["", "x", "[]", "{}", '"up"', "[1]", "[" * 100_000])
+    if draw.random() < 0.7:
+        metadata.pop("sha256", None)  # a file of an older version, or of one who knows
+    path.write_bytes(save(tensors, metadata))
+
+
+def yaml_code(path: Path, draw: random.Random) -> None:
+    """A line of YAML that would make an object, call a function, or grow without end."""
+    target = str(outside(path) / PAYLOAD)
+    bomb = "\n".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9) if i else 'x'}]" for i in range(12))
+    evil = draw.choice([
+        f"name: !!python/object/apply:os.mkdir ['{target}']",
+        f"_target_: os.mkdir\npath: {target}",
+        f"_target_: pathlib.Path.mkdir\nself: {target}",
+        f"_target_: {draw.choice(['builtins.eval', '.x', 'a..b', 'os', 'x.y', '__main__.main', 'sparsegrad.Basis'])}",
+        "name: ${oc.decode:'${oc.env:HOME}'}", "name: ${name}", "name: &a [*a]", "name: ${oc.create:{a:1}}", bomb,
+        "name: !!binary 'x'", "? [a]\n: b", "name: !!timestamp 2020-01-01", "1: 2", "null: 3", "name: 0x1F",
+    ])  # fmt: skip
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if line.split(":")[0] not in ("name", "_target_", "path")]
+    path.write_text("\n".join([*kept, evil]) + "\n")

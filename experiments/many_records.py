@@ -1,0 +1,77 @@
+"""How long a report takes over many records: copies of the committed ones, varied.
+
+python -m experiments.many_records --count 10000     # results/reliability/records.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.collect import collect
+from experiments.report import report
+from sparsegrad.records import environment, load_records, write_json
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("glue_minilm", "mini")  # two that tables read
+
+
+def write_records(runs: Path, count: int) -> int:
+    """`count` records below `runs`, each of a seed of its own; their bytes."""
+    sources = [path.read_text() for path in sorted((ROOT / "results/runs").rglob("*.json"))]
+    size = 0
+    for number in range(count):
+        record = json.loads(sources[number % len(sources)])
+        record["config"]["seed"] = number
+        text = json.dumps(record, indent=1)
+        path = runs / FOLDERS[number % len(FOLDERS)] / f"{number:016x}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        size += len(text)
+    return size
+
+
+def measured(work: Callable[[], Any]) -> dict[str, float]:
+    """Seconds on the clock and of the processor."""
+    start, began = time.monotonic(), time.process_time()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        work()
+    return {
+        "seconds": round(time.monotonic() - start, 2),
+        "processor_seconds": round(time.process_time() - began, 2),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write, load, report; print and keep what was measured."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.many_records", description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--out", type=Path, default=ROOT / "results/reliability/records.json")
+    chosen = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as name:
+        results = Path(name)
+        size = write_records(results / "runs", chosen.count)
+        facts = {
+            "records": chosen.count,
+            "megabytes": round(size / 1e6, 1),
+            "load as cells of tables": measured(lambda: collect(results / "runs")),
+            "load as a DataFrame": measured(lambda: load_records(results / "runs")),
+            "every table, figure and the page": measured(lambda: report("all", "paper", results)),
+        }
+    print(facts)
+    write_json(chosen.out, {**facts, "environment": environment(torch.device("cpu"))})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Put what was measured into docs/reliability.md: the tables of kills, fuzzing and the soak, from results/reliability.
+
+python -m experiments.reliability_page
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsegrad.records import read_json, write_text
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "reliability.md"
+RESULTS = ROOT / "results" / "reliability"
+MISSING = "Not measured yet."
+
+
+def kills(facts: Mapping[str, Any]) -> str:
+    """A row a method."""
+    signals = ("SIGKILL", "SIGTERM", "SIGINT", "full disk")
+    names = ("kills", *signals, "cut_checkpoints", "records_compared")
+    rows = [
+        [row["method"], *(str(row[name]) for name in names), "yes" if row["equal"] else "**no**"]
+        for row in facts["methods"]
+    ]
+    return table(["method", "kills", *signals, "checkpoints cut", "records compared", "all equal"], rows)
+
+
+def fuzz(facts: Mapping[str, Any]) -> str:
+    """A row a reader, and the sum."""
+    names = ("inputs", "refused", "accepted", "defect")
+    rows = [[reader, *(f"{found[name]:,}" for name in names)] for reader, found in facts["readers"].items()]
+    head = table(["reader of", "inputs", "refused", "accepted", "defects"], rows)
+    return f"{head}\n\n{facts['inputs']:,} inputs of seed {facts['seed']}, {facts['defects']} defects."
+
+
+def soak(facts: Mapping[str, Any]) -> str:
+    """One paragraph."""
+    low, high = facts["interval"]
+    return (
+        f"{facts['about']}: {facts['hours']:.2f} hours, {facts['samples']:,} samples; slope "
+        f"{facts['slope_mib_per_hour']:+.2f} MiB per hour ({facts['level']:.0%} interval {low:+.2f} to {high:+.2f}), "
+        f"peak {facts['peak_mib']:.0f} MiB."
+    )
+
+
+BLOCKS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+    "kills": ("kills.json", kills),
+    "fuzz": ("fuzz.json", fuzz),
+    "soak": ("soak.json", soak),
+}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def filled(page: str, results: Path) -> str:
+    """The page with every block as the files in `results` have it."""
+    for name, (file, render) in BLOCKS.items():
+        path = results / file
+        text = render(read_json(path)) if path.is_file() else MISSING
+        block = f"<!-- {name} -->\n\n{text}\n\n<!-- /{name} -->"
+        page = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, page, flags=re.DOTALL)
+    return page
+
+
+def main() -> int:
+    """Rewrite the page in place."""
+    write_text(PAGE, filled(PAGE.read_text(), RESULTS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""YAML files, checked before Hydra reads them: for a broken one it has a traceback, where one line will do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparsegrad.errors import UserError
+
+MAX_NODES = 100_000  # with aliases written out; ours have some 30
+MAX_DEPTH = 50
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_PLAIN = "tag:yaml.org,2002:"
+
+
+def or_exit(folder: Path) -> None:
+    """Check every YAML below `folder`; end with one line and status 2 for the first that cannot be read."""
+    try:
+        for path in sorted(folder.rglob("*.yaml")):
+            check_yaml(path)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_yaml(path: Path) -> None:
+    """Check one file; only plain data is made of it: no tag of Python is followed.
+
+    Raises:
+        UserError: when it is not UTF-8, not YAML, names a key twice, has tags that are not plain data, or aliases that
+            would fill the memory.
+    """
+    try:
+        if path.stat().st_size > MAX_NODES * 10:
+            raise ValueError(f"{path.stat().st_size} bytes are too many")
+        text = path.read_text(encoding="utf-8")
+        _check_depth(text)
+        root = yaml.compose(text, Loader=_LOADER)
+        if root is not None and not isinstance(root, yaml.MappingNode):
+            raise ValueError("it holds no names with values")
+        if root is not None and _count(root, {}) > MAX_NODES:
+            raise ValueError("its aliases make it too large")
+        yaml.load(text, Loader=_LOADER)  # of plain data alone: numbers and dates that are none
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} cannot be read ({reason}): mend it, or take it from a fresh checkout") from None
+
+
+def _check_depth(text: str) -> None:
+    """The C composer calls itself for every level and ends the process where the stack does; events come one by one."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"line {event.start_mark.line + 1}: nested deeper than {MAX_DEPTH}")
+
+
+def _count(node: Any, known: dict[int, int | None]) -> int:
+    """Nodes below and with `node`, each alias as often as it is used; `known` holds those counted, None: at work."""
+    if id(node) in known:
+        if (found := known[id(node)]) is None:
+            raise ValueError("an alias holds itself")
+        return found
+    known[id(node)] = None
+    _check_plain(node)
+    count = 1 + sum(_count(child, known) for child in _children(node))
+    known[id(node)] = count
+    return count
+
+
+def _children(node: Any) -> Iterator[Any]:
+    if isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            yield from pair
+    elif isinstance(node, yaml.SequenceNode):
+        yield from node.value
+
+
+def _check_plain(node: Any) -> None:
+    place = f"line {node.start_mark.line + 1}"
+    if not node.tag.startswith(_PLAIN) or node.tag.startswith(f"{_PLAIN}python/"):
+        raise ValueError(f"{place}: tag {node.tag} is not plain data")
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(keys) < len(node.value):
+            raise ValueError(f"{place}: a key is not a text")
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"{place}: key {twice[0]} is there twice")

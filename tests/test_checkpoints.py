@@ -1,0 +1,111 @@
+"""Checkpoints count when whole, are few, and real processes that are killed end as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Tiny, environment
+from test_runs import Stop
+from transformers import TrainerCallback
+
+from sparsegrad.checkpoints import KEEP, MANIFEST, is_whole, last_checkpoint
+from sparsegrad.runs import run
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a run stopped after step 3 left: checkpoints of steps 1, 2 and 3, at most."""
+    from conftest import SHORT, TINY, last_wins, write_rows
+    from hydra import compose, initialize_config_dir
+
+    from sparsegrad.config import build
+
+    place = tmp_path_factory.mktemp("run")
+    more = (f"data.dir={write_rows(place / 'data')}", f"results_dir={place / 'r'}", f"work_dir={place / 'w'}")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("config", last_wins(*TINY, *SHORT, *more, "method=full", "protocol.eval_steps=1"))
+    config = build(composed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, callbacks=[Stop(4)])
+    return config.checkpoints
+
+
+def spoilt(content: bytes) -> dict[str, bytes]:
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    return {"cut": content[:middle], "emptied": b"", "flipped": flipped, "longer": content + b"\0"}
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "rng_state.pth", "scheduler.pt", MANIFEST])
+def test_a_damaged_file_is_detected_and_the_checkpoint_before_is_used(
+    checkpoints: Path, tmp_path: Path, name: str
+) -> None:
+    newest, before = (checkpoints / f"checkpoint-{step}" for step in (3, 2))
+    assert is_whole(newest)
+    content = (newest / name).read_bytes()
+    for how, damaged in spoilt(content).items():
+        if (name, how) == (MANIFEST, "flipped"):
+            damaged = content.replace(b'"optimizer.pt"', b'"optimizeR.pt"')
+        (newest / name).write_bytes(damaged)
+        assert not is_whole(newest), how
+    folder = tmp_path / "checkpoints"  # `last_checkpoint` removes what is damaged
+    shutil.copytree(checkpoints, folder)
+    (newest / name).write_bytes(content)
+    assert last_checkpoint(folder) == str(folder / before.name)
+    assert not (folder / newest.name).exists()
+
+
+class Count(TrainerCallback):  # type: ignore[misc]
+    """Bytes and checkpoints that lie there when one has just been written, before older ones go, and at each step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.after_saving, self.at_steps = folder, [0], [0]
+
+    def _found(self) -> int:
+        return len(list(self.folder.glob("checkpoint-*")))
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self.after_saving.append(self._found())
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.at_steps.append(self._found())
+
+
+def test_old_checkpoints_go_and_disk_use_is_bounded(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsegrad import training
+
+    most = [0]
+    prune = training.prune
+
+    def counted(folder: Path, best: int | None) -> None:
+        most.append(len(list(folder.glob("checkpoint-*"))))
+        prune(folder, best)
+
+    monkeypatch.setattr(training, "prune", counted)
+    # A score that is best at the start and never again, so that the best checkpoint is an old one.
+    config = tiny("method=full", "protocol.eval_steps=1", "protocol.max_steps=8", "train.lr=1e-9")
+    count = Count(config.checkpoints)
+    run(config, callbacks=[count])
+    assert max(count.at_steps) == max(count.after_saving) == KEEP + 1
+    assert max(most) == KEEP + 2
+    assert not config.checkpoints.exists()
+
+
+@pytest.mark.parametrize("methods", [["sparsegrad", "lora", "sparsegrad_authors"]])
+def test_killed_processes_end_with_the_record_of_one_never_killed(tmp_path: Path, methods: list[str]) -> None:
+    """One kill each, by SIGKILL, SIGTERM and SIGINT; `python -m experiments.kill_test` does 20 for every method."""
+    out = tmp_path / "kills.json"
+    command = [sys.executable, "-m", "experiments.kill_test", "--methods", *methods, "--kills", "1", "--steps", "63"]
+    done = subprocess.run(
+        [*command, "--out", str(out)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {row["method"]: row for row in json.loads(out.read_text())["methods"]}
+    assert [rows[name]["log"][0]["how"] for name in methods] == ["SIGKILL", "SIGTERM", "SIGINT"]
+    assert all(row["equal"] and row["kills"] == 1 for row in rows.values())
