@@ -7,6 +7,7 @@ QUICKSTART := runs/quickstart
 
 .DEFAULT_GOAL := help
 .PHONY: bench bench-quick docs help install assets quickstart test check format clean dashboard sweep-table report
+.PHONY: test-lowest test-latest lock audit
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +32,39 @@ quickstart: assets ## fine-tune MiniLM on movie snippets with four methods, and 
 test: assets ## install what is needed and run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 
+# The library's part of the suite, in an environment of its own. TORCH=2.13.0 takes that version, for a machine where
+# the one that pip would choose is not to be had; EXTRAS names extras whose dependencies come too.
+LIBRARY := $(patsubst %,tests/test_%.py,adapter basis block blocks config docs layouts lean linear methods metrics \
+	moments optim prepare records runs selection sparse_matmul tasks)
+EXTRAS ?= llama tensorboard
+comma := ,
+EXTRAS_LIST = $(subst $() ,$(comma),$(strip $(EXTRAS)))
+TORCH_PIN = $(if $(TORCH),torch==$(TORCH))
+
+test-lowest: ## test the library with the lowest versions that pyproject.toml allows, in .venv-lowest
+	$(PYTHON) -m venv --clear .venv-lowest
+	$(PYTHON) scripts/lowest.py $(EXTRAS) $(TORCH_PIN) >.venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/lowest.txt \
+		--editable '.[$(EXTRAS_LIST)]' pytest hypothesis
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(LIBRARY)
+
+test-latest: ## the same with the newest versions that pip finds, in .venv-latest
+	$(PYTHON) -m venv --clear .venv-latest
+	.venv-latest/bin/python -m pip install --quiet --editable '.[$(EXTRAS_LIST)]' $(TORCH_PIN) pytest hypothesis
+	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest $(LIBRARY)
+
+lock: $(INSTALLED) ## write constraints.txt anew: the newest versions that go together (TORCH=... holds torch back)
+	mkdir -p build
+	$(BIN)/python -m pip install --dry-run --ignore-installed --quiet --report build/lock.json \
+		--editable '.[dev,docs]' $(TORCH_PIN)
+	$(BIN)/python scripts/lock.py build/lock.json >build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+audit: ## known vulnerabilities of what constraints.txt pins; a package that cannot be looked up is a failure
+	$(PYTHON) -m venv --clear .venv-audit
+	.venv-audit/bin/python -m pip install --quiet 'pip-audit>=2.9,<3'
+	.venv-audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
+
 check: $(INSTALLED) ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -45,7 +79,7 @@ format: $(INSTALLED) ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environment, assets and work folders; results stay
-	rm -rf $(VENV) assets runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-lowest .venv-latest .venv-audit assets runs .mypy_cache .ruff_cache .pytest_cache
 
 dashboard: $(INSTALLED) ## watch sweeps live in a browser; prints the address
 	$(BIN)/optuna-dashboard "$$($(BIN)/python -m sparsegrad.sweep address)"

@@ -59,6 +59,10 @@ class Adapter:
         self.folder, self.facts = folder, facts
         self._model, self._patches = weakref.ref(model), patches
 
+    def __repr__(self) -> str:
+        state = "merged" if self.merged else "not merged"
+        return f"Adapter({str(self.folder)!r}, base={self.facts.get('base')!r}, {len(self._patches)} tensors, {state})"
+
     @property
     def merged(self) -> bool:
         """Whether the model now has this adapter's weights."""

@@ -73,6 +73,7 @@ def save_adapter(
             not finite, or a folder that cannot be written.
     """
     check_number("tolerance", tolerance, at_least=0, below=1)
+    _check_plain(model)
     if tolerance and optimizer is None:
         raise UserError(f"tolerance={tolerance} needs the bases: give optimizer=, what sparsegrad.prepare returned")
     mlp = _mlp_kinds(model, optimizer)
@@ -92,10 +93,23 @@ def save_adapter(
     return saved
 
 
+def _check_plain(model: nn.Module) -> None:
+    """Refuse what DDP, DataParallel or torch.compile made of a model: the names in it are not the base's."""
+    inner = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
+    if inner == "_orig_mod" or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise UserError(f"the model is wrapped by {type(model).__name__}: save the plain one, model.{inner}")
+
+
 def _mlp_kinds(model: nn.Module, optimizer: Any) -> dict[str, str]:
     """Parameter name -> layer kind of the SparseGrad weights."""
     if optimizer is not None:
-        return {name: group.kind for group in describe(optimizer).taken for name in group.names}
+        kinds = {name: group.kind for group in describe(optimizer).taken for name in group.names}
+        if unknown := set(kinds) - set(named_tensors(model)):
+            raise UserError(
+                f"the optimizer trains {_some(unknown)}, which the model has not: give the model that was prepared, "
+                "not wrapped; or leave out optimizer="
+            )
+        return kinds
     return {f"{name}.weight": kind for kind, found in find_mlp(model).items() for name in found}
 
 

@@ -122,6 +122,11 @@ def _next_batch(source: Iterator[Batch], step: int, steps: int) -> Batch:
 def _loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     if not isinstance(batch, Mapping):
         raise UserError(f"a calibration batch is a {type(batch).__name__}: give mappings that model(**batch) takes")
+    if not any(isinstance(value, Tensor) for value in batch.values()):
+        raise UserError(
+            f"a calibration batch of {', '.join(map(str, batch))} holds no tensor: give tensors, as a DataLoader or "
+            'a tokenizer with return_tensors="pt" makes them'
+        )
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     loss = getattr(model(**moved), "loss", None)
     if loss is None:

@@ -114,6 +114,15 @@ class SparseGradLinear(nn.Module):
         return linear
 
     @property
+    @torch.no_grad()
+    def weight(self) -> Tensor:
+        """The plain weight W = V W~ U^T (out, in), for code that asks a linear for it, as T5's does for its dtype.
+
+        A copy, computed at each access by two products: changing it changes nothing.
+        """
+        return self.basis.unrotate(self.rotated_weight.detach())
+
+    @property
     def basis(self) -> Basis:
         """U and V as a `Basis`."""
         return Basis(self.in_basis, self.out_basis)

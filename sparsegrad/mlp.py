@@ -55,6 +55,8 @@ def find_mlp(model: nn.Module, mlp: Names | None = None) -> Linears:
         UserError: for an unknown or ambiguous layout, a bad expression, a kind without linears or with mixed shapes,
             a quantized weight, or one that other modules share.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is a {type(model).__name__}, not a torch.nn.Module: give the model itself")
     linears = {kind: _linears(model, kind, names) for kind, names in _named(model, mlp).items()}
     _refuse_shared(model, linears)
     return linears
@@ -150,6 +152,10 @@ def _linear(name: str, module: nn.Module) -> nn.Linear:
     # By name, not by class: transformers is not imported for it.
     if isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
         return module  # type: ignore[return-value]
+    if hasattr(module, "base_layer"):  # peft's name for what it wraps
+        raise UserError(
+            f"{name} is wrapped by peft: call merge_and_unload() on the peft model first, and give its result"
+        )
     raise UserError(f"{name} is a {type(module).__name__}, not a linear with a weight of its own: name only linears")
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.calibration import Batch, calibrate
-from sparsegrad.errors import check_number
+from sparsegrad.errors import UserError, check_number
 from sparsegrad.mlp import Linears, Names, check_trainable, find_mlp
 from sparsegrad.optim import SparseGradAdamW
 from sparsegrad.plan import describe
@@ -52,6 +52,8 @@ def prepare(
     """
     density = 0.01 if density is None and keep is None else density
     check_number("lr", lr, above=0)
+    if isinstance(batches, Mapping):
+        raise UserError("batches is one batch: give several, a list of batches or a DataLoader")
     linears = find_mlp(model, mlp)
     check_trainable(linears)
     for found in linears.values():

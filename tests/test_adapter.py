@@ -75,6 +75,12 @@ def test_merge_gives_the_trained_model_and_unmerge_the_base_bit_for_bit(
         assert equal(bits(fresh), bits(base))
 
 
+def test_an_adapter_prints_where_it_is_from_and_whether_it_is_merged(trained: Trained, saved: Path) -> None:
+    adapter = load_adapter(copy.deepcopy(trained[0]), saved)
+    assert repr(adapter).startswith(f"Adapter({str(saved)!r}, base='BertForSequenceClassification', ")
+    assert repr(adapter).endswith(" tensors, not merged)")
+
+
 def test_adapters_of_one_base_are_switched(trained: Trained, tmp_path: Path) -> None:
     base, first, _ = trained
     second = copy.deepcopy(base)
@@ -327,3 +333,25 @@ def test_a_place_that_cannot_be_written_is_named(trained: Trained, tmp_path: Pat
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         save_adapter(trained[1], tmp_path / "file" / "adapter", trained[0])
+
+
+def test_a_wrapped_model_is_refused_with_its_plain_name(trained: Trained, tmp_path: Path) -> None:
+    base, model, optimizer = trained
+    for wrapped, inner in ((nn.DataParallel(model), "module"), (torch.compile(model, backend="eager"), "_orig_mod")):
+        with pytest.raises(UserError, match=rf"wrapped by \w+: save the plain one, model\.{inner}"):
+            save_adapter(wrapped, tmp_path, base, optimizer)
+
+
+def test_an_optimizer_of_other_names_is_refused_and_never_weakens_the_adapter(tmp_path: Path) -> None:
+    """Prepared when it was compiled, its names have a prefix: its weights would not be known as the base's."""
+    base = tiny_model("bert", torch.float32)
+    model = copy.deepcopy(base)
+    optimizer = prepare(torch.compile(model, backend="eager"), tiny_batches("bert", 2), steps=2)
+    with pytest.raises(UserError, match=r"trains _orig_mod\.bert.* leave out optimizer="):
+        save_adapter(model, tmp_path, base, optimizer)
+
+
+def test_a_peft_model_is_refused_with_the_remedy() -> None:
+    wrapped = get_peft_model(tiny_model("bert"), LoraConfig(target_modules=["intermediate.dense"]))
+    with pytest.raises(UserError, match=r"intermediate\.dense is wrapped by peft: call merge_and_unload"):
+        prepare(wrapped, tiny_batches("bert", 2), steps=2)

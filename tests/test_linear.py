@@ -133,3 +133,12 @@ def test_bad_input_is_named(linear, basis) -> None:
         SparseGradLinear.from_linear(linear, basis, keep=3, backward="magic")
     with pytest.raises(UserError, match=r"basis for \(11, 7\) does not fit a linear of \(7, 11\)"):
         SparseGradLinear.from_linear(nn.Linear(OUT, IN), basis, keep=3)
+
+
+def test_weight_is_the_plain_one_and_a_copy(linear, basis) -> None:
+    layer = SparseGradLinear.from_linear(linear, basis, keep=5)
+    assert torch.allclose(layer.weight, linear.weight, atol=1e-12)
+    assert layer.weight.dtype == linear.weight.dtype
+    layer.weight.zero_()
+    assert torch.allclose(layer.weight, linear.weight, atol=1e-12)
+    assert "weight" not in layer.state_dict()

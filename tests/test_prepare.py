@@ -123,6 +123,12 @@ def test_attention_output_is_no_mlp(model) -> None:
         (lambda model: prepare(model, batches(3), density=2.0), "density=2.0"),
         (lambda model: prepare(model, batches(3), keep=513), "keep=513 .* at most 512"),
         (lambda model: prepare(model, batches(3), lr=-1.0), "lr=-1.0"),
+        (lambda model: prepare(batches(3), model), "model is a list, not a torch.nn.Module"),
+        (lambda model: prepare(model, batches(1)[0]), "batches is one batch: give several"),
+        (
+            lambda model: prepare(model, [{"labels": [1, 0]}], steps=1),
+            "batch of labels holds no tensor: .*return_tensors",
+        ),
         (lambda model: prepare(model, [{"input_ids": torch.zeros(1, 3).long()}], steps=1), "no loss"),
     ],
 )

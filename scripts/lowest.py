@@ -1,0 +1,37 @@
+"""Print constraints that hold every direct dependency of pyproject.toml at its lowest version.
+
+`python scripts/lowest.py [extra ...] [name==version ...]`: the dependencies of the extras too; a pin replaces a bound,
+for a version that is not to be had on this machine.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+_REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[[\w,-]+\])?>=(?P<lowest>[\w.]+)(,<[\w.]+)?")
+
+
+def lowest(extras: list[str], pins: dict[str, str]) -> list[str]:
+    """Lines `name==version` of the direct dependencies, those of `extras` too, with `pins` in the place of bounds."""
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    wanted = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
+    found = [_REQUIREMENT.fullmatch(line) for line in wanted]
+    unbounded = [line for line, match in zip(wanted, found, strict=True) if match is None]
+    if unbounded:
+        raise SystemExit(f"no lower bound in {', '.join(unbounded)}: write name>=version")
+    bounds = {match["name"]: match["lowest"] for match in found if match is not None}
+    return [f"{name}=={version}" for name, version in sorted({**bounds, **pins}.items())]
+
+
+def main(arguments: list[str]) -> None:
+    """Print the lines; see the module's text."""
+    pins = dict(argument.split("==", 1) for argument in arguments if "==" in argument)
+    print("\n".join(lowest([argument for argument in arguments if "==" not in argument], pins)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

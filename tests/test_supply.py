@@ -1,0 +1,129 @@
+"""What the project declares about its dependencies holds together: bounds, lock, and the files of a wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+LOCKED = {
+    canonicalize_name(name): version
+    for name, version in (line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+}
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def needed(lines: list[str], extras: frozenset[str] = frozenset()) -> Iterator[Requirement]:
+    """Requirements that apply here, with the project's own extras spelled out."""
+    for requirement in map(Requirement, lines):
+        marker = requirement.marker
+        if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in extras or {""}):
+            continue
+        if requirement.name == PROJECT["name"]:
+            yield from needed([line for extra in requirement.extras for line in EXTRAS[extra]])
+        else:
+            yield requirement
+
+
+def closure(lines: list[str]) -> dict[str, str]:
+    """Name -> version of everything installed that `lines` bring, over all levels; docs' packages may be absent."""
+    found: dict[str, str] = {}
+    seen: set[tuple[str, frozenset[str]]] = set()
+    waiting = list(needed(lines))
+    while waiting:
+        requirement = waiting.pop()
+        name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        try:
+            distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        found[name] = distribution.version.split("+")[0]
+        waiting += needed(distribution.requires or [], extras)
+    return found
+
+
+def test_the_lock_names_all_that_an_installation_brings() -> None:
+    brought = closure([*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["docs"]])
+    assert {"torch", "pytest", "antlr4-python3-runtime"} <= brought.keys()
+    of_cuda = ("nvidia-", "cuda-", "triton")
+    assert {name for name in brought.keys() - LOCKED.keys() if not name.startswith(of_cuda)} == set()
+
+
+@pytest.mark.parametrize("extra", ["", "dev", "docs"])
+def test_the_lock_lies_within_the_bounds(extra: str) -> None:
+    for requirement in needed(EXTRAS[extra] if extra else PROJECT["dependencies"]):
+        assert requirement.specifier.contains(LOCKED[canonicalize_name(requirement.name)]), requirement
+
+
+def test_lowest_takes_every_bound_and_a_pin_instead() -> None:
+    lines = script("lowest").lowest(["llama"], {"torch": "9.9"})
+    assert [line.split("==")[0] for line in lines] == sorted(
+        Requirement(line).name for line in [*PROJECT["dependencies"], *EXTRAS["llama"]]
+    )
+    assert "torch==9.9" in lines
+    bounds = dict(line.split("==") for line in lines)
+    for line in PROJECT["dependencies"]:
+        assert Requirement(line).name == "torch" or line.startswith(f"{Requirement(line).name}>=")
+        assert Requirement(line).name == "torch" or line.split(">=")[1] == bounds[Requirement(line).name]
+
+
+def test_lowest_refuses_a_dependency_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("lowest")
+    monkeypatch.setitem(EXTRAS, "open", ["numpy"])
+    monkeypatch.setattr(module.tomllib, "loads", lambda _: {"project": PROJECT})
+    with pytest.raises(SystemExit, match="no lower bound in numpy: write name>=version"):
+        module.lowest(["open"], {})
+
+
+def test_lock_leaves_out_the_project_and_what_only_a_cuda_build_brings() -> None:
+    def entry(name: str, version: str, **info: Any) -> dict[str, Any]:
+        return {"metadata": {"name": name, "version": version}, "download_info": info}
+
+    report = [
+        entry("torch", "2.0+cpu"),
+        entry("nvidia-cublas", "1"),
+        entry("Jinja2", "3"),
+        entry("own", "1", dir_info={}),
+    ]
+    assert script("lock").lock({"install": report}) == ["Jinja2==3", "torch==2.0"]
+
+
+def test_the_docs_name_the_bounds_and_pythons_of_the_project() -> None:
+    """docs/versions.md has a row per direct dependency, whose lowest version is pyproject.toml's."""
+    page = (ROOT / "docs" / "versions.md").read_text()
+    rows = dict(re.findall(r"^\| ([\w-]+) \| ([\d.]+)", page, re.MULTILINE))
+    bounds = {Requirement(line).name: line.split(">=")[1] for line in PROJECT["dependencies"]}
+    assert rows == bounds
+    assert PROJECT["requires-python"] == ">=3.11"
+
+
+def test_every_file_of_the_package_that_is_not_python_is_package_data() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    declared = {
+        path for package, names in settings.items() for name in names
+        for path in (ROOT / package.replace(".", "/")).glob(name)
+    }  # fmt: skip
+    files = {path for path in (ROOT / "sparsegrad").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert declared == files
