@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from sparsegrad.distributed import refuse_shards
 from sparsegrad.errors import UserError, check_choice
 
 # Layer kind -> pattern that must match the whole module name. Many families share names: ViT of transformers 4 has
@@ -52,8 +53,9 @@ def find_mlp(model: nn.Module, mlp: Names | None = None) -> Linears:
 
     Raises:
         UserError: for an unknown or ambiguous layout, a bad expression, a kind without linears or with mixed shapes,
-            a quantized weight, or one that other modules share.
+            a quantized or sharded weight, or one that other modules share.
     """
+    refuse_shards(model)
     linears = {kind: _linears(model, kind, names) for kind, names in _named(model, mlp).items()}
     _refuse_shared(model, linears)
     return linears
