@@ -116,7 +116,7 @@ class BlockLinear(nn.Module):
         change = self.core - self.merged  # (c, r)
         left, right = self._factors(change)  # (out, k) and (k, in), k the shorter side of the core
         if self.weight.dtype == torch.bfloat16:
-            add_stochastic(self.weight, left @ right)
+            add_stochastic(self.weight, left @ right, self.core)
         else:
             self.weight.addmm_(left.to(self.weight.dtype), right.to(self.weight.dtype))
         self.merged.copy_(self.core)

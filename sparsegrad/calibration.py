@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import SIDES, Basis, Grams
-from sparsegrad.distributed import average_
+from sparsegrad.distributed import average_, check_same_weights, refuse_shards, unwrapped
 from sparsegrad.errors import UserError, check_choice, check_integer
 
 Batch = Mapping[str, Any]
@@ -50,10 +50,14 @@ def calibrate(
         Layer kind -> `Basis`, in the weights' dtype (float32 for lower precisions), on their device.
 
     Raises:
-        UserError: for too few batches, a batch without loss, a weight without gradient, or a gradient not finite.
+        UserError: for too few batches, a batch without loss, a weight without gradient, or a gradient not finite; for
+            a sharded model, or one that differs between the processes.
     """
     check_integer("steps", steps, at_least=1, remedy="the paper takes 30")
     check_choice("sides", sides, SIDES)
+    model = unwrapped(model)
+    refuse_shards(model)
+    check_same_weights(model)
     weights = {kind: [linear.weight for linear in linears] for kind, linears in mlp.items()}
     grams = {kind: Grams(sides=sides, device=gram_device) for kind in weights}
     device = next(model.parameters()).device

@@ -47,7 +47,7 @@ def run_command(composed: DictConfig) -> None:
 
 def _refuse(error: UserError) -> NoReturn:
     """End with the error; one job of several through Hydra, which goes on with the others and then exits with 1."""
-    if is_main() or not error.shared:  # what all processes met, one says
+    if not error.silent:
         print(f"error: {error}", file=sys.stderr)
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise CompactHydraException(f"error: {error}") from None

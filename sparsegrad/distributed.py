@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from sparsegrad.errors import UserError
 from sparsegrad.processes import is_main, rank, world_size
 
-__all__ = ["average_", "check_same", "connect", "connected", "from_main", "is_main", "largest", "rank", "world_size"]
+__all__ = [
+    "average_",
+    "check_same",
+    "check_same_weights",
+    "connect",
+    "connected",
+    "from_main",
+    "is_main",
+    "is_shard",
+    "largest",
+    "lost_process",
+    "rank",
+    "refuse_shards",
+    "shards_error",
+    "unwrapped",
+    "world_size",
+]
 
 Value = TypeVar("Value")
+# How gloo says it; NCCL raises a `DistError`.
+_BROKEN = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
 
 
 def connect(device: torch.device) -> None:
@@ -77,7 +97,80 @@ def check_same(name: str, value: str) -> None:
             raise _shared(UserError(message))
 
 
+def check_same_weights(model: nn.Module) -> None:
+    """Raise `UserError` unless all processes have the same parameters, as those of one seed or one checkpoint are."""
+    if not connected():
+        return
+    sums: list[dict[str, int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(sums, {name: _sum_of_bits(parameter) for name, parameter in model.named_parameters()})
+    for name in sums[0]:
+        if len({own.get(name) for own in sums}) > 1:
+            raise _shared(
+                UserError(
+                    f"{name} differs between the processes: make the model with the same seed on each "
+                    "(torch.manual_seed), or load the same weights"
+                )
+            )
+
+
+def refuse_shards(model: nn.Module) -> None:
+    """Raise `UserError` for a model that FSDP has cut up: no process has a whole weight that it could rotate."""
+    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    if wrapped or any(is_shard(parameter) for parameter in model.parameters()):
+        raise shards_error(f"{type(model).__name__} is")
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether it is a `DTensor`, as FSDP2's `fully_shard` and tensor parallelism make them; imports nothing for it."""
+    return hasattr(tensor, "device_mesh")
+
+
+def shards_error(what: str) -> UserError:
+    """The error for `what`, such as `a weight is`."""
+    return UserError(
+        f"{what} cut into shards (FSDP, tensor parallelism), which cannot be rotated: train with "
+        "DistributedDataParallel, which keeps every weight whole on every process"
+    )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside `DistributedDataParallel`, with the names and the backward pass of its own."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def lost_process(error: Exception) -> UserError | None:
+    """What to say when `error` is that of a connection whose other end has gone; None for any other error.
+
+    Of all processes that lost it, one says so.
+    """
+    broken = isinstance(error, dist.DistError) or any(sign in str(error) for sign in _BROKEN)
+    if not connected() or not broken:
+        return None
+    lost = UserError(
+        f"process {rank()} of {world_size()} lost the connection to another, which has ended: what that one, or the "
+        "launcher's summary, says is the cause; the same command continues from the last checkpoint"
+    )
+    lost.silent = not _is_first()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher now ends all: first this one says why
+    return lost
+
+
+def _is_first() -> bool:
+    """Whether no other process has said it; the launcher's store outlives the processes."""
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("sparsegrad/lost", 1) == 1)
+    except RuntimeError:
+        return rank() == 1  # the store was process 0's, which is the one that ended
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    """The same for the same values, whatever device adds them up: whole numbers have no order of summation."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().contiguous().view(whole).sum(dtype=torch.int64))
+
+
 def _shared(error: UserError) -> UserError:
     """Mark an error that all processes raise, so that only one prints it."""
-    error.shared = True
+    error.silent = not is_main()
     return error

@@ -14,7 +14,7 @@ class UserError(ValueError):
     `run.py` prints it as one line and exits with status 2.
     """
 
-    shared = False  # whether all of several processes raise it, and so one prints it
+    silent = False  # whether another of several processes prints it
 
 
 class BusyError(UserError):

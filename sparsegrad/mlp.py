@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from sparsegrad.distributed import refuse_shards
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.rounding import check_updated
 
@@ -53,10 +54,11 @@ def find_mlp(model: nn.Module, mlp: Names | None = None) -> Linears:
 
     Raises:
         UserError: for an unknown or ambiguous layout, a bad expression, a kind without linears or with mixed shapes,
-            a quantized weight, or one that other modules share.
+            a quantized or sharded weight, or one that other modules share.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}, not a torch.nn.Module: give the model itself")
+    refuse_shards(model)
     linears = {kind: _linears(model, kind, names) for kind, names in _named(model, mlp).items()}
     _refuse_shared(model, linears)
     return linears

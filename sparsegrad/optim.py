@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsegrad.basis import Basis
+from sparsegrad.distributed import is_shard, shards_error
 from sparsegrad.errors import UserError, check_choice, check_number
 from sparsegrad.moments import MOMENTS
 from sparsegrad.rounding import add_stochastic, check_updated
@@ -186,6 +187,8 @@ def _check_group(group: dict[str, Any]) -> None:
     """Every weight is a matrix, fits the basis and holds the kept entries."""
     check_choice("moments", group["moments"], tuple(MOMENTS))
     for weight in group["params"]:
+        if is_shard(weight):
+            raise shards_error(f"a parameter {tuple(weight.shape)} is")
         if weight.dim() != 2:
             raise UserError(f"a parameter {tuple(weight.shape)} cannot be SparseGrad: put only weights (out, in) there")
         check_updated(weight, "a SparseGrad weight")
@@ -217,8 +220,8 @@ def _apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor) -
         )
     else:
         change = group["basis"].unrotate_sparse(selection.index, change, shape)
-    for weight, own in zip(weights, change, strict=True):
-        add_stochastic(weight, own.view(shape))
+    for weight, own, values in zip(weights, change, selection.values, strict=True):
+        add_stochastic(weight, own.view(shape), values)
 
 
 def _pack(basis: Basis | None) -> dict[str, Tensor | None] | None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.calibration import Batch, calibrate
+from sparsegrad.distributed import unwrapped
 from sparsegrad.errors import UserError, check_number
 from sparsegrad.mlp import Linears, Names, check_trainable, find_mlp
 from sparsegrad.optim import SparseGradAdamW
@@ -36,7 +37,8 @@ def prepare(
     before the call what shall not train. `print(describe(optimizer))` tells which weights were taken.
 
     Args:
-        model: called as `model(**batch)`, with a `loss` in its result; not changed.
+        model: called as `model(**batch)`, with a `loss` in its result; not changed. It may be inside
+            `DistributedDataParallel`; several connected processes calibrate together.
         batches: at least `steps` mappings of tensors with labels, for calibration only.
         mlp: layer kind -> pattern of module names, or a list of names, or a layout's name; None finds those of known
             layouts. See `find_mlp`.
@@ -47,9 +49,10 @@ def prepare(
         **adamw: `betas`, `eps`, `weight_decay`, `fused`, `foreach` of `SparseGradAdamW`.
 
     Raises:
-        UserError: for values out of range, or a model without the named linears, or with frozen, tied or quantized
-            ones; before any batch is read. For batches without labels.
+        UserError: for values out of range, or a model without the named linears, or with frozen, tied, quantized or
+            sharded ones, or another model on each process; before any batch is read. For batches without labels.
     """
+    model = unwrapped(model)
     density = 0.01 if density is None and keep is None else density
     check_number("lr", lr, above=0)
     if isinstance(batches, Mapping):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,13 +17,14 @@ from sparsegrad.blocks import dense_weights, select_linears
 from sparsegrad.callbacks import NonFiniteLossError
 from sparsegrad.checkpoints import last_checkpoint, weights_fingerprint
 from sparsegrad.config import RunConfig
-from sparsegrad.distributed import check_same, connect, from_main, is_main, rank, world_size
+from sparsegrad.distributed import from_main, is_main, lost_process, rank, world_size
 from sparsegrad.errors import BusyError, UserError
 from sparsegrad.memory import PeakMemory
 from sparsegrad.memory_plan import check_memory
 from sparsegrad.methods.base import Context, Prepared
 from sparsegrad.mlp import Linears, find_mlp
 from sparsegrad.models import load_model, load_tokenizer
+from sparsegrad.process_checks import check_processes
 from sparsegrad.records import (
     SCHEMA,
     check_writable,
@@ -72,7 +72,7 @@ def run(
     device = pick_device(config.train.device)
     check_precision(config, device)
     try:
-        _check_processes(config, device)
+        check_processes(config, device)
         lock = run_lock(config)
         from_main(lambda: _acquire(lock, config.key))
         try:
@@ -82,25 +82,11 @@ def run(
     except Exception as error:
         if is_of_writing(error, (config.work_dir, config.results_dir)):
             raise unwritable(config.run_folder, error) from error
+        if (lost := lost_process(error)) is not None:
+            raise lost from error
         raise
     finally:
         close_tracker(config)
-
-
-def _check_processes(config: RunConfig, device: torch.device) -> None:
-    """Connect the processes, if there are several, and refuse what they cannot do together."""
-    if world_size() > 1 and getattr(config.method, "engine", "merged") == "layer":
-        raise UserError(
-            "method.engine=layer is not allowed with several processes: each would keep other entries of its own "
-            "gradient; engine=merged selects once, from the gradient of all, and walks the same path"
-        )
-    if world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError(
-            "FSDP is not allowed: a weight cut into shards cannot be rotated; start with torchrun, or "
-            "accelerate launch --multi_gpu, which keep every weight whole (DDP)"
-        )
-    connect(device)
-    check_same("the configuration", config.key)
 
 
 def _acquire(lock: FileLock, key: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsegrad.distributed import is_shard, shards_error
 from sparsegrad.errors import UserError, check_integer, check_number
 
 # Entries of all weights that are rotated together. On a GPU: few enough that the copies of a step stay below what
@@ -75,6 +76,8 @@ def together(weights: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 def select(group: dict[str, Any], weights: list[Tensor]) -> Selection:
     """Rotate the gradients of weights (out, in) by the group's basis, and select `keep` or `density` of each."""
     first = weights[0]
+    if is_shard(first):  # cut up after the optimizer was made, as Accelerate's FSDP does
+        raise shards_error(f"a weight {tuple(first.shape)} is")
     dtype = torch.promote_types(first.dtype, torch.float32)
     if first.grad.is_sparse:  # type: ignore[union-attr]
         return Selection(group, weights, *_given(first.grad, dtype))  # type: ignore[arg-type]

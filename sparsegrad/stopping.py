@@ -1,13 +1,15 @@
 """SIGTERM and SIGUSR1, as Slurm sends them before it takes a machine away: save first, then end.
 
 The signal is answered at the end of the step at work; an evaluation at work is finished first. A second signal, or one
-outside training, ends the run at once.
+outside training, ends the run at once. One that follows within seconds is the same: a job's signal reaches `torchrun`
+and its processes, and `torchrun` hands its own on.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -18,6 +20,7 @@ from transformers import TrainerCallback
 from sparsegrad.distributed import largest
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+REPEAT = 5.0  # seconds in which a signal is a repetition
 
 
 class Stopped(KeyboardInterrupt):
@@ -35,6 +38,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         self.training = False
         self.asked = 0  # by a signal to this process
         self.agreed = 0  # by all processes
+        self._since = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -70,6 +74,8 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
             raise Stopped(agreed)
 
     def _take(self, number: int, _: FrameType | None) -> None:
-        if not self.training or self.asked:
+        again = self.asked and time.monotonic() - self._since > REPEAT
+        if not self.training or again:
             raise Stopped(number)
-        self.asked = number
+        if not self.asked:
+            self.asked, self._since = number, time.monotonic()

@@ -28,6 +28,7 @@ from sparsegrad.checkpoints import PREFIX, last_checkpoint, load_state, prune, r
 from sparsegrad.config import RunConfig, TrainConfig
 from sparsegrad.distributed import average_, is_main, rank, world_size
 from sparsegrad.errors import UserError
+from sparsegrad.last_batch import own_rows, weighted, without_labels
 from sparsegrad.memory import PeakMemory
 from sparsegrad.metrics import compute_metrics
 from sparsegrad.metrics.language import token_losses
@@ -118,26 +119,25 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             self.state.log_history.append({"step": self.state.global_step, "epoch": self.state.epoch, **found})
         return scores
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        """The micro-batches of one step, and for a language model the number of all processes' tokens."""
+        batches, tokens = super().get_batch_samples(*args, **kwargs)
+        if self.model_accepts_loss_kwargs and batches and (share := self._own_rows()):
+            batches[-1] = without_labels(batches[-1], share[0])
+            tokens = self._get_num_items_in_batch(batches, self.args.device)
+        return batches, tokens
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss; of several processes' last batch of an epoch, only this one's share of the rows that are left."""
-        share = self._share_of_the_rest() if model.training else None
+        last = model.training and self.accelerator.gradient_state.sync_gradients and not self.model_accepts_loss_kwargs
+        share = self._own_rows() if last else None
         if share is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        rows, weight = share
-        # Every process takes part in the averaging, so one without rows gives a loss of nothing.
-        left = {name: value[: max(rows, 1)] for name, value in inputs.items()}
-        return super().compute_loss(model, left, *args, **kwargs) * weight
+        rows, weight = weighted(inputs, *share)
+        return super().compute_loss(model, rows, *args, **kwargs) * weight
 
-    def _share_of_the_rest(self) -> tuple[int, float] | None:
-        """Rows of this process in a global batch that is not full, and the weight of their mean; None for a full one.
-
-        `accelerate` fills such a batch with rows from the epoch's beginning, at its end; one process would not.
-        """
-        state, size = self.accelerator.gradient_state, self.args.per_device_train_batch_size
-        if world_size() == 1 or not (state.end_of_dataloader and state.sync_gradients) or state.remainder <= 0:
-            return None
-        rows = min(max(state.remainder - rank() * size, 0), size)
-        return rows, rows * world_size() / state.remainder
+    def _own_rows(self) -> tuple[int, int] | None:
+        return own_rows(self.accelerator.gradient_state, self.args.per_device_train_batch_size)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, which would forget the best checkpoint if the folder has moved."""
@@ -298,6 +298,7 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
         use_cpu=pick_device(train.device).type == "cpu",
         ddp_broadcast_buffers=False,  # none of them is trained: only gradients travel
         seed=config.seed,
+        data_seed=config.seed,  # of several processes each draws its dropout from another seed, but rows from one
         report_to=_tracker(config),
         run_name=f"{config.name}/{config.model.name}/{config.method.name}/{config.task.name}/{config.seed}",
     )

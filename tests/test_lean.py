@@ -70,9 +70,9 @@ def test_small_changes_of_bfloat16_weights_add_up() -> None:
     change = torch.full((4096,), 1e-3)
     for _ in range(1000):
         nearest.add_(change.bfloat16())
-        add_stochastic(random, change)
+        add_stochastic(random, change, torch.randn(3))
     assert (nearest == 1).all()
     assert abs(float(random.float().mean()) - 2) < 0.005
     exact = torch.zeros(3)
-    add_stochastic(exact, torch.tensor([0.1, -0.2, 0.3]))
+    add_stochastic(exact, torch.tensor([0.1, -0.2, 0.3]), torch.randn(3))
     assert torch.equal(exact, torch.tensor([0.1, -0.2, 0.3]))

@@ -1,0 +1,173 @@
+"""Runs of several connected processes: the record of one process with the same global batch, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHORT, TINY, last_wins, write_rows
+from hydra import compose, initialize_config_dir
+from llama_fixtures import LLAMA, tree, write_trees
+from process_group import together
+from safetensors.numpy import load_file
+from transformers import TrainerCallback
+
+from sparsegrad.config import RunConfig, build
+from sparsegrad.errors import UserError
+from sparsegrad.runs import run
+
+NO_DROPOUT = ("+model.architecture.hidden_dropout_prob=0", "+model.architecture.attention_probs_dropout_prob=0")
+BERT = (*TINY, *SHORT, *NO_DROPOUT, "train.lr=1e-4")
+METHODS = ("full", "lora", "meprop", "sparsegrad", "sparsegrad_authors", "sparsegrad_fast")
+LAYER = ("method=sparsegrad", "method.engine=layer")
+
+Case = tuple[str, ...]
+
+
+def config(*overrides: str) -> RunConfig:
+    chosen = last_wins(*overrides)
+    if any(name.startswith("method=sparsegrad") for name in chosen):
+        chosen.append("method.steps=6")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return build(compose("config", chosen))
+
+
+class At(TrainerCallback):  # type: ignore[misc]
+    """At a step, on one process or (-1) on all: Ctrl-C, or a kill."""
+
+    def __init__(self, step: int, number: int = signal.SIGINT, process: int = -1) -> None:
+        self.step, self.number, self.process, self.began = step, number, process, -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step and self.process in (-1, int(os.environ.get("RANK", "0"))):
+            if self.number == signal.SIGINT:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), self.number)
+
+
+def outcome(case: Case, callback: At | None = None) -> dict[str, Any]:
+    """What a run ends with: its curves and weights, or what it was refused or interrupted with."""
+    chosen = config(*case, "save_model=true")
+    try:
+        record, _ = run(chosen, callbacks=[callback] if callback else [])
+    except UserError as error:
+        return {"error": str(error), "silent": error.silent}
+    except KeyboardInterrupt:
+        return {"error": "interrupted", "silent": False}
+    return {
+        "losses": [row["loss"] for row in record["losses"]],
+        "evaluations": [[row["loss"], row.get("accuracy", 0.0)] for row in record["evaluations"]],
+        "weights": load_file(chosen.run_folder / "model" / "model.safetensors"),
+        "calibration": record["calibration"],
+        "began": callback.began if callback else None,
+    }
+
+
+def outcomes(cases: dict[str, Case]) -> dict[str, Any]:
+    return {name: outcome(case) for name, case in cases.items()}
+
+
+def at(case: Case, step: int, number: int = signal.SIGINT, process: int = -1) -> dict[str, Any]:
+    return outcome(case, At(step, number, process))
+
+
+def assert_same(found: dict[str, Any], wanted: dict[str, Any], most: float, what: str) -> None:
+    assert "error" not in found, (what, found)
+    for part in ("losses", "evaluations"):
+        assert np.allclose(found[part], wanted[part], atol=most, rtol=0), (what, part, found[part], wanted[part])
+    for name, weight in wanted["weights"].items():
+        assert np.abs(found["weights"][name] - weight).max() <= most, (what, name)
+
+
+def places(folder: Path) -> Case:
+    return f"results_dir={folder / 'results'}", f"work_dir={folder / 'work'}"
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Case:
+    """22 rows: the last of three batches of 8 has 6, of which the second of two processes has 2."""
+    return (*BERT, f"data.dir={write_rows(tmp_path, train=22, validation=11)}", *places(tmp_path))
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Case:
+    """9 conversations of unequal length, in batches of 4."""
+    trees = [tree(number, text="what is two and two " * (1 + number % 3)) for number in range(9)]
+    data = write_trees(tmp_path / "trees.jsonl", trees)
+    return (*LLAMA, f"data.dir={data}", "train.lr=1e-4", *places(tmp_path))
+
+
+def test_runs_of_two_processes_are_those_of_one_with_the_same_global_batch(bert: Case, llama: Case) -> None:
+    """Rows, their order, an uneven last batch, accumulation, evaluation; bases from the store that one filled."""
+    language = (*llama, "method=full", "protocol.max_steps=6", "protocol.eval_steps=3")
+    cases = {
+        **{name: (*bert, f"method={name}") for name in METHODS},
+        "accumulated": (*bert, "method=full", "train.grad_accumulation=2", "seed=5"),
+        "language": language,
+        "language accumulated": (*language, "train.grad_accumulation=2", "seed=5"),
+    }
+    sizes = {name: 2 if name == "accumulated" else 1 if "language" in name else 4 for name in cases}
+    whole = outcomes({name: (*case, f"train.batch_size={2 * sizes[name]}") for name, case in cases.items()})
+    first, second = together(
+        2, outcomes, {name: (*case, f"train.batch_size={sizes[name]}") for name, case in cases.items()}
+    )
+    for name, wanted in whole.items():
+        assert_same(first[name], wanted, 1e-5, name)
+        assert_same(second[name], first[name], 0, name)
+    assert first["sparsegrad"]["calibration"]["reused"]
+
+
+def refusals(case: Case) -> list[str]:
+    """Settings, engines and seeds that several processes cannot have, one after the other."""
+    found = [
+        outcome((*case, *LAYER))["error"],
+        outcome((*case, "method=sparsegrad", "method.release_gradients=true"))["error"],
+        outcome((*case, "method=full", f"seed={os.environ['RANK']}"))["error"],
+    ]
+    for engine in ("FSDP", "DEEPSPEED"):
+        os.environ[f"ACCELERATE_USE_{engine}"] = "true"
+        found.append(outcome((*case, "method=full"))["error"])
+        del os.environ[f"ACCELERATE_USE_{engine}"]
+    return found
+
+
+def test_what_several_processes_cannot_do_is_refused(bert: Case) -> None:
+    for layer, released, seeds, fsdp, deepspeed in together(2, refusals, bert):
+        assert "method.engine=layer is not allowed with several processes" in layer
+        assert "method.release_gradients=true is not allowed with several processes" in released
+        assert "the configuration differs between the processes" in seeds
+        assert "start all with the same command and seed" in seeds
+        assert "FSDP is not allowed" in fsdp
+        assert "DeepSpeed is not allowed" in deepspeed
+
+
+def test_a_run_is_continued_by_as_many_processes_and_by_no_other_number(bert: Case, tmp_path: Path) -> None:
+    case = (*bert, "method=sparsegrad")
+    whole = together(2, outcome, (*case, *places(tmp_path / "whole")))[0]
+    assert [found["error"] for found in together(2, at, case, 3)] == ["interrupted"] * 2
+    assert "is of this run with 2 processes, and cannot be continued by 1" in outcome(case)["error"]
+    first, second = together(2, at, case, 0)
+    assert first["began"] == second["began"] == 2
+    assert_same(first, whole, 0, "continued by two")
+    assert at((*case, "seed=7"), 3)["error"] == "interrupted"
+    for found in together(2, outcome, (*case, "seed=7")):
+        assert "with 1 process, and cannot be continued by 2" in found["error"]
+        assert "start 1 process, or begin anew with resume=false" in found["error"]
+    assert "weights" in outcome((*case, "seed=7", "resume=false"))
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_the_processes_that_are_left_end_soon_and_one_says_why(bert: Case, dies: int) -> None:
+    """The killed one returns nothing."""
+    case = (*bert, "method=sparsegrad", "protocol.max_steps=60")
+    left = together(3, at, case, 7, signal.SIGKILL, dies, missing=1, seconds=60)
+    assert len(left) == 2
+    assert all("lost the connection to another, which has ended" in found["error"] for found in left)
+    assert [found["silent"] for found in left].count(False) == 1

@@ -1,0 +1,30 @@
+"""Which signal ends a run at once, and which is the first one repeated."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from sparsegrad import stopping
+from sparsegrad.stopping import StopOnSignal, Stopped
+
+
+def test_a_signal_repeated_at_once_is_one_and_a_later_one_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm signals launcher and processes, and the launcher its processes again."""
+    now = [100.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    stop = StopOnSignal()
+    stop.on_train_begin()
+    for seconds in (0, 0.5, 4):
+        now[0] = 100.0 + seconds
+        stop._take(signal.SIGTERM, None)
+    assert stop.asked == signal.SIGTERM
+    now[0] = 106.0
+    with pytest.raises(Stopped):
+        stop._take(signal.SIGTERM, None)
+
+
+def test_a_signal_outside_training_ends_the_run_at_once() -> None:
+    with pytest.raises(Stopped):
+        StopOnSignal()._take(signal.SIGUSR1, None)
