@@ -18,6 +18,7 @@ def check_updated(weight: Tensor, what: str) -> None:
             "half precision all the same, or in bfloat16, which is rounded at random"
         )
 
+
 # Odd multipliers of the mixing, as signed 32-bit numbers: products wrap around.
 _SPREAD, _MIX = -1640531527, (2146121005, -2073254261)
 
