@@ -28,8 +28,8 @@ EXPERIMENTS: dict[str, dict[str, tuple[str, ...]]] = {
     | {"ablation": ("table11", "table12"), "all": ("table4", "table5", "table6", "table11", "table12")},
     "mini": dict.fromkeys(("table4", "table5", "table9", "table10", "quality"), ("table5_mini",))
     | dict.fromkeys(("table11", "table12", "ablation"), ("table11_mini",))
-    | {"table6": ("table6_mini",), "basis": ("basis_mini",)}
-    | {"all": ("table5_mini", "table11_mini", "basis_mini", "table6_mini")},
+    | {"table6": ("table6_mini", "table6_mini_bases"), "basis": ("basis_mini",)}
+    | {"all": ("table5_mini", "table11_mini", "basis_mini", "table6_mini", "table6_mini_bases")},
 }
 # The grid of an experiment whose YAML gives none.
 GRID = {"seed": "42,3705,2023", "method": "full,lora,sparsegrad,meprop"}

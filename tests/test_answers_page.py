@@ -59,7 +59,8 @@ def test_the_committed_answers_are_to_the_committed_questions() -> None:
     folder = ROOT / "results" / "mtbench"
     questions = {one.question_id: one for one in load_questions(folder / "questions.jsonl")}
     paths = sorted((folder / "model_answer").glob("*.jsonl"))
-    assert "smollm2" in [path.stem for path in paths]
+    if not paths:
+        pytest.skip("no answers are committed: docs/mtbench.md has the commands")
     for path in paths:
         answers = load_answers(path)
         assert {one.question_id for one in answers} == set(questions)

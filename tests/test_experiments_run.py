@@ -76,13 +76,21 @@ def test_the_mini_cells_are_those_of_the_mini_yaml(conf: Any, overrides: list[st
 def test_every_table_of_runs_composes(results: Path) -> None:
     every = {one for scale, names in EXPERIMENTS.items() for name in names for one in experiments_of(name, scale)}
     assert len(every) >= 9
-    for experiment in every - {"table6", "table6_mini"}:  # on a task of their own
+    for experiment in every - {"table6", "table6_mini", "table6_mini_bases"}:  # on a task of their own
         narrow = ["seed=42", "task=stsb", *([f"results_dir={results}"] if "mini" in experiment else [])]
         found = list_cells(experiment, narrow)
         assert len({cell.config.key for cell in found}) == len(found) >= 2, experiment
         models = {"table4": ["roberta_large"], "table9": ["bert_base"], "table5": ["bert_base", "roberta_base"]}
         if experiment in models:
             assert sorted({cell.config.model.name for cell in found}) == models[experiment]
+
+
+def test_the_committed_records_are_the_cells_of_mini_table_6() -> None:
+    found = [cell for name in experiments_of("table6", "mini") for cell in list_cells(name)]
+    assert {cell.point["method"] for cell in found} == {"full", "lora", "meprop", "sparsegrad", "sparsegrad_fast"}
+    assert len(found) == 15
+    committed = {path.stem for path in (ROOT / "results" / "runs" / "table6_mini").glob("*.json")}
+    assert {cell.config.key for cell in found} == committed
 
 
 @pytest.mark.parametrize(
