@@ -41,7 +41,7 @@ from sparsegrad.mlp import find_mlp
 from sparsegrad.records import environment, write_json
 
 ROOT = Path(__file__).parents[1]
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Any] = {
     "full": Full(),
     "lora": Lora(rank=7),
     "meprop": MeProp(),
@@ -63,7 +63,7 @@ class Payload:
         """Become its communication hook; as a lambda, because DDP takes no annotation that is a text."""
         wrapped.register_comm_hook(None, lambda _, bucket: self._count(bucket))
 
-    def _count(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def _count(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Count the bucket, then average it as DDP does without a hook."""
         whole = bucket.buffer()
         self.bytes += whole.numel() * whole.element_size()
@@ -176,7 +176,9 @@ def worker(rank: int, processes: int, blocks: int, folder: str) -> None:
 def measure(processes: int, blocks: int) -> dict[str, Any]:
     """The rows of one number of processes."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, (processes, blocks, folder), processes)
+        torch.multiprocessing.spawn(  # type: ignore[attr-defined,no-untyped-call]
+            worker, (processes, blocks, folder), processes
+        )
         found: dict[str, Any] = json.loads((Path(folder) / "rows.json").read_text())
         return found
 

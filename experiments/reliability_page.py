@@ -67,7 +67,8 @@ def filled(page: str, results: Path) -> str:
         path = results / file
         text = render(read_json(path)) if path.is_file() else MISSING
         block = f"<!-- {name} -->\n\n{text}\n\n<!-- /{name} -->"
-        page = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, page, flags=re.DOTALL)
+        old = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
+        page = old.sub(block.replace("\\", r"\\"), page)
     return page
 
 
