@@ -125,7 +125,8 @@ def kill_once(line: list[str], folder: Path, how: str, draw: random.Random) -> d
     one of the next checkpoints.
     """
     before = newest(folder)
-    how = how if before else "SIGKILL"  # with nothing written yet, a full disk is a run that cannot begin
+    if how == "full disk" and not before:
+        how = "SIGKILL"  # with nothing written yet, a full disk is a run that cannot begin
     process, more = start(line, folder, full_disk=how == "full disk"), draw.randint(1, 4) * INTERVAL
     if how != "full disk":
         wait_until(process, lambda: newest(folder) >= before + more, draw.choice([draw.uniform(0, 4), 120, 120]))

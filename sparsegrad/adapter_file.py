@@ -117,9 +117,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[s
     path = folder / FACTS
     try:
         facts = _read_facts(path)
-        with safe_open(folder / TENSORS, framework="pt"):
-            pass  # its header fits its size: only then is all of it read
-        if _file_sha256(folder / TENSORS) != facts["sha256"]:
+        if not _is_as_written(folder / TENSORS, facts["sha256"]):
             raise UserError(f"{folder / TENSORS} is damaged or of another adapter (its sha256 differs): copy it anew")
         tensors = load_file(folder / TENSORS)
         entries = {name: _entry(name, plain, tensors) for name, plain in facts["tensors"].items()}
@@ -194,6 +192,16 @@ def _check_rotated(entries: Mapping[str, Entry], bases: Mapping[str, Tensor]) ->
         )
         if not fits or not inside or not all(torch.isfinite(matrix).all() for matrix in (V, U)):
             raise UserError(f"the adapter's basis of kind {entry.kind} does not fit {name}: save it anew")
+
+
+def _is_as_written(path: Path, sha256: Any) -> bool:
+    path.stat()  # names the file that is missing
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # its header fits its size: only then is all of it read
+    except SafetensorError:
+        return False
+    return _file_sha256(path) == sha256
 
 
 def _file_sha256(path: Path) -> str:
