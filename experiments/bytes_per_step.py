@@ -78,12 +78,18 @@ def sent_bytes() -> int:
 
 def _sent(descriptor: int) -> int:
     try:
-        with socket.socket(fileno=os.dup(descriptor)) as found:
+        own = os.dup(descriptor)
+        try:
+            opened = socket.socket(fileno=own)
+        except OSError:
+            os.close(own)  # no socket, which has not taken it
+            return 0
+        with opened as found:
             if found.family not in (socket.AF_INET, socket.AF_INET6) or found.type != socket.SOCK_STREAM:
                 return 0
             info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_SENT + 8)
             return int(struct.unpack_from("=Q", info, _BYTES_SENT)[0])
-    except OSError:  # no socket, or closed meanwhile
+    except OSError:  # closed meanwhile
         return 0
 
 

@@ -15,10 +15,15 @@ IGNORED = -100  # the label of a token that has no loss
 
 
 def own_rows(state: GradientState, size: int) -> tuple[int, int] | None:
-    """Rows of this process and of all, in a last batch that is not `size` rows for each process; else None."""
-    if world_size() == 1 or not state.end_of_dataloader or state.remainder <= 0:
+    """Rows of this process and of all, in a last batch that is not `size` rows for each process; else None.
+
+    Counted here: `state.remainder` is wrong in an epoch that a checkpoint continues (`accelerate` then takes the batch
+    of one process for that of all).
+    """
+    if world_size() == 1 or not state.end_of_dataloader:
         return None
-    return min(max(state.remainder - rank() * size, 0), size), state.remainder
+    rest = len(state.active_dataloader.dataset) % (size * world_size())
+    return None if rest == 0 else (min(max(rest - rank() * size, 0), size), rest)
 
 
 def weighted(inputs: dict[str, Any], own: int, of_all: int) -> tuple[dict[str, Any], float]:

@@ -136,6 +136,20 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         rows, weight = weighted(inputs, *share)
         return super().compute_loss(model, rows, *args, **kwargs) * weight
 
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Loss, logits and labels of one batch; rows that fill a last one are cut off later, but not from its mean.
+
+        A language model is scored by its tokens, not by this loss, which it takes all processes to compute.
+        """
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        if self.model_accepts_loss_kwargs:
+            return loss, logits, labels
+        own = (own_rows(self.accelerator.gradient_state, self.args.per_device_eval_batch_size) or (0, 0))[0]
+        if 0 < own < self.args.per_device_eval_batch_size and loss is not None:
+            rows = {name: value[:own] for name, value in inputs.items()}
+            loss = super().prediction_step(model, rows, prediction_loss_only=True)[0]
+        return loss, logits, labels
+
     def _own_rows(self) -> tuple[int, int] | None:
         return own_rows(self.accelerator.gradient_state, self.args.per_device_train_batch_size)
 
