@@ -48,7 +48,8 @@ class BasisStore:
             made, cost = self._measured(compute)
             facts = {} if fingerprint is None else {"fingerprint": fingerprint, "reused": False}
             found = from_main(lambda: self._keep(made, {**facts, **cost}, fingerprint))
-        return found
+        # One layout, whether made now or read: products round otherwise in the last bit, and a continued run differs.
+        return {kind: basis.by_columns() for kind, basis in found[0].items()}, found[1]
 
     @property
     def _own_cost(self) -> Path:

@@ -9,6 +9,7 @@ import pickle
 import random
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +127,17 @@ def _change(content: Any, draw: random.Random, values: tuple[Any, ...]) -> Any:
     """The content with one random place changed."""
     places = list(_places(content))
     if not places or draw.random() < 0.02:
-        return draw.choice(values)
+        return deepcopy(draw.choice(values))  # a later change must not reach the list of values itself
     node, key = draw.choice(places)
     how = draw.random()
     if how < 0.7:
-        node[key] = draw.choice(values)
+        node[key] = deepcopy(draw.choice(values))
     elif how < 0.85:
         del node[key]
     elif isinstance(node, dict):
         node[str(draw.choice(values))] = node.pop(key)
     else:
-        node.append(node[key])
+        node.append(deepcopy(node[key]))
     return content
 
 
