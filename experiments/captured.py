@@ -28,12 +28,8 @@ def _top(sides: str) -> Callable[[Tensor, Basis], float]:
     return lambda G, basis: top_energy(basis.only(sides).rotate(G), DENSITY)
 
 
-def _block(core: str) -> Callable[[Tensor, Basis], float]:
-    def share(G: Tensor, basis: Basis) -> float:
-        rows, columns = core_shape((G.shape[0], G.shape[1]), DENSITY, core)
-        return leading_energy(basis.rotate(G), rows, columns)
-
-    return share
+def _block(G: Tensor, basis: Basis) -> float:
+    return leading_energy(basis.rotate(G), *core_shape((G.shape[0], G.shape[1]), DENSITY))
 
 
 def _in_only(G: Tensor, basis: Basis) -> float:
@@ -45,8 +41,7 @@ ARMS: dict[str, Callable[[Tensor, Basis], float]] = {
     "exact, both sides": _top("both"),
     "small side": _top("small"),
     "MeProp": lambda G, basis: top_energy(G, DENSITY),
-    "block, proportional": _block("proportional"),
-    "block, narrow": _block("narrow"),
+    "block, proportional": _block,
     "block, inputs alone": _in_only,
 }
 

@@ -68,8 +68,14 @@ def lora(model: nn.Module, linears: Linears, bases: Bases, lr: float) -> torch.o
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
 
 
-def _core(core: str, out: int, features: int) -> tuple[int, int]:
-    return core_shape((out, features), 0.01, core)
+def _proportional(out: int, features: int) -> tuple[int, int]:
+    return core_shape((out, features), 0.01)
+
+
+def _narrow(out: int, features: int) -> tuple[int, int]:
+    """The same sides, the longer one along the outputs: what a step costs grows with the inputs' side alone."""
+    small, large = sorted(_proportional(out, features))
+    return large, small
 
 
 def _crossed(share: float) -> Callable[[int, int], tuple[int, int]]:
@@ -83,8 +89,8 @@ ARMS: dict[str, Arm] = {
     "exact_small_side_support": partial(merged, sides="small", moments="support"),
     "meprop_masked": partial(merged, sides=None),
     "lora": lora,
-    "block_proportional": partial(block, shape=partial(_core, "proportional")),
-    "block_narrow": partial(block, shape=partial(_core, "narrow")),
+    "block_proportional": partial(block, shape=_proportional),
+    "block_narrow": partial(block, shape=_narrow),
     "block_crossed": partial(block, shape=_crossed(0.1)),
 }
 

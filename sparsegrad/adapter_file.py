@@ -201,7 +201,7 @@ def _is_as_written(path: Path, sha256: Any) -> bool:
             pass  # its header fits its size: only then is all of it read
     except SafetensorError:
         return False
-    return _file_sha256(path) == sha256
+    return bool(_file_sha256(path) == sha256)
 
 
 def _file_sha256(path: Path) -> str:

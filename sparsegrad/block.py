@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
-from sparsegrad.errors import UserError, check_choice, check_integer
+from sparsegrad.errors import UserError, check_integer
 from sparsegrad.linear import product_dtype
 from sparsegrad.rounding import add_stochastic, check_updated
 from sparsegrad.selection import check_density
@@ -151,23 +151,12 @@ def share_bases(layers: Sequence[BlockLinear]) -> None:
         layer.in_basis, layer.out_basis = layers[0].in_basis, layers[0].out_basis
 
 
-CORES = ("proportional", "narrow")
-
-
-def core_shape(shape: tuple[int, int], density: float, core: str = "proportional") -> tuple[int, int]:
-    """The block (c, r) of a weight (out, in) that has `density` of its entries.
-
-    Args:
-        shape: (out, in).
-        density: share of the entries, (0, 1].
-        core: `proportional`: the same share of either side; or `narrow`: with the longer side of that along the
-            outputs, as far as there are so many. What a step costs and keeps grows with r, not with c.
+def core_shape(shape: tuple[int, int], density: float) -> tuple[int, int]:
+    """The block (c, r) of a weight (out, in) that has `density` of its entries: the same share of either side.
 
     Raises:
-        UserError: for a density outside (0, 1], or an unknown `core`.
+        UserError: for a density outside (0, 1].
     """
     check_density(density)
     rows, columns = (max(1, round(density**0.5 * size)) for size in shape)
-    if check_choice("core", core, CORES) == "proportional" or columns <= rows:
-        return rows, columns
-    return (columns, rows) if columns <= shape[0] else (shape[0], max(1, round(density * shape[1])))
+    return rows, columns

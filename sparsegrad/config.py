@@ -32,7 +32,6 @@ _LATER: dict[tuple[str, str], Any] = {
     ("method", "release_gradients"): False,
     ("method", "drop_padding"): False,
     ("method", "save_dtype"): None,
-    ("method", "core"): "proportional",
     ("train", "schedule"): "constant",
     ("train", "warmup_steps"): 0,
     ("train", "gradient_checkpointing"): False,

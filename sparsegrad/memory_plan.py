@@ -24,7 +24,6 @@ from sparsegrad.mlp import Linears
 log = logging.getLogger(__name__)
 GIB = 2**30
 _WIDE, _MLP, _LOGITS = 14, 5, 3
-_BLOCK = ("sparsegrad_fast", "sparsegrad_fast_narrow")  # methods that train one block of each weight
 _ADAM = 8  # bytes of both moments of one entry
 # The paper's Table 6: share of the parameters that each method trains.
 PUBLISHED_SHARE = {"full": "22 %", "lora": "0.5 %", "meprop": "0.5 %", "sparsegrad": "0.5 %"}
@@ -60,7 +59,7 @@ def plan(setup: Setup) -> dict[str, int]:
     adapters = setup.rank * sum(map(sum, setup.shapes.values())) * (setup.linears // len(setup.shapes))
     cores = sum(r * c for r, c in (core_shape(s, setup.density) for s in setup.shapes.values()))
     cores *= setup.linears // len(setup.shapes)
-    trained = {"lora": adapters, **dict.fromkeys(_BLOCK, cores)}.get(setup.method, setup.selected)
+    trained = {"lora": adapters, "sparsegrad_fast": cores}.get(setup.method, setup.selected)
     in_float32 = 0 if setup.method == "lora" else setup.selected
     weights = (setup.parameters - in_float32) * frozen_size + in_float32 * 4
     weights += 4 * trained if trained != setup.selected else 0

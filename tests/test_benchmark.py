@@ -73,7 +73,7 @@ def run(bench: Bench, arms: tuple[str, ...] = ("full", "lora_peft", "merged", "f
 def test_the_arms_are_those_of_the_comparison_and_every_one_can_be_made() -> None:
     assert {
         "frozen", "full", "lora_peft", "lora_dtype", "lora_fused", "meprop", "layer_regular", "layer_sparse_dense",
-        "authors", "merged", "fast", "fast_narrow",
+        "authors", "merged", "fast",
     } <= set(ARMS)  # fmt: skip
     assert set(REFERENCES) <= set(ARMS)
     for arm in ARMS.values():

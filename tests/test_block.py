@@ -133,19 +133,6 @@ def test_the_core_gradient_is_the_same_in_either_order() -> None:
         assert torch.allclose(_core_gradient(dy, x_r, V_c), (dy @ V_c).T @ x_r, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(3072, 768), (768, 3072), (8, 8)])
-def test_a_narrow_block_has_few_inputs_and_as_many_entries(shape: tuple[int, int]) -> None:
-    rows, columns = core_shape(shape, 0.01, "narrow")
-    assert columns <= rows <= shape[0]
-    assert rows * columns == core_shape(shape, 0.01)[0] * core_shape(shape, 0.01)[1]
-
-
-def test_a_narrow_block_of_everything_still_fits() -> None:
-    assert core_shape((4, 16), 1.0, "narrow") == (4, 16)
-    with pytest.raises(UserError, match="core=wide is not allowed: choose one of proportional, narrow"):
-        core_shape((4, 4), 0.5, "wide")
-
-
 def test_layers_of_one_kind_hold_their_basis_once(linear, basis) -> None:
     layers = [BlockLinear.from_linear(linear, basis, CORE) for _ in range(3)]
     before = layers[2](data()[0])

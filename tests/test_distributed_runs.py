@@ -22,7 +22,7 @@ from sparsegrad.runs import run
 
 NO_DROPOUT = ("+model.architecture.hidden_dropout_prob=0", "+model.architecture.attention_probs_dropout_prob=0")
 BERT = (*TINY, *SHORT, *NO_DROPOUT, "train.lr=1e-4")
-# The authors' calibration trains, so that float32 rounding grows before the first step: test_distributed.py, in float64.
+# The authors' calibration trains: float32 rounding grows before the first step. test_distributed.py has it in float64.
 METHODS = ("full", "lora", "meprop", "sparsegrad", "sparsegrad_fast")
 LAYER = ("method=sparsegrad", "method.engine=layer")
 

@@ -34,7 +34,6 @@ METHODS = {
     ),
     "sparsegrad_authors": (),
     "sparsegrad_fast": (),
-    "sparsegrad_fast_narrow": (),
 }
 KEEP, RANK, SIZE, SIDES = 20, 2, 32 * 64, 32 + 64  # 1 % of a weight (64, 32); the tiny sizes of conftest
 STEPS = 4
@@ -86,7 +85,7 @@ def expected_count(method: str, before: dict[str, Tensor]) -> tuple[int, int]:
     if method == "sparsegrad_authors":
         rest -= sum(value.numel() for name, value in before.items() if "LayerNorm" in name)
     per_weight = {"full": SIZE, "lora": RANK * SIDES, "lora_tuned": RANK * SIDES, "sparsegrad_authors": 40}
-    per_weight |= dict.fromkeys(("sparsegrad_fast", "sparsegrad_fast_narrow"), 6 * 3)  # a tenth of 64 and of 32
+    per_weight["sparsegrad_fast"] = 6 * 3  # a tenth of 64 and of 32
     each = per_weight.get(method, KEEP)
     return rest + 4 * each, each
 

@@ -26,7 +26,6 @@ ARMS = {
     "full": ("full fine-tuning", "full"),
     EXACT: ("SparseGrad, default engine: exact", "merged"),
     "sparsegrad_fast": ("SparseGrad fast: block, not exact", "fast"),
-    "sparsegrad_fast_narrow": ("SparseGrad fast: narrow block, not exact", "fast_narrow"),
     "sparsegrad_authors": ("SparseGrad as the authors' code", "authors"),
     LORA: ("LoRA, peft's default alpha", "lora_peft"),
     TUNED: ("LoRA, alpha = 2 rank", "lora_peft"),

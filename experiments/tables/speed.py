@@ -35,9 +35,16 @@ WHY = (
 )
 
 
+APART = ("bytes_per_step.json",)  # in the same folder, and no benchmark: docs/several-gpus.md
+
+
+def _files(results: Path) -> list[Path]:
+    return [path for path in sorted((results / "bench").glob("*.json")) if path.name not in APART]
+
+
 def documents(results: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, content) of each benchmark file that can be read; `unread` names the others."""
-    for path in sorted((results / "bench").glob("*.json")):
+    for path in _files(results):
         found = _document(path)
         if isinstance(found, dict):
             yield path.stem, found
@@ -45,7 +52,7 @@ def documents(results: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def unread(results: Path) -> list[str]:
     """One line for each benchmark file that is damaged or of another schema."""
-    found = [(path, _document(path)) for path in sorted((results / "bench").glob("*.json"))]
+    found = [(path, _document(path)) for path in _files(results)]
     return [f"bench/{path.name}: {reason}" for path, reason in found if isinstance(reason, str)]
 
 

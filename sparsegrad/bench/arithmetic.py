@@ -47,7 +47,6 @@ COSTS: dict[str, Cost] = {
     "both_sides": lambda x: 1.5 + (x.n + x.m) / (2 * x.T) + min(x.n, x.m) / (2 * x.T),
     "small_side": lambda x: 1.5 + min(x.n, x.m) / (2 * x.T),
     "block": lambda x: _block(x, x.c, x.r),
-    "block_narrow": lambda x: _block(x, max(x.c, x.r), min(x.c, x.r)),
 }
 
 

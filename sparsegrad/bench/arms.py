@@ -119,14 +119,6 @@ ARMS: dict[str, Arm] = {
         sized=by_density,
         bases=True,
     ),
-    "fast_narrow": Arm(
-        about="SparseGrad fast, few inputs by many outputs, not exact",
-        method="methods.sparsegrad_fast:SparseGradFast",
-        cost="block_narrow",
-        options={"core": "narrow"},
-        sized=by_density,
-        bases=True,
-    ),
 }
 FIT_ARM = "full"  # measured first in every setting: how many steps fit into the time is counted on it
 PAPER_ARMS = ("full", "lora_peft", "layer_sparse_dense", "layer_regular", "merged", "fast")

@@ -30,10 +30,9 @@ def _asked(gpu: bool, tokens: float) -> list[tuple[str, str, str, str, bool, flo
         ("merged, speed over the paper's layer", "merged", "speed", "layer_regular", True, 2.0),
         ("merged, memory over full fine-tuning", "merged", "memory", "full", False, 1.0),
         ("merged, gradients released, memory over full", "merged_release", "memory", "full", False, 1.0),
+        ("fast, speed over peft LoRA", "fast", "speed", "lora_peft", True, 1.15),
+        ("fast, memory over peft LoRA", "fast", "memory", "lora_peft", False, 0.85),
     ]
-    for arm in ("fast", "fast_narrow"):
-        asked.append((f"{arm}, speed over peft LoRA", arm, "speed", "lora_peft", True, 1.15))
-        asked.append((f"{arm}, memory over peft LoRA", arm, "memory", "lora_peft", False, 0.85))
     if gpu:
         asked.append(("merged, memory over peft LoRA", "merged", "memory", "lora_peft", False, 1.0))
     if gpu or tokens == _TOKENS:

@@ -24,11 +24,10 @@ _BARS = (
     "merged_release",
     "merged_lean",
     "fast",
-    "fast_narrow",
 )
-_FEW_BARS = ("full", "lora_peft", "layer_regular", "merged", "merged_small", "fast", "fast_narrow")
+_FEW_BARS = ("full", "lora_peft", "layer_regular", "merged", "merged_small", "fast")
 # The arms of the mini accuracy runs: the quality table takes their speed from here.
-_QUALITY = (*_FLOOR_AND_MAIN, "merged_release", "fast_narrow", "meprop", "authors")
+_QUALITY = (*_FLOOR_AND_MAIN, "merged_release", "meprop", "authors")
 _LLAMA_GIB = 24  # two true-size blocks in float32 with moments and bases
 
 

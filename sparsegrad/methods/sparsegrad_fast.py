@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparsegrad.block import CORES, BlockLinear, core_shape, share_bases
-from sparsegrad.errors import check_choice, check_integer
+from sparsegrad.block import BlockLinear, core_shape, share_bases
+from sparsegrad.errors import check_integer
 from sparsegrad.methods.base import (
     Context,
     Prepared,
@@ -30,18 +30,15 @@ class SparseGradFast:
     Attributes:
         density: share of a weight's entries that the block has, (0, 1].
         steps: calibration batches.
-        core: which block: `proportional` or `narrow`, see `sparsegrad.block.core_shape`.
     """
 
     density: float = 0.01
     steps: int = 30
-    core: str = "proportional"
     name: str = "sparsegrad_fast"
 
     def __post_init__(self) -> None:
         check_density(self.density)
         check_integer("method.steps", self.steps, at_least=1, remedy="the paper takes 30")
-        check_choice("method.core", self.core, CORES)
 
     def check(self, linears: Linears) -> None:
         """Every block fits its weight by construction."""
@@ -50,7 +47,7 @@ class SparseGradFast:
         """See `Method`."""
         freeze(model, linears, context, mlp_weights=True)  # as `SparseGrad`, so that both share stored bases
         bases, cost = calibrated_bases(model, linears, context, self.steps)
-        shapes = {kind: core_shape(shape, self.density, self.core) for kind, shape in weight_shapes(linears).items()}
+        shapes = {kind: core_shape(shape, self.density) for kind, shape in weight_shapes(linears).items()}
         for kind, found in linears.items():
             layers = [BlockLinear.from_linear(linear, bases[kind], shapes[kind]) for linear in found.values()]
             share_bases(layers)

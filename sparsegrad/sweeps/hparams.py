@@ -25,7 +25,7 @@ COLUMNS = {
     ),
 }  # fmt: skip
 # Variants of a method that the tables have one line for.
-FAMILY = {"sparsegrad_authors": "sparsegrad", "sparsegrad_fast": "sparsegrad", "sparsegrad_fast_narrow": "sparsegrad"}
+FAMILY = {"sparsegrad_authors": "sparsegrad", "sparsegrad_fast": "sparsegrad"}
 # The authors searched nothing for MeProp; their BERT runs took SparseGrad's values, and so do ours for RoBERTa.
 STAND_IN = {"meprop": "sparsegrad"}
 MINI = "mini"
