@@ -37,9 +37,9 @@ def _mini(context: Context) -> Iterator[Finding]:
 
 def _against(context: Context, protocol: str, method: str, other: str) -> str:
     found = verdict.compare(context, protocol, method, other)
-    if found.difference is None:
+    if found.difference is None or found.interval is None:  # one seed shows nothing: the tables have it
         return ""
-    low_high = "" if found.interval is None else f", 95 % {found.interval[0]:+.2f} to {found.interval[1]:+.2f}"
+    low_high = f", 95 % {found.interval[0]:+.2f} to {found.interval[1]:+.2f}"
     count = f"{len(found.tasks)} task{'s' * (len(found.tasks) > 1)}"
     return f"{found.difference:+.2f} points against {other} over {count}{low_high}: {found.verdict}"
 

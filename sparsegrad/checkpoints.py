@@ -46,7 +46,7 @@ def is_whole(checkpoint: Path) -> bool:
         sizes = inside and all((checkpoint / name).stat().st_size == files[name][0] for name in files)
         whole = sizes and all(_fingerprint(checkpoint / name) == files[name] for name in files)
         return TRAINER_STATE_NAME in files and whole
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, LookupError):
         return False
 
 
