@@ -47,11 +47,12 @@ def draw_all(context: Context) -> dict[str, Path]:
 def draw(context: Context, name: str) -> dict[str, Path]:
     """One figure, as `draw_all` gives them; empty where its data is missing."""
     title, make = FIGURES[name]
-    with plt.rc_context(_STYLE):
+    # From the defaults, whatever other code of this process has set: plots of Optuna's change them for good.
+    with plt.style.context(["default", _STYLE]):
         figure = make(context)
-    if figure is None:
-        return {}
-    return {f"{title} ({MINI_MARK})": save(figure, context.results / "figures" / f"{name}.png")}
+        if figure is None:
+            return {}
+        return {f"{title} ({MINI_MARK})": save(figure, context.results / "figures" / f"{name}.png")}
 
 
 def energies(context: Context) -> list[str]:

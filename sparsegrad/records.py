@@ -121,9 +121,8 @@ def _wrong_field(record: Mapping[str, Any]) -> str | None:
         row = summary(record)
     except (KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__} {error}"
-    done = row["status"] == "complete"
     for name, value in row.items():
-        optional = name not in _ALWAYS and not (done and name in ("metric", "value"))
+        optional = name not in _ALWAYS  # a score too: that of a constant prediction may not be defined
         if not (isinstance(value, _KINDS[name]) or (optional and value is None)):
             return f"{name} is a {type(value).__name__}"
     counts = (row["per_weight"] or {}).values()

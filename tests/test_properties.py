@@ -125,9 +125,6 @@ ENGINES: dict[str, Callable[[nn.Linear, Basis, float], nn.Module]] = {
         linear, basis, density=density, backward="sparse_dense"
     ),
     "block": lambda linear, basis, density: BlockLinear.from_linear(linear, basis, (1, 1)),
-    "block, one side": lambda linear, basis, density: BlockLinear.from_linear(
-        linear, Basis(basis.in_basis, None), (linear.out_features, 1)
-    ),
     "lean": lambda linear, basis, density: LeanLinear(linear, drop_padding=True),
 }
 PRECISION = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -243,12 +240,11 @@ def rotated(x: Tensor, weight: Tensor, mode: str) -> Tensor:
     return _RotatedLinear.apply(x, weight, basis.in_basis, basis.out_basis, keep, mode).sin()
 
 
-def block(x: Tensor, bias: Tensor, core: Tensor, one_side: bool) -> Tensor:
+def block(x: Tensor, bias: Tensor, core: Tensor) -> Tensor:
     """The core's part of W enters by value; its gradient is the Function's own."""
     basis = basis_of(OUT, IN)
-    U, V = basis.in_basis[:, : core.shape[1]], None if one_side else basis.out_basis[:, : core.shape[0]]
-    inside = core.detach() if V is None else V @ core.detach()
-    return _BlockLinear.apply(x, draw(OUT, IN, seed=5) + inside @ U.T, bias, core, U, V).sin()
+    U, V = basis.in_basis[:, : core.shape[1]], basis.out_basis[:, : core.shape[0]]
+    return _BlockLinear.apply(x, draw(OUT, IN, seed=5) + V @ core.detach() @ U.T, bias, core, U, V).sin()
 
 
 def lean(x: Tensor, weight: Tensor, bias: Tensor, drop_padding: bool) -> Tensor:
@@ -259,8 +255,7 @@ def lean(x: Tensor, weight: Tensor, bias: Tensor, drop_padding: bool) -> Tensor:
 CHECKS: dict[str, tuple[type, Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "layer regular": (_RotatedLinear, lambda *a: rotated(*a, "regular"), [(TOKENS, IN), (OUT, IN)]),
     "layer sparse_dense": (_RotatedLinear, lambda *a: rotated(*a, "sparse_dense"), [(TOKENS, IN), (OUT, IN)]),
-    "block": (_BlockLinear, lambda *a: block(*a, False), [(TOKENS, IN), (OUT,), (3, 2)]),
-    "block, one side": (_BlockLinear, lambda *a: block(*a, True), [(TOKENS, IN), (OUT,), (OUT, 2)]),
+    "block": (_BlockLinear, block, [(TOKENS, IN), (OUT,), (3, 2)]),
     "lean": (_LeanLinear, lambda *a: lean(*a, False), [(TOKENS, IN), (OUT, IN), (OUT,)]),
     "lean, no padding": (_LeanLinear, lambda *a: lean(*a, True), [(TOKENS, IN), (OUT, IN), (OUT,)]),
     "fused LoRA": (

@@ -338,9 +338,11 @@ def test_a_killed_process_leaves_no_record_and_is_continued(
     config = tiny(*LONG)
     process = start_run_py(*last_wins(*small, *LONG))
     wait_for(lambda: last_whole(config), process)
+    process.send_signal(signal.SIGSTOP)  # it must not end while we look
     with pytest.raises(UserError, match=f"run {config.key} is at work in another process: wait for it, or stop it"):
         run(config)
     process.send_signal(how)
+    process.send_signal(signal.SIGCONT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
     assert "Traceback" not in error
