@@ -53,7 +53,8 @@ def complete(cell: Cell) -> None:
     """Stand in for a run: the lock, some time, and a record."""
     with run_lock(cell.config).acquire(timeout=0):
         time.sleep(0.2)
-        write_json(cell.config.record_path, {"schema": 1, "status": "complete"})
+        record = {"schema": 1, "status": "complete", "config": cell.config.resolved}
+        write_json(cell.config.record_path, record)
         with (Path(cell.config.work_dir) / "made").open("a") as log:
             log.write(f"{cell.label}\n")
 
