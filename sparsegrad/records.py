@@ -121,8 +121,10 @@ def _wrong_field(record: Mapping[str, Any]) -> str | None:
         row = summary(record)
     except (KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__} {error}"
+    # A score may be missing, that of a constant prediction is not defined; what it would be has a name.
+    always = (*_ALWAYS, "metric") if row["status"] == "complete" and "result" in record else _ALWAYS
     for name, value in row.items():
-        optional = name not in _ALWAYS  # a score too: that of a constant prediction may not be defined
+        optional = name not in always
         if not (isinstance(value, _KINDS[name]) or (optional and value is None)):
             return f"{name} is a {type(value).__name__}"
     counts = (row["per_weight"] or {}).values()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -158,7 +159,9 @@ def start_run_py(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]
 
     def start(*overrides: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(ROOT / "run.py"), *overrides]
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        # A shell's background job has Ctrl-C ignored, and so would what the tests start from one.
+        pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         started.append(subprocess.Popen(command, cwd=tmp_path, env=environment(), text=True, **pipes))
         return started[-1]
 
