@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from sparsegrad.errors import UserError
-from sparsegrad.processes import is_main
+from sparsegrad.processes import cap_product_caches, is_main
 
 console = Console()
 
@@ -55,6 +55,7 @@ def _refuse(error: UserError) -> NoReturn:
 
 
 def _run(composed: DictConfig) -> None:
+    cap_product_caches()
     # `transformers` and `torch` take seconds to import: `--help` and a mistyped override should not wait for them.
     from sparsegrad.models import quiet_transformers
 

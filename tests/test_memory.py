@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from sparsegrad import memory
 from sparsegrad.memory import PeakMemory
+from sparsegrad.processes import KEPT_PRODUCTS
 
 MIB = 2**20
 
@@ -53,3 +58,44 @@ def test_without_a_high_water_mark_samples_count(monkeypatch: pytest.MonkeyPatch
     report = peak.report()
     assert report["method"] == "samples"
     assert report["resident_mib"] - report["baseline_mib"] > 90
+
+
+# Prints the MiB that malloc holds more after products of 150 lengths than after 50, under autocast.
+GROWTH = """
+import ctypes, sys, torch
+from sparsegrad.processes import cap_product_caches
+
+class Held(ctypes.Structure):
+    _fields_ = [(str(place), ctypes.c_size_t) for place in range(10)]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Held
+if sys.argv[1] == "capped":
+    cap_product_caches()
+linear = torch.nn.Linear(384, 1536)
+held = []
+for tokens in range(8, 1201, 8):
+    with torch.autocast("cpu", torch.bfloat16):
+        linear(torch.ones(tokens, 384, requires_grad=True)).sum().backward()
+    held.append(getattr(mallinfo(), "7") / 2**20)
+print(held[-1] - held[49])
+"""
+
+
+def growth(how: str) -> float:
+    environment = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+    ran = subprocess.run(
+        [sys.executable, "-c", GROWTH, how], env=environment, capture_output=True, text=True, check=False
+    )
+    if "mallinfo2" in ran.stderr:
+        pytest.skip("this C library does not tell what malloc holds")
+    assert ran.returncode == 0, ran.stderr
+    return float(ran.stdout)
+
+
+def test_products_of_ever_new_lengths_do_not_grow_the_memory_of_a_run() -> None:
+    """One that is not capped shows that this test would see it."""
+    free = growth("free")
+    if free < 25:
+        pytest.skip(f"products of this machine are not cached: {free:.0f} MiB more without a cap")
+    assert growth("capped") < 12, f"{KEPT_PRODUCTS} products of each cache are kept"
