@@ -2,7 +2,9 @@
 
 MiniLM on SST-2, batches of 16; only MLP weights and classifier train, at a constant rate; calibration on 30 other
 batches. Engines are compared at one trainable count (1 % of each MLP weight) unless an arm's name says otherwise.
-Every result goes to `results/engine_study.json` as it comes; what is there is not run again.
+Every result goes to `results/engine_study.json` as it comes; what is there is not run again. An arm named `.._renewed`
+calibrates anew half way and begins again with empty moments; `.._restarted` does so with the bases it had, so that the
+two differ by the bases alone.
 
     python -m experiments.engine_study --glue <glue folder> --arms exact fast lora --rates 5e-4 1e-3 --seeds 2 3
 """
@@ -25,12 +27,12 @@ from sparsegrad.assets import asset_path
 from sparsegrad.basis import Basis
 from sparsegrad.block import BlockLinear, core_shape
 from sparsegrad.calibration import calibrate
-from sparsegrad.methods.base import replace_linear
+from sparsegrad.methods.base import replace_linear, restore_linears
 from sparsegrad.mlp import Linears, find_mlp
 from sparsegrad.optim import SparseGradAdamW
 from sparsegrad.prepare import param_groups
 from sparsegrad.records import write_json
-from sparsegrad.selection import count_kept
+from sparsegrad.selection import Selection, count_kept
 
 CALIBRATION, STEPS, BATCH = 30, 200, 16
 Batches = list[dict[str, torch.Tensor]]
@@ -43,6 +45,43 @@ def merged(model: nn.Module, linears: Linears, bases: Bases, lr: float, **option
     sides, density = options.get("sides", "both"), options.get("density", 0.01)
     chosen = {kind: None if sides is None else basis.only(sides) for kind, basis in bases.items()}
     groups = param_groups(model, linears, chosen, density=density, moments=options.get("moments", "dense"))
+    return SparseGradAdamW(groups, lr=lr)
+
+
+class HeldSupport(SparseGradAdamW):
+    """Chooses its entries anew every `interval` steps only, and has the moments of all entries at hand then."""
+
+    interval = STEPS
+
+    def _update(self, selections: list[Selection]) -> None:
+        super()._update([self._held(selection) for selection in selections])
+
+    def _held(self, selection: Selection) -> Selection:
+        state = self.state[selection.weights[0]]
+        age = state["age"] = state.get("age", -1) + 1
+        if age % self.interval == 0:
+            state["held"] = selection.index
+        gradients = torch.stack([weight.grad for weight in selection.weights if weight.grad is not None])
+        values = selection.group["basis"].rotate(gradients).flatten(1).gather(1, state["held"])
+        return Selection(selection.group, selection.weights, state["held"], values)
+
+
+def held(model: nn.Module, linears: Linears, bases: Bases, lr: float, interval: int) -> torch.optim.Optimizer:
+    """Engine `merged` whose support is refreshed slowly."""
+    optimizer = HeldSupport(param_groups(model, linears, bases, density=0.01), lr=lr)
+    optimizer.interval = interval
+    return optimizer
+
+
+def block_top(model: nn.Module, linears: Linears, bases: Bases, lr: float, share: float) -> torch.optim.Optimizer:
+    """Engine `block` with a larger core, of which each step keeps the largest entries: 1 % of the weight."""
+    block(model, linears, bases, lr, shape=lambda *shape: core_shape(shape, share))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    cores = {layer.core for layer in model.modules() if isinstance(layer, BlockLinear)}
+    groups = [
+        {"params": [p for p in trained if p in cores], "density": 0.01 / share},
+        {"params": [p for p in trained if p not in cores]},
+    ]
     return SparseGradAdamW(groups, lr=lr)
 
 
@@ -92,6 +131,13 @@ ARMS: dict[str, Arm] = {
     "block_proportional": partial(block, shape=_proportional),
     "block_narrow": partial(block, shape=_narrow),
     "block_crossed": partial(block, shape=_crossed(0.1)),
+    "exact_support_50": partial(held, interval=50),
+    "exact_support_fixed": partial(held, interval=STEPS),
+    "block_4_percent_top": partial(block_top, share=0.04),
+    "exact_restarted": merged,
+    "exact_renewed": merged,
+    "block_restarted": partial(block, shape=_proportional),
+    "block_renewed": partial(block, shape=_proportional),
 }
 
 
@@ -101,14 +147,19 @@ def run_one(arm: str, lr: float, seed: int, glue: Path) -> dict[str, float]:
     folder = asset_path("minilm")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    linears = find_mlp(model, None)
-    weights = {id(linear.weight) for found in linears.values() for linear in found.values()}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(id(parameter) in weights or name.startswith("classifier"))
+    linears = _trained_linears(model)
     batches = _batches(tokenizer, glue / "sst2" / "train.jsonl", seed)
-    bases = calibrate(model, batches, {kind: list(found.values()) for kind, found in linears.items()}, CALIBRATION)
-    optimizer = ARMS[arm](model, linears, bases, lr)
-    losses = list(_train(model, optimizer, batches))
+    bases = _calibrate(model, linears, batches)
+    halves = 2 if arm.endswith(("_restarted", "_renewed")) else 1
+    losses: list[float] = []
+    for half in range(halves):
+        if half:
+            if arm.startswith("block"):
+                restore_linears(model, linears)
+                linears = _trained_linears(model)
+            bases = _calibrate(model, linears, batches) if arm.endswith("_renewed") else bases
+        optimizer = ARMS[arm](model, linears, bases, lr)
+        losses += _train(model, optimizer, batches, STEPS // halves)
     return {
         "loss": sum(losses) / len(losses),
         "last_50": sum(losses[-50:]) / 50,
@@ -116,9 +167,24 @@ def run_one(arm: str, lr: float, seed: int, glue: Path) -> dict[str, float]:
     }
 
 
-def _train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Mapping[str, Any]]) -> Iterator[float]:
+def _trained_linears(model: nn.Module) -> Linears:
+    """The MLP linears, whose weights train, and nothing else but the classifier."""
+    linears = find_mlp(model, None)
+    weights = {id(linear.weight) for found in linears.values() for linear in found.values()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in weights or name.startswith("classifier"))
+    return linears
+
+
+def _calibrate(model: nn.Module, linears: Linears, batches: Iterator[dict[str, torch.Tensor]]) -> Bases:
+    return calibrate(model, batches, {kind: list(found.values()) for kind, found in linears.items()}, CALIBRATION)
+
+
+def _train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Mapping[str, Any]], steps: int
+) -> Iterator[float]:
     model.train()
-    for _, batch in zip(range(STEPS), batches, strict=False):
+    for _, batch in zip(range(steps), batches, strict=False):
         loss = model(**batch).loss
         loss.backward()
         optimizer.step()

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsegrad.basis import Basis, Grams
+from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_integer
+from sparsegrad.grams import Grams
 from sparsegrad.memory import PeakMemory
 from sparsegrad.records import environment, now, write_json
 

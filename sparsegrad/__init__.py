@@ -2,9 +2,10 @@
 
 from sparsegrad.adapter import Adapter, load_adapter, switch
 from sparsegrad.adapter_save import save_adapter
-from sparsegrad.basis import Basis, hosvd
+from sparsegrad.basis import Basis
 from sparsegrad.calibration import calibrate
 from sparsegrad.errors import UserError
+from sparsegrad.grams import hosvd
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.mlp import find_mlp
 from sparsegrad.optim import SparseGradAdamW

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparsegrad.errors import UserError
 from sparsegrad.records import unwritable, write_json
+from sparsegrad.tensor_bytes import tensor_bytes
 
 FORMAT = "sparsegrad-adapter-1"
 TENSORS, FACTS = "sparsegrad_adapter.safetensors", "sparsegrad_adapter.json"
@@ -68,8 +69,7 @@ class Entry:
 def digest(tensor: Tensor) -> str:
     """sha256 of dtype, shape and bytes of a tensor."""
     hashed = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}:".encode())
-    # As bytes of any dtype: numpy knows no bfloat16.
-    hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    hashed.update(tensor_bytes(tensor))
     return hashed.hexdigest()
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegrad.basis import SIDES, Basis, Grams
+from sparsegrad.basis import SIDES, Basis
 from sparsegrad.distributed import average_, check_same_weights, refuse_shards, unwrapped
 from sparsegrad.errors import UserError, check_choice, check_integer
+from sparsegrad.grams import Grams
 
 Batch = Mapping[str, Any]
 

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from sparsegrad.records import read_json, write_json
+from sparsegrad.tensor_bytes import tensor_bytes
 
 MANIFEST = "manifest.json"
 KEEP = 2  # the newest ones; the best one stays besides
@@ -80,8 +80,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(f"{name}{tuple(value.shape)}".encode())
-        # As bytes of any dtype: numpy knows no bfloat16.
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor_bytes(value))
     return digest.hexdigest()[:16]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsegrad.basis import hosvd
+from sparsegrad.grams import hosvd
 from sparsegrad.memory import PeakMemory
 
 FLOAT64 = 8
