@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from sparsegrad.checkpoints import last_checkpoint, weights_fingerprint
 from sparsegrad.config import RunConfig
 from sparsegrad.distributed import from_main, is_main, lost_process, rank, world_size
 from sparsegrad.errors import BusyError, UserError
+from sparsegrad.history import best_on_validation, evaluations, history, scores_of
 from sparsegrad.memory import PeakMemory
 from sparsegrad.memory_plan import check_memory
 from sparsegrad.methods.base import Context, Prepared
@@ -38,9 +38,8 @@ from sparsegrad.records import (
 from sparsegrad.stopping import StopOnSignal
 from sparsegrad.tasks.base import Splits
 from sparsegrad.token_sets import check_sizes, log_counts, token_sets
+from sparsegrad.trainer import RunTrainer
 from sparsegrad.training import (
-    VALIDATION,
-    RunTrainer,
     check_precision,
     check_tracker,
     close_tracker,
@@ -185,12 +184,13 @@ class _Run:
         except (NonFiniteLossError, UserError) as error:
             reason = f"{error}: training diverged; lower train.lr={self.config.train.lr:g}, or check the data"
             self._leave_failed(
-                {**record, **_history(trainer)}, reason if isinstance(error, NonFiniteLossError) else str(error)
+                {**record, **history(trainer.state.log_history)},
+                reason if isinstance(error, NonFiniteLossError) else str(error),
             )
         record |= {"status": "complete", "result": result, "speed": stopwatch.report(), "memory": memory.report()}
         if self.config.save_model:
             from_main(lambda: self._save(prepared))
-        return {**record, **_history(trainer), "environment": self._environment()}
+        return {**record, **history(trainer.state.log_history), "environment": self._environment()}
 
     def _environment(self) -> dict[str, Any]:
         return {**self.environment, "finished": now()}
@@ -242,12 +242,12 @@ class _Run:
             torch.manual_seed(self.config.seed + rank())  # rows of one batch must not share their dropout
         trainer.train(resume_from_checkpoint=self.checkpoint)
         main, state = self.config.task.main_metric, trainer.state
-        best = _evaluations(state.log_history)
+        best = evaluations(state.log_history)
         chosen = next(row for row in best if row["step"] == state.best_global_step)
         scores = {name: value for name, value in chosen.items() if name not in ("step", "epoch", "loss")}
         if self.sets.report is not None:
             # Not `evaluate`: its log would put this split's scores among those that choose.
-            scores = _scores(trainer.predict(self.sets.report, metric_key_prefix="eval").metrics)
+            scores = scores_of(trainer.predict(self.sets.report, metric_key_prefix="eval").metrics)
             scores.pop("loss")
         return {
             "metric": main,
@@ -260,17 +260,8 @@ class _Run:
             "steps": state.global_step,
             "epochs": round(state.epoch, 4),
             "weights": weights_fingerprint(self.model),
-            **self._watched(state.log_history),
+            **best_on_validation(state.log_history, self.config.task),
         }
-
-    def _watched(self, log: list[dict[str, Any]]) -> dict[str, Any]:
-        """The best score on the validation split, where every evaluation took it; `value` is not chosen by it."""
-        task = self.config.task
-        seen = [row for row in _evaluations(log, VALIDATION) if row.get(task.main_metric) is not None]
-        if not seen:
-            return {}
-        best = (max if task.greater_is_better else min)(seen, key=lambda row: float(row[task.main_metric]))
-        return {"best_on_validation": {"value": best[task.main_metric], "step": best["step"]}}
 
     def _facts(self, prepared: Prepared) -> dict[str, Any]:
         return {
@@ -323,28 +314,3 @@ def _check_same_data(config: RunConfig, record: Mapping[str, Any]) -> None:
             f"{config.record_path} was made with other data (fingerprint {found}, now {splits.fingerprint}): "
             "choose another name=, or force=true to replace it"
         )
-
-
-def _history(trainer: RunTrainer) -> dict[str, Any]:
-    """Every evaluation, and the curve of the training loss."""
-    log = trainer.state.log_history
-    losses = [{"step": row["step"], "loss": _finite(row["loss"])} for row in log if "loss" in row]
-    watched = _evaluations(log, VALIDATION)
-    return {"evaluations": _evaluations(log), **({"validations": watched} if watched else {}), "losses": losses}
-
-
-def _evaluations(log: list[dict[str, Any]], prefix: str = "eval") -> list[dict[str, Any]]:
-    rows = [row for row in log if any(name.startswith(f"{prefix}_") for name in row)]
-    return [{"step": row["step"], "epoch": round(row["epoch"], 4), **_scores(row, prefix)} for row in rows]
-
-
-def _scores(row: Mapping[str, Any], prefix: str = "eval") -> dict[str, Any]:
-    """The scores of an evaluation, without its timings."""
-    timings = ("runtime", "per_second")
-    of = {name: value for name, value in row.items() if name.startswith(f"{prefix}_")}
-    found = {name.removeprefix(f"{prefix}_"): value for name, value in of.items()}
-    return {name: _finite(value) for name, value in found.items() if not name.endswith(timings)}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -78,16 +78,16 @@ class Count(TrainerCallback):  # type: ignore[misc]
 
 
 def test_old_checkpoints_go_and_disk_use_is_bounded(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsegrad import training
+    from sparsegrad import trainer
 
     most = [0]
-    prune = training.prune
+    prune = trainer.prune
 
     def counted(folder: Path, best: int | None) -> None:
         most.append(len(list(folder.glob("checkpoint-*"))))
         prune(folder, best)
 
-    monkeypatch.setattr(training, "prune", counted)
+    monkeypatch.setattr(trainer, "prune", counted)
     # A score that is best at the start and never again, so that the best checkpoint is an old one.
     config = tiny("method=full", "protocol.eval_steps=1", "protocol.max_steps=8", "train.lr=1e-9")
     count = Count(config.checkpoints)

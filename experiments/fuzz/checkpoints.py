@@ -21,7 +21,7 @@ from sparsegrad.errors import UserError
 from sparsegrad.mlp import find_mlp
 from sparsegrad.optim import SparseGradAdamW
 from sparsegrad.prepare import param_groups
-from sparsegrad.training import RunTrainer
+from sparsegrad.trainer import RunTrainer
 
 FACTS = {"unlogged": {"loss": 0.0, "since": 0}}
 _STATE = "trainer_state.json"

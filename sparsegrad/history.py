@@ -1,0 +1,46 @@
+"""What a record says of a training, out of the Trainer's log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sparsegrad.tasks.base import Task
+from sparsegrad.trainer import VALIDATION
+
+Log = list[dict[str, Any]]
+
+
+def history(log: Log) -> dict[str, Any]:
+    """Every evaluation, and the curve of the training loss."""
+    losses = [{"step": row["step"], "loss": _finite(row["loss"])} for row in log if "loss" in row]
+    watched = evaluations(log, VALIDATION)
+    return {"evaluations": evaluations(log), **({"validations": watched} if watched else {}), "losses": losses}
+
+
+def evaluations(log: Log, prefix: str = "eval") -> Log:
+    """The evaluations whose scores have `prefix`: step, epoch, scores."""
+    rows = [row for row in log if any(name.startswith(f"{prefix}_") for name in row)]
+    return [{"step": row["step"], "epoch": round(row["epoch"], 4), **scores_of(row, prefix)} for row in rows]
+
+
+def best_on_validation(log: Log, task: Task) -> dict[str, Any]:
+    """The best score on the validation split, where every evaluation took it; the run's own is not chosen by it."""
+    seen = [row for row in evaluations(log, VALIDATION) if row.get(task.main_metric) is not None]
+    if not seen:
+        return {}
+    best = (max if task.greater_is_better else min)(seen, key=lambda row: float(row[task.main_metric]))
+    return {"best_on_validation": {"value": best[task.main_metric], "step": best["step"]}}
+
+
+def scores_of(row: Mapping[str, Any], prefix: str = "eval") -> dict[str, Any]:
+    """The scores of an evaluation, without its timings."""
+    timings = ("runtime", "per_second")
+    of = {name: value for name, value in row.items() if name.startswith(f"{prefix}_")}
+    found = {name.removeprefix(f"{prefix}_"): value for name, value in of.items()}
+    return {name: _finite(value) for name, value in found.items() if not name.endswith(timings)}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
