@@ -1,4 +1,4 @@
-"""`torchrun run.py`, as a user types it: one end-to-end run, a killed process, signals"""
+"""`torchrun` and `accelerate launch run.py`, as a user types it: end-to-end runs, a killed process, signals."""
 
 from __future__ import annotations
 
@@ -17,18 +17,27 @@ from conftest import ROOT, environment, free_port
 from test_distributed_runs import assert_same, outcome
 from test_distributed_runs import bert as bert  # the fixture
 
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --nproc-per-node=2 --master-port={port}",
+    # `--multi_gpu` starts processes as torchrun does; `train.device=cpu` then needs no GPU.
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no "
+    "--dynamo_backend=no --main_process_port={port}",
+}
 Case = tuple[str, ...]
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
 def torchrun(tmp_path: Path) -> Iterator[Start]:
-    """`torchrun(*overrides)`: starts run.py in two processes; what is left of them is killed after the test."""
+    """`torchrun(*overrides)`: starts run.py in two processes; what is left of them is killed after the test.
+
+    `by` names another of the `LAUNCHERS`.
+    """
     started: list[subprocess.Popen[str]] = []
 
-    def start(*overrides: str) -> subprocess.Popen[str]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-        command = [*launcher, str(ROOT / "run.py"), *overrides]
+    def start(*overrides: str, by: str = "torchrun") -> subprocess.Popen[str]:
+        launcher = LAUNCHERS[by].format(port=free_port()).split()
+        command = [sys.executable, "-m", *launcher, str(ROOT / "run.py"), *overrides]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         started.append(
             subprocess.Popen(command, cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)), text=True, **pipes)
@@ -53,18 +62,19 @@ def after_a_checkpoint(launcher: subprocess.Popen[str], folder: Path) -> list[ps
     return [child for child in psutil.Process(launcher.pid).children() if "run.py" in " ".join(child.cmdline())]
 
 
-def test_torchrun_leaves_the_record_of_one_process_with_the_same_global_batch(
-    bert: Case, torchrun: Start, tmp_path: Path
+@pytest.mark.parametrize("by", LAUNCHERS)
+def test_a_launcher_leaves_the_record_of_one_process_with_the_same_global_batch(
+    bert: Case, torchrun: Start, tmp_path: Path, by: str
 ) -> None:
     case = (*bert, "method=sparsegrad")
     wanted = outcome((*case, "train.batch_size=8"))
-    launcher = torchrun(*case, "method.steps=6", "save_model=true")
+    launcher = torchrun(*case, "method.steps=6", "save_model=true", by=by)
     printed = launcher.communicate(timeout=200)[0]
     assert launcher.returncode == 0, printed
     records = [json.loads(path.read_text()) for path in tmp_path.glob("results/runs/*/*.json")]
     assert sorted(record["config"].get("processes", 1) for record in records) == [1, 2]
     found = outcome_of_two(case, tmp_path)
-    assert_same(found, wanted, 1e-5, "torchrun")
+    assert_same(found, wanted, 1e-5, by)
     assert printed.count("accuracy 0.") == 1, "one process prints"
 
 
