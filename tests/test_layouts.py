@@ -56,6 +56,8 @@ def test_the_zoo_holds_every_layout() -> None:
 @pytest.mark.parametrize("layout", ZOO)
 def test_the_names_are_found_without_being_told(layout: str) -> None:
     model = tiny_model(layout)
+    if layout == "vit" and not any(name.endswith("fc1") for name, _ in model.named_modules()):
+        layout = "bert"  # transformers 5.3 gives ViT the names of BERT, 5.23 its own
     detected, named = find_mlp(model), find_mlp(model, layout)
     assert {kind: list(found) for kind, found in detected.items()} == {kind: list(named[kind]) for kind in named}
     for kind, shape in SHAPES[layout].items():
@@ -209,14 +211,14 @@ def test_weights_that_cannot_train_are_refused_before_any_batch(spoil: Any, mess
 class TwoLayouts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.text, self.image = tiny_model("llama"), tiny_model("vit")
+        self.one, self.other = tiny_model("llama"), tiny_model("gpt2")
 
 
 @pytest.mark.parametrize(
     ("model", "mlp", "message"),
     [
         (nn.Linear(2, 2), None, "Linear has the MLP names of no known layout .*bert.* mlp="),
-        (TwoLayouts(), None, "fits the layouts .*vit.*: choose one"),
+        (TwoLayouts(), None, "fits the layouts .*gpt2.*: choose one"),
         (nn.Linear(2, 2), [], "names no layer kind"),
         (nn.Linear(2, 2), [3], "names no layer kind"),
         (nn.Linear(2, 2), ["up_proj"], "no MLP linear of kind up_proj"),
