@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
+from typing import Any
 
 import pandas as pd
 
@@ -40,7 +41,7 @@ def _against(context: Context, protocol: str, method: str, other: str) -> str:
     if found.difference is None or found.interval is None:  # one seed shows nothing: the tables have it
         return ""
     low_high = f", 95 % {found.interval[0]:+.2f} to {found.interval[1]:+.2f}"
-    count = f"{len(found.tasks)} task{'s' * (len(found.tasks) > 1)}"
+    count = f"{len(found.tasks)} task{'s' * (len(found.tasks) > 1)}, {found.seeds[0]} and {found.seeds[1]} seeds"
     return f"{found.difference:+.2f} points against {other} over {count}{low_high}: {found.verdict}"
 
 
@@ -56,12 +57,12 @@ def _basis(context: Context) -> Iterator[Finding]:
             f"{100 * energy['authors'][kind]:.0f} % in the authors' basis"
             for kind in figures.KINDS
         )
-        yield "How much gradient energy do the largest 1 % of entries hold?", said, "Basis study"
+        yield f"How much gradient energy do the largest 1 % of entries hold ({_made(found)})?", said, "Basis study"
     grid = Grid(context, "mini_basis", "minilm", "paper", basis.TASKS)
     interval = welch_interval(grid.values("both", AVERAGE), grid.values("authors", AVERAGE))
     if interval is not None:
         said = f"HOSVD minus theirs: {interval[0]:+.2f} to {interval[1]:+.2f} points (95 % Welch, average of tasks)"
-        yield "Does HOSVD as defined beat the basis that the authors ran?", said, "Basis study"
+        yield "Does HOSVD as defined beat the basis that the authors ran (MiniLM)?", said, "Basis study"
 
 
 def _stripes(context: Context) -> Iterator[Finding]:
@@ -74,7 +75,12 @@ def _stripes(context: Context) -> Iterator[Finding]:
         nonzero = mean(share for row in rows for share in row["nonzero"]["intermediate"][:-1])
         real = mean(row["real_tokens"] for row in rows)
         said.append(f"{label}: {100 * nonzero:.1f} % of dL/dY is not zero, {100 * real:.1f} % of the tokens are real")
-    yield "What are the stripes of dL/dY (all blocks but the last)?", "; ".join(said), "Figure 3"
+    yield f"What are the stripes of dL/dY (all blocks but the last; {_made(found)})?", "; ".join(said), "Figure 3"
+
+
+def _made(found: Mapping[str, Any]) -> str:
+    """What a figure's data was measured on."""
+    return f"{found['model']} on {found['task']}"
 
 
 def _speed(context: Context) -> Iterator[Finding]:
@@ -83,9 +89,9 @@ def _speed(context: Context) -> Iterator[Finding]:
         of = {row["arm"]: row for row in found if (row["machine"], row["label"]) == (machine, label)}
         pairs = [("merged", "layer_regular"), ("merged", "full"), ("fast", "lora_peft")]
         said = [
-            f"{arm} {of[arm]['speed'] / of[other]['speed']:.2f} times the steps/s of {other}"
+            f"{arm} {ratio:.2f} times the steps/s of {other}"
             for arm, other in pairs
-            if arm in of and other in of
+            if arm in of and (ratio := of[arm]["speed_over"].get(other)) is not None
         ]
         if said:
             yield f"How fast on {machine}, {label or 'whole model'}?", "; ".join(said), "Tables 3, 7 and 8: measured"

@@ -17,7 +17,7 @@ from experiments.collect import PRUNED, skipped_summary
 from experiments.details import anchor, details, environment_line
 from experiments.render import write_text
 from experiments.tables import hyperparams, speed
-from experiments.tables.base import MINI_MARK, MISSING, OURS, Context, Table
+from experiments.tables.base import MISSING, OURS, Context, Table, is_measured
 
 TEMPLATES = Path(__file__).parent / "templates"
 LONG = 48  # characters; a longer cell wraps
@@ -103,10 +103,11 @@ def _command(name: str) -> str:
 
 def _counts(tables: Sequence[Table]) -> list[tuple[str, int, int]]:
     """(what, measured, all) for the paper's models and for the small ones; tables made from others do not count."""
-    counted = {"cells of the paper's models": (0, 0), "cells of the mini tables": (0, 0)}
+    counted = {"cells of the paper's models": (0, 0), "cells of small or cut models": (0, 0)}
     for table in (one for one in tables if one.name not in _DERIVED):
-        name = list(counted)[MINI_MARK in table.title]
-        counted[name] = (counted[name][0] + table.coverage[0], counted[name][1] + table.coverage[1])
+        for cells, is_small in table.cells:
+            name = list(counted)[is_small]
+            counted[name] = (counted[name][0] + is_measured(cells), counted[name][1] + 1)
     return [(name, *numbers) for name, numbers in counted.items()]
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, set_seed
@@ -15,6 +17,7 @@ from experiments.cells import ROOT
 from sparsegrad.basis import Basis
 from sparsegrad.calibration import calibrate
 from sparsegrad.config import RunConfig, build
+from sparsegrad.errors import UserError
 from sparsegrad.mlp import find_mlp
 from sparsegrad.models import load_model, load_tokenizer, quiet_transformers
 from sparsegrad.optim import SparseGradAdamW
@@ -24,9 +27,16 @@ Batch = Mapping[str, Any]
 
 
 def compose_run(*overrides: str) -> RunConfig:
-    """The checked configuration that run.py would make of `overrides`."""
+    """The checked configuration that run.py would make of `overrides`.
+
+    Raises:
+        UserError: for an override that is none, or a value that is not allowed.
+    """
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return build(compose("config", list(overrides)))
+        try:
+            return build(compose("config", list(overrides)))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from None
 
 
 class Probe:

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import Timeout
 
 from experiments import benchmarks, measure, searches
-from experiments.cells import ELSEWHERE, MEASURED, ROOT, SCALES, Cell, experiments_of, list_cells
+from experiments.cells import ELSEWHERE, EXPERIMENTS, MEASURED, ROOT, SCALES, Cell, experiments_of, list_cells
 from experiments.dry import show
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.runs import run_lock
@@ -48,9 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_choice("LAUNCHER", options.launcher, LAUNCHERS)
         names = experiments_of(options.table, options.scale)
-        groups = [list_cells(name, options.overrides, options.data) for name in names]
-        if options.table in ELSEWHERE:
-            print(f"{options.table}: {ELSEWHERE[options.table]}", flush=True)
+        of_runs = [one for one in options.overrides if one.partition("=")[0] not in FIGURE_KEYS]
+        groups = [list_cells(name, of_runs, options.data) for name in names]
+        if said := _said(options.table, options.scale):
+            print(f"{options.table}: {said}", flush=True)
         studies = _studies(options)
         measured = [_measure(name, options) for name in MEASURED.get(options.table, ())]
         measured += [_benchmark(preset, options) for preset in benchmarks.PRESETS.get(options.table, ())]
@@ -63,6 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
         return 130
+
+
+def _said(table: str, scale: str) -> str:
+    """Why a table has no runs, or not at this scale; nothing where it has."""
+    if table in EXPERIMENTS["mini"] and not experiments_of(table, scale) and table not in ELSEWHERE:
+        return "its runs are of the small model alone: SCALE=mini makes them"
+    return ELSEWHERE.get(table, "")
 
 
 def _group(cells: list[Cell], options: argparse.Namespace) -> int:
@@ -132,13 +140,12 @@ def _parser() -> argparse.ArgumentParser:
 def _launch(cells: Sequence[Cell], launcher: str) -> Outcome:
     if launcher == "local":
         return work(cells, run_cell)
-    for group in (
-        [cell for cell in cells if cell.takes_data is data and not cell.is_complete] for data in (True, False)
-    ):
+    missing = [cell for cell in cells if not cell.is_complete]
+    for group in ([cell for cell in missing if cell.takes_data is data] for data in (True, False)):
         if group:
             subprocess.run(_multirun(group, launcher), check=False)
-    left = {cell.label: _reason(cell) for cell in cells if not cell.is_complete}
-    return Outcome(failed=left)
+    left = {cell.label: _reason(cell) for cell in missing if not cell.is_complete}
+    return Outcome(done=len(missing) - len(left), failed=left)
 
 
 def work(cells: Sequence[Cell], run: Runner, poll: float = POLL_SECONDS) -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -30,10 +31,13 @@ def summarise(values: Sequence[float]) -> Summary | None:
 
 
 def welch_interval(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    """The two-sided interval of mean(a) - mean(b), variances unequal; None where a side has fewer than two values."""
-    if min(len(a), len(b)) < 2:
+    """The two-sided interval of mean(a) - mean(b), variances unequal.
+
+    None where a side has fewer than two values, or where neither varies: a spread of nothing tells no error.
+    """
+    if min(len(a), len(b)) < 2 or len(set(a)) == len(set(b)) == 1:
         return None
-    if len(set(a)) == len(set(b)) == 1:
-        return mean(a) - mean(b), mean(a) - mean(b)
-    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(level)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a side whose values are all equal: rightly a variance of 0
+        interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(level)
     return float(interval.low), float(interval.high)

@@ -46,7 +46,14 @@ def test_tables_3_7_and_8_show_ours_beside_three_figures_of_others(results: Path
     assert cell(three, "ours padded, steps/s, gpu", arm="full") == "9"
     assert cell(three, "ours padded, steps/s, gpu", arm="fast") == "failed: out of memory"
     assert cell(three, "ours padded, MiB, cpu (scaled)", arm="full") == "missing"
-    assert (cell(three, "published steps/s", arm="full"), cell(three, "true steps/s", arm="full")) == ("4.11", "3.87")
+    assert cell(three, "published steps/s", arm="full") == "4.11"
+    assert cell(three, "logs' batch", arm="full") == "16 / 32"
+    ours, theirs = (cell(three, "true training MB", arm=arm) for arm in ("layer_regular", "full"))
+    assert (ours, theirs) == ("3311 / 4959", "3192 / 4862"), "more than full fine-tuning at either batch size"
+    assert cell(seven, "logs' batch", arm="lora_peft", task="rte") == "16"
+    counted = {name: done for name, done, _ in page._counts([three, seven])}
+    assert counted["cells of the paper's models"] == 2 + 8, "the GPU's; the failed arm not"
+    assert counted["cells of small or cut models"] == 1
     assert any("cpu: RoBERTa-base; scaled: 1 of 12 blocks." in note for note in three.notes)
     assert cell(seven, "ours dynamic, steps/s, cpu (scaled)", arm="full", task="mrpc") == "2"
     assert cell(seven, "ours dynamic, steps/s, cpu (scaled)", arm="full", task="cola") == "missing"
@@ -120,6 +127,27 @@ def test_the_verdict_compares_on_the_tasks_that_both_have(results: Path) -> None
     assert verdict.compare(context(results), "heldout", "lora", "full").verdict == "missing"
 
 
+def test_a_verdict_takes_difference_and_interval_from_the_same_seeds(results: Path) -> None:
+    """A third seed that lacks a task would turn the difference round, and has no part in it."""
+    for seed, gain in ((42, 0.05), (3705, 0.06)):
+        for task in ("cola", "mrpc"):
+            write(results, f"mini/f{task}{seed}", record("full", task, seed, 0.5))
+            write(results, f"mini/s{task}{seed}", record("sparsegrad", task, seed, 0.5 + gain))
+    write(results, "mini/far", record("sparsegrad", "cola", 2023, 0.0))
+    found = verdict.compare(context(results), "paper", "sparsegrad", "full")
+    assert found.interval is not None
+    assert found.difference == pytest.approx(sum(found.interval) / 2) == pytest.approx(5.5)
+    assert found.seeds == (2, 2)
+
+
+def test_runs_that_do_not_vary_tell_nothing_apart(results: Path) -> None:
+    for seed in (42, 3705):
+        write(results, f"mini/f{seed}", record("full", "cola", seed, 0.0))
+        write(results, f"mini/s{seed}", record("sparsegrad", "cola", seed, 0.1))
+    found = verdict.compare(context(results), "paper", "sparsegrad", "full")
+    assert (found.interval, found.verdict, found.higher) == (None, "no spread", ("cola",))
+
+
 def test_one_seed_is_too_few_for_a_verdict(results: Path) -> None:
     write(results, "mini/s", record("sparsegrad", "snippets", 42, 0.9))
     found = verdict.compare(context(results), "paper", "sparsegrad", "full")
@@ -169,7 +197,7 @@ def test_a_table_without_anything_of_ours_is_folded_away(results: Path) -> None:
     text = page.write_page(of, [accuracy.per_task(of, 4), accuracy.mini(of)], {}).read_text()
     assert '<details class="bare" id="table4">' in text
     assert '<h2 id="table5_mini">' in text
-    assert "<b>2 of 70</b>cells of the mini tables measured" in text
+    assert "<b>2 of 70</b>cells of small or cut models measured" in text
     assert (
         "<b>0 of 45</b>cells of the paper&#39;s models measured" in text or "<b>0 of 45</b>cells of the paper's" in text
     )

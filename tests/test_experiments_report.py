@@ -180,6 +180,7 @@ def test_welch_interval_by_hand() -> None:
     low, high = welch_interval([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]) or (0.0, 0.0)
     assert (low, high) == pytest.approx((-3 - 2.776445 * (2 / 3) ** 0.5, -3 + 2.776445 * (2 / 3) ** 0.5), abs=1e-5)
     assert welch_interval([1.0], [2.0, 3.0]) is None
+    assert welch_interval([1.0, 1.0], [2.0, 2.0]) is None, "no spread is no certainty"
     assert summarise([]) is None
     assert str(summarise([1.0])) == "1.00"
 
@@ -212,10 +213,10 @@ def test_the_ablation_counts_what_is_kept_and_sees_the_copied_row(results: Path)
 
 def test_speed_takes_medians_and_ratios_within_a_setting(results: Path) -> None:
     setting = {"shape": "roberta_base", "task": "mrpc", "padding": "longest", "batch": 16, "precision": "fp32"}
-    cells = [("full", 2.0, 100.0), ("full", 4.0, 100.0), ("full", 3.0, 100.0), ("merged", 6.0, 50.0)]
+    cells = [("full", 0, 2.0, 100.0), ("full", 1, 4.0, 100.0), ("full", 2, 3.0, 100.0), ("merged", 1, 6.0, 50.0)]
     rows = [
         {"setting": "s", "arm": arm, "repeat": i, "status": "complete", "steps_per_second": speed, "peak_mib": peak}
-        for i, (arm, speed, peak) in enumerate(cells)
+        for arm, i, speed, peak in cells
     ]
     failed = {**rows[0], "arm": "fast", "status": "failed", "reason": "no memory"}
     settings = {"s": {**setting, "rest": "trained"}, "other": {**setting, "rest": "frozen"}}
@@ -226,7 +227,10 @@ def test_speed_takes_medians_and_ratios_within_a_setting(results: Path) -> None:
     assert cell(table, "steps/s", arm="fast") == "failed: no memory"
     assert (cell(table, "n", arm="full"), cell(table, "n", arm="fast")) == ("3", "0")
     assert cell(table, "steps/s", arm="merged") == "6.000"
-    assert (cell(table, "of full", arm="merged"), cell(table, "of full ", arm="merged")) == ("2.00", "0.50")
+    assert (cell(table, "of full", arm="merged"), cell(table, "of full ", arm="merged")) == (
+        "1.50",
+        "0.50",
+    )  # of its repeat
 
 
 def test_section8_finds_what_the_printed_megabytes_count() -> None:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from experiments.collect import Key
 from experiments.published import METHODS, TASKS, authors_runs, average_of_cells, cells, contradicts
+from experiments.rates import caveat
 from experiments.stats import Summary, summarise, welch_interval
 from experiments.tables.base import MINI_MARK, MISSING, Context, Table, hours, signed
 
@@ -158,7 +159,7 @@ def mini(context: Context) -> Table:
     notes = [
         SCORES,
         WELCH,
-        "Learning rate of each method: results/mini_rates.json, chosen on held-out rows, two tasks.",
+        caveat(context.results),
         "Protocols, both of the same runs on nine tenths of the training rows: heldout, the checkpoint that the other "
         "tenth chooses; paper, the best evaluation on the validation split.",
     ]

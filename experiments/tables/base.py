@@ -11,6 +11,7 @@ import pandas as pd
 from experiments.collect import Store
 
 MINI_MARK = "mini: not the paper's model"
+SCALED = "(scaled)"  # of a benchmark's model that was cut to fewer blocks
 MISSING = "missing"
 OURS = ("ours", "found here", "energy")  # how the columns that our runs fill begin
 LABELLED = ("model", "method", "kept", "task", "protocol")  # columns whose cells name a cell of `records`
@@ -50,11 +51,25 @@ class Table:
     records: dict[str, list[Path]] = field(default_factory=dict)
 
     @property
+    def cells(self) -> list[tuple[str, bool]]:
+        """Every cell that runs of ours fill or would, and whether it is of another model than the paper's.
+
+        A benchmark's column tells by its heading that the model was cut, a row by its model that it is a small one.
+        """
+        mine = [name for name in self.frame.columns if name.startswith(OURS) or (self.frame[name] == MISSING).any()]
+        small = [MINI_MARK in f"{self.title} {' '.join(map(str, row))}" for row in self.frame.to_numpy()]
+        return [
+            (str(cell), is_small or SCALED in name)
+            for name in mine
+            for cell, is_small in zip(self.frame[name], small, strict=True)
+            if str(cell)
+        ]
+
+    @property
     def coverage(self) -> tuple[int, int]:
         """(measured, all) of the cells that ours fill: (0, 0) for a table that needs no runs, or lacks none."""
-        mine = [name for name in self.frame.columns if name.startswith(OURS) or (self.frame[name] == MISSING).any()]
-        cells = [str(cell) for name in mine for cell in self.frame[name] if str(cell)]
-        return sum(cell != MISSING and not cell.startswith("failed") for cell in cells), len(cells)
+        cells = [cell for cell, _ in self.cells]
+        return sum(map(is_measured, cells)), len(cells)
 
     @property
     def is_bare(self) -> bool:
@@ -65,6 +80,11 @@ class Table:
     def label_of(self, row: Mapping[str, str]) -> str:
         """How `records` calls the cell of a row."""
         return " ".join(row[name] for name in LABELLED if name in row)
+
+
+def is_measured(cell: str) -> bool:
+    """Whether a cell of ours holds a figure."""
+    return cell != MISSING and not cell.startswith("failed")
 
 
 def signed(number: float | None) -> str:

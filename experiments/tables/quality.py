@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.rates import caveat
 from experiments.stats import Summary, summarise, welch_interval
 from experiments.tables.accuracy import AVERAGE, MINI_TASKS, SCORES, SEEDS, Grid
 from experiments.tables.base import MINI_MARK, MISSING, Context, Table
@@ -52,8 +53,10 @@ def table(context: Context) -> Table:
         SCORES + " n: seeds of the average.",
         f"Differences of the average: two-sided 95 % Welch interval; one that holds 0 shows nothing ({SEEDS} seeds).",
         "The default engine walks the path of the paper's layer (a test holds it to that): its row is the exact one.",
-        "Learning rate of each method: results/mini_rates.json. The checkpoint is chosen on held-out training rows.",
-        "Loss: mean training loss over the steps that every run of a task took, then over the tasks.",
+        caveat(context.results),
+        "The checkpoint is chosen on held-out training rows.",
+        "Loss: mean training loss over the steps that every run of a task took, then over the tasks: cross-entropy, "
+        "for STS-B the squared error.",
         f"steps/s and peak: {_where(context.results, machine)}; both LoRA rows are one arm there.",
     ]
     return Table(

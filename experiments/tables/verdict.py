@@ -7,6 +7,7 @@ from statistics import mean
 
 import pandas as pd
 
+from experiments.rates import caveat
 from experiments.stats import welch_interval
 from experiments.tables.accuracy import AVERAGE, MINI_METHODS, MINI_TASKS, PROTOCOLS, Grid
 from experiments.tables.base import MINI_MARK, MISSING, Context, Table, signed
@@ -20,8 +21,10 @@ class Comparison:
 
     Attributes:
         tasks: those on which both have a seed.
-        difference: mean over these tasks of the difference of means, in points; None without a task.
-        interval: 95 % Welch interval of the seeds' averages over these tasks; None where a side has fewer than two.
+        difference: of the seeds' averages over these tasks, in points; where no seed has all of them, the mean of the
+            tasks' differences; None without a task.
+        interval: 95 % Welch interval of that difference; None where a side has fewer than two seeds, or none varies.
+        seeds: how many seeds of the method, and of the other, have all these tasks.
         higher, lower: tasks on which the mean is higher or lower; a star where the task's own interval excludes 0.
     """
 
@@ -30,12 +33,13 @@ class Comparison:
     interval: tuple[float, float] | None
     higher: tuple[str, ...]
     lower: tuple[str, ...]
+    seeds: tuple[int, int] = (0, 0)
 
     @property
     def verdict(self) -> str:
         """In words; an interval that holds 0 tells nothing apart."""
         if self.interval is None:
-            return MISSING if self.difference is None else "too few seeds"
+            return MISSING if self.difference is None else "too few seeds" if min(self.seeds) < 2 else "no spread"
         low, high = self.interval
         return "better" if low > 0 else "worse" if high < 0 else "not told apart"
 
@@ -49,11 +53,13 @@ def compare(context: Context, protocol: str, method: str, other: str) -> Compari
     pairs = {task: (every.values(method, task), every.values(other, task)) for task in tasks}
     differences = {task: mean(a) - mean(b) for task, (a, b) in pairs.items()}
     averages = _grid(context, protocol, tasks)
-    interval = welch_interval(averages.values(method, AVERAGE), averages.values(other, AVERAGE))
+    mine, theirs = averages.values(method, AVERAGE), averages.values(other, AVERAGE)
+    difference = mean(mine) - mean(theirs) if mine and theirs else mean(differences.values())
     told = {task: task + _star(welch_interval(a, b)) for task, (a, b) in pairs.items()}
     higher = tuple(told[task] for task in tasks if differences[task] > 0)
     lower = tuple(told[task] for task in tasks if differences[task] < 0)
-    return Comparison(tasks, mean(differences.values()), interval, higher, lower)
+    seeds = len(mine), len(theirs)
+    return Comparison(tasks, difference, welch_interval(mine, theirs), higher, lower, seeds)
 
 
 def _grid(context: Context, protocol: str, tasks: tuple[str, ...]) -> Grid:
@@ -72,8 +78,9 @@ def table(context: Context) -> Table:
             for method in (one for one in MINI_METHODS if one != other):
                 rows.append(_row(compare(context, protocol, method, other), protocol, method, other))
     notes = [
-        "Difference in points: mean over the tasks that both have; interval: two-sided 95 % Welch, over the seeds' "
-        "averages of these tasks.",
+        "Difference in points, of the seeds' averages over the tasks that both have; interval: two-sided 95 % Welch. "
+        "n: seeds of the method and of the other that have all these tasks.",
+        caveat(context.results),
         "*: the task's own interval excludes 0. Nothing is corrected for the number of comparisons.",
     ]
     title = f"What the mini tables show: each method against full fine-tuning and LoRA ({MINI_MARK})"
@@ -89,6 +96,7 @@ def _row(found: Comparison, protocol: str, method: str, other: str) -> dict[str,
         "difference": MISSING if found.difference is None else signed(found.difference),
         "95 %": low_high,
         "so it is": "" if found.difference is None else found.verdict,
+        "n": "" if found.difference is None else " / ".join(map(str, found.seeds)),
         "tasks": f"{len(found.tasks)} of {len(MINI_TASKS)}",
         "higher on": ", ".join(found.higher),
         "lower on": ", ".join(found.lower),

@@ -117,11 +117,16 @@ def _bars(bars: list[Mapping[str, Any]]) -> Iterable[str]:
         return
     yield "## Bars"
     yield ""
-    rows = (
-        [bar["bar"], bar["setting"], _asked(bar), ratio(bar["measured"]), "yes" if bar["met"] else "no"] for bar in bars
-    )
+    rows = ([bar["bar"], bar["setting"], _asked(bar), _found(bar), "yes" if bar["met"] else "no"] for bar in bars)
     yield from table(("bar", "where", "asked", "measured", "met"), rows)
     yield ""
+
+
+def _found(bar: Mapping[str, Any]) -> str:
+    """What was measured, with digits enough to be told from what was asked; and how, where that is not the rule."""
+    found = bar["measured"]
+    shown = f"{found['median']:.4f}" if found and found["n"] == 1 and found["median"] < 0.1 else ratio(found)
+    return shown + (f" ({bar['how']})" if "how" in bar else "")
 
 
 def _asked(bar: Mapping[str, Any]) -> str:
