@@ -13,7 +13,7 @@ from experiments.costs import hours
 from sparsegrad.records import SCHEMA, read_json
 
 # Folders that tables read: elsewhere, as in a sweep, records of one seed differ by design.
-READ = re.compile(r"(glue|ablation)_.*|mini|mini_ablation|mini_basis")
+READ = re.compile(r"(glue|ablation)_.*|mini|mini_ablation|mini_basis|table6.*")
 PRUNED = "pruned by the sweep"  # how the reason of a trial begins that its sweep stopped: no failure
 
 Key = tuple[str, str, str, str, str]

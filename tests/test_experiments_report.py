@@ -262,6 +262,33 @@ def test_table6_holds_the_losses_of_our_runs(results: Path) -> None:
     assert cell(table, "published loss", model="llama2_7b", method="lora") == "1.249 ± 0.05"
 
 
+def test_runs_of_llama_fill_the_published_rows_of_table6(results: Path) -> None:
+    """A second record of one seed that disagrees counts for nothing, the authors' variant stands in rows of its own."""
+    of = {**record("lora", "oasst1", 42, 0.0)}
+    of["config"]["model"]["name"] = "llama2_7b"
+    for name, seed, loss in (
+        ("table6/a", 42, 1.25),
+        ("table6/b", 3705, 1.35),
+        ("table6/c", 7, 1.0),
+        ("table6/d", 7, 9.0),
+    ):
+        config = {**of["config"], "seed": seed}
+        write(results, name, {**of, "config": config, "result": {"metric": "nll", "value": loss}})
+    write(results, "table6_authors/a", {**of, "result": {"metric": "nll", "value": 2.0}})
+    table, where = llama.table(context(results)), {"model": "llama2_7b", "method": "lora"}
+    assert cell(table, "ours, loss", experiment="table6", **where) == "1.300 ± 0.071"
+    assert (
+        cell(table, "difference", experiment="table6", **where),
+        cell(table, "n", experiment="table6", **where),
+    ) == (
+        "+0.051",
+        "2",
+    )
+    assert cell(table, "ours, loss", experiment="table6_authors", **where) == "2.000"
+    assert cell(table, "ours, loss", model="llama2_7b", method="full") == "missing"
+    assert any("disagree" in line for line in context(results).store.disagreements())
+
+
 def test_table6_shows_share_loss_before_speed_memory_and_counts_of_our_runs(results: Path) -> None:
     of = record("sparsegrad", "oasst1", 42, 0.0)
     more = {

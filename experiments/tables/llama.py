@@ -18,11 +18,12 @@ from experiments.tables.base import MINI_MARK, MISSING, Context, Table, hours
 from experiments.tables.grades import grade
 from sparsegrad.tasks.oasst import AUTHORS_COUNTS
 
-TASK = "oasst1"
+Judged = Sequence[ModelScores]
+TASK, EXPERIMENT, PROTOCOL = "oasst1", "table6", "paper"  # of conf/experiment/table6.yaml
 PAPER_MODEL = "llama2_7b"
 BLOCKS, RANK, KEPT = 11, 32, 100_000  # conf/model/llama2_7b.yaml: every third block of 32
 NOTES = (
-    "Our rows: loss on the validation split, by model; models other than LLaMA-2-7B are not the paper's model.",
+    "Ours: loss on the validation split, mean ± sample std over seeds; a model other than LLaMA-2-7B is not the paper's.",
     "Trainable of llama2_7b is computed from the shapes: up and down of 11 blocks. With gate, which the authors' code "
     "trains densely, full is {with_gate}, the paper's 22 %, and the sparse methods add gate's {gate}; LoRA on all 32 "
     "blocks, as in their code, is {lora_all}, the paper's 0.5 %; 100,000 entries of each weight are {sparsegrad}.",
@@ -33,15 +34,19 @@ NOTES = (
 
 
 def table(context: Context) -> Table:
-    """Published cells, and the validation loss of our runs of any model on OASST1, by model."""
-    graded = scores(context.results / "mtbench")
-    shares = paper_shares()
-    rows = [_published(row, method, graded, shares) for row, method in METHODS.items()]
-    records: dict[str, list[Path]] = {}
-    for (folder, model, method, task, protocol), runs in sorted(context.store.runs.items()):
-        if task == TASK:
-            rows.append(_ours(model, method, runs, context, graded))
-            records[f"{model} {method} {protocol} {folder}"] = [run.path for run in runs]
+    """Published cells with our runs of the same, then our runs of other models and of the authors' variant."""
+    graded, shares, store = scores(context.results / "mtbench"), paper_shares(), context.store
+    found = {key: runs for key, runs in sorted(store.runs.items()) if key[3] == TASK}
+    rows, records = [], {}
+    for row, method in METHODS.items():
+        runs = found.get((EXPERIMENT, PAPER_MODEL, method, TASK, PROTOCOL), [])
+        ours = _ours(EXPERIMENT, PAPER_MODEL, method, PROTOCOL, runs, context, graded)
+        rows.append({**ours, **_published(row), "trainable": ours["trainable"] or shares[method]})
+        rows[-1]["difference"] = _difference(runs, context, row)
+    for (folder, model, method, _, protocol), runs in found.items():
+        if (folder, model, protocol) != (EXPERIMENT, PAPER_MODEL, PROTOCOL) or method not in METHODS.values():
+            rows.append(_ours(folder, model, method, protocol, runs, context, graded))
+        records[f"{model} {method} {protocol} {folder}"] = [run.path for run in runs]
     notes = [note.format(**shares) for note in NOTES] + _conversations(context, records)
     if not records:
         notes.append("Missing: runs of task oasst1 (LLaMA-2-7B needs its weights and a GPU of 80 GB) and the judge.")
@@ -71,45 +76,60 @@ def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def _published(row: str, method: str, graded: Sequence[ModelScores], shares: Mapping[str, str]) -> dict[str, str]:
+def _published(row: str) -> dict[str, str]:
     found = cells(6)
     loss, std = found[row, "Valid Loss"]
     return {
-        "model": PAPER_MODEL,
-        "method": method,
         "published loss": f"{loss} ± {std}",
         "published I-Bench": found[row, "I-Bench Score"][0],
         "published trainable": found[row, "#Train params"][0],
-        "trainable": shares[method],
-        "loss before": "",
-        "ours, loss": MISSING,
-        "n": "0",
-        **grade(graded, PAPER_MODEL, method),
-        "steps/s": "",
-        "peak MiB": "",
-        "hours": "",
     }
 
 
-def _ours(model: str, method: str, runs: list[Run], context: Context, graded: Sequence[ModelScores]) -> dict[str, str]:
+def _difference(runs: Sequence[Run], context: Context, row: str) -> str:
+    """Ours minus the published loss; empty without runs."""
+    found = summarise(_losses(runs, context))
+    return "" if found is None else f"{found.mean - float(cells(6)[row, 'Valid Loss'][0]):+.3f}"
+
+
+def _ours(
+    folder: str, model: str, method: str, protocol: str, runs: Sequence[Run], context: Context, graded: Judged
+) -> dict[str, str]:
     records = [context.store.records[run.path] for run in runs]
-    losses = [loss for record in records if (loss := _loss(record)) is not None]
-    found, spent = summarise(losses), [run.hours for run in runs if run.hours is not None]
-    shown = MISSING if found is None else f"{found.mean:.3f}" + ("" if found.std is None else f" ± {found.std:.3f}")
-    mark = "" if model == PAPER_MODEL else f" ({MINI_MARK})"
+    losses, spent = _losses(runs, context), [run.hours for run in runs if run.hours is not None]
     return {
-        "model": model + mark,
+        "model": model + ("" if model == PAPER_MODEL else f" ({MINI_MARK})"),
+        "experiment": folder,
         "method": method,
+        "protocol": protocol,
         **dict.fromkeys(("published loss", "published I-Bench", "published trainable"), "none"),
         "trainable": _middle(records, "trainable", "share", _percent),
         "loss before": _before(records),
-        "ours, loss": shown,
+        "ours, loss": _shown(losses, [run.reason for run in runs if run.reason]),
+        "difference": "",
         "n": str(len(losses)),
         **grade(graded, model, method),
         "steps/s": _middle(records, "speed", "steps_per_second", "{:.2f}".format),
         "peak MiB": _peak(records),
         "hours": hours(sum(spent) if spent else None),
     }
+
+
+def _shown(losses: Sequence[float], reasons: Sequence[str]) -> str:
+    """Mean and spread; why there is none where all runs failed."""
+    found = summarise(losses)
+    if found is None:
+        return "failed: " + "; ".join(sorted(set(reasons))) if reasons else MISSING
+    return f"{found.mean:.3f}" + ("" if found.std is None else f" ± {found.std:.3f}")
+
+
+def _losses(runs: Sequence[Run], context: Context) -> list[float]:
+    """One loss a seed; a seed whose records disagree is left out, and named among the problems."""
+    by_seed: dict[int, set[float]] = {}
+    for run in runs:
+        if (loss := _loss(context.store.records[run.path])) is not None:
+            by_seed.setdefault(run.seed, set()).add(loss)
+    return [values.pop() for _, values in sorted(by_seed.items()) if len(values) == 1]
 
 
 def _loss(record: dict[str, Any]) -> float | None:

@@ -204,7 +204,7 @@ def _where(found: list[dict[str, Any]]) -> str:
     return (
         f"Ours: batch {BATCH}, float32, medians over repeats; padded to 128 tokens, or dynamically to the longest row. "
         + " ".join(f"{machine}: {label}." for machine, label in _places(found) if label)
-        + "On a CPU the preset measures dynamic padding for MRPC alone; --task of the benchmark takes any other. "
+        + " On a CPU the preset measures dynamic padding for MRPC alone; --task of the benchmark takes any other."
         + (" Scaled figures compare among themselves alone." if any(_scaled(row["label"]) for row in found) else "")
     )
 
