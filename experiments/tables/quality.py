@@ -17,7 +17,7 @@ import pandas as pd
 
 from experiments.rates import caveat
 from experiments.stats import Summary, summarise, welch_interval
-from experiments.tables.accuracy import AVERAGE, MINI_TASKS, SCORES, SEEDS, Grid
+from experiments.tables.accuracy import AVERAGE, COLLAPSED, MINI_TASKS, SCORES, SEEDS, Grid
 from experiments.tables.base import MINI_MARK, MISSING, Context, Table
 from experiments.tables.speed import documents
 
@@ -51,6 +51,7 @@ def table(context: Context) -> Table:
     rows = [_row(context, grid, method, costs) for method in ARMS]
     notes = [
         SCORES + " n: seeds of the average.",
+        COLLAPSED,
         f"Differences of the average: two-sided 95 % Welch interval; one that holds 0 shows nothing ({SEEDS} seeds).",
         "The default engine walks the path of the paper's layer (a test holds it to that): its row is the exact one.",
         caveat(context.results),
