@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.adapter import named_tensors
-from sparsegrad.adapter_file import BASIS_PARTS, Entry, digest, write_adapter
+from sparsegrad.adapter_file import BASIS_PARTS, DTYPES, Entry, digest, write_adapter
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_number
 from sparsegrad.mlp import find_mlp
@@ -150,22 +150,42 @@ def _changed(
     """Entries of all tensors that differ from the base, bit by bit."""
     entries = {}
     for name, tensor in tensors.items():
-        after = tensor.detach().cpu().contiguous().view(-1)
-        if not torch.isfinite(after).all():
-            raise UserError(f"{name} is not finite: this training went wrong; go back to an earlier checkpoint")
-        if name in new:
-            entries[name] = Entry("whole", tuple(tensor.shape), tensor.dtype, None, after.clone())
-            continue
-        old = before[name].detach().cpu().contiguous()
-        if (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
+        old = None if name in new else before[name]
+        if old is not None and (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
             raise UserError(
                 f"{name} is {tuple(old.shape)} {old.dtype} in the base and not so in the model: give its own"
             )
-        bits = _INTEGERS[after.element_size()]
-        index = (after.view(bits) != old.view(-1).view(bits)).nonzero().flatten()
-        if len(index):
-            entries[name] = _smallest(after, old, index, name in mlp)
+        if old is not None and torch.equal(_bytes(old), _bytes(tensor)):
+            continue
+        _check_storable(name, tensor)
+        entries[name] = _entry(tensor, old, name in mlp)
     return entries
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """All bytes, on the CPU; torch compares numbers of one byte whatever dtype they make up."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def _check_storable(name: str, tensor: Tensor) -> None:
+    if str(tensor.dtype) not in DTYPES:
+        raise UserError(
+            f"{name} is {tensor.dtype}, which an adapter cannot hold; it holds {', '.join(DTYPES)}: convert it in the "
+            "model and its base, or register the buffer with persistent=False"
+        )
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{name} is not finite: this training went wrong; go back to an earlier checkpoint")
+
+
+def _entry(tensor: Tensor, before: Tensor | None, is_mlp: bool) -> Entry:
+    """The entry of a tensor that differs from the base's, or that the base lacks."""
+    after = tensor.detach().cpu().contiguous().view(-1)
+    if before is None:
+        return Entry("whole", tuple(tensor.shape), tensor.dtype, None, after.clone())
+    old = before.detach().cpu().contiguous()
+    bits = _INTEGERS[after.element_size()]
+    index = (after.view(bits) != old.view(-1).view(bits)).nonzero().flatten()
+    return _smallest(after, old, index, is_mlp)
 
 
 def _smallest(after: Tensor, before: Tensor, index: Tensor, is_mlp: bool) -> Entry:
