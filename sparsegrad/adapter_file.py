@@ -1,10 +1,14 @@
-"""The files of an adapter: one safetensors, and the JSON that tells what is in it. Names of files are fixed."""
+"""The files of an adapter: one safetensors, and the JSON that tells what is in it. Names of files are fixed.
+
+Where a folder is saved again, the new tensors wait under a name of their sha256 until the JSON tells of them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +25,16 @@ from sparsegrad.tensor_bytes import tensor_bytes
 
 FORMAT = "sparsegrad-adapter-1"
 TENSORS, FACTS = "sparsegrad_adapter.safetensors", "sparsegrad_adapter.json"
+_WAITING = (
+    "sparsegrad_adapter.{}.safetensors"  # of tensors that the JSON does not tell of yet; the name has their sha256
+)
+_SHA256 = re.compile("[0-9a-f]{64}")
 BASIS_PARTS = ("out_basis", "in_basis")  # of each kind, only the columns that kept entries need
 FORMS = ("whole", "sparse", "rotated")
 _MAX_FACTS = 64 * 2**20  # bytes of JSON; a model of 100,000 tensors has a third of it
-_DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
-_DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.uint8, torch.bool)}  # buffers that count
+DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+# Of buffers that count.
+DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,9 @@ def digest(tensor: Tensor) -> str:
 def write_adapter(
     folder: Path, facts: Mapping[str, Any], entries: Mapping[str, Entry], bases: Mapping[str, Tensor]
 ) -> int:
-    """Write both files, the JSON last: it holds the other's sha256, so that a half-written folder is not read.
+    """Write both files; whenever it ends, the folder holds the adapter of before or the new one, whole.
+
+    The JSON decides which: it holds the sha256 of its tensors, which wait under another name until it is there.
 
     Returns:
         Bytes of the tensors' file.
@@ -87,20 +98,53 @@ def write_adapter(
     tensors = {f"{name}::values": entry.values.contiguous() for name, entry in entries.items()}
     tensors |= {f"{name}::index": entry.index for name, entry in entries.items() if entry.index is not None}
     tensors |= {f"{name}::basis": tensor.contiguous() for name, tensor in bases.items()}
-    target, scratch = folder / TENSORS, folder / f".{TENSORS}.{os.getpid()}.tmp"
+    listed = {name: _facts(entry) for name, entry in entries.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, scratch, {"format": FORMAT})
-        sha256, size = _file_sha256(scratch), scratch.stat().st_size
-        scratch.replace(target)
+        _settle(folder)
+        waiting, sha256 = _write_waiting(folder, tensors)
+        size = waiting.stat().st_size
+        try:
+            write_json(folder / FACTS, {"format": FORMAT, **facts, "sha256": sha256, "tensors": listed})
+        except UserError:
+            waiting.unlink()
+            raise
+        waiting.replace(folder / TENSORS)
     except (OSError, SafetensorError) as error:
-        raise unwritable(target, error) from None
-    finally:
-        if folder.is_dir():
-            scratch.unlink(missing_ok=True)
-    listed = {name: _facts(entry) for name, entry in entries.items()}
-    write_json(folder / FACTS, {"format": FORMAT, **facts, "sha256": sha256, "tensors": listed})
+        raise unwritable(folder / TENSORS, error) from None
     return size
+
+
+def _settle(folder: Path) -> None:
+    """Finish what a save that was killed left: the tensors that the JSON tells of get their name, others go."""
+    try:
+        current = _WAITING.format(_read_facts(folder / FACTS)["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        current = None  # no adapter, or none that can be read
+    for path in folder.glob(_WAITING.format("*")):
+        if path.name == current:
+            path.replace(folder / TENSORS)
+        elif _SHA256.fullmatch(path.name.split(".")[1]):
+            path.unlink()
+
+
+def _write_waiting(folder: Path, tensors: dict[str, Tensor]) -> tuple[Path, str]:
+    """The tensors under the name of their sha256, on the disk before the JSON can tell of them."""
+    scratch = folder / f".{TENSORS}.{os.getpid()}.tmp"
+    try:
+        save_file(tensors, scratch, {"format": FORMAT})
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        sha256 = _file_sha256(scratch)
+        return scratch.replace(folder / _WAITING.format(sha256)), sha256
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _tensors_path(folder: Path, sha256: Any) -> Path:
+    """Where the tensors lie; a value that is no sha256 names no file, so that no JSON leads out of the folder."""
+    waiting = folder / _WAITING.format(sha256)
+    return waiting if _SHA256.fullmatch(str(sha256)) and waiting.is_file() else folder / TENSORS
 
 
 def _facts(entry: Entry) -> dict[str, Any]:
@@ -117,13 +161,14 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[s
     path = folder / FACTS
     try:
         facts = _read_facts(path)
-        if not _is_as_written(folder / TENSORS, facts["sha256"]):
-            raise UserError(f"{folder / TENSORS} is damaged or of another adapter (its sha256 differs): copy it anew")
-        tensors = load_file(folder / TENSORS)
+        stored = _tensors_path(folder, facts["sha256"])
+        if not _is_as_written(stored, facts["sha256"]):
+            raise UserError(f"{stored} is damaged or of another adapter (its sha256 differs): copy it anew")
+        tensors = load_file(stored)
         entries = {name: _entry(name, plain, tensors) for name, plain in facts["tensors"].items()}
         bases = {key.removesuffix("::basis"): tensors.pop(key) for key in list(tensors) if key.endswith("::basis")}
         if tensors:
-            raise UserError(f"{folder / TENSORS} holds {len(tensors)} tensors that {FACTS} does not name: copy it anew")
+            raise UserError(f"{stored} holds {len(tensors)} tensors that {FACTS} does not name: copy it anew")
         _check_rotated(entries, bases)
     except FileNotFoundError as error:
         raise UserError(
@@ -157,7 +202,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
 
 def _entry(name: str, plain: Mapping[str, Any], tensors: dict[str, Tensor]) -> Entry:
     """Take one entry's tensors out of `tensors` and check them against what the JSON says."""
-    shape, dtype = tuple(int(size) for size in plain["shape"]), _DTYPES[plain["dtype"]]
+    shape, dtype = tuple(int(size) for size in plain["shape"]), DTYPES[plain["dtype"]]
     values, index = tensors.pop(f"{name}::values"), tensors.pop(f"{name}::index", None)
     entry = Entry(plain["form"], shape, dtype, plain["base_sha256"], values, index, plain["kind"])
     expected = torch.float32 if entry.form == "rotated" else dtype

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.adapter import named_tensors
-from sparsegrad.adapter_file import BASIS_PARTS, Entry, digest, write_adapter
+from sparsegrad.adapter_card import write_card
+from sparsegrad.adapter_file import BASIS_PARTS, DTYPES, Entry, digest, write_adapter
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_number
-from sparsegrad.mlp import find_mlp
+from sparsegrad.mlp import Names, find_mlp
 from sparsegrad.plan import describe
-from sparsegrad.records import unwritable
 
 Base = nn.Module | Mapping[str, Tensor] | str | Path
 _SMALL = 2**16  # entries; below it a tensor is stored whole: a head is new, and no base has it
@@ -55,30 +54,34 @@ def save_adapter(
     optimizer: Any = None,
     *,
     tolerance: float = 0.0,
+    mlp: Names | None = None,
 ) -> Saved:
     """Write what training changed in `model` to `folder`: safetensors, JSON, and a model card README.md.
 
     Args:
-        model: the trained model, of ordinary linears, not wrapped by DDP or the like.
-        folder: created; an adapter that lies there is replaced.
+        model: the trained model, of ordinary linears, not wrapped by DDP or the like; torch.compile's is as good.
+        folder: created; an adapter that lies there is replaced, but a README.md that somebody wrote or edited stays.
         base: what the model was before: a hub id or folder, which is loaded once more for the comparison; a model; or
-            tensors by name. None: the name that `from_pretrained` left in the model's configuration, as in `peft`.
-        optimizer: what `prepare` returned; tells which weights are SparseGrad, their bases and counts. None: the MLP
-            linears of a known layout.
+            tensors by name, of which those of a new head may be missing. None: the name that `from_pretrained` left in
+            the model's configuration, as in `peft`.
+        optimizer: what `prepare` returned; tells which weights are SparseGrad, their bases and counts. None: those
+            of `mlp`.
         tolerance: 0 stores the model bit for bit. Above, an MLP weight's change may be stored as kept entries of the
             rotated space that miss at most this share of it (Frobenius norm), where that is smaller; needs `optimizer`.
+        mlp: without `optimizer`, which weights are SparseGrad, as given to `prepare`; None: those of a known layout.
 
     Raises:
-        UserError: for a base that cannot be had or has other tensors, a model that differs nowhere, weights that are
-            not finite, or a folder that cannot be written.
+        UserError: for a base that cannot be had, has other tensors or lacks SparseGrad weights, a model that differs
+            nowhere, weights that are not finite or of a dtype that is not stored, or a folder that cannot be written.
     """
     check_number("tolerance", tolerance, at_least=0, below=1)
+    model = _uncompiled(model)
     _check_plain(model)
     if tolerance and optimizer is None:
         raise UserError(f"tolerance={tolerance} needs the bases: give optimizer=, what sparsegrad.prepare returned")
-    mlp = _mlp_kinds(model, optimizer)
-    source, before, new = _base(model, base)
-    entries = _changed(named_tensors(model), before, new, mlp)
+    kinds = _mlp_kinds(model, optimizer, mlp)
+    source, before, new = _base(model, base, kinds)
+    entries = _changed(named_tensors(model), before, new, kinds)
     if not entries:
         raise UserError("the model equals its base in every weight: train it first, or name the base it came from")
     bases: dict[str, Tensor] = {}
@@ -86,48 +89,70 @@ def save_adapter(
         for group in optimizer.param_groups:
             if group.get("kind") is not None and group["basis"] is not None:
                 _rotate_kind(group, named_tensors(model), before, entries, bases, tolerance)
-    saved = _summary(Path(folder), entries, bases, mlp, optimizer)
-    facts = {"base": source, "model": type(model).__name__, "tolerance": tolerance, "mlp": mlp}
+    saved = _summary(Path(folder), entries, bases, kinds, optimizer)
+    facts = {"base": source, "model": type(model).__name__, "tolerance": tolerance, "mlp": kinds}
     write_adapter(Path(folder), facts, entries, bases)
-    _write_card(Path(folder), source, type(model).__name__, saved, tolerance)
+    write_card(Path(folder), source, type(model).__name__, str(saved), tolerance)
     return saved
 
 
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The model that torch.compile was given; it shares every weight."""
+    return getattr(model, "_orig_mod", model)
+
+
 def _check_plain(model: nn.Module) -> None:
-    """Refuse what DDP, DataParallel or torch.compile made of a model: the names in it are not the base's."""
-    inner = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
-    if inner == "_orig_mod" or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise UserError(f"the model is wrapped by {type(model).__name__}: save the plain one, model.{inner}")
+    """Refuse what DDP or DataParallel made of a model: the names in it are not the base's."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise UserError(f"the model is wrapped by {type(model).__name__}: save the plain one, model.module")
 
 
-def _mlp_kinds(model: nn.Module, optimizer: Any) -> dict[str, str]:
+def _mlp_kinds(model: nn.Module, optimizer: Any, mlp: Names | None) -> dict[str, str]:
     """Parameter name -> layer kind of the SparseGrad weights."""
-    if optimizer is not None:
-        kinds = {name: group.kind for group in describe(optimizer).taken for name in group.names}
-        if unknown := set(kinds) - set(named_tensors(model)):
-            raise UserError(
-                f"the optimizer trains {_some(unknown)}, which the model has not: give the model that was prepared, "
-                "not wrapped; or leave out optimizer="
-            )
-        return kinds
-    return {f"{name}.weight": kind for kind, found in find_mlp(model).items() for name in found}
+    if optimizer is None:
+        return {f"{name}.weight": kind for kind, found in find_mlp(model, mlp).items() for name in found}
+    if mlp is not None:
+        raise UserError(f"mlp={mlp} and optimizer=: give one of them, as the optimizer knows its weights")
+    tensors = named_tensors(model)
+    kinds = {_name_in(tensors, name): group.kind for group in describe(optimizer).taken for name in group.names}
+    if unknown := set(kinds) - set(tensors):
+        raise UserError(
+            f"the optimizer trains {_some(unknown)}, which the model has not: give the model that was prepared, "
+            "not wrapped; or leave out optimizer="
+        )
+    return kinds
 
 
-def _base(model: nn.Module, base: Base | None) -> tuple[str, dict[str, Tensor], set[str]]:
+def _name_in(tensors: Mapping[str, Tensor], name: str) -> str:
+    """The plain name of what was prepared when it was compiled, where the model has that one alone."""
+    return name if name in tensors else name.replace("_orig_mod.", "")
+
+
+def _base(model: nn.Module, base: Base | None, mlp: Mapping[str, str]) -> tuple[str, dict[str, Tensor], set[str]]:
     """Name for the records, tensors by name, and names that are new in the model."""
-    base = base or getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not base:
+    if base is None:
+        base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if base is None or base == "":
         raise UserError("base=None: the model does not know where it came from; give base=, its hub id or a copy of it")
     if isinstance(base, str | Path):
-        return _loaded_base(model, str(base))
-    tensors = named_tensors(base) if isinstance(base, nn.Module) else dict(base)
-    unknown = set(named_tensors(model)) ^ set(tensors) if isinstance(base, nn.Module) else set()
-    if unknown:
-        raise UserError(f"model and base differ in the tensors {_some(unknown)}: give the plain model and its own base")
-    return type(model).__name__, tensors, set(named_tensors(model)) - set(tensors)
+        return _loaded_base(model, str(base), mlp)
+    names = set(named_tensors(model))
+    if isinstance(base, nn.Module):
+        tensors = named_tensors(_uncompiled(base))
+        if unknown := names ^ set(tensors):
+            raise UserError(
+                f"model and base differ in the tensors {_some(unknown)}: give the plain model and its own base"
+            )
+        return type(model).__name__, tensors, set()
+    if lacking := [name for name in mlp if name not in base]:
+        raise UserError(
+            f"base= has no tensor {lacking[0]}, a SparseGrad weight of the model, but {_some(set(base)) or 'nothing'}: "
+            "give tensors by the names of the plain model, as a copy of its state_dict() from before training has them"
+        )
+    return type(model).__name__, dict(base), names - set(base)
 
 
-def _loaded_base(model: nn.Module, source: str) -> tuple[str, dict[str, Tensor], set[str]]:
+def _loaded_base(model: nn.Module, source: str, mlp: Mapping[str, str]) -> tuple[str, dict[str, Tensor], set[str]]:
     load = getattr(type(model), "from_pretrained", None)
     if load is None:
         raise UserError(
@@ -140,8 +165,12 @@ def _loaded_base(model: nn.Module, source: str) -> tuple[str, dict[str, Tensor],
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"base={source} cannot be loaded ({reason}): give base= as a folder or a copy of it") from None
+    tensors, new = named_tensors(loaded), set(info["missing_keys"])
+    drawn = set(mlp) if new.issuperset(mlp) else set()  # another architecture's files: every weight is drawn anew
+    if unknown := drawn | set(named_tensors(model)) - set(tensors):
+        raise UserError(f"base={source} has not {_some(unknown)} of the model: name the base that it came from")
     name = Path(source).name if Path(source).exists() else source  # a folder's place is nobody's business
-    return name, named_tensors(loaded), set(info["missing_keys"])
+    return name, tensors, new
 
 
 def _changed(
@@ -150,22 +179,42 @@ def _changed(
     """Entries of all tensors that differ from the base, bit by bit."""
     entries = {}
     for name, tensor in tensors.items():
-        after = tensor.detach().cpu().contiguous().view(-1)
-        if not torch.isfinite(after).all():
-            raise UserError(f"{name} is not finite: this training went wrong; go back to an earlier checkpoint")
-        if name in new:
-            entries[name] = Entry("whole", tuple(tensor.shape), tensor.dtype, None, after.clone())
-            continue
-        old = before[name].detach().cpu().contiguous()
-        if (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
+        old = None if name in new else before[name]
+        if old is not None and (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
             raise UserError(
                 f"{name} is {tuple(old.shape)} {old.dtype} in the base and not so in the model: give its own"
             )
-        bits = _INTEGERS[after.element_size()]
-        index = (after.view(bits) != old.view(-1).view(bits)).nonzero().flatten()
-        if len(index):
-            entries[name] = _smallest(after, old, index, name in mlp)
+        if old is not None and torch.equal(_bytes(old), _bytes(tensor)):
+            continue
+        _check_storable(name, tensor)
+        entries[name] = _entry(tensor, old, name in mlp)
     return entries
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """All bytes, on the CPU; torch compares numbers of one byte whatever dtype they make up."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def _check_storable(name: str, tensor: Tensor) -> None:
+    if str(tensor.dtype) not in DTYPES:
+        raise UserError(
+            f"{name} is {tensor.dtype}, which an adapter cannot hold; it holds {', '.join(DTYPES)}: convert it in the "
+            "model and its base, or register the buffer with persistent=False"
+        )
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{name} is not finite: this training went wrong; go back to an earlier checkpoint")
+
+
+def _entry(tensor: Tensor, before: Tensor | None, is_mlp: bool) -> Entry:
+    """The entry of a tensor that differs from the base's, or that the base lacks."""
+    after = tensor.detach().cpu().contiguous().view(-1)
+    if before is None:
+        return Entry("whole", tuple(tensor.shape), tensor.dtype, None, after.clone())
+    old = before.detach().cpu().contiguous()
+    bits = _INTEGERS[after.element_size()]
+    index = (after.view(bits) != old.view(-1).view(bits)).nonzero().flatten()
+    return _smallest(after, old, index, is_mlp)
 
 
 def _smallest(after: Tensor, before: Tensor, index: Tensor, is_mlp: bool) -> Entry:
@@ -190,7 +239,7 @@ def _rotate_kind(
     U, V = basis.in_basis, basis.out_basis
     if U is None or V is None:  # one side rotated: the change is not sparse enough to gain
         return
-    names = [name for name in group["param_names"] if name in entries]
+    names = [name for name in (_name_in(tensors, own) for own in group["param_names"]) if name in entries]
     cores = {name: _core(basis, tensors[name], before[name], tolerance) for name in names}
     used = torch.stack([core != 0 for core in cores.values()]).any(0) if cores else torch.zeros(1, 1)
     rows, columns = used.any(1), used.any(0)
@@ -235,37 +284,6 @@ def _lora_bytes(optimizer: Any) -> int:
         4 * len(group.names) * sum(group.shape) * max(1, round(group.kept / sum(group.shape)))
         for group in describe(optimizer).taken
     )
-
-
-def _write_card(folder: Path, source: str, model: str, saved: Saved, tolerance: float) -> None:
-    exact = "bit for bit" if not tolerance else f"but for {tolerance:g} of each MLP weight's change"
-    text = f"""---
-library_name: sparsegrad
-base_model: {json.dumps(source)}
-tags: [sparsegrad, peft]
----
-
-# Adapter for {source}
-
-Fine-tuned with [SparseGrad](https://arxiv.org/abs/2410.07383). It holds the weights that differ from the base and gives
-the trained `{model}` {exact}. It refuses a base whose weights have another sha256.
-
-```python
-import sparsegrad
-
-adapter = sparsegrad.load_adapter(model, ".")  # model: the base, a {model}
-adapter.merge()  # and adapter.unmerge()
-```
-
-Size: {saved}.
-
-Data, training settings, results and limits: to be added by whoever trained it.
-"""
-    path = folder / "README.md"
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise unwritable(path, error) from None
 
 
 def _some(names: set[str]) -> str:

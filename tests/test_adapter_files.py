@@ -1,0 +1,127 @@
+"""A folder holds the adapter of before or the new one, wherever a save ends, and what its user wrote stays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_adapter_guards import Prepared, bits, equal, own_model
+from torch import nn
+
+from sparsegrad import UserError, adapter_file, load_adapter, save_adapter
+from sparsegrad.adapter_file import FACTS, TENSORS
+
+
+def trained(by: float) -> Any:
+    model = own_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += by
+    return model
+
+
+def save(folder: Path, by: float) -> None:
+    model = trained(by)
+    save_adapter(model, folder, own_model(), Prepared(model[0].weight))
+
+
+def loaded(folder: Path) -> nn.Module:
+    model = own_model()
+    load_adapter(model, folder).merge()
+    return model
+
+
+class Killed(BaseException):
+    """No handler of ours may see it."""
+
+
+def killed_at(step: str, patch: pytest.MonkeyPatch) -> None:
+    """End the process, as it were: before the tensors are named, before or after the JSON is there."""
+    replace, write_json = Path.replace, adapter_file.write_json
+
+    def no_name(path: Path, target: Path) -> Path:
+        if Path(target).name == TENSORS or (step == "unnamed" and path.name.startswith(f".{TENSORS}")):
+            raise Killed
+        return replace(path, target)
+
+    def no_json(path: Path, facts: Any) -> None:
+        if step == "named":
+            raise Killed
+        write_json(path, facts)
+
+    patch.setattr(Path, "replace", no_name)
+    patch.setattr(adapter_file, "write_json", no_json)
+
+
+@pytest.mark.parametrize(("step", "found"), [("unnamed", 1.0), ("named", 1.0), ("told", 2.0)])
+def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(
+    step: str, found: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1.0)
+    with monkeypatch.context() as patch:
+        killed_at(step, patch)
+        with pytest.raises(Killed):
+            save(tmp_path, 2.0)
+    assert equal(loaded(tmp_path), bits(trained(found)))
+    with monkeypatch.context() as patch:  # and killed once more
+        killed_at("named", patch)
+        with pytest.raises(Killed):
+            save(tmp_path, 3.0)
+    assert equal(loaded(tmp_path), bits(trained(found)))
+    save(tmp_path, 4.0)
+    assert equal(loaded(tmp_path), bits(trained(4.0)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", FACTS, TENSORS]
+
+
+def test_a_json_that_cannot_be_written_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1.0)
+
+    def full(path: Path, facts: Any) -> None:
+        raise UserError(f"cannot write {path}: no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_file, "write_json", full)
+        with pytest.raises(UserError, match="no space"):
+            save(tmp_path, 2.0)
+    assert equal(loaded(tmp_path), bits(trained(1.0)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", FACTS, TENSORS]
+
+
+def test_no_value_in_the_json_names_a_file_outside(tmp_path: Path) -> None:
+    """The tensors are read from the folder alone, and a file of somebody else that lies there is not removed."""
+    save(tmp_path / "one", 1.0)
+    (tmp_path / "one" / TENSORS).rename(tmp_path / "one" / "sparsegrad_adapter.mine.safetensors")
+    facts = json.loads((tmp_path / "one" / FACTS).read_text())
+    for sha256 in ("mine", "/../../one/sparsegrad_adapter.mine", ["mine"], None):
+        (tmp_path / "one" / FACTS).write_text(json.dumps({**facts, "sha256": sha256}))
+        with pytest.raises(UserError, match=f"no adapter in .*{TENSORS} is missing"):
+            load_adapter(own_model(), tmp_path / "one")
+    (tmp_path / "one" / FACTS).write_text(json.dumps(facts))
+    save(tmp_path / "one", 2.0)
+    assert (tmp_path / "one" / "sparsegrad_adapter.mine.safetensors").is_file()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool])
+def test_buffers_of_every_whole_dtype_are_loaded(dtype: torch.dtype, tmp_path: Path) -> None:
+    base, model = own_model(), trained(1.0)
+    base.register_buffer("seen", torch.zeros(5, dtype=dtype))
+    model.register_buffer("seen", torch.ones(5, dtype=dtype))
+    save_adapter(model, tmp_path, base, Prepared(model[0].weight))
+    load_adapter(base, tmp_path).merge()
+    assert equal(base, bits(model))
+    assert base.seen.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.uint16, torch.float8_e4m3fn])
+def test_a_dtype_that_could_not_be_loaded_is_refused_unless_it_stayed(dtype: torch.dtype, tmp_path: Path) -> None:
+    base, model = own_model(), trained(1.0)
+    for each in (base, model):
+        each.register_buffer("seen", torch.zeros(5).to(dtype))
+    save_adapter(model, tmp_path / "same", base, Prepared(model[0].weight))
+    model.seen = torch.ones(5).to(dtype)
+    with pytest.raises(UserError, match=rf"seen is {dtype}, .* torch\.bfloat16.*persistent=False"):
+        save_adapter(model, tmp_path / "other", base, Prepared(model[0].weight))
+    assert not (tmp_path / "other").exists()

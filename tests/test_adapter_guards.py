@@ -1,0 +1,211 @@
+"""Adapters never leave a model between base and trained: what was changed or failed halfway is noticed or undone."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsegrad import UserError, load_adapter, save_adapter, switch
+from sparsegrad.adapter import Patch, mark
+
+
+class Prepared:
+    """The groups of an optimizer of `prepare` for one linear without a basis."""
+
+    def __init__(self, weight: Tensor, name: str = "0.weight") -> None:
+        group = {"kind": "only", "param_names": [name], "params": [weight], "keep": 4, "density": None}
+        self.param_groups: list[dict[str, Any]] = [{**group, "basis": None}]
+
+
+def own_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 3))
+
+
+def changed(base: nn.Sequential) -> nn.Sequential:
+    """Two weights `sparse`, the biases `whole`."""
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.view(-1)[::5] += 1
+    return model
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def equal(model: nn.Module, other: dict[str, Tensor]) -> bool:
+    mine = model.state_dict()
+    return mine.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in mine.items())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    base = own_model()
+    model = changed(base)
+    saved = save_adapter(model, tmp_path, base, Prepared(model[0].weight))  # type: ignore[arg-type]
+    assert saved.forms["sparse"] > 0
+    assert saved.forms["whole"] > 0
+    return tmp_path
+
+
+def fused_step(model: nn.Module, **settings: Any) -> None:
+    """One step of the Trainer's default, which leaves torch's count of in-place writes as it was."""
+    before = [parameter._version for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **settings)
+    model(torch.ones(2, 40)).sum().backward()
+    optimizer.step()
+    assert before == [parameter._version for parameter in model.parameters()], "else this test tests nothing"
+
+
+@pytest.mark.parametrize("alone", ["0.weight", "0.bias"])  # a sparse entry, a whole one
+def test_a_fused_step_is_noticed_and_never_mixed_with_the_base(folder: Path, alone: str) -> None:
+    model = own_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == alone)
+    adapter = load_adapter(model, folder)
+    adapter.merge()
+    fused_step(model, lr=1e-3)
+    trained = bits(model)
+    with pytest.raises(UserError, match=rf"{alone} was changed .* save what you trained"):
+        adapter.unmerge()
+    assert adapter.merged
+    assert equal(model, trained)
+
+
+def test_a_fused_step_between_load_and_merge_is_noticed(folder: Path) -> None:
+    model = own_model()
+    adapter = load_adapter(model, folder)
+    fused_step(model, lr=1e-3)
+    with pytest.raises(UserError, match=r"0\.weight was changed .* load the base and the adapter again"):
+        adapter.merge()
+    assert not adapter.merged
+
+
+def test_steps_that_cancel_out_in_a_sum_have_another_mark() -> None:
+    """Adam's first step is +lr or -lr of each entry; a plain sum of bits is the same after it."""
+    before = torch.full((3, 70_000), 1.5)
+    for left, right in (((0, 0), (0, 1)), ((0, 0), (2, 7)), ((0, 0), (0, 2**16)), ((1, 5), (2, 69_999))):
+        after = before.clone()
+        after[left] += 2**-10
+        after[right] -= 2**-10
+        assert int(after.view(torch.int32).sum()) == int(before.view(torch.int32).sum())
+        assert mark(after) != mark(before)
+    signs = torch.ones(9)
+    signs[2:4] = -1  # two highest bits, which add up to nothing where numbers have 32
+    assert mark(signs) != mark(torch.ones(9))
+    assert mark(torch.zeros(6)) != mark(torch.zeros(2, 3)) != mark(torch.zeros(2, 3, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.int16, torch.uint8, torch.bool])
+def test_the_mark_of_a_tensor_of_any_dtype_is_that_of_its_bits(dtype: torch.dtype) -> None:
+    tensor = (torch.arange(200_001) % 2).to(dtype)
+    assert mark(tensor) == mark(tensor.clone())
+    for place in (0, 65_536, 200_000):
+        other = tensor.clone()
+        other[place] = 1 - int(other[place])
+        assert mark(other) != mark(tensor)
+    assert mark(tensor[:0])[2] == 0
+
+
+@pytest.mark.parametrize("failing", range(4))
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_merge_or_unmerge_that_fails_halfway_changes_nothing(
+    folder: Path, failing: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, swap = own_model(), Patch.swap
+    adapter = load_adapter(model, folder)
+    calls: list[Patch] = []
+
+    def fails(patch: Patch, *target: Tensor) -> None:
+        calls.append(patch)
+        if len(calls) == failing + 1:
+            raise error
+        swap(patch, *target)
+
+    for merged in (False, True):
+        calls.clear()
+        before = bits(model)
+        with monkeypatch.context() as patched:
+            patched.setattr(Patch, "swap", fails)
+            with pytest.raises(error):
+                (adapter.unmerge if merged else adapter.merge)()
+        assert adapter.merged == merged
+        assert equal(model, before)
+        (adapter.unmerge if merged else adapter.merge)()
+        assert equal(model, bits(own_model() if merged else changed(own_model())))
+
+
+def test_tensors_that_were_replaced_are_found_by_name(folder: Path) -> None:
+    """As `model.to(device)` and `load_state_dict(assign=True)` do."""
+    model = own_model()
+    adapter = load_adapter(model, folder)
+    for merge, wanted in ((adapter.merge, changed(own_model())), (adapter.unmerge, own_model())):
+        model.load_state_dict(bits(model), assign=True)
+        merge()
+        assert equal(model, bits(wanted))
+
+
+def test_a_buffer_that_apply_replaced_is_merged(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = copy.deepcopy(base)
+    model(torch.randn(8, 4))
+    with torch.no_grad():
+        model[0].weight[0] += 1
+    save_adapter(model, tmp_path, base, Prepared(model[0].weight))  # type: ignore[arg-type]
+    adapter = load_adapter(base, tmp_path)
+    base._apply(torch.clone)
+    adapter.merge()
+    assert equal(base, bits(model))
+
+
+def test_another_dtype_or_a_lost_tensor_is_refused_at_merge(folder: Path) -> None:
+    model: Any = own_model()
+    adapter = load_adapter(model, folder)
+    model.to(torch.bfloat16)
+    with pytest.raises(UserError, match=r"0\.weight was changed"):
+        adapter.merge()
+    model = own_model()
+    adapter = load_adapter(model, folder)
+    del model[1]
+    before = bits(model)
+    with pytest.raises(UserError, match=r"1\.\w+ was changed"):
+        adapter.merge()
+    assert equal(model, before)
+
+
+def test_memory_laid_out_otherwise_is_refused_at_merge(folder: Path) -> None:
+    model: Any = own_model()
+    adapter = load_adapter(model, folder)
+    model[0].weight.data = model[0].weight.detach().t().contiguous().t()
+    with pytest.raises(UserError, match=r"0\.weight is not contiguous"):
+        adapter.merge()
+    assert equal(model, bits(own_model()))
+
+
+def test_a_switch_that_cannot_go_on_leaves_the_base(folder: Path) -> None:
+    model = own_model()
+    one, two = load_adapter(model, folder), load_adapter(model, folder)
+    two._patches["1.bias"].now = mark(torch.zeros(3))
+    one.merge()
+    with pytest.raises(UserError, match=r"1\.bias was changed"):
+        switch(model, two)
+    assert not one.merged
+    assert equal(model, bits(own_model()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_values_stay_on_their_own_device(folder: Path) -> None:
+    model = own_model().cuda()
+    adapter = load_adapter(model, folder)
+    adapter.merge()
+    assert {patch.values.device.type for patch in adapter._patches.values()} == {"cpu"}
+    model.cpu()
+    adapter.unmerge()
+    assert equal(model, bits(own_model()))

@@ -1,0 +1,152 @@
+"""What an adapter is made from: any model and base a user has, and never a base that only seems to be one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_zoo import tiny_batches, tiny_model
+from test_adapter_guards import Prepared, bits, changed, equal, own_model
+from torch import nn
+
+from sparsegrad import UserError, load_adapter, prepare, save_adapter
+from sparsegrad.adapter_file import FACTS
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    tensors: dict[str, Any] = json.loads((folder / FACTS).read_text())["tensors"]
+    return tensors
+
+
+def test_a_model_of_ones_own_is_saved_by_the_names_given_to_prepare(tmp_path: Path) -> None:
+    base = own_model()
+    with pytest.raises(UserError, match=r"no known layout .*give mlp="):
+        save_adapter(changed(base), tmp_path, base)
+    for mlp in ({"first": "0"}, ["0"]):
+        saved = save_adapter(changed(base), tmp_path, base, mlp=mlp)
+        assert saved.mlp_bytes > 0
+        assert stored(tmp_path)["0.weight"]["base_sha256"] is not None
+        fresh = own_model()
+        load_adapter(fresh, tmp_path).merge()
+        assert equal(fresh, bits(changed(base)))
+
+
+def test_names_and_an_optimizer_together_are_refused(tmp_path: Path) -> None:
+    base = own_model()
+    model = changed(base)
+    with pytest.raises(UserError, match=r"mlp=\['1'\] and optimizer=: give one"):
+        save_adapter(model, tmp_path, base, Prepared(model[0].weight), mlp=["1"])
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3])
+@pytest.mark.parametrize(("prepared", "given"), [(True, True), (True, False), (False, True)])
+def test_a_compiled_model_is_saved_as_the_plain_one(
+    prepared: bool, given: bool, tolerance: float, tmp_path: Path
+) -> None:
+    """Prepared compiled or plain, saved compiled or plain: the same files."""
+    base = tiny_model("bert", torch.float32)
+    model, batches = copy.deepcopy(base), tiny_batches("bert", 2)
+    compiled = torch.compile(model, backend="eager")
+    optimizers = {
+        which: prepare(model_, batches, steps=2, keep=4) for which, model_ in ((True, compiled), (False, model))
+    }
+    model(**batches[0]).loss.backward()
+    optimizers[prepared].step()
+    wanted = save_adapter(model, tmp_path / "plain", base, optimizers[False], tolerance=tolerance)
+    found = save_adapter(
+        compiled if given else model, tmp_path / "compiled", base, optimizers[prepared], tolerance=tolerance
+    )
+    assert (found.forms, found.mlp_bytes, found.lora_bytes) == (wanted.forms, wanted.mlp_bytes, wanted.lora_bytes)
+    assert ("rotated" in found.forms) == (tolerance > 0)
+    assert (tmp_path / "compiled" / FACTS).read_bytes() == (tmp_path / "plain" / FACTS).read_bytes()
+    save_adapter(model, tmp_path / "compiled", torch.compile(base, backend="eager"), optimizers[prepared])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()},
+        lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()},
+        lambda tensors: {name: tensor for name, tensor in tensors.items() if name != "0.weight"},
+        lambda tensors: {},
+    ],
+)
+def test_tensors_of_other_names_are_no_base(spoil: Any, tmp_path: Path) -> None:
+    """Stored as new, they would be merged into any model of these shapes."""
+    base = own_model()
+    model = changed(base)
+    with pytest.raises(
+        UserError, match=r"base= has no tensor 0\.weight, .* names of the plain model, as a copy of its"
+    ):
+        save_adapter(model, tmp_path / "adapter", spoil(bits(base)), Prepared(model[0].weight))
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_tensors_without_a_head_are_a_base_and_the_head_is_new(tmp_path: Path) -> None:
+    base = own_model()
+    model = changed(base)
+    before = {name: tensor for name, tensor in bits(base).items() if not name.startswith("1.")}
+    save_adapter(model, tmp_path, before, Prepared(model[0].weight))
+    assert stored(tmp_path)["1.weight"]["base_sha256"] is None
+    stranger: nn.Module = own_model()
+    with torch.no_grad():
+        stranger[0].weight[0, 0] += 1  # type: ignore[index]
+    with pytest.raises(UserError, match=r"0\.weight is not the base's"):
+        load_adapter(stranger, tmp_path)
+
+
+def test_a_folder_of_another_architecture_is_no_base(tmp_path: Path) -> None:
+    """`from_pretrained` draws what the files lack and only warns."""
+    tiny_model("llama", torch.float32).save_pretrained(tmp_path / "llama")  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"llama has not bert\..* and 1 more of the model: name the base"):
+        save_adapter(tiny_model("bert", torch.float32), tmp_path / "adapter", tmp_path / "llama")
+    assert not (tmp_path / "adapter").exists()
+
+
+def save(folder: Path, base: nn.Sequential, **settings: Any) -> None:
+    model = changed(base)
+    save_adapter(model, folder, base, Prepared(model[0].weight), **settings)
+
+
+def test_a_card_that_nobody_touched_is_written_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path, own_model())
+    first = (tmp_path / "README.md").read_text()
+    base = nn.Sequential(nn.Linear(400, 30), nn.Linear(30, 3))
+    save(tmp_path, base)
+    second = (tmp_path / "README.md").read_text()
+    assert first != second
+    (tmp_path / "README.md").write_bytes(second.replace("\n", "\r\n").encode())
+    save(tmp_path, own_model())
+    assert (tmp_path / "README.md").read_text() == first
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda card: b"# Mine\n",
+        lambda card: b"",
+        lambda card: b"\xff\xfe",
+        lambda card: card.replace(b"to be added by whoever trained it", b"accuracy 0.93"),
+        lambda card: card + b"Trained on one GPU.\n",
+        lambda card: b"\n" + card,
+        lambda card: card[:-2],
+        lambda card: card.rpartition(b"\n<!--")[0],  # as of before cards had a last line
+    ],
+)
+def test_a_readme_that_somebody_wrote_or_edited_stays(
+    edit: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, own_model())
+    path = tmp_path / "README.md"
+    mine = edit(path.read_bytes())
+    path.write_bytes(mine)
+    with caplog.at_level(logging.WARNING):
+        save(tmp_path, own_model())
+    assert path.read_bytes() == mine
+    assert f"{path} stays as it is" in caplog.text
