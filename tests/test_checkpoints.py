@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from test_runs import Stop
 from transformers import TrainerCallback
 
 from sparsegrad.checkpoints import KEEP, MANIFEST, is_whole, last_checkpoint
+from sparsegrad.errors import UserError
 from sparsegrad.runs import run
 
 
@@ -59,6 +61,30 @@ def test_a_damaged_file_is_detected_and_the_checkpoint_before_is_used(
     (newest / name).write_bytes(content)
     assert last_checkpoint(folder) == str(folder / before.name)
     assert not (folder / newest.name).exists()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", MANIFEST])
+def test_a_file_that_cannot_be_read_for_a_moment_deletes_nothing(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    """Neither the checkpoint it is of, nor a newer one that is damaged indeed."""
+    folder, opened = tmp_path / "checkpoints", Path.open
+    shutil.copytree(checkpoints, folder)
+    (folder / "checkpoint-3" / "optimizer.pt").unlink()
+
+    def failing(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path == folder / "checkpoint-2" / name:
+            raise OSError(code, "no answer")  # without the file's name, as a read gives it
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(UserError, match=rf"checkpoint-2/{name} \(no answer\): nothing was deleted; try again"):
+        last_checkpoint(folder)
+    assert (folder / "checkpoint-2" / name).exists()
+    assert (folder / "checkpoint-3").is_dir()
+    monkeypatch.undo()
+    assert last_checkpoint(folder) == str(folder / "checkpoint-2")
 
 
 class Count(TrainerCallback):  # type: ignore[misc]
