@@ -18,7 +18,7 @@ from sparsegrad.basis import Basis
 from sparsegrad.distributed import is_shard, shards_error
 from sparsegrad.errors import UserError, check_choice, check_number
 from sparsegrad.moments import MOMENTS
-from sparsegrad.rounding import add_stochastic, check_updated
+from sparsegrad.rounding import add_stochastic, check_updated, decay_
 from sparsegrad.selection import Selection, count_kept, select, together
 
 
@@ -212,16 +212,17 @@ def _apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor) -
     group, weights = selection.group, selection.weights
     shape = weights[0].shape
     change = MOMENTS[group["moments"]](states, selection.index, selection.values, shape.numel(), group, finite)
-    if group["weight_decay"]:
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * finite)
     if group["basis"] is None:
         change = torch.zeros(len(weights), shape.numel(), dtype=change.dtype, device=change.device).scatter_(
             1, selection.index, change
         )
     else:
         change = group["basis"].unrotate_sparse(selection.index, change, shape)
+    change = change.view(len(weights), *shape)
+    if group["weight_decay"]:
+        decay_(weights, change, group["lr"] * group["weight_decay"] * finite)
     for weight, own, values in zip(weights, change, selection.values, strict=True):
-        add_stochastic(weight, own.view(shape), values)
+        add_stochastic(weight, own, values)
 
 
 def _pack(basis: Basis | None) -> dict[str, Tensor | None] | None:
