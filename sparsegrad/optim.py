@@ -31,8 +31,8 @@ class SparseGradAdamW(torch.optim.AdamW):
     as it is. Weight decay is decoupled and acts on the whole weight, which is the same in both spaces. Weights in
     bfloat16 are rounded stochastically, so that small updates add up.
 
-    A step in which a kept entry is not finite changes nothing, neither weights nor moments, and is counted in
-    `refused_steps`.
+    A step in which a kept entry is not finite changes nothing, neither weights nor moments nor step counts, and is
+    counted in `refused_steps`.
 
     Args:
         params: parameters or groups; a group may hold `basis: Basis`, `keep: int` or `density: float`, and `moments`:
@@ -138,14 +138,14 @@ class SparseGradAdamW(torch.optim.AdamW):
 
     def _step_plain(self) -> None:
         """AdamW's own step, for the groups that are its own; fused, it too is told on the device to change nothing."""
-        groups, finite = self.param_groups, self._finite
+        groups, finite, step = self.param_groups, self._finite, _unhooked(torch.optim.AdamW.step)
         self.param_groups = [group for group in groups if not _is_sparse(group)]
         try:
             if finite is None or all(group["fused"] for group in self.param_groups):
                 self.found_inf = None if finite is None else (~finite).float()
-                super().step()
+                step(self)
             elif bool(finite):
-                super().step()
+                step(self)
         finally:
             self.found_inf, self.param_groups = None, groups
 
@@ -225,6 +225,13 @@ def _apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor) -
         add_stochastic(weight, own, values)
 
 
+def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step inside: once an AdamW was made, torch wraps its class's, which would call the hooks again."""
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    return step
+
+
 def _pack(basis: Basis | None) -> dict[str, Tensor | None] | None:
     return None if basis is None else {"in_basis": basis.in_basis, "out_basis": basis.out_basis}
 
@@ -235,5 +242,5 @@ def _unpack(packed: dict[str, Tensor] | Basis | None) -> Basis | None:
 
 def _restore(state: dict[str, Any], saved: dict[str, Any], device: torch.device) -> None:
     """Undo torch's cast of loaded state to the weight's dtype, which rounds moments and breaks positions."""
-    for name in saved.keys() - {"step"}:
+    for name in saved:
         state[name] = saved[name].to(device, copy=True)
