@@ -83,10 +83,14 @@ class SparseGradAdamW(torch.optim.AdamW):
         """From now on, update a SparseGrad weight as soon as back-propagation has its gradient, and free that.
 
         The gradients of the MLP weights then never exist together. One backward pass must be one step: accumulation,
-        clipping and gradients averaged over processes need them all.
+        clipping and gradients averaged over processes need them all. So does `torch.amp.GradScaler`, with which float16
+        trains: the weights would move by scaled gradients, before it unscales them or decides to skip the step. That
+        cannot be seen here; train in float32 or bfloat16, which need no scaler. Where a gradient is not finite, the
+        weights whose gradients came before it have moved already.
 
         Raises:
-            UserError: with several processes; later, in a second backward pass before `step`.
+            UserError: with several processes; later, in a second backward pass before `step`, as after a step that a
+                GradScaler skipped.
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise UserError("gradients of several processes are averaged after back-propagation: do not release them")
@@ -102,7 +106,8 @@ class SparseGradAdamW(torch.optim.AdamW):
             if weight in self._released:
                 raise UserError(
                     "a second backward pass before step(): with released gradients each pass is a step of its own; "
-                    "do not accumulate, or do not release"
+                    "do not accumulate, or do not release; nor with a GradScaler, which skips steps and moves released "
+                    "weights by scaled gradients: train in bfloat16 without one"
                 )
             self._released.add(weight)
             self._update([select(group, [weight])])

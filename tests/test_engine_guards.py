@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsegrad import Basis, SparseGradAdamW, hosvd
+from sparsegrad import Basis, SparseGradAdamW, UserError, hosvd
 from sparsegrad.selection import top_k_index
 
 SHAPE = (12, 8)
@@ -145,3 +145,16 @@ def test_a_step_without_rotation_is_refused_for_one_nan_that_the_sample_misses()
     optimizer.step()
     assert optimizer.refused_steps == 1
     assert (weight == 1).all()
+
+
+def test_released_gradients_with_a_scaler_are_refused_by_name_after_a_skipped_step() -> None:
+    """The scaler sees the other parameters' gradients overflow, and never calls `step`."""
+    network = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 2))
+    released = {"params": [network[0].weight], "density": 0.1}
+    optimizer = SparseGradAdamW([released, {"params": network[1].parameters()}], lr=1e-2)
+    optimizer.release_gradients()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(network(torch.full((5, 8), 1e30)).square().sum()).backward()
+    scaler.step(optimizer)
+    with pytest.raises(UserError, match=r"second backward pass before step.*GradScaler.*bfloat16 without one"):
+        network(torch.ones(5, 8)).sum().backward()
