@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from sparsegrad import UserError, find_mlp
+from sparsegrad import Basis, SparseGradLinear, UserError, find_mlp
+from sparsegrad.block import BlockLinear
+from sparsegrad.lean import LeanLinear
 
 
 def network() -> nn.Module:
@@ -23,3 +28,26 @@ def test_a_linear_under_two_kinds_is_named_with_both() -> None:
 
 def test_a_list_that_names_a_linear_twice_takes_it_once() -> None:
     assert {kind: list(linears) for kind, linears in find_mlp(network(), ["fc1", "fc1"]).items()} == {"fc1": ["fc1"]}
+
+
+@pytest.mark.parametrize("sides", ["in", "out", "small"])
+def test_the_layer_refuses_a_basis_of_one_side_when_it_is_made(sides: str) -> None:
+    basis = Basis.identity(12, 8).only(sides)
+    with pytest.raises(UserError, match="lacks a side: calibrate it with sides=both"):
+        SparseGradLinear.from_linear(nn.Linear(8, 12), basis, keep=3)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (8, 8)])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda conv, basis: SparseGradLinear.from_linear(conv, basis, keep=3), "engine layer wraps .*take the engine"),
+        (lambda conv, basis: BlockLinear.from_linear(conv, basis, (2, 3)), "a block wraps .*take the engine merged"),
+        (lambda conv, _: LeanLinear(conv, drop_padding=True), "a lean linear wraps .*leave drop_padding"),
+    ],
+)
+def test_no_wrapper_takes_a_conv1d(shape: tuple[int, int], make: Callable[..., nn.Module], message: str) -> None:
+    """Its weight is (in, out): a square one would be transposed in silence."""
+    with pytest.raises(UserError, match=message) as caught:
+        make(Conv1D(shape[1], shape[0]), Basis.identity(*shape))
+    assert "nn.Linear, not Conv1D" in str(caught.value)
