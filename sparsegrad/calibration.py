@@ -42,8 +42,9 @@ def calibrate(
         steps: number of batches (paper: 30).
         sides: `both` (the paper), or only `in`, `out` or `small`, the side with fewer features; the longer
             side's decomposition is most of the cost.
-        gram_device: where the sums are kept, `cpu` to spare a GPU's memory; None: on the weights' device. For a LLaMA
-            block (4096, 11008) the sums of one kind take 0.55 GB.
+        gram_device: where the sums are kept, `cpu` to spare a GPU's memory; None: on the weights' device, of a model
+            on several (`device_map`) that of the first gradient. For a LLaMA block (4096, 11008) the sums of one kind
+            take 0.55 GB.
         update: called after each batch instead of freezing the rest: the authors' code trains meanwhile.
         progress: wraps the iterator of steps, e.g. `tqdm`.
 

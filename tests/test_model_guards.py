@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsegrad import Basis, SparseGradLinear, UserError, find_mlp
 from sparsegrad.block import BlockLinear
+from sparsegrad.grams import Grams
 from sparsegrad.lean import LeanLinear
 
 
@@ -51,3 +52,22 @@ def test_no_wrapper_takes_a_conv1d(shape: tuple[int, int], make: Callable[..., n
     with pytest.raises(UserError, match=message) as caught:
         make(Conv1D(shape[1], shape[0]), Basis.identity(*shape))
     assert "nn.Linear, not Conv1D" in str(caught.value)
+
+
+def test_gradients_of_several_devices_are_summed_where_the_first_was() -> None:
+    """As `device_map` spreads the blocks of one kind. `meta` stands for a second device: it takes any tensor."""
+    grams = Grams()
+    grams.add(torch.ones(12, 8, device="meta"))
+    grams.add(torch.ones(12, 8))
+    assert grams.count == 2
+    for gram in (grams.out_gram, grams.in_gram):
+        assert gram is not None
+        assert gram.device.type == "meta"
+
+
+def test_a_given_device_stays_that_of_the_sums() -> None:
+    grams = Grams(device="meta", sides="in")
+    for device in ("cpu", "meta"):
+        grams.add(torch.ones(12, 8, device=device))
+    assert grams.in_gram is not None
+    assert grams.in_gram.device.type == "meta"
