@@ -36,7 +36,8 @@ def calibrate(
     over their batches first, so that all get the basis of the batch they share.
 
     Args:
-        model: called as `model(**batch)`; the result needs a `loss`.
+        model: called as `model(**batch)`; the result has a `loss`, as attribute or key, or is a tuple that begins
+            with it.
         batches: mappings of tensors with labels; at least `steps` of them, read lazily, moved to the model's device.
         mlp: layer kind -> linears whose weights (out, in) share one basis.
         steps: number of batches (paper: 30).
@@ -134,11 +135,35 @@ def _loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
             'a tokenizer with return_tensors="pt" makes them'
         )
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    loss = getattr(model(**moved), "loss", None)
+    output = model(**moved)
+    loss = _loss_in(output, any(name.startswith("label") for name in moved))
     if loss is None:
-        raise UserError(f"the model gives no loss for a batch of {', '.join(moved)}: give batches with labels")
+        raise UserError(
+            f"the model gives no loss for a batch of {', '.join(moved)}, but {_told(output)}: give batches with "
+            "labels, and a model that returns a loss as attribute, key, or first of a tuple"
+        )
     if loss.numel() != 1 or not loss.requires_grad:
         raise UserError(
             f"the model's loss {tuple(loss.shape)} cannot be differentiated: give one number with gradients"
         )
-    return loss  # type: ignore[no-any-return]
+    return loss
+
+
+def _loss_in(output: Any, labelled: bool) -> Tensor | None:
+    """The loss where the Trainer looks for it. A tuple begins with it only if the model was given labels."""
+    if isinstance(output, Mapping):
+        found = output.get("loss")
+    elif isinstance(output, tuple) and not hasattr(output, "loss"):
+        found = output[0] if labelled and output else None
+    else:
+        found = getattr(output, "loss", None)
+    return found if isinstance(found, Tensor) else None
+
+
+def _told(output: Any) -> str:
+    """What a model returned, in a few words."""
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} of {', '.join(map(str, output)) or 'nothing'}"
+    if isinstance(output, tuple):
+        return f"a tuple of {', '.join(type(item).__name__ for item in output) or 'nothing'}"
+    return f"a {type(output).__name__}"

@@ -37,7 +37,7 @@ def prepare(
     before the call what shall not train. `print(describe(optimizer))` tells which weights were taken.
 
     Args:
-        model: called as `model(**batch)`, with a `loss` in its result; not changed. It may be inside
+        model: called as `model(**batch)`, with a `loss` in its result (see `calibrate`); not changed. It may be inside
             `DistributedDataParallel`; several connected processes calibrate together.
         batches: at least `steps` mappings of tensors with labels, for calibration only.
         mlp: layer kind -> pattern of module names, or a list of names, or a layout's name; None finds those of known

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsegrad import Basis, SparseGradLinear, UserError, find_mlp
+from sparsegrad import Basis, SparseGradLinear, UserError, calibrate, find_mlp, prepare
 from sparsegrad.block import BlockLinear
 from sparsegrad.grams import Grams
 from sparsegrad.lean import LeanLinear
@@ -71,3 +73,70 @@ def test_a_given_device_stays_that_of_the_sums() -> None:
         grams.add(torch.ones(12, 8, device=device))
     assert grams.in_gram is not None
     assert grams.in_gram.device.type == "meta"
+
+
+class Wrapped(nn.Module):
+    """A network whose loss comes out as `give` says."""
+
+    def __init__(self, give: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.give = nn.Linear(8, 12), nn.Linear(12, 8), give
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        output = self.down(self.up(x).tanh())
+        return self.give(output.square().mean() if labels is None else (output - labels).square().mean())
+
+
+NAMES = {"up": "up", "down": "down"}
+
+
+def labelled(count: int = 2) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [{name: torch.randn(5, 8, generator=generator) for name in ("x", "labels")} for _ in range(count)]
+
+
+def as_tuple(loss: Tensor) -> tuple[Tensor, Tensor]:
+    return loss, torch.zeros(5, 8)
+
+
+def as_dict(loss: Tensor) -> dict[str, Tensor]:
+    return {"logits": torch.zeros(5, 8), "loss": loss}
+
+
+class Pair(NamedTuple):
+    logits: Tensor
+    loss: Tensor
+
+
+@pytest.mark.parametrize("give", [as_tuple, as_dict, lambda loss: Pair(torch.zeros(5, 8), loss)])
+def test_a_loss_is_found_wherever_the_trainer_would_find_it(give: Callable[[Tensor], Any]) -> None:
+    """And the bases are those of a model that returns an object."""
+    bases = []
+    for way in (give, lambda loss: SimpleNamespace(loss=loss)):
+        model = Wrapped(way)
+        bases.append(calibrate(model, labelled(), {"up": [model.up], "down": [model.down]}, steps=2))
+    for kind, basis in bases[0].items():
+        assert torch.equal(basis.both()[0], bases[1][kind].both()[0])
+
+
+@pytest.mark.parametrize(
+    ("give", "message"),
+    [
+        (lambda loss: {"logits": loss, "score": loss}, "for a batch of x, labels, but a dict of logits, score: give"),
+        (lambda loss: {}, "but a dict of nothing"),
+        (lambda loss: ("text", loss), "but a tuple of str, Tensor: give"),
+        (lambda loss: loss, "but a Tensor: give batches with labels"),
+        (lambda loss: SimpleNamespace(loss=None), "but a SimpleNamespace: give"),
+    ],
+)
+def test_a_result_without_loss_is_named(give: Callable[[Tensor], Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"the model gives no loss .*{message}"):
+        prepare(Wrapped(give), labelled(), mlp=NAMES, density=0.1, steps=2)
+
+
+def test_a_tuple_begins_with_the_loss_only_where_there_are_labels() -> None:
+    """Else its first item is the logits; the Trainer asks for labels too."""
+    batches = [{"x": batch["x"]} for batch in labelled()]
+    with pytest.raises(UserError, match="the model gives no loss for a batch of x, but a tuple of Tensor, Tensor"):
+        prepare(Wrapped(as_tuple), batches, mlp=NAMES, density=0.1, steps=2)
