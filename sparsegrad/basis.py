@@ -26,7 +26,7 @@ SIDES = ("both", "in", "out", "small")
 class Basis:
     """Orthogonal matrices whose columns are singular vectors, sorted by falling energy: one for each side, or for one.
 
-    A side that is None is not rotated. Rotating the smaller side alone costs a fifth of both and keeps most of the
+    A side that is None is not rotated. Rotating the smaller side alone costs a sixth of both and keeps most of the
     concentration (it is not the paper's method, which rotates both).
 
     Attributes:

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,13 @@ def test_a_file_that_cannot_be_read_for_a_moment_deletes_nothing(
     assert (folder / "checkpoint-3").is_dir()
     monkeypatch.undo()
     assert last_checkpoint(folder) == str(folder / "checkpoint-2")
+
+
+def test_the_faq_names_every_file_of_a_checkpoint_that_torch_has_pickled(checkpoints: Path) -> None:
+    names = {path.name for path in (checkpoints / "checkpoint-3").iterdir() if zipfile.is_zipfile(path)}
+    answer = (ROOT / "docs" / "faq.md").read_text().split("**Pickle?**")[1]
+    assert "optimizer.pt" in names
+    assert [name for name in names if f"`{name}`" not in answer] == []
 
 
 class Count(TrainerCallback):  # type: ignore[misc]
