@@ -73,7 +73,7 @@ class Basis:
             sides = small_side(self.shape)
         part = Basis(None if sides == "out" else self.in_basis, None if sides == "in" else self.out_basis)
         if part.shape.count(None) > (sides != "both"):
-            raise UserError(f"a basis for {self.shape} has not sides={sides}: calibrate it anew")
+            raise UserError(f"a basis for {self.shape} has not sides={sides}: name the side it has, or calibrate anew")
         return part
 
     def both(self) -> tuple[Tensor, Tensor]:

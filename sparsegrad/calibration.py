@@ -54,10 +54,11 @@ def calibrate(
 
     Raises:
         UserError: for too few batches, a batch without loss, a weight without gradient, or a gradient not finite; for
-            a sharded model, or one that differs between the processes.
+            a sharded model, or one that differs between the processes; for a device that does not exist.
     """
     check_integer("steps", steps, at_least=1, remedy="the paper takes 30")
     check_choice("sides", sides, SIDES)
+    _check_device(gram_device)
     model = unwrapped(model)
     refuse_shards(model)
     check_same_weights(model)
@@ -77,6 +78,14 @@ def calibrate(
                 f"calibration got {sums.count} gradients of kind {kind}, not {steps} per weight: is it in use?"
             )
     return {kind: grams.pop(kind).basis().to(device) for kind in list(grams)}  # each kind's sums go with its basis
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # what an unknown, an absent or no device gives
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(f"gram_device={device} cannot be used ({reason}): give cpu, or None for the weights'") from None
 
 
 @contextmanager

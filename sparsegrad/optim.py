@@ -79,6 +79,11 @@ class SparseGradAdamW(torch.optim.AdamW):
         """Steps that changed nothing because a kept entry of a gradient was not finite."""
         return int(self._refused)
 
+    @property
+    def bases(self) -> dict[str, Basis]:
+        """Layer kind -> basis, of the groups that `prepare` made: for `save_bases`, and `prepare(bases=...)` later."""
+        return {group["kind"]: group["basis"] for group in self.param_groups if group.get("kind") and group["basis"]}
+
     def release_gradients(self) -> None:
         """From now on, update a SparseGrad weight as soon as back-propagation has its gradient, and free that.
 
