@@ -144,13 +144,11 @@ def _loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
             'a tokenizer with return_tensors="pt" makes them'
         )
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    output = model(**moved)
-    loss = _loss_in(output, any(name.startswith("label") for name in moved))
+    output, labelled = model(**moved), any(name.startswith("label") for name in moved)
+    loss = _loss_in(output, labelled)
     if loss is None:
-        raise UserError(
-            f"the model gives no loss for a batch of {', '.join(moved)}, but {_told(output)}: give batches with "
-            "labels, and a model that returns a loss as attribute, key, or first of a tuple"
-        )
+        remedy = "return it as attribute, as key, or first of a tuple" if labelled else "give batches with labels"
+        raise UserError(f"the model gives no loss for a batch of {', '.join(moved)}: {remedy}; {_told(output)} came")
     if loss.numel() != 1 or not loss.requires_grad:
         raise UserError(
             f"the model's loss {tuple(loss.shape)} cannot be differentiated: give one number with gradients"

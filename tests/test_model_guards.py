@@ -123,11 +123,14 @@ def test_a_loss_is_found_wherever_the_trainer_would_find_it(give: Callable[[Tens
 @pytest.mark.parametrize(
     ("give", "message"),
     [
-        (lambda loss: {"logits": loss, "score": loss}, "for a batch of x, labels, but a dict of logits, score: give"),
-        (lambda loss: {}, "but a dict of nothing"),
-        (lambda loss: ("text", loss), "but a tuple of str, Tensor: give"),
-        (lambda loss: loss, "but a Tensor: give batches with labels"),
-        (lambda loss: SimpleNamespace(loss=None), "but a SimpleNamespace: give"),
+        (
+            lambda loss: {"logits": loss, "score": loss},
+            "for a batch of x, labels: return it as .*; a dict of logits, score came",
+        ),
+        (lambda loss: {}, "; a dict of nothing came"),
+        (lambda loss: ("text", loss), "; a tuple of str, Tensor came"),
+        (lambda loss: loss, "; a Tensor came"),
+        (lambda loss: SimpleNamespace(loss=None), "; a SimpleNamespace came"),
     ],
 )
 def test_a_result_without_loss_is_named(give: Callable[[Tensor], Any], message: str) -> None:
@@ -138,5 +141,7 @@ def test_a_result_without_loss_is_named(give: Callable[[Tensor], Any], message: 
 def test_a_tuple_begins_with_the_loss_only_where_there_are_labels() -> None:
     """Else its first item is the logits; the Trainer asks for labels too."""
     batches = [{"x": batch["x"]} for batch in labelled()]
-    with pytest.raises(UserError, match="the model gives no loss for a batch of x, but a tuple of Tensor, Tensor"):
+    with pytest.raises(
+        UserError, match="no loss for a batch of x: give batches with labels; a tuple of Tensor, Tensor came"
+    ):
         prepare(Wrapped(as_tuple), batches, mlp=NAMES, density=0.1, steps=2)
