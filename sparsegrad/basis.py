@@ -26,7 +26,7 @@ SIDES = ("both", "in", "out", "small")
 class Basis:
     """Orthogonal matrices whose columns are singular vectors, sorted by falling energy: one for each side, or for one.
 
-    A side that is None is not rotated. Rotating the smaller side alone costs a fifth of both and keeps most of the
+    A side that is None is not rotated. Rotating the smaller side alone costs a sixth of both and keeps most of the
     concentration (it is not the paper's method, which rotates both).
 
     Attributes:
@@ -73,7 +73,7 @@ class Basis:
             sides = small_side(self.shape)
         part = Basis(None if sides == "out" else self.in_basis, None if sides == "in" else self.out_basis)
         if part.shape.count(None) > (sides != "both"):
-            raise UserError(f"a basis for {self.shape} has not sides={sides}: calibrate it anew")
+            raise UserError(f"a basis for {self.shape} has not sides={sides}: name the side it has, or calibrate anew")
         return part
 
     def both(self) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_integer
-from sparsegrad.linear import product_dtype
+from sparsegrad.linear import check_linear, product_dtype
 from sparsegrad.rounding import add_stochastic, check_updated
 from sparsegrad.selection import check_density
 
@@ -93,7 +93,12 @@ class BlockLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, basis: Basis, core_shape: tuple[int, int]) -> BlockLinear:
-        """Take over a linear (out, in); its own weight is left alone."""
+        """Take over a linear (out, in); its own weight is left alone.
+
+        Raises:
+            UserError: also for what is no `nn.Linear`, such as GPT-2's `Conv1D`.
+        """
+        check_linear(linear, "a block")
         bias = None if linear.bias is None else linear.bias.detach().clone()
         return cls(linear.weight.detach().clone(), bias, basis, core_shape)
 

@@ -36,14 +36,16 @@ def calibrate(
     over their batches first, so that all get the basis of the batch they share.
 
     Args:
-        model: called as `model(**batch)`; the result needs a `loss`.
+        model: called as `model(**batch)`; the result has a `loss`, as attribute or key, or is a tuple that begins
+            with it.
         batches: mappings of tensors with labels; at least `steps` of them, read lazily, moved to the model's device.
         mlp: layer kind -> linears whose weights (out, in) share one basis.
         steps: number of batches (paper: 30).
         sides: `both` (the paper), or only `in`, `out` or `small`, the side with fewer features; the longer
             side's decomposition is most of the cost.
-        gram_device: where the sums are kept, `cpu` to spare a GPU's memory; None: on the weights' device. For a LLaMA
-            block (4096, 11008) the sums of one kind take 0.55 GB.
+        gram_device: where the sums are kept, `cpu` to spare a GPU's memory; None: on the weights' device, of a model
+            on several (`device_map`) that of the first gradient. For a LLaMA block (4096, 11008) the sums of one kind
+            take 0.55 GB.
         update: called after each batch instead of freezing the rest: the authors' code trains meanwhile.
         progress: wraps the iterator of steps, e.g. `tqdm`.
 
@@ -52,10 +54,11 @@ def calibrate(
 
     Raises:
         UserError: for too few batches, a batch without loss, a weight without gradient, or a gradient not finite; for
-            a sharded model, or one that differs between the processes.
+            a sharded model, or one that differs between the processes; for a device that does not exist.
     """
     check_integer("steps", steps, at_least=1, remedy="the paper takes 30")
     check_choice("sides", sides, SIDES)
+    _check_device(gram_device)
     model = unwrapped(model)
     refuse_shards(model)
     check_same_weights(model)
@@ -75,6 +78,14 @@ def calibrate(
                 f"calibration got {sums.count} gradients of kind {kind}, not {steps} per weight: is it in use?"
             )
     return {kind: grams.pop(kind).basis().to(device) for kind in list(grams)}  # each kind's sums go with its basis
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # what an unknown, an absent or no device gives
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(f"gram_device={device} cannot be used ({reason}): give cpu, or None for the weights'") from None
 
 
 @contextmanager
@@ -133,11 +144,33 @@ def _loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
             'a tokenizer with return_tensors="pt" makes them'
         )
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    loss = getattr(model(**moved), "loss", None)
+    output, labelled = model(**moved), any(name.startswith("label") for name in moved)
+    loss = _loss_in(output, labelled)
     if loss is None:
-        raise UserError(f"the model gives no loss for a batch of {', '.join(moved)}: give batches with labels")
+        remedy = "return it as attribute, as key, or first of a tuple" if labelled else "give batches with labels"
+        raise UserError(f"the model gives no loss for a batch of {', '.join(moved)}: {remedy}; {_told(output)} came")
     if loss.numel() != 1 or not loss.requires_grad:
         raise UserError(
             f"the model's loss {tuple(loss.shape)} cannot be differentiated: give one number with gradients"
         )
-    return loss  # type: ignore[no-any-return]
+    return loss
+
+
+def _loss_in(output: Any, labelled: bool) -> Tensor | None:
+    """The loss where the Trainer looks for it. A tuple begins with it only if the model was given labels."""
+    if isinstance(output, Mapping):
+        found = output.get("loss")
+    elif isinstance(output, tuple) and not hasattr(output, "loss"):
+        found = output[0] if labelled and output else None
+    else:
+        found = getattr(output, "loss", None)
+    return found if isinstance(found, Tensor) else None
+
+
+def _told(output: Any) -> str:
+    """What a model returned, in a few words."""
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} of {', '.join(map(str, output)) or 'nothing'}"
+    if isinstance(output, tuple):
+        return f"a tuple of {', '.join(type(item).__name__ for item in output) or 'nothing'}"
+    return f"a {type(output).__name__}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ from torch import nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from sparsegrad.records import read_json, write_json
+from sparsegrad.errors import UserError
+from sparsegrad.records import load_json, read_json, write_json
 from sparsegrad.tensor_bytes import tensor_bytes
 
 MANIFEST = "manifest.json"
 KEEP = 2  # the newest ones; the best one stays besides
 PREFIX = "checkpoint-"
+# What a file that is not there answers, or none that could be. All else, such as EIO, says nothing of the file.
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 _log = logging.getLogger("sparsegrad")
 
 
@@ -39,25 +44,31 @@ def read_manifest(checkpoint: Path | str) -> dict[str, Any]:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether every file of the manifest is there as it was written; reads them all."""
-    try:
-        files = read_manifest(checkpoint)["files"]
-        inside = all(Path(name).name == name for name in files)  # a manifest is of its own folder alone
-        sizes = inside and all((checkpoint / name).stat().st_size == files[name][0] for name in files)
-        whole = sizes and all(_fingerprint(checkpoint / name) == files[name] for name in files)
-        return TRAINER_STATE_NAME in files and whole
-    except (OSError, ValueError, TypeError, LookupError):
-        return False
+    """Whether every file of the manifest is there as it was written; reads them all.
+
+    Raises:
+        UserError: when a file is there and cannot be read, as on a disk that fails for a moment.
+    """
+    return _judged(lambda: _matches(checkpoint))
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is whole, as is the best one it refers to; newer ones that are not are removed."""
+    """The newest checkpoint that is whole, as is the best one it refers to; newer ones that are not are removed.
+
+    Raises:
+        UserError: when a file cannot be read; nothing is removed then.
+    """
+    damaged: list[Path] = []
+    found = None
     for checkpoint in reversed(_sorted(folder)):
         if is_whole(checkpoint) and _best_is_whole(checkpoint):
-            return str(checkpoint)
+            found = str(checkpoint)
+            break
+        damaged.append(checkpoint)
+    for checkpoint in damaged:
         _log.warning("%s is damaged or was not written to its end: the one before is used", checkpoint)
         shutil.rmtree(checkpoint)
-    return None
+    return found
 
 
 def prune(folder: Path, best_step: int | None) -> None:
@@ -84,12 +95,49 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _best_is_whole(checkpoint: Path) -> bool:
+def _judged(check: Callable[[], bool]) -> bool:
+    """What `check` says of files; False also where one is missing, or never was what it should be."""
     try:
-        best = load_state(checkpoint).best_model_checkpoint
-        return best is None or Path(best) == checkpoint or is_whole(Path(best))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # hashed, but never a state
+        return check()
+    except UserError:
+        raise
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return False
+        raise UserError(
+            f"cannot read {error.filename} ({error.strerror or error}): nothing was deleted; try again when it can be "
+            "read, or start the run over with resume=false"
+        ) from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return False
+
+
+def _matches(checkpoint: Path) -> bool:
+    with _named(checkpoint / MANIFEST):
+        files = load_json(checkpoint / MANIFEST)["files"]
+    inside = all(Path(name).name == name for name in files)  # a manifest is of its own folder alone
+    sizes = inside and all((checkpoint / name).stat().st_size == files[name][0] for name in files)
+    whole = sizes and all(_fingerprint(checkpoint / name) == files[name] for name in files)
+    return TRAINER_STATE_NAME in files and whole
+
+
+def _best_is_whole(checkpoint: Path) -> bool:
+    def check() -> bool:
+        with _named(checkpoint / TRAINER_STATE_NAME):
+            best = load_state(checkpoint).best_model_checkpoint  # hashed, but perhaps never a state
+        return best is None or Path(best) == checkpoint or is_whole(Path(best))
+
+    return _judged(check)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Within: an error of reading, which knows no file, gets this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _sorted(folder: Path) -> list[Path]:
@@ -105,5 +153,5 @@ def _step(checkpoint: Path) -> int:
 
 def _fingerprint(path: Path) -> list[Any]:
     """Size and SHA-256 of a file."""
-    with path.open("rb") as file:
+    with _named(path), path.open("rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]

@@ -29,6 +29,7 @@ class Grams:
 
     Attributes:
         sides: `both`, or the only one that is wanted: `in`, `out`, or `small`, the side with fewer features.
+        device: where the sums are; None: where the first gradient is. Those on other devices are brought there.
     """
 
     out_gram: Tensor | None = None
@@ -58,7 +59,7 @@ class Grams:
         self.count += 1
 
     def _begin(self, G: Tensor) -> None:
-        self.shape = tuple(G.shape)
+        self.shape, self.device = tuple(G.shape), G.device
         sides = small_side(self.shape) if self.sides == "small" else self.sides
         self.out_gram = None if sides == "in" else G.new_zeros(G.shape[0], G.shape[0])
         self.in_gram = None if sides == "out" else G.new_zeros(G.shape[1], G.shape[1])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.linear import product_dtype
+from sparsegrad.linear import check_linear, product_dtype
 
 
 class _LeanLinear(torch.autograd.Function):
@@ -42,7 +42,7 @@ class LeanLinear(nn.Linear):
         save_dtype: dtype in which x is kept for dW, such as `torch.bfloat16`: half the memory, rounded products.
 
     Raises:
-        UserError: for a dtype that is not floating.
+        UserError: for a dtype that is not floating, or what is no `nn.Linear`, such as GPT-2's `Conv1D`.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class LeanLinear(nn.Linear):
         drop_padding: bool = False,
         save_dtype: torch.dtype | None = None,
     ) -> None:
+        check_linear(linear, "a lean linear", "leave drop_padding and save_dtype off")
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.drop_padding = check_choice("drop_padding", drop_padding, (True, False))

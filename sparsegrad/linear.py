@@ -63,7 +63,7 @@ class SparseGradLinear(nn.Module):
         backward: `regular`, or `sparse_dense`: skip the zero rows and columns of dy (paper eq. 1-2; the same sums).
 
     Raises:
-        UserError: for a basis of another shape, `keep` out of range, or an unknown `backward`.
+        UserError: for a basis of another shape or of one side, `keep` out of range, or an unknown `backward`.
     """
 
     in_basis: Tensor
@@ -75,8 +75,9 @@ class SparseGradLinear(nn.Module):
         self.backward_mode = check_choice("backward", backward, BACKWARDS)
         self.rotated_weight = nn.Parameter(rotated_weight)
         self.bias = None if bias is None else nn.Parameter(bias)
-        self.register_buffer("in_basis", basis.in_basis, persistent=False)
-        self.register_buffer("out_basis", basis.out_basis, persistent=False)
+        U, V = basis.both()
+        self.register_buffer("in_basis", U, persistent=False)
+        self.register_buffer("out_basis", V, persistent=False)
 
     @classmethod
     def from_linear(
@@ -93,8 +94,7 @@ class SparseGradLinear(nn.Module):
         Raises:
             UserError: also for what is no `nn.Linear`, such as GPT-2's `Conv1D`.
         """
-        if not isinstance(linear, nn.Linear):
-            raise UserError(f"engine layer wraps nn.Linear, not {type(linear).__name__}: take the engine merged")
+        check_linear(linear, "engine layer")
         weight = linear.weight.detach()
         if not basis.fits(weight.shape):
             raise UserError(
@@ -141,6 +141,12 @@ class SparseGradLinear(nn.Module):
     def extra_repr(self) -> str:
         out_features, in_features = self.rotated_weight.shape
         return f"in={in_features}, out={out_features}, keep={self.keep}, backward={self.backward_mode}"
+
+
+def check_linear(linear: nn.Module, what: str, remedy: str = "take the engine merged") -> None:
+    """Raise `UserError` for what is no `nn.Linear`: GPT-2's `Conv1D` has a weight (in, out)."""
+    if not isinstance(linear, nn.Linear):
+        raise UserError(f"{what} wraps nn.Linear, not {type(linear).__name__}: {remedy}")
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

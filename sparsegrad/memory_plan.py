@@ -132,14 +132,15 @@ def make_setup(config: RunConfig, model: nn.Module, linears: Linears) -> Setup:
     architecture: Any = model.config
     method: Any = config.method
     found = [linear for kind in linears.values() for linear in kind.values()]
+    shapes, width = weight_shapes(linears), architecture.hidden_size
     return Setup(
         method=method.name,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         selected=sum(linear.weight.numel() for linear in found),
-        shapes=weight_shapes(linears),
+        shapes=shapes,
         linears=len(found),
-        width=architecture.hidden_size,
-        mlp_width=architecture.intermediate_size,
+        width=width,
+        mlp_width=max(_mlp_width(shape, width) for shape in shapes.values()),
         depth=architecture.num_hidden_layers,
         vocabulary=architecture.vocab_size,
         tokens=config.train.batch_size * config.data.max_length,
@@ -148,6 +149,11 @@ def make_setup(config: RunConfig, model: nn.Module, linears: Linears) -> Setup:
         rank=getattr(method, "rank", 0),
         density=getattr(method, "density", None) or 0.01,
     )
+
+
+def _mlp_width(shape: tuple[int, int], width: int) -> int:
+    """The side of a weight that is not the model's: not every configuration names it, such as GPT-2's."""
+    return next((side for side in shape if side != width), width)
 
 
 def memory_of(device: torch.device) -> int:

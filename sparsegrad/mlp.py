@@ -54,12 +54,14 @@ def find_mlp(model: nn.Module, mlp: Names | None = None) -> Linears:
 
     Raises:
         UserError: for an unknown or ambiguous layout, a bad expression, a kind without linears or with mixed shapes,
-            a quantized or sharded weight, or one that other modules share.
+            a module of two kinds, a quantized or sharded weight, or one that other modules share.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}, not a torch.nn.Module: give the model itself")
     refuse_shards(model)
-    linears = {kind: _linears(model, kind, names) for kind, names in _named(model, mlp).items()}
+    named = _named(model, mlp)
+    _refuse_overlap(named)
+    linears = {kind: _linears(model, kind, names) for kind, names in named.items()}
     _refuse_shared(model, linears)
     return linears
 
@@ -128,6 +130,18 @@ def _listed(model: nn.Module, wanted: Sequence[str]) -> dict[str, list[str]]:
             if name not in named[kind]:
                 named[kind].append(name)
     return named
+
+
+def _refuse_overlap(named: Mapping[str, list[str]]) -> None:
+    """A linear of two kinds would be rotated by both bases."""
+    taken: dict[str, str] = {}
+    for kind, names in named.items():
+        for name in names:
+            if name in taken:
+                raise UserError(
+                    f"{name} is of two kinds, mlp.{taken[name]} and mlp.{kind}: write patterns of which one matches it"
+                )
+            taken[name] = kind
 
 
 def _linears(model: nn.Module, kind: str, names: list[str]) -> dict[str, nn.Linear]:

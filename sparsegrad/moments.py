@@ -1,7 +1,8 @@
 """Adam on kept entries: which moments exist, and the change they give (paper, section 3.2; `torch.optim.SparseAdam`).
 
 Both functions take the kept entries of `count` weights of one shape at once. Where `finite` (a bool on the device) is
-False they leave all moments as they are and give a change of zero: no look at the values, so no wait for a GPU.
+False they leave all moments and step counts as they are and give a change of zero: no look at the values, so no wait
+for a GPU. For that the counts are on the device too.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ def dense_moments(
         The change (count, k) of the rotated weights at `index`.
     """
     first, second = (_together(states, name, size, values) for name in ("exp_avg", "exp_avg_sq"))
-    (beta1, beta2), steps = group["betas"], _next_steps(states)
+    (beta1, beta2), steps = group["betas"], _next_steps(states, finite)
     m, v = first.gather(1, index), second.gather(1, index)
     m, v = _blend(m, v, values, group["betas"], finite)
     first.scatter_(1, index, m)
     second.scatter_(1, index, v)
-    scales = [group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step) for step in steps]
-    change: Tensor = m / (v.sqrt() + group["eps"]) * (_per_weight(scales, m) * -finite.to(m.dtype))
+    exponents = steps.double().clamp(min=1)  # none counts as long as all were refused
+    scales = -group["lr"] * (1 - beta2**exponents).sqrt() / (1 - beta1**exponents) * finite
+    change: Tensor = m / (v.sqrt() + group["eps"]) * scales.to(m.dtype)[:, None]
     return change
 
 
@@ -58,7 +60,7 @@ def support_moments(
     Args, Returns: as `dense_moments`; a state holds `step` and, of each slot, `index` (sorted), `exp_avg`,
         `exp_avg_sq`, `age` (updates so far) and `used` (the step of its last update).
     """
-    (beta1, beta2), steps = group["betas"], _next_steps(states)
+    (beta1, beta2), steps = group["betas"], _next_steps(states, finite)
     slots = min(_SLOTS * index.shape[1], size)
     old = _slots(states, slots, values)
     order = index.argsort(1)
@@ -69,7 +71,7 @@ def support_moments(
     m, v = _blend(m, v, gradient, group["betas"], finite)
     age = age + finite
     # An unused entry loses every contest for a slot: so do all of a step that does not count.
-    used = torch.where(finite, torch.tensor(steps, dtype=torch.int32, device=key.device)[:, None].expand_as(key), -1)
+    used = torch.where(finite, steps.int()[:, None].expand_as(key), -1)
     _keep_latest(
         states, old, {"index": key, "exp_avg": m, "exp_avg_sq": v, "age": age, "used": used}, place, known & finite
     )
@@ -88,17 +90,13 @@ def _blend(m: Tensor, v: Tensor, gradient: Tensor, betas: tuple[float, float], f
     return m + (gradient - m) * weights[0], v + (gradient * gradient - v) * weights[1]
 
 
-def _next_steps(states: Sequence[State]) -> list[int]:
-    """Count one step more in every state. On the host: reading them back costs nothing."""
-    for state in states:
-        state["step"] = state.get("step", torch.zeros((), dtype=torch.float32)) + 1
-    return [int(state["step"]) for state in states]
-
-
-def _per_weight(numbers: list[float], like: Tensor) -> Tensor | float:
-    if len(set(numbers)) == 1:
-        return numbers[0]
-    return torch.tensor(numbers, dtype=like.dtype, device=like.device)[:, None]
+def _next_steps(states: Sequence[State], finite: Tensor) -> Tensor:
+    """Count one step more in every state if `finite`; the counts (count,), in float32 as torch's optimizers have it."""
+    zero = torch.zeros((), device=finite.device)
+    steps = torch.stack([state.get("step", zero).to(finite.device) for state in states]) + finite
+    for state, step in zip(states, steps, strict=True):
+        state["step"] = step
+    return steps
 
 
 def _together(states: Sequence[State], name: str, size: int, like: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from sparsegrad.basis import Basis
 from sparsegrad.distributed import is_shard, shards_error
 from sparsegrad.errors import UserError, check_choice, check_number
 from sparsegrad.moments import MOMENTS
-from sparsegrad.rounding import add_stochastic, check_updated
+from sparsegrad.rounding import add_stochastic, check_updated, decay_
 from sparsegrad.selection import Selection, count_kept, select, together
 
 
@@ -31,8 +31,8 @@ class SparseGradAdamW(torch.optim.AdamW):
     as it is. Weight decay is decoupled and acts on the whole weight, which is the same in both spaces. Weights in
     bfloat16 are rounded stochastically, so that small updates add up.
 
-    A step in which a kept entry is not finite changes nothing, neither weights nor moments, and is counted in
-    `refused_steps`.
+    A step in which a kept entry is not finite changes nothing, neither weights nor moments nor step counts, and is
+    counted in `refused_steps`.
 
     Args:
         params: parameters or groups; a group may hold `basis: Basis`, `keep: int` or `density: float`, and `moments`:
@@ -79,14 +79,23 @@ class SparseGradAdamW(torch.optim.AdamW):
         """Steps that changed nothing because a kept entry of a gradient was not finite."""
         return int(self._refused)
 
+    @property
+    def bases(self) -> dict[str, Basis]:
+        """Layer kind -> basis, of the groups that `prepare` made: for `save_bases`, and `prepare(bases=...)` later."""
+        return {group["kind"]: group["basis"] for group in self.param_groups if group.get("kind") and group["basis"]}
+
     def release_gradients(self) -> None:
         """From now on, update a SparseGrad weight as soon as back-propagation has its gradient, and free that.
 
         The gradients of the MLP weights then never exist together. One backward pass must be one step: accumulation,
-        clipping and gradients averaged over processes need them all.
+        clipping and gradients averaged over processes need them all. So does `torch.amp.GradScaler`, with which float16
+        trains: the weights would move by scaled gradients, before it unscales them or decides to skip the step. That
+        cannot be seen here; train in float32 or bfloat16, which need no scaler. Where a gradient is not finite, the
+        weights whose gradients came before it have moved already.
 
         Raises:
-            UserError: with several processes; later, in a second backward pass before `step`.
+            UserError: with several processes; later, in a second backward pass before `step`, as after a step that a
+                GradScaler skipped.
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise UserError("gradients of several processes are averaged after back-propagation: do not release them")
@@ -102,7 +111,8 @@ class SparseGradAdamW(torch.optim.AdamW):
             if weight in self._released:
                 raise UserError(
                     "a second backward pass before step(): with released gradients each pass is a step of its own; "
-                    "do not accumulate, or do not release"
+                    "do not accumulate, or do not release; nor with a GradScaler, which skips steps and moves released "
+                    "weights by scaled gradients: train in bfloat16 without one"
                 )
             self._released.add(weight)
             self._update([select(group, [weight])])
@@ -138,14 +148,14 @@ class SparseGradAdamW(torch.optim.AdamW):
 
     def _step_plain(self) -> None:
         """AdamW's own step, for the groups that are its own; fused, it too is told on the device to change nothing."""
-        groups, finite = self.param_groups, self._finite
+        groups, finite, step = self.param_groups, self._finite, _unhooked(torch.optim.AdamW.step)
         self.param_groups = [group for group in groups if not _is_sparse(group)]
         try:
             if finite is None or all(group["fused"] for group in self.param_groups):
                 self.found_inf = None if finite is None else (~finite).float()
-                super().step()
+                step(self)
             elif bool(finite):
-                super().step()
+                step(self)
         finally:
             self.found_inf, self.param_groups = None, groups
 
@@ -212,16 +222,24 @@ def _apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor) -
     group, weights = selection.group, selection.weights
     shape = weights[0].shape
     change = MOMENTS[group["moments"]](states, selection.index, selection.values, shape.numel(), group, finite)
-    if group["weight_decay"]:
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * finite)
     if group["basis"] is None:
         change = torch.zeros(len(weights), shape.numel(), dtype=change.dtype, device=change.device).scatter_(
             1, selection.index, change
         )
     else:
         change = group["basis"].unrotate_sparse(selection.index, change, shape)
+    change = change.view(len(weights), *shape)
+    if group["weight_decay"]:
+        decay_(weights, change, group["lr"] * group["weight_decay"] * finite)
     for weight, own, values in zip(weights, change, selection.values, strict=True):
-        add_stochastic(weight, own.view(shape), values)
+        add_stochastic(weight, own, values)
+
+
+def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step inside: once an AdamW was made, torch wraps its class's, which would call the hooks again."""
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    return step
 
 
 def _pack(basis: Basis | None) -> dict[str, Tensor | None] | None:
@@ -234,5 +252,5 @@ def _unpack(packed: dict[str, Tensor] | Basis | None) -> Basis | None:
 
 def _restore(state: dict[str, Any], saved: dict[str, Any], device: torch.device) -> None:
     """Undo torch's cast of loaded state to the weight's dtype, which rounds moments and breaks positions."""
-    for name in saved.keys() - {"step"}:
+    for name in saved:
         state[name] = saved[name].to(device, copy=True)

@@ -6,13 +6,15 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
-from sparsegrad.basis import Basis
+from sparsegrad.basis import SIDES, Basis
 from sparsegrad.calibration import Batch, calibrate
-from sparsegrad.distributed import unwrapped
-from sparsegrad.errors import UserError, check_number
+from sparsegrad.distributed import check_same_weights, unwrapped
+from sparsegrad.errors import UserError, check_choice, check_number
 from sparsegrad.mlp import Linears, Names, check_trainable, find_mlp
+from sparsegrad.moments import MOMENTS
 from sparsegrad.optim import SparseGradAdamW
 from sparsegrad.plan import describe
 from sparsegrad.selection import count_kept
@@ -22,13 +24,17 @@ logger = logging.getLogger(__name__)
 
 def prepare(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | None,
     mlp: Names | None = None,
     density: float | None = None,
     lr: float = 1e-4,
     *,
     keep: int | None = None,
     steps: int = 30,
+    sides: str = "both",
+    moments: str = "dense",
+    bases: Mapping[str, Basis] | None = None,
+    gram_device: torch.device | str | None = None,
     **adamw: Any,
 ) -> SparseGradAdamW:
     """Calibrate `model` and return the optimizer that fine-tunes it with SparseGrad; then train as ever.
@@ -37,36 +43,83 @@ def prepare(
     before the call what shall not train. `print(describe(optimizer))` tells which weights were taken.
 
     Args:
-        model: called as `model(**batch)`, with a `loss` in its result; not changed. It may be inside
+        model: called as `model(**batch)`, with a `loss` in its result (see `calibrate`); not changed. It may be inside
             `DistributedDataParallel`; several connected processes calibrate together.
-        batches: at least `steps` mappings of tensors with labels, for calibration only.
+        batches: at least `steps` mappings of tensors with labels, for calibration only; None with `bases`.
         mlp: layer kind -> pattern of module names, or a list of names, or a layout's name; None finds those of known
             layouts. See `find_mlp`.
         density: share of kept entries per weight and step, (0, 1]; default 0.01, the paper's.
         lr: learning rate of all parameters.
         keep: number of kept entries per weight, instead of `density`.
         steps: calibration steps (paper: 30).
+        sides: what is rotated: `both` (the method), or only `in`, `out` or `small`, the side with fewer features; not
+            exact, a sixth of the rotation.
+        moments: `dense` (the method's), or `support`: a tenth of their memory, not exact; see `sparsegrad.moments`.
+        bases: layer kind -> basis, as `load_bases` gives them or `optimizer.bases` of an earlier call: taken instead of
+            a calibration, which then does not happen. Of them too only `sides` are used.
+        gram_device: where the calibration keeps its sums, `cpu` to spare a GPU's memory; None: on the weights' device.
         **adamw: `betas`, `eps`, `weight_decay`, `fused`, `foreach` of `SparseGradAdamW`.
 
     Raises:
         UserError: for values out of range, or a model without the named linears, or with frozen, tied, quantized or
-            sharded ones, or another model on each process; before any batch is read. For batches without labels.
+            sharded ones, or another model on each process, or bases that do not fit it; before any batch is read. For
+            batches without labels.
     """
     model = unwrapped(model)
     density = 0.01 if density is None and keep is None else density
+    _check_options(batches, lr, sides, moments, bases)
+    linears = _find(model, mlp, keep, density)
+    SparseGradAdamW(model.parameters(), lr=lr, **adamw)  # refuses what it will refuse, before the calibration
+    if bases is None:
+        assert batches is not None
+        by_kind = {kind: found.values() for kind, found in linears.items()}
+        bases = calibrate(model, batches, by_kind, steps, sides=sides, gram_device=gram_device)
+    else:
+        check_same_weights(model)
+        bases = _fitting(bases, linears, sides)
+    groups = param_groups(model, linears, bases, keep=keep, density=density, moments=moments)
+    optimizer = SparseGradAdamW(groups, lr=lr, **adamw)
+    logger.info("SparseGrad trains:\n%s", describe(optimizer))
+    return optimizer
+
+
+def _check_options(batches: Any, lr: Any, sides: Any, moments: Any, bases: Any) -> None:
     check_number("lr", lr, above=0)
+    check_choice("sides", sides, SIDES)
+    check_choice("moments", moments, tuple(MOMENTS))
     if isinstance(batches, Mapping):
         raise UserError("batches is one batch: give several, a list of batches or a DataLoader")
+    if batches is None and bases is None:
+        raise UserError("batches=None leaves nothing to calibrate on: give batches, or stored bases as bases=")
+    if bases is not None and not (isinstance(bases, Mapping) and all(isinstance(b, Basis) for b in bases.values())):
+        raise UserError(f"bases is a {type(bases).__name__}: give {{kind: Basis}}, as load_bases reads it from a file")
+
+
+def _find(model: nn.Module, mlp: Names | None, keep: int | None, density: float | None) -> Linears:
+    """The MLP linears, all of which can train and hold the kept entries."""
     linears = find_mlp(model, mlp)
     check_trainable(linears)
     for found in linears.values():
         for linear in found.values():
             count_kept(linear.weight.shape, keep=keep, density=density)
-    SparseGradAdamW(model.parameters(), lr=lr, **adamw)  # refuses what it will refuse, before the calibration
-    bases = calibrate(model, batches, {kind: found.values() for kind, found in linears.items()}, steps)
-    optimizer = SparseGradAdamW(param_groups(model, linears, bases, keep=keep, density=density), lr=lr, **adamw)
-    logger.info("SparseGrad trains:\n%s", describe(optimizer))
-    return optimizer
+    return linears
+
+
+def _fitting(bases: Mapping[str, Basis], linears: Linears, sides: str) -> dict[str, Basis]:
+    """The `sides` of the bases of all layer kinds, each of which fits its weights."""
+    if bases.keys() != linears.keys():
+        raise UserError(
+            f"bases are of the kinds {', '.join(bases) or 'none'}, the model's linears of {', '.join(linears)}: give "
+            "the bases that were made with the same mlp=, or calibrate anew"
+        )
+    for kind, found in linears.items():
+        for linear in found.values():
+            if not bases[kind].fits(linear.weight.shape):
+                raise UserError(
+                    f"a basis for {bases[kind].shape} does not fit the weights {tuple(linear.weight.shape)} of kind "
+                    f"{kind}: give the bases of this model, or calibrate anew"
+                )
+    return {kind: bases[kind].only(sides) for kind in linears}
 
 
 def param_groups(

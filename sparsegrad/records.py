@@ -90,10 +90,18 @@ def read_json(path: Path) -> Any:
         ValueError: when it is missing, damaged, nested too deep, or larger than any of ours.
     """
     try:
-        if (size := path.stat().st_size) > MAX_JSON:
-            raise ValueError(f"{size} bytes are too many")
+        return load_json(path)
+    except OSError as error:
+        raise ValueError(str(error)) from None
+
+
+def load_json(path: Path) -> Any:
+    """As `read_json`, but a file that is missing or cannot be read, whatever it holds, stays an `OSError`."""
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise ValueError(f"{size} bytes are too many")
+    try:
         return json.loads(path.read_text())
-    except (OSError, RecursionError) as error:
+    except RecursionError as error:
         raise ValueError(str(error)) from None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,24 @@ def add_stochastic(weight: Tensor, change: Tensor, source: Tensor) -> None:
     bits = (weight.float() + change.float()).view(torch.int32)
     bits = (bits + _noise(bits, source)) & -65536  # the upper half of a float32 is a bfloat16
     weight.copy_(bits.view(torch.float32))
+
+
+def decay_(weights: Sequence[Tensor], changes: Tensor, rate: Tensor) -> None:
+    """Shrink each weight by the share `rate`, in place; a bfloat16 one through its change, for `add_stochastic`.
+
+    To the nearest, a bfloat16 weight times 1 - 1e-4 is the same weight: its decay would be lost.
+
+    Args:
+        weights: of one shape.
+        changes: (count, *shape), float32 or finer: what is to be added to each weight afterwards.
+        rate: one number on their device, such as lr * weight_decay.
+    """
+    exact = [weight for weight in weights if weight.dtype != torch.bfloat16]
+    if exact:
+        torch._foreach_mul_(exact, 1 - rate)
+    for weight, change in zip(weights, changes, strict=True):
+        if weight.dtype == torch.bfloat16:
+            change.sub_(weight.to(change.dtype) * rate)
 
 
 def _noise(like: Tensor, source: Tensor) -> Tensor:

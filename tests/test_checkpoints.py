@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from test_runs import Stop
 from transformers import TrainerCallback
 
 from sparsegrad.checkpoints import KEEP, MANIFEST, is_whole, last_checkpoint
+from sparsegrad.errors import UserError
 from sparsegrad.runs import run
 
 
@@ -59,6 +62,37 @@ def test_a_damaged_file_is_detected_and_the_checkpoint_before_is_used(
     (newest / name).write_bytes(content)
     assert last_checkpoint(folder) == str(folder / before.name)
     assert not (folder / newest.name).exists()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", MANIFEST])
+def test_a_file_that_cannot_be_read_for_a_moment_deletes_nothing(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    """Neither the checkpoint it is of, nor a newer one that is damaged indeed."""
+    folder, opened = tmp_path / "checkpoints", Path.open
+    shutil.copytree(checkpoints, folder)
+    (folder / "checkpoint-3" / "optimizer.pt").unlink()
+
+    def failing(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path == folder / "checkpoint-2" / name:
+            raise OSError(code, "no answer")  # without the file's name, as a read gives it
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(UserError, match=rf"checkpoint-2/{name} \(no answer\): nothing was deleted; try again"):
+        last_checkpoint(folder)
+    assert (folder / "checkpoint-2" / name).exists()
+    assert (folder / "checkpoint-3").is_dir()
+    monkeypatch.undo()
+    assert last_checkpoint(folder) == str(folder / "checkpoint-2")
+
+
+def test_the_faq_names_every_file_of_a_checkpoint_that_torch_has_pickled(checkpoints: Path) -> None:
+    names = {path.name for path in (checkpoints / "checkpoint-3").iterdir() if zipfile.is_zipfile(path)}
+    answer = (ROOT / "docs" / "faq.md").read_text().split("**Pickle?**")[1]
+    assert "optimizer.pt" in names
+    assert [name for name in names if f"`{name}`" not in answer] == []
 
 
 class Count(TrainerCallback):  # type: ignore[misc]

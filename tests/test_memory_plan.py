@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from model_zoo import tiny_model
 
 from sparsegrad.errors import UserError
-from sparsegrad.memory_plan import GIB, Setup, check_fits, plan
+from sparsegrad.memory_plan import GIB, Setup, check_fits, make_setup, plan
+from sparsegrad.mlp import find_mlp
 
 SEVEN_B = Setup(
     method="sparsegrad", parameters=6_738_415_616, selected=22 * 4096 * 11008,
@@ -36,3 +39,15 @@ def test_the_remedy_fits() -> None:
     large = replace(SEVEN_B, precision="fp32", checkpointing=False, tokens=16384)
     with pytest.raises(UserError, match=r"this would fit: train\.gradient_checkpointing=true"):
         check_fits(large, 60 * GIB)
+
+
+@pytest.mark.parametrize(("layout", "mlp_width"), [("gpt2", 32), ("llama", 32), ("qwen2", 32)])
+@pytest.mark.parametrize("kinds", [1, 3])
+def test_the_mlp_width_is_that_of_the_linears(layout: str, mlp_width: int, kinds: int) -> None:
+    """GPT-2's configuration has no intermediate_size, and its weights are (in, out)."""
+    model = tiny_model(layout)
+    train = SimpleNamespace(batch_size=4, precision="fp32", gradient_checkpointing=False)
+    config = SimpleNamespace(method=SimpleNamespace(name="full"), train=train, data=SimpleNamespace(max_length=9))
+    linears = dict(list(find_mlp(model).items())[:kinds])
+    setup = make_setup(config, model, linears)  # type: ignore[arg-type]
+    assert (setup.width, setup.mlp_width, setup.depth, setup.vocabulary, setup.tokens) == (16, mlp_width, 2, 50, 36)

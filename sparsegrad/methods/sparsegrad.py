@@ -78,7 +78,7 @@ class SparseGrad:
             exact arithmetic, but for accumulation: `merged` selects once per step, `layer` in every micro-batch.
         backward: of engine `layer`: `regular` or `sparse_dense`.
         sides: what engine `merged` rotates: `both` (the method), or one: `in`, `out`, `small`. Not exact, but the
-            rotation costs a fifth (see docs/performance.md).
+            rotation costs a sixth (see docs/performance.md).
         moments: of engine `merged`: `dense` (the method's), or `support`: a tenth of their memory, not exact.
         release_gradients: update each MLP weight as soon as its gradient is there, and free that. Exact.
         drop_padding: leave padding out of the MLP weights' gradients, where it counts nothing. Exact.

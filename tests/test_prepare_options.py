@@ -1,0 +1,144 @@
+"""`prepare` with one side, compact moments, stored bases, or sums elsewhere is what one would build by hand."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification
+
+from sparsegrad import Basis, SparseGradAdamW, UserError, calibrate, find_mlp, prepare
+from sparsegrad.basis import load_bases, save_bases
+from sparsegrad.grams import Grams
+from sparsegrad.prepare import param_groups
+
+LR = 1e-2
+WHOLE = {"intermediate": Basis.identity(32, 16), "output": Basis.identity(16, 32)}
+
+
+def batches(count: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {
+            "input_ids": torch.randint(50, (4, 7), generator=generator),
+            "labels": torch.randint(2, (4,), generator=generator),
+        }
+        for _ in range(count)
+    ]
+
+
+def copies(model: nn.Module, count: int) -> list[nn.Module]:
+    return [copy.deepcopy(model).eval() for _ in range(count)]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: list[dict[str, Tensor]]) -> None:
+    for batch in data:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def assert_equal(one: nn.Module, other: nn.Module) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("sides", ["both", "in", "out", "small"])
+@pytest.mark.parametrize("moments", ["dense", "support"])
+def test_it_is_the_groups_and_the_optimizer_made_by_hand(
+    small_bert: BertForSequenceClassification, sides: str, moments: str
+) -> None:
+    one, other = copies(small_bert, 2)
+    optimizer = prepare(one, batches(3), keep=9, lr=LR, steps=3, sides=sides, moments=moments)
+    linears = find_mlp(other)
+    bases = calibrate(other, batches(3), {kind: list(of.values()) for kind, of in linears.items()}, 3, sides=sides)
+    by_hand = SparseGradAdamW(param_groups(other, linears, bases, keep=9, moments=moments), lr=LR)
+    train(one, optimizer, batches(4))
+    train(other, by_hand, batches(4))
+    assert_equal(one, other)
+    assert {basis.shape.count(None) for basis in optimizer.bases.values()} == {int(sides != "both")}
+    assert ("used" in optimizer.state[linears_of(one)[0].weight]) == (moments == "support")
+
+
+def linears_of(model: nn.Module) -> list[nn.Linear]:
+    return [linear for found in find_mlp(model).values() for linear in found.values()]
+
+
+@pytest.mark.parametrize("options", [{}, {"sides": "small"}, {"moments": "support"}])
+def test_stored_bases_stand_for_the_calibration_and_a_stopped_training_goes_on_to_the_bit(
+    small_bert: BertForSequenceClassification, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Through files, into a model and an optimizer that are new; no batch is read."""
+    whole, halves, fresh = copies(small_bert, 3)
+    data, settings = batches(6), {"density": 0.05, "lr": LR, **options}
+    train(whole, prepare(whole, batches(3), steps=3, **settings), data)
+    first = prepare(halves, batches(3), steps=3, **settings)
+    train(halves, first, data[:3])
+    save_bases(tmp_path / "bases.safetensors", first.bases)
+    torch.save({"model": halves.state_dict(), "optimizer": first.state_dict()}, tmp_path / "state.pt")
+
+    second = prepare(fresh, None, bases=load_bases(tmp_path / "bases.safetensors"), **settings)
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    fresh.load_state_dict(saved["model"])
+    second.load_state_dict(saved["optimizer"])
+    train(fresh, second, data[3:])
+    assert_equal(whole, fresh)
+
+
+def test_stored_bases_of_both_sides_give_those_that_are_asked_for(small_bert: BertForSequenceClassification) -> None:
+    optimizer = prepare(small_bert, None, bases=WHOLE, sides="small")
+    assert {kind: basis.shape for kind, basis in optimizer.bases.items()} == {
+        "intermediate": (None, 16),
+        "output": (16, None),
+    }
+
+
+def test_the_sums_are_kept_where_they_are_wanted(
+    small_bert: BertForSequenceClassification, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr("sparsegrad.calibration.Grams", lambda **given: seen.append(given["device"]) or Grams(**given))
+    prepare(small_bert, batches(2), steps=2, gram_device="cpu")
+    assert seen == ["cpu", "cpu"]
+
+
+def never() -> Any:
+    raise AssertionError("a batch was read")
+    yield
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sides": "left"}, "sides=left is not allowed: choose one of both, in, out, small"),
+        ({"moments": "some"}, "moments=some is not allowed: choose one of dense, support"),
+        ({"gram_device": "abacus"}, r"gram_device=abacus cannot be used \(.*: give cpu"),
+        ({"gram_device": 1.5}, r"gram_device=1\.5 cannot be used"),
+        ({"bases": [Basis.identity(32, 16)]}, r"bases is a list: give \{kind: Basis\}, as load_bases"),
+        ({"bases": {"output": torch.eye(16)}}, r"bases is a dict: give \{kind: Basis\}"),
+        ({"bases": {}}, "bases are of the kinds none, the model's linears of intermediate, output: .*same mlp="),
+        ({"bases": {"output": WHOLE["output"]}}, "bases are of the kinds output, the model's linears of intermediate,"),
+        ({"bases": {**WHOLE, "gate": WHOLE["output"]}}, "kinds intermediate, output, gate, the model's"),
+        (
+            {"bases": {**WHOLE, "output": Basis.identity(32, 16)}},
+            r"for \(32, 16\) does not fit the weights \(16, 32\) of kind output: give",
+        ),
+        (
+            {"bases": {kind: basis.only("in") for kind, basis in WHOLE.items()}},
+            r"a basis for \(None, 16\) has not sides=both: name the side it has",
+        ),
+    ],
+)
+def test_bad_options_are_named_before_any_batch_is_read(
+    small_bert: BertForSequenceClassification, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare(small_bert, never(), **options)
+
+
+def test_no_batches_and_no_bases_is_nothing(small_bert: BertForSequenceClassification) -> None:
+    with pytest.raises(UserError, match="batches=None leaves nothing to calibrate on: give batches, or stored bases"):
+        prepare(small_bert, None)
