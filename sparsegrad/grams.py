@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsegrad.basis import Basis, small_side
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.large_side import LARGE_SIDE, large_eigenvectors, to_host
+from sparsegrad.large_side import is_large, large_eigenvectors, to_host
 
 
 @dataclass
@@ -67,14 +67,14 @@ class Grams:
     def basis(self, dtype: torch.dtype | None = None) -> Basis:
         """The HOSVD factor matrices, by `eigh` in float64, cast to `dtype` (default: the sums' own).
 
-        With a side of more than `LARGE_SIDE` features the sums are used up: their memory is needed.
+        With a large side (see `large_side`) the sums are used up: their memory is needed.
 
         Raises:
             UserError: when there is no gradient, or one was not finite.
         """
         if self.shape is None:
             raise UserError("HOSVD of no gradients is not defined: give at least one gradient")
-        if max(self.shape) > LARGE_SIDE:
+        if any(gram is not None and is_large(len(gram), gram.device) for gram in (self.in_gram, self.out_gram)):
             self.shape = None  # the next gradient begins anew
         return Basis(_eigenvectors(self._take("in_gram"), dtype), _eigenvectors(self._take("out_gram"), dtype))
 
@@ -93,7 +93,7 @@ def _eigenvectors(gram: Tensor | None, dtype: torch.dtype | None) -> Tensor | No
     if not torch.isfinite(gram).all():
         raise UserError("a calibration gradient is not finite: lower the precision's risk (fp32) or check the data")
     device, dtype = gram.device, dtype or gram.dtype
-    if len(gram) > LARGE_SIDE:
+    if is_large(len(gram), gram.device):
         gram = to_host(gram)  # the sum itself goes
         vectors = large_eigenvectors(gram)
     else:
