@@ -5,6 +5,7 @@ from sparsegrad.adapter_save import save_adapter
 from sparsegrad.basis import Basis
 from sparsegrad.calibration import calibrate
 from sparsegrad.errors import UserError
+from sparsegrad.fast import to_linears
 from sparsegrad.grams import hosvd
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.mlp import find_mlp
@@ -29,5 +30,6 @@ __all__ = [
     "save_adapter",
     "sparse_dense_matmul",
     "switch",
+    "to_linears",
 ]
 __version__ = "0.1.0"

@@ -15,6 +15,7 @@ from sparsegrad.adapter_card import write_card
 from sparsegrad.adapter_file import BASIS_PARTS, DTYPES, Entry, digest, write_adapter
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_number
+from sparsegrad.fast import refuse_layers
 from sparsegrad.mlp import Names, find_mlp
 from sparsegrad.plan import describe
 
@@ -59,7 +60,8 @@ def save_adapter(
     """Write what training changed in `model` to `folder`: safetensors, JSON, and a model card README.md.
 
     Args:
-        model: the trained model, of ordinary linears, not wrapped by DDP or the like; torch.compile's is as good.
+        model: the trained model, of ordinary linears (after engine `fast` or `layer` call `to_linears` first), not
+            wrapped by DDP or the like; torch.compile's is as good.
         folder: created; an adapter that lies there is replaced, but a README.md that somebody wrote or edited stays.
         base: what the model was before: a hub id or folder, which is loaded once more for the comparison; a model; or
             tensors by name, of which those of a new head may be missing. None: the name that `from_pretrained` left in
@@ -102,9 +104,10 @@ def _uncompiled(model: nn.Module) -> nn.Module:
 
 
 def _check_plain(model: nn.Module) -> None:
-    """Refuse what DDP or DataParallel made of a model: the names in it are not the base's."""
+    """Refuse what DDP, DataParallel or another engine made of a model: the names in it are not the base's."""
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise UserError(f"the model is wrapped by {type(model).__name__}: save the plain one, model.module")
+    refuse_layers(model)
 
 
 def _mlp_kinds(model: nn.Module, optimizer: Any, mlp: Names | None) -> dict[str, str]:

@@ -55,7 +55,8 @@ class BlockLinear(nn.Module):
     The core is an ordinary parameter: accumulation, clipping, AMP and optimizers work as ever. Its change is merged
     into W before the next forward pass, so that a pass costs one product; W itself has no gradient. A change is seen by
     torch's count of in-place writes. Writes through `.data`, and those of torch's fused optimizers, are not counted:
-    after a fused step call `torch.autograd.graph.increment_version` on the cores, as `methods.base.adamw` does.
+    after a fused step call `torch.autograd.graph.increment_version` on the cores, as `SparseGradAdamW` and
+    `methods.base.adamw` do.
 
     Args:
         weight: W (out, in), merged in place.
@@ -144,6 +145,10 @@ class BlockLinear(nn.Module):
             tokens = x.reshape(-1, x.shape[-1]).to(dtype)
             y = _BlockLinear.apply(tokens, W, bias, self.core, U_r, V_c)  # type: ignore[no-untyped-call]
         return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._merged_version = -1  # a copy counts its writes anew, and may have been made between a step and its merge
 
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape

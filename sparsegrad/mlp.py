@@ -172,6 +172,8 @@ def _linear(name: str, module: nn.Module) -> nn.Linear:
         raise UserError(
             f"{name} is wrapped by peft: call merge_and_unload() on the peft model first, and give its result"
         )
+    if hasattr(module, "to_linear"):
+        raise UserError(f"{name} is a {type(module).__name__} already: call sparsegrad.to_linears(model) first")
     raise UserError(f"{name} is a {type(module).__name__}, not a linear with a weight of its own: name only linears")
 
 

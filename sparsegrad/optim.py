@@ -81,7 +81,13 @@ class SparseGradAdamW(torch.optim.AdamW):
 
     @property
     def bases(self) -> dict[str, Basis]:
-        """Layer kind -> basis, of the groups that `prepare` made: for `save_bases`, and `prepare(bases=...)` later."""
+        """Layer kind -> basis, of the groups that `prepare` made: for `save_bases`, and `prepare(bases=...)` later.
+
+        Raises:
+            UserError: after `prepare(engine="fast")`, whose layers need only a part of them.
+        """
+        if any(group.get("weight_shape") for group in self.param_groups):
+            raise UserError('engine="fast" keeps no whole bases: call calibrate first, and give prepare its bases=')
         return {group["kind"]: group["basis"] for group in self.param_groups if group.get("kind") and group["basis"]}
 
     def release_gradients(self) -> None:
@@ -154,6 +160,9 @@ class SparseGradAdamW(torch.optim.AdamW):
             if finite is None or all(group["fused"] for group in self.param_groups):
                 self.found_inf = None if finite is None else (~finite).float()
                 step(self)
+                # Fused, it writes without counting its writes, by which a `BlockLinear` knows that its core has moved.
+                fused = [group for group in self.param_groups if group["fused"]]
+                torch.autograd.graph.increment_version([weight for group in fused for weight in group["params"]])
             elif bool(finite):
                 step(self)
         finally:
@@ -169,9 +178,9 @@ class SparseGradAdamW(torch.optim.AdamW):
         """Take over state and hyperparameters; the moments keep the precision they were saved in.
 
         Raises:
-            UserError: when a saved basis does not fit the group's weights, or its moments are of the other kind.
+            UserError: when a saved basis does not fit the group's weights, or its moments or engine are others.
         """
-        _check_moments(self.param_groups, state_dict["param_groups"])
+        _check_saved(self.param_groups, state_dict["param_groups"])
         groups = [{**group, "basis": _unpack(group.get("basis"))} for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -208,13 +217,22 @@ def _check_group(group: dict[str, Any]) -> None:
             raise UserError(f"a basis for {basis.shape} does not fit a weight {tuple(weight.shape)}: calibrate it anew")
 
 
-def _check_moments(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+def _check_saved(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
     for mine, theirs in zip(groups, saved, strict=False):  # torch itself refuses another number of groups
+        if (engine := _engine(theirs)) != _engine(mine):
+            raise UserError(
+                f"the saved state is of engine={engine}, this optimizer of engine={_engine(mine)}: "
+                f"make it with engine={engine}, or begin without that state"
+            )
         if (kind := theirs.get("moments", "dense")) != mine["moments"]:
             raise UserError(
                 f"the saved state has moments={kind}, this optimizer moments={mine['moments']}: "
                 f"make it with moments={kind}, or begin without that state"
             )
+
+
+def _engine(group: dict[str, Any]) -> str:
+    return "fast" if group.get("weight_shape") else "merged"
 
 
 def _apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor) -> None:

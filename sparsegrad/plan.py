@@ -17,15 +17,17 @@ class Taken:
 
     Attributes:
         kind: the layer kind.
-        names: of the parameters, in the model's order.
+        names: of the weights in the plain model, in its order.
         shape: of each weight as it is stored, (out, in); (in, out) for GPT-2's `Conv1D`.
         kept: entries of each weight that one step changes in the rotated space.
+        core: with engine `fast`, the shape (c, r) of their block; else None.
     """
 
     kind: str
     names: tuple[str, ...]
     shape: tuple[int, int]
     kept: int
+    core: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,20 @@ class Plan:
         return self.rest + sum(len(group.names) * group.kept for group in self.taken)
 
     def __str__(self) -> str:
-        rows = [("kind", "weights", "shape", "kept of each", "density", "first")]
+        rows: list[tuple[str, ...]] = [("kind", "weights", "shape", "core", "kept of each", "density", "first")]
         for group in self.taken:
             size = group.shape[0] * group.shape[1]
-            counts = (str(len(group.names)), f"{group.shape[0]} x {group.shape[1]}", f"{group.kept:,} of {size:,}")
+            counts = (str(len(group.names)), _by(group.shape), _by(group.core), f"{group.kept:,} of {size:,}")
             rows.append((group.kind, *counts, f"{group.kept / size:.3%}", group.names[0]))
+        if not any(group.core for group in self.taken):
+            rows = [(*row[:3], *row[4:]) for row in rows]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, f"and {self.rest:,} other parameters by AdamW; trainable: {self.trainable:,}"])
+
+
+def _by(shape: tuple[int, int] | None) -> str:
+    return "" if shape is None else f"{shape[0]} x {shape[1]}"
 
 
 def describe(optimizer: Any) -> Plan:
@@ -72,5 +80,8 @@ def describe(optimizer: Any) -> Plan:
 
 def _taken(group: dict[str, Any]) -> Taken:
     weight: torch.Tensor = group["params"][0]
+    if group.get("weight_shape"):  # engine `fast`: the parameter is the core of the weight that stands beside it
+        names = tuple(name.removesuffix("core") + "weight" for name in group["param_names"])
+        return Taken(group["kind"], names, group["weight_shape"], weight.numel(), (weight.shape[0], weight.shape[1]))
     kept = count_kept(weight.shape, keep=group["keep"], density=group["density"])
     return Taken(group["kind"], tuple(group["param_names"]), (weight.shape[0], weight.shape[1]), kept)

@@ -13,12 +13,16 @@ from sparsegrad.basis import SIDES, Basis
 from sparsegrad.calibration import Batch, calibrate
 from sparsegrad.distributed import check_same_weights, unwrapped
 from sparsegrad.errors import UserError, check_choice, check_number
+from sparsegrad.fast import Blocks, use_blocks
+from sparsegrad.linear import check_linear
 from sparsegrad.mlp import Linears, Names, check_trainable, find_mlp
 from sparsegrad.moments import MOMENTS
 from sparsegrad.optim import SparseGradAdamW
 from sparsegrad.plan import describe
 from sparsegrad.selection import count_kept
 
+ENGINES = ("merged", "fast")
+NamedParameters = list[tuple[str, nn.Parameter]]
 logger = logging.getLogger(__name__)
 
 
@@ -35,6 +39,7 @@ def prepare(
     moments: str = "dense",
     bases: Mapping[str, Basis] | None = None,
     gram_device: torch.device | str | None = None,
+    engine: str = "merged",
     **adamw: Any,
 ) -> SparseGradAdamW:
     """Calibrate `model` and return the optimizer that fine-tunes it with SparseGrad; then train as ever.
@@ -43,8 +48,9 @@ def prepare(
     before the call what shall not train. `print(describe(optimizer))` tells which weights were taken.
 
     Args:
-        model: called as `model(**batch)`, with a `loss` in its result (see `calibrate`); not changed. It may be inside
-            `DistributedDataParallel`; several connected processes calibrate together.
+        model: called as `model(**batch)`, with a `loss` in its result (see `calibrate`); only engine `fast`
+            changes it. It may be inside `DistributedDataParallel`, but for `fast`, where DDP comes afterwards; several
+            connected processes calibrate together.
         batches: at least `steps` mappings of tensors with labels, for calibration only; None with `bases`.
         mlp: layer kind -> pattern of module names, or a list of names, or a layout's name; None finds those of known
             layouts. See `find_mlp`.
@@ -58,17 +64,22 @@ def prepare(
         bases: layer kind -> basis, as `load_bases` gives them or `optimizer.bases` of an earlier call: taken instead of
             a calibration, which then does not happen. Of them too only `sides` are used.
         gram_device: where the calibration keeps its sums, `cpu` to spare a GPU's memory; None: on the weights' device.
+        engine: `merged`, the method; or `fast`, which is NOT the exact method: it trains one fixed block of the rotated
+            gradient, not its top entries. Each MLP linear becomes a `BlockLinear`, whose weight is frozen and whose
+            core trains; `density` gives its shape, and `weight_decay` acts on the core, not on the weight. Move the
+            model to its device before the call; call `to_linears(model)` after training, before saving.
         **adamw: `betas`, `eps`, `weight_decay`, `fused`, `foreach` of `SparseGradAdamW`.
 
     Raises:
         UserError: for values out of range, or a model without the named linears, or with frozen, tied, quantized or
-            sharded ones, or another model on each process, or bases that do not fit it; before any batch is read. For
-            batches without labels.
+            sharded ones, or another model on each process, or bases that do not fit it; for what engine `fast` does
+            not take (`keep`, `sides`, `moments`, `Conv1D`); before any batch is read. For batches without labels.
     """
+    _check_options(batches, lr, sides, moments, bases)
+    _check_engine(engine, model, keep=keep, sides=sides, moments=moments)
     model = unwrapped(model)
     density = 0.01 if density is None and keep is None else density
-    _check_options(batches, lr, sides, moments, bases)
-    linears = _find(model, mlp, keep, density)
+    linears = _find(model, mlp, keep, density, engine)
     SparseGradAdamW(model.parameters(), lr=lr, **adamw)  # refuses what it will refuse, before the calibration
     if bases is None:
         assert batches is not None
@@ -77,7 +88,11 @@ def prepare(
     else:
         check_same_weights(model)
         bases = _fitting(bases, linears, sides)
-    groups = param_groups(model, linears, bases, keep=keep, density=density, moments=moments)
+    if engine == "fast":
+        assert density is not None
+        groups = core_groups(model, use_blocks(model, linears, bases, density))
+    else:
+        groups = param_groups(model, linears, bases, keep=keep, density=density, moments=moments)
     optimizer = SparseGradAdamW(groups, lr=lr, **adamw)
     logger.info("SparseGrad trains:\n%s", describe(optimizer))
     return optimizer
@@ -95,13 +110,32 @@ def _check_options(batches: Any, lr: Any, sides: Any, moments: Any, bases: Any) 
         raise UserError(f"bases is a {type(bases).__name__}: give {{kind: Basis}}, as load_bases reads it from a file")
 
 
-def _find(model: nn.Module, mlp: Names | None, keep: int | None, density: float | None) -> Linears:
-    """The MLP linears, all of which can train and hold the kept entries."""
+def _check_engine(engine: Any, model: Any, **options: Any) -> None:
+    """A known engine, with options that are its own."""
+    if check_choice("engine", engine, ENGINES) == "merged":
+        return
+    usual = {"keep": None, "sides": "both", "moments": "dense"}
+    if other := [f"{name}={options[name]}" for name in usual if options[name] != usual[name]]:
+        raise UserError(
+            f'engine="fast" does not take {", ".join(other)}: density alone sets its block, and sides="both", '
+            'moments="dense" are all it has; leave the others out, or give engine="merged"'
+        )
+    if unwrapped(model) is not model:
+        raise UserError(
+            f'engine="fast" puts new layers into the model, which {type(model).__name__} does not see: prepare the '
+            "model first and wrap it then"
+        )
+
+
+def _find(model: nn.Module, mlp: Names | None, keep: int | None, density: float | None, engine: str) -> Linears:
+    """The MLP linears, all of which can train, hold the kept entries and suit the engine."""
     linears = find_mlp(model, mlp)
     check_trainable(linears)
     for found in linears.values():
         for linear in found.values():
             count_kept(linear.weight.shape, keep=keep, density=density)
+            if engine == "fast":
+                check_linear(linear, 'engine="fast"', 'give engine="merged"')
     return linears
 
 
@@ -135,13 +169,7 @@ def param_groups(
 
     Each group carries the names of its parameters as `param_names`, and those of MLP weights their `kind`.
     """
-    kinds = {id(linear.weight): kind for kind, found in linears.items() for linear in found.values()}
-    named: dict[str | None, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in linears}
-    for name, parameter in model.named_parameters():
-        kind = kinds.get(id(parameter))
-        if kind is not None or parameter.requires_grad:
-            named.setdefault(kind, []).append((name, parameter))
-    rest = named.pop(None, [])
+    named, rest = _named(model, {kind: [one.weight for one in found.values()] for kind, found in linears.items()})
     groups: list[dict[str, Any]] = [
         {
             "params": named[kind],
@@ -154,3 +182,33 @@ def param_groups(
         for kind in linears
     ]
     return [*groups, {"params": rest}] if rest else groups
+
+
+def core_groups(model: nn.Module, blocks: Blocks) -> list[dict[str, Any]]:
+    """Groups of plain AdamW for `SparseGradAdamW`: the cores of each layer kind, and all else that requires a gradient.
+
+    Each group carries the names of its parameters as `param_names`, those of cores their `kind` and the `weight_shape`
+    (out, in) of their weights.
+    """
+    named, rest = _named(model, {kind: [layer.core for layer in found.values()] for kind, found in blocks.items()})
+    shapes = {kind: tuple(next(iter(found.values())).weight.shape) for kind, found in blocks.items()}
+    groups: list[dict[str, Any]] = [
+        {"params": named[kind], "kind": kind, "weight_shape": shapes[kind]} for kind in blocks
+    ]
+    return [*groups, {"params": rest}] if rest else groups
+
+
+def _named(
+    model: nn.Module, parameters: Mapping[str, Iterable[torch.Tensor]]
+) -> tuple[dict[str, NamedParameters], NamedParameters]:
+    """Layer kind -> its parameters by name, in the model's order, and all others that require a gradient."""
+    kinds = {id(parameter): kind for kind, found in parameters.items() for parameter in found}
+    named: dict[str, NamedParameters] = {kind: [] for kind in parameters}
+    rest: NamedParameters = []
+    for name, parameter in model.named_parameters():
+        kind = kinds.get(id(parameter))
+        if kind is not None:
+            named[kind].append((name, parameter))
+        elif parameter.requires_grad:
+            rest.append((name, parameter))
+    return named, rest

@@ -131,7 +131,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def replace_linear(model: nn.Module, name: str, linear: nn.Linear, layer: Any) -> None:
+def replace_linear(model: nn.Module, name: str, linear: Any, layer: Any) -> None:
     """Put `layer` in the place of `linear`; its bias trains if the linear's did."""
     if layer.bias is not None and linear.bias is not None:
         layer.bias.requires_grad_(linear.bias.requires_grad)

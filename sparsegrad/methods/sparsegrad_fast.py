@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparsegrad.block import BlockLinear, core_shape, share_bases
+from sparsegrad.block import core_shape
 from sparsegrad.errors import check_integer
+from sparsegrad.fast import use_blocks
 from sparsegrad.methods.base import (
     Context,
     Prepared,
     adamw,
     freeze,
-    replace_linear,
     restore_linears,
     trainable_parameters,
     weight_shapes,
@@ -48,11 +48,7 @@ class SparseGradFast:
         freeze(model, linears, context, mlp_weights=True)  # as `SparseGrad`, so that both share stored bases
         bases, cost = calibrated_bases(model, linears, context, self.steps)
         shapes = {kind: core_shape(shape, self.density) for kind, shape in weight_shapes(linears).items()}
-        for kind, found in linears.items():
-            layers = [BlockLinear.from_linear(linear, bases[kind], shapes[kind]) for linear in found.values()]
-            share_bases(layers)
-            for (name, linear), layer in zip(found.items(), layers, strict=True):
-                replace_linear(model, name, linear, layer)
+        use_blocks(model, linears, bases, self.density)
         parameters = trainable_parameters(model)
         return Prepared(
             optimizer=adamw(parameters, context),

@@ -1,0 +1,79 @@
+"""Engine `fast` in a model: `BlockLinear`s in the places of its MLP linears, and ordinary linears again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from torch import nn
+
+from sparsegrad.basis import Basis
+from sparsegrad.block import BlockLinear, core_shape, share_bases
+from sparsegrad.errors import UserError
+from sparsegrad.linear import SparseGradLinear
+from sparsegrad.methods.base import replace_linear, weight_shapes
+from sparsegrad.mlp import Linears
+
+Blocks = dict[str, dict[str, BlockLinear]]
+"""Layer kind -> module name -> the layer, in the model's order."""
+LAYERS = (BlockLinear, SparseGradLinear)
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def use_blocks(model: nn.Module, linears: Linears, bases: Mapping[str, Basis], density: float) -> Blocks:
+    """Put a `BlockLinear` in the place of each of `linears`; its weight is frozen, its bias trains if it did.
+
+    Args:
+        model: changed in place.
+        linears: of `model`, as `find_mlp` gives them.
+        bases: layer kind -> basis of both sides; the layers of a kind share its leading columns.
+        density: share of a weight's entries that its core (c, r) has, (0, 1].
+
+    Raises:
+        UserError: for what `BlockLinear.from_linear` refuses, or a density out of range.
+    """
+    blocks: Blocks = {}
+    for kind, shape in weight_shapes(linears).items():
+        found, core = linears[kind], core_shape(shape, density)
+        layers = [BlockLinear.from_linear(linear, bases[kind], core) for linear in found.values()]
+        share_bases(layers)
+        for (name, linear), layer in zip(found.items(), layers, strict=True):
+            replace_linear(model, name, linear, layer)
+        blocks[kind] = dict(zip(found, layers, strict=True))
+    return blocks
+
+
+def to_linears(model: Model) -> Model:
+    """Turn every `BlockLinear` and `SparseGradLinear` of `model` into the ordinary linear of the same function.
+
+    So after training the model is saved, exported, and compared with its base like any other. A model without such
+    layers stays as it is. The optimizer goes on holding the layers that are gone: train on with a new `prepare`.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: for such a layer alone, which no model holds.
+    """
+    if isinstance(model, LAYERS):
+        raise UserError(f"the model is itself a {type(model).__name__}: take what its to_linear() gives")
+    made: dict[int, nn.Linear] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, LAYERS):
+            if id(module) not in made:
+                made[id(module)] = module.to_linear()
+            replace_linear(model, name, module, made[id(module)])
+    return model
+
+
+def refuse_layers(model: nn.Module) -> None:
+    """Raise `UserError` for a model with layers that `to_linears` would turn: no base has their parameters."""
+    for name, module in model.named_modules():
+        if isinstance(module, LAYERS):
+            raise UserError(
+                f"{name or 'the model'} is a {type(module).__name__}, which no base has: call "
+                "sparsegrad.to_linears(model) first, then save"
+            )
