@@ -157,7 +157,8 @@ def run_one(arm: str, lr: float, seed: int, glue: Path) -> dict[str, float]:
             if arm.startswith("block"):
                 restore_linears(model, linears)
                 linears = _trained_linears(model)
-            bases = _calibrate(model, linears, batches) if arm.endswith("_renewed") else bases
+            renewed = _calibrate(model, linears, batches)  # by either, so that both see the same batches afterwards
+            bases = renewed if arm.endswith("_renewed") else bases
         optimizer = ARMS[arm](model, linears, bases, lr)
         losses += _train(model, optimizer, batches, STEPS // halves)
     return {
