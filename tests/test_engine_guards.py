@@ -6,27 +6,11 @@ import io
 
 import pytest
 import torch
+from test_moments import basis, give_gradients, weights
 from torch import nn
 
-from sparsegrad import Basis, SparseGradAdamW, UserError, hosvd
+from sparsegrad import Basis, SparseGradAdamW, UserError
 from sparsegrad.selection import top_k_index
-
-SHAPE = (12, 8)
-
-
-def weights(count: int = 2, dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(1)
-    return [nn.Parameter(torch.randn(SHAPE, generator=generator, dtype=torch.float64).to(dtype)) for _ in range(count)]
-
-
-def basis() -> Basis:
-    return hosvd(torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-
-
-def give_gradients(parameters: list[nn.Parameter], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in parameters:
-        parameter.grad = torch.randn(SHAPE, generator=generator, dtype=torch.float64).to(parameter.dtype)
 
 
 @pytest.mark.parametrize("rotated", [True, False])

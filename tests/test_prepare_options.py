@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_prepare import batches
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
@@ -18,17 +19,6 @@ from sparsegrad.prepare import param_groups
 
 LR = 1e-2
 WHOLE = {"intermediate": Basis.identity(32, 16), "output": Basis.identity(16, 32)}
-
-
-def batches(count: int) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        {
-            "input_ids": torch.randint(50, (4, 7), generator=generator),
-            "labels": torch.randint(2, (4,), generator=generator),
-        }
-        for _ in range(count)
-    ]
 
 
 def copies(model: nn.Module, count: int) -> list[nn.Module]:
