@@ -27,7 +27,8 @@ from sparsegrad.assets import asset_path
 from sparsegrad.basis import Basis
 from sparsegrad.block import BlockLinear, core_shape
 from sparsegrad.calibration import calibrate
-from sparsegrad.methods.base import replace_linear, restore_linears
+from sparsegrad.fast import to_linears
+from sparsegrad.methods.base import replace_linear
 from sparsegrad.mlp import Linears, find_mlp
 from sparsegrad.optim import SparseGradAdamW
 from sparsegrad.prepare import param_groups
@@ -155,7 +156,7 @@ def run_one(arm: str, lr: float, seed: int, glue: Path) -> dict[str, float]:
     for half in range(halves):
         if half:
             if arm.startswith("block"):
-                restore_linears(model, linears)
+                to_linears(model)
                 linears = _trained_linears(model)
             renewed = _calibrate(model, linears, batches)  # by either, so that both see the same batches afterwards
             bases = renewed if arm.endswith("_renewed") else bases

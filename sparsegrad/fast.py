@@ -10,13 +10,14 @@ from torch import nn
 from sparsegrad.basis import Basis
 from sparsegrad.block import BlockLinear, core_shape, share_bases
 from sparsegrad.errors import UserError
+from sparsegrad.lean import LeanLinear
 from sparsegrad.linear import SparseGradLinear
 from sparsegrad.methods.base import replace_linear, weight_shapes
 from sparsegrad.mlp import Linears
 
 Blocks = dict[str, dict[str, BlockLinear]]
 """Layer kind -> module name -> the layer, in the model's order."""
-LAYERS = (BlockLinear, SparseGradLinear)
+LAYERS = (BlockLinear, SparseGradLinear)  # whose parameters are not those of a linear, as those of `LeanLinear` are
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -44,7 +45,7 @@ def use_blocks(model: nn.Module, linears: Linears, bases: Mapping[str, Basis], d
 
 
 def to_linears(model: Model) -> Model:
-    """Turn every `BlockLinear` and `SparseGradLinear` of `model` into the ordinary linear of the same function.
+    """Turn every `BlockLinear`, `SparseGradLinear` and `LeanLinear` of `model` into the linear of the same function.
 
     So after training the model is saved, exported, and compared with its base like any other. A model without such
     layers stays as it is. The optimizer goes on holding the layers that are gone: train on with a new `prepare`.
@@ -62,7 +63,7 @@ def to_linears(model: Model) -> Model:
         raise UserError(f"the model is itself a {type(model).__name__}: take what its to_linear() gives")
     made: dict[int, nn.Linear] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, LAYERS):
+        if isinstance(module, (*LAYERS, LeanLinear)):
             if id(module) not in made:
                 made[id(module)] = module.to_linear()
             replace_linear(model, name, module, made[id(module)])

@@ -60,7 +60,7 @@ class Prepared:
     trainable: int
     trainable_per_weight: dict[str, int]
     calibration: dict[str, Any] = field(default_factory=dict)
-    finish: Callable[[], None] = lambda: None
+    finish: Callable[[], object] = lambda: None
 
 
 class Method(Protocol):
@@ -136,14 +136,6 @@ def replace_linear(model: nn.Module, name: str, linear: Any, layer: Any) -> None
     if layer.bias is not None and linear.bias is not None:
         layer.bias.requires_grad_(linear.bias.requires_grad)
     replace_module(model, name, layer)
-
-
-def restore_linears(model: nn.Module, linears: Linears) -> None:
-    """Turn the layers that stand in the places of `linears` into ordinary linears of the same function."""
-    for found in linears.values():
-        for name in found:
-            layer: Any = model.get_submodule(name)
-            replace_module(model, name, layer.to_linear())
 
 
 def check_kept(density: float | None, keep: int | None) -> None:

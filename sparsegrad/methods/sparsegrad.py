@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from sparsegrad.basis import SIDES, Basis, load_bases
 from sparsegrad.calibration import calibrate
 from sparsegrad.errors import UserError, check_choice, check_integer
+from sparsegrad.fast import to_linears
 from sparsegrad.lean import LeanLinear
 from sparsegrad.linear import BACKWARDS, SparseGradLinear
 from sparsegrad.methods.base import (
@@ -26,7 +27,6 @@ from sparsegrad.methods.base import (
     kept_per_weight,
     replace_linear,
     replace_module,
-    restore_linears,
     weight_shapes,
 )
 from sparsegrad.mlp import Linears
@@ -162,7 +162,7 @@ class SparseGrad:
             trainable=trainable,
             trainable_per_weight=per_weight,
             calibration=cost,
-            finish=lambda: restore_linears(model, linears) if self._replaces else None,
+            finish=lambda: to_linears(model),
         )
 
     @property

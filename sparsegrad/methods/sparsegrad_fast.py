@@ -8,13 +8,12 @@ from torch import nn
 
 from sparsegrad.block import core_shape
 from sparsegrad.errors import check_integer
-from sparsegrad.fast import use_blocks
+from sparsegrad.fast import to_linears, use_blocks
 from sparsegrad.methods.base import (
     Context,
     Prepared,
     adamw,
     freeze,
-    restore_linears,
     trainable_parameters,
     weight_shapes,
 )
@@ -55,5 +54,5 @@ class SparseGradFast:
             trainable=sum(parameter.numel() for parameter in parameters),
             trainable_per_weight={kind: rows * columns for kind, (rows, columns) in shapes.items()},
             calibration=cost,
-            finish=lambda: restore_linears(model, linears),
+            finish=lambda: to_linears(model),
         )
