@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,29 @@ def test_tables_3_7_and_8_show_ours_beside_three_figures_of_others(results: Path
     counted = {name: done for name, done, _ in page._counts([three, seven])}
     assert counted["cells of the paper's models"] == 2 + 8, "the GPU's; the failed arm not"
     assert counted["cells of small or cut models"] == 1
-    assert any("cpu: RoBERTa-base; scaled: 1 of 12 blocks." in note for note in three.notes)
+    assert any("cpu: RoBERTa-base; scaled: 1 of 12 blocks; gpu: RoBERTa-base. Dynamic" in note for note in three.notes)
+    assert any("no token lengths are at hand of mnli, qnli, qqp" in note for note in seven.notes)
     assert cell(seven, "ours dynamic, steps/s, cpu (scaled)", arm="full", task="mrpc") == "2"
     assert cell(seven, "ours dynamic, steps/s, cpu (scaled)", arm="full", task="cola") == "missing"
     assert cell(seven, "ours padded, steps/s, gpu", arm="full", task="rte") == "9"
     assert cell(eight, "ours dynamic, MiB, cpu (scaled)", arm="full", task="mrpc") == "55"
     assert cell(eight, "published", arm="merged", task="mrpc") == "none"
+
+
+def test_a_machines_whole_model_stands_before_its_cut_one(results: Path) -> None:
+    bench(results, "cpu", [measurement("padded", "full", 9.0)], label="RoBERTa-base; scaled: 1 of 12 blocks")
+    path = results / "bench" / "cpu.json"
+    document = json.loads(path.read_text())
+    document["settings"]["whole"] = {**document["settings"]["padded"], "label": "RoBERTa-base; all 12 blocks"}
+    document["cells"] += [measurement("whole", "full", 0.8), measurement("dynamic", "full", 20.0)]
+    write_json(path, document)
+    _, seven, _, _ = speed.tables(context(results))
+    assert cell(seven, "ours padded, steps/s, cpu", arm="full", task="rte") == "0.8"
+    assert cell(seven, "ours dynamic, steps/s, cpu (scaled)", arm="full", task="mrpc") == "20"
+    assert [name for name in seven.frame.columns if name.startswith("ours")] == [
+        "ours padded, steps/s, cpu",
+        "ours dynamic, steps/s, cpu (scaled)",
+    ]
 
 
 def test_damaged_benchmarks_and_summaries_are_named(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,10 +15,12 @@ import pandas as pd
 
 from experiments.published import TASKS, authors_runs, cells
 from experiments.tables.base import MISSING, SCALED, Context, Table
+from sparsegrad.bench.lengths import histograms
 
 MODEL = "roberta_base"
 Cells = Sequence[Mapping[str, Any]]
 SCHEMA = 1
+PADDINGS = {"max_length": "padded", "longest": "dynamic"}  # of the benchmark -> as a column says it
 BATCH = 16  # of the settings that stand for a table's cells; the others are in the table of all
 # Row as printed -> our arm; the merged engine and the block engine are ours alone.
 ARMS = {
@@ -154,26 +156,26 @@ def _per_task(number: int, found: list[dict[str, Any]]) -> Table:
 
 def _cells_of(found: list[dict[str, Any]], arm: str, task: str | None, units: Mapping[str, str]) -> dict[str, str]:
     """Ours, one column per machine and padding; padded to 128 tokens every task costs the same."""
-    paddings = {"max_length": "padded"} | ({} if task is None else {"longest": "dynamic"})
+    paddings = ("max_length",) if task is None else tuple(PADDINGS)
     columns = {}
-    for (machine, label), place in (_places(found) or {("", ""): ""}).items():
-        same = [row for row in found if (row["machine"], row["label"], row["arm"]) == (machine, label, arm)]
-        for padding, name in paddings.items():
-            hits = [row for row in same if row["padding"] == padding and row["batch"] == BATCH and _plain(row)]
-            hits = [row for row in hits if padding == "max_length" or row["task"] == task]
+    for padding in paddings:
+        for (machine, label), place in (_places(found, padding) or {("", ""): ""}).items():
+            same = [row for row in found if (row["machine"], row["label"], row["arm"]) == (machine, label, arm)]
+            hits = [row for row in same if _is_cell(row, padding) and (padding == "max_length" or row["task"] == task)]
             for field, unit in units.items():
-                columns[f"ours {name}, {unit}{place and f', {place}'}"] = _shown(hits, field)
+                columns[f"ours {PADDINGS[padding]}, {unit}{place and f', {place}'}"] = _shown(hits, field)
     return columns
 
 
-def _places(found: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
-    """(machine, what it measured) -> what a column calls it; what was cut is told in a note."""
-    pairs = list(dict.fromkeys((row["machine"], row["label"]) for row in found))
-    machines = [machine for machine, _ in pairs]
-    return {
-        (machine, label): f"{machine}, {label}" if machines.count(machine) > 1 else machine + _scaled(label)
-        for machine, label in pairs
-    }
+def _places(found: list[dict[str, Any]], padding: str) -> dict[tuple[str, str], str]:
+    """(machine, what it measured) -> what a column calls it; of a machine's models the whole one, where it is there."""
+    places = {}
+    for machine in dict.fromkeys(row["machine"] for row in found):
+        rows = [row for row in found if row["machine"] == machine]
+        labels = [row["label"] for row in rows if _is_cell(row, padding)] or [row["label"] for row in rows]
+        label = min(labels, key=lambda name: bool(_scaled(name)))
+        places[machine, label] = machine + _scaled(label)
+    return places
 
 
 def _scaled(label: str) -> str:
@@ -182,12 +184,12 @@ def _scaled(label: str) -> str:
 
 def is_main(row: Mapping[str, Any]) -> bool:
     """Whether a row of `measured` is the setting of Table 3."""
-    return row["batch"] == BATCH and row["padding"] == "max_length" and _plain(row)
+    return _is_cell(row, "max_length")
 
 
-def _plain(row: Mapping[str, Any]) -> bool:
-    """As the paper ran: float32, not compiled."""
-    return bool(row["precision"] == "fp32" and row["mode"] == "eager")
+def _is_cell(row: Mapping[str, Any], padding: str) -> bool:
+    """Whether a row stands for a cell: as the paper ran, in float32 and not compiled."""
+    return (row["batch"], row["padding"], row["precision"], row["mode"]) == (BATCH, padding, "fp32", "eager")
 
 
 def _shown(hits: list[dict[str, Any]], field: str) -> str:
@@ -201,11 +203,13 @@ def _shown(hits: list[dict[str, Any]], field: str) -> str:
 def _where(found: list[dict[str, Any]]) -> str:
     if not any(map(is_main, found)):
         return "Ours: missing; make reproduce-table3 measures them, on this hardware."
+    padded, dynamic = (
+        "; ".join(f"{machine}: {label}" for machine, label in _places(found, padding) if label) for padding in PADDINGS
+    )
+    without = ", ".join(task for task in TASKS.values() if task not in histograms())
     return (
-        f"Ours: batch {BATCH}, float32, medians over repeats; padded to 128 tokens, or dynamically to the longest row. "
-        + " ".join(f"{machine}: {label}." for machine, label in _places(found) if label)
-        + " On a CPU the preset measures dynamic padding for MRPC alone; --task of the benchmark takes any other."
-        + (" Scaled figures compare among themselves alone." if any(_scaled(row["label"]) for row in found) else "")
+        f"Ours: batch {BATCH}, float32, medians over repeats. Padded to 128 tokens: {padded}. Dynamic, to the longest "
+        f"row: {dynamic}; no token lengths are at hand of {without}. Scaled figures compare among themselves alone."
     )
 
 

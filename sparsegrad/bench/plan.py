@@ -118,12 +118,19 @@ def _quick() -> list[Planned]:
     return [_stack("core", "mlp_768", 4, blocks=1), Planned(preset="model", setting=snippets, arms=MAIN_ARMS)]
 
 
-def _paper(blocks: int | None, tasks: tuple[str, ...]) -> list[Planned]:
-    """Tables 3, 7 and 8: padded to 128 all tasks are alike; padded to the longest row each is its own."""
-    fields: dict[str, Any] = {"shape": "roberta_base", "blocks": blocks}
-    padded = [Setting(**fields, batch=batch, task="cola") for batch in (16, 32)]
-    dynamic = [Setting(**fields, padding="longest", task=task) for task in tasks]
-    return [Planned(preset="paper", setting=setting, arms=PAPER_ARMS) for setting in [*padded, *dynamic]]
+def _padded(blocks: int | None, batches: tuple[int, ...]) -> list[Planned]:
+    """Tables 3, 7 and 8: padded to 128 all tasks are alike."""
+    return [_paper(blocks=blocks, batch=batch, task="cola") for batch in batches]
+
+
+def _dynamic(blocks: int | None) -> list[Planned]:
+    """Tables 7 and 8: padded to the longest row each task is its own; MNLI, QNLI and QQP have no lengths here."""
+    tasks = [task for task in histograms() if task != "snippets"]
+    return [_paper(blocks=blocks, padding="longest", task=task) for task in tasks]
+
+
+def _paper(**fields: Any) -> Planned:
+    return Planned(preset="paper", setting=Setting(shape="roberta_base", **fields), arms=PAPER_ARMS)
 
 
 def _on_cpu(device: torch.device) -> list[Planned]:
@@ -133,12 +140,13 @@ def _on_cpu(device: torch.device) -> list[Planned]:
         _stack("core", "mlp_768", 16),
         Planned(preset="model", setting=snippets, arms=_QUALITY),
         _stack("core", "mlp_768", 32, _FEW_BARS),
-        *_paper(1, ()),
+        *_padded(1, (16, 32)),
         *(_stack("tokens", "mlp_768", batch, MAIN_ARMS) for batch in (4, 8)),
         *(_stack("width", f"mlp_{hidden}", 16, MAIN_ARMS) for hidden in (384, 1024)),
         *(_stack("precision", "mlp_768", 16, MAIN_ARMS, precision=name) for name in half),
         _llama("llama_quarter", 1, 2, "fp32"),
-        *_paper(1, ("mrpc",))[2:],
+        *_padded(None, (16,)),
+        *_dynamic(1),
         _stack("tokens", "mlp_768", 64, MAIN_ARMS),
     ]
 
@@ -150,7 +158,7 @@ def _on_gpu(device: torch.device) -> list[Planned]:
     base: dict[str, Any] = {"shape": "bert_base", "task": "mrpc"}
     chosen = [Planned(preset="core", setting=Setting(**base, precision=name)) for name in [best, *half]]
     chosen += [_stack("core", "mlp_768", 32, precision=name) for name in [best, *half[-1:]]]
-    chosen += _paper(None, tuple(task for task in histograms() if task != "snippets"))
+    chosen += [*_padded(None, (16, 32)), *_dynamic(None)]
     chosen += _whole_models(base, [best, *half[-1:]])
     chosen += [Planned(preset="precision", setting=Setting(**base), arms=_BARS)]
     sweep = {"precision": (half or [best])[-1]}
