@@ -110,7 +110,7 @@ def _runs(place: Path, record: dict[str, Any]) -> Iterator[tuple[Key, Run]]:
     if protocol == "both":
         values = {"heldout": result.get("value"), "paper": result.get("best_on_validation", {}).get("value")}
     for name, value in values.items():
-        points = round(100 * float(value), 4) if record["status"] == "complete" else None
+        points = round(100 * float(value), 6) if record["status"] == "complete" else None
         key = (place.parts[0], config["model"]["name"], method, config["task"]["name"], name)
         yield key, Run(place, int(config["seed"]), points, hours(record), str(record.get("reason", "")))
 

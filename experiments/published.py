@@ -21,7 +21,7 @@ COLUMNS = {
 METHODS = {"Regular FT": "full", "LoRA": "lora", "SparseGrad": "sparsegrad", "MeProp": "meprop"}
 TASKS = {"STSB": "stsb", "CoLA": "cola", "MNLI": "mnli", "MRPC": "mrpc", "QNLI": "qnli", "QQP": "qqp", "RTE": "rte"}
 TASKS |= {"SST2": "sst2"}
-ROUNDING = 0.101  # cells and average are each rounded to 0.1: rounding alone moves their difference by up to 0.1
+SEEDS = (42, 3705, 2023)  # of the paper; the authors logged some runs with others too
 
 
 @functools.cache  # read anew by each process; callers do not change it
@@ -60,12 +60,31 @@ def average_of_cells(table: int, row: str) -> float:
 
 def contradicts(table: int, row: str) -> str:
     """A mark for a printed average that is not the mean of its own printed cells; empty where it is."""
-    printed, real = float(cells(table)[row, "AVG"][0]), average_of_cells(table, row)
-    return f" [its cells average {real:.2f}]" if abs(printed - real) > ROUNDING else ""
+    printed, real = cells(table)[row, "AVG"][0], average_of_cells(table, row)
+    return f" [its cells average {real:.2f}]" if abs(float(printed) - real) > _rounding(printed) else ""
 
 
-def authors_runs(model: str, method: str, task: str, seeds: tuple[int, ...] = (42, 3705, 2023)) -> pd.DataFrame:
-    """The logged runs of the authors for one cell, of the paper's three seeds."""
+def _rounding(printed: str) -> float:
+    """How far rounding alone can move an average from its cells: half a unit for it, half a unit for them.
+
+    Cells have one digit after the point or none; an average with more than they have is taken as they are.
+    """
+    decimals = min(len(printed.partition(".")[2]), 1)
+    return 1.01 * 0.1**decimals
+
+
+def contradictions(table: int) -> list[str]:
+    """One line for each printed average of a table that its own cells contradict: who prints what."""
+    rows = [row for row, column in cells(table) if column == "AVG"]
+    return [
+        f"{row} prints {cells(table)[row, 'AVG'][0]}, its cells average {average_of_cells(table, row):.2f}"
+        for row in rows
+        if contradicts(table, row)
+    ]
+
+
+def authors_runs(model: str, method: str, task: str, seeds: tuple[int, ...] | None = SEEDS) -> pd.DataFrame:
+    """The logged runs of the authors for one cell: of the paper's three seeds, or of `seeds`; None: of all."""
     frame = read("authors_runs.csv")
     chosen = (frame["model"] == model) & (frame["method"] == method) & (frame["task"] == task)
-    return frame[chosen & frame["seed"].isin(seeds)]
+    return frame[chosen if seeds is None else chosen & frame["seed"].isin(seeds)]

@@ -101,7 +101,7 @@ def caveat(results_dir: Path) -> str:
     except FileNotFoundError:
         return ""
     edges = [f"{method} {one['lr']:g}" for method, one in chosen.items() if one["at_edge"]]
-    said = "one seed and two tasks" + (
+    said = "one seed and two tasks, so another seed may choose otherwise (docs/performance.md, Quality)" + (
         f"; at an edge of the grid, so perhaps not the best: {', '.join(edges)}" * bool(edges)
     )
     return f"Learning rate of each method: results/mini_rates.json, chosen on held-out rows, {said}."

@@ -55,13 +55,24 @@ def test_tables_3_7_and_8_show_ours_beside_three_figures_of_others(results: Path
     counted = {name: done for name, done, _ in page._counts([three, seven])}
     assert counted["cells of the paper's models"] == 2 + 8, "the GPU's; the failed arm not"
     assert counted["cells of small or cut models"] == 1
-    assert any("cpu: RoBERTa-base; scaled: 1 of 12 blocks; gpu: RoBERTa-base. Dynamic" in note for note in three.notes)
+    assert any("cpu: RoBERTa-base; scaled: 1 of 12 blocks; gpu: RoBERTa-base;" in note for note in three.notes)
     assert any("no token lengths are at hand of mnli, qnli, qqp" in note for note in seven.notes)
     assert cell(seven, "ours dynamic, steps/s, cpu (scaled)", arm="full", task="mrpc") == "2"
     assert cell(seven, "ours dynamic, steps/s, cpu (scaled)", arm="full", task="cola") == "missing"
     assert cell(seven, "ours padded, steps/s, gpu", arm="full", task="rte") == "9"
     assert cell(eight, "ours dynamic, MiB, cpu (scaled)", arm="full", task="mrpc") == "55"
     assert cell(eight, "published", arm="merged", task="mrpc") == "none"
+    assert cell(seven, "published", arm="lora_peft", task="average") == "4.7 [its cells average 4.53]"
+    assert cell(seven, "ours padded, steps/s, gpu", arm="full", task="average") == ""
+
+
+def test_what_skips_padding_costs_by_task(results: Path) -> None:
+    bench(results, "gpu", [measurement("padded", "layer_sparse_dense", 9.0)])
+    _, seven, _, _ = speed.tables(context(results))
+    of = {
+        task: cell(seven, "ours padded, steps/s, gpu", arm="layer_sparse_dense", task=task) for task in ("cola", "rte")
+    }
+    assert of == {"cola": "9", "rte": "missing"}
 
 
 def test_a_machines_whole_model_stands_before_its_cut_one(results: Path) -> None:
@@ -115,6 +126,9 @@ def test_tables_13_to_15_take_a_study_from_its_summary(results: Path) -> None:
     labels = {"model": "bert_base", "method": "sparsegrad", "task": "cola"}
     write_json(results / "studies" / "s" / "summary.json", {**of, "study": "s", "labels": labels})
     write_json(results / "studies" / "mini" / "summary.json", {**of, "study": "mini"})
+    trials = ["complete,0.5123,16,2e-05", "complete,0.5123,32,3e-05", "pruned,0.5123,32,4e-05", "complete,0.5,32,5e-05"]
+    lines = ["state,value,train.batch_size,train.lr", *trials, ""]
+    (results / "studies" / "mini" / "trials.csv").write_text("\n".join(lines))
     tables = {table.name: table for table in hyperparams.tables(context(results))}
     row = {"task": "cola", "study": "s"}
     assert cell(tables["table13"], "found here", **row) == "16 / 2.00e-05"
@@ -122,6 +136,7 @@ def test_tables_13_to_15_take_a_study_from_its_summary(results: Path) -> None:
     assert tables["table13"].coverage == (1, 8)
     assert cell(tables["table14"], "found here", task="cola") == "missing"
     assert list(tables["table13_mini"].frame["study"]) == ["mini"]
+    assert cell(tables["table13_mini"], "as good", study="mini") == "32 / 3.00e-05"
 
 
 def test_the_verdict_compares_on_the_tasks_that_both_have(results: Path) -> None:
@@ -181,7 +196,10 @@ def test_findings_have_data_or_are_left_out(results: Path) -> None:
     frame = findings.table(context(results)).frame.set_index("question")["answer"]
     assert frame["MiniLM, protocol paper: how does sparsegrad do?"].startswith("-11.50 points against full over 1 task")
     assert frame["How fast on gpu, whole model?"] == "merged 3.00 times the steps/s of layer_regular"
-    assert "Table 4, LoRA: printed 83.7, its cells 84.86" in frame["Which printed averages contradict their own cells?"]
+    assert (
+        "Table 4, LoRA prints 83.7, its cells average 84.86"
+        in frame["Which printed averages contradict their own cells?"]
+    )
     assert not any("energy" in question for question in frame.index)
 
 

@@ -45,9 +45,16 @@ def results(tmp_path: Path) -> Path:
 def bench(results: Path, name: str, speeds: dict[str, float], **other: Any) -> None:
     setting = {**quality.SETTING, "batch": 16, "precision": "fp32", **other}
     cells = [
-        {"setting": "s", "arm": arm, "status": "complete", "steps_per_second": speed + drift, "peak_mib": 10 * speed}
+        {
+            "setting": "s",
+            "arm": arm,
+            "repeat": repeat,
+            "status": "complete",
+            "peak_mib": 10 * speed,
+            "steps_per_second": speed * (1.0 + drift),
+        }
         for arm, speed in speeds.items()
-        for drift in (-0.1, 0.0, 0.2)
+        for repeat, drift in enumerate((-0.1, 0.0, 0.2))
     ]
     write_json(results / "bench" / f"{name}.json", {"schema": 1, "settings": {"s": setting}, "cells": cells})
 
@@ -67,6 +74,7 @@ def test_scores_intervals_loss_speed_and_memory(results: Path) -> None:
     low, high = (float(part) for part in cell(table, "minus exact", **of).split(" to "))
     assert low < -2 < high
     assert (cell(table, "steps/s", **of), cell(table, "peak MiB", **of)) == ("10.00", "100")  # medians
+    assert (cell(table, "over LoRA", **of), cell(table, "over LoRA ", **of)) == ("1.25", "1.25")  # within a repeat
     assert cell(table, "minus exact", method="SparseGrad, default engine: exact") == ""
     assert "results/bench/box, batch 16, fp32" in table.notes[-1]
 
@@ -94,7 +102,7 @@ def test_the_speeds_are_one_machines_in_the_right_setting(results: Path) -> None
     bench(results, "padded", dict.fromkeys(ARMS, 99.0), padding="max_length")
     machine, costs = quality.measured(results)
     assert machine.startswith("box")
-    assert (costs["fast"].speed, costs["fast"].repeats) == (10.0, 3)
+    assert (costs["fast"].speed, costs["fast"].speed_ratio) == (10.0, 1.25)
 
 
 def test_the_front_holds_what_nothing_beats(results: Path) -> None:

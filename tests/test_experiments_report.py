@@ -165,6 +165,10 @@ def test_printed_averages_that_their_cells_contradict_are_marked() -> None:
     assert published.contradicts(4, "LoRA") == " [its cells average 84.86]"
     assert published.contradicts(9, "MeProp") == " [its cells average 81.47]"
     assert published.contradicts(4, "Regular FT") == ""  # 85.6 and 85.69: rounding may do that
+    assert published.contradicts(7, "Regular FT") == ""  # 4.11 and 4.075 of cells with one digit
+    assert published.contradicts(8, "Regular FT") == " [its cells average 1346.12]"
+    assert published.contradicts(8, "SparseGrad, Regular") == ""
+    assert "0.8% remained 99.0, 1% remained 94.8" in ablation.implied(12)  # of the column that is lost
 
 
 def test_logs_give_the_averages_that_are_known_of_them(results: Path) -> None:
@@ -173,6 +177,21 @@ def test_logs_give_the_averages_that_are_known_of_them(results: Path) -> None:
     assert found is not None
     assert found.mean == pytest.approx(82.0, abs=0.3)
     assert found.n == 8
+    wider = accuracy.logs("bert_base", "full", accuracy.AVERAGE, tasks, accuracy.LOGGED_SEEDS)
+    assert wider is not None
+    assert wider.mean == pytest.approx(82.0, abs=0.05)
+
+
+def test_seeds_that_score_what_one_answer_scores_are_counted(results: Path) -> None:
+    for seed, value in ((42, 0.0), (3705, 0.0), (2023, 0.04)):
+        write(results, f"mini/c{seed}", record("full", "cola", seed, value))
+    for seed, value in ((42, 279 / 408), (3705, 0.70)):
+        write(results, f"mini/m{seed}", record("full", "mrpc", seed, value))
+    table = accuracy.mini(context(results))
+    of = {"method": "full", "protocol": "paper"}
+    assert cell(table, "ours", task="cola", **of) == "1.33 ± 2.31 (2 const.)"
+    assert cell(table, "ours", task="mrpc", **of).endswith(" (1 const.)")
+    assert "const" not in cell(table, "ours", task="snippets", **of)
 
 
 def test_welch_interval_by_hand() -> None:

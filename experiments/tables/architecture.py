@@ -70,7 +70,9 @@ def table(context: Context) -> Table:
             rows.append({"model": column, "part": part, "published": f"{params} / {percent}".strip(" /"), **ours})
     notes = [
         "Counted on the architectures, without a task head; LLaMA-2 with its output head, which is under Other.",
-        "The paper prints no RoBERTa-large column and no Other row: LayerNorm, pooler, output head.",
+        "The paper prints no RoBERTa-large column and no Other row: LayerNorm (the embeddings' is among them), pooler, "
+        "output head.",
+        "Printed otherwise than counted: RoBERTa-base's embeddings (40 M, 32 %), LLaMA-2's share of embeddings (1 %).",
     ]
     return Table("table1", "Table 1: parameters per kind of block", pd.DataFrame(rows), notes)
 

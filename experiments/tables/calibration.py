@@ -64,12 +64,14 @@ def _notes() -> list[str]:
         closest = min(numbers, key=lambda name: abs(numbers[name] - _in_mb(one.memory)))
         binary = numbers[closest] * MB / 2**20
         lines.append(
-            f"{one.model}: {one.memory} counts what '{closest}' takes: {numbers[closest]:,.0f} MB, {binary:,.0f} MiB."
+            f"{one.model}: closest to the printed {one.memory} is '{closest}': {numbers[closest]:,.0f} MB, "
+            f"{binary:,.0f} MiB."
         )
     return [
         "Arithmetic in float32; one layer kind, LLaMA-2 with its 11 blocks 0, 3, ..., 30.",
         *lines,
-        "So the printed memory is one weight's; the stack of section 3.1, of all blocks, is larger by their number.",
+        "So the printed memory is most likely one weight's, though no reading meets it exactly; the stack of section "
+        "3.1, of all blocks, is larger by their number.",
     ]
 
 
@@ -86,10 +88,15 @@ def _measured(context: Context) -> list[dict[str, str]]:
                 if found.get("status") == "complete":
                     peak, seconds = (found.get(field) for field in ("peak_mib", "seconds"))
                     shown = "" if peak is None else f"{peak * 2**20 / MB:,.0f}"
-                    label = f"measured: {group[:-1]} {key}"
+                    label = f"measured: {group[:-1]} {key}{_length(found)}"
                     rows.append({"model": name, "what": label, "MB": shown, "seconds": f"{seconds:.1f} s"})
                     rows += _scaled(name, key, found)
     return rows
+
+
+def _length(found: Mapping[str, Any]) -> str:
+    """Steps and tokens of a calibration."""
+    return f", {found['steps']} steps of {found['tokens']:.0f} tokens" if "tokens" in found else ""
 
 
 def _scaled(name: str, key: str, found: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -107,7 +114,10 @@ def _scaled(name: str, key: str, found: Mapping[str, Any]) -> list[dict[str, str
 def _missing(rows: list[dict[str, str]]) -> list[str]:
     if any(row["what"].startswith("measured") for row in rows):
         return [
-            "Decomposition keys: method-OUTxIN-COUNT of random gradients; the stacked one is linear in COUNT. MB above "
-            "what the process held before. llama-calibration is a CPU beside other work, the published 668 s a GPU."
+            "Decomposition keys: method-OUTxIN-COUNT of random gradients, both bases of one layer kind; the stacked "
+            "one is linear in COUNT. MB above what the process held before. llama-calibration is a CPU beside other "
+            "work, the published 668 s a GPU.",
+            "Calibration keys: MODEL-BLOCKS, gradients of so many blocks and the bases of both kinds; fewer steps than "
+            "the paper's 30.",
         ]
     return [f"Measurements: {MISSING}; python -m sparsegrad.benchmark --preset decomposition makes them."]
