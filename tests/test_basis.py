@@ -115,11 +115,12 @@ def test_rotation_keeps_the_norm_and_comes_back() -> None:
     assert torch.allclose(basis.unrotate(basis.rotate(G)), G, atol=1e-12)
 
 
+@pytest.mark.parametrize("kept", [3, 64])  # few, and so many that the product itself is dense
 @pytest.mark.parametrize("shape", [(14, 9), (9, 14), (8, 8)])
-def test_sparse_unrotation_equals_the_dense_one(shape: tuple[int, int]) -> None:
+def test_sparse_unrotation_equals_the_dense_one(shape: tuple[int, int], kept: int) -> None:
     basis = hosvd(gradients(*shape))
-    index = torch.randperm(shape[0] * shape[1])[:11]
-    values = torch.randn(11, dtype=torch.float64)
+    index = torch.randperm(shape[0] * shape[1])[:kept]
+    values = torch.randn(kept, dtype=torch.float64)
     dense = torch.zeros(shape[0] * shape[1], dtype=torch.float64).index_put((index,), values).view(shape)
     assert torch.allclose(
         basis.unrotate_sparse(index[None], values[None], dense.shape)[0], basis.unrotate(dense), atol=1e-12
