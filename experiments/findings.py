@@ -20,7 +20,14 @@ Finding = tuple[str, str, str]
 
 def table(context: Context) -> Table:
     """All findings that the data at hand allows."""
-    rows = [*_mini(context), *_basis(context), *_stripes(context), *_speed(context), *_paper(context)]
+    rows = [
+        *_mini(context),
+        *_basis(context),
+        *_ablation(context),
+        *_stripes(context),
+        *_speed(context),
+        *_paper(context),
+    ]
     frame = pd.DataFrame(rows, columns=["question", "answer", "rests on"])
     notes = [
         "Computed from the records, the authors' logs and the printed cells; a question without data is left out.",
@@ -63,6 +70,11 @@ def _basis(context: Context) -> Iterator[Finding]:
     grid = Grid(context, "mini_basis", "minilm", "paper", basis.TASKS)
     for said in basis.differences(grid):
         yield "Does HOSVD as defined beat the basis that the authors ran (MiniLM, points)?", said, "Basis study"
+
+
+def _ablation(context: Context) -> Iterator[Finding]:
+    for said in ablation.whole_against_one_percent(context):
+        yield "Does keeping more entries help (MiniLM, points)?", said, "Tables 11 and 12 in small"
 
 
 def _stripes(context: Context) -> Iterator[Finding]:

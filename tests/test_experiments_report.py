@@ -218,6 +218,15 @@ def test_table2_holds_but_for_the_misprint() -> None:
     assert wrong == ["Grad Input"]
 
 
+def test_all_entries_are_compared_with_one_percent(results: Path) -> None:
+    assert ablation.whole_against_one_percent(context(results)) == []
+    for keep, scores in ((5500, (0.50, 0.52, 0.54)), (ablation.SIZE // 4, (0.60, 0.62, 0.64))):
+        for seed, score in zip((42, 3705, 2023), scores, strict=True):
+            write(results, f"mini_ablation/{keep}-{seed}", record("sparsegrad", "stsb", seed, score, keep=keep))
+    (said,) = ablation.whole_against_one_percent(context(results))
+    assert said == "All entries minus 5,500 of them, 95 % Welch: stsb +5.47 to +14.53."
+
+
 def test_the_ablation_counts_what_is_kept_and_sees_the_copied_row(results: Path) -> None:
     for seed in (42, 3705):
         for task in ablation.MINI_TASKS:
