@@ -11,8 +11,8 @@ import pandas as pd
 from experiments import figures
 from experiments.published import contradictions
 from experiments.tables import ablation, basis, calibration, correspondence, speed, verdict
-from experiments.tables.accuracy import MODELS, PROTOCOLS, UNCORRECTED, Grid
-from experiments.tables.base import Context, Table
+from experiments.tables.accuracy import MODELS, PROTOCOLS, UNCORRECTED
+from experiments.tables.base import Context, Table, interval_text
 
 Finding = tuple[str, str, str]
 """Question, answer, and the table or figure that it rests on."""
@@ -49,7 +49,7 @@ def _against(context: Context, protocol: str, method: str, other: str) -> str:
     found = verdict.compare(context, protocol, method, other)
     if found.difference is None or found.interval is None:  # one seed shows nothing: the tables have it
         return ""
-    low_high = f", 95 % {found.interval[0]:+.2f} to {found.interval[1]:+.2f}"
+    low_high = f", 95 % {interval_text(found.interval)}"
     count = f"{len(found.tasks)} task{'s' * (len(found.tasks) > 1)}, {found.seeds[0]} and {found.seeds[1]} seeds"
     return f"{found.difference:+.2f} points against {other} over {count}{low_high}: {found.verdict}"
 
@@ -67,8 +67,7 @@ def _basis(context: Context) -> Iterator[Finding]:
             for kind in figures.KINDS
         )
         yield f"How much gradient energy do the largest 1 % of entries hold ({_made(found)})?", said, "Basis study"
-    grid = Grid(context, "mini_basis", "minilm", "paper", basis.TASKS)
-    for said in basis.differences(grid):
+    for said in basis.differences(context):
         yield "Does HOSVD as defined beat the basis that the authors ran (MiniLM, points)?", said, "Basis study"
 
 

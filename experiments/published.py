@@ -83,8 +83,8 @@ def contradictions(table: int) -> list[str]:
     ]
 
 
-def authors_runs(model: str, method: str, task: str, seeds: tuple[int, ...] | None = SEEDS) -> pd.DataFrame:
-    """The logged runs of the authors for one cell: of the paper's three seeds, or of `seeds`; None: of all."""
+def authors_runs(model: str, method: str, task: str, seeds: tuple[int, ...] = SEEDS) -> pd.DataFrame:
+    """The logged runs of the authors for one cell, of the paper's three seeds or of other `seeds`."""
     frame = read("authors_runs.csv")
     chosen = (frame["model"] == model) & (frame["method"] == method) & (frame["task"] == task)
-    return frame[chosen if seeds is None else chosen & frame["seed"].isin(seeds)]
+    return frame[chosen & frame["seed"].isin(seeds)]

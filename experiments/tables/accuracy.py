@@ -12,7 +12,7 @@ from experiments.published import METHODS, TASKS, authors_runs, cells, contradic
 from experiments.published import SEEDS as PAPER_SEEDS
 from experiments.rates import caveat
 from experiments.stats import Summary, summarise, welch_interval
-from experiments.tables.base import MINI_MARK, MISSING, Context, Table, hours, signed
+from experiments.tables.base import MINI_MARK, MISSING, Context, Table, hours, interval_text, signed
 
 PRINTED_AS = {9: "BERT", 10: "RoBERTa-base"}  # in the headings of Table 5
 MODELS = {4: "roberta_large", 9: "bert_base", 10: "roberta_base"}
@@ -83,15 +83,21 @@ class Grid:
         values = self.values(method, task)
         ours, failed = summarise(values), self.failures(method, task)
         interval = None if method == "full" else welch_interval(values, self.values("full", task))
+        absent = "failed: " + "; ".join(failed) if failed else MISSING
         return {
-            "ours": str(ours) + constant(values, task)
-            if ours
-            else ("failed: " + "; ".join(failed) if failed else MISSING),
-            "vs full, 95 %": "" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}",
+            "ours": str(ours) + constant(values, task) if ours else absent,
+            "vs full, 95 %": interval_text(interval),
             "n": str(ours.n if ours else 0) + (f" of {SEEDS}" if (ours.n if ours else 0) < SEEDS else ""),
             "protocol": self.where[2],
             "hours": hours(self.cost(method, task)),
         }
+
+    def differences(self, method: str, other: str) -> str:
+        """95 % Welch interval of method minus other, by task and on average, where there are seeds enough for one."""
+        found = {
+            task: welch_interval(self.values(method, task), self.values(other, task)) for task in (*self.tasks, AVERAGE)
+        }
+        return ", ".join(f"{task} {interval_text(one)}" for task, one in found.items() if one)
 
     def records(self, methods: Sequence[str]) -> Iterator[tuple[str, list[Path]]]:
         """Label and records of every cell that has some."""
@@ -144,7 +150,7 @@ def _after_ours(line: dict[str, str], difference: str) -> dict[str, str]:
 
 
 def logs(
-    model: str, method: str, task: str, tasks: Sequence[str], seeds: tuple[int, ...] | None = PAPER_SEEDS
+    model: str, method: str, task: str, tasks: Sequence[str], seeds: tuple[int, ...] = PAPER_SEEDS
 ) -> Summary | None:
     """What the authors' logs say of a cell, of the paper's seeds or others; the average is that of the tasks' means."""
     if task != AVERAGE:

@@ -92,6 +92,11 @@ def signed(number: float | None) -> str:
     return "" if number is None else f"{number:+.2f}"
 
 
+def interval_text(interval: tuple[float, float] | None) -> str:
+    """Both ends of a difference's interval, signed; empty for none."""
+    return "" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
+
+
 def hours(number: float | None) -> str:
     """Hours to two digits; empty for none."""
     return "" if number is None else f"{number:.2f}"

@@ -18,7 +18,7 @@ import pandas as pd
 from experiments.rates import caveat
 from experiments.stats import Summary, summarise, welch_interval
 from experiments.tables.accuracy import AVERAGE, COLLAPSED, MINI_RUNS, MINI_TASKS, SCORES, SEEDS, UNCORRECTED, Grid
-from experiments.tables.base import MINI_MARK, MISSING, Context, Table
+from experiments.tables.base import MINI_MARK, MISSING, Context, Table, interval_text
 from experiments.tables.speed import documents, paired_ratio
 
 EXACT, LORA, TUNED = "sparsegrad", "lora", "lora_tuned"
@@ -142,7 +142,7 @@ def _score(grid: Grid, method: str, task: str) -> dict[str, str]:
     """Mean and spread, number of seeds, and the interval of the difference to each reference."""
     line, values = grid.line(method, task), grid.values(method, task)
     intervals = {
-        heading: _interval(welch_interval(values, grid.values(reference, task)) if method != reference else None)
+        heading: interval_text(welch_interval(values, grid.values(reference, task)) if method != reference else None)
         for reference, heading in REFERENCES.items()
     }
     return {"score": line["ours"], "n": line["n"], **intervals}
@@ -225,10 +225,6 @@ def _where(results: Path, machine: str) -> str:
     if not machine:
         return f"{MISSING}: python -m sparsegrad.benchmark --presets model makes results/bench"
     return f"results/bench/{machine}, MiniLM on snippets padded to the longest row, random weights"
-
-
-def _interval(found: tuple[float, float] | None) -> str:
-    return "" if found is None else f"{found[0]:+.2f} to {found[1]:+.2f}"
 
 
 def _text(found: Summary | None, digits: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.published import TASKS, authors_runs, cells, contradicts
-from experiments.tables.accuracy import contradicted
+from experiments.tables.accuracy import AVERAGE, contradicted
 from experiments.tables.base import MISSING, SCALED, Context, Table
 from sparsegrad.bench.lengths import histograms
 
@@ -22,7 +22,6 @@ MODEL = "roberta_base"
 Cells = Sequence[Mapping[str, Any]]
 SCHEMA = 1
 PER_TASK = (7, 8)
-AVG = "average"
 PADDINGS = {"max_length": "padded", "longest": "dynamic"}  # of the benchmark -> as a column says it
 BATCH = 16  # of the settings that stand for a table's cells; the others are in the table of all
 # Row as printed -> our arm; the merged engine and the block engine are ours alone.
@@ -147,10 +146,10 @@ def _per_task(number: int, found: list[dict[str, Any]]) -> Table:
     printed = {arm: row for row, arm in ARMS.items()}
     rows = []
     for arm in (*ARMS.values(), *EXTRA):
-        for column, task in {**TASKS, "AVG": AVG}.items():
-            logs = _logs(arm, None if task == AVG else task)
+        for column, task in {**TASKS, "AVG": AVERAGE}.items():
+            logs = _logs(arm, None if task == AVERAGE else task)
             published = cells(number)[printed[arm], column][0] if arm in printed else "none"
-            published += contradicts(number, printed[arm]) if task == AVG and arm in printed else ""
+            published += contradicts(number, printed[arm]) if task == AVERAGE and arm in printed else ""
             others = {"published": published, **{name: logs[name] for name in names}}
             rows.append({"arm": arm, "task": task, **others, **_cells_of(found, arm, task, unit)})
     title = "steps per second" if number == 7 else "memory, MB"
@@ -172,7 +171,7 @@ def _cells_of(found: list[dict[str, Any]], arm: str, task: str | None, units: Ma
             if task is not None and (padding == "longest" or arm == SKIPS_PADDING):
                 hits = [row for row in hits if row["task"] == task]
             for field, unit in units.items():
-                shown = "" if task == AVG else _shown(hits, field)
+                shown = "" if task == AVERAGE else _shown(hits, field)
                 columns[f"ours {PADDINGS[padding]}, {unit}{place and f', {place}'}"] = shown
     return columns
 

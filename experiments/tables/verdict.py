@@ -10,7 +10,7 @@ import pandas as pd
 from experiments.rates import caveat
 from experiments.stats import welch_interval
 from experiments.tables.accuracy import AVERAGE, MINI_METHODS, MINI_RUNS, MINI_TASKS, PROTOCOLS, UNCORRECTED, Grid
-from experiments.tables.base import MINI_MARK, MISSING, Context, Table, signed
+from experiments.tables.base import MINI_MARK, MISSING, Context, Table, interval_text, signed
 
 REFERENCES = ("full", "lora")
 
@@ -90,13 +90,12 @@ def table(context: Context) -> Table:
 
 
 def _row(found: Comparison, protocol: str, method: str, other: str) -> dict[str, str]:
-    low_high = "" if found.interval is None else f"{found.interval[0]:+.2f} to {found.interval[1]:+.2f}"
     return {
         "protocol": protocol,
         "method": method,
         "against": other,
         "difference": MISSING if found.difference is None else signed(found.difference),
-        "95 %": low_high,
+        "95 %": interval_text(found.interval),
         "so it is": "" if found.difference is None else found.verdict,
         "n": "" if found.difference is None else " / ".join(map(str, found.seeds)),
         "tasks": f"{len(found.tasks)} of {len(MINI_TASKS)}",
