@@ -22,7 +22,8 @@ Schema of `results/bench/HARDWARE.json` (schema 1):
                 above 1 is faster, memory below 1 is smaller); each a median, min, max and n over repeats
     bars        what is asked of the engines, measured, met
 
-Preset `paper` is for Tables 3, 7 and 8: RoBERTa-base, arms `full`, `lora_peft`, `layer_sparse_dense`, `layer_regular`.
+Preset `paper` is for Tables 3, 7 and 8: RoBERTa-base, arms `full`, `lora_peft`, `layer_sparse_dense`, `layer_regular`,
+and ours, `merged` and `fast`.
 """
 
 from __future__ import annotations
