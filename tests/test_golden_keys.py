@@ -1,0 +1,28 @@
+"""The key of a run must never change: a committed record would no longer be found, and its run would be repeated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Composer
+
+from sparsegrad.config import build, config_key
+from sparsegrad.records import read_record
+
+# Override lists and the keys they had at fb4975d, before any module moved.
+GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_keys.json").read_text())
+
+
+def test_every_committed_record_has_the_key_of_its_configuration() -> None:
+    records = [read_record(path) for path in sorted((ROOT / "results" / "runs").rglob("*.json"))]
+    assert records
+    assert {record["key"]: config_key(record["config"]) for record in records} == {
+        record["key"]: record["key"] for record in records
+    }
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: " ".join(case["overrides"]))
+def test_a_command_line_keeps_its_key(conf: Composer, case: dict) -> None:
+    assert build(conf(*case["overrides"])).key == case["key"]
