@@ -34,8 +34,7 @@ test: assets ## install what is needed and run all tests
 
 # The library's part of the suite, in an environment of its own. TORCH=2.13.0 takes that version, for a machine where
 # the one that pip would choose is not to be had; EXTRAS names extras whose dependencies come too.
-LIBRARY := $(patsubst %,tests/test_%.py,adapter basis block blocks config docs layouts lean linear methods metrics \
-	moments optim prepare records runs selection sparse_matmul tasks)
+LIBRARY := tests/library
 EXTRAS ?= llama tensorboard
 comma := ,
 EXTRAS_LIST = $(subst $() ,$(comma),$(strip $(EXTRAS)))
@@ -82,23 +81,23 @@ clean: ## remove the environment, assets and work folders; results stay
 	rm -rf $(VENV) .venv-lowest .venv-latest .venv-audit assets runs .mypy_cache .ruff_cache .pytest_cache
 
 dashboard: $(INSTALLED) ## watch sweeps live in a browser; prints the address
-	$(BIN)/optuna-dashboard "$$($(BIN)/python -m sparsegrad.sweep address)"
+	$(BIN)/optuna-dashboard "$$($(BIN)/python -m sparsegrad.sweeps address)"
 
 sweep-table: $(INSTALLED) ## Tables 13-15: best batch size and learning rate per task, beside the published ones
-	@$(BIN)/python -m sparsegrad.sweep table
+	@$(BIN)/python -m experiments.report.tables.searched
 
 bench: $(INSTALLED) ## speed and memory of every method into results/bench: half an hour on 2 quiet cores; goes on where it stopped
-	$(BIN)/python -m sparsegrad.benchmark
+	$(BIN)/python -m experiments.bench
 
 bench-quick: $(INSTALLED) ## the same in under 3 minutes, into runs/bench: that it works, not how fast
-	$(BIN)/python -m sparsegrad.benchmark --quick
+	$(BIN)/python -m experiments.bench --quick
 
 # Tables and figures of the paper. SCALE=paper|mini, DATA=<glue folder>, LAUNCHER=local|joblib|slurm|ray, DRY=1 (list the
 # cells and their cost, run nothing), ARGS="seed=42 method=lora" (further overrides of run.py; figure 2 takes
 # ARGS="block=2 step=40" too). Speed tables and section 8 run the benchmark, Tables 13-15 their sweeps.
 SCALE ?= paper
 LAUNCHER ?= local
-CELLS = $(BIN)/python -m experiments.run --scale $(SCALE) --launcher $(LAUNCHER) $(if $(DATA),--data $(DATA)) $(if $(DRY),--dry)
+CELLS = $(BIN)/python -m experiments.reproduce --scale $(SCALE) --launcher $(LAUNCHER) $(if $(DATA),--data $(DATA)) $(if $(DRY),--dry)
 
 reproduce-%: $(INSTALLED) # table1 ... table15, ablation, basis, quality, section8, figure1 ... figure3, all
 	@$(CELLS) $* $(ARGS); status=$$?; \

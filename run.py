@@ -6,7 +6,7 @@ import hydra
 from omegaconf import DictConfig
 
 from sparsegrad.cli import run_command
-from sparsegrad.config_files import or_exit
+from sparsegrad.runs.yaml_check import or_exit
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

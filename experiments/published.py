@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.paths import DATA
 from sparsegrad.errors import UserError
 
-DATA = Path(__file__).parent / "data"
 COLUMNS = {
     "published.csv": ("table", "row", "column", "value", "std"),
     "authors_runs.csv": (

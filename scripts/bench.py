@@ -1,4 +1,4 @@
-"""`python -m sparsegrad.benchmark` from a checkout that is not installed: `python scripts/bench.py`."""
+"""`python -m experiments.bench` from a checkout that is not installed: `python scripts/bench.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sparsegrad.benchmark import main
+from experiments.bench.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from sparsegrad.assets import asset_path
-from sparsegrad.bench.lengths import LENGTHS
-from sparsegrad.records import write_json
+from experiments.bench.lengths import LENGTHS
+from sparsegrad.assets.download import asset_path
+from sparsegrad.runs.records import write_json
 
 COLUMNS = {
     "cola": ("sentence",),

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from sparsegrad.basis import SIDES, Basis
-from sparsegrad.calibration import Batch, calibrate
+from sparsegrad.calibration.gradients import Batch, calibrate
 from sparsegrad.distributed import check_same_weights, unwrapped
 from sparsegrad.errors import UserError, check_choice, check_number
-from sparsegrad.fast import Blocks, use_blocks
-from sparsegrad.linear import check_linear
-from sparsegrad.mlp import Linears, Names, check_trainable, find_mlp
-from sparsegrad.moments import MOMENTS
-from sparsegrad.optim import SparseGradAdamW
-from sparsegrad.plan import describe
-from sparsegrad.selection import count_kept
+from sparsegrad.layers.replace import Blocks, use_blocks
+from sparsegrad.layers.rotated import check_linear
+from sparsegrad.optim.adamw import SparseGradAdamW
+from sparsegrad.optim.moments import MOMENTS
+from sparsegrad.optim.selection import count_kept
+from sparsegrad.optim.summary import describe
+from sparsegrad.targets import Linears, Names, check_trainable, find_mlp
 
 ENGINES = ("merged", "fast")
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -60,7 +60,7 @@ def prepare(
         steps: calibration steps (paper: 30).
         sides: what is rotated: `both` (the method), or only `in`, `out` or `small`, the side with fewer features; not
             exact, a sixth of the rotation.
-        moments: `dense` (the method's), or `support`: a tenth of their memory, not exact; see `sparsegrad.moments`.
+        moments: `dense` (the method's), or `support`: a tenth of the memory, not exact; see `sparsegrad.optim.moments`.
         bases: layer kind -> basis, as `load_bases` gives them or `optimizer.bases` of an earlier call: taken instead of
             a calibration, which then does not happen. Of them too only `sides` are used.
         gram_device: where the calibration keeps its sums, `cpu` to spare a GPU's memory; None: on the weights' device.

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.tensor_bytes import tensor_bytes
+from sparsegrad.hashing import tensor_bytes
 
 FORMAT = "sparsegrad-basis-1"
 SIDES = ("both", "in", "out", "small")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable
@@ -12,29 +13,25 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from sparsegrad.errors import UserError
-from sparsegrad.processes import is_main, rank, world_size
-
-__all__ = [
-    "average_",
-    "check_same",
-    "check_same_weights",
-    "connect",
-    "connected",
-    "from_main",
-    "is_main",
-    "is_shard",
-    "largest",
-    "lost_process",
-    "rank",
-    "refuse_shards",
-    "shards_error",
-    "unwrapped",
-    "world_size",
-]
 
 Value = TypeVar("Value")
 # How gloo says it; NCCL raises a `DistError`.
 _BROKEN = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
+
+
+def world_size() -> int:
+    """How many processes train together, by what the launcher set; known before they are connected."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number among them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process writes records and prints."""
+    return rank() == 0
 
 
 def connect(device: torch.device) -> None:

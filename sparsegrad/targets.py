@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsegrad.distributed import refuse_shards
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.rounding import check_updated
+from sparsegrad.optim.rounding import check_updated
 
 # Layer kind -> pattern that must match the whole module name. Many families share names: ViT of transformers 5.3 has
 # BERT's, that of 5.23 `mlp.fc1`; Gemma, Phi-1 and others are found by the names they share with a family listed here.

@@ -1,1 +1,1 @@
-"""Speed and memory of the methods, measured apart from accuracy; `sparsegrad.benchmark` is the command."""
+"""Speed and memory of the methods, measured apart from accuracy; `python -m experiments.bench` is the command."""

@@ -1,4 +1,4 @@
-"""Speed and memory, measured apart from accuracy: `python -m sparsegrad.benchmark` (`make bench`).
+"""Speed and memory, measured apart from accuracy: `python -m experiments.bench` (`make bench`).
 
 One process per arm, setting and repeat; the arms take turns within a repeat; ratios are taken within a repeat. Needs
 torch, transformers and peft alone. On a GPU it chooses more settings by itself. What is in the results already is not
@@ -36,17 +36,17 @@ from typing import Any
 
 import torch
 
-from sparsegrad.bench import machine
-from sparsegrad.bench.arms import ARMS, arms_of, find_arm
-from sparsegrad.bench.plan import PRESETS, Decomposition, Planned, Schedule, decompositions, default_schedule, plan
-from sparsegrad.bench.reflections import BASES
-from sparsegrad.bench.render import predictions
-from sparsegrad.bench.results import read
-from sparsegrad.bench.runner import Bench
-from sparsegrad.bench.settings import MODES, PRECISIONS, RESTS, Setting
-from sparsegrad.bench.shapes import SHAPES, find_shape
+from experiments.bench import machine
+from experiments.bench.arms import ARMS, arms_of, find_arm
+from experiments.bench.presets import PRESETS, Decomposition, Planned, Schedule, decompositions, default_schedule, plan
+from experiments.bench.reflections import BASES
+from experiments.bench.render import predictions
+from experiments.bench.results import read
+from experiments.bench.runner import Bench
+from experiments.bench.settings import MODES, PRECISIONS, RESTS, Setting
+from experiments.bench.shapes import SHAPES, find_shape
 from sparsegrad.errors import UserError, check_choice, check_integer, check_number
-from sparsegrad.records import check_writable
+from sparsegrad.runs.records import check_writable
 
 _FIELDS = ("shape", "blocks", "batch", "length", "padding", "task", "rest", "precision", "mode", "density")
 
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    made = argparse.ArgumentParser(prog="sparsegrad.benchmark", description=(__doc__ or "").split("\n", 1)[0])
+    made = argparse.ArgumentParser(prog="python -m experiments.bench", description=(__doc__ or "").split("\n", 1)[0])
     made.add_argument("--quick", action="store_true", help="under 3 minutes; says that it works, not how fast")
     made.add_argument("--presets", help=f"some of {','.join(PRESETS)}; all by default")
     made.add_argument("--arms", help=f"some of {','.join(ARMS)}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from sparsegrad.bench.settings import Setting
+from experiments.bench.settings import Setting
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.methods.base import Method
 
@@ -60,7 +60,7 @@ class Arm:
         """
         module, _, name = self.method.partition(":")
         try:
-            found = getattr(import_module(f"sparsegrad.{module}"), name)
+            found = getattr(import_module(module), name)
         except ImportError as error:
             raise UserError(f"{self.about} needs the package {error.name}: install it or leave the arm out") from None
         made: Method = found(**{**self.sized(setting), **self.options})
@@ -68,7 +68,7 @@ class Arm:
 
 
 def _sparsegrad(about: str, cost: str, only: Callable[[Setting], bool] = lambda setting: True, **options: Any) -> Arm:
-    method = "methods.sparsegrad:SparseGrad"
+    method = "sparsegrad.methods.sparsegrad:SparseGrad"
     return Arm(about=about, method=method, cost=cost, options=options, sized=by_density, bases=True, only=only)
 
 
@@ -77,21 +77,23 @@ def _lora(about: str, method: str, only: Callable[[Setting], bool] = lambda sett
 
 
 ARMS: dict[str, Arm] = {
-    "frozen": Arm(about="MLP weights frozen: the floor", method="bench.rivals:Frozen", cost="frozen"),
-    "full": Arm(about="full fine-tuning", method="methods.full:Full", cost="full"),
-    "lora_peft": _lora("LoRA, peft as it comes", "methods.lora:Lora"),
+    "frozen": Arm(about="MLP weights frozen: the floor", method="experiments.bench.rivals:Frozen", cost="frozen"),
+    "full": Arm(about="full fine-tuning", method="sparsegrad.methods.full:Full", cost="full"),
+    "lora_peft": _lora("LoRA, peft as it comes", "sparsegrad.methods.lora:Lora"),
     "lora_dtype": _lora(
-        "LoRA, peft, adapters in the model's dtype", "bench.rivals:LoraInModelDtype", lambda s: s.precision == "bf16"
+        "LoRA, peft, adapters in the model's dtype",
+        "experiments.bench.rivals:LoraInModelDtype",
+        lambda s: s.precision == "bf16",
     ),
-    "lora_fused": _lora("LoRA, fused by hand", "bench.rivals:FusedLora"),
-    "meprop": Arm(about="MeProp", method="methods.meprop:MeProp", cost="full", sized=by_density),
+    "lora_fused": _lora("LoRA, fused by hand", "experiments.bench.rivals:FusedLora"),
+    "meprop": Arm(about="MeProp", method="sparsegrad.methods.meprop:MeProp", cost="full", sized=by_density),
     "layer_regular": _sparsegrad("SparseGrad, the paper's layer, Regular", "layer", engine="layer"),
     "layer_sparse_dense": _sparsegrad(
         "SparseGrad, the paper's layer, Sparse-by-Dense", "layer", engine="layer", backward="sparse_dense"
     ),
     "authors": Arm(
         about="SparseGrad as the authors' code",
-        method="methods.sparsegrad_authors:SparseGradAuthors",
+        method="sparsegrad.methods.sparsegrad_authors:SparseGradAuthors",
         cost="layer",
         options={"density": AUTHORS_DENSITY, "engine": "layer"},
         bases=True,
@@ -114,7 +116,7 @@ ARMS: dict[str, Arm] = {
     ),
     "fast": Arm(
         about="SparseGrad fast: one block, not exact",
-        method="methods.sparsegrad_fast:SparseGradFast",
+        method="sparsegrad.methods.sparsegrad_fast:SparseGradFast",
         cost="block",
         sized=by_density,
         bases=True,

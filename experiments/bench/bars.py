@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsegrad.bench.results import Document, summarise
+from experiments.bench.results import Document, summarise
 
 _TOKENS = 4096
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsegrad.grams import hosvd
-from sparsegrad.memory import PeakMemory
+from sparsegrad.calibration.grams import hosvd
+from sparsegrad.trainer.peak_memory import PeakMemory
 
 FLOAT64 = 8
 

@@ -10,9 +10,9 @@ from typing import Any
 import psutil
 import torch
 
-from sparsegrad.bench.settings import PRECISIONS
+from experiments.bench.settings import PRECISIONS
 from sparsegrad.errors import fail
-from sparsegrad.records import hardware
+from sparsegrad.runs.records import hardware
 
 
 def pick_device(name: str) -> torch.device:

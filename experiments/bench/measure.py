@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.bench.arms import find_arm
+from experiments.bench.lengths import batch_lengths, token_batch
+from experiments.bench.settings import Setting, setting_from
+from experiments.bench.shapes import build_model, mlp_linears
 from sparsegrad.basis import Basis, load_bases, save_bases
-from sparsegrad.bench.arms import find_arm
-from sparsegrad.bench.lengths import batch_lengths, token_batch
-from sparsegrad.bench.settings import Setting, setting_from
-from sparsegrad.bench.shapes import build_model, mlp_linears
-from sparsegrad.calibration import calibrate
+from sparsegrad.calibration.gradients import calibrate
 from sparsegrad.errors import UserError
-from sparsegrad.memory import PeakMemory
 from sparsegrad.methods.base import Context, weight_shapes
+from sparsegrad.trainer.peak_memory import PeakMemory
 
 Batch = dict[str, Tensor]
 Bases = Callable[[], dict[str, Basis]]

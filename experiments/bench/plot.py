@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsegrad.bench.arms import ARMS, MAIN_ARMS
-from sparsegrad.bench.shapes import find_shape
+from experiments.bench.arms import ARMS, MAIN_ARMS
+from experiments.bench.shapes import find_shape
 from sparsegrad.errors import UserError
 
 _SWEPT = ("blocks", "padding", "rest", "precision", "mode", "density")

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from sparsegrad.bench import machine
-from sparsegrad.bench.arms import MAIN_ARMS, PAPER_ARMS
-from sparsegrad.bench.lengths import histograms
-from sparsegrad.bench.settings import Setting
+from experiments.bench import machine
+from experiments.bench.arms import MAIN_ARMS, PAPER_ARMS
+from experiments.bench.lengths import histograms
+from experiments.bench.settings import Setting
 
 PRESETS = ("core", "paper", "model", "precision", "tokens", "width", "llama", "compiled", "decomposition")
 _FLOOR_AND_MAIN = ("frozen", *MAIN_ARMS)

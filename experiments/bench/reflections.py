@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from experiments.bench.shapes import Shape, build_model, mlp_linears
 from sparsegrad.basis import Basis, save_bases
-from sparsegrad.bench.shapes import Shape, build_model, mlp_linears
 from sparsegrad.methods.base import weight_shapes
 
 BASES = ("calibrated", "reflections")

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsegrad.bench.arithmetic import COSTS, relative_speed
-from sparsegrad.bench.arms import ARMS
-from sparsegrad.bench.results import mlp_of
-from sparsegrad.bench.settings import Setting
-from sparsegrad.records import write_text
+from experiments.bench.arithmetic import COSTS, relative_speed
+from experiments.bench.arms import ARMS
+from experiments.bench.results import mlp_of
+from experiments.bench.settings import Setting
+from sparsegrad.runs.records import write_text
 
 PREDICTED_BATCHES = (4, 16, 32, 64)  # of 128 tokens
 _HEAD = (

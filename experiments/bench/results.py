@@ -1,4 +1,4 @@
-"""The results: cells paired within a repeat, ratios, and the bars. The schema is told in `sparsegrad.benchmark`."""
+"""The results: cells paired within a repeat, ratios, and the bars. Schema: `bench/__main__.py`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sparsegrad.bench.arithmetic import Linear, relative_speed
-from sparsegrad.bench.arms import ARMS, REFERENCES, lora_rank
-from sparsegrad.bench.settings import Setting, setting_from
-from sparsegrad.block import core_shape
+from experiments.bench.arithmetic import Linear, relative_speed
+from experiments.bench.arms import ARMS, REFERENCES, lora_rank
+from experiments.bench.settings import Setting, setting_from
 from sparsegrad.errors import UserError
+from sparsegrad.layers.block import core_shape
 
 SCHEMA = 1
 Document = dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegrad.linear import product_dtype
+from sparsegrad.layers.rotated import product_dtype
 from sparsegrad.methods.base import (
     Context,
     Prepared,
@@ -18,7 +18,7 @@ from sparsegrad.methods.base import (
     trainable_parameters,
     weight_shapes,
 )
-from sparsegrad.mlp import Linears
+from sparsegrad.targets import Linears
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from sparsegrad.bench import machine, reflections, render, results
-from sparsegrad.bench.arms import find_arm
-from sparsegrad.bench.bars import bars
-from sparsegrad.bench.decompose import stacked_mib
-from sparsegrad.bench.plan import Decomposition, Planned, Schedule
-from sparsegrad.bench.plot import write_plot
-from sparsegrad.bench.settings import Setting
+from experiments.bench import machine, reflections, render, results
+from experiments.bench.arms import find_arm
+from experiments.bench.bars import bars
+from experiments.bench.decompose import stacked_mib
+from experiments.bench.plot import write_plot
+from experiments.bench.presets import Decomposition, Planned, Schedule
+from experiments.bench.settings import Setting
+from experiments.paths import ROOT
 from sparsegrad.errors import UserError
-from sparsegrad.records import environment, now, write_json
+from sparsegrad.runs.records import environment, now, write_json
 
-ROOT = Path(__file__).parents[2]
 _NEVER = ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG")  # they would measure something else
 TIMEOUT = 1200  # seconds for one process, compilation included
 
@@ -171,7 +171,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
             request.write_text(json.dumps({"job": job, "threads": self.threads, **arguments}))
-            command = [sys.executable, "-m", "sparsegrad.bench.worker", str(request), str(answer)]
+            command = [sys.executable, "-m", "experiments.bench.worker", str(request), str(answer)]
             return run_process(command, answer, self._environment())
 
     def _environment(self) -> dict[str, str]:

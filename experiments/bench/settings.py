@@ -7,10 +7,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sparsegrad.bench.lengths import PADDINGS, histograms, mean_length
-from sparsegrad.bench.shapes import Shape, find_shape
+from experiments.bench.lengths import PADDINGS, histograms, mean_length
+from experiments.bench.shapes import Shape, find_shape
 from sparsegrad.errors import UserError, check_choice, check_integer
-from sparsegrad.selection import check_density
+from sparsegrad.optim.selection import check_density
 
 PRECISIONS = ("fp32", "tf32", "bf16_autocast", "bf16")
 RESTS = ("trained", "frozen")
@@ -19,7 +19,7 @@ MODES = ("eager", "compiled")
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is measured; names as in `sparsegrad.benchmark`.
+    """What is measured; names as in `experiments/bench/__main__.py`.
 
     Attributes:
         shape, blocks: the model, cut to so many blocks (None: as the shape has).

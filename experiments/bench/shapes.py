@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.errors import UserError, check_choice, check_integer
-from sparsegrad.mlp import Linears, find_mlp
+from sparsegrad.targets import Linears, find_mlp
 
 _LLAMA_MLP = {"up": r".*layers\.\d+\.mlp\.up_proj", "down": r".*layers\.\d+\.mlp\.down_proj"}
 _STACK_MLP = {"intermediate": r"blocks\.\d+\.intermediate", "output": r"blocks\.\d+\.output"}

@@ -1,4 +1,4 @@
-"""One measurement in a process of its own: `python -m sparsegrad.bench.worker REQUEST.json ANSWER.json`.
+"""One measurement in a process of its own: `python -m experiments.bench.worker REQUEST.json ANSWER.json`.
 
 The request names a job (`measure`, `calibrate` or `decompose`) and its arguments; the answer is written atomically, a
 failure with its reason included.
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from sparsegrad.bench import decompose, measure
-from sparsegrad.records import write_json
+from experiments.bench import decompose, measure
+from sparsegrad.runs.records import write_json
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "measure": measure.measure,

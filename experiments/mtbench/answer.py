@@ -14,7 +14,7 @@ from experiments.mtbench.generation import Writer
 from experiments.mtbench.lines import append_line, read_lines
 from experiments.mtbench.schema import Answer, Question, answer_id, content_hash
 from sparsegrad.errors import UserError, fail
-from sparsegrad.records import write_json
+from sparsegrad.runs.records import write_json
 
 Say = Callable[[str], None]
 

@@ -84,7 +84,7 @@ def _judge_options(parser: argparse.ArgumentParser) -> None:
 def _answer(options: argparse.Namespace) -> int:
     from experiments.mtbench.answer import answer, answers_path, check_settings, describe
     from experiments.mtbench.generation import FORMATS, Writer
-    from sparsegrad.models import quiet_transformers
+    from sparsegrad.runs.model_loading import quiet_transformers
 
     path = answers_path(options.out, options.name)
     check_choice("format", options.format, FORMATS)

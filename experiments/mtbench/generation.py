@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.models import _from_source
+from sparsegrad.runs.model_loading import _from_source
 
 FORMATS = ("auto", "chat", "inst")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

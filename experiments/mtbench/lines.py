@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock
 
 from sparsegrad.errors import UserError
-from sparsegrad.records import unwritable
+from sparsegrad.runs.records import unwritable
 
 Row = dict[str, Any]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.mtbench.lines import Row, read_lines
-from sparsegrad.assets import asset_path
+from sparsegrad.assets.download import asset_path
 from sparsegrad.errors import UserError, check_text
 
 QuestionId = int | str

@@ -1,7 +1,7 @@
 """Kill real runs at random moments, 20 times a method, and compare what they end with.
 
-    python -m experiments.kill_test                     # all methods, SIGKILL, SIGTERM, SIGINT and a full disk in turn
-    python -m experiments.kill_test --methods lora --kills 3
+    python -m experiments.reliability.kill      # all methods; SIGKILL, SIGTERM, SIGINT, a full disk in turn
+    python -m experiments.reliability.kill --methods lora --kills 3
 
 A method's run is started and killed until it has been killed `--kills` times, then left to end; its record must be
 that of a run never interrupted: scores, losses, and the hash of the chosen weights, bit for bit. After a kill in
@@ -31,10 +31,10 @@ from typing import Any
 import peft  # noqa: F401 - here, and not in every run
 import torch
 
-import sparsegrad.runs  # noqa: F401
-from sparsegrad.records import environment, read_record, write_json
+import sparsegrad.runs.runner  # noqa: F401
+from experiments.paths import ROOT
+from sparsegrad.runs.records import environment, read_record, write_json
 
-ROOT = Path(__file__).parents[1]
 ERRORS = "stderr.txt"
 METHODS = {
     **{name: (f"method={name}",) for name in ("full", "lora", "lora_tuned", "meprop", "sparsegrad")},
@@ -194,7 +194,7 @@ def finish(line: list[str], folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Status 0 if every record is equal."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.kill_test", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments.reliability.kill", description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=450)

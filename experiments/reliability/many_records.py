@@ -1,6 +1,6 @@
 """How long a report takes over many records: copies of the committed ones, varied.
 
-python -m experiments.many_records --count 10000     # results/reliability/records.json
+python -m experiments.reliability.many_records --count 10000     # results/reliability/records.json
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from experiments.collect import collect
-from experiments.report import report
-from sparsegrad.records import environment, load_records, write_json
+from experiments.paths import ROOT
+from experiments.report.__main__ import report
+from experiments.report.collect import collect
+from sparsegrad.runs.records import environment, load_records, write_json
 
-ROOT = Path(__file__).parents[1]
 FOLDERS = ("glue_minilm", "mini")  # two that tables read
 
 
@@ -54,7 +54,9 @@ def measured(work: Callable[[], Any]) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write, load, report; print and keep what was measured."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.many_records", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.reliability.many_records", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--out", type=Path, default=ROOT / "results/reliability/records.json")
     chosen = parser.parse_args(arguments)

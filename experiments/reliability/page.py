@@ -1,6 +1,6 @@
 """Put what was measured into docs/reliability.md: the tables of kills, fuzzing and the soak, from results/reliability.
 
-python -m experiments.reliability_page
+python -m experiments.reliability.page
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsegrad.records import read_json, write_text
+from experiments.paths import ROOT
+from sparsegrad.runs.records import read_json, write_text
 
-ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
 RESULTS = ROOT / "results" / "reliability"
 MISSING = "Not measured yet."

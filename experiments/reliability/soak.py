@@ -1,7 +1,7 @@
 """Hours of training and the memory they take: sample a process, then fit a slope.
 
-    python -m experiments.soak sample PID --out samples.csv            # until the process ends
-    python -m experiments.soak plot samples.csv --about "what ran"     # results/reliability/soak.json and soak.png
+    python -m experiments.reliability.soak sample PID --out samples.csv            # until the process ends
+    python -m experiments.reliability.soak plot samples.csv --about "what ran"     # soak.json and soak.png
 
 The samples' file has the columns `seconds` (of time in which the process was not stopped), `rss_mib` and `note`. The
 slope is by least squares over the means of stretches of equal length, after a warm-up: memory a second apart is the
@@ -24,10 +24,10 @@ import numpy as np
 import psutil
 from scipy import stats
 
+from experiments.paths import ROOT
 from sparsegrad.errors import UserError, check_number
-from sparsegrad.records import write_json
+from sparsegrad.runs.records import write_json
 
-ROOT = Path(__file__).parents[1]
 COLUMNS = ("seconds", "rss_mib", "note")
 STRETCHES = 24
 MIB, HOUR = 2**20, 3600.0
@@ -162,7 +162,7 @@ def draw(samples: Samples, facts: dict[str, Any], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Status 0, or 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.soak", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments.reliability.soak", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     watch = commands.add_parser("sample", help="append the resident memory of a process to a file until it ends")
     watch.add_argument("pid", type=int)

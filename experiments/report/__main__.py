@@ -11,13 +11,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from experiments import figures, findings
-from experiments.answers_page import write_answers_page
-from experiments.cells import SCALES
-from experiments.collect import collect
-from experiments.page import problems, write_figure1, write_page
-from experiments.render import markdown, write_table
-from experiments.tables import (
+from experiments.paths import SCALES
+from experiments.report import figures, findings
+from experiments.report.answers_page import write_answers_page
+from experiments.report.collect import collect
+from experiments.report.page import problems, write_figure1, write_page
+from experiments.report.render import markdown, write_table
+from experiments.report.tables import (
     ablation,
     accuracy,
     architecture,
@@ -30,9 +30,9 @@ from experiments.tables import (
     speed,
     verdict,
 )
-from experiments.tables.base import Context, Table
+from experiments.report.tables.base import Context, Table
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.records import check_writable
+from sparsegrad.runs.records import check_writable
 
 Maker = Callable[[Context], Sequence[Table]]
 

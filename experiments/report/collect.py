@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.costs import hours
-from sparsegrad.records import SCHEMA, read_json
+from experiments.reproduce.costs import hours
+from sparsegrad.runs.records import SCHEMA, read_json
 
 # Folders that tables read: elsewhere, as in a sweep, records of one seed differ by design.
 READ = re.compile(r"(glue|ablation)_.*|mini|mini_ablation|mini_basis|table6.*")

@@ -10,8 +10,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from experiments.costs import hours
-from experiments.tables.base import Context, Table
+from experiments.report.tables.base import Context, Table
+from experiments.reproduce.costs import hours
 
 # Folder of the records -> what makes them again.
 COMMANDS = {

@@ -15,13 +15,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from experiments.collect import Store
-from experiments.render import write_bytes
-from experiments.tables import ablation, basis, quality
-from experiments.tables.accuracy import MINI_METHODS, MINI_TASKS
-from experiments.tables.base import MINI_MARK, Context
+from experiments.report.collect import Store
+from experiments.report.render import write_bytes
+from experiments.report.tables import ablation, basis, quality
+from experiments.report.tables.accuracy import MINI_METHODS, MINI_TASKS
+from experiments.report.tables.base import MINI_MARK, Context
 from sparsegrad.errors import UserError
-from sparsegrad.records import write_json
+from sparsegrad.runs.records import write_json
 
 VIEWS = {"untouched": "untouched", "rotated": "rotated (HOSVD)", "authors": "authors' basis"}
 KINDS = ("intermediate", "output")
@@ -79,7 +79,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def read_data(context: Context, name: str) -> dict[str, Any] | None:
-    """What `python -m experiments.measure` left for a figure, or None.
+    """What `python -m experiments.studies.gradients` left for a figure, or None.
 
     Raises:
         UserError: when it cannot be read.

@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from experiments import figures
 from experiments.published import contradictions
-from experiments.tables import ablation, basis, calibration, correspondence, speed, verdict
-from experiments.tables.accuracy import MODELS, PROTOCOLS, UNCORRECTED
-from experiments.tables.base import Context, Table, interval_text
+from experiments.report import figures
+from experiments.report.tables import ablation, basis, calibration, correspondence, speed, verdict
+from experiments.report.tables.accuracy import MODELS, PROTOCOLS, UNCORRECTED
+from experiments.report.tables.base import Context, Table, interval_text
 
 Finding = tuple[str, str, str]
 """Question, answer, and the table or figure that it rests on."""

@@ -12,12 +12,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from experiments.answers_page import has_answers
-from experiments.collect import PRUNED, skipped_summary
-from experiments.details import anchor, details, environment_line
-from experiments.render import write_text
-from experiments.tables import hyperparams, speed
-from experiments.tables.base import MISSING, OURS, Context, Table, is_measured
+from experiments.report.answers_page import has_answers
+from experiments.report.collect import PRUNED, skipped_summary
+from experiments.report.details import anchor, details, environment_line
+from experiments.report.render import write_text
+from experiments.report.tables import hyperparams, speed
+from experiments.report.tables.base import MISSING, OURS, Context, Table, is_measured
 
 TEMPLATES = Path(__file__).parent / "templates"
 LONG = 48  # characters; a longer cell wraps

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from experiments.tables.base import Table
-from sparsegrad.records import unwritable
+from experiments.report.tables.base import Table
+from sparsegrad.runs.records import unwritable
 
 _LATEX = {"±": r"$\pm$", "%": r"\%", "_": r"\_", "^": r"\^{}", "~": r"\~{}", "#": r"\#", "&": r"\&", "<": "$<$"}
 

@@ -1,4 +1,4 @@
-"""Make the runs of a table that are missing: `python -m experiments.run table5 --scale mini --data <glue folder>`.
+"""Make the runs that a table lacks: `python -m experiments.reproduce table5 --scale mini --data <glue folder>`.
 
 The cells come from conf/experiment; one whose record is complete is skipped, so the same command goes on where it
 stopped, and several at once share the work: a cell that another process has in hand is taken up again at the end, if
@@ -18,11 +18,13 @@ from pathlib import Path
 
 from filelock import Timeout
 
-from experiments import benchmarks, measure, searches
-from experiments.cells import ELSEWHERE, EXPERIMENTS, MEASURED, ROOT, SCALES, Cell, experiments_of, list_cells
-from experiments.dry import show
+from experiments.paths import ROOT, SCALES
+from experiments.reproduce import benchmarks, searches
+from experiments.reproduce.cells import ELSEWHERE, EXPERIMENTS, MEASURED, Cell, experiments_of, list_cells
+from experiments.reproduce.dry_run import show
+from experiments.studies import gradients as measure
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.runs import run_lock
+from sparsegrad.runs.runner import run_lock
 
 LAUNCHERS = ("local", "joblib", "slurm", "ray")
 FIGURE_KEYS = ("block", "step", "steps")  # of figures 2 and 3 and the basis study: block=2 step=40
@@ -86,7 +88,7 @@ def _benchmark(preset: str, options: argparse.Namespace) -> int:
     if others and options.table != "all":
         raise UserError(
             f"{options.table} takes no {others[0]}: it is one preset of the benchmark; for settings of your own: "
-            "python -m sparsegrad.benchmark --help"
+            "python -m experiments.bench --help"
         )
     return benchmarks.make(preset, _results(options), dry=options.dry)
 
@@ -127,7 +129,7 @@ def _results(options: argparse.Namespace) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m experiments.run", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments.reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("table", help="table1 to table15, ablation, basis, quality, figure1 to figure3, section8, all")
     parser.add_argument("--scale", default="paper", help=", ".join(SCALES))
     parser.add_argument("--data", help="folder with GLUE; without it the hub")

@@ -16,13 +16,13 @@ from typing import Any
 
 from rich.table import Table
 
-from experiments.cells import ROOT
-from experiments.dry import console
-from sparsegrad.bench import machine
-from sparsegrad.bench.arms import arms_of
-from sparsegrad.bench.plan import decompositions, default_schedule, plan
-from sparsegrad.bench.results import find_cell, read
-from sparsegrad.records import write_json
+from experiments.bench import machine
+from experiments.bench.arms import arms_of
+from experiments.bench.presets import decompositions, default_schedule, plan
+from experiments.bench.results import find_cell, read
+from experiments.paths import ROOT
+from experiments.reproduce.dry_run import console
+from sparsegrad.runs.records import write_json
 
 PRESETS = {
     "table3": ("paper",),
@@ -67,7 +67,7 @@ def make(preset: str, results: Path, *, dry: bool) -> int:
 
 def call(preset: str, path: Path) -> None:
     """The benchmark itself, as a process of its own."""
-    command = [sys.executable, "-m", "sparsegrad.benchmark", "--presets", preset]
+    command = [sys.executable, "-m", "experiments.bench", "--presets", preset]
     known = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     options = ["--out", str(path), "--minutes", str(MINUTES)]
     subprocess.run([*command, *options], check=False, env={**os.environ, "PYTHONPATH": known})

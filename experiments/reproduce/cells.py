@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -13,15 +12,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsegrad.config import RunConfig, build
+from experiments.paths import CONF, SCALES
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.records import read_record
+from sparsegrad.runs.config import RunConfig, build
+from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps import hparams
 from sparsegrad.tasks.snippets import Snippets
 
-ROOT = Path(__file__).parents[1]
-CONF = ROOT / "conf"
-SCALES = ("paper", "mini")
 # Table -> experiment YAML, by scale. The mini tables share their runs: one small model stands for all of the paper's.
 EXPERIMENTS: dict[str, dict[str, tuple[str, ...]]] = {
     "paper": {name: (name,) for name in ("table4", "table5", "table6", "table9", "table10", "table11", "table12")}
@@ -33,7 +30,7 @@ EXPERIMENTS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # The grid of an experiment whose YAML gives none.
 GRID = {"seed": "42,3705,2023", "method": "full,lora,sparsegrad,meprop"}
-# Figures whose data `experiments.measure` makes.
+# Figures whose data `experiments.studies.gradients` makes.
 MEASURED = {
     "figure2": ("figure2",),
     "figure3": ("figure3",),

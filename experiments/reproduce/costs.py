@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from experiments.paths import DATA
 from sparsegrad.errors import UserError
-from sparsegrad.records import read_record
+from sparsegrad.runs.records import read_record
 
-AUTHORS = Path(__file__).parent / "data" / "authors_runs.csv"
+AUTHORS = DATA / "authors_runs.csv"
 # What makes two runs alike, from close to loose.
 _LIKE = (
     ("experiment", "model", "method", "task"),

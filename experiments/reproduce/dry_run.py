@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from experiments.cells import Cell
-from experiments.costs import Estimates, facts_of
+from experiments.reproduce.cells import Cell
+from experiments.reproduce.costs import Estimates, facts_of
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 

@@ -1,7 +1,7 @@
 """The learning rate of each method in the mini tables, chosen on held-out rows.
 
     python run.py -m experiment=mini_grid task=snippets,stsb method=... train.lr=... # the runs
-    python -m experiments.rates                                                       # the choice
+    python -m experiments.reproduce.rates                                                       # the choice
 
 The rate with the best mean of the held-out scores over the grid's tasks wins; the validation split has no part in it.
 A rate whose run diverged on a task counts as failed and cannot win. Where the best rate is the least or the greatest
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad.errors import UserError
-from sparsegrad.records import read_record, write_json
+from sparsegrad.runs.records import read_record, write_json
 
 TASKS = ("snippets", "stsb")
 RATES = (5e-5, 1.5e-4, 5e-4)
@@ -32,7 +32,7 @@ Scores = dict[str, dict[float, dict[str, float | None]]]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the grid's records, print and write the choice; status 1 while runs are missing."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.rates", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments.reproduce.rates", description=__doc__.splitlines()[0])
     parser.add_argument("--results-dir", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
     try:

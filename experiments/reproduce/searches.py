@@ -19,10 +19,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from rich.table import Table
 
-from experiments.cells import CONF, ROOT
-from experiments.costs import Estimates, facts_of
-from experiments.dry import console
+from experiments.paths import CONF, ROOT
 from experiments.published import TASKS
+from experiments.reproduce.costs import Estimates, facts_of
+from experiments.reproduce.dry_run import console
 from sparsegrad.errors import UserError
 from sparsegrad.sweeps.config import Plan, make_plan
 from sparsegrad.sweeps.ledger import Ledger
@@ -161,7 +161,7 @@ def _command(group: Sequence[Search], launcher: str) -> list[str]:
 
 def _export(search: Search) -> list[str]:
     """Summary, trials and plots of a study into results/studies."""
-    show = [sys.executable, "-m", "sparsegrad.sweep", "show", search.study]
+    show = [sys.executable, "-m", "sparsegrad.sweeps", "show", search.study]
     return [*show, "--storage", search.plan.sweep.storage, "--results-dir", str(search.results)]
 
 

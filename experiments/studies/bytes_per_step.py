@@ -1,7 +1,7 @@
 """What several processes send each other in one step, counted while they train; not computed from shapes.
 
-    python -m experiments.bytes_per_step                        # 2 and 4 processes, two blocks of base width
-    python -m experiments.bytes_per_step --processes 2 --blocks 12
+    python -m experiments.studies.bytes_per_step                        # 2 and 4 processes, two blocks of base width
+    python -m experiments.studies.bytes_per_step --processes 2 --blocks 12
 
 Each process trains the same model under `DistributedDataParallel` over gloo on loopback. Two counters, per step and
 process: `payload` is what DDP hands to its all-reduce, the sum of its buckets' bytes, seen by a communication hook;
@@ -29,18 +29,18 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from experiments.paths import ROOT
 from sparsegrad.basis import Basis
-from sparsegrad.calibration import calibrate
+from sparsegrad.calibration.gradients import calibrate
 from sparsegrad.methods.base import Context, Method
 from sparsegrad.methods.full import Full
 from sparsegrad.methods.lora import Lora
 from sparsegrad.methods.meprop import MeProp
 from sparsegrad.methods.sparsegrad import SparseGrad
 from sparsegrad.methods.sparsegrad_fast import SparseGradFast
-from sparsegrad.mlp import find_mlp
-from sparsegrad.records import environment, write_json
+from sparsegrad.runs.records import environment, write_json
+from sparsegrad.targets import find_mlp
 
-ROOT = Path(__file__).parents[1]
 METHODS: dict[str, Any] = {
     "full": Full(),
     "lora": Lora(rank=7),
@@ -191,7 +191,9 @@ def measure(processes: int, blocks: int) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Count, write the file, print a table."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.bytes_per_step", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.studies.bytes_per_step", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "results/bench/bytes_per_step.json")

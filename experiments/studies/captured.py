@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from experiments.probe import top_energy
+from experiments.studies.probe import top_energy
 from sparsegrad.basis import Basis
-from sparsegrad.block import core_shape
+from sparsegrad.layers.block import core_shape
 
 DENSITY = 0.01
 

@@ -6,7 +6,7 @@ Every result goes to `results/engine_study.json` as it comes; what is there is n
 calibrates anew half way and begins again with empty moments; `.._restarted` does so with the bases it had, so that the
 two differ by the bases alone.
 
-    python -m experiments.engine_study --glue <glue folder> --arms exact fast lora --rates 5e-4 1e-3 --seeds 2 3
+    python -m experiments.studies.engines --glue <glue folder> --arms exact fast lora --rates 5e-4 1e-3 --seeds 2 3
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from sparsegrad.assets import asset_path
+from sparsegrad.api import param_groups
+from sparsegrad.assets.download import asset_path
 from sparsegrad.basis import Basis
-from sparsegrad.block import BlockLinear, core_shape
-from sparsegrad.calibration import calibrate
-from sparsegrad.fast import to_linears
+from sparsegrad.calibration.gradients import calibrate
+from sparsegrad.layers.block import BlockLinear, core_shape
+from sparsegrad.layers.replace import to_linears
 from sparsegrad.methods.base import replace_linear
-from sparsegrad.mlp import Linears, find_mlp
-from sparsegrad.optim import SparseGradAdamW
-from sparsegrad.prepare import param_groups
-from sparsegrad.records import write_json
-from sparsegrad.selection import Selection, count_kept
+from sparsegrad.optim.adamw import SparseGradAdamW
+from sparsegrad.optim.selection import Selection, count_kept
+from sparsegrad.runs.records import write_json
+from sparsegrad.targets import Linears, find_mlp
 
 CALIBRATION, STEPS, BATCH = 30, 200, 16
 Batches = list[dict[str, torch.Tensor]]

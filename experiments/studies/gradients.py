@@ -2,10 +2,10 @@
 
 One JSON each in results/figures.
 
-    python -m experiments.measure figure2 --data <glue folder> --block 3 --step 80
-    python -m experiments.measure figure3 --data <glue folder>
-    python -m experiments.measure basis --data <glue folder>
-    python -m experiments.measure energy
+    python -m experiments.studies.gradients figure2 --data <glue folder> --block 3 --step 80
+    python -m experiments.studies.gradients figure3 --data <glue folder>
+    python -m experiments.studies.gradients basis --data <glue folder>
+    python -m experiments.studies.gradients energy
 
 Without --data the offline task snippets stands for SST-2. A minute or two each on one core; plots are made by
 `python -m experiments.report`.
@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from experiments.captured import DENSITY, captured
-from experiments.probe import Probe, compose_run, top_energy, variants
-from sparsegrad.config import RunConfig
+from experiments.studies.captured import DENSITY, captured
+from experiments.studies.probe import Probe, compose_run, top_energy, variants
 from sparsegrad.errors import UserError, check_integer
-from sparsegrad.records import environment, write_json
+from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.records import environment, write_json
 
 DENSITIES = (0.001, 0.01, 0.1)
 PIXELS = (72, 96)  # of a heat map
@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m experiments.measure", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.studies.gradients", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("what", choices=list(_MEASURES))
     parser.add_argument("--data", help="folder with GLUE; without it the offline snippets")
     parser.add_argument("--block", type=int, default=3, help="figure2, figure3: which block, from 0")

@@ -1,4 +1,4 @@
-"""What calibration costs at the shape of LLaMA-2-7B's MLP, on the CPU: `python -m experiments.llama_calibration`.
+"""Cost of calibration at the shape of LLaMA-2-7B's MLP, CPU: `python -m experiments.studies.llama_calibration`.
 
 Takes the sums of a few random gradients (11008, 4096) and decomposes both: one layer kind, in the project's own code.
 Needs 2.3 GB; the paper reports 668 s and 5.2 GB on a GPU. The result is a JSON in results/bench.
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from sparsegrad.basis import Basis
+from sparsegrad.calibration.grams import Grams
 from sparsegrad.errors import UserError, check_integer
-from sparsegrad.grams import Grams
-from sparsegrad.memory import PeakMemory
-from sparsegrad.records import environment, now, write_json
+from sparsegrad.runs.records import environment, now, write_json
+from sparsegrad.trainer.peak_memory import PeakMemory
 
 COLUMNS = 256  # of a basis, on which its orthogonality is checked against all others
 
@@ -29,7 +29,7 @@ COLUMNS = 256  # of a basis, on which its orthogonality is checked against all o
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; a user's mistake ends with one line and status 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.llama_calibration", description=__doc__.split(":", 1)[0]
+        prog="python -m experiments.studies.llama_calibration", description=__doc__.split(":", 1)[0]
     )
     for name, default in (("out-features", 11008), ("in-features", 4096), ("gradients", 4)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, set_seed
 
-from experiments.cells import ROOT
+from experiments.paths import ROOT
 from sparsegrad.basis import Basis
-from sparsegrad.calibration import calibrate
-from sparsegrad.config import RunConfig, build
+from sparsegrad.calibration.gradients import calibrate
 from sparsegrad.errors import UserError
-from sparsegrad.mlp import find_mlp
-from sparsegrad.models import load_model, load_tokenizer, quiet_transformers
-from sparsegrad.optim import SparseGradAdamW
+from sparsegrad.optim.adamw import SparseGradAdamW
+from sparsegrad.runs.config import RunConfig, build
+from sparsegrad.runs.model_loading import load_model, load_tokenizer, quiet_transformers
+from sparsegrad.targets import find_mlp
 from sparsegrad.tasks.base import tokenize
 
 Batch = Mapping[str, Any]

@@ -25,11 +25,12 @@ from pathlib import Path
 
 import optuna
 
-from sparsegrad.records import write_json
+from experiments.paths import DATA
+from sparsegrad.runs.records import write_json
 from sparsegrad.sweeps.samplers import sampler
 from sparsegrad.sweeps.space import Dimension, Space
 
-DATA = Path(__file__).parent / "data" / "authors_trials.csv"
+TRIALS = DATA / "authors_trials.csv"
 SPACE = Space(
     (
         Dimension(key="train.batch_size", kind="choice", values=(16, 32)),
@@ -63,7 +64,7 @@ class Surrogate:
 def read_studies() -> dict[str, Surrogate]:
     """The studies with enough completed trials whose scores differ at all."""
     rows: dict[str, list[dict[str, str]]] = defaultdict(list)
-    with DATA.open(newline="") as file:
+    with TRIALS.open(newline="") as file:
         for row in csv.DictReader(file):
             rows[row["study"]].append(row)
     kept = {name: found for name, found in rows.items() if len(found) >= FEWEST_TRIALS}

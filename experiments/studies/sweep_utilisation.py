@@ -22,13 +22,12 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from optuna.trial import FrozenTrial
 
-from sparsegrad.config import RunConfig
-from sparsegrad.records import write_json
+from experiments.paths import CONF
+from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.records import write_json
 from sparsegrad.sweeps.config import make_plan
 from sparsegrad.sweeps.pool import start_workers
 from sparsegrad.sweeps.study import open_study
-
-CONF = Path(__file__).parents[1] / "conf"
 
 
 def run(config: RunConfig, *, callbacks: Sequence[Any] = (), labels: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:

@@ -7,7 +7,7 @@ import json
 import logging
 from pathlib import Path
 
-from sparsegrad.records import unwritable, write_text
+from sparsegrad.runs.records import unwritable, write_text
 
 logger = logging.getLogger(__name__)
 _CARD = """---

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsegrad.errors import UserError
-from sparsegrad.records import unwritable, write_json
-from sparsegrad.tensor_bytes import tensor_bytes
+from sparsegrad.hashing import tensor_bytes
+from sparsegrad.runs.records import unwritable, write_json
 
 FORMAT = "sparsegrad-adapter-1"
 TENSORS, FACTS = "sparsegrad_adapter.safetensors", "sparsegrad_adapter.json"
@@ -42,7 +42,7 @@ class Entry:
     """One changed tensor as stored.
 
     Attributes:
-        form: see `sparsegrad.adapter`.
+        form: see `sparsegrad.adapter.load`.
         shape, dtype: of the model's tensor.
         base_sha256: of the base's tensor, where the adapter was made against it; None for what is new, as a head.
         values: new values, flat; or kept entries of the rotated change.

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegrad.adapter_file import Entry, digest, read_adapter
+from sparsegrad.adapter.format import Entry, digest, read_adapter
 from sparsegrad.errors import UserError
 
 # Which adapter is merged into a model; a model that is gone takes its entry along.

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegrad.adapter import named_tensors
-from sparsegrad.adapter_card import write_card
-from sparsegrad.adapter_file import BASIS_PARTS, DTYPES, Entry, digest, write_adapter
+from sparsegrad.adapter.card import write_card
+from sparsegrad.adapter.format import BASIS_PARTS, DTYPES, Entry, digest, write_adapter
+from sparsegrad.adapter.load import named_tensors
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_number
-from sparsegrad.fast import refuse_layers
-from sparsegrad.mlp import Names, find_mlp
-from sparsegrad.plan import describe
+from sparsegrad.layers.replace import refuse_layers
+from sparsegrad.optim.summary import describe
+from sparsegrad.targets import Names, find_mlp
 
 Base = nn.Module | Mapping[str, Tensor] | str | Path
 _SMALL = 2**16  # entries; below it a tensor is stored whole: a head is new, and no base has it

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import SIDES, Basis
+from sparsegrad.calibration.grams import Grams
 from sparsegrad.distributed import average_, check_same_weights, refuse_shards, unwrapped
 from sparsegrad.errors import UserError, check_choice, check_integer
-from sparsegrad.grams import Grams
 
 Batch = Mapping[str, Any]
 

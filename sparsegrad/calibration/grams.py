@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sparsegrad.basis import Basis, small_side
+from sparsegrad.calibration.eigh import is_large, large_eigenvectors, to_host
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.large_side import is_large, large_eigenvectors, to_host
 
 
 @dataclass

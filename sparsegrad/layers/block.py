@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_integer
-from sparsegrad.linear import check_linear, product_dtype
-from sparsegrad.rounding import add_stochastic, check_updated
-from sparsegrad.selection import check_density
+from sparsegrad.layers.rotated import check_linear, product_dtype
+from sparsegrad.optim.rounding import add_stochastic, check_updated
+from sparsegrad.optim.selection import check_density
 
 
 class _BlockLinear(torch.autograd.Function):

@@ -8,12 +8,12 @@ from typing import TypeVar
 from torch import nn
 
 from sparsegrad.basis import Basis
-from sparsegrad.block import BlockLinear, core_shape, share_bases
 from sparsegrad.errors import UserError
-from sparsegrad.lean import LeanLinear
-from sparsegrad.linear import SparseGradLinear
+from sparsegrad.layers.block import BlockLinear, core_shape, share_bases
+from sparsegrad.layers.lean import LeanLinear
+from sparsegrad.layers.rotated import SparseGradLinear
 from sparsegrad.methods.base import replace_linear, weight_shapes
-from sparsegrad.mlp import Linears
+from sparsegrad.targets import Linears
 
 Blocks = dict[str, dict[str, BlockLinear]]
 """Layer kind -> module name -> the layer, in the model's order."""

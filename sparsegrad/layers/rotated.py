@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.selection import count_kept, top_k_index
-from sparsegrad.sparse_matmul import sparse_dense_matmul
+from sparsegrad.layers.sparse_matmul import sparse_dense_matmul
+from sparsegrad.optim.selection import count_kept, top_k_index
 
 BACKWARDS = ("regular", "sparse_dense")
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from sparsegrad.basis import Basis
-from sparsegrad.calibration import Batch
+from sparsegrad.calibration.gradients import Batch
 from sparsegrad.errors import UserError, check_integer
-from sparsegrad.mlp import Linears
-from sparsegrad.selection import check_density, count_kept
+from sparsegrad.optim.selection import check_density, count_kept
+from sparsegrad.targets import Linears
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from sparsegrad.methods.base import (
     trainable_parameters,
     weight_shapes,
 )
-from sparsegrad.mlp import Linears
+from sparsegrad.targets import Linears
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from sparsegrad.methods.base import (
     kept_per_weight,
     trainable_parameters,
 )
-from sparsegrad.mlp import Linears
-from sparsegrad.selection import count_kept, top_k_index
+from sparsegrad.optim.selection import count_kept, top_k_index
+from sparsegrad.targets import Linears
 
 
 @dataclass(frozen=True, kw_only=True)

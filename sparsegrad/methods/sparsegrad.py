@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from sparsegrad.api import param_groups
 from sparsegrad.basis import SIDES, Basis, load_bases
-from sparsegrad.calibration import calibrate
+from sparsegrad.calibration.gradients import calibrate
 from sparsegrad.errors import UserError, check_choice, check_integer
-from sparsegrad.fast import to_linears
-from sparsegrad.lean import LeanLinear
-from sparsegrad.linear import BACKWARDS, SparseGradLinear
+from sparsegrad.layers.lean import LeanLinear
+from sparsegrad.layers.replace import to_linears
+from sparsegrad.layers.rotated import BACKWARDS, SparseGradLinear
 from sparsegrad.methods.base import (
     Context,
     Prepared,
@@ -29,10 +30,9 @@ from sparsegrad.methods.base import (
     replace_module,
     weight_shapes,
 )
-from sparsegrad.mlp import Linears
-from sparsegrad.moments import MOMENTS
-from sparsegrad.optim import SparseGradAdamW
-from sparsegrad.prepare import param_groups
+from sparsegrad.optim.adamw import SparseGradAdamW
+from sparsegrad.optim.moments import MOMENTS
+from sparsegrad.targets import Linears
 
 ENGINES = ("merged", "layer")
 _DTYPES = {None: None, "bf16": torch.bfloat16}

@@ -15,7 +15,7 @@ from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError
 from sparsegrad.methods.base import Context, Prepared, adamw, freeze, trainable_parameters
 from sparsegrad.methods.sparsegrad import SparseGrad, calibrated_bases
-from sparsegrad.mlp import Linears
+from sparsegrad.targets import Linears
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""SparseGrad on a fixed block of the rotated gradient: not exact, see `sparsegrad.block`."""
+"""SparseGrad on a fixed block of the rotated gradient: not exact, see `sparsegrad.layers.block`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparsegrad.block import core_shape
 from sparsegrad.errors import check_integer
-from sparsegrad.fast import to_linears, use_blocks
+from sparsegrad.layers.block import core_shape
+from sparsegrad.layers.replace import to_linears, use_blocks
 from sparsegrad.methods.base import (
     Context,
     Prepared,
@@ -18,8 +18,8 @@ from sparsegrad.methods.base import (
     weight_shapes,
 )
 from sparsegrad.methods.sparsegrad import calibrated_bases
-from sparsegrad.mlp import Linears
-from sparsegrad.selection import check_density
+from sparsegrad.optim.selection import check_density
+from sparsegrad.targets import Linears
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,9 @@ from torch import Tensor
 from sparsegrad.basis import Basis
 from sparsegrad.distributed import is_shard, shards_error
 from sparsegrad.errors import UserError, check_choice, check_number
-from sparsegrad.moments import MOMENTS
-from sparsegrad.rounding import add_stochastic, check_updated, decay_
-from sparsegrad.selection import Selection, count_kept, select, together
+from sparsegrad.optim.moments import MOMENTS
+from sparsegrad.optim.rounding import add_stochastic, check_updated, decay_
+from sparsegrad.optim.selection import Selection, count_kept, select, together
 
 
 class SparseGradAdamW(torch.optim.AdamW):
@@ -36,7 +36,7 @@ class SparseGradAdamW(torch.optim.AdamW):
 
     Args:
         params: parameters or groups; a group may hold `basis: Basis`, `keep: int` or `density: float`, and `moments`:
-            `dense` (the method's), or `support` (compact, not exact; see `sparsegrad.moments`).
+            `dense` (the method's), or `support` (compact, not exact; see `sparsegrad.optim.moments`).
         lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; note the paper's weight decay 0.
         fused, foreach: how the plain groups are updated.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sparsegrad.errors import UserError
-from sparsegrad.selection import count_kept
+from sparsegrad.optim.selection import count_kept
 
 
 @dataclass(frozen=True)

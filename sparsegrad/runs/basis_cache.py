@@ -16,8 +16,8 @@ from torch import nn
 from sparsegrad.basis import Basis, load_bases, save_bases
 from sparsegrad.distributed import from_main
 from sparsegrad.errors import UserError
-from sparsegrad.memory import PeakMemory
-from sparsegrad.records import read_json, write_json
+from sparsegrad.runs.records import read_json, write_json
+from sparsegrad.trainer.peak_memory import PeakMemory
 
 
 @dataclass(frozen=True, kw_only=True)

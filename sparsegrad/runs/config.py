@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sparsegrad.distributed import world_size
 from sparsegrad.errors import UserError, check_choice, check_integer, check_number, check_text, fail
 from sparsegrad.methods.base import Method
-from sparsegrad.models import ModelConfig
+from sparsegrad.runs.model_loading import ModelConfig
 from sparsegrad.tasks.base import DataConfig, Task
 
 # What decides where things go or how they are watched, but not the result.

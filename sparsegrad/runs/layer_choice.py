@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsegrad.errors import UserError, check_choice, fail
-from sparsegrad.mlp import Linears
+from sparsegrad.targets import Linears
 
 _SLICE = re.compile(r"(\d*):(\d*)(?::(\d*))?")
 _ALLOWED = "give a list of block indices such as [0,3,6], a slice start:stop:step such as '0::3', or null for all"

@@ -15,11 +15,11 @@ import psutil
 import torch
 from torch import nn
 
-from sparsegrad.block import core_shape
-from sparsegrad.config import RunConfig
 from sparsegrad.errors import UserError
+from sparsegrad.layers.block import core_shape
 from sparsegrad.methods.base import weight_shapes
-from sparsegrad.mlp import Linears
+from sparsegrad.runs.config import RunConfig
+from sparsegrad.targets import Linears
 
 log = logging.getLogger(__name__)
 GIB = 2**30

@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from sparsegrad.assets import asset_path
-from sparsegrad.blocks import check_blocks
+from sparsegrad.assets.download import asset_path
+from sparsegrad.assets.hub import hub_answers
 from sparsegrad.errors import UserError, check_choice, check_number, check_text, fail
-from sparsegrad.hub import hub_answers
+from sparsegrad.runs.layer_choice import check_blocks
 from sparsegrad.tasks.base import Task
 
 ASSET = "asset:"
@@ -33,7 +33,7 @@ class ModelConfig:
         weights: `pretrained`, or `random`: the architecture alone, which needs no hub.
         architecture: fields of the model's configuration, used with random weights.
         tokenizer: where the tokenizer comes from; null means from `source`.
-        mlp: layer kind -> pattern of module names, or the name of a known layout (`sparsegrad.mlp`).
+        mlp: layer kind -> pattern of module names, or the name of a known layout (`sparsegrad.targets`).
         kinds: those of its layer kinds that are fine-tuned; null: all.
         dense: those of its layer kinds that train densely beside them, whatever the method; null: none.
         blocks: indices of the blocks whose MLP is fine-tuned, or a slice such as `0::3`; null: all.

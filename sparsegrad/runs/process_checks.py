@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from sparsegrad.checkpoints import MANIFEST, PREFIX
-from sparsegrad.config import RunConfig, config_key
 from sparsegrad.distributed import check_same, connect, from_main, world_size
 from sparsegrad.errors import UserError
+from sparsegrad.runs.config import RunConfig, config_key
+from sparsegrad.trainer.checkpoints import MANIFEST, PREFIX
 
 # What `accelerate launch` sets for engines that do not keep every weight whole, or bring an optimizer of their own.
 _ENGINES = {

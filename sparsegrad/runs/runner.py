@@ -11,21 +11,16 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import TrainerCallback, set_seed
 
-from sparsegrad.basis_store import BasisStore
-from sparsegrad.blocks import dense_weights, select_linears
-from sparsegrad.callbacks import NonFiniteLossError
-from sparsegrad.checkpoints import last_checkpoint, weights_fingerprint
-from sparsegrad.config import RunConfig
 from sparsegrad.distributed import from_main, is_main, lost_process, rank, world_size
 from sparsegrad.errors import BusyError, UserError
-from sparsegrad.history import best_on_validation, evaluations, history, scores_of
-from sparsegrad.memory import PeakMemory
-from sparsegrad.memory_plan import check_memory
 from sparsegrad.methods.base import Context, Prepared
-from sparsegrad.mlp import Linears, find_mlp
-from sparsegrad.models import load_model, load_tokenizer
-from sparsegrad.process_checks import check_processes
-from sparsegrad.records import (
+from sparsegrad.runs.basis_cache import BasisStore
+from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.layer_choice import dense_weights, select_linears
+from sparsegrad.runs.memory_estimate import check_memory
+from sparsegrad.runs.model_loading import load_model, load_tokenizer
+from sparsegrad.runs.process_checks import check_processes
+from sparsegrad.runs.records import (
     SCHEMA,
     check_writable,
     environment,
@@ -35,11 +30,8 @@ from sparsegrad.records import (
     unwritable,
     write_json,
 )
-from sparsegrad.stopping import StopOnSignal
-from sparsegrad.tasks.base import Splits
-from sparsegrad.token_sets import check_sizes, log_counts, token_sets
-from sparsegrad.trainer import RunTrainer
-from sparsegrad.training import (
+from sparsegrad.runs.tokenized_splits import check_sizes, log_counts, token_sets
+from sparsegrad.runs.trainer_setup import (
     check_precision,
     check_tracker,
     close_tracker,
@@ -47,6 +39,14 @@ from sparsegrad.training import (
     pick_device,
     training_batches,
 )
+from sparsegrad.targets import Linears, find_mlp
+from sparsegrad.tasks.base import Splits
+from sparsegrad.trainer.callbacks import NonFiniteLossError
+from sparsegrad.trainer.checkpoints import last_checkpoint, weights_fingerprint
+from sparsegrad.trainer.log_history import best_on_validation, evaluations, history, scores_of
+from sparsegrad.trainer.peak_memory import PeakMemory
+from sparsegrad.trainer.signals import StopOnSignal
+from sparsegrad.trainer.trainer import RunTrainer
 
 
 def run(

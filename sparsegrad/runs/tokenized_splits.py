@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sparsegrad.config import RunConfig
 from sparsegrad.errors import UserError
+from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.trainer_setup import TokenSets
 from sparsegrad.tasks.base import Splits
-from sparsegrad.training import TokenSets
 
 log = logging.getLogger(__name__)
 

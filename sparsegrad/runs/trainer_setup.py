@@ -19,16 +19,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from sparsegrad.callbacks import EvaluationSteps, LossWatch, Progress, Stopwatch
-from sparsegrad.checkpoints import last_checkpoint
-from sparsegrad.config import RunConfig, TrainConfig
 from sparsegrad.distributed import is_main, rank, world_size
 from sparsegrad.errors import UserError
-from sparsegrad.memory import PeakMemory
 from sparsegrad.metrics import compute_metrics
 from sparsegrad.metrics.language import token_losses
-from sparsegrad.stopping import StopOnSignal
-from sparsegrad.trainer import RunTrainer
+from sparsegrad.runs.config import RunConfig, TrainConfig
+from sparsegrad.trainer.callbacks import EvaluationSteps, LossWatch, Progress, Stopwatch
+from sparsegrad.trainer.checkpoints import last_checkpoint
+from sparsegrad.trainer.peak_memory import PeakMemory
+from sparsegrad.trainer.signals import StopOnSignal
+from sparsegrad.trainer.trainer import RunTrainer
 
 LOGGING_STEPS = 10
 

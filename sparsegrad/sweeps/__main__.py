@@ -1,4 +1,4 @@
-"""Look at sweeps: `python -m sparsegrad.sweep show STUDY`, `list`, `table`, `address`."""
+"""Look at sweeps: `python -m sparsegrad.sweeps show STUDY`, `list`, `address`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sparsegrad.sweep", description="Look at sweeps.")
+    parser = argparse.ArgumentParser(prog="python -m sparsegrad.sweeps", description="Look at sweeps.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     show = commands.add_parser("show", help="best trial, counts, table of trials, plots")
     show.add_argument("study")
@@ -43,7 +43,6 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(do=_show)
     for name, do, text in (
         ("list", _list, "the studies of a storage"),
-        ("table", _table, "Tables 13-15: best values per task beside the published ones"),
         ("address", _address, "the storage as optuna-dashboard takes it, password included"),
     ):
         commands.add_parser(name, help=text).set_defaults(do=do)
@@ -93,18 +92,6 @@ def _list(options: argparse.Namespace) -> None:
         best = "" if one.best_trial is None else f"{one.best_trial.value:.4f}"
         table.add_row(one.study_name, str(one.n_trials), best)
     console.print(table)
-
-
-def _table(options: argparse.Namespace) -> None:
-    from sparsegrad.sweeps.storage import open_store
-    from sparsegrad.sweeps.study import quiet
-    from sparsegrad.sweeps.table import HEADER, rows
-
-    quiet()
-    exists = "://" in _where(options) or Path(_where(options)).is_file()
-    print("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|")
-    for row in rows(open_store(_where(options)) if exists else None):
-        print("| " + " | ".join(row) + " |")
 
 
 def _address(options: argparse.Namespace) -> None:

@@ -12,10 +12,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsegrad.config import BESIDE_RUN, RunConfig, build, determining
 from sparsegrad.errors import UserError, check_choice, check_integer, check_number, fail
 from sparsegrad.metrics import metric_config
 from sparsegrad.metrics.text_classification.text_classification import CONFIGS
+from sparsegrad.runs.config import BESIDE_RUN, RunConfig, build, determining
 from sparsegrad.sweeps.space import Space, flatten, parse_space
 
 SAMPLERS = ("tpe", "gp", "qmc", "random", "grid")

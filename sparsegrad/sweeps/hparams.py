@@ -13,14 +13,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sparsegrad.errors import UserError, fail
-from sparsegrad.sweeps.study import LABELS, load_study
 
-DATA = Path(__file__).parents[2] / "experiments" / "data"
+FOLDER = Path(__file__).parent / "published"
 STUDY = "study:"
-FILES = {"paper": "published_hyperparams.csv", "authors": "authors_hyperparams.csv"}
 COLUMNS = {
-    "published_hyperparams.csv": ("table", "model", "method", "task", "batch_size", "lr"),
-    "authors_hyperparams.csv": (
+    "paper": ("table", "model", "method", "task", "batch_size", "lr"),
+    "authors": (
         "model", "method", "task", "batch_size", "lr", "optuna_batch_size", "optuna_lr", "optuna_value",
     ),
 }  # fmt: skip
@@ -63,23 +61,22 @@ def default_storage(results_dir: str) -> str:
     return os.environ.get("SPARSEGRAD_STORAGE") or f"{results_dir}/studies/studies.db"
 
 
-def read_rows(file: str, folder: Path = DATA) -> list[dict[str, str]]:
-    """The rows of one table of figures.
+def read_rows(name: str, folder: Path = FOLDER) -> list[dict[str, str]]:
+    """The rows of one table of figures, `paper` or `authors`.
 
     Raises:
         UserError: outside a checkout of the project, which alone has them; for other columns than expected.
     """
+    path = folder / f"{name}.csv"
     try:
-        with (folder / file).open(newline="") as lines:
+        with path.open(newline="") as lines:
             reader = csv.DictReader(lines)
             rows, found = list(reader), tuple(reader.fieldnames or ())
     except OSError as error:
-        raise UserError(
-            f"{folder / file} cannot be read ({error.strerror}): run from a checkout of the project"
-        ) from None
-    if found != COLUMNS[file]:
-        wrong = ", ".join(sorted(set(found) ^ set(COLUMNS[file])) or found)
-        raise UserError(f"{folder / file} has wrong columns ({wrong}): it needs exactly {', '.join(COLUMNS[file])}")
+        raise UserError(f"{path} cannot be read ({error.strerror}): run from a checkout of the project") from None
+    if found != COLUMNS[name]:
+        wrong = ", ".join(sorted(set(found) ^ set(COLUMNS[name])) or found)
+        raise UserError(f"{path} has wrong columns ({wrong}): it needs exactly {', '.join(COLUMNS[name])}")
     return rows
 
 
@@ -94,9 +91,9 @@ def _names(composed: DictConfig) -> tuple[str, str, str]:
 
 
 def _of_file(composed: DictConfig, name: str) -> dict[str, Any]:
-    if name not in FILES:
+    if name not in COLUMNS:
         raise fail("hparams", name, "choose paper, authors, mini or study:NAME")
-    rows, (model, method, task) = read_rows(FILES[name]), _names(composed)
+    rows, (model, method, task) = read_rows(name), _names(composed)
     row = find(rows, model, method, task) or find(rows, model, STAND_IN.get(method, method), task)
     if row is None:
         known = sorted({f"{row['model']}/{row['method']}" for row in rows})
@@ -108,22 +105,26 @@ def _of_file(composed: DictConfig, name: str) -> dict[str, Any]:
 
 
 def _of_mini(composed: DictConfig) -> dict[str, Any]:
-    """The learning rate that the grid of the mini tables chose for this method (`python -m experiments.rates`)."""
+    """The learning rate that the grid chose for this method (`python -m experiments.reproduce.rates`)."""
     path, method = Path(composed.results_dir) / "mini_rates.json", composed.method.name
     try:
         chosen = json.loads(path.read_text())["methods"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"hparams=mini needs {path} ({error!r}): make it with python -m experiments.rates") from None
+        raise UserError(
+            f"hparams=mini needs {path} ({error!r}): make it with python -m experiments.reproduce.rates"
+        ) from None
     rate = chosen.get(method, {}).get("lr")
     if rate is None:
         raise UserError(
             f"hparams=mini has no rate for {method} in {path}: run experiment=mini_grid method={method}, "
-            "then python -m experiments.rates"
+            "then python -m experiments.reproduce.rates"
         )
     return {"train.lr": float(rate)}
 
 
 def _of_study(composed: DictConfig, name: str) -> Mapping[str, Any]:
+    from sparsegrad.sweeps.study import LABELS, load_study  # here: the published values need no Optuna
+
     study = load_study(default_storage(composed.results_dir), name)
     labels = study.user_attrs.get(LABELS, {})
     found, wanted = tuple(labels.get(key) for key in ("model", "method", "task")), _names(composed)

@@ -59,7 +59,7 @@ def start_workers(composed: DictConfig, count: int, labels: Mapping[str, Any] | 
     context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         # Imports take longer than many a trial: done once, in a process that holds no threads and no GPU.
-        context.set_forkserver_preload([__name__, "sparsegrad.runs"])
+        context.set_forkserver_preload([__name__, "sparsegrad.runs.runner"])
     content = OmegaConf.to_container(composed, resolve=False)
     processes = [context.Process(target=_child, args=(content, index, count, labels)) for index in range(count)]
     with _without_bars():
@@ -93,7 +93,7 @@ def _stop(processes: list[BaseProcess]) -> None:
 def _child(content: Any, index: int, count: int, labels: Mapping[str, Any] | None) -> None:
     """One worker process: its share of the machine, then trials."""
     from sparsegrad.cli import quiet
-    from sparsegrad.models import quiet_transformers
+    from sparsegrad.runs.model_loading import quiet_transformers
 
     _take_share(index, count)
     quiet()
@@ -139,5 +139,5 @@ def _last_word(shared: SharedStudy) -> str:
     return (
         f"{said}; best {shared.plan.metric} {best.value:.4f} ({shared.plan.sweep.objective}), trial {best.number}: "
         f"{values}\nuse it: hparams=study:{shared.plan.sweep.study}; look: "
-        f"python -m sparsegrad.sweep show {shared.plan.sweep.study}"
+        f"python -m sparsegrad.sweeps show {shared.plan.sweep.study}"
     )

@@ -19,7 +19,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from sparsegrad.errors import UserError
-from sparsegrad.records import check_writable
+from sparsegrad.runs.records import check_writable
 
 JOURNAL, GRPC = "journal:", "grpc://"
 _FORMS = "give a file such as studies.db, journal:FILE, postgresql://USER@HOST/DATABASE or grpc://HOST:PORT"

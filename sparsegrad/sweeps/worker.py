@@ -14,8 +14,8 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import Trial, TrialState
 from rich.console import Console
 
-from sparsegrad.config import RunConfig
 from sparsegrad.errors import BusyError, UserError
+from sparsegrad.runs.config import RunConfig
 from sparsegrad.sweeps.config import runner
 from sparsegrad.sweeps.leases import Heartbeat, TrialLostError
 from sparsegrad.sweeps.ledger import CRASHED, FAILURE, MISTAKE, REASON, REDO_OF, STOPPED

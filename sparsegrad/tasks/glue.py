@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import datasets
 
+from sparsegrad.assets.hub import hub_answers
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.hub import hub_answers
 from sparsegrad.tasks.base import DataConfig, Splits, Task, label_kind
 from sparsegrad.tasks.glue_files import OFFICIAL, read_local
 

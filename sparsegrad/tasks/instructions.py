@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsegrad.assets import asset_path
+from sparsegrad.assets.download import asset_path
 from sparsegrad.errors import UserError
 from sparsegrad.tasks.base import DataConfig, Splits
 from sparsegrad.tasks.dialogue import Turn

@@ -11,8 +11,8 @@ from typing import Any
 
 import datasets
 
+from sparsegrad.assets.hub import hub_answers
 from sparsegrad.errors import UserError, fail
-from sparsegrad.hub import hub_answers
 from sparsegrad.tasks.base import DataConfig, Splits
 from sparsegrad.tasks.dialogue import Turn
 from sparsegrad.tasks.glue_files import lines

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsegrad.assets import asset_path
+from sparsegrad.assets.download import asset_path
 from sparsegrad.errors import UserError
 from sparsegrad.tasks.base import DataConfig, Splits, Task, make_dataset
 from sparsegrad.tasks.glue_files import lines

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import ProgressCallback, TrainerCallback
 
-from sparsegrad.memory import PeakMemory
+from sparsegrad.trainer.peak_memory import PeakMemory
 
 WARM_UP_STEPS = 3
 

@@ -16,8 +16,8 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from sparsegrad.errors import UserError
-from sparsegrad.records import load_json, read_json, write_json
-from sparsegrad.tensor_bytes import tensor_bytes
+from sparsegrad.hashing import tensor_bytes
+from sparsegrad.runs.records import load_json, read_json, write_json
 
 MANIFEST = "manifest.json"
 KEEP = 2  # the newest ones; the best one stays besides

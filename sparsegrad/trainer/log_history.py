@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsegrad.tasks.base import Task
-from sparsegrad.trainer import VALIDATION
+from sparsegrad.trainer.trainer import VALIDATION
 
 Log = list[dict[str, Any]]
 

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from sparsegrad.callbacks import LossWatch, Progress
-from sparsegrad.checkpoints import PREFIX, load_state, prune, read_manifest, seal
 from sparsegrad.distributed import average_
 from sparsegrad.errors import UserError
-from sparsegrad.last_batch import own_rows, weighted, without_labels
+from sparsegrad.trainer.callbacks import LossWatch, Progress
+from sparsegrad.trainer.checkpoints import PREFIX, load_state, prune, read_manifest, seal
+from sparsegrad.trainer.last_batch import own_rows, weighted, without_labels
 
 VALIDATION = "validation"  # prefix, in the log, of the scores that have no part in a choice
 

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from run_fixtures import ROOT
 
-from experiments.answers_page import write_answers_page
 from experiments.mtbench.schema import Answer, load_answers, load_questions
+from experiments.report.answers_page import write_answers_page
 
 TEXTS = {"tiny": ("<b>two</b>", "a line\nand another"), "tiny-lora": ("2 & 2", "")}
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.bench import reflections
+from experiments.bench.arithmetic import COSTS, Linear, relative_speed
+from experiments.bench.lengths import batch_lengths, histograms, mean_length, token_batch
+from experiments.bench.render import predictions
+from experiments.bench.rivals import FusedLoraLinear, _FusedLora
+from experiments.bench.shapes import SHAPES, build_model, find_shape, mlp_linears
 from sparsegrad import Basis, SparseGradLinear
 from sparsegrad.basis import load_bases
-from sparsegrad.bench import reflections
-from sparsegrad.bench.arithmetic import COSTS, Linear, relative_speed
-from sparsegrad.bench.lengths import batch_lengths, histograms, mean_length, token_batch
-from sparsegrad.bench.render import predictions
-from sparsegrad.bench.rivals import FusedLoraLinear
-from sparsegrad.bench.shapes import SHAPES, build_model, find_shape, mlp_linears
-from sparsegrad.block import BlockLinear
 from sparsegrad.errors import UserError
+from sparsegrad.layers.block import BlockLinear
 
 N, M, T, RANK, CORE = 24, 40, 64, 3, (8, 6)
 LINEAR = Linear(n=N, m=M, T=T, c=CORE[0], r=CORE[1], s=RANK)
@@ -58,8 +58,8 @@ def test_the_rotation_costs_less_the_more_tokens_share_it() -> None:
 
 
 def test_the_documentation_tells_the_predictions_of_this_code() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "performance.md").read_text()
-    assert "\n".join(predictions()) in page, "put what `python -m sparsegrad.benchmark --predict` prints there"
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
+    assert "\n".join(predictions()) in page, "put what `python -m experiments.bench --predict` prints there"
 
 
 def test_fused_lora_is_lora() -> None:
@@ -135,3 +135,11 @@ def test_reflections_are_orthogonal_dense_and_of_the_models_shapes(tmp_path: Pat
     before = path.stat().st_mtime_ns
     reflections.write(find_shape("tiny"), path)
     assert path.stat().st_mtime_ns == before  # made once
+
+
+def test_the_gradients_of_fused_lora_are_those_of_finite_differences() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(5, 4, dtype=torch.float64)
+    shapes = ((3, 4), (5,), (2, 4), (5, 2))  # x, bias, A, B
+    arguments = tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    assert torch.autograd.gradcheck(lambda x, bias, A, B: _FusedLora.apply(x, weight, bias, A, B).sin(), arguments)

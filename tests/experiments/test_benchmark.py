@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from sparsegrad import benchmark
-from sparsegrad.bench import machine, results
-from sparsegrad.bench.arms import ARMS, REFERENCES, arms_of, lora_rank
-from sparsegrad.bench.bars import bars
-from sparsegrad.bench.measure import batches
-from sparsegrad.bench.plan import Decomposition, Planned, Schedule, plan
-from sparsegrad.bench.render import write_table
-from sparsegrad.bench.runner import Bench, interleaved, run_process
-from sparsegrad.bench.settings import Setting
+from experiments.bench import __main__ as benchmark
+from experiments.bench import machine, results
+from experiments.bench.arms import ARMS, REFERENCES, arms_of, lora_rank
+from experiments.bench.bars import bars
+from experiments.bench.measure import batches
+from experiments.bench.presets import Decomposition, Planned, Schedule, plan
+from experiments.bench.render import write_table
+from experiments.bench.runner import Bench, interleaved, run_process
+from experiments.bench.settings import Setting
 from sparsegrad.errors import UserError
 
 CPU = torch.device("cpu")

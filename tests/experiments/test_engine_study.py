@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_optim import IN, OUT, batches, groups, network, random_basis, train
 
-from experiments.engine_study import ARMS, HeldSupport
+from experiments.studies.engines import ARMS, HeldSupport
 from sparsegrad import SparseGradAdamW
-from sparsegrad.block import BlockLinear
+from sparsegrad.layers.block import BlockLinear
 
 
 def held(interval: int) -> tuple[HeldSupport, torch.nn.Sequential]:

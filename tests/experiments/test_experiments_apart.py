@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FAKE_SWEEP, ROOT
+from run_fixtures import FAKE_SWEEP, ROOT
 
-from experiments import benchmarks, measure, searches
-from experiments import run as runner
-from sparsegrad.bench.plan import Planned
-from sparsegrad.bench.results import empty, find_cell, put_cell, read
-from sparsegrad.bench.settings import Setting
-from sparsegrad.records import write_json
+from experiments.bench.presets import Planned
+from experiments.bench.results import empty, find_cell, put_cell, read
+from experiments.bench.settings import Setting
+from experiments.reproduce import __main__ as runner
+from experiments.reproduce import benchmarks, searches
+from experiments.studies import gradients as measure
+from sparsegrad.runs.records import write_json
 from sparsegrad.sweeps.pool import run_sweep
 
 SETTING = Setting(shape="minilm", blocks=1, batch=2, length=8, padding="none")
@@ -135,7 +136,7 @@ def test_a_search_is_listed_run_exported_and_not_repeated(
     def call(command: Sequence[str]) -> None:
         commands.append(list(command))
         if "show" in command:
-            from sparsegrad.sweep import main
+            from sparsegrad.sweeps.__main__ import main
 
             assert main(command[3:]) == 0
         else:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from run_fixtures import TINY
 
-from experiments import figures, measure
-from experiments.collect import Store
-from experiments.probe import top_energy, variants
-from experiments.tables import basis as basis_table
-from experiments.tables.base import Context
+from experiments.report import figures
+from experiments.report.collect import Store
+from experiments.report.tables import basis as basis_table
+from experiments.report.tables.base import Context
+from experiments.studies import gradients as measure
+from experiments.studies.probe import top_energy, variants
 from sparsegrad import hosvd
 
 

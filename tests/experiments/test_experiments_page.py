@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from test_experiments_report import cell, context, fill, record, write
 
-from experiments import findings, page, report
-from experiments.tables import accuracy, hyperparams, speed, verdict
+from experiments.report import __main__ as report
+from experiments.report import findings, page
+from experiments.report.tables import accuracy, hyperparams, speed, verdict
 from sparsegrad.errors import UserError
-from sparsegrad.records import write_json
+from sparsegrad.runs.records import write_json
 from sparsegrad.sweeps.hparams import read_rows
 
 
@@ -113,11 +114,9 @@ def test_a_damaged_figure_is_one_line_with_the_remedy(results: Path, capsys: pyt
 
 
 def test_a_wrong_column_of_the_searched_values_is_one_error(tmp_path: Path) -> None:
-    (tmp_path / "published_hyperparams.csv").write_text(
-        "table,model,method,task,batch,lr\n13,bert_base,full,cola,8,1\n"
-    )
+    (tmp_path / "paper.csv").write_text("table,model,method,task,batch,lr\n13,bert_base,full,cola,8,1\n")
     with pytest.raises(UserError, match=r"has wrong columns \(batch, batch_size\): it needs exactly table, model"):
-        read_rows("published_hyperparams.csv", tmp_path)
+        read_rows("paper", tmp_path)
 
 
 def test_tables_13_to_15_take_a_study_from_its_summary(results: Path) -> None:

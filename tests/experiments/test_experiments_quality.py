@@ -10,14 +10,15 @@ import pytest
 import torch
 from test_experiments_report import cell, context, record, write
 
-from experiments import figures, report
-from experiments.captured import ARMS as CAPTURING
-from experiments.captured import captured, leading_energy
-from experiments.tables import quality
-from experiments.tables.accuracy import AVERAGE, MINI_TASKS
+from experiments.bench.arms import ARMS
+from experiments.report import __main__ as report
+from experiments.report import figures
+from experiments.report.tables import quality
+from experiments.report.tables.accuracy import AVERAGE, MINI_TASKS
+from experiments.studies.captured import ARMS as CAPTURING
+from experiments.studies.captured import captured, leading_energy
 from sparsegrad import hosvd
-from sparsegrad.bench.arms import ARMS
-from sparsegrad.records import write_json
+from sparsegrad.runs.records import write_json
 
 SCORES = {"sparsegrad": (0.80, 0.82, 0.84), "lora": (0.70, 0.72, 0.74), "sparsegrad_fast": (0.78, 0.80, 0.82)}
 SPEEDS = {"merged": 5.0, "lora_peft": 8.0, "fast": 10.0, "full": 6.0}
@@ -92,7 +93,7 @@ def test_what_is_missing_says_so(results: Path) -> None:
     meprop = {"method": "MeProp"}
     assert {cell(table, name, **meprop) for name in ("cola", AVERAGE, "loss", "steps/s", "trainable")} == {"missing"}
     assert cell(table, "n", method="SparseGrad fast: block, not exact") == "2 of 3"
-    assert "python -m sparsegrad.benchmark --presets model" in table.notes[-1]
+    assert "python -m experiments.bench --presets model" in table.notes[-1]
     assert quality.points(context(results)) == []
     assert quality.energy(context(results)).frame.iloc[0, 0] == "missing"
 

@@ -14,14 +14,15 @@ from typing import Any
 
 import matplotlib
 import pytest
-from conftest import ROOT
+from run_fixtures import ROOT
 from test_sweep_dashboard import BROWSER
 
-from experiments import figures, render, report
-from experiments.collect import collect
-from experiments.tables import accuracy
-from experiments.tables.base import MINI_MARK, Context
-from sparsegrad.records import write_json
+from experiments.report import __main__ as report
+from experiments.report import figures, render
+from experiments.report.collect import collect
+from experiments.report.tables import accuracy
+from experiments.report.tables.base import MINI_MARK, Context
+from sparsegrad.runs.records import write_json
 
 
 def record(method: str, task: str, seed: int, value: float | None, **more: Any) -> dict[str, Any]:

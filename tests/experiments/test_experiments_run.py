@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SHORT, TINY, environment
+from run_fixtures import ROOT, SHORT, TINY, environment
 
-from experiments import rates
-from experiments import run as runner
-from experiments.cells import EXPERIMENTS, Cell, experiments_of, list_cells
-from sparsegrad.config import build
+from experiments.reproduce import __main__ as runner
+from experiments.reproduce import rates
+from experiments.reproduce.cells import EXPERIMENTS, Cell, experiments_of, list_cells
 from sparsegrad.errors import UserError
-from sparsegrad.records import write_json
-from sparsegrad.runs import run_lock
+from sparsegrad.runs.config import build
+from sparsegrad.runs.records import write_json
+from sparsegrad.runs.runner import run_lock
 
 SEEDS = 4
 
@@ -169,7 +169,7 @@ def test_a_cell_in_other_hands_is_taken_up_when_its_holder_fails(cells: list[Cel
 
 
 def test_kill_and_call_again_repeats_no_finished_cell(overrides: list[str], glue: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.run", "table5", "--scale", "mini", "--data", str(glue)]
+    command = [sys.executable, "-m", "experiments.reproduce", "table5", "--scale", "mini", "--data", str(glue)]
     command += [*overrides, "seed=1,2"]
     more: dict[str, Any] = {"cwd": tmp_path, "env": environment(PYTHONPATH=str(ROOT))}
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True, **more)

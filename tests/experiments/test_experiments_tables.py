@@ -9,12 +9,12 @@ from test_experiments_report import cell, context, fill, record, write
 
 from experiments import published
 from experiments.mtbench.scores import ModelScores
-from experiments.stats import summarise, welch_interval
-from experiments.tables import ablation, accuracy, architecture, basis, calibration, correspondence, llama, speed
-from experiments.tables.base import MINI_MARK
-from experiments.tables.grades import grade
+from experiments.report.stats import summarise, welch_interval
+from experiments.report.tables import ablation, accuracy, architecture, basis, calibration, correspondence, llama, speed
+from experiments.report.tables.base import MINI_MARK
+from experiments.report.tables.grades import grade
 from sparsegrad.errors import UserError
-from sparsegrad.records import write_json
+from sparsegrad.runs.records import write_json
 
 
 @pytest.fixture

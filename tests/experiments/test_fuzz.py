@@ -1,4 +1,4 @@
-"""A small part of `python -m experiments.fuzz`, and the files that it found: refused by our error, none is run."""
+"""A small part of `python -m experiments.reliability.fuzz`, and the files that it found: each refused, none run."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiments.collect import collect
-from experiments.fuzz import mutate
-from experiments.fuzz.__main__ import fuzz_all
-from experiments.fuzz.readers import Reader, readers
-from sparsegrad.adapter import load_adapter
-from sparsegrad.adapter_file import FACTS, TENSORS, _file_sha256
+from experiments.reliability.fuzz import mutate
+from experiments.reliability.fuzz.__main__ import fuzz_all
+from experiments.reliability.fuzz.readers import Reader, readers
+from experiments.report.collect import collect
+from sparsegrad.adapter.format import FACTS, TENSORS, _file_sha256
+from sparsegrad.adapter.load import load_adapter
 from sparsegrad.basis import Basis, load_bases, save_bases
-from sparsegrad.checkpoints import is_whole, last_checkpoint, seal
-from sparsegrad.config_files import check_yaml, or_exit
 from sparsegrad.errors import UserError, check_number
-from sparsegrad.records import find_complete, load_records
+from sparsegrad.runs.records import find_complete, load_records
+from sparsegrad.runs.yaml_check import check_yaml, or_exit
 from sparsegrad.tasks import DataConfig, Oasst
+from sparsegrad.trainer.checkpoints import is_whole, last_checkpoint, seal
 
 INPUTS = 25  # of each reader
 BOMB = "b0: &b0 [x]\n" + "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]\n" for i in range(1, 12))
@@ -73,7 +73,7 @@ def test_the_guard_sees_what_a_reader_must_not_do(monkeypatch: pytest.MonkeyPatc
         path.write_text("DEEP")
 
     reader = Reader(make, {"f.json": (mutate.pickled, mutate.names_outside, deep)}, careless)
-    monkeypatch.setattr("experiments.fuzz.__main__.readers", lambda: {"careless": reader})
+    monkeypatch.setattr("experiments.reliability.fuzz.__main__.readers", lambda: {"careless": reader})
     (found,) = fuzz_all(40, seed=0).values()
     said = " ".join(str(defect) for defect in found["defects"])
     for what in ("code of a file was run", "open ", "MemoryError"):
@@ -156,7 +156,7 @@ def test_broken_yaml_is_one_line(tmp_path: Path, text: str, message: str, capsys
 
 
 def test_every_configuration_of_ours_passes() -> None:
-    or_exit(Path(__file__).parents[1] / "conf")
+    or_exit(Path(__file__).parents[2] / "conf")
 
 
 def _line(**more: object) -> str:

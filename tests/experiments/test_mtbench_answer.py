@@ -21,8 +21,8 @@ from experiments.mtbench.schema import (
     load_prompts,
     load_questions,
 )
-from sparsegrad.asset_table import ASSETS
-from sparsegrad.assets import assets_root, problem
+from sparsegrad.assets.download import assets_root, problem
+from sparsegrad.assets.table import ASSETS
 from sparsegrad.errors import UserError
 
 QUESTIONS = [

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, environment, free_port
 from judge_server import Judge, Says, serve
+from run_fixtures import ROOT, environment, free_port
 
 from experiments.mtbench import judge as judging
 from experiments.mtbench import scores, side_by_side
@@ -278,7 +278,8 @@ def test_a_wrong_address_ends_at_once(folder: Path, judge: Judge, capsys: pytest
 
 def test_a_killed_grading_goes_on_where_it_was(folder: Path, judge: Judge) -> None:
     judge.otherwise = Says(seconds=0.3)
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import test_mtbench_judge as t; t.grade_here()"
+    folders = [str(ROOT / "tests" / name) for name in ("experiments", "support")]
+    code = f"import sys; sys.path[:0] = {folders}; import test_mtbench_judge as t; t.grade_here()"
     env = environment(PYTHONPATH=str(ROOT), FOLDER=str(folder), URL=judge.url)
     process = subprocess.Popen([sys.executable, "-c", code], env=env, cwd=ROOT)
     path = folder / "model_judgment" / "j_single.jsonl"

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.reliability_page import BLOCKS, MISSING, PAGE, RESULTS, filled, fuzz, kills
-from experiments.soak import COLUMNS, main, read_samples, report
+from experiments.reliability.page import BLOCKS, MISSING, PAGE, RESULTS, filled, fuzz, kills
+from experiments.reliability.soak import COLUMNS, main, read_samples, report
 
 LEAK = 3.0  # MiB an hour
 

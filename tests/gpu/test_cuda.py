@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SHORT, TINY, environment, free_port, last_wins, write_rows
 from distributed_cases import METHODS, batches, bert, context
+from run_fixtures import ROOT, SHORT, TINY, environment, free_port, last_wins, write_rows
 
 from sparsegrad import Basis, SparseGradAdamW, find_mlp, prepare
 from sparsegrad.methods.base import Method
 from sparsegrad.methods.full import Full
 from sparsegrad.methods.sparsegrad import SparseGrad
-from sparsegrad.rounding import _noise, add_stochastic
-from sparsegrad.selection import top_k_index
+from sparsegrad.optim.rounding import _noise, add_stochastic
+from sparsegrad.optim.selection import top_k_index
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparsegrad import UserError, load_adapter, prepare, save_adapter, switch
-from sparsegrad.adapter_file import FACTS, TENSORS
+from sparsegrad.adapter.format import FACTS, TENSORS
 
 Trained = tuple[nn.Module, nn.Module, Any]
 

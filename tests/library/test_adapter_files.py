@@ -11,8 +11,9 @@ import torch
 from test_adapter_guards import Prepared, bits, equal, own_model
 from torch import nn
 
-from sparsegrad import UserError, adapter_file, load_adapter, save_adapter
-from sparsegrad.adapter_file import FACTS, TENSORS
+from sparsegrad import UserError, load_adapter, save_adapter
+from sparsegrad.adapter import format as adapter_file
+from sparsegrad.adapter.format import FACTS, TENSORS
 
 
 def trained(by: float) -> Any:

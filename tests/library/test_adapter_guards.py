@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad import UserError, load_adapter, save_adapter, switch
-from sparsegrad.adapter import Patch, mark
+from sparsegrad.adapter.load import Patch, mark
 
 
 class Prepared:

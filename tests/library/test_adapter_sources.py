@@ -15,7 +15,7 @@ from test_adapter_guards import Prepared, bits, changed, equal, own_model
 from torch import nn
 
 from sparsegrad import UserError, load_adapter, prepare, save_adapter
-from sparsegrad.adapter_file import FACTS
+from sparsegrad.adapter.format import FACTS
 
 
 def stored(folder: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sparsegrad import Basis, UserError, hosvd
 from sparsegrad.basis import load_bases, save_bases
-from sparsegrad.grams import Grams
-from sparsegrad.large_side import large_eigenvectors
+from sparsegrad.calibration.eigh import large_eigenvectors
+from sparsegrad.calibration.grams import Grams
 
 
 def gradients(out: int = 14, features: int = 9, count: int = 5, seed: int = 0) -> list[Tensor]:
@@ -55,7 +55,7 @@ def test_fewer_gradients_than_dimensions_still_give_an_orthogonal_basis() -> Non
 
 def test_a_large_side_is_decomposed_with_less_memory_to_the_same_subspaces(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = hosvd(gradients())
-    monkeypatch.setattr("sparsegrad.grams.is_large", lambda size, _: size > 10)
+    monkeypatch.setattr("sparsegrad.calibration.grams.is_large", lambda size, _: size > 10)
     large = hosvd(gradients())
     assert distance(large.out_basis, usual.out_basis) < 1e-6
     assert torch.equal(large.in_basis, usual.in_basis)  # 9 features: not large
@@ -78,7 +78,7 @@ def test_the_large_solver_works_in_place_and_without_scipy_too(monkeypatch: pyte
 
 
 def test_large_sums_are_used_up_and_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsegrad.grams.is_large", lambda size, _: size > 10)
+    monkeypatch.setattr("sparsegrad.calibration.grams.is_large", lambda size, _: size > 10)
     grams = Grams()
     for G in gradients():
         grams.add(G)

@@ -8,7 +8,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from sparsegrad import UserError
-from sparsegrad.block import BlockLinear, _core_gradient, core_shape, share_bases
+from sparsegrad.layers.block import BlockLinear, _core_gradient, core_shape, share_bases
 
 OUT, IN, CORE = 11, 7, (4, 3)
 

@@ -10,7 +10,7 @@ from test_moments import basis, give_gradients, weights
 from torch import nn
 
 from sparsegrad import Basis, SparseGradAdamW, UserError
-from sparsegrad.selection import top_k_index
+from sparsegrad.optim.selection import top_k_index
 
 
 @pytest.mark.parametrize("rotated", [True, False])

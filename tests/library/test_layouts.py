@@ -11,8 +11,8 @@ from model_zoo import ZOO, tiny_batches, tiny_model
 from torch import Tensor, nn
 
 from sparsegrad import SparseGradAdamW, SparseGradLinear, UserError, calibrate, describe, find_mlp, prepare
-from sparsegrad.mlp import LAYOUTS
-from sparsegrad.prepare import param_groups
+from sparsegrad.api import param_groups
+from sparsegrad.targets import LAYOUTS
 
 WIDE, NARROW = (32, 16), (16, 32)
 BERT = {"intermediate": WIDE, "output": NARROW}

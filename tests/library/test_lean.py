@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad import UserError
-from sparsegrad.lean import LeanLinear
-from sparsegrad.rounding import add_stochastic
+from sparsegrad.layers.lean import LeanLinear
+from sparsegrad.optim.rounding import add_stochastic
 
 OUT, IN, TOKENS = 11, 7, 40
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad import Basis, SparseGradLinear, UserError
-from sparsegrad.linear import BACKWARDS
+from sparsegrad.layers.rotated import BACKWARDS
 
 OUT, IN, TOKENS = 11, 7, 13
 

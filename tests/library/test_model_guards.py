@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsegrad import Basis, SparseGradLinear, UserError, calibrate, find_mlp, prepare
-from sparsegrad.block import BlockLinear
-from sparsegrad.grams import Grams
-from sparsegrad.lean import LeanLinear
+from sparsegrad.calibration.grams import Grams
+from sparsegrad.layers.block import BlockLinear
+from sparsegrad.layers.lean import LeanLinear
 
 
 def network() -> nn.Module:

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertForSequenceClassification
+from toy_bert import ToyBert
 
 from sparsegrad import SparseGradAdamW, UserError, calibrate, find_mlp, hosvd, prepare
 
 
 @pytest.fixture
-def model(small_bert: BertForSequenceClassification) -> BertForSequenceClassification:
+def model(small_bert: ToyBert) -> ToyBert:
     """In float64: gradients are compared to the last digits."""
     return small_bert.double()
 

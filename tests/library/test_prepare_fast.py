@@ -29,7 +29,7 @@ from sparsegrad import (
     to_linears,
 )
 from sparsegrad.basis import load_bases, save_bases
-from sparsegrad.block import BlockLinear
+from sparsegrad.layers.block import BlockLinear
 from sparsegrad.methods.base import Context
 from sparsegrad.methods.sparsegrad_fast import SparseGradFast
 

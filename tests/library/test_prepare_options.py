@@ -10,12 +10,12 @@ import pytest
 import torch
 from test_prepare import batches
 from torch import Tensor, nn
-from transformers import BertForSequenceClassification
+from toy_bert import ToyBert
 
 from sparsegrad import Basis, SparseGradAdamW, UserError, calibrate, find_mlp, prepare
+from sparsegrad.api import param_groups
 from sparsegrad.basis import load_bases, save_bases
-from sparsegrad.grams import Grams
-from sparsegrad.prepare import param_groups
+from sparsegrad.calibration.grams import Grams
 
 LR = 1e-2
 WHOLE = {"intermediate": Basis.identity(32, 16), "output": Basis.identity(16, 32)}
@@ -38,9 +38,7 @@ def assert_equal(one: nn.Module, other: nn.Module) -> None:
 
 @pytest.mark.parametrize("sides", ["both", "in", "out", "small"])
 @pytest.mark.parametrize("moments", ["dense", "support"])
-def test_it_is_the_groups_and_the_optimizer_made_by_hand(
-    small_bert: BertForSequenceClassification, sides: str, moments: str
-) -> None:
+def test_it_is_the_groups_and_the_optimizer_made_by_hand(small_bert: ToyBert, sides: str, moments: str) -> None:
     one, other = copies(small_bert, 2)
     optimizer = prepare(one, batches(3), keep=9, lr=LR, steps=3, sides=sides, moments=moments)
     linears = find_mlp(other)
@@ -59,7 +57,7 @@ def linears_of(model: nn.Module) -> list[nn.Linear]:
 
 @pytest.mark.parametrize("options", [{}, {"sides": "small"}, {"moments": "support"}])
 def test_stored_bases_stand_for_the_calibration_and_a_stopped_training_goes_on_to_the_bit(
-    small_bert: BertForSequenceClassification, tmp_path: Path, options: dict[str, Any]
+    small_bert: ToyBert, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     """Through files, into a model and an optimizer that are new; no batch is read."""
     whole, halves, fresh = copies(small_bert, 3)
@@ -78,7 +76,7 @@ def test_stored_bases_stand_for_the_calibration_and_a_stopped_training_goes_on_t
     assert_equal(whole, fresh)
 
 
-def test_stored_bases_of_both_sides_give_those_that_are_asked_for(small_bert: BertForSequenceClassification) -> None:
+def test_stored_bases_of_both_sides_give_those_that_are_asked_for(small_bert: ToyBert) -> None:
     optimizer = prepare(small_bert, None, bases=WHOLE, sides="small")
     assert {kind: basis.shape for kind, basis in optimizer.bases.items()} == {
         "intermediate": (None, 16),
@@ -86,11 +84,11 @@ def test_stored_bases_of_both_sides_give_those_that_are_asked_for(small_bert: Be
     }
 
 
-def test_the_sums_are_kept_where_they_are_wanted(
-    small_bert: BertForSequenceClassification, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sums_are_kept_where_they_are_wanted(small_bert: ToyBert, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("sparsegrad.calibration.Grams", lambda **given: seen.append(given["device"]) or Grams(**given))
+    monkeypatch.setattr(
+        "sparsegrad.calibration.gradients.Grams", lambda **given: seen.append(given["device"]) or Grams(**given)
+    )
     prepare(small_bert, batches(2), steps=2, gram_device="cpu")
     assert seen == ["cpu", "cpu"]
 
@@ -123,12 +121,12 @@ def never() -> Any:
     ],
 )
 def test_bad_options_are_named_before_any_batch_is_read(
-    small_bert: BertForSequenceClassification, options: dict[str, Any], message: str
+    small_bert: ToyBert, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         prepare(small_bert, never(), **options)
 
 
-def test_no_batches_and_no_bases_is_nothing(small_bert: BertForSequenceClassification) -> None:
+def test_no_batches_and_no_bases_is_nothing(small_bert: ToyBert) -> None:
     with pytest.raises(UserError, match="batches=None leaves nothing to calibrate on: give batches, or stored bases"):
         prepare(small_bert, None)

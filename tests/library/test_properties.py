@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 import sparsegrad
 from sparsegrad import Basis, SparseGradAdamW, SparseGradLinear, hosvd
-from sparsegrad.bench.rivals import _FusedLora
-from sparsegrad.block import BlockLinear, _BlockLinear
-from sparsegrad.lean import LeanLinear, _LeanLinear
-from sparsegrad.linear import _RotatedLinear
+from sparsegrad.layers.block import BlockLinear, _BlockLinear
+from sparsegrad.layers.lean import LeanLinear, _LeanLinear
+from sparsegrad.layers.rotated import _RotatedLinear
 from sparsegrad.methods.meprop import keep_largest_
 
 OUT, IN, TOKENS = 5, 4, 6
@@ -258,11 +257,6 @@ CHECKS: dict[str, tuple[type, Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "block": (_BlockLinear, block, [(TOKENS, IN), (OUT,), (3, 2)]),
     "lean": (_LeanLinear, lambda *a: lean(*a, False), [(TOKENS, IN), (OUT, IN), (OUT,)]),
     "lean, no padding": (_LeanLinear, lambda *a: lean(*a, True), [(TOKENS, IN), (OUT, IN), (OUT,)]),
-    "fused LoRA": (
-        _FusedLora,
-        lambda x, bias, A, B: _FusedLora.apply(x, draw(OUT, IN), bias, A, B).sin(),
-        [(TOKENS, IN), (OUT,), (2, IN), (OUT, 2)],
-    ),
 }
 
 
@@ -275,7 +269,7 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
 
 def test_every_autograd_function_is_checked() -> None:
     for module in pkgutil.walk_packages(sparsegrad.__path__, "sparsegrad."):
-        if module.name.startswith(("sparsegrad.bench.rivals", "sparsegrad.b", "sparsegrad.l")):
+        if module.name.startswith(("sparsegrad.layers",)):
             importlib.import_module(module.name)
     found = {one for one in torch.autograd.Function.__subclasses__() if one.__module__.startswith("sparsegrad")}
     assert found == {function for function, _, _ in CHECKS.values()}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsegrad import UserError
-from sparsegrad.selection import count_kept, top_k_index
+from sparsegrad.optim.selection import count_kept, top_k_index
 
 
 def heavy_tailed() -> torch.Tensor:

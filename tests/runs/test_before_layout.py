@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Composer
+from run_fixtures import Composer
 from safetensors.torch import load_file
 from test_runs import Stop
 from transformers import AutoModelForSequenceClassification
 
 from sparsegrad import load_adapter
 from sparsegrad.basis import load_bases
-from sparsegrad.config import build
-from sparsegrad.runs import run
+from sparsegrad.runs.config import build
+from sparsegrad.runs.runner import run
 from sparsegrad.sweeps.pool import run_sweep
 from sparsegrad.sweeps.study import load_study
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from llama_fixtures import tiny_llama
 
-from sparsegrad.blocks import block_indices, check_blocks, dense_weights, select_linears
 from sparsegrad.errors import UserError
-from sparsegrad.mlp import find_mlp
+from sparsegrad.runs.layer_choice import block_indices, check_blocks, dense_weights, select_linears
+from sparsegrad.targets import find_mlp
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from sparsegrad import callbacks
-from sparsegrad.callbacks import WARM_UP_STEPS, EvaluationSteps, LossWatch, NonFiniteLossError, Stopwatch
-from sparsegrad.memory import PeakMemory
+from sparsegrad.trainer import callbacks
+from sparsegrad.trainer.callbacks import WARM_UP_STEPS, EvaluationSteps, LossWatch, NonFiniteLossError, Stopwatch
+from sparsegrad.trainer.peak_memory import PeakMemory
 
 
 class Clock:

@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Tiny, environment
+from run_fixtures import ROOT, Tiny, environment
 from test_runs import Stop
 from transformers import TrainerCallback
 
-from sparsegrad.checkpoints import KEEP, MANIFEST, is_whole, last_checkpoint
 from sparsegrad.errors import UserError
-from sparsegrad.runs import run
+from sparsegrad.runs.runner import run
+from sparsegrad.trainer.checkpoints import KEEP, MANIFEST, is_whole, last_checkpoint
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that a run stopped after step 3 left: checkpoints of steps 1, 2 and 3, at most."""
-    from conftest import SHORT, TINY, last_wins, write_rows
     from hydra import compose, initialize_config_dir
+    from run_fixtures import SHORT, TINY, last_wins, write_rows
 
-    from sparsegrad.config import build
+    from sparsegrad.runs.config import build
 
     place = tmp_path_factory.mktemp("run")
     more = (f"data.dir={write_rows(place / 'data')}", f"results_dir={place / 'r'}", f"work_dir={place / 'w'}")
@@ -112,7 +112,7 @@ class Count(TrainerCallback):  # type: ignore[misc]
 
 
 def test_old_checkpoints_go_and_disk_use_is_bounded(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsegrad import trainer
+    from sparsegrad.trainer import trainer
 
     most = [0]
     prune = trainer.prune
@@ -133,9 +133,19 @@ def test_old_checkpoints_go_and_disk_use_is_bounded(tiny: Tiny, monkeypatch: pyt
 
 @pytest.mark.parametrize("methods", [["sparsegrad", "lora", "sparsegrad_authors"]])
 def test_killed_processes_end_with_the_record_of_one_never_killed(tmp_path: Path, methods: list[str]) -> None:
-    """One kill each, by SIGKILL, SIGTERM and SIGINT; `python -m experiments.kill_test` does 20 for every method."""
+    """One kill each, by SIGKILL, SIGTERM and SIGINT; `experiments.reliability.kill` does 20 for every method."""
     out = tmp_path / "kills.json"
-    command = [sys.executable, "-m", "experiments.kill_test", "--methods", *methods, "--kills", "1", "--steps", "63"]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.reliability.kill",
+        "--methods",
+        *methods,
+        "--kills",
+        "1",
+        "--steps",
+        "63",
+    ]
     done = subprocess.run(
         [*command, "--out", str(out)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Composer, Tiny
+from run_fixtures import ROOT, Composer, Tiny
 
-from sparsegrad.config import build, config_key
+from sparsegrad.runs.config import build, config_key
 
 
 def choices(group: str) -> list[str]:

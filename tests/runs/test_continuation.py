@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Tiny, write_rows
+from run_fixtures import Tiny, write_rows
 from test_runs import Stop, curves
 
 from sparsegrad.basis import load_bases, save_bases
-from sparsegrad.runs import run
+from sparsegrad.runs.runner import run
 
 
 def interrupted(config, step: int) -> None:
@@ -83,7 +83,7 @@ def test_force_keeps_a_saved_model_until_it_has_a_new_one(tiny: Tiny) -> None:
 
 
 def test_the_record_names_the_code_that_was_started(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsegrad import records
+    from sparsegrad.runs import records
 
     commits = iter([{"commit": "first"}, {"commit": "second"}])
     monkeypatch.setattr(records, "_git", lambda: next(commits))
@@ -94,8 +94,8 @@ def test_the_record_names_the_code_that_was_started(tiny: Tiny, monkeypatch: pyt
 
 def test_the_core_that_fused_adamw_trains_reaches_the_weight(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its step does not count as a write, by which the layer knows what to merge."""
-    from sparsegrad import runs
-    from sparsegrad.block import BlockLinear
+    from sparsegrad.layers.block import BlockLinear
+    from sparsegrad.runs import runner as runs
 
     layers: list[BlockLinear] = []
     made = runs.make_trainer

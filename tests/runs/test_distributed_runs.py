@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHORT, TINY, last_wins, write_rows
 from hydra import compose, initialize_config_dir
 from llama_fixtures import LLAMA, tree, write_trees
 from process_group import together
+from run_fixtures import ROOT, SHORT, TINY, last_wins, write_rows
 from safetensors.numpy import load_file
 from transformers import TrainerCallback
 
-from sparsegrad.config import RunConfig, build
 from sparsegrad.errors import UserError
-from sparsegrad.runs import run
+from sparsegrad.runs.config import RunConfig, build
+from sparsegrad.runs.runner import run
 
 NO_DROPOUT = ("+model.architecture.hidden_dropout_prob=0", "+model.architecture.attention_probs_dropout_prob=0")
 BERT = (*TINY, *SHORT, *NO_DROPOUT, "train.lr=1e-4")

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 from model_zoo import tiny_batches, tiny_model
 from peft.utils import register_peft_method
+from run_fixtures import ROOT
 
 from sparsegrad import describe, prepare
-from sparsegrad.asset_table import ASSETS
-from sparsegrad.assets import assets_root, problem
-from sparsegrad.mlp import LAYOUTS
+from sparsegrad.assets.download import assets_root, problem
+from sparsegrad.assets.table import ASSETS
+from sparsegrad.targets import LAYOUTS
 
 DOCS = ROOT / "docs"
 

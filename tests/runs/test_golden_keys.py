@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Composer
+from run_fixtures import ROOT, Composer
 
-from sparsegrad.config import build, config_key
-from sparsegrad.records import read_record
+from sparsegrad.runs.config import build, config_key
+from sparsegrad.runs.records import read_record
 
 # Override lists and the keys they had at fb4975d, before any module moved.
 GOLDEN = json.loads((Path(__file__).parent / "data" / "golden_keys.json").read_text())

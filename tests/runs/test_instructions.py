@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Composer, last_wins
 from llama_fixtures import LLAMA
+from run_fixtures import Composer, last_wins
 
-from sparsegrad.asset_table import ASSETS
-from sparsegrad.assets import assets_root, problem
-from sparsegrad.config import build
+from sparsegrad.assets.download import assets_root, problem
+from sparsegrad.assets.table import ASSETS
 from sparsegrad.errors import UserError
-from sparsegrad.runs import run
+from sparsegrad.runs.config import build
+from sparsegrad.runs.runner import run
 from sparsegrad.tasks import DataConfig, Instructions
 
 

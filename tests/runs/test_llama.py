@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Composer, last_wins
 from llama_fixtures import LLAMA, tiny_llama, tree, write_trees
+from run_fixtures import Composer, last_wins
 
 from sparsegrad import Basis
-from sparsegrad.config import RunConfig, build
 from sparsegrad.errors import UserError
-from sparsegrad.linear import SparseGradLinear
+from sparsegrad.layers.rotated import SparseGradLinear
 from sparsegrad.methods.base import train_only
 from sparsegrad.metrics.language import language_metrics, token_losses
-from sparsegrad.runs import run
-from sparsegrad.training import check_precision, training_arguments
+from sparsegrad.runs.config import RunConfig, build
+from sparsegrad.runs.runner import run
+from sparsegrad.runs.trainer_setup import check_precision, training_arguments
 
 METHODS = ("full", "lora", "meprop", "sparsegrad", "sparsegrad_fast")
 
@@ -60,7 +60,7 @@ def _check_moved(config: RunConfig) -> None:
     """Of all parameters only up and down of blocks 0 and 3 differ from the fresh model's."""
     from transformers import AutoModelForCausalLM, set_seed
 
-    from sparsegrad.models import load_model, load_tokenizer
+    from sparsegrad.runs.model_loading import load_model, load_tokenizer
 
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
@@ -237,7 +237,7 @@ def test_bf16_needs_hardware_that_has_it(llama: Any, monkeypatch: pytest.MonkeyP
 def test_a_gated_model_says_how_to_get_access(conf: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoTokenizer
 
-    from sparsegrad import models
+    from sparsegrad.runs import model_loading as models
 
     def refused(*_: Any, **__: Any) -> None:
         raise OSError("You are trying to access a gated repo.")
@@ -250,14 +250,14 @@ def test_a_gated_model_says_how_to_get_access(conf: Composer, monkeypatch: pytes
 
 
 def test_a_missing_folder_of_weights_is_named(conf: Composer) -> None:
-    from sparsegrad.models import load_tokenizer
+    from sparsegrad.runs.model_loading import load_tokenizer
 
     with pytest.raises(UserError, match="does not exist"):
         load_tokenizer(build(conf("experiment=table6", "model.source=./none")).model)
 
 
 def test_damaged_or_missing_weights_in_a_folder_are_named(conf: Composer, tmp_path: Path) -> None:
-    from sparsegrad.models import load_model, load_tokenizer
+    from sparsegrad.runs.model_loading import load_model, load_tokenizer
 
     config = build(conf("experiment=table6", f"model.source={tmp_path}"))
     with pytest.raises(UserError, match="holds neither model nor tokenizer"):
@@ -272,7 +272,7 @@ def test_damaged_or_missing_weights_in_a_folder_are_named(conf: Composer, tmp_pa
 
 def test_llama_calibrates_in_bfloat16_with_float32_sums() -> None:
     from sparsegrad import calibrate
-    from sparsegrad.mlp import find_mlp
+    from sparsegrad.targets import find_mlp
 
     model = tiny_llama(torch.bfloat16)
     ids = torch.randint(0, 40, (2, 8))

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny
+from run_fixtures import Tiny
 from torch import Tensor, nn
 from transformers import set_seed
 
-from sparsegrad import runs
-from sparsegrad.config import RunConfig
-from sparsegrad.models import load_model, load_tokenizer
+from sparsegrad.runs import runner as runs
+from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.model_loading import load_model, load_tokenizer
 
 MODELS = ("minilm", "bert_base", "roberta_base", "roberta_large")
 METHODS = {

@@ -9,8 +9,8 @@ import pytest
 from model_zoo import tiny_model
 
 from sparsegrad.errors import UserError
-from sparsegrad.memory_plan import GIB, Setup, check_fits, make_setup, plan
-from sparsegrad.mlp import find_mlp
+from sparsegrad.runs.memory_estimate import GIB, Setup, check_fits, make_setup, plan
+from sparsegrad.targets import find_mlp
 
 SEVEN_B = Setup(
     method="sparsegrad", parameters=6_738_415_616, selected=22 * 4096 * 11008,

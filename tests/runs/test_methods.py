@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Composer
 from peft.tuners.lora import LoraLayer
+from run_fixtures import Composer
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
 from sparsegrad import Basis, UserError, calibrate, find_mlp
-from sparsegrad.config import build
 from sparsegrad.methods.base import Context, Prepared, adamw
 from sparsegrad.methods.lora import Lora
 from sparsegrad.methods.meprop import MeProp
 from sparsegrad.methods.sparsegrad import SparseGrad
 from sparsegrad.methods.sparsegrad_authors import SparseGradAuthors
+from sparsegrad.runs.config import build
 
 OFF = {
     "transposed_in_basis": False,

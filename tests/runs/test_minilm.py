@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Composer
+from run_fixtures import Composer
 
-from sparsegrad.asset_table import ASSETS
-from sparsegrad.assets import assets_root, problem
-from sparsegrad.config import build
-from sparsegrad.runs import run
+from sparsegrad.assets.download import assets_root, problem
+from sparsegrad.assets.table import ASSETS
+from sparsegrad.runs.config import build
+from sparsegrad.runs.runner import run
 
 pytestmark = pytest.mark.skipif(
     any(problem(ASSETS[name], assets_root()) for name in ("minilm", "snippets")), reason="needs `make assets`"

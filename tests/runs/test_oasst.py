@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from llama_fixtures import message, tree, write_trees
 
-from sparsegrad.assets import asset_path
+from sparsegrad.assets.download import asset_path
 from sparsegrad.errors import UserError
 from sparsegrad.tasks import DataConfig, Oasst
 from sparsegrad.tasks.dialogue import Turn, write_chat, write_inst

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from sparsegrad import cli, records
+from sparsegrad import cli
 from sparsegrad.errors import UserError
-from sparsegrad.records import SCHEMA, environment, find_complete, is_of_writing, load_records, write_json
+from sparsegrad.runs import records
+from sparsegrad.runs.records import SCHEMA, environment, find_complete, is_of_writing, load_records, write_json
 
 
 def record(**more: Any) -> dict[str, Any]:

@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Composer, RunPy, Tiny, last_wins, write_rows
+from run_fixtures import Composer, RunPy, Tiny, last_wins, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
-from sparsegrad import cli, runs
-from sparsegrad.checkpoints import last_checkpoint
-from sparsegrad.config import RunConfig
+from sparsegrad import cli
 from sparsegrad.errors import UserError
-from sparsegrad.runs import run
+from sparsegrad.runs import runner as runs
+from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.runner import run
+from sparsegrad.trainer.checkpoints import last_checkpoint
 
 METHODS = ("full", "lora", "lora_tuned", "meprop", "sparsegrad", "layer", "sparsegrad_authors", "sparsegrad_fast")
 LAYER = ("method=sparsegrad", "method.engine=layer")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from run_fixtures import ROOT
 
 SCRIPTS = sorted((ROOT / "scripts" / "slurm").glob("*.sh"))
 # Waits for TERM as torchrun does, or ends at once with the status it is given.

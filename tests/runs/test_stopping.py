@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-from sparsegrad import stopping
-from sparsegrad.stopping import StopOnSignal, Stopped
+from sparsegrad.trainer import signals as stopping
+from sparsegrad.trainer.signals import StopOnSignal, Stopped
 
 
 def test_a_signal_repeated_at_once_is_one_and_a_later_one_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,14 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from sparsegrad import hub
+from sparsegrad.assets import hub
 from sparsegrad.errors import UserError
 from sparsegrad.tasks import DataConfig, Glue, Snippets, Splits, Task, glue, split_heldout, tokenize
 from sparsegrad.tasks.glue_files import OFFICIAL
 from sparsegrad.tasks.snippets import FILE_NAME
 
-CONF = Path(__file__).parents[1] / "conf" / "task"
-REAL_GLUE = Path(os.environ.get("SPARSEGRAD_GLUE") or Path(__file__).parents[2] / "shared" / "glue")
+CONF = Path(__file__).parents[2] / "conf" / "task"
+REAL_GLUE = Path(os.environ.get("SPARSEGRAD_GLUE") or Path(__file__).parents[3] / "shared" / "glue")
 LANGUAGE = ["alpaca", "oasst1"]  # tests/test_instructions.py, tests/test_oasst.py
 ALL = sorted({path.stem for path in CONF.glob("*.yaml")} - set(LANGUAGE))
 GLUE = sorted(OFFICIAL)

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT, environment, free_port
+from run_fixtures import ROOT, environment, free_port
 from test_distributed_runs import assert_same, outcome
 from test_distributed_runs import bert as bert  # the fixture
 

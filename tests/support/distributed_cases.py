@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from experiments.bytes_per_step import Payload
+from experiments.studies.bytes_per_step import Payload
 from sparsegrad import SparseGradAdamW, calibrate, find_mlp, prepare
-from sparsegrad.block import BlockLinear
 from sparsegrad.distributed import connected, rank
 from sparsegrad.errors import UserError
+from sparsegrad.layers.block import BlockLinear
 from sparsegrad.methods.base import Context, Method
 from sparsegrad.methods.full import Full
 from sparsegrad.methods.lora import Lora

@@ -14,10 +14,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from conftest import ROOT, environment, free_port
+from run_fixtures import ROOT, environment, free_port
 
-_ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "TOKENIZERS_PARALLELISM": "false"}
-_IMPORTED = ["torch", "transformers", "peft", "sparsegrad.runs"]
+_FOLDERS = (ROOT, *(ROOT / "tests" / folder for folder in ("support", "library", "runs", "gpu")))
+_ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(map(str, _FOLDERS)), "TOKENIZERS_PARALLELISM": "false"}
+_IMPORTED = ["torch", "transformers", "peft", "sparsegrad.runs.runner"]
 
 
 def together(

@@ -18,9 +18,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from sparsegrad.config import RunConfig, build
+from sparsegrad.runs.config import RunConfig, build
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Two layers of width 32 with random weights: every architecture, and no download.
 TINY = (
     "model.weights=random",
@@ -63,8 +63,8 @@ def _quiet_and_quick() -> None:
     """No bars; and each run collects garbage before it measures memory: leave out what imports made, for good."""
     import peft  # noqa: F401
 
-    import sparsegrad.runs  # noqa: F401
-    from sparsegrad.models import quiet_transformers
+    import sparsegrad.runs.runner  # noqa: F401
+    from sparsegrad.runs.model_loading import quiet_transformers
 
     quiet_transformers()
     gc.collect()
@@ -182,19 +182,3 @@ def small_bert() -> Any:
         max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return BertForSequenceClassification(config)
-
-
-@pytest.fixture
-def linear() -> torch.nn.Linear:
-    """A linear (11, 7) in float64."""
-    torch.manual_seed(0)
-    return torch.nn.Linear(7, 11).double()
-
-
-@pytest.fixture
-def basis() -> Any:
-    """A basis for `linear`."""
-    from sparsegrad import hosvd
-
-    torch.manual_seed(1)
-    return hosvd(torch.randn(4, 11, 7, dtype=torch.float64))

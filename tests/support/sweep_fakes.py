@@ -16,9 +16,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sparsegrad.config import RunConfig
 from sparsegrad.errors import BusyError, UserError
-from sparsegrad.records import find_complete, write_json
+from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.records import find_complete, write_json
 
 EVALUATIONS = 4
 

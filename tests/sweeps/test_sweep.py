@@ -8,14 +8,16 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import ROOT, Composer, last_wins
 from omegaconf import DictConfig
 from optuna.study import Study
 from optuna.trial import TrialState
+from run_fixtures import ROOT, Composer, last_wins
 
-from sparsegrad import cli, sweep
+from experiments.report.tables import searched
+from sparsegrad import cli
 from sparsegrad.errors import UserError
-from sparsegrad.records import read_record
+from sparsegrad.runs.records import read_record
+from sparsegrad.sweeps import __main__ as sweep
 from sparsegrad.sweeps.config import make_plan
 from sparsegrad.sweeps.pool import run_sweep
 from sparsegrad.sweeps.samplers import sampler
@@ -373,7 +375,7 @@ def test_the_table_sets_found_beside_published(
     composed: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_sweep(composed())
-    assert sweep.main(["table", "--results-dir", str(tmp_path / "results")]) == 0
+    assert searched.main(["--results-dir", str(tmp_path / "results")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith(("| 13 |", "| 14 |", "| 15 |")) for line in lines) == 24
     assert "| 13 | bert_base | sparsegrad | cola | 32 / 3.15e-05 | 32 / 3.15e-05 | 32 / 3.15e-05 |  |  |  |" in lines

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import FAKE_SWEEP, Composer, free_port, last_wins
+from run_fixtures import FAKE_SWEEP, Composer, free_port, last_wins
 
 from sparsegrad.sweeps.config import make_plan
 from sparsegrad.sweeps.pool import run_sweep

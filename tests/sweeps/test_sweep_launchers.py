@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import FAKE_SWEEP, ROOT, Composer, RunPy, last_wins
 from optuna.trial import TrialState
+from run_fixtures import FAKE_SWEEP, ROOT, Composer, RunPy, last_wins
 
 from sparsegrad.errors import UserError
 from sparsegrad.sweeps.config import make_plan
@@ -57,7 +57,7 @@ def test_a_launcher_starts_workers_of_one_study(
     launcher: str, run_py: RunPy, conf: Composer, places: tuple[str, str]
 ) -> None:
     more = needs(launcher), *(("hydra.launcher.n_jobs=2",) if launcher == "joblib" else ())
-    said = run_py("-m", *BASE, *places, *more, "sweep.worker=range(2)", PYTHONPATH=str(ROOT / "tests"))
+    said = run_py("-m", *BASE, *places, *more, "sweep.worker=range(2)", PYTHONPATH=str(ROOT / "tests" / "support"))
     check_two_workers(said, conf, places)
 
 
@@ -72,7 +72,7 @@ def test_slurm_is_asked_for_an_array_of_workers(
         (tools / name).chmod(0o755)
     more = "hydra/launcher=slurm", "hydra.launcher.partition=gpu", "sweep.worker=range(2)"
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    said = run_py("-m", *BASE, *places, *more, PYTHONPATH=str(ROOT / "tests"), PATH=path)
+    said = run_py("-m", *BASE, *places, *more, PYTHONPATH=str(ROOT / "tests" / "support"), PATH=path)
     check_two_workers(said, conf, places)
     asked = (tools / "script").read_text()
     for option in ("array=0-1%2", "time=1440", "gpus-per-node=1", "cpus-per-task=4", "mem=16GB", "partition=gpu"):

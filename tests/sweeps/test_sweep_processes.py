@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FAKE_SWEEP, ROOT, Composer, environment, free_port, last_wins
 from omegaconf import DictConfig
 from optuna.trial import FrozenTrial, TrialState
+from run_fixtures import FAKE_SWEEP, ROOT, Composer, environment, free_port, last_wins
 
 from sparsegrad.errors import UserError
-from sparsegrad.records import read_record
+from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps.config import make_plan
 from sparsegrad.sweeps.ledger import SURPLUS
 from sparsegrad.sweeps.pool import run_sweep, start_workers
@@ -144,7 +144,7 @@ def wait_for(condition: Callable[[], bool], workers: list[BaseProcess]) -> None:
 
 def test_the_command_starts_workers_and_refuses_a_key_set_twice(tmp_path: Path) -> None:
     places = f"results_dir={tmp_path}/results", f"work_dir={tmp_path}/work"
-    more = environment(PYTHONPATH=str(ROOT / "tests"))
+    more = environment(PYTHONPATH=str(ROOT / "tests" / "support"))
     base = [sys.executable, "run.py", *FAKE_SWEEP, *places, "sweep.trials=6", "sweep.workers=2"]
     pipes: dict[str, Any] = {"cwd": ROOT, "env": more, "capture_output": True, "text": True, "timeout": 90}
     fine = subprocess.run(base, check=False, **pipes)

@@ -1,6 +1,6 @@
 """Give every reader of files damaged ones, and count what it does.
 
-    python -m experiments.fuzz --inputs 2000 --seed 0     # of each reader; results/reliability/fuzz.json
+    python -m experiments.reliability.fuzz --inputs 2000 --seed 0     # of each reader; results/reliability/fuzz.json
 
 A file that is still right may be accepted. Everything else must be refused by a `UserError`, within seconds, without a
 large allocation, a look outside the folder, a process, or code from a file: all of these are defects. Input `i` of a
@@ -26,12 +26,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from experiments.fuzz import mutate
-from experiments.fuzz.readers import Reader, readers
+from experiments.paths import ROOT
+from experiments.reliability.fuzz import mutate
+from experiments.reliability.fuzz.readers import Reader, readers
 from sparsegrad.errors import UserError
-from sparsegrad.records import environment, write_json
+from sparsegrad.runs.records import environment, write_json
 
-ROOT = Path(__file__).parents[2]
 SECONDS = 20  # for one input
 ROOM = 2**31  # bytes of addresses beyond what the process has: to map an oversized file, not to read it as text
 _PROCESSES = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork")
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Status 0 without defects."""
     import torch
 
-    parser = argparse.ArgumentParser(prog="python -m experiments.fuzz", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m experiments.reliability.fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=2000, help="of each reader")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--readers", nargs="+", choices=list(readers()), default=[])

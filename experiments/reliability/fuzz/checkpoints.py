@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-from experiments.fuzz import mutate
-from experiments.fuzz.readers import LINES, TENSOR_FILE, Reader
+from experiments.reliability.fuzz import mutate
+from experiments.reliability.fuzz.readers import LINES, TENSOR_FILE, Reader
+from sparsegrad.api import param_groups
 from sparsegrad.basis import Basis
-from sparsegrad.callbacks import LossWatch
-from sparsegrad.checkpoints import MANIFEST, is_whole, last_checkpoint, seal
 from sparsegrad.errors import UserError
-from sparsegrad.mlp import find_mlp
-from sparsegrad.optim import SparseGradAdamW
-from sparsegrad.prepare import param_groups
-from sparsegrad.trainer import RunTrainer
+from sparsegrad.optim.adamw import SparseGradAdamW
+from sparsegrad.targets import find_mlp
+from sparsegrad.trainer.callbacks import LossWatch
+from sparsegrad.trainer.checkpoints import MANIFEST, is_whole, last_checkpoint, seal
+from sparsegrad.trainer.trainer import RunTrainer
 
 FACTS = {"unlogged": {"loss": 0.0, "since": 0}}
 _STATE = "trainer_state.json"

@@ -18,20 +18,20 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from experiments.collect import collect
-from experiments.fuzz import mutate
-from sparsegrad.adapter import load_adapter, named_tensors
-from sparsegrad.adapter_file import FACTS, TENSORS, Entry, _file_sha256, digest, write_adapter
+from experiments.paths import ROOT
+from experiments.reliability.fuzz import mutate
+from experiments.report.collect import collect
+from sparsegrad.adapter.format import FACTS, TENSORS, Entry, _file_sha256, digest, write_adapter
+from sparsegrad.adapter.load import load_adapter, named_tensors
 from sparsegrad.basis import Basis, save_bases
-from sparsegrad.basis_store import BasisStore
 from sparsegrad.cli import outcome, records_table
-from sparsegrad.config import build
-from sparsegrad.config_files import check_yaml
 from sparsegrad.errors import UserError
-from sparsegrad.records import find_complete, load_records, write_json
+from sparsegrad.runs.basis_cache import BasisStore
+from sparsegrad.runs.config import build
+from sparsegrad.runs.records import find_complete, load_records, write_json
+from sparsegrad.runs.yaml_check import check_yaml
 from sparsegrad.tasks import DataConfig, Glue, Oasst, Snippets, Task
 
-ROOT = Path(__file__).parents[2]
 Change = Callable[[Path, random.Random], None]
 TEXT = (*mutate.ANY, mutate.bits_flipped, mutate.spliced)
 LINES = (*TEXT, *mutate.JSON)
@@ -246,7 +246,7 @@ def _read_configs(folder: Path) -> None:
 
 def readers() -> dict[str, Reader]:
     """Name -> reader."""
-    from experiments.fuzz.checkpoints import CHECKPOINTS
+    from experiments.reliability.fuzz.checkpoints import CHECKPOINTS
 
     both = ("train", "validation")
     jsonl = {f"{task}/{part}.jsonl": LINES for task in ("sst2", "stsb") for part in both}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.published import METHODS, TASKS, cells, contradicts
-from experiments.stats import Summary, summarise
-from experiments.tables.accuracy import AVERAGE, COLLAPSED, MINI_RUNS, SCORES, Grid
-from experiments.tables.base import MINI_MARK, Context, Table, signed
+from experiments.report.stats import Summary, summarise
+from experiments.report.tables.accuracy import AVERAGE, COLLAPSED, MINI_RUNS, SCORES, Grid
+from experiments.report.tables.base import MINI_MARK, Context, Table, signed
 
 SIZE = 768 * 3072
 KEPT = (18000, 22000, 28000, 30000, 100000, SIZE)

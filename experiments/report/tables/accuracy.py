@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.collect import Key
 from experiments.published import METHODS, TASKS, authors_runs, cells, contradictions, contradicts
 from experiments.published import SEEDS as PAPER_SEEDS
-from experiments.rates import caveat
-from experiments.stats import Summary, summarise, welch_interval
-from experiments.tables.base import MINI_MARK, MISSING, Context, Table, hours, interval_text, signed
+from experiments.report.collect import Key
+from experiments.report.stats import Summary, summarise, welch_interval
+from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table, hours, interval_text, signed
+from experiments.reproduce.rates import caveat
 
 PRINTED_AS = {9: "BERT", 10: "RoBERTa-base"}  # in the headings of Table 5
 MODELS = {4: "roberta_large", 9: "bert_base", 10: "roberta_base"}

@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 from omegaconf import OmegaConf
 
-from experiments.cells import ROOT
+from experiments.paths import ROOT
 from experiments.published import cells
-from experiments.tables.base import Context, Table
+from experiments.report.tables.base import Context, Table
 
 # LLaMA-2-7B as its paper gives it (arXiv 2307.09288, 2302.13971).
 LLAMA = {

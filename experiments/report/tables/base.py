@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.collect import Store
+from experiments.report.collect import Store
 
 MINI_MARK = "mini: not the paper's model"
 SCALED = "(scaled)"  # of a benchmark's model that was cut to fewer blocks

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.tables.accuracy import AVERAGE, COLLAPSED, Grid
-from experiments.tables.base import MINI_MARK, MISSING, Context, Table
+from experiments.report.tables.accuracy import AVERAGE, COLLAPSED, Grid
+from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table
 from sparsegrad.errors import UserError
 
 TASKS = ("stsb", "mrpc")
@@ -27,7 +27,7 @@ DENSITY = 0.01
 
 
 def read(results: Path) -> dict[str, Any] | None:
-    """What `python -m experiments.measure basis` left, or None.
+    """What `python -m experiments.studies.gradients basis` left, or None.
 
     Raises:
         UserError: when it cannot be read.

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.tables.base import MISSING, Context, Table
-from experiments.tables.speed import documents
+from experiments.report.tables.base import MISSING, Context, Table
+from experiments.report.tables.speed import documents
 
 
 @dataclass(frozen=True)
@@ -120,4 +120,4 @@ def _missing(rows: list[dict[str, str]]) -> list[str]:
             "Calibration keys: MODEL-BLOCKS, gradients of so many blocks and the bases of both kinds; fewer steps than "
             "the paper's 30.",
         ]
-    return [f"Measurements: {MISSING}; python -m sparsegrad.benchmark --preset decomposition makes them."]
+    return [f"Measurements: {MISSING}; python -m experiments.bench --preset decomposition makes them."]

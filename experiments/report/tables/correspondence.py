@@ -8,9 +8,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from experiments.tables.base import Context, Table
+from experiments.report.tables.base import Context, Table
 from sparsegrad.basis import Basis
-from sparsegrad.linear import SparseGradLinear
+from sparsegrad.layers.rotated import SparseGradLinear
 
 TINY = 1e-10
 

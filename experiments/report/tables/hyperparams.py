@@ -12,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.tables.base import MISSING, Context, Table
+from experiments.report.tables.base import MISSING, Context, Table
+from experiments.report.tables.searched import HEADER, rows
 from sparsegrad.sweeps.storage import open_store
-from sparsegrad.sweeps.table import HEADER, rows
 
 TIE = 1e-9
 FOUND, SCORE, STUDY = (HEADER.index(name) for name in ("found here", "score", "study"))
@@ -31,7 +31,7 @@ def tables(context: Context) -> list[Table]:
 
 
 def summaries(results: Path) -> list[dict[str, Any]]:
-    """The summaries of studies that can be read, as `python -m sparsegrad.sweep show` writes them."""
+    """The summaries of studies that can be read, as `python -m sparsegrad.sweeps show` writes them."""
     return [one for _, one in _read(results) if isinstance(one, dict)]
 
 

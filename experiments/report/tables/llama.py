@@ -9,13 +9,13 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.collect import Run
 from experiments.mtbench.scores import ModelScores, scores
 from experiments.published import METHODS, cells
-from experiments.stats import summarise
-from experiments.tables.architecture import LLAMA, counts
-from experiments.tables.base import MINI_MARK, MISSING, Context, Table, hours
-from experiments.tables.grades import grade
+from experiments.report.collect import Run
+from experiments.report.stats import summarise
+from experiments.report.tables.architecture import LLAMA, counts
+from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table, hours
+from experiments.report.tables.grades import grade
 from sparsegrad.tasks.oasst import AUTHORS_COUNTS
 
 Judged = Sequence[ModelScores]

@@ -15,11 +15,20 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.rates import caveat
-from experiments.stats import Summary, summarise, welch_interval
-from experiments.tables.accuracy import AVERAGE, COLLAPSED, MINI_RUNS, MINI_TASKS, SCORES, SEEDS, UNCORRECTED, Grid
-from experiments.tables.base import MINI_MARK, MISSING, Context, Table, interval_text
-from experiments.tables.speed import documents, paired_ratio
+from experiments.report.stats import Summary, summarise, welch_interval
+from experiments.report.tables.accuracy import (
+    AVERAGE,
+    COLLAPSED,
+    MINI_RUNS,
+    MINI_TASKS,
+    SCORES,
+    SEEDS,
+    UNCORRECTED,
+    Grid,
+)
+from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table, interval_text
+from experiments.report.tables.speed import documents, paired_ratio
+from experiments.reproduce.rates import caveat
 
 EXACT, LORA, TUNED = "sparsegrad", "lora", "lora_tuned"
 LORA_ARM = "lora_peft"
@@ -100,7 +109,7 @@ def energy(context: Context) -> Table:
         "A larger share is no proof of better training: see the quality table.",
     ]
     if not rows:
-        notes, shown = [f"{MISSING}: python -m experiments.measure energy"], [{"arm": MISSING}]
+        notes, shown = [f"{MISSING}: python -m experiments.studies.gradients energy"], [{"arm": MISSING}]
     return Table("quality_energy", f"Gradient captured by each engine ({MINI_MARK})", pd.DataFrame(shown), notes)
 
 
@@ -223,7 +232,7 @@ def _trainable(context: Context, grid: Grid, method: str) -> str:
 
 def _where(results: Path, machine: str) -> str:
     if not machine:
-        return f"{MISSING}: python -m sparsegrad.benchmark --presets model makes results/bench"
+        return f"{MISSING}: python -m experiments.bench --presets model makes results/bench"
     return f"results/bench/{machine}, MiniLM on snippets padded to the longest row, random weights"
 
 

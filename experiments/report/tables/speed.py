@@ -13,10 +13,10 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.bench.lengths import histograms
 from experiments.published import TASKS, authors_runs, cells, contradicts
-from experiments.tables.accuracy import AVERAGE, contradicted
-from experiments.tables.base import MISSING, SCALED, Context, Table
-from sparsegrad.bench.lengths import histograms
+from experiments.report.tables.accuracy import AVERAGE, contradicted
+from experiments.report.tables.base import MISSING, SCALED, Context, Table
 
 MODEL = "roberta_base"
 Cells = Sequence[Mapping[str, Any]]
@@ -268,9 +268,7 @@ def _ours(context: Context, found: list[dict[str, Any]]) -> Table:
         _extra(),
     ]
     if not rows:
-        notes.append(
-            "Missing: make reproduce-table3 (python -m sparsegrad.benchmark --presets paper), on this hardware."
-        )
+        notes.append("Missing: make reproduce-table3 (python -m experiments.bench --presets paper), on this hardware.")
     return Table("table3_measured", "Tables 3, 7 and 8: measured here", frame, notes)
 
 

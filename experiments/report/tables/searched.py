@@ -1,16 +1,23 @@
-"""Tables 13-15: the best batch size and learning rate per task, beside the published ones and the authors' own."""
+"""Tables 13-15: the best batch size and learning rate per task, beside the published ones and the authors' own.
+
+`python -m experiments.report.tables.searched` (`make sweep-table`) prints them from a storage of studies.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
-from sparsegrad.sweeps.hparams import FILES, find, read_rows
-from sparsegrad.sweeps.storage import Store
-from sparsegrad.sweeps.study import LABELS
+from sparsegrad.errors import UserError
+from sparsegrad.sweeps.hparams import default_storage, find, read_rows
+from sparsegrad.sweeps.storage import Store, open_store
+from sparsegrad.sweeps.study import LABELS, quiet
 
 HEADER = (
     "table",
@@ -28,7 +35,7 @@ HEADER = (
 
 def rows(store: Store | None) -> list[list[str]]:
     """One row for each published line, then one for each study of something else; blank where nothing was searched."""
-    published, authors = read_rows(FILES["paper"]), read_rows(FILES["authors"])
+    published, authors = read_rows("paper"), read_rows("authors")
     studies = list(_studies(store)) if store is not None else []
     lines = [[row["table"], row["model"], row["method"], row["task"], _pair(row)] for row in published]
     known = {tuple(line[1:4]) for line in lines}
@@ -67,3 +74,26 @@ def _best_of(studies: list[tuple[tuple[str, ...], Any]], names: tuple[str, ...])
 def _pair(row: dict[str, str], prefix: str = "") -> str:
     batch, rate = row[f"{prefix}batch_size"], row[f"{prefix}lr"]
     return f"{batch} / {float(rate):.2e}" if rate else ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table as Markdown; 2 after bad input, with one line that says what to do."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.report.tables.searched", description="Tables 13-15.")
+    parser.add_argument("--storage", help="as sweep.storage; default: SPARSEGRAD_STORAGE or the results folder")
+    parser.add_argument("--results-dir", default="results")
+    options = parser.parse_args(arguments)
+    where = options.storage or default_storage(options.results_dir)
+    quiet()
+    try:
+        lines = rows(open_store(where) if "://" in where or Path(where).is_file() else None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|")
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Attempts to break it: kills, hostile files, hours of work, many records."""

@@ -1,0 +1,1 @@
+"""Records to tables, figures and the report page: `python -m experiments.report`. Runs nothing."""

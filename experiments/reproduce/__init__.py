@@ -1,0 +1,1 @@
+"""Which runs a table needs, and making those that are missing: `python -m experiments.reproduce`."""

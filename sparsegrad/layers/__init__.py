@@ -1,0 +1,9 @@
+"""Modules that replace `nn.Linear`, and putting them into a model and out again."""
+
+from sparsegrad.layers.block import BlockLinear
+from sparsegrad.layers.lean import LeanLinear
+from sparsegrad.layers.replace import to_linears
+from sparsegrad.layers.rotated import SparseGradLinear
+from sparsegrad.layers.sparse_matmul import sparse_dense_matmul
+
+__all__ = ["BlockLinear", "LeanLinear", "SparseGradLinear", "sparse_dense_matmul", "to_linears"]

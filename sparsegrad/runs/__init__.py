@@ -1,0 +1,14 @@
+"""One run: configuration in, record out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """`sparsegrad.runs.run`; imported when it is asked for, since it brings in transformers and datasets."""
+    if name != "run":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sparsegrad.runs.runner import run
+
+    return run
