@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from experiments.bench.lengths import LENGTHS
 from sparsegrad.assets.download import asset_path
-from sparsegrad.runs.records import write_json
+from sparsegrad.files import write_json
 
 COLUMNS = {
     "cola": ("sentence",),

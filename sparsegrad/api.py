@@ -13,16 +13,16 @@ from sparsegrad.basis import SIDES, Basis
 from sparsegrad.calibration.gradients import Batch, calibrate
 from sparsegrad.distributed import check_same_weights, unwrapped
 from sparsegrad.errors import UserError, check_choice, check_number
-from sparsegrad.layers.replace import Blocks, use_blocks
-from sparsegrad.layers.rotated import check_linear
+from sparsegrad.layers.common import check_linear
+from sparsegrad.layers.replace import use_blocks
 from sparsegrad.optim.adamw import SparseGradAdamW
+from sparsegrad.optim.groups import core_groups, param_groups
 from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.optim.selection import count_kept
 from sparsegrad.optim.summary import describe
 from sparsegrad.targets import Linears, Names, check_trainable, find_mlp
 
 ENGINES = ("merged", "fast")
-NamedParameters = list[tuple[str, nn.Parameter]]
 logger = logging.getLogger(__name__)
 
 
@@ -154,61 +154,3 @@ def _fitting(bases: Mapping[str, Basis], linears: Linears, sides: str) -> dict[s
                     f"{kind}: give the bases of this model, or calibrate anew"
                 )
     return {kind: bases[kind].only(sides) for kind in linears}
-
-
-def param_groups(
-    model: nn.Module,
-    linears: Linears,
-    bases: Mapping[str, Basis | None],
-    *,
-    keep: int | None = None,
-    density: float | None = None,
-    moments: str = "dense",
-) -> list[dict[str, Any]]:
-    """Groups for `SparseGradAdamW`: one per layer kind, and one for all else that requires a gradient.
-
-    Each group carries the names of its parameters as `param_names`, and those of MLP weights their `kind`.
-    """
-    named, rest = _named(model, {kind: [one.weight for one in found.values()] for kind, found in linears.items()})
-    groups: list[dict[str, Any]] = [
-        {
-            "params": named[kind],
-            "kind": kind,
-            "basis": bases[kind],
-            "keep": keep,
-            "density": density,
-            "moments": moments,
-        }
-        for kind in linears
-    ]
-    return [*groups, {"params": rest}] if rest else groups
-
-
-def core_groups(model: nn.Module, blocks: Blocks) -> list[dict[str, Any]]:
-    """Groups of plain AdamW for `SparseGradAdamW`: the cores of each layer kind, and all else that requires a gradient.
-
-    Each group carries the names of its parameters as `param_names`, those of cores their `kind` and the `weight_shape`
-    (out, in) of their weights.
-    """
-    named, rest = _named(model, {kind: [layer.core for layer in found.values()] for kind, found in blocks.items()})
-    shapes = {kind: tuple(next(iter(found.values())).weight.shape) for kind, found in blocks.items()}
-    groups: list[dict[str, Any]] = [
-        {"params": named[kind], "kind": kind, "weight_shape": shapes[kind]} for kind in blocks
-    ]
-    return [*groups, {"params": rest}] if rest else groups
-
-
-def _named(
-    model: nn.Module, parameters: Mapping[str, Iterable[torch.Tensor]]
-) -> tuple[dict[str, NamedParameters], NamedParameters]:
-    """Layer kind -> its parameters by name, in the model's order, and all others that require a gradient."""
-    kinds = {id(parameter): kind for kind, found in parameters.items() for parameter in found}
-    named: dict[str, NamedParameters] = {kind: [] for kind in parameters}
-    rest: NamedParameters = []
-    for name, parameter in model.named_parameters():
-        kind = kinds.get(id(parameter))
-        if kind is not None:
-            named[kind].append((name, parameter))
-        elif parameter.requires_grad:
-            rest.append((name, parameter))
-    return named, rest

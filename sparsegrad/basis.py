@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.hashing import tensor_bytes
+from sparsegrad.hashing import tensors_sha256
 
 FORMAT = "sparsegrad-basis-1"
 SIDES = ("both", "in", "out", "small")
@@ -238,11 +237,7 @@ def _check_content(
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 of the bytes of all tensors."""
-    hashed = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        hashed.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        hashed.update(tensor_bytes(tensor))
-    return hashed.hexdigest()
+    return tensors_sha256((f"{name}{one.dtype}{tuple(one.shape)}", one) for name, one in sorted(tensors.items()))
 
 
 def _check_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str], fingerprint: str | None) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +22,7 @@ from rich.tree import Tree
 
 from sparsegrad.distributed import is_main
 from sparsegrad.errors import UserError
+from sparsegrad.runs.quiet import quiet_libraries
 
 console = Console()
 
@@ -62,10 +61,10 @@ def _refuse(error: UserError) -> NoReturn:
 def _run(composed: DictConfig) -> None:
     cap_product_caches()
     # `transformers` and `torch` take seconds to import: `--help` and a mistyped override should not wait for them.
-    from sparsegrad.runs.model_loading import quiet_transformers
+    from sparsegrad.runs.quiet import quiet_transformers
 
     labels = _apply_hparams(composed)
-    quiet()
+    quiet_libraries()
     quiet_transformers()
     if composed.get("sweep") is None:
         _run_once(composed, labels)
@@ -106,16 +105,6 @@ def cap_product_caches() -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(KEPT_PRODUCTS))
-
-
-def quiet() -> None:
-    """Leave the screen to progress bars and results: libraries' own chatter goes."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not is_main():
-        os.environ["TQDM_DISABLE"] = "1"
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    for module in ("torch", "peft", "transformers", "accelerate"):
-        warnings.filterwarnings("ignore", module=rf"{module}\..*")
 
 
 def tree(title: str, node: Mapping[str, Any]) -> Tree:

@@ -26,6 +26,11 @@ def fail(name: str, value: object, allowed: str, remedy: str = "") -> UserError:
     return UserError(f"{name}={value} is not allowed: {allowed}" + (f"; {remedy}" if remedy else ""))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, whole; its class where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def check_number(
     name: str,
     value: Any,

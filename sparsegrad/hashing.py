@@ -1,12 +1,50 @@
-"""The bytes of a tensor, to be hashed."""
+"""SHA-256 of texts, JSON, files and tensors, in one place: fingerprints of all kinds are made of these."""
 
 from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+SHORT = 16  # hex digits of a key or a fingerprint: 64 bits, far from a collision among thousands of runs
+
+
+def text_sha256(text: str) -> str:
+    """Hex SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def json_sha256(content: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """Hex SHA-256 of `content` as JSON with sorted keys; `default` turns what JSON does not know into what it does."""
+    return text_sha256(json.dumps(content, sort_keys=True, default=default))
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes. Raises `OSError` where it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_sha256(tensors: Iterable[tuple[str, Tensor]], head: str = "") -> str:
+    """Hex SHA-256 of labelled tensors, in order.
+
+    Args:
+        tensors: (label, tensor) pairs; the label stands for what the bytes do not say, such as name and shape.
+        head: a text that is hashed first.
+    """
+    digest = hashlib.sha256(head.encode())
+    for label, tensor in tensors:
+        digest.update(label.encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """All bytes of a tensor of any shape, dtype and device, by rows; a view where it lies so on the CPU."""
+    """All bytes of a tensor of any shape, dtype and device, row by row; a view if it is contiguous on the CPU."""
     # As numbers of one byte: numpy knows no bfloat16.
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sparsegrad.distributed import refuse_shards
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.optim.rounding import check_updated
 
 # Layer kind -> pattern that must match the whole module name. Many families share names: ViT of transformers 5.3 has
 # BERT's, that of 5.23 `mlp.fc1`; Gemma, Phi-1 and others are found by the names they share with a family listed here.
@@ -194,3 +193,27 @@ def _refuse_shared(model: nn.Module, linears: Linears) -> None:
             names = named.get(id(linear.weight), [])
             if len(names) > 1:
                 raise UserError(f"one weight is tied under the names {', '.join(names)}: untie it, or leave it out")
+
+
+def all_linears(linears: Linears) -> Iterator[nn.Linear]:
+    """Every MLP linear of every kind."""
+    for found in linears.values():
+        yield from found.values()
+
+
+def weight_shapes(linears: Linears) -> dict[str, tuple[int, int]]:
+    """Layer kind -> (out, in) of its weights, as they are stored."""
+    first = {kind: next(iter(found.values())).weight for kind, found in linears.items()}
+    return {kind: (weight.shape[0], weight.shape[1]) for kind, weight in first.items()}
+
+
+UPDATED = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def check_updated(weight: Tensor, what: str) -> None:
+    """Raise `UserError` for a dtype in which small updates are lost."""
+    if weight.dtype not in UPDATED:
+        raise UserError(
+            f"{what} in {weight.dtype} loses small updates: load the model in float32, which autocast multiplies in "
+            "half precision all the same, or in bfloat16, which is rounded at random"
+        )

@@ -46,7 +46,8 @@ from experiments.bench.runner import Bench
 from experiments.bench.settings import MODES, PRECISIONS, RESTS, Setting
 from experiments.bench.shapes import SHAPES, find_shape
 from sparsegrad.errors import UserError, check_choice, check_integer, check_number
-from sparsegrad.runs.records import check_writable
+from sparsegrad.files import check_writable
+from sparsegrad.trainer.device import pick_device
 
 _FIELDS = ("shape", "blocks", "batch", "length", "padding", "task", "rest", "precision", "mode", "density")
 
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     if options.predict:
         print("\n".join(predictions()))
         return
-    device = machine.pick_device(options.device)
+    device = pick_device(options.device, "--device")
     schedule = _schedule(options, device)
     planned, apart = _chosen(options, device)
     for chosen, _ in planned:

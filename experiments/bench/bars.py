@@ -9,7 +9,7 @@ from experiments.bench.results import Document, summarise
 _TOKENS = 4096
 
 
-def bars(document: Document) -> list[dict[str, Any]]:
+def measured_bars(document: Document) -> list[dict[str, Any]]:
     """One line per bar and setting in which it can be read: what is asked, what was measured, whether it is met."""
     gpu = document.get("hardware", {}).get("device") == "cuda"
     found = []

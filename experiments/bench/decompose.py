@@ -15,7 +15,7 @@ from sparsegrad.trainer.peak_memory import PeakMemory
 FLOAT64 = 8
 
 
-def decompose(method: str, out_features: int, in_features: int, count: int, seed: int) -> dict[str, Any]:
+def measure_decomposition(method: str, out_features: int, in_features: int, count: int, seed: int) -> dict[str, Any]:
     """Seconds and peak memory of the HOSVD of `count` random gradients (out, in) by `method`, on the CPU.
 
     Each gradient is made when it is asked for, as back-propagation makes it; making them is part of both times.

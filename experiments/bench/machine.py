@@ -12,18 +12,7 @@ import torch
 
 from experiments.bench.settings import PRECISIONS
 from sparsegrad.errors import fail
-from sparsegrad.runs.records import hardware
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of `--device`: auto, cpu or cuda.
-
-    Raises:
-        UserError: for cuda on a machine without it.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise fail("device", name, "this machine has no CUDA device", "use auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+from sparsegrad.runs.environment import hardware
 
 
 def default_threads() -> int:

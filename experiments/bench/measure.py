@@ -21,7 +21,8 @@ from experiments.bench.shapes import build_model, mlp_linears
 from sparsegrad.basis import Basis, load_bases, save_bases
 from sparsegrad.calibration.gradients import calibrate
 from sparsegrad.errors import UserError
-from sparsegrad.methods.base import Context, weight_shapes
+from sparsegrad.methods.base import Context
+from sparsegrad.targets import weight_shapes
 from sparsegrad.trainer.peak_memory import PeakMemory
 
 Batch = dict[str, Tensor]
@@ -30,7 +31,7 @@ FEWEST_WARMUP, FEWEST_STEPS = 2, 3
 _POOL = 4  # batches of a stack of MLPs, which are large: used in turn
 
 
-def measure(
+def measure_arm(
     setting: dict[str, Any],
     arm: str,
     device: str,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experiments.bench.shapes import Shape, build_model, mlp_linears
 from sparsegrad.basis import Basis, save_bases
-from sparsegrad.methods.base import weight_shapes
+from sparsegrad.targets import weight_shapes
 
 BASES = ("calibrated", "reflections")
 

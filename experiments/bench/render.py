@@ -10,7 +10,7 @@ from experiments.bench.arithmetic import COSTS, relative_speed
 from experiments.bench.arms import ARMS
 from experiments.bench.results import mlp_of
 from experiments.bench.settings import Setting
-from sparsegrad.runs.records import write_text
+from sparsegrad.files import write_text
 
 PREDICTED_BATCHES = (4, 16, 32, 64)  # of 128 tokens
 _HEAD = (

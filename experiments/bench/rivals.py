@@ -8,17 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsegrad.layers.rotated import product_dtype
-from sparsegrad.methods.base import (
-    Context,
-    Prepared,
-    adamw,
-    freeze,
-    replace_linear,
-    trainable_parameters,
-    weight_shapes,
-)
-from sparsegrad.targets import Linears
+from sparsegrad.layers.common import product_dtype
+from sparsegrad.layers.replace import replace_linear
+from sparsegrad.methods.base import Context, Prepared, adamw, freeze, trainable_parameters
+from sparsegrad.targets import Linears, weight_shapes
 
 
 @dataclass(frozen=True, kw_only=True)

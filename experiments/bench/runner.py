@@ -17,14 +17,15 @@ import torch
 
 from experiments.bench import machine, reflections, render, results
 from experiments.bench.arms import find_arm
-from experiments.bench.bars import bars
+from experiments.bench.bars import measured_bars
 from experiments.bench.decompose import stacked_mib
 from experiments.bench.plot import write_plot
 from experiments.bench.presets import Decomposition, Planned, Schedule
 from experiments.bench.settings import Setting
 from experiments.paths import ROOT
 from sparsegrad.errors import UserError
-from sparsegrad.runs.records import environment, now, write_json
+from sparsegrad.files import write_json
+from sparsegrad.runs.environment import describe_environment, now
 
 _NEVER = ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG")  # they would measure something else
 TIMEOUT = 1200  # seconds for one process, compilation included
@@ -76,7 +77,7 @@ class Bench:
         """Write results, table and plot."""
         self.document["finished"] = now()
         self.document["summary"] = results.summarise(self.document)
-        self.document["bars"] = bars(self.document)
+        self.document["bars"] = measured_bars(self.document)
         write_json(self.out, self.document)
         render.write_table(self.document, self.out.with_suffix(".md"))
         try:
@@ -85,7 +86,7 @@ class Bench:
             self.tell(str(error))
 
     def _head(self) -> dict[str, Any]:
-        found = environment(self.device)
+        found = describe_environment(self.device)
         slug = machine.slug(self.device, self.threads)
         facts = {**machine.facts(self.device), "threads": self.threads}
         schedule = asdict(self.schedule)

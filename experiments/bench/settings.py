@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from experiments.bench.lengths import PADDINGS, histograms, mean_length
 from experiments.bench.shapes import Shape, find_shape
 from sparsegrad.errors import UserError, check_choice, check_integer
+from sparsegrad.hashing import json_sha256
 from sparsegrad.optim.selection import check_density
 
 PRECISIONS = ("fp32", "tf32", "bf16_autocast", "bf16")
@@ -82,7 +81,7 @@ class Setting:
     @property
     def key(self) -> str:
         """A readable name that no other setting has."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:6]
+        digest = json_sha256(asdict(self))[:6]
         parts = [self.shape, f"b{self.batch}x{self.length}", self.padding, self.task, self.rest, self.precision]
         return "-".join(part for part in [*parts, self.mode, digest] if part)
 

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from experiments.bench import decompose, measure
-from sparsegrad.runs.records import write_json
+from sparsegrad.errors import first_line
+from sparsegrad.files import write_json
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
-    "measure": measure.measure,
+    "measure": measure.measure_arm,
     "calibrate": measure.calibrate_shape,
-    "decompose": decompose.decompose,
+    "decompose": decompose.measure_decomposition,
 }
 
 
@@ -40,7 +41,7 @@ def main(request_path: str, answer_path: str) -> None:
 
 def reason(error: Exception) -> str:
     """One line that says what went wrong."""
-    first = (str(error).strip().splitlines() or [""])[0][:300]
+    first = first_line(error)
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory: {first}"
     return f"{type(error).__name__}: {first}"

@@ -14,7 +14,7 @@ from experiments.mtbench.generation import Writer
 from experiments.mtbench.lines import append_line, read_lines
 from experiments.mtbench.schema import Answer, Question, answer_id, content_hash
 from sparsegrad.errors import UserError, fail
-from sparsegrad.runs.records import write_json
+from sparsegrad.files import write_json
 
 Say = Callable[[str], None]
 
@@ -66,7 +66,7 @@ def batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
-def answer(
+def answer_questions(
     questions: Sequence[Question],
     load: Callable[[], Writer],
     path: Path,

@@ -14,7 +14,7 @@ from rich.table import Table
 from experiments.mtbench.client import Endpoint
 from experiments.mtbench.judge import Grading, Tally, cost, estimate, grade, judgments_path, make_tasks
 from experiments.mtbench.schema import load_answers, load_prompts, load_questions, select
-from experiments.mtbench.scores import ModelScores, scores
+from experiments.mtbench.scores import ModelScores, compute_scores
 from sparsegrad.errors import UserError, check_choice, check_integer, check_number
 
 OUT = Path("results/mtbench")
@@ -82,9 +82,9 @@ def _judge_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _answer(options: argparse.Namespace) -> int:
-    from experiments.mtbench.answer import answer, answers_path, check_settings, describe
+    from experiments.mtbench.answer import answer_questions, answers_path, check_settings, describe
     from experiments.mtbench.generation import FORMATS, Writer
-    from sparsegrad.runs.model_loading import quiet_transformers
+    from sparsegrad.runs.quiet import quiet_transformers
 
     path = answers_path(options.out, options.name)
     check_choice("format", options.format, FORMATS)
@@ -104,7 +104,7 @@ def _answer(options: argparse.Namespace) -> int:
 
     if path.exists():
         check_settings(path, settings)
-    added = answer(questions, load, path, name=options.name, size=options.batch_size, seed=options.seed)
+    added = answer_questions(questions, load, path, name=options.name, size=options.batch_size, seed=options.seed)
     print(f"{added} answers added, {len(questions)} in {path}")
     return 0
 
@@ -169,7 +169,7 @@ def _confirm(yes: bool) -> None:
 
 
 def _show(options: argparse.Namespace) -> int:
-    if not (found := scores(options.out)):
+    if not (found := compute_scores(options.out)):
         raise UserError(f"no answers in {options.out}: make some with `python -m experiments.mtbench answer`")
     Console().print(table(found))
     return 0

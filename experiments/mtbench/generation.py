@@ -11,6 +11,7 @@ import torch
 
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.runs.model_loading import _from_source
+from sparsegrad.trainer.device import pick_device
 
 FORMATS = ("auto", "chat", "inst")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,7 +55,7 @@ class Writer:
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        place = pick_device(device)
+        place = pick_device(device, "--device")
         default = torch.bfloat16 if place.type == "cuda" else torch.float32
         number_type = DTYPES[check_choice("dtype", dtype, DTYPES)] or default
         tokenizer = _from_source(source, partial(AutoTokenizer.from_pretrained, padding_side="left"))
@@ -104,15 +105,3 @@ class Writer:
                 "lower --max-new-tokens, so that first answers are shorter, or leave the question out"
             )
         return min(self.max_new_tokens, int(window) - length)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto`: the GPU if there is one.
-
-    Raises:
-        UserError: for a device that is not there.
-    """
-    check_choice("device", name, ("auto", "cpu", "cuda"))
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda is not allowed: no GPU is found here; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

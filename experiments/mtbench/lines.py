@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock
 
 from sparsegrad.errors import UserError
-from sparsegrad.runs.records import unwritable
+from sparsegrad.files import unwritable
 
 Row = dict[str, Any]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 from experiments.mtbench.lines import Row, read_lines
 from sparsegrad.assets.download import asset_path
 from sparsegrad.errors import UserError, check_text
+from sparsegrad.hashing import json_sha256
 
 QuestionId = int | str
 # MT-Bench's temperatures (FastChat, llm_judge/common.py); other categories get FastChat's default.
@@ -73,7 +72,7 @@ def answer_id(model: str, question_id: QuestionId, turns: Sequence[str]) -> str:
 
 def content_hash(content: Any) -> str:
     """sha256 of `content` as JSON."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_sha256(content)
 
 
 def load_questions(path: Path | None = None) -> list[Question]:

@@ -43,7 +43,7 @@ class ModelScores:
         return "not judged" if self.judge is None else f"{self.judge}, {self.date}"
 
 
-def scores(folder: Path | str) -> list[ModelScores]:
+def compute_scores(folder: Path | str) -> list[ModelScores]:
     """Every model in `folder`, once for each judge that graded it; sorted by model and judge.
 
     A verdict counts only for the very answer it was given for.

@@ -33,7 +33,9 @@ import torch
 
 import sparsegrad.runs.runner  # noqa: F401
 from experiments.paths import ROOT
-from sparsegrad.runs.records import environment, read_record, write_json
+from sparsegrad.files import write_json
+from sparsegrad.runs.environment import describe_environment
+from sparsegrad.runs.records import read_record
 
 ERRORS = "stderr.txt"
 METHODS = {
@@ -206,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row = {**try_method(method, chosen.kills, chosen.steps, chosen.seed), "seed": chosen.seed}
         rows[method] = row
         print({name: value for name, value in row.items() if name != "log"}, flush=True)
-        facts = {"environment": environment(torch.device("cpu")), "interval": INTERVAL}
+        facts = {"environment": describe_environment(torch.device("cpu")), "interval": INTERVAL}
         write_json(chosen.out, {**facts, "methods": [rows[name] for name in METHODS if name in rows]})
     return 0 if all(rows[method]["equal"] for method in chosen.methods) else 1
 

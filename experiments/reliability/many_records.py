@@ -19,9 +19,11 @@ from typing import Any
 import torch
 
 from experiments.paths import ROOT
-from experiments.report.__main__ import report
-from experiments.report.collect import collect
-from sparsegrad.runs.records import environment, load_records, write_json
+from experiments.report.__main__ import write_report
+from experiments.report.collect import collect_cells
+from sparsegrad.files import write_json
+from sparsegrad.runs.environment import describe_environment
+from sparsegrad.runs.records import load_records
 
 FOLDERS = ("glue_minilm", "mini")  # two that tables read
 
@@ -66,12 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         facts = {
             "records": chosen.count,
             "megabytes": round(size / 1e6, 1),
-            "load as cells of tables": measured(lambda: collect(results / "runs")),
+            "load as cells of tables": measured(lambda: collect_cells(results / "runs")),
             "load as a DataFrame": measured(lambda: load_records(results / "runs")),
-            "every table, figure and the page": measured(lambda: report("all", "paper", results)),
+            "every table, figure and the page": measured(lambda: write_report("all", "paper", results)),
         }
     print(facts)
-    write_json(chosen.out, {**facts, "environment": environment(torch.device("cpu"))})
+    write_json(chosen.out, {**facts, "environment": describe_environment(torch.device("cpu"))})
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.paths import ROOT
-from sparsegrad.runs.records import read_json, write_text
+from sparsegrad.files import read_json, write_text
 
 PAGE = ROOT / "docs" / "reliability.md"
 RESULTS = ROOT / "results" / "reliability"
@@ -30,7 +30,7 @@ def kills(facts: Mapping[str, Any]) -> str:
     return table(["method", "kills", *signals, "checkpoints cut", "records compared", "all equal"], rows)
 
 
-def fuzz(facts: Mapping[str, Any]) -> str:
+def fuzz_section(facts: Mapping[str, Any]) -> str:
     """A row a reader, and the sum."""
     names = ("inputs", "refused", "accepted", "defect")
     rows = [[reader, *(f"{found[name]:,}" for name in names)] for reader, found in facts["readers"].items()]
@@ -38,7 +38,7 @@ def fuzz(facts: Mapping[str, Any]) -> str:
     return f"{head}\n\n{facts['inputs']:,} inputs of seed {facts['seed']}, {facts['defects']} defects."
 
 
-def soak(facts: Mapping[str, Any]) -> str:
+def soak_section(facts: Mapping[str, Any]) -> str:
     """One paragraph."""
     low, high = facts["interval"]
     return (
@@ -50,8 +50,8 @@ def soak(facts: Mapping[str, Any]) -> str:
 
 BLOCKS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "kills": ("kills.json", kills),
-    "fuzz": ("fuzz.json", fuzz),
-    "soak": ("soak.json", soak),
+    "fuzz": ("fuzz.json", fuzz_section),
+    "soak": ("soak.json", soak_section),
 }
 
 

@@ -26,7 +26,7 @@ from scipy import stats
 
 from experiments.paths import ROOT
 from sparsegrad.errors import UserError, check_number
-from sparsegrad.runs.records import write_json
+from sparsegrad.files import write_json
 
 COLUMNS = ("seconds", "rss_mib", "note")
 STRETCHES = 24

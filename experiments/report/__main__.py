@@ -14,7 +14,7 @@ from pathlib import Path
 from experiments.paths import SCALES
 from experiments.report import figures, findings
 from experiments.report.answers_page import write_answers_page
-from experiments.report.collect import collect
+from experiments.report.collect import collect_cells
 from experiments.report.page import problems, write_figure1, write_page
 from experiments.report.render import markdown, write_table
 from experiments.report.tables import (
@@ -32,7 +32,7 @@ from experiments.report.tables import (
 )
 from experiments.report.tables.base import Context, Table
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.runs.records import check_writable
+from sparsegrad.files import check_writable
 
 Maker = Callable[[Context], Sequence[Table]]
 
@@ -101,17 +101,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_choice("table", options.name, [*MAKERS, *FIGURES, "all"])
         check_choice("scale", options.scale, SCALES)
-        report(options.name, options.scale, options.results_dir)
+        write_report(options.name, options.scale, options.results_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def report(name: str, scale: str, results: Path) -> None:
+def write_report(name: str, scale: str, results: Path) -> None:
     """Write what `name` asks for, and print it or where it lies."""
     check_writable(results / "tables")
-    context = Context(results, collect(results / "runs"), scale)
+    context = Context(results, collect_cells(results / "runs"), scale)
     if name in FIGURES:
         _figures(context, name)
         return

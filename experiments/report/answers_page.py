@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.mtbench.schema import load_questions
-from experiments.mtbench.scores import ModelScores, scores, side_by_side
+from experiments.mtbench.scores import ModelScores, compute_scores, side_by_side
 from experiments.report.render import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -38,7 +38,7 @@ def write_answers_page(results: Path) -> Path | None:
     folder = results / "mtbench"
     chosen = side_by_side(folder, questions=load_questions(folder / "questions.jsonl"))
     models = [_model(name, folder) for name in sorted({name for one in chosen for name in one.answers})]
-    facts = {"chosen": chosen, "models": models, "judges": _judges(scores(folder))}
+    facts = {"chosen": chosen, "models": models, "judges": _judges(compute_scores(folder))}
     loader = FileSystemLoader(TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     write_text(path, environment.get_template("answers.html.j2").render(facts) + "\n")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from experiments.reproduce.costs import hours
-from sparsegrad.runs.records import SCHEMA, read_json
+from sparsegrad.files import read_json
+from sparsegrad.runs.records import SCHEMA
 
 # Folders that tables read: elsewhere, as in a sweep, records of one seed differ by design.
 READ = re.compile(r"(glue|ablation)_.*|mini|mini_ablation|mini_basis|table6.*")
@@ -81,7 +82,7 @@ def _failed(run: Run, good: dict[int, float]) -> bool:
     return run.value is None and run.seed not in good and not run.reason.startswith(PRUNED)
 
 
-def collect(runs: Path) -> Store:
+def collect_cells(runs: Path) -> Store:
     """Read all records below `runs`; a damaged one or one of another schema is named, skipped and counted."""
     store = Store()
     for path in sorted(runs.rglob("*.json")):
@@ -130,3 +131,13 @@ def skipped_summary(store: Store) -> str:
         return ""
     kinds = Counter("another schema" if "record schema" in line else "damaged" for line in store.skipped)
     return f"{len(store.skipped)} records skipped: " + ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+
+
+def hours(record: Mapping[str, Any]) -> float | None:
+    """Wall-clock hours from start to end of one run; None where the record does not say."""
+    environment = record.get("environment", {})
+    try:
+        began, ended = (datetime.fromisoformat(environment[name]) for name in ("started", "finished"))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return (ended - began).total_seconds() / 3600

@@ -10,8 +10,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from experiments.report.collect import hours
 from experiments.report.tables.base import Context, Table
-from experiments.reproduce.costs import hours
 
 # Folder of the records -> what makes them again.
 COMMANDS = {
@@ -58,7 +58,7 @@ def anchor(table: str, label: str) -> str:
     return f"{table}--{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')}"
 
 
-def details(context: Context, table: Table) -> list[Detail]:
+def cell_details(context: Context, table: Table) -> list[Detail]:
     """One for every cell of a table that has records."""
     return [_detail(context, table, label, paths) for label, paths in table.records.items()]
 

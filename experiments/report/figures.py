@@ -21,7 +21,7 @@ from experiments.report.tables import ablation, basis, quality
 from experiments.report.tables.accuracy import MINI_METHODS, MINI_TASKS
 from experiments.report.tables.base import MINI_MARK, Context
 from sparsegrad.errors import UserError
-from sparsegrad.runs.records import write_json
+from sparsegrad.files import write_json
 
 VIEWS = {"untouched": "untouched", "rotated": "rotated (HOSVD)", "authors": "authors' basis"}
 KINDS = ("intermediate", "output")

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from experiments.report.answers_page import has_answers
 from experiments.report.collect import PRUNED, skipped_summary
-from experiments.report.details import anchor, details, environment_line
+from experiments.report.details import anchor, cell_details, environment_line
 from experiments.report.render import write_text
 from experiments.report.tables import hyperparams, speed
 from experiments.report.tables.base import MISSING, OURS, Context, Table, is_measured
@@ -70,7 +70,7 @@ def _shown(context: Context, table: Table, tables: Sequence[Table]) -> dict[str,
         "notes": table.notes,
         "columns": list(table.frame.columns),
         "rows": [[_cell(table, row, name, known) for name in table.frame.columns] for row in records],
-        "details": details(context, table),
+        "details": cell_details(context, table),
         "measured": measured,
         "cells": cells,
         "share": round(100 * measured / cells) if cells else 0,

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from experiments.report.tables.base import Table
-from sparsegrad.runs.records import unwritable
+from sparsegrad.files import unwritable
 
 _LATEX = {"±": r"$\pm$", "%": r"\%", "_": r"\_", "^": r"\^{}", "~": r"\~{}", "#": r"\#", "&": r"\&", "<": "$<$"}
 

@@ -98,7 +98,7 @@ def _studies(options: argparse.Namespace) -> list[list[searches.Search]]:
     tables = list(searches.TABLES) if options.table == "all" else [options.table]
     wanted = [name for name in tables if name in searches.TABLES]
     given = [one for one in options.overrides if options.table != "all" or one.startswith(FOR_EVERY_SWEEP)]
-    return [searches.searches(name, options.scale, options.data, given) for name in wanted]
+    return [searches.planned_searches(name, options.scale, options.data, given) for name in wanted]
 
 
 def _measure(name: str, options: argparse.Namespace) -> int:

@@ -22,7 +22,8 @@ from experiments.bench.presets import decompositions, default_schedule, plan
 from experiments.bench.results import find_cell, read
 from experiments.paths import ROOT
 from experiments.reproduce.dry_run import console
-from sparsegrad.runs.records import write_json
+from sparsegrad.files import write_json
+from sparsegrad.trainer.device import pick_device
 
 PRESETS = {
     "table3": ("paper",),
@@ -74,7 +75,7 @@ def call(preset: str, path: Path) -> None:
 
 
 def _path(results: Path) -> Path:
-    slug = machine.slug(machine.pick_device("auto"), machine.default_threads())
+    slug = machine.slug(pick_device("auto"), machine.default_threads())
     return results / "bench" / f"{slug}.json"
 
 
@@ -86,7 +87,7 @@ def _planned(preset: str, document: dict[str, Any]) -> list[Measurement]:
 
 
 def _cells(preset: str, document: dict[str, Any]) -> Iterator[Measurement]:
-    device = machine.pick_device("auto")
+    device = pick_device("auto")
     repeats = default_schedule(device, quick=False).repeats
     for planned in (one for one in plan(device, quick=False) if one.preset == preset):
         key = planned.setting.key

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.paths import CONF, SCALES
-from sparsegrad.errors import UserError, check_choice
+from sparsegrad.errors import UserError, check_choice, first_line
 from sparsegrad.runs.config import RunConfig, build
 from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps import hparams
@@ -121,7 +121,7 @@ def list_cells(experiment: str, extra: Sequence[str] = (), data: str | None = No
         try:
             return [_cell(experiment, point, extra, data) for point in _points(experiment, extra)]
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(f"experiment {experiment}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"experiment {experiment}: {first_line(error)}") from None
 
 
 def _points(experiment: str, extra: Iterable[str]) -> list[dict[str, str]]:

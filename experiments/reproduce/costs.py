@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping
-from datetime import datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from experiments.paths import DATA
+from experiments.report.collect import hours
 from sparsegrad.errors import UserError
 from sparsegrad.runs.records import read_record
 
@@ -23,16 +23,6 @@ _LIKE = (
     ("model",),
 )
 _THEIRS = (("model", "method", "task"), ("model", "task"), ("model",))
-
-
-def hours(record: Mapping[str, Any]) -> float | None:
-    """Wall-clock hours from start to end of one run; None where the record does not say."""
-    environment = record.get("environment", {})
-    try:
-        began, ended = (datetime.fromisoformat(environment[name]) for name in ("started", "finished"))
-    except (KeyError, TypeError, ValueError):
-        return None
-    return (ended - began).total_seconds() / 3600
 
 
 class Estimates:

@@ -12,7 +12,6 @@ A rate whose run diverged on a task counts as failed and cannot win. Where the b
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad.errors import UserError
-from sparsegrad.runs.records import read_record, write_json
+from sparsegrad.files import write_json
+from sparsegrad.runs.records import read_record
 
 TASKS = ("snippets", "stsb")
 RATES = (5e-5, 1.5e-4, 5e-4)
@@ -92,19 +92,6 @@ def _choose(of: Mapping[float, Mapping[str, float | None]], tasks: Sequence[str]
         "scores": table,
         "missing": missing,
     }
-
-
-def caveat(results_dir: Path) -> str:
-    """What the choice in `mini_rates.json` rests on, and the methods whose best rate is at the edge of the grid."""
-    try:
-        chosen = json.loads((results_dir / "mini_rates.json").read_text())["methods"]
-    except FileNotFoundError:
-        return ""
-    edges = [f"{method} {one['lr']:g}" for method, one in chosen.items() if one["at_edge"]]
-    said = "one seed and two tasks, so another seed may choose otherwise (docs/performance.md, Quality)" + (
-        f"; at an edge of the grid, so perhaps not the best: {', '.join(edges)}" * bool(edges)
-    )
-    return f"Learning rate of each method: results/mini_rates.json, chosen on held-out rows, {said}."
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -23,7 +23,7 @@ from experiments.paths import CONF, ROOT
 from experiments.published import TASKS
 from experiments.reproduce.costs import Estimates, facts_of
 from experiments.reproduce.dry_run import console
-from sparsegrad.errors import UserError
+from sparsegrad.errors import UserError, first_line
 from sparsegrad.sweeps.config import Plan, make_plan
 from sparsegrad.sweeps.ledger import Ledger
 from sparsegrad.sweeps.storage import JOURNAL, open_store
@@ -87,7 +87,7 @@ class Search:
             return 0
 
 
-def searches(table: str, scale: str, data: str | None, overrides: Sequence[str]) -> list[Search]:
+def planned_searches(table: str, scale: str, data: str | None, overrides: Sequence[str]) -> list[Search]:
     """The studies of a table; `task=` among the overrides narrows its tasks.
 
     Raises:
@@ -113,7 +113,7 @@ def _search(overrides: list[str], task: str, data: str | None) -> Search:
     try:
         return Search(tuple(given), make_plan(compose_sweep(given)))
     except HydraException as error:
-        raise UserError(f"search on {task}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"search on {task}: {first_line(error)}") from None
 
 
 def make(found: Sequence[Search], launcher: str, *, dry: bool) -> int:

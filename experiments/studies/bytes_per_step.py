@@ -32,13 +32,14 @@ from torch.nn.parallel import DistributedDataParallel
 from experiments.paths import ROOT
 from sparsegrad.basis import Basis
 from sparsegrad.calibration.gradients import calibrate
+from sparsegrad.files import write_json
 from sparsegrad.methods.base import Context, Method
 from sparsegrad.methods.full import Full
 from sparsegrad.methods.lora import Lora
 from sparsegrad.methods.meprop import MeProp
 from sparsegrad.methods.sparsegrad import SparseGrad
 from sparsegrad.methods.sparsegrad_fast import SparseGradFast
-from sparsegrad.runs.records import environment, write_json
+from sparsegrad.runs.environment import describe_environment
 from sparsegrad.targets import find_mlp
 
 METHODS: dict[str, Any] = {
@@ -206,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "what": " ".join(__doc__.split("\n\n")[2].split()),
             "model": f"BERT of width 768, MLP 3072, vocabulary 30522, {chosen.blocks} blocks, float32",
             "backend": "gloo",
-            "environment": environment(torch.device("cpu")),
+            "environment": describe_environment(torch.device("cpu")),
             "rows": rows,
             "calibration_per_batch": [one["calibration"] for one in found],
         },

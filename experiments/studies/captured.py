@@ -46,7 +46,7 @@ ARMS: dict[str, Callable[[Tensor, Basis], float]] = {
 }
 
 
-def captured(gradients: list[Tensor], basis: Basis) -> dict[str, list[float]]:
+def capture(gradients: list[Tensor], basis: Basis) -> dict[str, list[float]]:
     """Arm -> its share of each gradient (out, in) of one layer kind.
 
     Raises:

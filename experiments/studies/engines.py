@@ -23,16 +23,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from sparsegrad.api import param_groups
 from sparsegrad.assets.download import asset_path
 from sparsegrad.basis import Basis
 from sparsegrad.calibration.gradients import calibrate
+from sparsegrad.files import write_json
 from sparsegrad.layers.block import BlockLinear, core_shape
-from sparsegrad.layers.replace import to_linears
-from sparsegrad.methods.base import replace_linear
+from sparsegrad.layers.replace import replace_linear, to_linears
 from sparsegrad.optim.adamw import SparseGradAdamW
+from sparsegrad.optim.groups import param_groups
 from sparsegrad.optim.selection import Selection, count_kept
-from sparsegrad.runs.records import write_json
 from sparsegrad.targets import Linears, find_mlp
 
 CALIBRATION, STEPS, BATCH = 30, 200, 16

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from experiments.studies.captured import DENSITY, captured
+from experiments.studies.captured import DENSITY, capture
 from experiments.studies.probe import Probe, compose_run, top_energy, variants
 from sparsegrad.errors import UserError, check_integer
+from sparsegrad.files import write_json
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.runs.records import environment, write_json
+from sparsegrad.runs.environment import describe_environment
 
 DENSITIES = (0.001, 0.01, 0.1)
 PIXELS = (72, 96)  # of a heat map
@@ -80,7 +81,7 @@ def _facts(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
         "lr": config.train.lr,
         "seed": config.seed,
         "trained_by": "SparseGrad, top 1 %, HOSVD of 30 calibration batches; the rest of the model trains too",
-        "environment": environment(torch.device("cpu")),
+        "environment": describe_environment(torch.device("cpu")),
     }
 
 
@@ -147,7 +148,7 @@ def energy(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
     def look(step: int) -> None:
         probe.backward(next(probe.batches(100 + step)))
         for kind, basis in probe.bases.items():
-            for arm, shares in captured(probe.gradients(kind), basis).items():
+            for arm, shares in capture(probe.gradients(kind), basis).items():
                 rows.append({"step": step, "kind": kind, "arm": arm, "blocks": shares})
 
     _train(probe, options.steps, every=20, look=look)

@@ -20,7 +20,8 @@ from torch import Tensor
 from sparsegrad.basis import Basis
 from sparsegrad.calibration.grams import Grams
 from sparsegrad.errors import UserError, check_integer
-from sparsegrad.runs.records import environment, now, write_json
+from sparsegrad.files import write_json
+from sparsegrad.runs.environment import describe_environment, now
 from sparsegrad.trainer.peak_memory import PeakMemory
 
 COLUMNS = 256  # of a basis, on which its orthogonality is checked against all others
@@ -92,7 +93,7 @@ def _orthogonality(Q: Tensor) -> float:
 
 def write(results: Path, found: dict[str, Any], key: str) -> Path:
     """Write a benchmark document that holds this decomposition alone."""
-    facts = environment(torch.device("cpu"))
+    facts = describe_environment(torch.device("cpu"))
     path = results / "bench" / "llama-calibration.json"
     document = {
         "schema": 1, "name": path.stem, "settings": {}, "cells": [], "calibrations": {}, "decompositions": {key: found},

@@ -16,10 +16,11 @@ from transformers import DataCollatorWithPadding, set_seed
 from experiments.paths import ROOT
 from sparsegrad.basis import Basis
 from sparsegrad.calibration.gradients import calibrate
-from sparsegrad.errors import UserError
+from sparsegrad.errors import UserError, first_line
 from sparsegrad.optim.adamw import SparseGradAdamW
 from sparsegrad.runs.config import RunConfig, build
-from sparsegrad.runs.model_loading import load_model, load_tokenizer, quiet_transformers
+from sparsegrad.runs.model_loading import load_model, load_tokenizer
+from sparsegrad.runs.quiet import quiet_transformers
 from sparsegrad.targets import find_mlp
 from sparsegrad.tasks.base import tokenize
 
@@ -36,7 +37,7 @@ def compose_run(*overrides: str) -> RunConfig:
         try:
             return build(compose("config", list(overrides)))
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{' '.join(overrides)}: {first_line(error)}") from None
 
 
 class Probe:

@@ -26,7 +26,7 @@ from pathlib import Path
 import optuna
 
 from experiments.paths import DATA
-from sparsegrad.runs.records import write_json
+from sparsegrad.files import write_json
 from sparsegrad.sweeps.samplers import sampler
 from sparsegrad.sweeps.space import Dimension, Space
 

@@ -23,8 +23,8 @@ from hydra import compose, initialize_config_dir
 from optuna.trial import FrozenTrial
 
 from experiments.paths import CONF
+from sparsegrad.files import write_json
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.runs.records import write_json
 from sparsegrad.sweeps.config import make_plan
 from sparsegrad.sweeps.pool import start_workers
 from sparsegrad.sweeps.study import open_study

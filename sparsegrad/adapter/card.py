@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from pathlib import Path
 
-from sparsegrad.runs.records import unwritable, write_text
+from sparsegrad.files import unwritable, write_text
+from sparsegrad.hashing import text_sha256
 
 logger = logging.getLogger(__name__)
 _CARD = """---
@@ -55,7 +55,7 @@ def write_card(folder: Path, source: str, model: str, size: str, tolerance: floa
         return
     exact = "bit for bit" if not tolerance else f"but for {tolerance:g} of each MLP weight's change"
     text = _CARD.format(quoted=json.dumps(source), source=source, model=model, exact=exact, size=size)
-    write_text(path, text + _MARK.format(_sha256(text)))
+    write_text(path, text + _MARK.format(text_sha256(text)))
 
 
 def _is_ours(path: Path) -> bool:
@@ -69,8 +69,4 @@ def _is_ours(path: Path) -> bool:
     except OSError as error:
         raise unwritable(path, error) from None
     text = content.rpartition(_MARK.partition("{")[0])[0]
-    return content == text + _MARK.format(_sha256(text))
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return content == text + _MARK.format(text_sha256(text))

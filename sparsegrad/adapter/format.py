@@ -5,7 +5,6 @@ Where a folder is saved again, the new tensors wait under a name of their sha256
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsegrad.errors import UserError
-from sparsegrad.hashing import tensor_bytes
-from sparsegrad.runs.records import unwritable, write_json
+from sparsegrad.files import unwritable, write_json
+from sparsegrad.hashing import file_sha256, tensors_sha256
 
 FORMAT = "sparsegrad-adapter-1"
 TENSORS, FACTS = "sparsegrad_adapter.safetensors", "sparsegrad_adapter.json"
@@ -77,9 +76,7 @@ class Entry:
 
 def digest(tensor: Tensor) -> str:
     """sha256 of dtype, shape and bytes of a tensor."""
-    hashed = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}:".encode())
-    hashed.update(tensor_bytes(tensor))
-    return hashed.hexdigest()
+    return tensors_sha256([(f"{tensor.dtype}{tuple(tensor.shape)}:", tensor)])
 
 
 def write_adapter(
@@ -135,7 +132,7 @@ def _write_waiting(folder: Path, tensors: dict[str, Tensor]) -> tuple[Path, str]
         save_file(tensors, scratch, {"format": FORMAT})
         with scratch.open("rb+") as file:
             os.fsync(file.fileno())
-        sha256 = _file_sha256(scratch)
+        sha256 = file_sha256(scratch)
         return scratch.replace(folder / _WAITING.format(sha256)), sha256
     finally:
         scratch.unlink(missing_ok=True)
@@ -246,9 +243,4 @@ def _is_as_written(path: Path, sha256: Any) -> bool:
             pass  # its header fits its size: only then is all of it read
     except SafetensorError:
         return False
-    return bool(_file_sha256(path) == sha256)
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return bool(file_sha256(path) == sha256)

@@ -14,7 +14,7 @@ from sparsegrad.adapter.card import write_card
 from sparsegrad.adapter.format import BASIS_PARTS, DTYPES, Entry, digest, write_adapter
 from sparsegrad.adapter.load import named_tensors
 from sparsegrad.basis import Basis
-from sparsegrad.errors import UserError, check_number
+from sparsegrad.errors import UserError, check_number, first_line
 from sparsegrad.layers.replace import refuse_layers
 from sparsegrad.optim.summary import describe
 from sparsegrad.targets import Names, find_mlp
@@ -166,8 +166,9 @@ def _loaded_base(model: nn.Module, source: str, mlp: Mapping[str, str]) -> tuple
             dtype = next(model.parameters()).dtype
             loaded, info = load(source, config=getattr(model, "config", None), dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"base={source} cannot be loaded ({reason}): give base= as a folder or a copy of it") from None
+        raise UserError(
+            f"base={source} cannot be loaded ({first_line(error)}): give base= as a folder or a copy of it"
+        ) from None
     tensors, new = named_tensors(loaded), set(info["missing_keys"])
     drawn = set(mlp) if new.issuperset(mlp) else set()  # another architecture's files: every weight is drawn anew
     if unknown := drawn | set(named_tensors(model)) - set(tensors):

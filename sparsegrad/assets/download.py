@@ -12,7 +12,6 @@ its setup script; pip does so only after the archive's hash has matched.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from typing import IO
 from sparsegrad.assets.gguf import check_gguf, convert
 from sparsegrad.assets.table import ASSETS, Asset
 from sparsegrad.errors import UserError, check_choice
+from sparsegrad.hashing import file_sha256
 
 CONVERTED = "converted.json"
 _STALE_SECONDS = 3600.0
@@ -71,7 +71,7 @@ def problem(asset: Asset, root: Path) -> str | None:
         path = root / asset.name / file.name
         if not path.is_file():
             return f"{path} is missing"
-        if (found := _sha256(path)) != file.sha256:
+        if (found := file_sha256(path)) != file.sha256:
             return f"{path} is corrupt: expected sha256 {file.sha256}, found {found}"
     return None if asset.converts is None else _conversion_problem(root / asset.name)
 
@@ -116,7 +116,7 @@ def _convert(folder: Path, file_name: str) -> None:
     """Make safetensors of GGUF weights, and note the sha256 of what was made: it is checked like what was fetched."""
     before = set(folder.iterdir())
     convert(folder, file_name)
-    made = {path.name: _sha256(path) for path in sorted(set(folder.iterdir()) - before)}
+    made = {path.name: file_sha256(path) for path in sorted(set(folder.iterdir()) - before)}
     (folder / CONVERTED).write_text(json.dumps(made, indent=1) + "\n")
 
 
@@ -130,7 +130,7 @@ def _conversion_problem(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
-        if _sha256(path) != expected:
+        if file_sha256(path) != expected:
             return f"{path} is corrupt: it is not what the conversion made"
     return None
 
@@ -242,12 +242,7 @@ def _asset(name: str) -> Asset:
 
 
 def _check_sha256(path: Path, expected: str, what: str) -> None:
-    if (found := _sha256(path)) != expected:
+    if (found := file_sha256(path)) != expected:
         raise UserError(
             f"{what} is not the pinned one: expected sha256 {expected}, found {found}; nothing was kept, fetch again"
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

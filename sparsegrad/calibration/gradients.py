@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsegrad.basis import SIDES, Basis
 from sparsegrad.calibration.grams import Grams
 from sparsegrad.distributed import average_, check_same_weights, refuse_shards, unwrapped
-from sparsegrad.errors import UserError, check_choice, check_integer
+from sparsegrad.errors import UserError, check_choice, check_integer, first_line
 
 Batch = Mapping[str, Any]
 
@@ -84,8 +84,9 @@ def _check_device(device: torch.device | str | None) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:  # what an unknown, an absent or no device gives
-        reason = str(error).split("\n")[0][:200]
-        raise UserError(f"gram_device={device} cannot be used ({reason}): give cpu, or None for the weights'") from None
+        raise UserError(
+            f"gram_device={device} cannot be used ({first_line(error)}): give cpu, or None for the weights'"
+        ) from None
 
 
 @contextmanager

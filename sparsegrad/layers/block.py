@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_integer
-from sparsegrad.layers.rotated import check_linear, product_dtype
-from sparsegrad.optim.rounding import add_stochastic, check_updated
+from sparsegrad.layers.common import check_linear, product_dtype
+from sparsegrad.optim.rounding import add_stochastic
 from sparsegrad.optim.selection import check_density
+from sparsegrad.targets import check_updated
 
 
 class _BlockLinear(torch.autograd.Function):

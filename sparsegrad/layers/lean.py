@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.layers.rotated import check_linear, product_dtype
+from sparsegrad.layers.common import check_linear, product_dtype
 
 
 class _LeanLinear(torch.autograd.Function):

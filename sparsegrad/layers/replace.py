@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -12,8 +12,7 @@ from sparsegrad.errors import UserError
 from sparsegrad.layers.block import BlockLinear, core_shape, share_bases
 from sparsegrad.layers.lean import LeanLinear
 from sparsegrad.layers.rotated import SparseGradLinear
-from sparsegrad.methods.base import replace_linear, weight_shapes
-from sparsegrad.targets import Linears
+from sparsegrad.targets import Linears, weight_shapes
 
 Blocks = dict[str, dict[str, BlockLinear]]
 """Layer kind -> module name -> the layer, in the model's order."""
@@ -78,3 +77,16 @@ def refuse_layers(model: nn.Module) -> None:
                 f"{name or 'the model'} is a {type(module).__name__}, which no base has: call "
                 "sparsegrad.to_linears(model) first, then save"
             )
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at the dotted `name` of `model`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def replace_linear(model: nn.Module, name: str, linear: Any, layer: Any) -> None:
+    """Put `layer` in the place of `linear`; its bias trains if the linear's did."""
+    if layer.bias is not None and linear.bias is not None:
+        layer.bias.requires_grad_(linear.bias.requires_grad)
+    replace_module(model, name, layer)

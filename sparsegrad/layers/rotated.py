@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_choice
+from sparsegrad.layers.common import check_linear, product_dtype
 from sparsegrad.layers.sparse_matmul import sparse_dense_matmul
 from sparsegrad.optim.selection import count_kept, top_k_index
 
@@ -141,15 +142,3 @@ class SparseGradLinear(nn.Module):
     def extra_repr(self) -> str:
         out_features, in_features = self.rotated_weight.shape
         return f"in={in_features}, out={out_features}, keep={self.keep}, backward={self.backward_mode}"
-
-
-def check_linear(linear: nn.Module, what: str, remedy: str = "take the engine merged") -> None:
-    """Raise `UserError` for what is no `nn.Linear`: GPT-2's `Conv1D` has a weight (in, out)."""
-    if not isinstance(linear, nn.Linear):
-        raise UserError(f"{what} wraps nn.Linear, not {type(linear).__name__}: {remedy}")
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that `nn.Linear` would multiply in: autocast's where it is on, else the input's."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

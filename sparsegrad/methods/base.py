@@ -13,7 +13,7 @@ from sparsegrad.basis import Basis
 from sparsegrad.calibration.gradients import Batch
 from sparsegrad.errors import UserError, check_integer
 from sparsegrad.optim.selection import check_density, count_kept
-from sparsegrad.targets import Linears
+from sparsegrad.targets import Linears, all_linears, weight_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,18 +92,6 @@ def train_only(parameter: nn.Parameter, trains: bool) -> None:
         parameter.data = parameter.data.float()
 
 
-def all_linears(linears: Linears) -> Iterator[nn.Linear]:
-    """Every MLP linear of every kind."""
-    for found in linears.values():
-        yield from found.values()
-
-
-def weight_shapes(linears: Linears) -> dict[str, tuple[int, int]]:
-    """Layer kind -> (out, in) of its weights, as they are stored."""
-    first = {kind: next(iter(found.values())).weight for kind, found in linears.items()}
-    return {kind: (weight.shape[0], weight.shape[1]) for kind, weight in first.items()}
-
-
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that require a gradient."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -123,19 +111,6 @@ def count_trainable(model: nn.Module, linears: Linears, per_weight: Mapping[str,
     weights = {id(linear.weight) for linear in all_linears(linears)}
     rest = sum(parameter.numel() for parameter in trainable_parameters(model) if id(parameter) not in weights)
     return rest + sum(per_weight[kind] * len(found) for kind, found in linears.items())
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at the dotted `name` of `model`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def replace_linear(model: nn.Module, name: str, linear: Any, layer: Any) -> None:
-    """Put `layer` in the place of `linear`; its bias trains if the linear's did."""
-    if layer.bias is not None and linear.bias is not None:
-        layer.bias.requires_grad_(linear.bias.requires_grad)
-    replace_module(model, name, layer)
 
 
 def check_kept(density: float | None, keep: int | None) -> None:

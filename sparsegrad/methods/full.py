@@ -13,9 +13,8 @@ from sparsegrad.methods.base import (
     count_trainable,
     freeze,
     trainable_parameters,
-    weight_shapes,
 )
-from sparsegrad.targets import Linears
+from sparsegrad.targets import Linears, weight_shapes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,17 +9,16 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from sparsegrad.errors import check_integer, check_number
+from sparsegrad.layers.replace import replace_module
 from sparsegrad.methods.base import (
     Context,
     Prepared,
     adamw,
     freeze,
-    replace_module,
     train_only,
     trainable_parameters,
-    weight_shapes,
 )
-from sparsegrad.targets import Linears
+from sparsegrad.targets import Linears, weight_shapes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from sparsegrad.methods.base import (
     Context,
     Prepared,
     adamw,
-    all_linears,
     check_kept,
     count_trainable,
     freeze,
@@ -20,7 +19,7 @@ from sparsegrad.methods.base import (
     trainable_parameters,
 )
 from sparsegrad.optim.selection import count_kept, top_k_index
-from sparsegrad.targets import Linears
+from sparsegrad.targets import Linears, all_linears
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from sparsegrad.api import param_groups
 from sparsegrad.basis import SIDES, Basis, load_bases
 from sparsegrad.calibration.gradients import calibrate
 from sparsegrad.errors import UserError, check_choice, check_integer
 from sparsegrad.layers.lean import LeanLinear
-from sparsegrad.layers.replace import to_linears
+from sparsegrad.layers.replace import replace_linear, replace_module, to_linears
 from sparsegrad.layers.rotated import BACKWARDS, SparseGradLinear
 from sparsegrad.methods.base import (
     Context,
@@ -26,13 +25,11 @@ from sparsegrad.methods.base import (
     count_trainable,
     freeze,
     kept_per_weight,
-    replace_linear,
-    replace_module,
-    weight_shapes,
 )
 from sparsegrad.optim.adamw import SparseGradAdamW
+from sparsegrad.optim.groups import param_groups
 from sparsegrad.optim.moments import MOMENTS
-from sparsegrad.targets import Linears
+from sparsegrad.targets import Linears, weight_shapes
 
 ENGINES = ("merged", "layer")
 _DTYPES = {None: None, "bf16": torch.bfloat16}

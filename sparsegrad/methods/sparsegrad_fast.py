@@ -9,17 +9,10 @@ from torch import nn
 from sparsegrad.errors import check_integer
 from sparsegrad.layers.block import core_shape
 from sparsegrad.layers.replace import to_linears, use_blocks
-from sparsegrad.methods.base import (
-    Context,
-    Prepared,
-    adamw,
-    freeze,
-    trainable_parameters,
-    weight_shapes,
-)
+from sparsegrad.methods.base import Context, Prepared, adamw, freeze, trainable_parameters
 from sparsegrad.methods.sparsegrad import calibrated_bases
 from sparsegrad.optim.selection import check_density
-from sparsegrad.targets import Linears
+from sparsegrad.targets import Linears, weight_shapes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from sparsegrad.errors import UserError
+from sparsegrad.tasks.language import IGNORED
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
-
-_IGNORED = -100
 
 
 def token_losses(logits: Any, labels: Tensor) -> Tensor:
@@ -22,8 +21,8 @@ def token_losses(logits: Any, labels: Tensor) -> Tensor:
     logits = logits[0] if isinstance(logits, tuple) else logits
     sums = []
     for row, label in zip(logits[:, :-1], labels[:, 1:], strict=True):  # row by row: float32 logits are large
-        loss = torch.nn.functional.cross_entropy(row.float(), label, ignore_index=_IGNORED, reduction="sum")
-        sums.append(torch.stack([loss.double(), (label != _IGNORED).sum().double()]))
+        loss = torch.nn.functional.cross_entropy(row.float(), label, ignore_index=IGNORED, reduction="sum")
+        sums.append(torch.stack([loss.double(), (label != IGNORED).sum().double()]))
     return torch.stack(sums)
 
 

@@ -18,8 +18,9 @@ from sparsegrad.basis import Basis
 from sparsegrad.distributed import is_shard, shards_error
 from sparsegrad.errors import UserError, check_choice, check_number
 from sparsegrad.optim.moments import MOMENTS
-from sparsegrad.optim.rounding import add_stochastic, check_updated, decay_
+from sparsegrad.optim.rounding import add_stochastic, decay_
 from sparsegrad.optim.selection import Selection, count_kept, select, together
+from sparsegrad.targets import check_updated
 
 
 class SparseGradAdamW(torch.optim.AdamW):

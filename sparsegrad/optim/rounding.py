@@ -7,20 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparsegrad.errors import UserError
-
-UPDATED = (torch.float64, torch.float32, torch.bfloat16)
-
-
-def check_updated(weight: Tensor, what: str) -> None:
-    """Raise `UserError` for a dtype in which small updates are lost."""
-    if weight.dtype not in UPDATED:
-        raise UserError(
-            f"{what} in {weight.dtype} loses small updates: load the model in float32, which autocast multiplies in "
-            "half precision all the same, or in bfloat16, which is rounded at random"
-        )
-
-
 # Odd multipliers of the mixing, as signed 32-bit numbers: products wrap around.
 _SPREAD, _MIX = -1640531527, (2146121005, -2073254261)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -10,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from sparsegrad.basis import Basis, load_bases, save_bases
-from sparsegrad.distributed import from_main
 from sparsegrad.errors import UserError
-from sparsegrad.runs.records import read_json, write_json
+from sparsegrad.files import read_json, write_json
+from sparsegrad.hashing import SHORT, tensors_sha256
 from sparsegrad.trainer.peak_memory import PeakMemory
+from sparsegrad.trainer.processes import from_main
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +87,9 @@ class BasisStore:
 
     def fingerprint(self, settings: Mapping[str, Any]) -> str:
         """16 hex digits of the model's weights, the data and the settings."""
-        digest = hashlib.sha256(json.dumps({**self.facts, **settings}, sort_keys=True, default=str).encode())
-        for name, parameter in self.model.named_parameters():
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            # As bytes of any dtype: numpy knows no bfloat16.
-            digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        head = json.dumps({**self.facts, **settings}, sort_keys=True, default=str)
+        named = self.model.named_parameters()
+        return tensors_sha256(((f"{name}{tuple(one.shape)}", one) for name, one in named), head)[:SHORT]
 
     def _measured(self, compute: Callable[[], dict[str, Basis]]) -> tuple[dict[str, Basis], dict[str, Any]]:
         memory = PeakMemory(next(self.model.parameters()).device)

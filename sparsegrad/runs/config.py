@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsegrad.distributed import world_size
-from sparsegrad.errors import UserError, check_choice, check_integer, check_number, check_text, fail
+from sparsegrad.errors import UserError, check_choice, check_integer, check_number, check_text, fail, first_line
+from sparsegrad.hashing import SHORT, json_sha256
 from sparsegrad.methods.base import Method
 from sparsegrad.runs.model_loading import ModelConfig
 from sparsegrad.tasks.base import DataConfig, Task
@@ -202,7 +201,7 @@ class RunConfig:
 
 def config_key(resolved: Mapping[str, Any]) -> str:
     """The key of a resolved configuration; see `RunConfig.key`."""
-    return hashlib.sha256(json.dumps(determining(resolved), sort_keys=True).encode()).hexdigest()[:16]
+    return json_sha256(determining(resolved))[:SHORT]
 
 
 def determining(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,7 +226,7 @@ def build(config: DictConfig) -> RunConfig:
     try:
         resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
-        raise UserError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the configuration cannot be resolved: {first_line(error)}") from None
     for name in BESIDE_RUN:
         resolved.pop(name, None)
     groups = {name: make(resolved.get(name), name) for name, make in _GROUPS.items()}

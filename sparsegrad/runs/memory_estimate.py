@@ -17,9 +17,8 @@ from torch import nn
 
 from sparsegrad.errors import UserError
 from sparsegrad.layers.block import core_shape
-from sparsegrad.methods.base import weight_shapes
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.targets import Linears
+from sparsegrad.targets import Linears, weight_shapes
 
 log = logging.getLogger(__name__)
 GIB = 2**30

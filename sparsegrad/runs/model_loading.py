@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from torch import nn
 
 from sparsegrad.assets.download import asset_path
 from sparsegrad.assets.hub import hub_answers
-from sparsegrad.errors import UserError, check_choice, check_number, check_text, fail
+from sparsegrad.errors import UserError, check_choice, check_number, check_text, fail, first_line
 from sparsegrad.runs.layer_choice import check_blocks
 from sparsegrad.tasks.base import Task
 
@@ -138,9 +137,7 @@ def _random(config: ModelConfig, tokenizer: Any, heads: dict[str, Any], maker: A
         fields["vocab_size"] = max(fields.get("vocab_size", 0), len(tokenizer))
         return maker.from_config(AutoConfig.for_model(**fields), dtype=dtype)  # type: ignore[no-any-return]
     except Exception as error:  # whatever a wrong field leads to
-        raise UserError(
-            f"model.architecture={dict(config.architecture)} makes no model: {_first_line(error)}"
-        ) from None
+        raise UserError(f"model.architecture={dict(config.architecture)} makes no model: {first_line(error)}") from None
 
 
 def _from_source(source: str, load: Any) -> Any:
@@ -161,14 +158,14 @@ def _from_source(source: str, load: Any) -> Any:
         return load(source, local_files_only=not hub_answers())
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if local.is_dir():
-            raise UserError(f"model folder {source} cannot be read: {_first_line(error)}") from None
+            raise UserError(f"model folder {source} cannot be read: {first_line(error)}") from None
         if _is_gated(error):
             raise UserError(
                 f"model {source} is gated: ask for access on https://huggingface.co/{source}, then `hf auth login` "
                 "with that account's token (or set HF_TOKEN), or give a folder that holds it as model.source="
             ) from None
         raise UserError(
-            f"model {source} is neither cached nor can the hub be reached ({_first_line(error)}): download it where "
+            f"model {source} is neither cached nor can the hub be reached ({first_line(error)}): download it where "
             f"there is a network with `hf download {source}` (and set HF_HOME to the copied cache), give a folder as "
             "model.source=, or use model=minilm, which needs no hub"
         ) from None
@@ -180,16 +177,3 @@ def _is_gated(error: Exception) -> bool:
 
     causes = (error, error.__cause__, error.__context__)
     return any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def quiet_transformers() -> None:
-    """Keep `transformers`' remarks about new heads and its loading bars out of the progress display."""
-    from transformers.utils import logging
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from sparsegrad.distributed import check_same, connect, from_main, world_size
+from sparsegrad.distributed import world_size
 from sparsegrad.errors import UserError
 from sparsegrad.runs.config import RunConfig, config_key
 from sparsegrad.trainer.checkpoints import MANIFEST, PREFIX
+from sparsegrad.trainer.processes import check_same, connect, from_main
 
 # What `accelerate launch` sets for engines that do not keep every weight whole, or bring an optimizer of their own.
 _ENGINES = {

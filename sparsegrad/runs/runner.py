@@ -11,40 +11,34 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import TrainerCallback, set_seed
 
-from sparsegrad.distributed import from_main, is_main, lost_process, rank, world_size
+from sparsegrad.distributed import is_main, rank, world_size
 from sparsegrad.errors import BusyError, UserError
+from sparsegrad.files import check_writable, is_of_writing, unwritable, write_json
 from sparsegrad.methods.base import Context, Prepared
 from sparsegrad.runs.basis_cache import BasisStore
 from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.environment import describe_environment, now
 from sparsegrad.runs.layer_choice import dense_weights, select_linears
 from sparsegrad.runs.memory_estimate import check_memory
 from sparsegrad.runs.model_loading import load_model, load_tokenizer
 from sparsegrad.runs.process_checks import check_processes
-from sparsegrad.runs.records import (
-    SCHEMA,
-    check_writable,
-    environment,
-    find_complete,
-    is_of_writing,
-    now,
-    unwritable,
-    write_json,
-)
+from sparsegrad.runs.records import SCHEMA, find_complete
 from sparsegrad.runs.tokenized_splits import check_sizes, log_counts, token_sets
 from sparsegrad.runs.trainer_setup import (
     check_precision,
     check_tracker,
     close_tracker,
     make_trainer,
-    pick_device,
     training_batches,
 )
 from sparsegrad.targets import Linears, find_mlp
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.callbacks import NonFiniteLossError
 from sparsegrad.trainer.checkpoints import last_checkpoint, weights_fingerprint
+from sparsegrad.trainer.device import pick_device
 from sparsegrad.trainer.log_history import best_on_validation, evaluations, history, scores_of
 from sparsegrad.trainer.peak_memory import PeakMemory
+from sparsegrad.trainer.processes import from_main, lost_process
 from sparsegrad.trainer.signals import StopOnSignal
 from sparsegrad.trainer.trainer import RunTrainer
 
@@ -151,7 +145,7 @@ class _Run:
     ) -> None:
         self.config, self.splits, self.device, self.labels, self.stop = config, splits, device, labels, stop
         self.checkpoint = from_main(lambda: last_checkpoint(config.checkpoints))
-        self.environment = environment(device)  # now: the checkout may move on while the run lasts
+        self.environment = describe_environment(device)  # now: the checkout may move on while the run lasts
         check_sizes(config, splits)
         set_seed(config.seed)  # before the model: heads and adapters are drawn from it
         self.tokenizer = load_tokenizer(config.model)

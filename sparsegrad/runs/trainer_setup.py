@@ -26,6 +26,7 @@ from sparsegrad.metrics.language import token_losses
 from sparsegrad.runs.config import RunConfig, TrainConfig
 from sparsegrad.trainer.callbacks import EvaluationSteps, LossWatch, Progress, Stopwatch
 from sparsegrad.trainer.checkpoints import last_checkpoint
+from sparsegrad.trainer.device import pick_device
 from sparsegrad.trainer.peak_memory import PeakMemory
 from sparsegrad.trainer.signals import StopOnSignal
 from sparsegrad.trainer.trainer import RunTrainer
@@ -41,17 +42,6 @@ class TokenSets:
     choose: datasets.Dataset
     report: datasets.Dataset | None
     counts: dict[str, Any] = field(default_factory=dict)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of `train.device`.
-
-    Raises:
-        UserError: for `cuda` on a machine without it.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device=cuda is not allowed: this machine has no CUDA device; use auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def training_batches(rows: datasets.Dataset, config: RunConfig, tokenizer: Any) -> Iterator[dict[str, torch.Tensor]]:

@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsegrad.errors import UserError, check_choice, check_integer, check_number, fail
+from sparsegrad.errors import UserError, check_choice, check_integer, check_number, fail, first_line
 from sparsegrad.metrics import metric_config
 from sparsegrad.metrics.text_classification.text_classification import CONFIGS
 from sparsegrad.runs.config import BESIDE_RUN, RunConfig, build, determining
@@ -159,7 +159,7 @@ def _sweep_config(composed: DictConfig) -> SweepConfig:
     try:
         node: Any = OmegaConf.to_container(composed.sweep, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"sweep cannot be resolved: {str(error).splitlines()[0]}") from None
+        raise UserError(f"sweep cannot be resolved: {first_line(error)}") from None
     try:
         return SweepConfig(**node)
     except TypeError as error:

@@ -92,11 +92,10 @@ def _stop(processes: list[BaseProcess]) -> None:
 
 def _child(content: Any, index: int, count: int, labels: Mapping[str, Any] | None) -> None:
     """One worker process: its share of the machine, then trials."""
-    from sparsegrad.cli import quiet
-    from sparsegrad.runs.model_loading import quiet_transformers
+    from sparsegrad.runs.quiet import quiet_libraries, quiet_transformers
 
     _take_share(index, count)
-    quiet()
+    quiet_libraries()
     quiet_transformers()
     try:
         Worker(open_study(make_plan(OmegaConf.create(content))), labels).work()

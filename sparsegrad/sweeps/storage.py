@@ -18,8 +18,8 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
-from sparsegrad.errors import UserError
-from sparsegrad.runs.records import check_writable
+from sparsegrad.errors import UserError, first_line
+from sparsegrad.files import check_writable
 
 JOURNAL, GRPC = "journal:", "grpc://"
 _FORMS = "give a file such as studies.db, journal:FILE, postgresql://USER@HOST/DATABASE or grpc://HOST:PORT"
@@ -111,8 +111,7 @@ def _patiently(make: Callable[[], BaseStorage]) -> BaseStorage:
 def _reason(error: BaseException, where: str) -> str:
     """The first line of an error, or of what Optuna wrapped in it; without the password."""
     deepest = getattr(error, "orig", None) or error.__cause__ or error
-    lines = str(deepest).strip().splitlines()
-    text = lines[0] if lines else type(deepest).__name__
+    text = first_line(deepest)
     password = _url(where).password if "://" in where else None
     for secret in {str(password), quote_plus(str(password))} if password else ():
         text = text.replace(secret, "***")

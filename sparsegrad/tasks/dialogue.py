@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sparsegrad.errors import UserError
+from sparsegrad.errors import UserError, first_line
 
 ROLES = ("user", "assistant")
 
@@ -57,5 +57,6 @@ def _render(turns: list[Turn], tokenizer: Any, **options: Any) -> str:
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:  # a template may raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the chat template refuses a conversation ({reason}): use task.format=inst") from None
+        raise UserError(
+            f"the chat template refuses a conversation ({first_line(error)}): use task.format=inst"
+        ) from None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import datasets
 
 from sparsegrad.assets.hub import hub_answers
-from sparsegrad.errors import UserError, check_choice
+from sparsegrad.errors import UserError, check_choice, first_line
 from sparsegrad.tasks.base import DataConfig, Splits, Task, label_kind
 from sparsegrad.tasks.glue_files import OFFICIAL, read_local
 
@@ -54,10 +54,10 @@ def _offline_unless(online: bool) -> Iterator[None]:
 
 
 def _unreachable(task: Task, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     prefetch = f"python -c \"import datasets; datasets.load_dataset('{HUB_NAME}', '{task.name}')\""
     return UserError(
-        f"task={task.name}: {HUB_NAME} could not be loaded from the hub or its cache ({reason}); with a network, fill "
-        f"the cache (in HF_HOME): {prefetch}; without, use data.dir=<folder> with {task.name}/train.jsonl and "
-        f"validation.jsonl, or with {OFFICIAL[task.name].folder}/train.tsv of the official GLUE zip, or task=snippets"
+        f"task={task.name}: {HUB_NAME} could not be loaded from the hub or its cache ({first_line(error)}); "
+        f"with a network, fill the cache (in HF_HOME): {prefetch}; without, use data.dir=<folder> with "
+        f"{task.name}/train.jsonl and validation.jsonl, or with {OFFICIAL[task.name].folder}/train.tsv of the official GLUE "
+        "zip, or task=snippets"
     )

@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 
 from sparsegrad.errors import UserError, check_choice
+from sparsegrad.hashing import text_sha256
 from sparsegrad.tasks.base import DataConfig, Splits, Task, check_tokenizer, subset
 from sparsegrad.tasks.dialogue import Turn, write_chat, write_inst
 
@@ -177,9 +178,8 @@ def make_conversations(rows: list[tuple[str, list[Turn]]]) -> datasets.Dataset:
 
 def in_tenth(group: str, salt: str = "heldout") -> bool:
     """Whether a group belongs to a fixed tenth, the same on every machine; each `salt` draws another."""
-    import hashlib
 
-    return int(hashlib.sha256(f"{salt} {group}".encode()).hexdigest(), 16) % _HELDOUT_SHARE == 0
+    return int(text_sha256(f"{salt} {group}"), 16) % _HELDOUT_SHARE == 0
 
 
 def _padding(tokenizer: Any) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 
 from sparsegrad.assets.hub import hub_answers
-from sparsegrad.errors import UserError, fail
+from sparsegrad.errors import UserError, fail, first_line
 from sparsegrad.tasks.base import DataConfig, Splits
 from sparsegrad.tasks.dialogue import Turn
 from sparsegrad.tasks.glue_files import lines
@@ -105,10 +105,10 @@ def _hub_trees() -> tuple[list[Tree], list[Tree]]:
     try:
         found = datasets.load_dataset(HUB_NAME)
     except Exception as error:  # whatever the hub client raises, the user's way out is the same
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"task=oasst1: {HUB_NAME} could not be loaded from the hub or its cache ({reason}); with a network, "
-            f"fill the cache: hf download --repo-type dataset {HUB_NAME}; without, set data.dir=<exported trees>"
+            f"task=oasst1: {HUB_NAME} could not be loaded from the hub or its cache ({first_line(error)}); "
+            f"with a network, fill the cache: hf download --repo-type dataset {HUB_NAME}; without, set "
+            "data.dir=<exported trees>"
         ) from None
     finally:
         datasets.config.HF_HUB_OFFLINE = before

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparsegrad.assets.download import asset_path
 from sparsegrad.errors import UserError
+from sparsegrad.hashing import text_sha256
 from sparsegrad.tasks.base import DataConfig, Splits, Task, make_dataset
 from sparsegrad.tasks.glue_files import lines
 
@@ -49,7 +49,7 @@ class Snippets(Task):
 
 def in_validation(text: str) -> bool:
     """Whether a snippet belongs to the validation tenth."""
-    return int(hashlib.sha256(text.encode("utf-8")).hexdigest(), 16) % _VALIDATION_SHARE == 0
+    return int(text_sha256(text), 16) % _VALIDATION_SHARE == 0
 
 
 def _source(folder: str | None) -> Path:

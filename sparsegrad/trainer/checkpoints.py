@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +15,8 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from sparsegrad.errors import UserError
-from sparsegrad.hashing import tensor_bytes
-from sparsegrad.runs.records import load_json, read_json, write_json
+from sparsegrad.files import load_json, read_json, write_json
+from sparsegrad.hashing import SHORT, file_sha256, tensors_sha256
 
 MANIFEST = "manifest.json"
 KEEP = 2  # the newest ones; the best one stays besides
@@ -88,11 +87,8 @@ def load_state(checkpoint: Path | str) -> TrainerState:
 
 def weights_fingerprint(model: nn.Module) -> str:
     """16 hex digits of all tensors of `model`: equal for bit-equal weights of one layout."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(tensor_bytes(value))
-    return digest.hexdigest()[:16]
+    named = model.state_dict().items()
+    return tensors_sha256((f"{name}{tuple(value.shape)}", value) for name, value in named)[:SHORT]
 
 
 def _judged(check: Callable[[], bool]) -> bool:
@@ -153,5 +149,5 @@ def _step(checkpoint: Path) -> int:
 
 def _fingerprint(path: Path) -> list[Any]:
     """Size and SHA-256 of a file."""
-    with _named(path), path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    with _named(path):
+        return [path.stat().st_size, file_sha256(path)]

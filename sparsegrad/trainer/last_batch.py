@@ -10,8 +10,7 @@ from typing import Any
 from accelerate.state import GradientState  # type: ignore[import-untyped]
 
 from sparsegrad.distributed import rank, world_size
-
-IGNORED = -100  # the label of a token that has no loss
+from sparsegrad.tasks.language import IGNORED
 
 
 def own_rows(state: GradientState, size: int) -> tuple[int, int] | None:

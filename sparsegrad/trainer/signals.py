@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from sparsegrad.distributed import largest
+from sparsegrad.trainer.processes import largest
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REPEAT = 5.0  # seconds in which a signal is a repetition

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from sparsegrad.distributed import average_
-from sparsegrad.errors import UserError
+from sparsegrad.errors import UserError, first_line
 from sparsegrad.trainer.callbacks import LossWatch, Progress
 from sparsegrad.trainer.checkpoints import PREFIX, load_state, prune, read_manifest, seal
 from sparsegrad.trainer.last_batch import own_rows, weighted, without_labels
@@ -162,8 +162,9 @@ def _readable(checkpoint: str | None) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # files that somebody replaced, of another version of torch, or of another model
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{checkpoint} cannot be loaded ({reason}): resume=false starts the run over") from error
+        raise UserError(
+            f"{checkpoint} cannot be loaded ({first_line(error)}): resume=false starts the run over"
+        ) from error
 
 
 class _Unlogged(TrainerCallback):  # type: ignore[misc]

@@ -13,7 +13,7 @@ import torch
 from experiments.bench import __main__ as benchmark
 from experiments.bench import machine, results
 from experiments.bench.arms import ARMS, REFERENCES, arms_of, lora_rank
-from experiments.bench.bars import bars
+from experiments.bench.bars import measured_bars
 from experiments.bench.measure import batches
 from experiments.bench.presets import Decomposition, Planned, Schedule, plan
 from experiments.bench.render import write_table
@@ -154,7 +154,7 @@ def test_nothing_new_is_started_after_the_minutes(tmp_path: Path) -> None:
 
 
 def test_the_bars_are_read_from_the_summary(tmp_path: Path) -> None:
-    found = {bar["bar"]: bar for bar in bars(run(fake(tmp_path)))}
+    found = {bar["bar"]: bar for bar in measured_bars(run(fake(tmp_path)))}
     assert found["fast, speed over peft LoRA"]["met"] is True
     assert found["fast, memory over peft LoRA"]["met"] is False
     assert "merged, speed over full fine-tuning" not in found  # asked at 4,096 tokens alone
@@ -168,11 +168,11 @@ def test_calibration_is_compared_at_the_same_count_or_extrapolated_and_says_so()
         document["decompositions"][f"{method}{count}"] = {
             **shape, "method": method, "count": count, "seconds": seconds,
         }  # fmt: skip
-    speed = [bar for bar in bars(document) if "speed" in bar["bar"]]
+    speed = [bar for bar in measured_bars(document) if "speed" in bar["bar"]]
     assert [(bar["measured"]["median"], bar["how"][:8]) for bar in speed] == [(6.0, "measured"), (7.0, "stacked:")]
-    assert all(bar["met"] for bar in bars(document))
+    assert all(bar["met"] for bar in measured_bars(document))
     document["decompositions"]["stacked4"]["seconds"] = 5.0  # less than of two gradients
-    assert len([bar for bar in bars(document) if "speed" in bar["bar"]]) == 1
+    assert len([bar for bar in measured_bars(document) if "speed" in bar["bar"]]) == 1
 
 
 def test_the_document_has_the_fields_that_its_schema_names(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from experiments.bench.settings import Setting
 from experiments.reproduce import __main__ as runner
 from experiments.reproduce import benchmarks, searches
 from experiments.studies import gradients as measure
-from sparsegrad.runs.records import write_json
+from sparsegrad.files import write_json
 from sparsegrad.sweeps.pool import run_sweep
 
 SETTING = Setting(shape="minilm", blocks=1, batch=2, length=8, padding="none")
@@ -111,11 +111,11 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_tables_13_to_15_are_one_study_a_task(tmp_path: Path) -> None:
-    found = searches.searches("table15", "paper", None, [f"results_dir={tmp_path}"])
+    found = searches.planned_searches("table15", "paper", None, [f"results_dir={tmp_path}"])
     assert [one.study for one in found][:2] == ["paper-roberta_base-full-stsb", "paper-roberta_base-full-cola"]
     assert len(found) == 8
     assert all(one.plan.budget == 40 for one in found)
-    mini = searches.searches("table13", "mini", "somewhere", [f"results_dir={tmp_path}"])
+    mini = searches.planned_searches("table13", "mini", "somewhere", [f"results_dir={tmp_path}"])
     assert [one.plan.base.task.name for one in mini] == ["snippets", "cola", "stsb", "mrpc"]
     assert ["data.dir=somewhere" in one.overrides for one in mini] == [False, True, True, True]
     assert {one.plan.base.model.name for one in mini} == {"minilm"}
@@ -165,7 +165,7 @@ def test_a_launcher_gets_one_job_a_study(commands: list[list[str]], tmp_path: Pa
 
 def test_tasks_can_be_narrowed_and_a_wrong_one_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = f"results_dir={tmp_path}"
-    found = searches.searches("table13", "paper", None, ["task=cola,rte", where])
+    found = searches.planned_searches("table13", "paper", None, ["task=cola,rte", where])
     assert [one.plan.base.task.name for one in found] == ["cola", "rte"]
     assert runner.main(["table13", "--dry", "task=magic", where]) == 2
     assert "search on magic: " in capsys.readouterr().err

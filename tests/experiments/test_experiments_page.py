@@ -13,7 +13,7 @@ from experiments.report import __main__ as report
 from experiments.report import findings, page
 from experiments.report.tables import accuracy, hyperparams, speed, verdict
 from sparsegrad.errors import UserError
-from sparsegrad.runs.records import write_json
+from sparsegrad.files import write_json
 from sparsegrad.sweeps.hparams import read_rows
 
 

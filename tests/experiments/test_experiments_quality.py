@@ -16,9 +16,9 @@ from experiments.report import figures
 from experiments.report.tables import quality
 from experiments.report.tables.accuracy import AVERAGE, MINI_TASKS
 from experiments.studies.captured import ARMS as CAPTURING
-from experiments.studies.captured import captured, leading_energy
+from experiments.studies.captured import capture, leading_energy
 from sparsegrad import hosvd
-from sparsegrad.runs.records import write_json
+from sparsegrad.files import write_json
 
 SCORES = {"sparsegrad": (0.80, 0.82, 0.84), "lora": (0.70, 0.72, 0.74), "sparsegrad_fast": (0.78, 0.80, 0.82)}
 SPEEDS = {"merged": 5.0, "lora_peft": 8.0, "fast": 10.0, "full": 6.0}
@@ -123,7 +123,7 @@ def test_the_front_holds_what_nothing_beats(results: Path) -> None:
 def test_what_an_engine_captures_is_what_it_trains() -> None:
     torch.manual_seed(0)
     G = torch.outer(torch.randn(60), torch.randn(40))
-    shares = captured([G], hosvd([G]))
+    shares = capture([G], hosvd([G]))
     assert set(shares) == set(CAPTURING)
     assert shares["exact, both sides"][0] > 0.999  # rank one: a single entry after rotation
     assert shares["block, proportional"][0] > 0.999

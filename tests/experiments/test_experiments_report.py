@@ -19,10 +19,10 @@ from test_sweep_dashboard import BROWSER
 
 from experiments.report import __main__ as report
 from experiments.report import figures, render
-from experiments.report.collect import collect
+from experiments.report.collect import collect_cells
 from experiments.report.tables import accuracy
 from experiments.report.tables.base import MINI_MARK, Context
-from sparsegrad.runs.records import write_json
+from sparsegrad.files import write_json
 
 
 def record(method: str, task: str, seed: int, value: float | None, **more: Any) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def write(results: Path, name: str, content: Any) -> None:
 
 
 def context(results: Path) -> Context:
-    return Context(results, collect(results / "runs"), "mini")
+    return Context(results, collect_cells(results / "runs"), "mini")
 
 
 def cell(table: Any, column: str, **where: str) -> str:

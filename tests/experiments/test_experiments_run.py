@@ -20,8 +20,8 @@ from experiments.reproduce import __main__ as runner
 from experiments.reproduce import rates
 from experiments.reproduce.cells import EXPERIMENTS, Cell, experiments_of, list_cells
 from sparsegrad.errors import UserError
+from sparsegrad.files import write_json
 from sparsegrad.runs.config import build
-from sparsegrad.runs.records import write_json
 from sparsegrad.runs.runner import run_lock
 
 SEEDS = 4

@@ -14,7 +14,7 @@ from experiments.report.tables import ablation, accuracy, architecture, basis, c
 from experiments.report.tables.base import MINI_MARK
 from experiments.report.tables.grades import grade
 from sparsegrad.errors import UserError
-from sparsegrad.runs.records import write_json
+from sparsegrad.files import write_json
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from experiments.reliability.fuzz import mutate
 from experiments.reliability.fuzz.__main__ import fuzz_all
-from experiments.reliability.fuzz.readers import Reader, readers
-from experiments.report.collect import collect
+from experiments.reliability.fuzz.readers import Reader, all_readers
+from experiments.report.collect import collect_cells
 from sparsegrad.adapter.format import FACTS, TENSORS, _file_sha256
 from sparsegrad.adapter.load import load_adapter
 from sparsegrad.basis import Basis, load_bases, save_bases
@@ -33,7 +33,7 @@ def outcomes() -> dict[str, dict[str, object]]:
 
 
 def test_no_reader_has_a_defect(outcomes: dict[str, dict[str, object]]) -> None:
-    assert set(outcomes) == set(readers())
+    assert set(outcomes) == set(all_readers())
     for name, found in outcomes.items():
         assert found["defects"] == [], name
         assert found["refused"] >= INPUTS / 4, f"{name} refuses too little: its damage does not reach it"
@@ -118,7 +118,7 @@ def test_a_flipped_bit_in_a_stored_basis_is_found(tmp_path: Path) -> None:
 
 def test_a_small_adapter_cannot_ask_for_a_large_product(tmp_path: Path) -> None:
     """Of two bases with 150,000 columns each, the core between them would take 180 GB."""
-    readers()["adapters"].make(tmp_path)
+    all_readers()["adapters"].make(tmp_path)
     tensors = load_file(tmp_path / TENSORS)
     for part, rows in (("out", 12), ("in", 8)):
         tensors[f"up.{part}_basis::basis"] = torch.zeros(rows, 150_000)
@@ -193,7 +193,7 @@ def test_conversations_that_are_not_utf8_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", [{"config": 3}, {"status": []}, {"trainable": {"total": "x"}}, {"result": {}}])
 def test_a_record_of_other_types_is_named(tmp_path: Path, change: dict[str, object]) -> None:
-    readers()["records"].make(tmp_path)
+    all_readers()["records"].make(tmp_path)
     path = tmp_path / "record.json"
     _text(path, json.dumps({**json.loads(path.read_text()), **change}))
     for read in (lambda: find_complete(path), lambda: load_records(tmp_path)):
@@ -203,7 +203,7 @@ def test_a_record_of_other_types_is_named(tmp_path: Path, change: dict[str, obje
 
 def test_a_record_nested_deep_does_not_end_the_report(tmp_path: Path) -> None:
     _text(tmp_path / "a.json", "[" * 100_000)
-    assert len(collect(tmp_path).skipped) == 1
+    assert len(collect_cells(tmp_path).skipped) == 1
 
 
 def test_numbers_beyond_every_float_are_out_of_bounds() -> None:

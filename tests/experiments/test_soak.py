@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.reliability.page import BLOCKS, MISSING, PAGE, RESULTS, filled, fuzz, kills
+from experiments.reliability.page import BLOCKS, MISSING, PAGE, RESULTS, filled, fuzz_section, kills
 from experiments.reliability.soak import COLUMNS, main, read_samples, report
 
 LEAK = 3.0  # MiB an hour
@@ -101,6 +101,6 @@ def test_the_page_says_what_the_files_hold(tmp_path: Path) -> None:
     row |= {"full disk": 4, "cut_checkpoints": 1, "records_compared": 2}
     assert "| lora | 5 | 5 | 5 | 5 | 4 | 1 | 2 | **no** |" in kills({"methods": [row]})
     counts = {"inputs": 2000, "refused": 1500, "accepted": 499, "defect": 1}
-    text = fuzz({"seed": 3, "inputs": 2000, "defects": 1, "readers": {"bases": counts}})
+    text = fuzz_section({"seed": 3, "inputs": 2000, "defects": 1, "readers": {"bases": counts}})
     assert "| bases | 2,000 | 1,500 | 499 | 1 |" in text
     assert "2,000 inputs of seed 3, 1 defects." in text

@@ -11,7 +11,7 @@ from model_zoo import ZOO, tiny_batches, tiny_model
 from torch import Tensor, nn
 
 from sparsegrad import SparseGradAdamW, SparseGradLinear, UserError, calibrate, describe, find_mlp, prepare
-from sparsegrad.api import param_groups
+from sparsegrad.optim.groups import param_groups
 from sparsegrad.targets import LAYOUTS
 
 WIDE, NARROW = (32, 16), (16, 32)

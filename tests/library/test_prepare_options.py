@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from toy_bert import ToyBert
 
 from sparsegrad import Basis, SparseGradAdamW, UserError, calibrate, find_mlp, prepare
-from sparsegrad.api import param_groups
 from sparsegrad.basis import load_bases, save_bases
 from sparsegrad.calibration.grams import Grams
+from sparsegrad.optim.groups import param_groups
 
 LR = 1e-2
 WHOLE = {"intermediate": Basis.identity(32, 16), "output": Basis.identity(16, 32)}

@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 
 from sparsegrad import cli
 from sparsegrad.errors import UserError
+from sparsegrad.files import is_of_writing, write_json
 from sparsegrad.runs import records
-from sparsegrad.runs.records import SCHEMA, environment, find_complete, is_of_writing, load_records, write_json
+from sparsegrad.runs.environment import describe_environment
+from sparsegrad.runs.records import SCHEMA, find_complete, load_records
 
 
 def record(**more: Any) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def test_the_command_says_where_nothing_is(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_the_environment_names_versions_commit_and_hardware() -> None:
-    found = environment(torch.device("cpu"))
+    found = describe_environment(torch.device("cpu"))
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["hardware"]["device"] == "cpu"
     assert found["hardware"]["memory_gib"] > 0

@@ -17,8 +17,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sparsegrad.errors import BusyError, UserError
+from sparsegrad.files import write_json
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.runs.records import find_complete, write_json
+from sparsegrad.runs.records import find_complete
 
 EVALUATIONS = 4
 

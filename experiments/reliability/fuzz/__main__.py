@@ -28,9 +28,10 @@ from typing import Any
 
 from experiments.paths import ROOT
 from experiments.reliability.fuzz import mutate
-from experiments.reliability.fuzz.readers import Reader, readers
+from experiments.reliability.fuzz.readers import Reader, all_readers
 from sparsegrad.errors import UserError
-from sparsegrad.runs.records import environment, write_json
+from sparsegrad.files import write_json
+from sparsegrad.runs.environment import describe_environment
 
 SECONDS = 20  # for one input
 ROOM = 2**31  # bytes of addresses beyond what the process has: to map an oversized file, not to read it as text
@@ -143,7 +144,7 @@ def fuzz_all(inputs: int, seed: int, only: Sequence[str] = ()) -> dict[str, dict
         (place / mutate.OUTSIDE).mkdir()
         (place / mutate.OUTSIDE / "secret").write_text("{}")
         guard = Guard(place / mutate.OUTSIDE)
-        for reader, parts in readers().items():
+        for reader, parts in all_readers().items():
             if not only or reader in only:
                 found[reader] = fuzz(reader, parts, inputs, seed, place, guard)
                 print(
@@ -162,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.reliability.fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=2000, help="of each reader")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--readers", nargs="+", choices=list(readers()), default=[])
+    parser.add_argument("--readers", nargs="+", choices=list(all_readers()), default=[])
     parser.add_argument("--out", type=Path, default=ROOT / "results/reliability/fuzz.json")
     chosen = parser.parse_args(arguments)
     found = fuzz_all(chosen.inputs, chosen.seed, chosen.readers)
@@ -171,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for defect in defects[:40]:
         print(defect)
     facts = {"seed": chosen.seed, "inputs": total, "defects": len(defects), "readers": found}
-    write_json(chosen.out, {**facts, "environment": environment(torch.device("cpu"))})
+    write_json(chosen.out, {**facts, "environment": describe_environment(torch.device("cpu"))})
     return 1 if defects else 0
 
 

@@ -14,10 +14,10 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 
 from experiments.reliability.fuzz import mutate
 from experiments.reliability.fuzz.readers import LINES, TENSOR_FILE, Reader
-from sparsegrad.api import param_groups
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError
 from sparsegrad.optim.adamw import SparseGradAdamW
+from sparsegrad.optim.groups import param_groups
 from sparsegrad.targets import find_mlp
 from sparsegrad.trainer.callbacks import LossWatch
 from sparsegrad.trainer.checkpoints import MANIFEST, is_whole, last_checkpoint, seal

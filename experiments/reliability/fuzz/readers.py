@@ -20,15 +20,17 @@ from torch import nn
 
 from experiments.paths import ROOT
 from experiments.reliability.fuzz import mutate
-from experiments.report.collect import collect
-from sparsegrad.adapter.format import FACTS, TENSORS, Entry, _file_sha256, digest, write_adapter
+from experiments.report.collect import collect_cells
+from sparsegrad.adapter.format import FACTS, TENSORS, Entry, digest, write_adapter
 from sparsegrad.adapter.load import load_adapter, named_tensors
 from sparsegrad.basis import Basis, save_bases
 from sparsegrad.cli import outcome, records_table
 from sparsegrad.errors import UserError
+from sparsegrad.files import write_json
+from sparsegrad.hashing import file_sha256
 from sparsegrad.runs.basis_cache import BasisStore
 from sparsegrad.runs.config import build
-from sparsegrad.runs.records import find_complete, load_records, write_json
+from sparsegrad.runs.records import find_complete, load_records
 from sparsegrad.runs.yaml_check import check_yaml
 from sparsegrad.tasks import DataConfig, Glue, Oasst, Snippets, Task
 
@@ -69,7 +71,7 @@ def _make_collected(folder: Path) -> None:
 
 
 def _read_collected(folder: Path) -> None:
-    store = collect(folder)
+    store = collect_cells(folder)
     if store.skipped:
         raise UserError(store.skipped[0])
 
@@ -115,7 +117,7 @@ def _repair_adapter(folder: Path, draw: random.Random) -> None:
     if draw.random() < 0.8 and (folder / TENSORS).stat().st_size < mutate.HUGE:
         facts = (folder / FACTS).read_bytes()
         try:
-            write_json(folder / FACTS, {**json.loads(facts), "sha256": _file_sha256(folder / TENSORS)})
+            write_json(folder / FACTS, {**json.loads(facts), "sha256": file_sha256(folder / TENSORS)})
         except (ValueError, TypeError, RecursionError):
             (folder / FACTS).write_bytes(facts)  # that file is the damaged one
 
@@ -244,7 +246,7 @@ def _read_configs(folder: Path) -> None:
         build(composed)
 
 
-def readers() -> dict[str, Reader]:
+def all_readers() -> dict[str, Reader]:
     """Name -> reader."""
     from experiments.reliability.fuzz.checkpoints import CHECKPOINTS
 

@@ -11,8 +11,7 @@ from experiments.published import METHODS, TASKS, authors_runs, cells, contradic
 from experiments.published import SEEDS as PAPER_SEEDS
 from experiments.report.collect import Key
 from experiments.report.stats import Summary, summarise, welch_interval
-from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table, hours, interval_text, signed
-from experiments.reproduce.rates import caveat
+from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table, caveat, hours, interval_text, signed
 
 PRINTED_AS = {9: "BERT", 10: "RoBERTa-base"}  # in the headings of Table 5
 MODELS = {4: "roberta_large", 9: "bert_base", 10: "roberta_base"}

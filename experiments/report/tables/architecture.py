@@ -33,7 +33,7 @@ PARTS = {
 }
 
 
-def architecture(name: str) -> dict[str, Any]:
+def architecture_facts(name: str) -> dict[str, Any]:
     """The fields of a model's configuration."""
     if name == "llama":
         return dict(LLAMA)
@@ -47,7 +47,7 @@ def counts(name: str) -> dict[str, int]:
 
     maker = AutoModelForCausalLM if name == "llama" else AutoModel
     with torch.device("meta"):
-        model = maker.from_config(AutoConfig.for_model(**architecture(name)))
+        model = maker.from_config(AutoConfig.for_model(**architecture_facts(name)))
     found = dict.fromkeys(PARTS, 0)
     for parameter_name, parameter in model.named_parameters():
         found[_part(parameter_name)] += parameter.numel()

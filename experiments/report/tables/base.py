@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,3 +101,16 @@ def interval_text(interval: tuple[float, float] | None) -> str:
 def hours(number: float | None) -> str:
     """Hours to two digits; empty for none."""
     return "" if number is None else f"{number:.2f}"
+
+
+def caveat(results_dir: Path) -> str:
+    """What the choice in `mini_rates.json` rests on, and the methods whose best rate is at the edge of the grid."""
+    try:
+        chosen = json.loads((results_dir / "mini_rates.json").read_text())["methods"]
+    except FileNotFoundError:
+        return ""
+    edges = [f"{method} {one['lr']:g}" for method, one in chosen.items() if one["at_edge"]]
+    said = "one seed and two tasks, so another seed may choose otherwise (docs/performance.md, Quality)" + (
+        f"; at an edge of the grid, so perhaps not the best: {', '.join(edges)}" * bool(edges)
+    )
+    return f"Learning rate of each method: results/mini_rates.json, chosen on held-out rows, {said}."

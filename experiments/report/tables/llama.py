@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.mtbench.scores import ModelScores, scores
+from experiments.mtbench.scores import ModelScores, compute_scores
 from experiments.published import METHODS, cells
 from experiments.report.collect import Run
 from experiments.report.stats import summarise
@@ -37,7 +37,7 @@ NOTES = (
 
 def table(context: Context) -> Table:
     """Published cells with our runs of the same, then our runs of other models and of the authors' variant."""
-    graded, shares, store = scores(context.results / "mtbench"), paper_shares(), context.store
+    graded, shares, store = compute_scores(context.results / "mtbench"), paper_shares(), context.store
     found = {key: runs for key, runs in sorted(store.runs.items()) if key[3] == TASK}
     rows, records = [], {}
     for row, method in METHODS.items():

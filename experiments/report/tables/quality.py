@@ -26,9 +26,8 @@ from experiments.report.tables.accuracy import (
     UNCORRECTED,
     Grid,
 )
-from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table, interval_text
+from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table, caveat, interval_text
 from experiments.report.tables.speed import documents, paired_ratio
-from experiments.reproduce.rates import caveat
 
 EXACT, LORA, TUNED = "sparsegrad", "lora", "lora_tuned"
 LORA_ARM = "lora_peft"

@@ -17,8 +17,7 @@ from experiments.report.tables.accuracy import (
     UNCORRECTED,
     Grid,
 )
-from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table, interval_text, signed
-from experiments.reproduce.rates import caveat
+from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table, caveat, interval_text, signed
 
 REFERENCES = ("full", "lora")
 

@@ -1,0 +1,94 @@
+"""Files that are written whole or not at all, and read without trusting their size."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from sparsegrad.errors import UserError, first_line
+
+MAX_JSON = 64 * 2**20  # bytes; a record has some 10,000
+# What a full, read-only or forbidden place answers, and how safetensors and torch.save say so.
+_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+_WRITING_MARKS = ("Error while serializing: I/O error", "inline_container", "PytorchStreamWriter", "iostream error")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` so that `path` is either as before or whole.
+
+    Raises:
+        UserError: when the folder cannot be written or the disk is full; nothing is left behind.
+    """
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write `content` so that `path` is either as before or whole; raises as `write_json`."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("w") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        raise unwritable(path, error) from None
+    finally:
+        if scratch.parent.is_dir():
+            scratch.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: Exception) -> UserError:
+    """The error for a place that cannot be written."""
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return UserError(f"cannot write {path}: {reason}; free space there or choose another folder")
+
+
+def is_of_writing(error: Exception, folders: Iterable[Path | str]) -> bool:
+    """Whether `error` means that a file in one of `folders` could not be written, as on a full disk."""
+    if isinstance(error, OSError):
+        inside = error.filename is None or any(
+            Path(error.filename).absolute().is_relative_to(Path(folder).absolute()) for folder in folders
+        )
+        return error.errno in _WRITING and inside
+    return isinstance(error, SafetensorError | RuntimeError) and any(mark in str(error) for mark in _WRITING_MARKS)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `UserError` unless a file can be made in `folder`, which is created if need be."""
+    probe = folder / f".probe.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of ours.
+
+    Raises:
+        ValueError: when it is missing, damaged, nested too deep, or larger than any of ours.
+    """
+    try:
+        return load_json(path)
+    except OSError as error:
+        raise ValueError(str(error)) from None
+
+
+def load_json(path: Path) -> Any:
+    """As `read_json`, but a file that is missing or cannot be read, whatever it holds, stays an `OSError`."""
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise ValueError(f"{size} bytes are too many")
+    try:
+        return json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError(str(error)) from None

@@ -1,0 +1,19 @@
+"""The device of one process."""
+
+from __future__ import annotations
+
+import torch
+
+from sparsegrad.errors import check_choice, fail
+
+
+def pick_device(name: str, option: str = "train.device") -> torch.device:
+    """The device that `option` asks for: `auto` (the GPU if there is one), `cpu` or `cuda`.
+
+    Raises:
+        UserError: for another name, or for `cuda` on a machine without it.
+    """
+    check_choice(option, name, ("auto", "cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise fail(option, name, "this machine has no CUDA device", "use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
