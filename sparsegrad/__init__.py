@@ -1,12 +1,14 @@
 """SparseGrad: parameter-efficient fine-tuning of the MLP layers of transformers (arXiv 2410.07383)."""
 
-from sparsegrad.adapter.load import Adapter, load_adapter, switch
+from sparsegrad.adapter.load import Adapter, load_adapter, set_adapter, switch
 from sparsegrad.adapter.save import save_adapter
-from sparsegrad.api import prepare
-from sparsegrad.basis import Basis
+from sparsegrad.api import create_sparsegrad_optimizer, prepare
+from sparsegrad.basis import Basis, load_bases, save_bases
 from sparsegrad.calibration.gradients import calibrate
 from sparsegrad.calibration.grams import hosvd
 from sparsegrad.errors import UserError
+from sparsegrad.layers.block import BlockLinear
+from sparsegrad.layers.lean import LeanLinear
 from sparsegrad.layers.replace import to_linears
 from sparsegrad.layers.rotated import SparseGradLinear
 from sparsegrad.layers.sparse_matmul import sparse_dense_matmul
@@ -17,17 +19,23 @@ from sparsegrad.targets import find_mlp
 __all__ = [
     "Adapter",
     "Basis",
+    "BlockLinear",
+    "LeanLinear",
     "Plan",
     "SparseGradAdamW",
     "SparseGradLinear",
     "UserError",
     "calibrate",
+    "create_sparsegrad_optimizer",
     "describe",
     "find_mlp",
     "hosvd",
     "load_adapter",
+    "load_bases",
     "prepare",
     "save_adapter",
+    "save_bases",
+    "set_adapter",
     "sparse_dense_matmul",
     "switch",
     "to_linears",

@@ -12,7 +12,7 @@ from torch import nn
 from sparsegrad.basis import SIDES, Basis
 from sparsegrad.calibration.gradients import Batch, calibrate
 from sparsegrad.distributed import check_same_weights, unwrapped
-from sparsegrad.errors import UserError, check_choice, check_number
+from sparsegrad.errors import UserError, check_choice, check_number, renamed_arguments, warn_renamed
 from sparsegrad.layers.common import check_linear
 from sparsegrad.layers.replace import use_blocks
 from sparsegrad.optim.adamw import SparseGradAdamW
@@ -22,24 +22,26 @@ from sparsegrad.optim.selection import count_kept
 from sparsegrad.optim.summary import describe
 from sparsegrad.targets import Linears, Names, check_trainable, find_mlp
 
-ENGINES = ("merged", "fast")
+ENGINES = ("exact", "fast")
 logger = logging.getLogger(__name__)
 
 
+@renamed_arguments(quiet=True, mlp="target_modules")
+@renamed_arguments(steps="calibration_steps")
 def prepare(
     model: nn.Module,
     batches: Iterable[Batch] | None,
-    mlp: Names | None = None,
+    target_modules: Names | None = None,
     density: float | None = None,
     lr: float = 1e-4,
     *,
     keep: int | None = None,
-    steps: int = 30,
+    calibration_steps: int = 30,
     sides: str = "both",
     moments: str = "dense",
     bases: Mapping[str, Basis] | None = None,
     gram_device: torch.device | str | None = None,
-    engine: str = "merged",
+    engine: str = "exact",
     **adamw: Any,
 ) -> SparseGradAdamW:
     """Calibrate `model` and return the optimizer that fine-tunes it with SparseGrad; then train as ever.
@@ -51,20 +53,20 @@ def prepare(
         model: called as `model(**batch)`, with a `loss` in its result (see `calibrate`); only engine `fast`
             changes it. It may be inside `DistributedDataParallel`, but for `fast`, where DDP comes afterwards; several
             connected processes calibrate together.
-        batches: at least `steps` mappings of tensors with labels, for calibration only; None with `bases`.
-        mlp: layer kind -> pattern of module names, or a list of names, or a layout's name; None finds those of known
-            layouts. See `find_mlp`.
+        batches: at least `calibration_steps` mappings of tensors with labels, for calibration only; None with `bases`.
+        target_modules: the linears to train: names or ends of names, as in `peft`, or layer kind -> pattern of names,
+            or a layout's name; None finds those of known layouts. See `find_mlp`. `mlp=` is an alias.
         density: share of kept entries per weight and step, (0, 1]; default 0.01, the paper's.
         lr: learning rate of all parameters.
         keep: number of kept entries per weight, instead of `density`.
-        steps: calibration steps (paper: 30).
+        calibration_steps: batches of the calibration (paper: 30).
         sides: what is rotated: `both` (the method), or only `in`, `out` or `small`, the side with fewer features; not
             exact, a sixth of the rotation.
         moments: `dense` (the method's), or `support`: a tenth of the memory, not exact; see `sparsegrad.optim.moments`.
         bases: layer kind -> basis, as `load_bases` gives them or `optimizer.bases` of an earlier call: taken instead of
             a calibration, which then does not happen. Of them too only `sides` are used.
         gram_device: where the calibration keeps its sums, `cpu` to spare a GPU's memory; None: on the weights' device.
-        engine: `merged`, the method; or `fast`, which is NOT the exact method: it trains one fixed block of the rotated
+        engine: `exact`, the method; or `fast`, which is NOT the exact method: it trains one fixed block of the rotated
             gradient, not its top entries. Each MLP linear becomes a `BlockLinear`, whose weight is frozen and whose
             core trains; `density` gives its shape, and `weight_decay` acts on the core, not on the weight. Move the
             model to its device before the call; call `to_linears(model)` after training, before saving.
@@ -75,16 +77,19 @@ def prepare(
             sharded ones, or another model on each process, or bases that do not fit it; for what engine `fast` does
             not take (`keep`, `sides`, `moments`, `Conv1D`); before any batch is read. For batches without labels.
     """
+    if engine == "merged":
+        warn_renamed('engine="exact"', 'engine="exact"')
+        engine = "exact"
     _check_options(batches, lr, sides, moments, bases)
     _check_engine(engine, model, keep=keep, sides=sides, moments=moments)
     model = unwrapped(model)
     density = 0.01 if density is None and keep is None else density
-    linears = _find(model, mlp, keep, density, engine)
+    linears = _find(model, target_modules, keep, density, engine)
     SparseGradAdamW(model.parameters(), lr=lr, **adamw)  # refuses what it will refuse, before the calibration
     if bases is None:
         assert batches is not None
         by_kind = {kind: found.values() for kind, found in linears.items()}
-        bases = calibrate(model, batches, by_kind, steps, sides=sides, gram_device=gram_device)
+        bases = calibrate(model, batches, by_kind, calibration_steps, sides=sides, gram_device=gram_device)
     else:
         check_same_weights(model)
         bases = _fitting(bases, linears, sides)
@@ -94,6 +99,7 @@ def prepare(
     else:
         groups = param_groups(model, linears, bases, keep=keep, density=density, moments=moments)
     optimizer = SparseGradAdamW(groups, lr=lr, **adamw)
+    optimizer.model_size = sum(parameter.numel() for parameter in model.parameters())
     logger.info("SparseGrad trains:\n%s", describe(optimizer))
     return optimizer
 
@@ -112,13 +118,13 @@ def _check_options(batches: Any, lr: Any, sides: Any, moments: Any, bases: Any) 
 
 def _check_engine(engine: Any, model: Any, **options: Any) -> None:
     """A known engine, with options that are its own."""
-    if check_choice("engine", engine, ENGINES) == "merged":
+    if check_choice("engine", engine, ENGINES) == "exact":
         return
     usual = {"keep": None, "sides": "both", "moments": "dense"}
     if other := [f"{name}={options[name]}" for name in usual if options[name] != usual[name]]:
         raise UserError(
             f'engine="fast" does not take {", ".join(other)}: density alone sets its block, and sides="both", '
-            'moments="dense" are all it has; leave the others out, or give engine="merged"'
+            'moments="dense" are all it has; leave the others out, or give engine="exact"'
         )
     if unwrapped(model) is not model:
         raise UserError(
@@ -127,15 +133,15 @@ def _check_engine(engine: Any, model: Any, **options: Any) -> None:
         )
 
 
-def _find(model: nn.Module, mlp: Names | None, keep: int | None, density: float | None, engine: str) -> Linears:
+def _find(model: nn.Module, names: Names | None, keep: int | None, density: float | None, engine: str) -> Linears:
     """The MLP linears, all of which can train, hold the kept entries and suit the engine."""
-    linears = find_mlp(model, mlp)
+    linears = find_mlp(model, names)
     check_trainable(linears)
     for found in linears.values():
         for linear in found.values():
             count_kept(linear.weight.shape, keep=keep, density=density)
             if engine == "fast":
-                check_linear(linear, 'engine="fast"', 'give engine="merged"')
+                check_linear(linear, 'engine="fast"', 'give engine="exact"')
     return linears
 
 
@@ -144,7 +150,7 @@ def _fitting(bases: Mapping[str, Basis], linears: Linears, sides: str) -> dict[s
     if bases.keys() != linears.keys():
         raise UserError(
             f"bases are of the kinds {', '.join(bases) or 'none'}, the model's linears of {', '.join(linears)}: give "
-            "the bases that were made with the same mlp=, or calibrate anew"
+            "the bases that were made with the same target_modules=, or calibrate anew"
         )
     for kind, found in linears.items():
         for linear in found.values():
@@ -154,3 +160,8 @@ def _fitting(bases: Mapping[str, Basis], linears: Linears, sides: str) -> dict[s
                     f"{kind}: give the bases of this model, or calibrate anew"
                 )
     return {kind: bases[kind].only(sides) for kind in linears}
+
+
+create_sparsegrad_optimizer = (
+    prepare  # the name of the form that peft's LoRA variants have (`create_loraplus_optimizer`)
+)

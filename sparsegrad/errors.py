@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
-from collections.abc import Collection
-from typing import Any
+import warnings
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class UserError(ValueError):
@@ -24,6 +28,39 @@ class BusyError(UserError):
 def fail(name: str, value: object, allowed: str, remedy: str = "") -> UserError:
     """Build the error for `name=value`; the caller raises it."""
     return UserError(f"{name}={value} is not allowed: {allowed}" + (f"; {remedy}" if remedy else ""))
+
+
+def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
+    """Say once per place that `old` is now called `new`; the caller accepts both."""
+    warnings.warn(f"{old} is now called {new}; the old name still works", FutureWarning, stacklevel=stacklevel)
+
+
+def renamed_arguments(quiet: bool = False, **names: str) -> Callable[[Function], Function]:
+    """Let a function accept arguments under earlier names.
+
+    Args:
+        quiet: do not warn: the old name is a lasting alias.
+        **names: old name -> new name.
+
+    Raises:
+        UserError: from the function, when an argument is given under both names.
+    """
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def accepting(*args: Any, **given: Any) -> Any:
+            for old, new in names.items():
+                if old in given:
+                    if new in given:
+                        raise UserError(f"{old}= and {new}= are one argument: give {new}= alone")
+                    if not quiet:
+                        warn_renamed(f"{old}=", f"{new}=")
+                    given[new] = given.pop(old)
+            return function(*args, **given)
+
+        return accepting  # type: ignore[return-value]
+
+    return decorate
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.distributed import refuse_shards
-from sparsegrad.errors import UserError, check_choice
+from sparsegrad.errors import UserError, check_choice, renamed_arguments
 
 # Layer kind -> pattern that must match the whole module name. Many families share names: ViT of transformers 5.3 has
 # BERT's, that of 5.23 `mlp.fc1`; Gemma, Phi-1 and others are found by the names they share with a family listed here.
@@ -42,14 +42,15 @@ exchanged; the method treats rows and columns alike, and keeps the same entries.
 Names = Mapping[str, str] | Sequence[str] | str
 
 
-def find_mlp(model: nn.Module, mlp: Names | None = None) -> Linears:
+@renamed_arguments(quiet=True, mlp="target_modules")
+def find_mlp(model: nn.Module, target_modules: Names | None = None) -> Linears:
     """Find the MLP linears of `model` by kind.
 
     Args:
         model: any module; nothing is asked of its class.
-        mlp: None: the one layout of `LAYOUTS` whose names the model has; or the name of a layout; or layer kind ->
-            regular expression for the whole module name; or a list of module names or their ends, as `peft`'s
-            `target_modules`: names that differ in numbers alone are one kind (`layers.*.mlp.up_proj`).
+        target_modules: None takes the one layout of `LAYOUTS` whose names the model has. Else the name of a layout; or
+            layer kind -> regular expression for the whole module name; or a list of module names or their ends, as
+            in `peft`: names that differ in numbers alone are one kind (`layers.*.mlp.up_proj`). `mlp=` is an alias.
 
     Raises:
         UserError: for an unknown or ambiguous layout, a bad expression, a kind without linears or with mixed shapes,
@@ -58,7 +59,7 @@ def find_mlp(model: nn.Module, mlp: Names | None = None) -> Linears:
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}, not a torch.nn.Module: give the model itself")
     refuse_shards(model)
-    named = _named(model, mlp)
+    named = _named(model, target_modules)
     _refuse_overlap(named)
     linears = {kind: _linears(model, kind, names) for kind, names in named.items()}
     _refuse_shared(model, linears)
@@ -72,23 +73,26 @@ def check_trainable(linears: Linears) -> None:
             if not linear.weight.requires_grad:
                 raise UserError(
                     f"{name}.weight is frozen (requires_grad=False): call requires_grad_(True) on it, or name the "
-                    "other linears alone with mlp={kind: pattern}"
+                    "other linears alone with target_modules={kind: pattern}"
                 )
             check_updated(linear.weight, f"{name}.weight")
 
 
-def _named(model: nn.Module, mlp: Names | None) -> dict[str, list[str]]:
+def _named(model: nn.Module, names: Names | None) -> dict[str, list[str]]:
     """Layer kind -> names of modules, not yet known to be linears."""
-    if mlp is None:
+    if names is None:
         return _matching(model, _detect(model))
-    if isinstance(mlp, str):
-        return _matching(model, LAYOUTS[check_choice("mlp", mlp, LAYOUTS, "or give {kind: pattern} or a list")])
-    if isinstance(mlp, Mapping) and mlp and all(isinstance(pattern, str) for pattern in mlp.values()):
-        return _matching(model, mlp)
-    if isinstance(mlp, Sequence) and mlp and all(isinstance(name, str) for name in mlp):
-        return _listed(model, mlp)
+    if isinstance(names, str):
+        return _matching(
+            model, LAYOUTS[check_choice("target_modules", names, LAYOUTS, "or give {kind: pattern} or a list")]
+        )
+    if isinstance(names, Mapping) and names and all(isinstance(pattern, str) for pattern in names.values()):
+        return _matching(model, names)
+    if isinstance(names, Sequence) and names and all(isinstance(name, str) for name in names):
+        return _listed(model, names)
     raise UserError(
-        f"mlp={mlp} names no layer kind: give {{kind: pattern}}, a list of module names, or one of {', '.join(LAYOUTS)}"
+        f"target_modules={names} names no layer kind: give {{kind: pattern}}, a list of module names, or one of "
+        f"{', '.join(LAYOUTS)}"
     )
 
 
@@ -99,10 +103,12 @@ def _detect(model: nn.Module) -> dict[str, str]:
     if not fitting:
         raise UserError(
             f"{type(model).__name__} has the MLP names of no known layout ({', '.join(LAYOUTS)}): give "
-            "mlp={kind: pattern of module names}, or a list of names"
+            "target_modules={kind: pattern of module names}, or a list of names"
         )
     if len(fitting) > 1:
-        raise UserError(f"{type(model).__name__} fits the layouts {', '.join(fitting)}: choose one of them as mlp=")
+        raise UserError(
+            f"{type(model).__name__} fits the layouts {', '.join(fitting)}: choose one of them as target_modules="
+        )
     return next(iter(fitting.values()))
 
 
@@ -112,7 +118,7 @@ def _matching(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, list[s
         try:
             matches = re.compile(pattern).fullmatch
         except re.error as error:
-            raise UserError(f"mlp.{kind}={pattern} is not a regular expression: {error}") from None
+            raise UserError(f"target_modules.{kind}={pattern} is not a regular expression: {error}") from None
         named[kind] = [name for name, _ in model.named_modules() if matches(name)]
     return named
 
@@ -138,7 +144,7 @@ def _refuse_overlap(named: Mapping[str, list[str]]) -> None:
         for name in names:
             if name in taken:
                 raise UserError(
-                    f"{name} is of two kinds, mlp.{taken[name]} and mlp.{kind}: write patterns of which one matches it"
+                    f"{name} is of two kinds, {taken[name]} and {kind}: write patterns of which one matches it"
                 )
             taken[name] = kind
 
@@ -148,12 +154,12 @@ def _linears(model: nn.Module, kind: str, names: list[str]) -> dict[str, nn.Line
     if not names:
         raise UserError(
             f"{type(model).__name__} has no MLP linear of kind {kind}: name the model's own modules in "
-            "mlp={kind: pattern}"
+            "target_modules={kind: pattern}"
         )
     found = {name: _linear(name, model.get_submodule(name)) for name in names}
     shapes = {tuple(linear.weight.shape) for linear in found.values()}
     if len(shapes) > 1:
-        raise UserError(f"mlp.{kind} matches weights of shapes {sorted(shapes)}: name one kind per shape")
+        raise UserError(f"kind {kind} matches weights of shapes {sorted(shapes)}: name one kind per shape")
     return found
 
 

@@ -23,7 +23,7 @@ Schema of `results/bench/HARDWARE.json` (schema 1):
     bars        what is asked of the engines, measured, met
 
 Preset `paper` is for Tables 3, 7 and 8: RoBERTa-base, arms `full`, `lora_peft`, `layer_sparse_dense`, `layer_regular`,
-and ours, `merged` and `fast`.
+and ours, `exact` and `fast`.
 """
 
 from __future__ import annotations

@@ -98,17 +98,17 @@ ARMS: dict[str, Arm] = {
         options={"density": AUTHORS_DENSITY, "engine": "layer"},
         bases=True,
     ),
-    "merged": _sparsegrad("SparseGrad, engine merged", "both_sides"),
-    "merged_release": _sparsegrad("merged, gradients released", "both_sides", release_gradients=True),
-    "merged_drop": _sparsegrad(
-        "merged, padding dropped", "both_sides", lambda s: s.padding == "max_length", drop_padding=True
+    "exact": _sparsegrad("SparseGrad, engine exact", "both_sides"),
+    "exact_release": _sparsegrad("exact, gradients released", "both_sides", release_gradients=True),
+    "exact_drop": _sparsegrad(
+        "exact, padding dropped", "both_sides", lambda s: s.padding == "max_length", drop_padding=True
     ),
-    "merged_bf16": _sparsegrad(
-        "merged, inputs kept in bf16", "both_sides", lambda s: s.precision in ("fp32", "tf32"), save_dtype="bf16"
+    "exact_bf16": _sparsegrad(
+        "exact, inputs kept in bf16", "both_sides", lambda s: s.precision in ("fp32", "tf32"), save_dtype="bf16"
     ),
-    "merged_small": _sparsegrad("merged, small side only, not exact", "small_side", sides="small"),
-    "merged_lean": _sparsegrad(
-        "merged, small side, moments on the support, gradients released; not exact",
+    "exact_small": _sparsegrad("exact, small side only, not exact", "small_side", sides="small"),
+    "exact_lean": _sparsegrad(
+        "exact, small side, moments on the support, gradients released; not exact",
         "small_side",
         sides="small",
         moments="support",
@@ -123,8 +123,8 @@ ARMS: dict[str, Arm] = {
     ),
 }
 FIT_ARM = "full"  # measured first in every setting: how many steps fit into the time is counted on it
-PAPER_ARMS = ("full", "lora_peft", "layer_sparse_dense", "layer_regular", "merged", "fast")
-MAIN_ARMS = ("full", "lora_peft", "merged", "fast")
+PAPER_ARMS = ("full", "lora_peft", "layer_sparse_dense", "layer_regular", "exact", "fast")
+MAIN_ARMS = ("full", "lora_peft", "exact", "fast")
 REFERENCES = ("full", "lora_peft", "layer_regular")
 
 

@@ -27,17 +27,17 @@ def measured_bars(document: Document) -> list[dict[str, Any]]:
 def _asked(gpu: bool, tokens: float) -> list[tuple[str, str, str, str, bool, float]]:
     """(what, arm, speed or memory, reference, whether a lower bound, bound)."""
     asked = [
-        ("merged, speed over the paper's layer", "merged", "speed", "layer_regular", True, 2.0),
-        ("merged, memory over full fine-tuning", "merged", "memory", "full", False, 1.0),
-        ("merged, gradients released, memory over full", "merged_release", "memory", "full", False, 1.0),
+        ("exact, speed over the paper's layer", "exact", "speed", "layer_regular", True, 2.0),
+        ("exact, memory over full fine-tuning", "exact", "memory", "full", False, 1.0),
+        ("exact, gradients released, memory over full", "exact_release", "memory", "full", False, 1.0),
         ("fast, speed over peft LoRA", "fast", "speed", "lora_peft", True, 1.15),
         ("fast, memory over peft LoRA", "fast", "memory", "lora_peft", False, 0.85),
     ]
     if gpu:
-        asked.append(("merged, memory over peft LoRA", "merged", "memory", "lora_peft", False, 1.0))
+        asked.append(("exact, memory over peft LoRA", "exact", "memory", "lora_peft", False, 1.0))
     if gpu or tokens == _TOKENS:
         bound = 1.0 if gpu else 0.75
-        asked.append(("merged, speed over full fine-tuning", "merged", "speed", "full", True, bound))
+        asked.append(("exact, speed over full fine-tuning", "exact", "speed", "full", True, bound))
     return asked
 
 

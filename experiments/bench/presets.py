@@ -20,14 +20,14 @@ _BARS = (
     "lora_peft",
     "lora_fused",
     "layer_regular",
-    "merged",
-    "merged_release",
-    "merged_lean",
+    "exact",
+    "exact_release",
+    "exact_lean",
     "fast",
 )
-_FEW_BARS = ("full", "lora_peft", "layer_regular", "merged", "merged_small", "fast")
+_FEW_BARS = ("full", "lora_peft", "layer_regular", "exact", "exact_small", "fast")
 # The arms of the mini accuracy runs: the quality table takes their speed from here.
-_QUALITY = (*_FLOOR_AND_MAIN, "merged_release", "meprop", "authors")
+_QUALITY = (*_FLOOR_AND_MAIN, "exact_release", "meprop", "authors")
 _LLAMA_GIB = 24  # two true-size blocks in float32 with moments and bases
 
 

@@ -16,6 +16,11 @@ from sparsegrad.layers.block import core_shape
 
 SCHEMA = 1
 Document = dict[str, Any]
+# Earlier names of arms, in results measured before the engines were renamed.
+_EARLIER_ARMS = {
+    "merged": "exact",
+    **{f"merged_{name}": f"exact_{name}" for name in ("release", "drop", "bf16", "small", "lean")},
+}
 
 
 def empty() -> Document:
@@ -38,7 +43,23 @@ def read(path: Path) -> Document:
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         found = document.get("schema") if isinstance(document, dict) else type(document).__name__
         raise UserError(f"{path} has schema {found}, this version reads {SCHEMA}: name another --out")
-    return document
+    current: Document = with_current_arms(document)
+    return current
+
+
+def with_current_arms(node: Any) -> Any:
+    """The same document with today's names of arms: as keys, as the value of `arm`, and in the texts of bars."""
+    if isinstance(node, dict):
+        return {_EARLIER_ARMS.get(key, key): _current_value(key, value) for key, value in node.items()}
+    return [with_current_arms(item) for item in node] if isinstance(node, list) else node
+
+
+def _current_value(key: str, value: Any) -> Any:
+    if key == "arm":
+        return _EARLIER_ARMS.get(value, value)
+    if key == "bar":
+        return value.replace("merged", "exact", 1) if value.startswith("merged") else value
+    return with_current_arms(value)
 
 
 def find_cell(document: Document, setting: str, arm: str, repeat: int) -> dict[str, Any] | None:

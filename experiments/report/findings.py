@@ -101,7 +101,7 @@ def _speed(context: Context) -> Iterator[Finding]:
     found = [row for row in speed.measured(context.results) if speed.is_main(row) and row["speed"] is not None]
     for machine, label in dict.fromkeys((row["machine"], row["label"]) for row in found):
         of = {row["arm"]: row for row in found if (row["machine"], row["label"]) == (machine, label)}
-        pairs = [("merged", "layer_regular"), ("merged", "full"), ("fast", "lora_peft")]
+        pairs = [("exact", "layer_regular"), ("exact", "full"), ("fast", "lora_peft")]
         said = [
             f"{arm} {ratio:.2f} times the steps/s of {other}"
             for arm, other in pairs

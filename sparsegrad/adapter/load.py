@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.adapter.format import Entry, digest, read_adapter
-from sparsegrad.errors import UserError
+from sparsegrad.errors import UserError, warn_renamed
 
 # Which adapter is merged into a model; a model that is gone takes its entry along.
 _MERGED: weakref.WeakKeyDictionary[nn.Module, Adapter] = weakref.WeakKeyDictionary()
@@ -97,7 +97,9 @@ class Adapter:
         model = self._living()
         if model in _MERGED:
             which = "this adapter" if self.merged else f"the adapter of {_MERGED[model].folder}"
-            raise UserError(f"{which} is merged already: unmerge it first, or call sparsegrad.switch(model, adapter)")
+            raise UserError(
+                f"{which} is merged already: unmerge it first, or call sparsegrad.set_adapter(model, adapter)"
+            )
         self._swap(self._untouched(model, "load the base and the adapter again"))
         _MERGED[model] = self
 
@@ -153,7 +155,7 @@ class Adapter:
 def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
     """Read and check the adapter in `folder`; the model stays as it is until `Adapter.merge`.
 
-    Several adapters of one base may be loaded; `switch` changes between them. Load them before any is merged. Each
+    Several adapters of one base may be loaded; `set_adapter` changes between them. Load them before any is merged. Each
     holds its values in memory; form `rotated` as large as the weights themselves.
 
     Args:
@@ -172,7 +174,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
     return Adapter(model, Path(folder), facts, patches)
 
 
-def switch(model: nn.Module, adapter: Adapter | None) -> None:
+def set_adapter(model: nn.Module, adapter: Adapter | None) -> None:
     """Make `adapter` the one that is merged into `model`; None: the base alone, as when `adapter` cannot be merged.
 
     Raises:
@@ -185,6 +187,12 @@ def switch(model: nn.Module, adapter: Adapter | None) -> None:
         merged.unmerge()
     if adapter is not None:
         adapter.merge()
+
+
+def switch(model: nn.Module, adapter: Adapter | None) -> None:
+    """The earlier name of `set_adapter`."""
+    warn_renamed("sparsegrad.switch", "sparsegrad.set_adapter")
+    set_adapter(model, adapter)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

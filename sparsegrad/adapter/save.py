@@ -14,7 +14,7 @@ from sparsegrad.adapter.card import write_card
 from sparsegrad.adapter.format import BASIS_PARTS, DTYPES, Entry, digest, write_adapter
 from sparsegrad.adapter.load import named_tensors
 from sparsegrad.basis import Basis
-from sparsegrad.errors import UserError, check_number, first_line
+from sparsegrad.errors import UserError, check_number, first_line, renamed_arguments
 from sparsegrad.layers.replace import refuse_layers
 from sparsegrad.optim.summary import describe
 from sparsegrad.targets import Names, find_mlp
@@ -48,6 +48,7 @@ class Saved:
         return f"MLP weights {_readable(self.mlp_bytes)}{lora}, the rest {_readable(self.rest_bytes)}; tensors: {forms}"
 
 
+@renamed_arguments(quiet=True, mlp="target_modules")
 def save_adapter(
     model: nn.Module,
     folder: str | Path,
@@ -55,7 +56,7 @@ def save_adapter(
     optimizer: Any = None,
     *,
     tolerance: float = 0.0,
-    mlp: Names | None = None,
+    target_modules: Names | None = None,
 ) -> Saved:
     """Write what training changed in `model` to `folder`: safetensors, JSON, and a model card README.md.
 
@@ -67,10 +68,11 @@ def save_adapter(
             tensors by name, of which those of a new head may be missing. None: the name that `from_pretrained` left in
             the model's configuration, as in `peft`.
         optimizer: what `prepare` returned; tells which weights are SparseGrad, their bases and counts. None: those
-            of `mlp`.
+            of `target_modules`.
         tolerance: 0 stores the model bit for bit. Above, an MLP weight's change may be stored as kept entries of the
             rotated space that miss at most this share of it (Frobenius norm), where that is smaller; needs `optimizer`.
-        mlp: without `optimizer`, which weights are SparseGrad, as given to `prepare`; None: those of a known layout.
+        target_modules: without `optimizer`, which weights are SparseGrad, as given to `prepare`; None: those of a
+            known layout. `mlp=` is an alias.
 
     Raises:
         UserError: for a base that cannot be had, has other tensors or lacks SparseGrad weights, a model that differs
@@ -81,7 +83,7 @@ def save_adapter(
     _check_plain(model)
     if tolerance and optimizer is None:
         raise UserError(f"tolerance={tolerance} needs the bases: give optimizer=, what sparsegrad.prepare returned")
-    kinds = _mlp_kinds(model, optimizer, mlp)
+    kinds = _mlp_kinds(model, optimizer, target_modules)
     source, before, new = _base(model, base, kinds)
     entries = _changed(named_tensors(model), before, new, kinds)
     if not entries:
@@ -110,12 +112,12 @@ def _check_plain(model: nn.Module) -> None:
     refuse_layers(model)
 
 
-def _mlp_kinds(model: nn.Module, optimizer: Any, mlp: Names | None) -> dict[str, str]:
+def _mlp_kinds(model: nn.Module, optimizer: Any, names: Names | None) -> dict[str, str]:
     """Parameter name -> layer kind of the SparseGrad weights."""
     if optimizer is None:
-        return {f"{name}.weight": kind for kind, found in find_mlp(model, mlp).items() for name in found}
-    if mlp is not None:
-        raise UserError(f"mlp={mlp} and optimizer=: give one of them, as the optimizer knows its weights")
+        return {f"{name}.weight": kind for kind, found in find_mlp(model, names).items() for name in found}
+    if names is not None:
+        raise UserError(f"target_modules={names} and optimizer=: give one of them, as the optimizer knows its weights")
     tensors = named_tensors(model)
     kinds = {_name_in(tensors, name): group.kind for group in describe(optimizer).taken for name in group.names}
     if unknown := set(kinds) - set(tensors):

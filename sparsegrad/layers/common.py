@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sparsegrad.errors import UserError
 
 
-def check_linear(linear: nn.Module, what: str, remedy: str = "take the engine merged") -> None:
+def check_linear(linear: nn.Module, what: str, remedy: str = "use engine exact") -> None:
     """Raise `UserError` for what is no `nn.Linear`: GPT-2's `Conv1D` has a weight (in, out)."""
     if not isinstance(linear, nn.Linear):
         raise UserError(f"{what} wraps nn.Linear, not {type(linear).__name__}: {remedy}")

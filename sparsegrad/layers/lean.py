@@ -1,6 +1,6 @@
 """A linear that spends less on its weight gradient: padding dropped (exact), inputs kept in bfloat16.
 
-The products y = x W^T and dx = dy W stay as they are; only dW = dy^T x changes. It is made for engine `merged`, which
+The products y = x W^T and dx = dy W stay as they are; only dW = dy^T x changes. It is made for engine `exact`, which
 needs dW as a whole, but gives any optimizer its gradient.
 """
 

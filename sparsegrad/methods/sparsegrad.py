@@ -31,12 +31,12 @@ from sparsegrad.optim.groups import param_groups
 from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.targets import Linears, weight_shapes
 
-ENGINES = ("merged", "layer")
+ENGINES = ("exact", "layer")
 _DTYPES = {None: None, "bf16": torch.bfloat16}
 # Settings of one engine only, with the value that the other leaves them at.
 _OF_ENGINE: dict[str, dict[str, Any]] = {
     "layer": {"backward": "regular"},
-    "merged": {
+    "exact": {
         "sides": "both", "moments": "dense", "release_gradients": False, "drop_padding": False, "save_dtype": None
     },
 }  # fmt: skip
@@ -71,12 +71,12 @@ class SparseGrad:
         density: share of kept entries per weight and step, (0, 1]; or
         keep: their number.
         steps: calibration batches.
-        engine: `merged` (rotation in the optimizer) or `layer` (the paper's `SparseGradLinear`); the same trajectory in
-            exact arithmetic, but for accumulation: `merged` selects once per step, `layer` in every micro-batch.
+        engine: `exact` (rotation in the optimizer) or `layer` (the paper's `SparseGradLinear`); the same trajectory in
+            exact arithmetic, but for accumulation: `exact` selects once per step, `layer` in every micro-batch.
         backward: of engine `layer`: `regular` or `sparse_dense`.
-        sides: what engine `merged` rotates: `both` (the method), or one: `in`, `out`, `small`. Not exact, but the
+        sides: what engine `exact` rotates: `both` (the method), or one: `in`, `out`, `small`. Not exact, but the
             rotation costs a sixth (see docs/performance.md).
-        moments: of engine `merged`: `dense` (the method's), or `support`: a tenth of their memory, not exact.
+        moments: of engine `exact`: `dense` (the method's), or `support`: a tenth of their memory, not exact.
         release_gradients: update each MLP weight as soon as its gradient is there, and free that. Exact.
         drop_padding: leave padding out of the MLP weights' gradients, where it counts nothing. Exact.
         save_dtype: `bf16` keeps the MLP linears' inputs rounded until their weight gradient is made; null as they are.
@@ -86,7 +86,7 @@ class SparseGrad:
     density: float | None = 0.01
     keep: int | None = None
     steps: int = 30
-    engine: str = "merged"
+    engine: str = "exact"
     backward: str = "regular"
     sides: str = "both"
     moments: str = "dense"
@@ -106,7 +106,7 @@ class SparseGrad:
         check_choice("method.release_gradients", self.release_gradients, (True, False))
         check_choice("method.drop_padding", self.drop_padding, (True, False))
         check_choice("method.save_dtype", self.save_dtype, tuple(_DTYPES), "null keeps them as they are")
-        for name, value in _OF_ENGINE["layer" if self.engine == "merged" else "merged"].items():
+        for name, value in _OF_ENGINE["layer" if self.engine == "exact" else "exact"].items():
             if getattr(self, name) != value:
                 raise UserError(
                     f"method.{name}={getattr(self, name)} does not belong to method.engine={self.engine}: "

@@ -1,4 +1,4 @@
-"""Engine `merged`: SparseGrad as one optimizer over ordinary linears (paper, section 3.2).
+"""Engine `exact`: SparseGrad as one optimizer over ordinary linears (paper, section 3.2).
 
 The bases are orthogonal, so training the rotated weight W~ = V^T W U is the same as rotating the gradient, keeping
 its largest entries, running Adam on them in the rotated space, and rotating the sparse update back into W. The model
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsegrad.basis import Basis
 from sparsegrad.distributed import is_shard, shards_error
-from sparsegrad.errors import UserError, check_choice, check_number
+from sparsegrad.errors import UserError, check_choice, check_number, warn_renamed
 from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.optim.rounding import add_stochastic, decay_
 from sparsegrad.optim.selection import Selection, count_kept, select, together
@@ -33,7 +33,7 @@ class SparseGradAdamW(torch.optim.AdamW):
     bfloat16 are rounded stochastically, so that small updates add up.
 
     A step in which a kept entry is not finite changes nothing, neither weights nor moments nor step counts, and is
-    counted in `refused_steps`.
+    counted in `skipped_steps`.
 
     Args:
         params: parameters or groups; a group may hold `basis: Basis`, `keep: int` or `density: float`, and `moments`:
@@ -46,9 +46,10 @@ class SparseGradAdamW(torch.optim.AdamW):
     """
 
     # On the class: torch copies an optimizer without its other attributes.
-    _refused: Tensor | int = 0
+    _skipped: Tensor | int = 0
     _finite: Tensor | None = None  # of the weights that were updated before `step`
     _released: set[Tensor] | None = None
+    model_size: int | None = None  # parameters of the whole model, frozen ones too; `prepare` sets it
 
     def __init__(
         self,
@@ -76,9 +77,15 @@ class SparseGradAdamW(torch.optim.AdamW):
             raise UserError("a group with a basis needs keep or density: give one of them, e.g. density=0.01")
 
     @property
-    def refused_steps(self) -> int:
+    def skipped_steps(self) -> int:
         """Steps that changed nothing because a kept entry of a gradient was not finite."""
-        return int(self._refused)
+        return int(self._skipped)
+
+    @property
+    def refused_steps(self) -> int:
+        """The earlier name of `skipped_steps`."""
+        warn_renamed("refused_steps", "skipped_steps")
+        return self.skipped_steps
 
     @property
     def bases(self) -> dict[str, Basis]:
@@ -138,7 +145,7 @@ class SparseGradAdamW(torch.optim.AdamW):
         self._update([select(group, weights) for group in sparse for weights in together(group["params"])])
         self._step_plain()
         if self._finite is not None:
-            self._refused = self._refused + (~self._finite).int()
+            self._skipped = self._skipped + (~self._finite).int()
         self._finite = None
         if self._released is not None:
             self._released.clear()
@@ -233,7 +240,7 @@ def _check_saved(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> N
 
 
 def _engine(group: dict[str, Any]) -> str:
-    return "fast" if group.get("weight_shape") else "merged"
+    return "fast" if group.get("weight_shape") else "exact"
 
 
 def _apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor) -> None:

@@ -36,16 +36,28 @@ class Plan:
 
     Attributes:
         taken: the SparseGrad weights by kind.
-        rest: number of parameters that plain AdamW trains.
+        rest: number of parameters outside them that train, by plain AdamW.
+        model_size: parameters of the whole model, frozen ones too; None where the optimizer was not made by `prepare`.
     """
 
     taken: tuple[Taken, ...]
     rest: int
+    model_size: int | None = None
+
+    @property
+    def kept(self) -> int:
+        """Entries of all SparseGrad weights that one step changes in the rotated space."""
+        return sum(len(group.names) * group.kept for group in self.taken)
+
+    @property
+    def mlp_size(self) -> int:
+        """Entries of all SparseGrad weights."""
+        return sum(len(group.names) * group.shape[0] * group.shape[1] for group in self.taken)
 
     @property
     def trainable(self) -> int:
         """Gradient entries that one step uses, as the paper counts them: the kept ones and all of the rest."""
-        return self.rest + sum(len(group.names) * group.kept for group in self.taken)
+        return self.rest + self.kept
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("kind", "weights", "shape", "core", "kept of each", "density", "first")]
@@ -57,7 +69,17 @@ class Plan:
             rows = [(*row[:3], *row[4:]) for row in rows]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, f"and {self.rest:,} other parameters by AdamW; trainable: {self.trainable:,}"])
+        return "\n".join([*lines, *self._totals()])
+
+    def _totals(self) -> list[str]:
+        """The share of the MLP weights and of the rest apart, then all of it as `peft` prints it."""
+        mlp = f"MLP weights: {self.kept:,} of {self.mlp_size:,} ({self.kept / self.mlp_size:.2%})"
+        if self.model_size is None:
+            return [f"{mlp}; rest: {self.rest:,} by AdamW", f"trainable params: {self.trainable:,}"]
+        rest = f"rest: {self.rest:,} of {self.model_size - self.mlp_size:,} by AdamW"
+        share = 100 * self.trainable / self.model_size
+        total = f"trainable params: {self.trainable:,} || all params: {self.model_size:,} || trainable%: {share:.4f}"
+        return [f"{mlp}; {rest}", total]
 
 
 def _by(shape: tuple[int, int] | None) -> str:
@@ -75,7 +97,8 @@ def describe(optimizer: Any) -> Plan:
     if not taken:
         raise UserError(f"{type(optimizer).__name__} has no SparseGrad weights: give what sparsegrad.prepare returned")
     rest = [parameter for group in groups if group.get("kind") is None for parameter in group["params"]]
-    return Plan(taken, sum(parameter.numel() for parameter in rest))
+    wrapped = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper holds the optimizer itself
+    return Plan(taken, sum(parameter.numel() for parameter in rest), getattr(wrapped, "model_size", None))
 
 
 def _taken(group: dict[str, Any]) -> Taken:

@@ -13,7 +13,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsegrad.distributed import world_size
-from sparsegrad.errors import UserError, check_choice, check_integer, check_number, check_text, fail, first_line
+from sparsegrad.errors import (
+    UserError,
+    check_choice,
+    check_integer,
+    check_number,
+    check_text,
+    fail,
+    first_line,
+    warn_renamed,
+)
 from sparsegrad.hashing import SHORT, json_sha256
 from sparsegrad.methods.base import Method
 from sparsegrad.runs.model_loading import ModelConfig
@@ -37,6 +46,15 @@ _LATER: dict[tuple[str, str], Any] = {
     ("protocol", "eval_at_start"): False,
     ("protocol", "watch_validation"): False,
 }
+
+# Values that were renamed: (group, name) -> today's value -> the earlier one, which keys are made of.
+_EARLIER: dict[tuple[str, str], dict[Any, Any]] = {("method", "engine"): {"exact": "merged"}}
+
+# What engine `fast` does not have, with the value that leaves it out.
+_NOT_FAST: dict[str, Any] = {
+    "keep": None, "backward": "regular", "sides": "both", "moments": "dense", "release_gradients": False,
+    "drop_padding": False, "save_dtype": None, "basis": None,
+}  # fmt: skip
 
 # What a composed configuration may hold beside one run; `cli` has dealt with it before.
 BESIDE_RUN = ("sweep", "hparams")
@@ -204,6 +222,38 @@ def config_key(resolved: Mapping[str, Any]) -> str:
     return json_sha256(determining(resolved))[:SHORT]
 
 
+def with_current_names(composed: DictConfig) -> DictConfig:
+    """`composed` with today's names: engine `merged` is `exact`; engine `fast` is the method of that name.
+
+    Raises:
+        UserError: for settings beside `method.engine=fast` that this engine does not have.
+    """
+    engine = OmegaConf.select(composed, "method.engine")
+    if engine == "merged":
+        warn_renamed("method.engine=merged", "method.engine=exact")
+        composed = composed.copy()
+        composed.method.engine = "exact"
+    if engine == "fast" and composed.method.name == "sparsegrad":
+        composed = composed.copy()
+        OmegaConf.update(composed, "method", _fast_method(composed), merge=False, force_add=True)
+    return composed
+
+
+def _fast_method(composed: DictConfig) -> dict[str, Any]:
+    """The node of `method=sparsegrad method.engine=fast`: what conf/method/sparsegrad_fast.yaml gives."""
+    method: Any = OmegaConf.to_container(composed.method, resolve=True)
+    usual = {name: OmegaConf.select(composed, f"model.usual.{name}") for name in ("density", "keep", "fast_density")}
+    for name, value in _NOT_FAST.items():
+        allowed = (value, usual["keep"]) if name == "keep" else (value,)
+        if method.get(name, value) not in allowed:
+            raise fail(f"method.{name}", method[name], "engine=fast has only density and steps", "leave it out")
+    density = method["density"]
+    if density is None or density == usual["density"]:
+        density = usual["fast_density"] or density or 0.01
+    target = "sparsegrad.methods.sparsegrad_fast.SparseGradFast"
+    return {"_target_": target, "name": "sparsegrad_fast", "density": density, "steps": method["steps"]}
+
+
 def determining(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a resolved configuration that determines the result."""
     kept = {name: dict(node) if isinstance(node, Mapping) else node for name, node in resolved.items()}
@@ -214,6 +264,9 @@ def determining(resolved: Mapping[str, Any]) -> dict[str, Any]:
     for (group, name), before in _LATER.items():
         if kept.get(group, {}).get(name, before) == before:
             kept.get(group, {}).pop(name, None)
+    for (group, name), values in _EARLIER.items():
+        if name in kept.get(group, {}):
+            kept[group][name] = values.get(kept[group][name], kept[group][name])
     return kept
 
 
@@ -223,6 +276,7 @@ def build(config: DictConfig) -> RunConfig:
     Raises:
         UserError: for a value that is missing, of the wrong type or out of range.
     """
+    config = with_current_names(config)
     try:
         resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:

@@ -39,10 +39,10 @@ def check_processes(config: RunConfig, device: torch.device) -> None:
 
 
 def _check_method(config: RunConfig) -> None:
-    if getattr(config.method, "engine", "merged") == "layer":
+    if getattr(config.method, "engine", "exact") == "layer":
         raise UserError(
             "method.engine=layer is not allowed with several processes: each would keep other entries of its own "
-            "gradient; engine=merged selects once, from the gradient of all, and walks the same path"
+            "gradient; engine=exact selects once, from the gradient of all, and walks the same path"
         )
     if getattr(config.method, "release_gradients", False):
         raise UserError(

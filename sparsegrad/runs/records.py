@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
+ENGINE_NAMES = {"merged": "exact"}  # earlier names of engines, in records made before they changed
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def summary(record: Mapping[str, Any]) -> dict[str, Any]:
         "steps_per_second": record.get("speed", {}).get("steps_per_second"),
         "peak_mib": memory.get("allocated_mib", memory.get("resident_mib")),
         "baseline_mib": memory.get("baseline_mib"),
-        "engine": config["method"].get("engine"),
+        "engine": ENGINE_NAMES.get(engine := config["method"].get("engine"), engine),
         "device": memory.get("device"),
         "finished": record.get("environment", {}).get("finished"),
     }

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sparsegrad.errors import UserError, check_choice, check_integer, check_number, fail, first_line
 from sparsegrad.metrics import metric_config
 from sparsegrad.metrics.text_classification.text_classification import CONFIGS
-from sparsegrad.runs.config import BESIDE_RUN, RunConfig, build, determining
+from sparsegrad.runs.config import BESIDE_RUN, RunConfig, build, determining, with_current_names
 from sparsegrad.sweeps.space import Space, flatten, parse_space
 
 SAMPLERS = ("tpe", "gp", "qmc", "random", "grid")
@@ -127,6 +127,7 @@ def make_plan(composed: DictConfig) -> Plan:
     Raises:
         UserError: for whatever in it cannot be searched.
     """
+    composed = with_current_names(composed)
     sweep = _sweep_config(composed)
     base = build(_with_values(composed, sweep, {}))
     space = parse_space(sweep.space, base.resolved)

@@ -58,6 +58,6 @@ def _unreachable(task: Task, error: Exception) -> UserError:
     return UserError(
         f"task={task.name}: {HUB_NAME} could not be loaded from the hub or its cache ({first_line(error)}); "
         f"with a network, fill the cache (in HF_HOME): {prefetch}; without, use data.dir=<folder> with "
-        f"{task.name}/train.jsonl and validation.jsonl, or with {OFFICIAL[task.name].folder}/train.tsv of the official GLUE "
-        "zip, or task=snippets"
+        f"{task.name}/train.jsonl and validation.jsonl, or with {OFFICIAL[task.name].folder}/train.tsv of the official "
+        "GLUE zip, or task=snippets"
     )

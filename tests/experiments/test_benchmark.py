@@ -23,7 +23,7 @@ from sparsegrad.errors import UserError
 
 CPU = torch.device("cpu")
 SETTING = Setting(shape="mlp_tiny", batch=2, length=8, padding="none", density=0.05)
-SPEEDS = {"full": 2.0, "lora_peft": 4.0, "merged": 1.0, "fast": 5.0}
+SPEEDS = {"full": 2.0, "lora_peft": 4.0, "exact": 1.0, "fast": 5.0}
 SCHEDULE = Schedule(repeats=2, warmup=2, steps=3, calibration_steps=2)
 # Not on the machines that the benchmark goes to, or not to be dragged in.
 BLOCKED = ("hydra", "omegaconf", "datasets", "evaluate", "optuna", "pandas", "sklearn", "tensorly")
@@ -65,7 +65,7 @@ def fake(folder: Path, **more: Any) -> Fake:
     return bench
 
 
-def run(bench: Bench, arms: tuple[str, ...] = ("full", "lora_peft", "merged", "fast")) -> dict[str, Any]:
+def run(bench: Bench, arms: tuple[str, ...] = ("full", "lora_peft", "exact", "fast")) -> dict[str, Any]:
     bench.run([(Planned(preset="core", setting=SETTING), list(arms))], [])
     return dict(json.loads(bench.out.read_text()))
 
@@ -73,7 +73,7 @@ def run(bench: Bench, arms: tuple[str, ...] = ("full", "lora_peft", "merged", "f
 def test_the_arms_are_those_of_the_comparison_and_every_one_can_be_made() -> None:
     assert {
         "frozen", "full", "lora_peft", "lora_dtype", "lora_fused", "meprop", "layer_regular", "layer_sparse_dense",
-        "authors", "merged", "fast",
+        "authors", "exact", "fast",
     } <= set(ARMS)  # fmt: skip
     assert set(REFERENCES) <= set(ARMS)
     for arm in ARMS.values():
@@ -89,7 +89,7 @@ def test_lora_has_as_many_entries_as_are_kept() -> None:
 def test_an_arm_that_differs_only_in_bf16_or_with_padding_is_measured_there_only() -> None:
     assert "lora_dtype" not in arms_of(SETTING, ())
     assert "lora_dtype" in arms_of(replace(SETTING, precision="bf16"), ())
-    assert "merged_drop" not in arms_of(SETTING, ())
+    assert "exact_drop" not in arms_of(SETTING, ())
     assert arms_of(SETTING, ("fast", "full")) == ["full", "fast"]
 
 
@@ -101,7 +101,7 @@ def test_ratios_are_taken_within_a_repeat(tmp_path: Path) -> None:
     summary = run(fake(tmp_path))["summary"][SETTING.key]
     # Every pair agrees although the speeds of the repeats differ by a factor of two.
     assert summary["fast"]["speed"]["lora_peft"] == {"median": 1.25, "min": 1.25, "max": 1.25, "n": 2}
-    assert summary["merged"]["memory"]["full"]["median"] == 0.5
+    assert summary["exact"]["memory"]["full"]["median"] == 0.5
     assert summary["fast"]["steps_per_second"] == {"median": 7.5, "min": 5.0, "max": 10.0, "n": 2}
 
 
@@ -123,13 +123,13 @@ def test_all_arms_take_the_steps_that_the_first_had_time_for(tmp_path: Path) -> 
 
 
 def test_what_is_there_is_not_measured_again_unless_forced(tmp_path: Path) -> None:
-    run(fake(tmp_path), ("full", "merged"))
+    run(fake(tmp_path), ("full", "exact"))
     again = fake(tmp_path)
-    run(again, ("full", "merged", "fast"))
+    run(again, ("full", "exact", "fast"))
     assert again.measured == [("fast", 0), ("fast", 1)]
     assert [job for job, _ in again.asked].count("calibrate") == 0
     forced = fake(tmp_path, force=True)
-    document = run(forced, ("full", "merged"))
+    document = run(forced, ("full", "exact"))
     assert len(forced.measured) == 4
     assert len(document["cells"]) == 6  # replaced, not doubled
 
@@ -141,7 +141,7 @@ def test_a_failure_is_a_result_and_stops_no_other(tmp_path: Path) -> None:
     assert [cell["reason"] for cell in document["cells"] if cell["arm"] == "full"] == ["out of memory"] * 2
     summary = document["summary"][SETTING.key]
     assert summary["full"]["failed"] == ["out of memory"]
-    assert summary["merged"]["speed"]["full"] is None
+    assert summary["exact"]["speed"]["full"] is None
     assert summary["fast"]["speed"]["lora_peft"]["median"] == 1.25
     assert "failed: out of memory" in bench.out.with_suffix(".md").read_text()
 
@@ -157,7 +157,7 @@ def test_the_bars_are_read_from_the_summary(tmp_path: Path) -> None:
     found = {bar["bar"]: bar for bar in measured_bars(run(fake(tmp_path)))}
     assert found["fast, speed over peft LoRA"]["met"] is True
     assert found["fast, memory over peft LoRA"]["met"] is False
-    assert "merged, speed over full fine-tuning" not in found  # asked at 4,096 tokens alone
+    assert "exact, speed over full fine-tuning" not in found  # asked at 4,096 tokens alone
 
 
 def test_calibration_is_compared_at_the_same_count_or_extrapolated_and_says_so() -> None:
@@ -295,7 +295,7 @@ def test_a_real_run_needs_only_torch_transformers_and_peft(tmp_path: Path, monke
     arguments = ["--shape", "tiny", "--task", "cola", "--batch", "2", "--length", "16", "--repeats", "1"]
     counts = ["--warmup", "2", "--steps", "3", "--threads", "1", "--device", "cpu", "--calibration-steps", "2"]
     out = ["--out", str(tmp_path / "x.json"), "--work", str(tmp_path / "w")]
-    arms = ("full", "lora_peft", "merged")
+    arms = ("full", "lora_peft", "exact")
     assert benchmark.main([*arguments, *counts, *out, "--density", "0.05", "--arms", ",".join(arms)]) == 0
     document = json.loads((tmp_path / "x.json").read_text())
     assert [(cell["arm"], cell.get("reason")) for cell in document["cells"]] == [(arm, None) for arm in arms]
@@ -319,7 +319,7 @@ def test_a_decomposition_is_measured_in_a_process_of_its_own(tmp_path: Path) -> 
 
 def test_reflections_spare_the_calibration_and_the_results_say_so(tmp_path: Path) -> None:
     bench = fake(tmp_path, bases="reflections")
-    document = run(bench, ("full", "merged"))
+    document = run(bench, ("full", "exact"))
     assert [job for job, _ in bench.asked].count("calibrate") == 0
     assert document["calibrations"] == {}
     assert document["settings"][SETTING.key]["bases"] == "reflections"

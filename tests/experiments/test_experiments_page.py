@@ -62,7 +62,7 @@ def test_tables_3_7_and_8_show_ours_beside_three_figures_of_others(results: Path
     assert cell(seven, "ours dynamic, steps/s, cpu (scaled)", arm="full", task="cola") == "missing"
     assert cell(seven, "ours padded, steps/s, gpu", arm="full", task="rte") == "9"
     assert cell(eight, "ours dynamic, MiB, cpu (scaled)", arm="full", task="mrpc") == "55"
-    assert cell(eight, "published", arm="merged", task="mrpc") == "none"
+    assert cell(eight, "published", arm="exact", task="mrpc") == "none"
     assert cell(seven, "published", arm="lora_peft", task="average") == "4.7 [its cells average 4.53]"
     assert cell(seven, "ours padded, steps/s, gpu", arm="full", task="average") == ""
 
@@ -191,10 +191,10 @@ def test_findings_have_data_or_are_left_out(results: Path) -> None:
     assert not any("sparsegrad" in question for question in findings.table(context(results)).frame["question"])
     for seed, value in ((42, 0.7), (3705, 0.71)):
         write(results, f"mini/s{seed}", record("sparsegrad", "snippets", seed, value))
-    bench(results, "gpu", [measurement("padded", "merged", 6.0), measurement("padded", "layer_regular", 2.0)])
+    bench(results, "gpu", [measurement("padded", "exact", 6.0), measurement("padded", "layer_regular", 2.0)])
     frame = findings.table(context(results)).frame.set_index("question")["answer"]
     assert frame["MiniLM, protocol paper: how does sparsegrad do?"].startswith("-11.50 points against full over 1 task")
-    assert frame["How fast on gpu, whole model?"] == "merged 3.00 times the steps/s of layer_regular"
+    assert frame["How fast on gpu, whole model?"] == "exact 3.00 times the steps/s of layer_regular"
     assert (
         "Table 4, LoRA prints 83.7, its cells average 84.86"
         in frame["Which printed averages contradict their own cells?"]

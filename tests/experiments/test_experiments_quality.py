@@ -21,7 +21,7 @@ from sparsegrad import hosvd
 from sparsegrad.files import write_json
 
 SCORES = {"sparsegrad": (0.80, 0.82, 0.84), "lora": (0.70, 0.72, 0.74), "sparsegrad_fast": (0.78, 0.80, 0.82)}
-SPEEDS = {"merged": 5.0, "lora_peft": 8.0, "fast": 10.0, "full": 6.0}
+SPEEDS = {"exact": 5.0, "lora_peft": 8.0, "fast": 10.0, "full": 6.0}
 
 
 def losses(first: float, steps: int) -> list[dict[str, float]]:

@@ -109,7 +109,7 @@ def test_the_ablation_counts_what_is_kept_and_sees_the_copied_row(results: Path)
 
 def test_speed_takes_medians_and_ratios_within_a_setting(results: Path) -> None:
     setting = {"shape": "roberta_base", "task": "mrpc", "padding": "longest", "batch": 16, "precision": "fp32"}
-    cells = [("full", 0, 2.0, 100.0), ("full", 1, 4.0, 100.0), ("full", 2, 3.0, 100.0), ("merged", 1, 6.0, 50.0)]
+    cells = [("full", 0, 2.0, 100.0), ("full", 1, 4.0, 100.0), ("full", 2, 3.0, 100.0), ("exact", 1, 6.0, 50.0)]
     rows = [
         {"setting": "s", "arm": arm, "repeat": i, "status": "complete", "steps_per_second": speed, "peak_mib": peak}
         for arm, i, speed, peak in cells
@@ -119,11 +119,11 @@ def test_speed_takes_medians_and_ratios_within_a_setting(results: Path) -> None:
     write_json(results / "bench" / "cpu.json", {"schema": 1, "settings": settings, "cells": [*rows, failed]})
     (results / "bench" / "torn.json").write_text("{")
     table = next(one for one in speed.tables(context(results)) if one.name == "table3_measured")
-    assert list(table.frame["arm"]) == ["full", "merged", "fast"]
+    assert list(table.frame["arm"]) == ["full", "exact", "fast"]
     assert cell(table, "steps/s", arm="fast") == "failed: no memory"
     assert (cell(table, "n", arm="full"), cell(table, "n", arm="fast")) == ("3", "0")
-    assert cell(table, "steps/s", arm="merged") == "6.000"
-    assert (cell(table, "of full", arm="merged"), cell(table, "of full ", arm="merged")) == (
+    assert cell(table, "steps/s", arm="exact") == "6.000"
+    assert (cell(table, "of full", arm="exact"), cell(table, "of full ", arm="exact")) == (
         "1.50",
         "0.50",
     )  # of its repeat

@@ -18,8 +18,8 @@ import pytest
 from judge_server import Judge, Says, serve
 from run_fixtures import ROOT, environment, free_port
 
+from experiments.mtbench import compute_scores, side_by_side
 from experiments.mtbench import judge as judging
-from experiments.mtbench import scores, side_by_side
 from experiments.mtbench.cli import main
 from experiments.mtbench.client import seconds_of
 from experiments.mtbench.judge import parse_grade
@@ -119,25 +119,25 @@ def test_equal_answers_of_another_model_take_the_known_verdict(folder: Path, jud
     run(folder, judge.url, name="other")
     run(folder, judge.url, name="other")
     assert len(judge.asked) == TURNS
-    assert [(one.model, one.judged) for one in scores(folder)] == [("other", TURNS), ("tiny", TURNS)]
+    assert [(one.model, one.judged) for one in compute_scores(folder)] == [("other", TURNS), ("tiny", TURNS)]
     assert len(verdicts(folder)) == 2 * TURNS
 
 
 def test_a_verdict_counts_only_for_the_answer_it_was_given_for(folder: Path, judge: Judge) -> None:
     run(folder, judge.url)
     write_answers(folder, said="something else")
-    (one,) = scores(folder)
+    (one,) = compute_scores(folder)
     assert (one.judge, one.judged, one.unjudged) == (None, 0, TURNS)
     run(folder, judge.url)
     assert len(judge.asked) == 2 * TURNS
-    assert scores(folder)[0].judged == TURNS
+    assert compute_scores(folder)[0].judged == TURNS
 
 
 def test_another_judge_is_asked_anew(folder: Path, judge: Judge) -> None:
     run(folder, judge.url)
     run(folder, judge.url, "--model", "org/k")
     assert len(judge.asked) == 2 * TURNS
-    assert [one.judge for one in scores(folder)] == ["j", "org/k"]
+    assert [one.judge for one in compute_scores(folder)] == ["j", "org/k"]
     assert (folder / "model_judgment" / "org_k_single.jsonl").exists()
 
 
@@ -158,7 +158,7 @@ def test_trouble_that_passes_is_tried_again(folder: Path, judge: Judge, bad: Say
     judge.script = [bad, bad]
     assert run(folder, judge.url, "--workers", "1", "--timeout", "0.4") == 0
     assert len(judge.asked) == TURNS + 2
-    assert scores(folder)[0].judged == TURNS
+    assert compute_scores(folder)[0].judged == TURNS
 
 
 def test_retry_after_holds_all_workers(folder: Path, judge: Judge) -> None:
@@ -221,7 +221,7 @@ def test_a_verdict_without_a_grade_is_asked_once_more_and_then_a_gap(
     assert len(judge.asked) == TURNS + 1
     (gap,) = (row for row in verdicts(folder) if row["question_id"] == "x")
     assert (gap["score"], gap["judgment"], gap["asked"]) == (-1, text or "", 2)
-    (one,) = scores(folder)
+    (one,) = compute_scores(folder)
     assert (one.judged, one.unparsable, one.unjudged, one.mean) == (TURNS - 1, 1, 0, 7.0)
 
 
@@ -230,9 +230,9 @@ def test_a_gap_stays_until_it_is_to_be_asked_again(folder: Path, judge: Judge) -
     run(folder, judge.url)
     judge.for_text = {}
     run(folder, judge.url)
-    assert scores(folder)[0].unparsable == 1
+    assert compute_scores(folder)[0].unparsable == 1
     run(folder, judge.url, "--retry-gaps")
-    assert (scores(folder)[0].unparsable, scores(folder)[0].judged) == (0, TURNS)
+    assert (compute_scores(folder)[0].unparsable, compute_scores(folder)[0].judged) == (0, TURNS)
 
 
 def test_the_second_try_can_bring_the_grade(folder: Path, judge: Judge) -> None:
@@ -254,7 +254,7 @@ def test_one_failing_question_does_not_stop_the_rest(
     judge.for_text = {"said x.0": Says("too long", status=400)}
     assert run(folder, judge.url) == 1
     assert "no verdict: question x, turn 1: status 400: too long" in capsys.readouterr().err
-    (one,) = scores(folder)
+    (one,) = compute_scores(folder)
     assert (one.judged, one.unjudged) == (TURNS - 1, 1)
     judge.for_text = {}
     assert run(folder, judge.url) == 0
@@ -355,7 +355,7 @@ def test_means_by_turn_and_category(folder: Path, judge: Judge) -> None:
     grades = {"said 1.0|": 4, "said 2.0|": 6, "said 1.0": 2, "said 2.0": 8, "said x.0": 10}
     judge.for_text = {text: Says(f"[[{grade}]]") for text, grade in grades.items()}
     run(folder, judge.url)
-    (one,) = scores(folder)
+    (one,) = compute_scores(folder)
     assert one.turn1 == pytest.approx((2 + 8 + 10) / 3)
     assert one.turn2 == pytest.approx((4 + 6) / 2)
     assert one.mean == pytest.approx(30 / 5)
@@ -366,7 +366,7 @@ def test_means_by_turn_and_category(folder: Path, judge: Judge) -> None:
 def test_show_says_what_is_not_judged(folder: Path, judge: Judge, capsys: pytest.CaptureFixture[str]) -> None:
     write_answers(folder, "bare", "unseen")
     run(folder, judge.url)
-    (bare, tiny) = scores(folder)
+    (bare, tiny) = compute_scores(folder)
     assert (bare.label, bare.mean, bare.unjudged, tiny.mean) == ("not judged", None, TURNS, 7.0)
     assert main(["show", "--out", str(folder)]) == 0
     assert "not judged" in " ".join(capsys.readouterr().out.split())

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sparsegrad import UserError, load_adapter, prepare, save_adapter, switch
+from sparsegrad import UserError, load_adapter, prepare, save_adapter, set_adapter
 from sparsegrad.adapter.format import FACTS, TENSORS
 
 Trained = tuple[nn.Module, nn.Module, Any]
@@ -90,7 +90,7 @@ def test_adapters_of_one_base_are_switched(trained: Trained, tmp_path: Path) -> 
         save_adapter(model, tmp_path / name, base)
     one, two = (load_adapter(fresh, tmp_path / name) for name in ("first", "second"))
     for adapter, model in ((one, first), (two, second), (two, second), (one, first), (None, base)):
-        switch(fresh, adapter)
+        set_adapter(fresh, adapter)
         assert equal(bits(fresh), bits(model))
 
 

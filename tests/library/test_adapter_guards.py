@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsegrad import UserError, load_adapter, save_adapter, switch
+from sparsegrad import UserError, load_adapter, save_adapter, set_adapter
 from sparsegrad.adapter.load import Patch, mark
 
 
@@ -195,7 +195,7 @@ def test_a_switch_that_cannot_go_on_leaves_the_base(folder: Path) -> None:
     two._patches["1.bias"].now = mark(torch.zeros(3))
     one.merge()
     with pytest.raises(UserError, match=r"1\.bias was changed"):
-        switch(model, two)
+        set_adapter(model, two)
     assert not one.merged
     assert equal(model, bits(own_model()))
 

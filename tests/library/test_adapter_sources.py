@@ -25,7 +25,7 @@ def stored(folder: Path) -> dict[str, Any]:
 
 def test_a_model_of_ones_own_is_saved_by_the_names_given_to_prepare(tmp_path: Path) -> None:
     base = own_model()
-    with pytest.raises(UserError, match=r"no known layout .*give mlp="):
+    with pytest.raises(UserError, match=r"no known layout .*give target_modules="):
         save_adapter(changed(base), tmp_path, base)
     for mlp in ({"first": "0"}, ["0"]):
         saved = save_adapter(changed(base), tmp_path, base, mlp=mlp)
@@ -39,7 +39,7 @@ def test_a_model_of_ones_own_is_saved_by_the_names_given_to_prepare(tmp_path: Pa
 def test_names_and_an_optimizer_together_are_refused(tmp_path: Path) -> None:
     base = own_model()
     model = changed(base)
-    with pytest.raises(UserError, match=r"mlp=\['1'\] and optimizer=: give one"):
+    with pytest.raises(UserError, match=r"target_modules=\['1'\] and optimizer=: give one"):
         save_adapter(model, tmp_path, base, Prepared(model[0].weight), mlp=["1"])
 
 

@@ -132,7 +132,7 @@ def test_conv1d_is_the_linear_with_its_basis_exchanged() -> None:
 
 def test_conv1d_is_refused_by_engine_layer() -> None:
     conv = next(iter(find_mlp(tiny_model("gpt2"))["c_fc"].values()))
-    with pytest.raises(UserError, match="not Conv1D: take the engine merged"):
+    with pytest.raises(UserError, match="not Conv1D: use engine exact"):
         SparseGradLinear.from_linear(conv, None, keep=1)
 
 
@@ -217,7 +217,7 @@ class TwoLayouts(nn.Module):
 @pytest.mark.parametrize(
     ("model", "mlp", "message"),
     [
-        (nn.Linear(2, 2), None, "Linear has the MLP names of no known layout .*bert.* mlp="),
+        (nn.Linear(2, 2), None, "Linear has the MLP names of no known layout .*bert.* target_modules="),
         (TwoLayouts(), None, "fits the layouts .*gpt2.*: choose one"),
         (nn.Linear(2, 2), [], "names no layer kind"),
         (nn.Linear(2, 2), [3], "names no layer kind"),

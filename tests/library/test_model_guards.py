@@ -23,7 +23,7 @@ def network() -> nn.Module:
 
 
 def test_a_linear_under_two_kinds_is_named_with_both() -> None:
-    with pytest.raises(UserError, match=r"^fc1 is of two kinds, mlp\.a and mlp\.b: write patterns"):
+    with pytest.raises(UserError, match=r"^fc1 is of two kinds, a and b: write patterns"):
         find_mlp(network(), {"a": "fc1", "b": "fc.*1"})
     found = find_mlp(network(), {"a": "fc1", "b": "fc11"})
     assert {kind: list(linears) for kind, linears in found.items()} == {"a": ["fc1"], "b": ["fc11"]}
@@ -44,8 +44,8 @@ def test_the_layer_refuses_a_basis_of_one_side_when_it_is_made(sides: str) -> No
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda conv, basis: SparseGradLinear.from_linear(conv, basis, keep=3), "engine layer wraps .*take the engine"),
-        (lambda conv, basis: BlockLinear.from_linear(conv, basis, (2, 3)), "a block wraps .*take the engine merged"),
+        (lambda conv, basis: SparseGradLinear.from_linear(conv, basis, keep=3), "engine layer wraps .*use engine"),
+        (lambda conv, basis: BlockLinear.from_linear(conv, basis, (2, 3)), "a block wraps .*use engine exact"),
         (lambda conv, _: LeanLinear(conv, drop_padding=True), "a lean linear wraps .*leave drop_padding"),
     ],
 )

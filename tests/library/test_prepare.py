@@ -114,7 +114,7 @@ def test_attention_output_is_no_mlp(model) -> None:
     ("call", "message"),
     [
         (lambda model: prepare(torch.nn.Linear(2, 2), batches(1)), "no known layout .*bert"),
-        (lambda model: prepare(model, batches(30), mlp="gpt9"), "mlp=gpt9 .* bert"),
+        (lambda model: prepare(model, batches(30), mlp="gpt9"), "target_modules=gpt9 .* bert"),
         (lambda model: prepare(model, batches(30), mlp={"up": ".*nothing"}), "has no MLP linear of kind up"),
         (lambda model: prepare(model, batches(30), mlp={"up": "("}), "not a regular expression"),
         (lambda model: prepare(model, batches(30), mlp={"mixed": r".*layer\.\d\.(\w+)\.dense"}), "one kind per shape"),

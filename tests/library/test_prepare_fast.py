@@ -256,10 +256,10 @@ def test_a_stopped_training_goes_on_to_the_bit_without_a_second_calibration(fuse
     assert_equal(bits(to_linears(fresh)), bits(to_linears(whole)))
 
 
-@pytest.mark.parametrize("saved", ["merged", "fast"])
+@pytest.mark.parametrize("saved", ["exact", "fast"])
 def test_the_state_of_the_other_engine_is_refused(saved: str) -> None:
-    optimizers = {"merged": prepare(bert(), BATCHES, steps=3), "fast": fast(bert())}
-    other = "fast" if saved == "merged" else "merged"
+    optimizers = {"exact": prepare(bert(), BATCHES, steps=3), "fast": fast(bert())}
+    other = "fast" if saved == "exact" else "exact"
     message = f"saved state is of engine={saved}, this optimizer of engine={other}: make it with engine={saved}"
     with pytest.raises(UserError, match=message):
         optimizers[other].load_state_dict(optimizers[saved].state_dict())
@@ -325,12 +325,12 @@ def never() -> Any:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": 9}, r'^engine="fast" does not take keep=9: density alone sets .*, or give engine="merged"$'),
+        ({"keep": 9}, r'^engine="fast" does not take keep=9: density alone sets .*, or give engine="exact"$'),
         ({"sides": "small"}, r'^engine="fast" does not take sides=small: .* sides="both", moments="dense" are all'),
         ({"moments": "support"}, '^engine="fast" does not take moments=support: '),
         ({"keep": 9, "sides": "in", "moments": "support"}, "does not take keep=9, sides=in, moments=support: "),
-        ({"engine": "layer"}, "engine=layer is not allowed: choose one of merged, fast"),
-        ({"engine": "Fast"}, "engine=Fast is not allowed: choose one of merged, fast"),
+        ({"engine": "layer"}, "engine=layer is not allowed: choose one of exact, fast"),
+        ({"engine": "Fast"}, "engine=Fast is not allowed: choose one of exact, fast"),
         ({"density": 0}, "density=0"),
         (
             {"bases": {kind: basis.only("in") for kind, basis in WHOLE.items()}},
@@ -347,7 +347,7 @@ def test_what_it_does_not_take_is_named_before_any_batch_is_read(options: dict[s
 
 
 def test_conv1d_is_refused_with_the_other_engine_as_remedy() -> None:
-    with pytest.raises(UserError, match=r'^engine="fast" wraps nn\.Linear, not Conv1D: give engine="merged"$'):
+    with pytest.raises(UserError, match=r'^engine="fast" wraps nn\.Linear, not Conv1D: give engine="exact"$'):
         prepare(tiny_model("gpt2"), never(), engine="fast")
 
 
@@ -359,7 +359,7 @@ def test_a_model_inside_ddp_is_refused_since_ddp_would_not_see_the_cores(monkeyp
         prepare(wrapped, never(), engine="fast")
 
 
-@pytest.mark.parametrize("engine", ["merged", "fast"])
+@pytest.mark.parametrize("engine", ["exact", "fast"])
 def test_a_second_prepare_asks_for_linears_first(engine: str) -> None:
     model = bert()
     fast(model)

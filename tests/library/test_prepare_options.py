@@ -107,7 +107,7 @@ def never() -> Any:
         ({"gram_device": 1.5}, r"gram_device=1\.5 cannot be used"),
         ({"bases": [Basis.identity(32, 16)]}, r"bases is a list: give \{kind: Basis\}, as load_bases"),
         ({"bases": {"output": torch.eye(16)}}, r"bases is a dict: give \{kind: Basis\}"),
-        ({"bases": {}}, "bases are of the kinds none, the model's linears of intermediate, output: .*same mlp="),
+        ({"bases": {}}, "kinds none, the model's linears of intermediate, output: .*same target_modules="),
         ({"bases": {"output": WHOLE["output"]}}, "bases are of the kinds output, the model's linears of intermediate,"),
         ({"bases": {**WHOLE, "gate": WHOLE["output"]}}, "kinds intermediate, output, gate, the model's"),
         (

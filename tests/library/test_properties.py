@@ -298,13 +298,13 @@ def prepared(engine: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     for parameter in model.parameters():
         if parameter.requires_grad:
             basis = bases["up" if parameter.shape == (OUT, IN) else "down"]
-            matrix = parameter.dim() == 2 and engine in ("merged", "layer regular", "layer sparse_dense", "lean")
-            rotate = basis if engine in ("merged", "lean") else None
+            matrix = parameter.dim() == 2 and engine in ("exact", "layer regular", "layer sparse_dense", "lean")
+            rotate = basis if engine in ("exact", "lean") else None
             groups.append({"params": [parameter], **({"basis": rotate, "keep": 5} if matrix else {})})
     return model, SparseGradAdamW(groups, lr=LR)
 
 
-@pytest.mark.parametrize("engine", ["merged", *ENGINES])
+@pytest.mark.parametrize("engine", ["exact", *ENGINES])
 def test_every_engine_compiles_and_walks_the_same_path(engine: str) -> None:
     torch.compiler.reset()
     models = []

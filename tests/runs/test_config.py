@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from run_fixtures import ROOT, Composer, Tiny
 
+from sparsegrad.errors import UserError
 from sparsegrad.runs.config import build, config_key
 
 
@@ -84,3 +85,27 @@ def test_settings_that_came_later_leave_the_keys_of_older_records_alone(tiny: Ti
     for name in ("sides", "moments", "release_gradients", "drop_padding", "save_dtype"):
         del older["method"][name]
     assert config_key(older) == tiny().key
+
+
+def test_the_earlier_name_of_the_exact_engine_is_the_same_run(conf: Composer) -> None:
+    with pytest.warns(FutureWarning, match=r"method\.engine=exact"):
+        earlier = build(conf("method=sparsegrad", "method.engine=merged"))
+    today = build(conf("method=sparsegrad", "method.engine=exact"))
+    assert earlier.key == today.key == build(conf("method=sparsegrad")).key
+    assert earlier.resolved["method"]["engine"] == "exact"
+
+
+@pytest.mark.parametrize("model", ["minilm", "roberta_base", "smollm2", "llama2_7b"])
+def test_engine_fast_is_the_method_sparsegrad_fast(conf: Composer, model: str) -> None:
+    task = "oasst1" if model in ("smollm2", "llama2_7b") else "cola"
+    given = (f"model={model}", f"task={task}")
+    by_engine = build(conf("method=sparsegrad", "method.engine=fast", *given))
+    by_name = build(conf("method=sparsegrad_fast", *given))
+    assert by_engine.key == by_name.key
+    assert by_engine.resolved == by_name.resolved
+
+
+@pytest.mark.parametrize("override", ["method.sides=small", "method.moments=support", "method.keep=9"])
+def test_engine_fast_refuses_what_it_does_not_have(conf: Composer, override: str) -> None:
+    with pytest.raises(UserError, match=override.replace(".", r"\.")):
+        build(conf("method=sparsegrad", "method.engine=fast", override))

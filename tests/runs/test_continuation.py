@@ -26,7 +26,7 @@ def test_a_checkpoint_of_other_data_is_not_continued(tiny: Tiny, tmp_path: Path)
     assert record["data"]["train_rows"] == 20
 
 
-@pytest.mark.parametrize("engine", ["merged", "layer"])
+@pytest.mark.parametrize("engine", ["exact", "layer"])
 def test_a_continued_run_keeps_its_bases_though_the_store_changed(tiny: Tiny, engine: str) -> None:
     """Calibrated anew, trailing directions could turn, and the layer's rotated weights would mean something else."""
     overrides = ("method=sparsegrad", f"method.engine={engine}")

@@ -66,14 +66,14 @@ def test_prepare_and_ddp_in_either_order(wrap_first: bool) -> None:
 
 
 def bfloat16() -> dict[str, Any]:
-    return {"merged": walk_prepared(torch.bfloat16, wrap_first=False), "fast": walk_fast_bfloat16()}
+    return {"exact": walk_prepared(torch.bfloat16, wrap_first=False), "fast": walk_fast_bfloat16()}
 
 
 def test_weights_in_bfloat16_stay_the_same_on_every_process() -> None:
     """They are rounded at random, from noise that does not depend on the process's own generator."""
     first, second = together(2, bfloat16)
     assert first["fast"]["moved"] > 100
-    for engine in ("merged", "fast"):
+    for engine in ("exact", "fast"):
         assert_equal(second[engine]["weights"], first[engine]["weights"], 0, engine)
 
 

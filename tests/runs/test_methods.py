@@ -75,7 +75,7 @@ PAPER = [
     ("roberta_large", "lora", {"rank": 10, "alpha": 1}),
     ("roberta_large", "lora_tuned", {"rank": 10, "alpha": None}),
     ("roberta_base", "meprop", {"density": 0.01, "keep": None}),
-    ("roberta_base", "sparsegrad", {"density": 0.01, "keep": None, "steps": 30, "engine": "merged"}),
+    ("roberta_base", "sparsegrad", {"density": 0.01, "keep": None, "steps": 30, "engine": "exact"}),
     ("bert_base", "sparsegrad_authors", {"density": None, "keep": 28000, "steps": 11}),
     ("roberta_large", "sparsegrad_authors", {"density": None, "keep": 50000, "steps": 11}),
 ]
@@ -122,7 +122,7 @@ def test_the_authors_basis_is_the_transposed_one(model) -> None:
         assert torch.equal(authors.out_basis, basis.out_basis)
 
 
-@pytest.mark.parametrize("engine", ["merged", "layer"])
+@pytest.mark.parametrize("engine", ["exact", "layer"])
 def test_the_authors_bias_gradient_is_rotated(model, engine: str) -> None:
     names = [f"{name}.bias" for found in find_mlp(model).values() for name in found]
     model(**batch()).loss.backward()

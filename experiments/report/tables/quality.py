@@ -31,10 +31,10 @@ from experiments.report.tables.speed import documents, paired_ratio
 
 EXACT, LORA, TUNED = "sparsegrad", "lora", "lora_tuned"
 LORA_ARM = "lora_peft"
-# Method of the accuracy runs -> name here, arm of the benchmark. The default engine `merged` is exact.
+# Method of the accuracy runs -> name here, arm of the benchmark. The default engine `exact` is exact.
 ARMS = {
     "full": ("full fine-tuning", "full"),
-    EXACT: ("SparseGrad, default engine: exact", "merged"),
+    EXACT: ("SparseGrad, default engine: exact", "exact"),
     "sparsegrad_fast": ("SparseGrad fast: block, not exact", "fast"),
     "sparsegrad_authors": ("SparseGrad as the authors' code", "authors"),
     LORA: ("LoRA, peft's default alpha", LORA_ARM),

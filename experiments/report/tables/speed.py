@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.bench.lengths import histograms
+from experiments.bench.results import with_current_arms
 from experiments.published import TASKS, authors_runs, cells, contradicts
 from experiments.report.tables.accuracy import AVERAGE, contradicted
 from experiments.report.tables.base import MISSING, SCALED, Context, Table
@@ -24,7 +25,7 @@ SCHEMA = 1
 PER_TASK = (7, 8)
 PADDINGS = {"max_length": "padded", "longest": "dynamic"}  # of the benchmark -> as a column says it
 BATCH = 16  # of the settings that stand for a table's cells; the others are in the table of all
-# Row as printed -> our arm; the merged engine and the block engine are ours alone.
+# Row as printed -> our arm; the exact engine and the block engine are ours alone.
 ARMS = {
     "Regular FT": "full",
     "LoRA": "lora_peft",
@@ -32,7 +33,7 @@ ARMS = {
     "SparseGrad, Regular": "layer_regular",
 }
 SHORT = {"SparseGrad, Sparse-by-Dense": "SparseGrad SD", "SparseGrad, Regular": "SparseGrad Reg"}
-EXTRA = {"merged": "SparseGrad, merged engine (ours)", "fast": "SparseGrad fast, not exact (ours)"}
+EXTRA = {"exact": "SparseGrad, engine exact (ours)", "fast": "SparseGrad fast, not exact (ours)"}
 SKIPS_PADDING = "layer_sparse_dense"  # so its cost depends on the task's lengths, padded or not
 LOGGED = {"full": "full", "lora_peft": "lora", "layer_regular": "sparsegrad"}
 WHY = (
@@ -76,7 +77,10 @@ def _document(path: Path) -> dict[str, Any] | str:
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         schema = found.get("schema") if isinstance(found, dict) else type(found).__name__
         return f"benchmark schema {schema}, this version reads {SCHEMA}"
-    return found if "cells" in found and "settings" in found else "not a benchmark: no cells or no settings"
+    if "cells" not in found or "settings" not in found:
+        return "not a benchmark: no cells or no settings"
+    current: dict[str, Any] = with_current_arms(found)
+    return current
 
 
 def measured(results: Path, shape: str = MODEL) -> list[dict[str, Any]]:
