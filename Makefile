@@ -32,25 +32,25 @@ quickstart: assets ## fine-tune MiniLM on movie snippets with four methods, and 
 test: assets ## install what is needed and run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 
-# The library's part of the suite, in an environment of its own. TORCH=2.13.0 takes that version, for a machine where
-# the one that pip would choose is not to be had; EXTRAS names extras whose dependencies come too.
-LIBRARY := tests/library
-EXTRAS ?= llama tensorboard
+# The library's tests, in an environment that has its core dependencies alone. TORCH=2.13.0 takes that version, where
+# the one that pip would choose is not to be had; EXTRAS="run" brings an extra too, TESTS=tests/runs its tests.
+TESTS ?= tests/library
+EXTRAS ?=
 comma := ,
-EXTRAS_LIST = $(subst $() ,$(comma),$(strip $(EXTRAS)))
+EXTRAS_LIST = $(if $(EXTRAS),[$(subst $() ,$(comma),$(strip $(EXTRAS)))])
 TORCH_PIN = $(if $(TORCH),torch==$(TORCH))
 
 test-lowest: ## test the library with the lowest versions that pyproject.toml allows, in .venv-lowest
 	$(PYTHON) -m venv --clear .venv-lowest
 	$(PYTHON) scripts/lowest.py $(EXTRAS) $(TORCH_PIN) >.venv-lowest/lowest.txt
 	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/lowest.txt \
-		--editable '.[$(EXTRAS_LIST)]' pytest hypothesis
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(LIBRARY)
+		--editable '.$(EXTRAS_LIST)' pytest
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(TESTS)
 
 test-latest: ## the same with the newest versions that pip finds, in .venv-latest
 	$(PYTHON) -m venv --clear .venv-latest
-	.venv-latest/bin/python -m pip install --quiet --editable '.[$(EXTRAS_LIST)]' $(TORCH_PIN) pytest hypothesis
-	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest $(LIBRARY)
+	.venv-latest/bin/python -m pip install --quiet --editable '.$(EXTRAS_LIST)' $(TORCH_PIN) pytest
+	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest $(TESTS)
 
 lock: $(INSTALLED) ## write constraints.txt anew: the newest versions that go together (TORCH=... holds torch back)
 	mkdir -p build

@@ -10,6 +10,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[[\w,-]+\])?>=(?P<lowest>[\w.]+)(,<[\w.]+)?")
@@ -18,13 +19,22 @@ _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[[\w,-]+\])?>=(?P<lowest>[\w.]+)(
 def lowest(extras: list[str], pins: dict[str, str]) -> list[str]:
     """Lines `name==version` of the direct dependencies, those of `extras` too, with `pins` in the place of bounds."""
     project = tomllib.loads(PROJECT.read_text())["project"]
-    wanted = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
+    wanted = project["dependencies"] + [line for extra in extras for line in _lines(project, extra)]
     found = [_REQUIREMENT.fullmatch(line) for line in wanted]
     unbounded = [line for line, match in zip(wanted, found, strict=True) if match is None]
     if unbounded:
         raise SystemExit(f"no lower bound in {', '.join(unbounded)}: write name>=version")
     bounds = {match["name"]: match["lowest"] for match in found if match is not None}
     return [f"{name}=={version}" for name, version in sorted({**bounds, **pins}.items())]
+
+
+def _lines(project: dict[str, Any], extra: str) -> list[str]:
+    """The requirements of an extra, with those of the project's own extras that it names spelled out."""
+    found = []
+    for line in project["optional-dependencies"][extra]:
+        own = re.fullmatch(rf"{project['name']}\[([\w,-]+)\]", line)
+        found += [one for name in own[1].split(",") for one in _lines(project, name)] if own else [line]
+    return found
 
 
 def main(arguments: list[str]) -> None:

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from sparsegrad.distributed import is_main
-from sparsegrad.errors import UserError
+from sparsegrad.errors import UserError, missing_package
 from sparsegrad.runs.quiet import quiet_libraries
 
 console = Console()
@@ -97,7 +97,7 @@ def _sweeps(name: str) -> Any:
     try:
         return import_module(f"sparsegrad.sweeps.{name}")
     except ModuleNotFoundError as error:
-        raise UserError(f"sweeps need the package {error.name}: pip install 'sparsegrad[sweep]'") from None
+        raise missing_package("a sweep", error.name, "sweep") from None
 
 
 def cap_product_caches() -> None:

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
+from sparsegrad import namesake as namesake  # imported for its check: every module imports this one
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -61,6 +63,13 @@ def renamed_arguments(quiet: bool = False, **names: str) -> Callable[[Function],
         return accepting  # type: ignore[return-value]
 
     return decorate
+
+
+def missing_package(what: str, package: str | None, extra: str) -> UserError:
+    """The error for `what` without the package it needs, with the extra that brings it."""
+    return UserError(
+        f"{what} needs the package {package}: run pip install -e '.[{extra}]' in the checkout of sparsegrad"
+    )
 
 
 def first_line(error: BaseException) -> str:

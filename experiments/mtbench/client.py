@@ -15,7 +15,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-from sparsegrad.errors import UserError, check_integer, check_number, check_text
+from sparsegrad.errors import UserError, check_integer, check_number, check_text, missing_package
 
 _TEMPORARY = (408, 409, 425, 429)
 _REFUSED = (401, 403)
@@ -129,7 +129,7 @@ class Client:
             import httpx2
             import tenacity
         except ModuleNotFoundError as error:
-            raise UserError(f"a judge needs {error.name}: pip install 'sparsegrad[judge]'") from None
+            raise missing_package("a judge", error.name, "judge") from None
         self._errors, self._tenacity = httpx2.TransportError, tenacity
         self.endpoint, self.stop = endpoint, threading.Event()
         self._pace = Pace(endpoint.per_minute, self.stop)

@@ -6,13 +6,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sparsegrad.errors import UserError
+from sparsegrad.errors import missing_package
 
 
 def check_gguf() -> None:
     """Raise `UserError` if the package that reads GGUF is missing."""
     if find_spec("gguf") is None:
-        raise UserError("GGUF weights need the package gguf: pip install 'sparsegrad[llama]'")
+        raise missing_package("reading GGUF weights", "gguf", "llama")
 
 
 def convert(folder: Path, file_name: str) -> None:

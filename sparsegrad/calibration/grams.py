@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsegrad.basis import Basis, small_side
 from sparsegrad.calibration.eigh import is_large, large_eigenvectors, to_host
-from sparsegrad.errors import UserError, check_choice
+from sparsegrad.errors import UserError, check_choice, missing_package
 
 
 @dataclass
@@ -125,10 +125,12 @@ def hosvd(gradients: Iterable[Tensor], method: str = "gram") -> Basis:
 
 
 def _hosvd_stacked(gradients: list[Tensor]) -> Basis:
-    import tensorly
-
     if not gradients:
         raise UserError("HOSVD of no gradients is not defined: give at least one gradient")
+    try:
+        import tensorly
+    except ModuleNotFoundError as error:
+        raise missing_package('hosvd(method="stacked")', error.name, "dev") from None
     tensor = torch.stack(gradients).double().numpy(force=True)  # (count, out, in)
     factors = [
         tensorly.tenalg.svd_interface(tensorly.unfold(tensor, mode), n_eigenvecs=tensor.shape[mode])[0]

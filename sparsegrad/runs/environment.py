@@ -14,7 +14,10 @@ from typing import Any
 import psutil
 import torch
 
-_PACKAGES = ("sparsegrad", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "hydra-core", "numpy")
+_PACKAGES = (
+    "sparsegrad-peft", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "hydra-core", "numpy",
+    "huggingface_hub", "tokenizers",
+)  # fmt: skip
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

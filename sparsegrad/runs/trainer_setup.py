@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from sparsegrad.distributed import is_main, rank, world_size
-from sparsegrad.errors import UserError
+from sparsegrad.errors import UserError, missing_package
 from sparsegrad.metrics import compute_metrics
 from sparsegrad.metrics.language import token_losses
 from sparsegrad.runs.config import RunConfig, TrainConfig
@@ -173,10 +173,7 @@ def check_tracker(config: RunConfig) -> None:
     try:
         __import__(package)
     except ImportError:
-        raise UserError(
-            f"tracker={config.tracker.name} needs the package {package}: pip install 'sparsegrad[{package}]', "
-            "or tracker=none"
-        ) from None
+        raise missing_package(f"tracker={config.tracker.name}", package, package) from None
 
 
 def close_tracker(config: RunConfig) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from sparsegrad.errors import UserError
+from sparsegrad.errors import UserError, missing_package
 
 if TYPE_CHECKING:  # so that a missing Optuna is said in one line
     from sparsegrad.sweeps.storage import Store
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"error: sweeps need the package {error.name}: pip install 'sparsegrad[sweep]'", file=sys.stderr)
+        print(f"error: {missing_package('a sweep', error.name, 'sweep')}", file=sys.stderr)
         return 2
     return 0
 

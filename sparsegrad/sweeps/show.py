@@ -13,7 +13,7 @@ import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from sparsegrad.errors import UserError
+from sparsegrad.errors import UserError, missing_package
 from sparsegrad.sweeps.ledger import FINISHED, REASON, SURPLUS
 from sparsegrad.sweeps.reporter import PROGRESS
 from sparsegrad.sweeps.study import IDENTITY, LABELS
@@ -127,7 +127,7 @@ def _drawn(draw: Callable[[Study, str, Path], None], study: Study, function: str
     try:
         draw(study, function, path)
     except ImportError as error:
-        raise UserError(f"plots need the package {error.name}: pip install 'sparsegrad[sweep]'") from None
+        raise missing_package("drawing plots", error.name, "sweep") from None
     except (ValueError, RuntimeError):
         return False  # importance of fewer than two completed trials, or of trials that are all alike
     return True

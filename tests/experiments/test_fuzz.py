@@ -14,10 +14,11 @@ from experiments.reliability.fuzz import mutate
 from experiments.reliability.fuzz.__main__ import fuzz_all
 from experiments.reliability.fuzz.readers import Reader, all_readers
 from experiments.report.collect import collect_cells
-from sparsegrad.adapter.format import FACTS, TENSORS, _file_sha256
+from sparsegrad.adapter.format import FACTS, TENSORS
 from sparsegrad.adapter.load import load_adapter
 from sparsegrad.basis import Basis, load_bases, save_bases
 from sparsegrad.errors import UserError, check_number
+from sparsegrad.hashing import file_sha256
 from sparsegrad.runs.records import find_complete, load_records
 from sparsegrad.runs.yaml_check import check_yaml, or_exit
 from sparsegrad.tasks import DataConfig, Oasst
@@ -73,7 +74,7 @@ def test_the_guard_sees_what_a_reader_must_not_do(monkeypatch: pytest.MonkeyPatc
         path.write_text("DEEP")
 
     reader = Reader(make, {"f.json": (mutate.pickled, mutate.names_outside, deep)}, careless)
-    monkeypatch.setattr("experiments.reliability.fuzz.__main__.readers", lambda: {"careless": reader})
+    monkeypatch.setattr("experiments.reliability.fuzz.__main__.all_readers", lambda: {"careless": reader})
     (found,) = fuzz_all(40, seed=0).values()
     said = " ".join(str(defect) for defect in found["defects"])
     for what in ("code of a file was run", "open ", "MemoryError"):
@@ -124,7 +125,7 @@ def test_a_small_adapter_cannot_ask_for_a_large_product(tmp_path: Path) -> None:
         tensors[f"up.{part}_basis::basis"] = torch.zeros(rows, 150_000)
     save_file(tensors, tmp_path / TENSORS, {"format": "x"})
     facts = json.loads((tmp_path / FACTS).read_text())
-    _text(tmp_path / FACTS, json.dumps({**facts, "sha256": _file_sha256(tmp_path / TENSORS)}))
+    _text(tmp_path / FACTS, json.dumps({**facts, "sha256": file_sha256(tmp_path / TENSORS)}))
     model = torch.nn.Sequential(torch.nn.Linear(8, 12))
     with pytest.raises(UserError, match="basis of kind up does not fit"):
         load_adapter(model, tmp_path)

@@ -198,7 +198,7 @@ def test_files_are_hashed_once_per_process(toy: Toy, monkeypatch: pytest.MonkeyP
     toy(wheel())
     assets.fetch(["toy"], download=giving(wheel()))
     assets.asset_path("toy")
-    monkeypatch.setattr(assets, "_sha256", offline)
+    monkeypatch.setattr(assets, "file_sha256", offline)
     assert assets.asset_path("toy").is_dir()
 
 
@@ -338,7 +338,7 @@ def test_a_conversion_that_fails_leaves_nothing(toy: Toy, tmp_path: Path, monkey
 
 def test_without_the_reader_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparsegrad.assets.gguf.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'sparsegrad\[llama\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[llama\]'"):
         assets.fetch(["smollm2"], download=offline)
 
 

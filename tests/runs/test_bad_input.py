@@ -26,7 +26,6 @@ from sparsegrad import cli
 from sparsegrad.assets import download as assets
 from sparsegrad.assets.download import assets_root
 from sparsegrad.basis import Basis, save_bases
-from sparsegrad.runs import records
 from sparsegrad.runs import runner as runs
 
 Refused = Callable[..., str]
@@ -236,7 +235,7 @@ def test_basis_files_of_other_models_and_damaged_ones_are_named(refused: Refused
 def test_a_missing_tracker_is_named(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     line = refused("tracker=wandb")
-    assert "pip install 'sparsegrad[wandb]'" in line
+    assert "pip install -e '.[wandb]'" in line
     assert "tracker=none" in line
 
 
@@ -259,7 +258,7 @@ def test_a_full_disk_while_writing_the_record(
 
     def full(path: Path, content: dict[str, Any]) -> None:
         with monkeypatch.context() as disk:
-            disk.setattr(records.os, "fsync", no_space)
+            disk.setattr(os, "fsync", no_space)
             write(path, content)
 
     def no_space(number: int) -> None:

@@ -83,10 +83,10 @@ def test_force_keeps_a_saved_model_until_it_has_a_new_one(tiny: Tiny) -> None:
 
 
 def test_the_record_names_the_code_that_was_started(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsegrad.runs import records
+    from sparsegrad.runs import environment
 
     commits = iter([{"commit": "first"}, {"commit": "second"}])
-    monkeypatch.setattr(records, "_git", lambda: next(commits))
+    monkeypatch.setattr(environment, "_git", lambda: next(commits))
     record, _ = run(tiny())
     assert record["environment"]["git"] == {"commit": "first"}
     assert record["environment"]["started"] <= record["environment"]["finished"]

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from sparsegrad import cli
 from sparsegrad.errors import UserError
 from sparsegrad.files import is_of_writing, write_json
-from sparsegrad.runs import records
 from sparsegrad.runs.environment import describe_environment
 from sparsegrad.runs.records import SCHEMA, find_complete, load_records
 
@@ -53,7 +52,7 @@ def test_an_error_while_writing_leaves_the_old_record(tmp_path: Path, monkeypatc
 
     for where in ("fsync", "getpid"):
         with monkeypatch.context() as patched:
-            patched.setattr(records.os, where, full)
+            patched.setattr(os, where, full)
             with pytest.raises((UserError, OSError), match="No space left"):
                 write_json(path, record(status="other"))
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -80,7 +80,7 @@ def test_the_lock_lies_within_the_bounds(extra: str) -> None:
 def test_lowest_takes_every_bound_and_a_pin_instead() -> None:
     lines = script("lowest").lowest(["llama"], {"torch": "9.9"})
     assert [line.split("==")[0] for line in lines] == sorted(
-        Requirement(line).name for line in [*PROJECT["dependencies"], *EXTRAS["llama"]]
+        requirement.name for requirement in needed([*PROJECT["dependencies"], *EXTRAS["llama"]])
     )
     assert "torch==9.9" in lines
     bounds = dict(line.split("==") for line in lines)

@@ -38,7 +38,7 @@ def address(conf: Composer, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """The address of a dashboard, started as `make dashboard` does, on a study of six trials."""
     program = Path(sys.executable).with_name("optuna-dashboard")
     if not program.exists():
-        pytest.skip("optuna-dashboard is not installed (pip install 'sparsegrad[sweep]')")
+        pytest.skip("optuna-dashboard is not installed (pip install -e '.[sweep]')")
     folder, port = tmp_path_factory.mktemp("dashboard"), free_port()
     places = f"results_dir={folder}", f"work_dir={folder}/work", "sweep.study=shown", "sweep.trials=6"
     composed = conf(*last_wins(*FAKE_SWEEP, *places))

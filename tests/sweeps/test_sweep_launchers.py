@@ -36,7 +36,7 @@ def needs(launcher: str) -> str:
     """The launcher's name, if it is installed."""
     module, extra = {"joblib": ("joblib", "joblib"), "ray": ("ray", "ray")}.get(launcher, ("submitit", "slurm"))
     if find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.hydra_{module}_launcher") is None:
-        pytest.skip(f"hydra/launcher={launcher} is not installed (pip install 'sparsegrad[{extra}]')")
+        pytest.skip(f"hydra/launcher={launcher} is not installed (pip install -e '.[{extra}]')")
     return f"hydra/launcher={launcher}"
 
 

@@ -45,7 +45,7 @@ def postgres() -> Iterator[str]:
     binaries = _postgres_binaries()
     if binaries is None:
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    pytest.importorskip("psycopg", reason="psycopg is not installed (pip install 'sparsegrad[sweep]')")
+    pytest.importorskip("psycopg", reason="psycopg is not installed (pip install -e '.[sweep]')")
     folder = Path(tempfile.mkdtemp(prefix="pg"))
     # The server refuses to run as root.
     user = {"user": "postgres"} if os.getuid() == 0 else {}
