@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from experiments.reliability.fuzz import mutate
 from experiments.reliability.fuzz.__main__ import fuzz_all
-from experiments.reliability.fuzz.readers import Reader, all_readers
+from experiments.reliability.fuzz.base import Reader
+from experiments.reliability.fuzz.readers import all_readers
 from experiments.report.collect import collect_cells
 from sparsegrad.adapter.format import FACTS, TENSORS
 from sparsegrad.adapter.load import load_adapter

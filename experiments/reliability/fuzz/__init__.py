@@ -1,1 +1,1 @@
-"""Wrong files for everything that reads files: each must be read, or refused by a `UserError`."""
+"""Fuzzing of everything that reads files: a damaged file must be read correctly or refused with a `UserError`."""

@@ -1,10 +1,10 @@
-"""Give every reader of files damaged ones, and count what it does.
+"""Give damaged files to every reader of files, and count what happens.
 
-    python -m experiments.reliability.fuzz --inputs 2000 --seed 0     # of each reader; results/reliability/fuzz.json
+    python -m experiments.reliability.fuzz --inputs 2000 --seed 0     # 2,000 inputs per reader
 
-A file that is still right may be accepted. Everything else must be refused by a `UserError`, within seconds, without a
-large allocation, a look outside the folder, a process, or code from a file: all of these are defects. Input `i` of a
-reader follows from the seed alone.
+A damaged file that is still correct may be accepted. Any other must be refused with a `UserError`. These are defects:
+another exception, more than 20 seconds, a large allocation, access outside the folder, a new process, and code run
+from a file. Input `i` of a reader depends on the seed alone. The counts are written to results/reliability/fuzz.json.
 """
 
 from __future__ import annotations
@@ -28,24 +28,26 @@ from typing import Any
 
 from experiments.paths import ROOT
 from experiments.reliability.fuzz import mutate
-from experiments.reliability.fuzz.readers import Reader, all_readers
+from experiments.reliability.fuzz.base import Reader
+from experiments.reliability.fuzz.readers import all_readers
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
 from sparsegrad.runs.environment import describe_environment
 
-SECONDS = 20  # for one input
-ROOM = 2**31  # bytes of addresses beyond what the process has: to map an oversized file, not to read it as text
+SECONDS = 20  # limit for one input
+# Bytes of address space that a reader may add. Enough to map an oversized file, not enough to read it as text.
+ROOM = 2**31
 _PROCESSES = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork")
 
 
 class Guard:
-    """Watches a reader: files outside its folder, processes, code, time and memory."""
+    """Limits time and memory of a reader, and notices files outside its folder, processes and code run from files."""
 
     def __init__(self, forbidden: Path) -> None:
         self.forbidden, self.active = str(forbidden), False
         self.seen: list[str] = []
-        sys.addaudithook(self._audit)
-        signal.signal(signal.SIGALRM, self._late)
+        sys.addaudithook(self._audit)  # cannot be removed: hence `active`
+        signal.signal(signal.SIGALRM, self._raise_timeout)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.active and (event in _PROCESSES or self._is_outside(arguments)):
@@ -56,12 +58,12 @@ class Guard:
         path = os.path.realpath(first) if isinstance(first, str) and "\0" not in first and "/" in first else ""
         return path.startswith(self.forbidden) or path == "/etc/passwd"
 
-    def _late(self, *_: Any) -> None:
+    def _raise_timeout(self, *_: Any) -> None:
         raise TimeoutError(f"longer than {SECONDS} seconds")
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within: limits hold; what was seen is raised at the end."""
+        """Apply the limits inside the block; raise `AssertionError` at its end for anything forbidden that was seen."""
         self.seen.clear()
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -82,20 +84,20 @@ class Guard:
 
 
 def fuzz(name: str, reader: Reader, inputs: int, seed: int, place: Path, guard: Guard) -> dict[str, Any]:
-    """The counts of one reader: by kind of damage, and every defect."""
+    """Fuzz one reader: its counts in total and by kind of damage, and every defect."""
     good, case = place / "good", place / "case"
     shutil.rmtree(good, ignore_errors=True)
     good.mkdir()
     reader.make(good)
     with guard.watching():
-        reader.read(_fresh(good, case))  # as they are, the files must be accepted
+        reader.read(_copy_fresh(good, case))  # undamaged, the files must be accepted
     counts: dict[str, Counter[str]] = {}
     defects = []
     for number in range(inputs):
         draw = random.Random(f"{seed} {name} {number}")
-        folder = _fresh(good, case)
+        folder = _copy_fresh(good, case)
         damage = _damage(reader, folder, draw)
-        outcome, detail = _outcome(reader, folder, guard)
+        outcome, detail = _try_reading(reader, folder, guard)
         counts.setdefault(damage, Counter())[outcome] += 1
         if detail:
             defects.append({"input": number, "damage": damage, "error": detail})
@@ -105,7 +107,7 @@ def fuzz(name: str, reader: Reader, inputs: int, seed: int, place: Path, guard: 
     return {"inputs": inputs, **{one: total[one] for one in names}, "by_damage": by_damage, "defects": defects}
 
 
-def _fresh(good: Path, case: Path) -> Path:
+def _copy_fresh(good: Path, case: Path) -> Path:
     shutil.rmtree(case, ignore_errors=True)
     shutil.copytree(good, case)
     return case
@@ -119,8 +121,8 @@ def _damage(reader: Reader, folder: Path, draw: random.Random) -> str:
     return change.__name__
 
 
-def _outcome(reader: Reader, folder: Path, guard: Guard) -> tuple[str, str]:
-    """`refused`, `accepted`, or `defect` and what it was."""
+def _try_reading(reader: Reader, folder: Path, guard: Guard) -> tuple[str, str]:
+    """(`refused`, ""), (`accepted`, ""), or (`defect`, what happened)."""
     try:
         with guard.watching():
             reader.read(folder)
@@ -135,7 +137,7 @@ def _outcome(reader: Reader, folder: Path, guard: Guard) -> tuple[str, str]:
 
 
 def fuzz_all(inputs: int, seed: int, only: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-    """Reader -> counts."""
+    """Fuzz all readers, or those in `only`: reader -> counts."""
     logging.disable(logging.WARNING)
     found = {}
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
@@ -147,21 +149,18 @@ def fuzz_all(inputs: int, seed: int, only: Sequence[str] = ()) -> dict[str, dict
         for reader, parts in all_readers().items():
             if not only or reader in only:
                 found[reader] = fuzz(reader, parts, inputs, seed, place, guard)
-                print(
-                    f"{reader}: "
-                    + ", ".join(f"{found[reader][one]} {one}" for one in ("refused", "accepted", "defect"))
-                )
-                sys.stdout.flush()
+                counts = ", ".join(f"{found[reader][one]} {one}" for one in ("refused", "accepted", "defect"))
+                print(f"{reader}: {counts}", flush=True)
     logging.disable(logging.NOTSET)
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Status 0 without defects."""
+    """The command line: status 0 without defects, 1 with some."""
     import torch
 
     parser = argparse.ArgumentParser(prog="python -m experiments.reliability.fuzz", description=__doc__.splitlines()[0])
-    parser.add_argument("--inputs", type=int, default=2000, help="of each reader")
+    parser.add_argument("--inputs", type=int, default=2000, help="inputs per reader")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--readers", nargs="+", choices=list(all_readers()), default=[])
     parser.add_argument("--out", type=Path, default=ROOT / "results/reliability/fuzz.json")

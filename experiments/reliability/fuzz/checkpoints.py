@@ -1,4 +1,4 @@
-"""Checkpoints, damaged as an accident does it, and as somebody who writes a new manifest for what he put in."""
+"""The reader of checkpoints, damaged by accident or by an attacker who also writes a matching manifest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 from experiments.reliability.fuzz import mutate
-from experiments.reliability.fuzz.readers import LINES, TENSOR_FILE, Reader
+from experiments.reliability.fuzz.base import LINES, TENSOR_FILE, Reader
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError
 from sparsegrad.optim.adamw import SparseGradAdamW
@@ -46,7 +46,7 @@ def _trainer(folder: Path) -> RunTrainer:
 
 @cache
 def _trained() -> tuple[RunTrainer, Path]:
-    """A trainer and the folder of the two checkpoints that it wrote."""
+    """A trainer and the folder of the two checkpoints that it wrote; once per process, as training takes seconds."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     trainer = _trainer(folder)
     trainer.train()
@@ -62,8 +62,9 @@ def _make(folder: Path) -> None:
 
 
 def _repair(folder: Path, draw: random.Random) -> None:
-    """Half of the time a new manifest; what it says is then true."""
+    """In half of the inputs, write a new manifest that matches the damaged files: the check of hashes then passes."""
     newest = folder / "checkpoint-2"
+    # Hashing an oversized file would take longer than the whole read.
     huge = any(path.stat().st_size >= mutate.HUGE for path in newest.iterdir())
     if draw.random() < 0.5 and not huge:
         seal(newest, FACTS)
@@ -72,10 +73,11 @@ def _repair(folder: Path, draw: random.Random) -> None:
 def _read(folder: Path) -> None:
     found = last_checkpoint(folder)
     if found is None:
-        raise UserError("no checkpoint is whole: the run starts over")
+        raise UserError("no checkpoint is complete: the run starts over")
     assert is_whole(Path(found))
     trainer, _ = _trained()
     trainer._is_done(found)
+    # Loading restores callbacks and adds this one each time; the shared trainer would collect thousands.
     trainer.callback_handler.callbacks = [
         one for one in trainer.callback_handler.callbacks if "Unlogged" not in str(one)
     ]
@@ -83,7 +85,7 @@ def _read(folder: Path) -> None:
     trainer._load_optimizer_and_scheduler(found)
     trainer._load_rng_state(found)
     if found.endswith("1"):
-        raise UserError("the newest is damaged: the one before is used")
+        raise UserError("the newest checkpoint is damaged: the run resumes from the one before")
 
 
 CHECKPOINTS = Reader(

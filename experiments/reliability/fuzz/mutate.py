@@ -1,4 +1,4 @@
-"""Ways to damage a file: of any kind, of JSON, of safetensors. All draws come from one `random.Random`."""
+"""Ways to damage a file of any kind, a JSON file or a safetensors file; randomness comes from one `random.Random`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-OUTSIDE = "outside"  # a folder that no reader may touch; names in files point there
-PAYLOAD = "code-was-run"  # the folder that a disguised pickle makes there, if it is loaded
-HUGE = 3 * 2**29  # bytes of an oversized file; sparse, it takes no room
+OUTSIDE = "outside"  # a folder that no reader may touch; names in damaged files point there
+PAYLOAD = "code-was-run"  # the folder that a disguised pickle creates in OUTSIDE if it is loaded
+HUGE = 3 * 2**29  # bytes of an oversized file; the file is sparse, so it uses no disk space
 
 
 class Payload:
-    """Unpickled, it makes a folder: the proof that code was run."""
+    """An object that creates a folder when it is unpickled: proof that code was run."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -33,18 +33,18 @@ class Payload:
 
 
 def outside(path: Path) -> Path:
-    """The forbidden folder beside the one that `path` lies in."""
+    """The forbidden folder next to the folder of `path`."""
     return next(parent / OUTSIDE for parent in path.parents if (parent / OUTSIDE).is_dir())
 
 
 def truncated(path: Path, draw: random.Random) -> None:
-    """Cut anywhere, also to nothing."""
+    """Cut the file at any byte, possibly to nothing."""
     content = path.read_bytes()
     path.write_bytes(content[: draw.choice([0, draw.randrange(len(content)), max(0, len(content) - 1)])])
 
 
 def bits_flipped(path: Path, draw: random.Random) -> None:
-    """One to sixteen bits, in the beginning as often as anywhere."""
+    """Flip one to sixteen bits; half of them in the first 200 bytes, where headers are."""
     content = bytearray(path.read_bytes())
     for _ in range(draw.choice([1, 1, 2, 16])):
         content[draw.randrange(draw.choice([len(content), min(200, len(content))]))] ^= 1 << draw.randrange(8)
@@ -52,7 +52,7 @@ def bits_flipped(path: Path, draw: random.Random) -> None:
 
 
 def spliced(path: Path, draw: random.Random) -> None:
-    """A piece taken out, doubled, or replaced by other bytes."""
+    """Remove, repeat or replace a piece of the file."""
     content = path.read_bytes()
     begin = draw.randrange(len(content))
     end = min(len(content), begin + draw.choice([1, 8, 100, 1000]))
@@ -61,7 +61,7 @@ def spliced(path: Path, draw: random.Random) -> None:
 
 
 def oversized(path: Path, draw: random.Random) -> None:
-    """Grown to gigabytes, or a header that claims as much."""
+    """Grow the file to gigabytes, or write a header that claims as much."""
     if draw.random() < 0.3:
         os.truncate(path, HUGE)
     else:
@@ -71,7 +71,7 @@ def oversized(path: Path, draw: random.Random) -> None:
 
 
 def pickled(path: Path, draw: random.Random) -> None:
-    """A pickle that runs code, as it is, in torch's archive, or behind a header of another format."""
+    """Replace the file by a pickle that runs code: plain, in a torch archive, or behind a safetensors-like header."""
     payload = Payload(str(outside(path) / PAYLOAD))
     plain = pickle.dumps(payload)
     archive = io.BytesIO()
@@ -88,19 +88,19 @@ _VALUES: tuple[Any, ...] = (
 
 
 def json_changed(path: Path, draw: random.Random) -> None:
-    """Values of other types and ranges, keys gone or doubled, in one to three places of a line."""
+    """Change types or values, and drop, rename or repeat keys, in one to three places."""
     _on_a_line(path, draw, lambda content: _change(content, draw, _VALUES))
 
 
 def names_outside(path: Path, draw: random.Random) -> None:
-    """A name or key that leads out of the folder."""
+    """Put in a name or key that points outside the folder."""
     secret = outside(path) / "secret"
     names = (f"../{OUTSIDE}/secret", str(secret), "../../../../etc/passwd", "a/../b", "..", "/", "~/x", "\\\\x\\y")
     _on_a_line(path, draw, lambda content: _change(content, draw, names))
 
 
 def nested_deep(path: Path, draw: random.Random) -> None:
-    """Brackets in brackets, and a number of too many digits."""
+    """Put in deeply nested brackets, or a number of 5,000 digits."""
     depth = draw.choice([900, 5000, 200_000])
     deep = draw.choice(["[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth, "9" * 5000])
     _on_a_line(path, draw, lambda content: _change(content, draw, ("DEEP",)), lambda text: text.replace('"DEEP"', deep))
@@ -124,7 +124,7 @@ def _on_a_line(
 
 
 def _change(content: Any, draw: random.Random, values: tuple[Any, ...]) -> Any:
-    """The content with one random place changed."""
+    """`content` with one random place changed."""
     places = list(_places(content))
     if not places or draw.random() < 0.02:
         return deepcopy(draw.choice(values))  # a later change must not reach the list of values itself
@@ -150,7 +150,7 @@ def _places(node: Any) -> Any:
 
 
 def tensors_changed(path: Path, draw: random.Random) -> None:
-    """A well-formed safetensors file with a tensor of another type, shape, name or content."""
+    """Write a valid safetensors file with a tensor of another type, shape, name or content, or with other metadata."""
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -163,7 +163,7 @@ def tensors_changed(path: Path, draw: random.Random) -> None:
         sizes = [(-1,), (0, *tensor.shape), (*tensor.shape, 1), ()]
         size = draw.choice(sizes)
         tensors[name] = tensor.reshape(-1) if size == (-1,) else tensor.new_zeros(size)
-    elif how == "wide":  # so many columns that a product with another would not fit into memory
+    elif how == "wide":  # a product with this many columns would not fit into memory
         tensors[name] = torch.zeros(tensor.shape[0] if tensor.dim() else 1, 150_000)
     elif how == "name":
         tensors[draw.choice(["../outside/secret", "", "x" * 500, "up::values", "/etc/passwd"])] = tensors.pop(name)
@@ -176,12 +176,12 @@ def tensors_changed(path: Path, draw: random.Random) -> None:
     elif metadata:
         metadata[draw.choice(sorted(metadata))] = draw.choice(["", "x", "[]", "{}", '"up"', "[1]", "[" * 100_000])
     if draw.random() < 0.7:
-        metadata.pop("sha256", None)  # a file of an older version, or of one who knows
+        metadata.pop("sha256", None)  # as an older version, or an attacker, would write it
     path.write_bytes(save(tensors, metadata))
 
 
 def yaml_code(path: Path, draw: random.Random) -> None:
-    """A line of YAML that would make an object, call a function, or grow without end."""
+    """Add a line of YAML that would create an object, call a function, or expand without end."""
     target = str(outside(path) / PAYLOAD)
     bomb = "\n".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9) if i else 'x'}]" for i in range(12))
     evil = draw.choice([

@@ -1,4 +1,4 @@
-"""What reads files: for each a good set of files, the ways to damage them, and the reading."""
+"""Every reader of files in the project: how to make good files for it, how to damage them, and how to call it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from torch import nn
 
 from experiments.paths import ROOT
 from experiments.reliability.fuzz import mutate
+from experiments.reliability.fuzz.base import LINES, TENSOR_FILE, TEXT, Reader
+from experiments.reliability.fuzz.checkpoints import CHECKPOINTS
 from experiments.report.collect import collect_cells
 from sparsegrad.adapter.format import FACTS, TENSORS, Entry, digest, write_adapter
 from sparsegrad.adapter.load import load_adapter, named_tensors
@@ -33,25 +34,6 @@ from sparsegrad.runs.config import build
 from sparsegrad.runs.records import find_complete, load_records
 from sparsegrad.runs.yaml_check import check_yaml
 from sparsegrad.tasks import DataConfig, Glue, Oasst, Snippets, Task
-
-Change = Callable[[Path, random.Random], None]
-TEXT = (*mutate.ANY, mutate.bits_flipped, mutate.spliced)
-LINES = (*TEXT, *mutate.JSON)
-TENSOR_FILE = (*mutate.ANY, *[mutate.tensors_changed] * 3)
-
-
-@dataclass(frozen=True)
-class Reader:
-    """One reader: `make` writes good files into a folder; of `files` one is damaged; `read` must refuse or be right.
-
-    Attributes:
-        repair: what one who knows the format does after the damage, such as writing the right hash.
-    """
-
-    make: Callable[[Path], None]
-    files: Mapping[str, tuple[Change, ...]]
-    read: Callable[[Path], None]
-    repair: Callable[[Path, random.Random], None] = lambda folder, draw: None
 
 
 def _make_record(folder: Path) -> None:
@@ -113,13 +95,13 @@ def _make_adapter(folder: Path) -> None:
 
 
 def _repair_adapter(folder: Path, draw: random.Random) -> None:
-    """The sha256 of the tensors as they are now, most of the time; without it nothing is read further."""
+    """In 80 % of inputs, write the right sha256 of the damaged tensors: otherwise the hash check refuses them all."""
     if draw.random() < 0.8 and (folder / TENSORS).stat().st_size < mutate.HUGE:
         facts = (folder / FACTS).read_bytes()
         try:
             write_json(folder / FACTS, {**json.loads(facts), "sha256": file_sha256(folder / TENSORS)})
         except (ValueError, TypeError, RecursionError):
-            (folder / FACTS).write_bytes(facts)  # that file is the damaged one
+            (folder / FACTS).write_bytes(facts)  # this is the damaged file: leave it as it was
 
 
 def _read_adapter(folder: Path) -> None:
@@ -128,7 +110,7 @@ def _read_adapter(folder: Path) -> None:
     adapter.merge()
     adapter.unmerge()
     if any(not torch.equal(a, b) for a, b in zip(model.parameters(), _model().parameters(), strict=True)):
-        raise AssertionError("merged and unmerged, the base is another")
+        raise AssertionError("the base model changed after merge and unmerge")
 
 
 _CLASSES: dict[str, Any] = {"main_metric": "accuracy", "eval_base": 500, "labels": ("negative", "positive")}
@@ -188,7 +170,7 @@ def _make_messages(folder: Path) -> None:
 
 
 def _load(*tasks: Task) -> Callable[[Path], None]:
-    """Reads the splits of all tasks and their fingerprint, as a run does."""
+    """A reader of the splits of all tasks and their fingerprints, as a run reads them."""
 
     def read(folder: Path) -> None:
         for task in tasks:
@@ -215,7 +197,7 @@ def _make_yaml(folder: Path) -> None:
 
 
 def _make_json(folder: Path) -> None:
-    """JSON is YAML, and its values can be changed one by one."""
+    """The same configurations as JSON, which is valid YAML and whose values can be changed one by one."""
     for group, choice in _GROUPS.items():
         content = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{choice}.yaml"))
         (folder / f"{group}.json").write_text(json.dumps(content))
@@ -236,20 +218,18 @@ def _is_good(path: Path) -> bool:
 def _read_configs(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if _is_good(path):
-            continue  # reading it a thousand times would take most of the time
+            continue  # only one file of an input is damaged: composing the others again would dominate the run time
         check_yaml(path)
         try:
             node = OmegaConf.load(path)
             composed = OmegaConf.create({**_composed(), path.stem: node})
-        except (OmegaConfBaseException, OSError) as error:  # Hydra reads it in a run, and says so in a line
+        except (OmegaConfBaseException, OSError) as error:  # in a run, Hydra reports these in one line
             raise UserError(str(error)) from None
         build(composed)
 
 
 def all_readers() -> dict[str, Reader]:
-    """Name -> reader."""
-    from experiments.reliability.fuzz.checkpoints import CHECKPOINTS
-
+    """All readers by name."""
     both = ("train", "validation")
     jsonl = {f"{task}/{part}.jsonl": LINES for task in ("sst2", "stsb") for part in both}
     tsv = {f"{task}/{part}.tsv": TEXT for task in ("CoLA", "STS-B") for part in ("train", "dev")}
