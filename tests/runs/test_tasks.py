@@ -21,7 +21,7 @@ from sparsegrad.tasks.snippets import FILE_NAME
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
 REAL_GLUE = Path(os.environ.get("SPARSEGRAD_GLUE") or Path(__file__).parents[3] / "shared" / "glue")
-LANGUAGE = ["alpaca", "oasst1"]  # tests/test_instructions.py, tests/test_oasst.py
+LANGUAGE = ["alpaca", "oasst1"]  # tests/runs/test_instructions.py, tests/runs/test_oasst.py
 ALL = sorted({path.stem for path in CONF.glob("*.yaml")} - set(LANGUAGE))
 GLUE = sorted(OFFICIAL)
 
