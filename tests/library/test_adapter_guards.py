@@ -8,41 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_checks import Prepared, changed, own_model
+from model_states import bits, has_bits
 from torch import Tensor, nn
 
 from sparsegrad import UserError, load_adapter, save_adapter, set_adapter
 from sparsegrad.adapter.load import Patch, mark
-
-
-class Prepared:
-    """The groups of an optimizer of `prepare` for one linear without a basis."""
-
-    def __init__(self, weight: Tensor, name: str = "0.weight") -> None:
-        group = {"kind": "only", "param_names": [name], "params": [weight], "keep": 4, "density": None}
-        self.param_groups: list[dict[str, Any]] = [{**group, "basis": None}]
-
-
-def own_model() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 3))
-
-
-def changed(base: nn.Sequential) -> nn.Sequential:
-    """Two weights `sparse`, the biases `whole`."""
-    model = copy.deepcopy(base)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.view(-1)[::5] += 1
-    return model
-
-
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def equal(model: nn.Module, other: dict[str, Tensor]) -> bool:
-    mine = model.state_dict()
-    return mine.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in mine.items())
 
 
 @pytest.fixture
@@ -76,7 +47,7 @@ def test_a_fused_step_is_noticed_and_never_mixed_with_the_base(folder: Path, alo
     with pytest.raises(UserError, match=rf"{alone} was changed .* save what you trained"):
         adapter.unmerge()
     assert adapter.merged
-    assert equal(model, trained)
+    assert has_bits(model, trained)
 
 
 def test_a_fused_step_between_load_and_merge_is_noticed(folder: Path) -> None:
@@ -137,9 +108,9 @@ def test_a_merge_or_unmerge_that_fails_halfway_changes_nothing(
             with pytest.raises(error):
                 (adapter.unmerge if merged else adapter.merge)()
         assert adapter.merged == merged
-        assert equal(model, before)
+        assert has_bits(model, before)
         (adapter.unmerge if merged else adapter.merge)()
-        assert equal(model, bits(own_model() if merged else changed(own_model())))
+        assert has_bits(model, bits(own_model() if merged else changed(own_model())))
 
 
 def test_tensors_that_were_replaced_are_found_by_name(folder: Path) -> None:
@@ -149,7 +120,7 @@ def test_tensors_that_were_replaced_are_found_by_name(folder: Path) -> None:
     for merge, wanted in ((adapter.merge, changed(own_model())), (adapter.unmerge, own_model())):
         model.load_state_dict(bits(model), assign=True)
         merge()
-        assert equal(model, bits(wanted))
+        assert has_bits(model, bits(wanted))
 
 
 def test_a_buffer_that_apply_replaced_is_merged(tmp_path: Path) -> None:
@@ -162,7 +133,7 @@ def test_a_buffer_that_apply_replaced_is_merged(tmp_path: Path) -> None:
     adapter = load_adapter(base, tmp_path)
     base._apply(torch.clone)
     adapter.merge()
-    assert equal(base, bits(model))
+    assert has_bits(base, bits(model))
 
 
 def test_another_dtype_or_a_lost_tensor_is_refused_at_merge(folder: Path) -> None:
@@ -177,7 +148,7 @@ def test_another_dtype_or_a_lost_tensor_is_refused_at_merge(folder: Path) -> Non
     before = bits(model)
     with pytest.raises(UserError, match=r"1\.\w+ was changed"):
         adapter.merge()
-    assert equal(model, before)
+    assert has_bits(model, before)
 
 
 def test_memory_laid_out_otherwise_is_refused_at_merge(folder: Path) -> None:
@@ -186,7 +157,7 @@ def test_memory_laid_out_otherwise_is_refused_at_merge(folder: Path) -> None:
     model[0].weight.data = model[0].weight.detach().t().contiguous().t()
     with pytest.raises(UserError, match=r"0\.weight is not contiguous"):
         adapter.merge()
-    assert equal(model, bits(own_model()))
+    assert has_bits(model, bits(own_model()))
 
 
 def test_a_switch_that_cannot_go_on_leaves_the_base(folder: Path) -> None:
@@ -197,7 +168,7 @@ def test_a_switch_that_cannot_go_on_leaves_the_base(folder: Path) -> None:
     with pytest.raises(UserError, match=r"1\.bias was changed"):
         set_adapter(model, two)
     assert not one.merged
-    assert equal(model, bits(own_model()))
+    assert has_bits(model, bits(own_model()))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -208,4 +179,4 @@ def test_the_values_stay_on_their_own_device(folder: Path) -> None:
     assert {patch.values.device.type for patch in adapter._patches.values()} == {"cpu"}
     model.cpu()
     adapter.unmerge()
-    assert equal(model, bits(own_model()))
+    assert has_bits(model, bits(own_model()))

@@ -1,4 +1,4 @@
-"""A BERT classifier in torch alone, with the module names of transformers' BERT: what library tests train."""
+"""A BERT classifier in torch alone, with the module names of transformers' BERT. See `toy_models` for its batches."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class _Attention(nn.Module):
         self.output = _Output(WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
+        # One head, no padding: (batch, tokens, WIDTH) throughout.
         mixed = nn.functional.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
         return self.output(mixed, x)
 
