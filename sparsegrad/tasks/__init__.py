@@ -1,4 +1,4 @@
-"""Tasks: labelled texts from the hub, local files or fetched assets, as token datasets."""
+"""Tasks: labelled texts and conversations from the hub, local files or assets, as token data sets."""
 
 from sparsegrad.tasks.base import DataConfig, Splits, Task, split_heldout, tokenize
 from sparsegrad.tasks.glue import Glue

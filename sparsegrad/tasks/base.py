@@ -1,4 +1,4 @@
-"""What a task is: labelled texts, how they are loaded, how they become tokens."""
+"""The base class of tasks: labelled texts, how they are loaded, and how they are tokenized."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 from sparsegrad.errors import UserError, check_choice, check_integer, fail
 
 PAD_MODES = ("longest", "max_length")
-# Every subset and held-out part comes from this one seed, so that runs with different seeds see the same rows.
+# Every subset and held-out part uses this one seed, so that runs with different seeds see the same rows.
 SPLIT_SEED = 20240507
 _FINGERPRINT_ROWS = 1000
 
@@ -26,10 +26,11 @@ _FINGERPRINT_ROWS = 1000
 class DataConfig:
     """Where the rows come from, how many are used and how they are padded (conf node `data:`).
 
-    dir: folder with local files; None = the hub (GLUE) or the fetched asset (snippets).
-    pad: "longest" pads each batch to its longest row; "max_length" pads every row, as the paper did.
-    max_length: tokens per row, special tokens included; longer rows are truncated.
-    max_train, max_eval: rows kept after a fixed shuffle; None, or more than there are, = all.
+    Attributes:
+        dir: folder with local files; None: the hub (GLUE, OASST1) or an asset (snippets, alpaca).
+        pad: `longest` pads each batch to its longest row; `max_length` pads every row, as in the paper.
+        max_length: tokens per row, special tokens included; longer rows are truncated.
+        max_train, max_eval: rows kept after a fixed shuffle; None, or more than exist: all.
     """
 
     dir: str | None = None
@@ -50,9 +51,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Splits:
-    """The two parts of a task; the columns are the task's text columns and `label`, nothing else.
+    """The two parts of a task's data.
 
-    counts: what the source had and what was left out, for the record.
+    Attributes:
+        train, validation: rows with the task's text columns and `label` (conversations: see `LanguageTask`).
+        counts: what the source contains and what was left out, for the record.
     """
 
     train: datasets.Dataset
@@ -61,7 +64,7 @@ class Splits:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over texts and labels of both splits, in order; where they were read from has no part in it."""
+        """16 hex digits of texts and labels of both splits, in order; independent of where they were read from."""
         digest = hashlib.sha256()
         for part in (self.train, self.validation):
             columns = sorted(part.column_names)
@@ -73,12 +76,16 @@ class Splits:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A text classification or regression task; subclasses say where the rows come from.
+    """A text classification or regression task; subclasses define where the rows come from.
 
-    columns: one or two text columns.  labels: names in the order of their ids; empty = regression.
-    main_metric: the score that selects models.  eval_base: the authors' evaluation interval, in steps.
-    label_range: smallest and largest label of a regression.
-    metric: configuration of `sparsegrad.metrics`; empty = the one that belongs to `main_metric`.
+    Attributes:
+        name: of the task; names its records and cells.
+        columns: one or two text columns.
+        main_metric: the score that selects the checkpoint.
+        eval_base: the authors' evaluation interval, in steps at batch size 16.
+        labels: names in the order of their ids; empty: a regression.
+        label_range: smallest and largest label of a regression.
+        metric: configuration of `sparsegrad.metrics`; empty: the first that computes `main_metric`.
     """
 
     name: str
@@ -90,7 +97,7 @@ class Task:
     metric: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("columns", "labels", "label_range"):  # YAML has lists only
+        for name in ("columns", "labels", "label_range"):  # YAML has no tuples, and lists cannot be hashed
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else tuple(value))
         if len(self.columns) not in (1, 2):
@@ -108,12 +115,12 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the model's head: one per label, 1 for a regression."""
+        """Number of outputs of the model's head: one per label, 1 for a regression."""
         return len(self.labels) or 1
 
     @property
     def label_help(self) -> str:
-        """The labels that are allowed, in words."""
+        """The allowed labels, as text for error messages."""
         if self.labels:
             return "one of " + ", ".join(f"{index} ({label})" for index, label in enumerate(self.labels))
         if self.label_range is None:
@@ -126,19 +133,19 @@ class Task:
         return names | {index: index for index in range(len(self.labels))}
 
     def label_value(self, raw: Any) -> int | float | None:
-        """The id (or, for a regression, the number) of a label as found in a file; None where it does not fit."""
-        if isinstance(raw, bool):
+        """Convert a label from a file to its id, or for a regression to its number; None if it does not fit."""
+        if isinstance(raw, bool):  # a bool is an int in Python, but no label
             return None
         if self.labels:
             return self._label_ids.get(raw) if isinstance(raw, int | str) else None
-        fits = isinstance(raw, int | float) and abs(raw) < 2.0**127 and math.isfinite(raw)  # float32 has to hold it
+        fits = isinstance(raw, int | float) and abs(raw) < 2.0**127 and math.isfinite(raw)  # float32 must hold it
         if fits and self.label_range is not None:
             fits = self.label_range[0] <= raw <= self.label_range[1]
         return float(raw) if fits else None
 
     @property
     def is_language(self) -> bool:
-        """Whether a causal language model is trained on it, instead of a classifier."""
+        """Whether the task trains a causal language model rather than a classifier."""
         return False
 
     @property
@@ -148,29 +155,30 @@ class Task:
 
     @property
     def token_facts(self) -> dict[str, Any]:
-        """What else than the rows and the tokenizer decides about the tokens, for the name of a stored basis."""
+        """Settings besides rows and tokenizer that change the tokens; part of the name of a stored basis."""
         return {}
 
     def tokens(
         self, rows: datasets.Dataset, tokenizer: Any, data: DataConfig
     ) -> tuple[datasets.Dataset, dict[str, int]]:
-        """Rows as the model takes them, and what there is to say about them, for the record."""
+        """Tokenize rows; returns the token data set and counts for the record."""
         return tokenize(rows, self, tokenizer, data), {}
 
     def heldout(self, train: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
-        """(train, held out) of protocol `heldout`."""
+        """Split the training rows for protocol `heldout`; returns (train, held out)."""
         return split_heldout(train)
 
     def collator(self, tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """Rows -> batch."""
+        """Return the function that turns a list of rows into a batch."""
         from transformers import DataCollatorWithPadding
 
         return DataCollatorWithPadding(tokenizer)  # type: ignore[no-any-return]
 
     def load(self, data: DataConfig) -> Splits:
-        """Read both splits, check the labels, keep `data.max_train` and `data.max_eval` rows.
+        """Read both splits, check the labels, and keep `data.max_train` and `data.max_eval` rows.
 
-        Raises UserError where the rows cannot be read or a label does not fit the task.
+        Raises:
+            UserError: if the rows cannot be read, or a label does not fit the task.
         """
         found = self._read(data)
         for part, rows in (("train", found.train), ("validation", found.validation)):
@@ -181,42 +189,53 @@ class Task:
 
     def _read(self, data: DataConfig) -> Splits:
         raise UserError(
-            f"task={self.name}: {type(self).__name__} does not say where its rows are; "
-            "set task._target_ to sparsegrad.tasks.glue.Glue or sparsegrad.tasks.snippets.Snippets"
+            f"task={self.name}: {type(self).__name__} does not define where its rows come from; "
+            "set task._target_ to a class that does, such as sparsegrad.tasks.glue.Glue"
         )
 
 
 def make_dataset(task: Task, rows: dict[str, list[Any]]) -> datasets.Dataset:
-    """Columns of equal length -> Dataset with text columns as string, `label` as int64 (float32 for a regression)."""
+    """Make a data set of columns of equal length: texts as string, `label` as int64, or float32 for a regression."""
     kinds = dict.fromkeys(task.columns, datasets.Value("string")) | {"label": label_kind(task)}
     return datasets.Dataset.from_dict({name: rows[name] for name in kinds}, features=datasets.Features(kinds))
 
 
 def label_kind(task: Task) -> datasets.Value:
-    """The stored type of the labels; float32 is what the hub has, so all sources give the same numbers."""
+    """Return the stored type of the labels; the hub has float32, so all sources give the same numbers."""
     return datasets.Value("float32" if task.is_regression else "int64")
 
 
 def split_heldout(train: datasets.Dataset, share: float = 0.1) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Protocol `heldout`: (train, held out), the same `share` of the rows in every run, each part in the file's order.
+    """Split rows for protocol `heldout`: the same rows in every run, each part in the order of the file.
 
-    Raises UserError if one of the parts would be empty.
+    Args:
+        train: the training rows.
+        share: of the rows that are held out.
+
+    Returns:
+        (train, held out).
+
+    Raises:
+        UserError: if one of the parts would be empty.
     """
     count = round(len(train) * share)
     if not 0 < count < len(train):
         raise UserError(
             f"{len(train)} training rows cannot give a held-out share of {share:g}: at least "
-            f"{math.ceil(1 / share) if 0 < share < 1 else 2} rows are needed; raise data.max_train"
+            f"{math.ceil(1 / share) if 0 < share < 1 else 2} rows are needed; raise data.max_train, or give more data"
         )
-    order = _order(len(train))
+    order = _shuffle_rows(len(train))
     return train.select(np.sort(order[count:])), train.select(np.sort(order[:count]))
 
 
 def tokenize(dataset: datasets.Dataset, task: Task, tokenizer: Any, data: DataConfig) -> datasets.Dataset:
-    """Texts -> input_ids, attention_mask, (token_type_ids,) labels; at most `data.max_length` tokens a row.
+    """Tokenize texts to input_ids, attention_mask, labels and, for some models, token_type_ids.
 
-    Rows are padded here only for data.pad=max_length; otherwise the collator pads each batch.
-    The result stays in memory: no cache files pile up, one per run of a sweep.
+    A row has at most `data.max_length` tokens. Rows are padded here only for data.pad=max_length; otherwise the
+    collator pads each batch.
+
+    Raises:
+        UserError: if the tokenizer cannot handle `data.max_length` or `data.pad`.
     """
     check_tokenizer(tokenizer, data)
     padding = "max_length" if data.pad == "max_length" else False
@@ -229,21 +248,22 @@ def tokenize(dataset: datasets.Dataset, task: Task, tokenizer: Any, data: DataCo
         encode,
         batched=True,
         remove_columns=list(task.columns),
-        keep_in_memory=True,
+        keep_in_memory=True,  # otherwise every run of a sweep leaves a cache file
         load_from_cache_file=False,
         desc=f"tokenize {task.name}",
-        new_fingerprint=uuid.uuid4().hex,  # nothing is cached by it; the default would pickle the tokenizer to hash it
+        new_fingerprint=uuid.uuid4().hex,  # nothing is cached; the default would pickle the tokenizer to hash it
     )
     return tokens.rename_column("label", "labels")
 
 
 def check_tokenizer(tokenizer: Any, data: DataConfig) -> None:
-    """Raise `UserError` for rows longer than the tokenizer takes, or padding that it cannot do."""
+    """Raise `UserError` if rows would be longer than the tokenizer allows, or it cannot pad."""
     limit = tokenizer.model_max_length
     if data.max_length > limit:
-        raise fail("data.max_length", data.max_length, f"this model's tokenizer takes at most {limit} tokens")
+        raise fail("data.max_length", data.max_length, f"this model's tokenizer allows at most {limit} tokens")
     if data.pad == "max_length" and tokenizer.pad_token is None:
-        raise fail("data.pad", data.pad, "this tokenizer has no padding token", "set tokenizer.pad_token first")
+        remedy = "name one that has with model.tokenizer=, or for a language task use data.pad=longest"
+        raise fail("data.pad", data.pad, "this tokenizer has no padding token", remedy)
 
 
 def _check_rows(task: Task, part: str, rows: datasets.Dataset) -> None:
@@ -251,15 +271,15 @@ def _check_rows(task: Task, part: str, rows: datasets.Dataset) -> None:
         raise UserError(f"task={task.name}: the {part} split has no rows; give a file with at least one")
     wrong = sorted(value for value in rows.unique("label") if task.label_value(value) is None)
     if wrong:
-        shown = ", ".join(map(str, wrong[:5]))
-        raise UserError(f"task={task.name}: the {part} split has the label {shown}; allowed is {task.label_help}")
+        labels = ", ".join(map(str, wrong[:5]))
+        raise UserError(f"task={task.name}: the {part} split has the label {labels}; allowed is {task.label_help}")
 
 
 def subset(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
-    """`count` rows after a fixed shuffle; None, or more than there are: all."""
-    return rows if count is None or count >= len(rows) else rows.select(_order(len(rows))[:count])
+    """Return `count` rows after a fixed shuffle; None, or more than exist: all, in their order."""
+    return rows if count is None or count >= len(rows) else rows.select(_shuffle_rows(len(rows))[:count])
 
 
-def _order(count: int) -> Any:
-    # RandomState's stream is frozen by numpy's policy: the same rows on every machine and version.
+def _shuffle_rows(count: int) -> Any:
+    # NumPy guarantees that the stream of RandomState never changes: the same rows on every machine and version.
     return np.random.RandomState(SPLIT_SEED).permutation(count)

@@ -18,7 +18,7 @@ HUB_NAME = "nyu-mll/glue"
 
 @dataclass(frozen=True, kw_only=True)
 class Glue(Task):
-    """One of the nine GLUE tasks; validates on the validation split (MNLI: matched), as the test labels are secret."""
+    """One of the nine GLUE tasks; scored on the validation split (MNLI: matched), as the test labels are not public."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -30,21 +30,21 @@ class Glue(Task):
 
 def _read_hub(task: Task) -> Splits:
     try:
-        with _offline_unless(hub_answers()):
+        with _set_offline_unless(hub_answers()):
             found = datasets.load_dataset(HUB_NAME, task.name)
-    except Exception as error:  # whatever the hub client raises, the user's way out is the same
-        raise _unreachable(task, error) from error
+    except Exception as error:  # the hub's client raises many types; the remedy is the same for all
+        raise _make_hub_error(task, error) from error
     validation = "validation_matched" if task.name == "mnli" else "validation"
-    return Splits(_plain(task, found["train"]), _plain(task, found[validation]))
+    return Splits(_select_columns(task, found["train"]), _select_columns(task, found[validation]))
 
 
-def _plain(task: Task, rows: datasets.Dataset) -> datasets.Dataset:
+def _select_columns(task: Task, rows: datasets.Dataset) -> datasets.Dataset:
     return rows.select_columns([*task.columns, "label"]).cast_column("label", label_kind(task))
 
 
 @contextmanager
-def _offline_unless(online: bool) -> Iterator[None]:
-    """While active and not `online`, `datasets` goes straight to its cache."""
+def _set_offline_unless(online: bool) -> Iterator[None]:
+    """Let `datasets` read its cache without asking the hub, unless `online`: it would retry for about a minute."""
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = before or not online
     try:
@@ -53,11 +53,11 @@ def _offline_unless(online: bool) -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def _unreachable(task: Task, error: Exception) -> UserError:
+def _make_hub_error(task: Task, error: Exception) -> UserError:
     prefetch = f"python -c \"import datasets; datasets.load_dataset('{HUB_NAME}', '{task.name}')\""
     return UserError(
         f"task={task.name}: {HUB_NAME} could not be loaded from the hub or its cache ({first_line(error)}); "
-        f"with a network, fill the cache (in HF_HOME): {prefetch}; without, use data.dir=<folder> with "
+        f"with a network, fill the cache (in HF_HOME): {prefetch}; without one, use data.dir=<folder> with "
         f"{task.name}/train.jsonl and validation.jsonl, or with {OFFICIAL[task.name].folder}/train.tsv of the official "
         "GLUE zip, or task=snippets"
     )

@@ -17,10 +17,13 @@ from sparsegrad.tasks.base import Splits, Task, make_dataset
 
 @dataclass(frozen=True)
 class Official:
-    """Where the official zip keeps a task.
+    """The files of one task in the official zip.
 
-    columns: the file's names of the task's text columns, then of its label.  header: the columns of a file
-    that has no header line; None = the first line is one.
+    Attributes:
+        folder: of the task's files.
+        columns: names in the file of the task's text columns, followed by the name of its label.
+        dev: file of the validation split.
+        header: the columns of a file without a header line; None: the first line is the header.
     """
 
     folder: str
@@ -41,15 +44,15 @@ OFFICIAL = {
     "rte": Official("RTE", (*_PAIR, "label")),
     "wnli": Official("WNLI", (*_PAIR, "label")),
 }
-MAX_LINE = 2**24  # bytes; a file that is no table of texts may be one line of gigabytes
-# The published QQP has lines that an unquoted line break cut in two, and empty questions. The hub's copy leaves the
-# former out and keeps the latter; doing the same (and saying so) gives the same rows from every source.
+MAX_LINE = 2**24  # bytes; a file that is no text table may be a single line of gigabytes
+# The published QQP has lines that an unquoted line break splits in two, and empty questions. The hub's copy drops the
+# first and keeps the second; doing the same, with a warning, gives the same rows from every source.
 FLAWED = ("qqp",)
 
 
 @dataclass
 class Rows:
-    """The columns read so far, and the flawed lines met: (line number, skipped or kept)."""
+    """The columns read so far, and the numbers of flawed lines that were skipped, or kept although `empty`."""
 
     task: Task
     path: Path
@@ -61,7 +64,7 @@ class Rows:
         self.columns = {name: [] for name in (*self.task.columns, "label")}
 
     def add(self, number: int, texts: list[Any], label: Any) -> None:
-        """Append line `number`, or raise UserError that names file and line."""
+        """Append line `number`; raise `UserError` with file and line if a value does not fit."""
         for name, text in zip(self.task.columns, texts, strict=True):
             self._check_text(number, name, text)
         value = self.task.label_value(label)
@@ -73,22 +76,22 @@ class Rows:
 
     def _check_text(self, number: int, name: str, text: Any) -> None:
         if not isinstance(text, str):
-            raise self.error(number, f"column {name} holds {text!r}: give a text")
+            raise self.error(number, f"column {name} is {text!r}: give a text")
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise self.error(number, f"column {name} holds {text!r}: half a Unicode pair; write both halves") from None
+            raise self.error(number, f"column {name} is {text!r}: half a Unicode pair; write both halves") from None
         if not text.strip():
             if self.task.name not in FLAWED:
                 raise self.error(number, f"column {name} is empty: give a text, or delete the line")
             self.empty.append(number)
 
     def error(self, number: int, what: str) -> UserError:
-        """The error for line `number`; the caller raises it."""
+        """Build the error for line `number`; the caller raises it."""
         return UserError(f"{self.path} line {number}: {what}")
 
     def finish(self) -> datasets.Dataset:
-        """The rows as a Dataset; warns once if flawed lines were met."""
+        """Return the rows as a data set; warn once per kind of flaw."""
         for numbers, what in (
             (self.skipped, "cut short and left out"),
             (self.empty, "with an empty question and kept"),
@@ -102,24 +105,25 @@ class Rows:
 
 
 def read_local(task: Task, folder: str) -> Splits:
-    """Both splits from `folder`; jsonl is preferred where both layouts are there.
+    """Read both splits from `folder`; JSONL is preferred if both layouts exist.
 
-    Raises UserError if neither layout is complete, or for the first malformed line.
+    Raises:
+        UserError: if neither layout is complete, or for the first malformed line.
     """
     root, official = Path(folder).expanduser(), OFFICIAL[task.name]
     jsonl, tsv = root / task.name, root / official.folder
-    train, validation = jsonl / "train.jsonl", _jsonl_validation(task, jsonl)
+    train, validation = jsonl / "train.jsonl", _find_validation(task, jsonl)
     if train.is_file() and validation.is_file():
         return Splits(_read_jsonl(task, train), _read_jsonl(task, validation))
     if (tsv / "train.tsv").is_file() and (tsv / official.dev).is_file():
         return Splits(_read_tsv(task, tsv / "train.tsv"), _read_tsv(task, tsv / official.dev))
     raise UserError(
         f"data.dir={folder} has no complete {task.name}: tried {train} with {validation.name}, and {tsv / 'train.tsv'} "
-        f"with {official.dev}; put the files there or leave data.dir out to use the hub"
+        f"with {official.dev}; put the files there, or use the hub with data.dir=null"
     )
 
 
-def _jsonl_validation(task: Task, folder: Path) -> Path:
+def _find_validation(task: Task, folder: Path) -> Path:
     matched = folder / "validation_matched.jsonl"
     return matched if task.name == "mnli" and matched.is_file() else folder / "validation.jsonl"
 
@@ -129,7 +133,7 @@ def _read_jsonl(task: Task, path: Path) -> datasets.Dataset:
     for number, line in lines(path):
         if not line.strip():
             continue
-        row = _json_object(rows, number, line)
+        row = _parse_json(rows, number, line)
         missing = [name for name in rows.columns if name not in row]
         if missing:
             raise rows.error(number, f"column {', '.join(missing)} is missing: give {', '.join(rows.columns)}")
@@ -137,10 +141,10 @@ def _read_jsonl(task: Task, path: Path) -> datasets.Dataset:
     return rows.finish()
 
 
-def _json_object(rows: Rows, number: int, line: str) -> dict[str, Any]:
+def _parse_json(rows: Rows, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError of another kind
+    except (ValueError, RecursionError) as error:  # ValueError: also raised for numbers of thousands of digits
         reason = getattr(error, "msg", str(error))
         raise rows.error(number, f"not valid JSON ({reason}): give one object per line") from None
     if not isinstance(row, dict):
@@ -158,16 +162,16 @@ def _read_tsv(task: Task, path: Path) -> datasets.Dataset:
         )
     *texts, label = (header.index(name) for name in official.columns)
     for number, line in found:
-        fields = line.split("\t")  # the files know no quoting: a quote is a character of the text
-        if _has_fields(rows, number, fields, official.header, 1 + max(*texts, label)):
-            rows.add(number, [fields[index] for index in texts], _tsv_label(task, fields[label]))
+        fields = line.split("\t")  # the files have no quoting: a quote is part of the text
+        if _check_fields(rows, number, fields, official.header, 1 + max(*texts, label)):
+            rows.add(number, [fields[index] for index in texts], _parse_label(task, fields[label]))
     return rows.finish()
 
 
-def _has_fields(rows: Rows, number: int, fields: list[str], fixed: tuple[str, ...] | None, needed: int) -> bool:
-    """Whether the line has its fields; a flawed file's short line is counted, any other is an error."""
-    # Without a header the text is the last field, so a stray tab would cut it unnoticed: the count must be exact.
-    # With one, a stray tab moves another field into the label's place, and the label check finds it.
+def _check_fields(rows: Rows, number: int, fields: list[str], fixed: tuple[str, ...] | None, needed: int) -> bool:
+    """Whether the line has all its fields; a short line of a flawed file is counted, any other raises `UserError`."""
+    # In a file without a header the text is the last field, and a stray tab would cut it unnoticed: the count must be
+    # exact. In the others a stray tab moves another field to the label's position, and the label check finds it.
     if len(fields) >= needed and not (fixed and len(fields) != len(fixed)):
         return True
     if rows.task.name in FLAWED:
@@ -176,8 +180,8 @@ def _has_fields(rows: Rows, number: int, fields: list[str], fixed: tuple[str, ..
     raise rows.error(number, f"{len(fields)} tab separated fields: give {needed}, or delete the line")
 
 
-def _tsv_label(task: Task, text: str) -> Any:
-    """A label's text as id, number or name; what is none of them stays text and is refused by `Rows.add`."""
+def _parse_label(task: Task, text: str) -> Any:
+    """Convert a label to its id or number; a name stays text, and `Rows.add` refuses what is none of them."""
     try:
         return float(text) if task.is_regression else int(text)
     except ValueError:
@@ -185,12 +189,16 @@ def _tsv_label(task: Task, text: str) -> Any:
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text without its line end) of a UTF-8 file; UserError names a line that is not UTF-8."""
+    """Yield (line number from 1, text without line end) of a UTF-8 file.
+
+    Raises:
+        UserError: with the number of a line that is not UTF-8, or too long.
+    """
     with path.open("rb") as file:
-        # Only "\n" ends a line: the texts contain other characters that Python counts as line ends.
+        # Only "\n" ends a line: the texts contain other characters that Python treats as line ends, such as U+2028.
         for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
             if len(raw) > MAX_LINE:
-                raise UserError(f"{path} line {number}: longer than {MAX_LINE} bytes: give one row per line")
+                raise UserError(f"{path} line {number}: longer than {MAX_LINE} bytes: write one row per line")
             try:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Instructions with answers, in Alpaca's form: conversations of one question and one answer, without a hub."""
+"""Instructions with answers in Alpaca's format: conversations of one question and one answer, without a hub."""
 
 from __future__ import annotations
 
@@ -20,58 +20,61 @@ Row = tuple[str, list[Turn]]
 
 @dataclass(frozen=True, kw_only=True)
 class Instructions(LanguageTask):
-    """Rows `instruction`, `input` (may be empty or missing) and `output`.
+    """Rows with `instruction`, `input` (may be empty or missing) and `output`.
 
-    `data.dir` is a file or a folder of files: *.json, a list of rows, or *.jsonl, a row a line. None: the asset. The
-    source has no split: a fixed tenth of the prompts validates, and no prompt is on both sides.
+    `data.dir` is a file or a folder of files: *.json with a list of rows, or *.jsonl with one row per line; None: the
+    asset. The source has no split: a fixed tenth of the prompts is the validation split, so that no prompt is in both.
     """
 
     def _read(self, data: DataConfig) -> Splits:
         source = asset_path(ASSET) if data.dir is None else Path(data.dir).expanduser()
         parts: dict[str, list[Row]] = {"train": [], "validation": []}
-        for file in _files(source):
-            for where, row in _rows(file):
-                prompt, answer = _texts(row, where)
+        for file in _find_files(source):
+            for where, row in _read_rows(file):
+                prompt, answer = _read_texts(row, where)
                 part = "validation" if in_tenth(prompt, "validation") else "train"
                 parts[part].append((prompt, [Turn("user", prompt), Turn("assistant", answer)]))
         counts = {f"{part}_conversations": len(rows) for part, rows in parts.items()}
         return Splits(make_conversations(parts["train"]), make_conversations(parts["validation"]), counts)
 
 
-def _files(source: Path) -> list[Path]:
+def _find_files(source: Path) -> list[Path]:
     found = [source] if source.is_file() else sorted([*source.glob("*.json"), *source.glob("*.jsonl")])
     if not found:
-        raise UserError(f"data.dir={source}: no such file, and no folder with *.json or *.jsonl files of instructions")
+        raise UserError(
+            f"data.dir={source}: no such file, and no folder with *.json or *.jsonl files: give one, or null for the "
+            "asset"
+        )
     return found
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where it stands, row) of every row."""
+def _read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (position for error messages, row) of every row."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: texts contain U+2028
             if line.strip():
-                yield f"{path} line {number}", _json(line, f"{path} line {number}")
+                yield f"{path} line {number}", _parse_json(line, f"{path} line {number}")
         return
-    rows = _json(text, str(path))
+    rows = _parse_json(text, str(path))
     if not isinstance(rows, list):
-        raise UserError(f"{path} holds no list: give [{{instruction, input, output}}, ...], or a .jsonl file of rows")
+        raise UserError(f"{path} is no list: give [{{instruction, input, output}}, ...], or a .jsonl file of rows")
     yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _json(text: str, where: str) -> Any:
+def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise UserError(f"{where} is no JSON: {error}") from None
+        raise UserError(f"{where} is not valid JSON ({error}): correct or remove it") from None
 
 
-def _texts(row: Any, where: str) -> tuple[str, str]:
-    """The question, which is the instruction and its input, and the answer."""
+def _read_texts(row: Any, where: str) -> tuple[str, str]:
+    """Return the question, which is the instruction followed by its input, and the answer."""
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: give one JSON object with instruction, input and output")
     found = {name: row.get(name) or "" for name in ("instruction", "input", "output")}
     for name, text in found.items():
         if not isinstance(text, str) or (name != "input" and not text.strip()):
-            raise UserError(f"{where} has no {name}: give a text, or leave the row out")
+            raise UserError(f"{where} has no {name}: give a text, or remove the row")
     return "\n\n".join(text for text in (found["instruction"], found["input"]) if text), found["output"]

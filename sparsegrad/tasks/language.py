@@ -1,4 +1,4 @@
-"""Language tasks: conversations, written out, packed into windows of one length; scored by the loss per token."""
+"""Language tasks: conversations packed into windows of one length, scored by the loss per token."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from sparsegrad.tasks.base import DataConfig, Splits, Task, check_tokenizer, sub
 from sparsegrad.tasks.dialogue import Turn, write_chat, write_inst
 
 FORMATS = ("inst", "chat")
-IGNORED = -100  # label of a token without loss, as in torch's cross entropy
-_HELDOUT_SHARE = 10
-_BATCH = 1000
+IGNORED = -100  # label of a token without loss: the default ignore_index of torch's cross entropy
+_HELDOUT_SHARE = 10  # one group in ten
+_BATCH = 1000  # conversations tokenized at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageTask(Task):
-    """Conversations for a causal language model; a subclass says where they come from.
+    """Conversations for a causal language model; a subclass defines where they come from.
 
-    A row is one conversation: `conversation`, its turns as JSON, and `group`, what may not be torn apart by a split.
+    A row has `conversation`, its turns as JSON, and `group`: rows of one group are never separated by a split.
 
     Attributes:
         format: `inst`, the paper's `[INST] ... [/INST] ...`, or `chat`, the tokenizer's own chat template.
-        mask_prompt: loss on the assistant's turns only; false: on all tokens, as the authors' code has it.
-        usual: what this task sets where conf/config.yaml says `oc.select:task.usual...`.
+        mask_prompt: loss on the assistant's turns only; false: on all tokens, as in the authors' code.
+        usual: this task's defaults for the values that conf/config.yaml reads by `oc.select:task.usual...`.
     """
 
     columns: tuple[str, ...] = ("conversation",)
@@ -48,40 +48,48 @@ class LanguageTask(Task):
 
     @property
     def is_language(self) -> bool:
-        """Yes."""
+        """Always true."""
         return True
 
     @property
     def greater_is_better(self) -> bool:
-        """Loss and perplexity are better lower."""
+        """Always false: loss and perplexity are better lower."""
         return False
 
     @property
     def token_facts(self) -> dict[str, Any]:
-        """Format and mask."""
+        """Format and mask: both change the tokens."""
         return {"format": self.format, "mask_prompt": self.mask_prompt}
 
     def load(self, data: DataConfig) -> Splits:
-        """Read both splits and keep `data.max_train` and `data.max_eval` conversations."""
+        """Read both splits and keep `data.max_train` and `data.max_eval` conversations.
+
+        Raises:
+            UserError: if the data cannot be read, or no conversation is left in a split.
+        """
         found = self._read(data)
         for part, rows in (("train", found.train), ("validation", found.validation)):
             if not len(rows):
                 raise UserError(
-                    f"task={self.name}: no conversation is left for the {part} split ({_shown(found.counts)}); "
-                    "give more data, or filter less"
+                    f"task={self.name}: no conversation is left for the {part} split ({_format_counts(found.counts)}); "
+                    "give more data, or remove a filter such as task.langs"
                 )
         train, validation = subset(found.train, data.max_train), subset(found.validation, data.max_eval)
         return replace(found, train=train, validation=validation)
 
     def heldout(self, train: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
-        """A tenth of the groups, never a part of one; see `in_tenth`."""
+        """Hold out a tenth of the groups, each as a whole; see `in_tenth`."""
         held = np.array([in_tenth(group) for group in train["group"]])
         if held.all() or not held.any():
-            raise UserError(f"{len(set(train['group']))} conversation trees are too few to hold a tenth out: give more")
+            groups = len(set(train["group"]))
+            raise UserError(
+                f"{groups} groups of conversations are too few to hold out a tenth: give more data, raise "
+                "data.max_train, or use protocol=paper"
+            )
         return train.select(np.flatnonzero(~held)), train.select(np.flatnonzero(held))
 
     def collator(self, tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """Windows are of one length: nothing is padded."""
+        """Return a collator that only stacks: all windows have one length."""
         from transformers import default_data_collator
 
         return default_data_collator  # type: ignore[no-any-return]
@@ -89,12 +97,15 @@ class LanguageTask(Task):
     def tokens(
         self, rows: datasets.Dataset, tokenizer: Any, data: DataConfig
     ) -> tuple[datasets.Dataset, dict[str, int]]:
-        """Conversations packed, in order and without a gap, into windows of `data.max_length` tokens.
+        """Pack conversations, in order and without gaps, into windows of `data.max_length` tokens.
 
-        Nothing is cut off: what does not fit goes on in the next window; the last window is padded.
+        Nothing is truncated: a conversation that does not fit continues in the next window. The last window is padded.
+
+        Raises:
+            UserError: if no token has a loss, or `data.max_length` is more than the tokenizer allows.
         """
         check_tokenizer(tokenizer, data)
-        packer = Packer(data.max_length, _padding(tokenizer))
+        packer = Packer(data.max_length, _pick_padding(tokenizer))
         turns = ([Turn(**turn) for turn in json.loads(text)] for text in rows["conversation"])
         while batch := list(islice(turns, _BATCH)):
             for ids, labels in self._encode(batch, tokenizer):
@@ -102,12 +113,13 @@ class LanguageTask(Task):
         windows = packer.finish()
         if not packer.counts["loss_tokens"]:
             raise UserError(
-                f"task={self.name}: no token has a loss: mask_prompt=true needs answers in the conversations"
+                f"task={self.name}: no token has a loss: task.mask_prompt=true needs conversations with answers; "
+                "give some, or set it to false"
             )
         return windows, packer.counts
 
     def _encode(self, batch: list[list[Turn]], tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
-        """(token ids, labels) of each conversation; a label is the id itself, or IGNORED."""
+        """Yield (token ids, labels) of each conversation; a label is the token's id, or IGNORED."""
         written = [(write_inst if self.format == "inst" else write_chat)(turns, tokenizer) for turns in batch]
         texts = [text for text, _ in written]
         found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=self.mask_prompt)
@@ -116,22 +128,23 @@ class LanguageTask(Task):
             labels = list(ids)
             if self.mask_prompt:
                 starts = [start for start, _ in found["offset_mapping"][row]]
-                labels = [i if _inside(s, answers) else IGNORED for i, s in zip(ids, starts, strict=True)]
-            yield self._framed(ids, labels, tokenizer)
+                labels = [i if _is_inside(s, answers) else IGNORED for i, s in zip(ids, starts, strict=True)]
+            yield self._add_ends(ids, labels, tokenizer)
 
-    def _framed(self, ids: list[int], labels: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
-        """With the tokens that begin and end a text; a chat template writes its own."""
+    def _add_ends(self, ids: list[int], labels: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
+        """Add the tokens that begin and end a text; a chat template writes its own."""
         if self.format == "inst":
             if tokenizer.bos_token_id is not None:
                 ids, labels = [tokenizer.bos_token_id, *ids], [IGNORED, *labels]
             if tokenizer.eos_token_id is not None:
+                # An answer's end is learned like the answer, or the model would never stop.
                 learned = labels[-1] != IGNORED
                 ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id if learned else IGNORED]
         return ids, labels
 
 
 class Packer:
-    """Fills windows of `length` tokens with one text after the other; counts what it did."""
+    """Fills windows of `length` tokens with one text after the other, and counts conversations, tokens and windows."""
 
     def __init__(self, length: int, padding: int) -> None:
         self.length, self.padding = length, padding
@@ -151,13 +164,13 @@ class Packer:
         self.counts["split_between_windows"] += before // self.length != (len(self._ids) - 1) // self.length
 
     def finish(self) -> datasets.Dataset:
-        """The windows: input_ids, attention_mask, labels (length,) each.
+        """Return the windows: input_ids, attention_mask and labels, (length,) each.
 
-        A window's first token has no label: nothing before it predicts it, and it must not count among the tokens that
-        a batch's loss is divided by.
+        The first token of a window has no label: nothing before it predicts it, and it must not count among the tokens
+        by which the loss of a batch is divided.
         """
-        missing = -len(self._ids) % self.length
-        ids = np.array(self._ids + [self.padding] * missing).reshape(-1, self.length)
+        missing = -len(self._ids) % self.length  # tokens that fill the last window
+        ids = np.array(self._ids + [self.padding] * missing).reshape(-1, self.length)  # (windows, length)
         labels = np.array(self._labels + [IGNORED] * missing).reshape(-1, self.length)
         mask = np.ones_like(ids)
         if missing:
@@ -169,7 +182,7 @@ class Packer:
 
 
 def make_conversations(rows: list[tuple[str, list[Turn]]]) -> datasets.Dataset:
-    """(group, turns) -> rows of a language task."""
+    """Make the rows of a language task from pairs (group, turns)."""
     texts = [json.dumps([{"role": turn.role, "text": turn.text} for turn in turns]) for _, turns in rows]
     kinds = dict.fromkeys(("conversation", "group"), datasets.Value("string"))
     columns = {"conversation": texts, "group": [group for group, _ in rows]}
@@ -177,20 +190,18 @@ def make_conversations(rows: list[tuple[str, list[Turn]]]) -> datasets.Dataset:
 
 
 def in_tenth(group: str, salt: str = "heldout") -> bool:
-    """Whether a group belongs to a fixed tenth, the same on every machine; each `salt` draws another."""
-
+    """Whether a group belongs to a fixed tenth, the same on every machine; each `salt` selects another tenth."""
     return int(text_sha256(f"{salt} {group}"), 16) % _HELDOUT_SHARE == 0
 
 
-def _padding(tokenizer: Any) -> int:
-    """A token for what is masked anyway."""
-    found = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    return int(found)
+def _pick_padding(tokenizer: Any) -> int:
+    """Return a token id for padding; LLaMA has none, and any id will do because padding is masked."""
+    return int(next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0))
 
 
-def _inside(position: int, spans: list[tuple[int, int]]) -> bool:
+def _is_inside(position: int, spans: list[tuple[int, int]]) -> bool:
     return any(start <= position < end for start, end in spans)
 
 
-def _shown(counts: Mapping[str, Any]) -> str:
+def _format_counts(counts: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in counts.items()) or "no counts"

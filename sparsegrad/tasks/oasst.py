@@ -25,10 +25,11 @@ AUTHORS_COUNTS = {"train": 44042, "validation": 2241}  # conversations in the au
 
 @dataclass(frozen=True, kw_only=True)
 class Oasst(LanguageTask):
-    """Every root-to-leaf path of every tree.
+    """Every root-to-leaf path of every conversation tree.
 
-    `data.dir` is a file of trees or messages (one JSON object a line), or a folder: with train.jsonl and
-    validation.jsonl, or with any *.jsonl, of which a fixed tenth of the trees validates. None: the hub, with its split.
+    `data.dir` is a file of trees or messages (one JSON object per line), or a folder with train.jsonl and
+    validation.jsonl, or with any *.jsonl, of which a fixed tenth of the trees is the validation split; None: the hub,
+    with its own split.
 
     Attributes:
         langs: languages to keep, such as [en, de]; null keeps all.
@@ -44,13 +45,13 @@ class Oasst(LanguageTask):
             object.__setattr__(self, "langs", tuple(self.langs))
 
     def _read(self, data: DataConfig) -> Splits:
-        train, validation = _hub_trees() if data.dir is None else _file_trees(Path(data.dir).expanduser())
+        train, validation = _read_hub() if data.dir is None else _read_folder(Path(data.dir).expanduser())
         _check_distinct(train, validation)
         counts: dict[str, Any] = {}
-        parts = [self._rows(part, trees, counts) for part, trees in (("train", train), ("validation", validation))]
+        parts = [self._make_rows(part, trees, counts) for part, trees in (("train", train), ("validation", validation))]
         return Splits(make_conversations(parts[0]), make_conversations(parts[1]), counts)
 
-    def _rows(self, part: str, trees: list[Tree], counts: dict[str, Any]) -> list[tuple[str, list[Turn]]]:
+    def _make_rows(self, part: str, trees: list[Tree], counts: dict[str, Any]) -> list[tuple[str, list[Turn]]]:
         seen: Counter[str] = Counter()
         rows = list(conversations(trees, self.langs, seen))
         counts |= {f"{part}_{name}": count for name, count in sorted(seen.items())}
@@ -59,55 +60,56 @@ class Oasst(LanguageTask):
 
 
 def _check_distinct(train: list[Tree], validation: list[Tree]) -> None:
-    """A tree on both sides, or twice on one, would be trained on and scored."""
+    """Refuse a tree that occurs twice: in both splits it would be trained on and scored."""
     twice = [name for name, count in Counter(tree.id for tree in train + validation).items() if count > 1]
     if twice:
-        raise UserError(
-            f"conversation tree {twice[0]} is there twice ({len(twice)} such): leave each in one file, once"
-        )
+        raise UserError(f"conversation tree {twice[0]} occurs twice ({len(twice)} such): keep one copy of each")
 
 
-def _file_trees(path: Path) -> tuple[list[Tree], list[Tree]]:
+def _read_folder(path: Path) -> tuple[list[Tree], list[Tree]]:
     named = [path / "train.jsonl", path / "validation.jsonl"]
     if all(file.is_file() for file in named):
         return _read_file(named[0]), _read_file(named[1])
     files = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
     if not files:
-        raise UserError(f"data.dir={path}: no such file, and no folder with *.jsonl files of conversation trees")
+        raise UserError(
+            f"data.dir={path}: no such file, and no folder with *.jsonl files of conversation trees: give one, or null "
+            "for the hub"
+        )
     trees = [tree for file in files for tree in _read_file(file)]
-    split = [in_tenth(tree.id, "validation") for tree in trees]
-    train = [tree for tree, held in zip(trees, split, strict=True) if not held]
-    return train, [tree for tree, held in zip(trees, split, strict=True) if held]
+    train = [tree for tree in trees if not in_tenth(tree.id, "validation")]
+    return train, [tree for tree in trees if in_tenth(tree.id, "validation")]
 
 
 def _read_file(path: Path) -> list[Tree]:
-    rows = list(_lines(path))
-    if any("prompt" in row for _, row in rows):
+    rows = list(_parse_lines(path))
+    if any("prompt" in row for _, row in rows):  # whole trees; otherwise single messages
         return [nested_tree(row, f"{path} line {number}") for number, row in rows]
     return flat_trees((row for _, row in rows), str(path))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _parse_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     for number, line in lines(path):
         if line.strip():
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path} line {number} is no JSON: {error}") from None
+                raise UserError(f"{path} line {number} is not valid JSON ({error}): correct or remove it") from None
             if not isinstance(row, Mapping):
                 raise UserError(f"{path} line {number}: give one JSON object, a tree or a message")
             yield number, row
 
 
-def _hub_trees() -> tuple[list[Tree], list[Tree]]:
+def _read_hub() -> tuple[list[Tree], list[Tree]]:
     before = datasets.config.HF_HUB_OFFLINE
+    # Without a network the client would retry for about a minute before it reads its cache.
     datasets.config.HF_HUB_OFFLINE = before or not hub_answers()
     try:
         found = datasets.load_dataset(HUB_NAME)
-    except Exception as error:  # whatever the hub client raises, the user's way out is the same
+    except Exception as error:  # the hub's client raises many types; the remedy is the same for all
         raise UserError(
             f"task=oasst1: {HUB_NAME} could not be loaded from the hub or its cache ({first_line(error)}); "
-            f"with a network, fill the cache: hf download --repo-type dataset {HUB_NAME}; without, set "
+            f"with a network, fill the cache: hf download --repo-type dataset {HUB_NAME}; without one, set "
             "data.dir=<exported trees>"
         ) from None
     finally:

@@ -1,4 +1,4 @@
-"""OpenAssistant's conversation trees: read, checked, filtered, and taken apart into root-to-leaf paths."""
+"""OpenAssistant's conversation trees: read, check and filter them, and list their root-to-leaf paths."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sparsegrad.errors import UserError, fail
 from sparsegrad.tasks.dialogue import Turn
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
-_FINISHED = "ready_for_export"
-_DEEPEST = 200  # messages from root to leaf; a conversation has some ten
+_FINISHED = "ready_for_export"  # state of a tree that is complete
+_MAX_DEPTH = 200  # messages from root to leaf: below Python's recursion limit; real conversations have about ten
 
 
 @dataclass
 class Message:
-    """One message with its replies; `dropped` says why it is left out, if it is."""
+    """One message with its replies; `dropped` is the reason why it is left out, or None."""
 
     id: str
     turn: Turn
@@ -28,7 +28,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Tree:
-    """A conversation tree; `finished` is false for one that its makers gave up."""
+    """A conversation tree; `finished` is false for one that OpenAssistant aborted."""
 
     id: str
     root: Message
@@ -36,48 +36,63 @@ class Tree:
 
 
 def nested_tree(row: Mapping[str, Any], where: str) -> Tree:
-    """A tree in export format: `prompt` holds the root, `replies` its answers, and so on.
+    """Build a tree from the export format: `prompt` is the root message, `replies` are its answers, and so on.
+
+    Args:
+        row: one line of the export.
+        where: file and line, for error messages.
 
     Raises:
-        UserError: naming `where` and the message, for what a tree must not have.
+        UserError: with `where` and the message, if the tree is malformed.
     """
     root, tree_id = row.get("prompt"), str(row.get("message_tree_id"))
     if not isinstance(root, Mapping):
-        raise UserError(f"{where}: a conversation tree has a prompt; this line has the fields {', '.join(row)}")
-    return Tree(tree_id, _nested(root, None, where), row.get("tree_state", _FINISHED) == _FINISHED)
+        raise UserError(
+            f"{where}: a conversation tree needs the field prompt, but this line has {', '.join(row)}: add it, or "
+            "remove the line"
+        )
+    return Tree(tree_id, _build_message(root, None, where), row.get("tree_state", _FINISHED) == _FINISHED)
 
 
-def _nested(row: Any, parent: str | None, where: str, depth: int = 1) -> Message:
-    message, replies = _message(row, where), row.get("replies") or ()
+def _build_message(row: Any, parent: str | None, where: str, depth: int = 1) -> Message:
+    message, replies = _read_message(row, where), row.get("replies") or ()
     _check_depth(depth, where, message)
     if not isinstance(replies, list | tuple):
-        raise UserError(f"{where}: the replies of message {message.id} are a {type(replies).__name__}: give a list")
+        raise UserError(
+            f"{where}: the replies of message {message.id} are a {type(replies).__name__}: give a list of messages"
+        )
     given = row.get("parent_id")
     if given is not None and given != parent:
         raise UserError(
             f"{where}: message {message.id} answers {given}, which is missing: the message above it is {parent}; "
-            "mend the file or take the tree out"
+            "correct its parent_id, or remove the tree"
         )
-    message.replies = [_nested(reply, message.id, where, depth + 1) for reply in replies]
+    message.replies = [_build_message(reply, message.id, where, depth + 1) for reply in replies]
     return message
 
 
 def _check_depth(depth: int, where: str, message: Message) -> None:
-    if depth > _DEEPEST:
-        raise UserError(f"{where}: message {message.id} has more than {_DEEPEST} above it: split the conversation")
+    if depth > _MAX_DEPTH:
+        raise UserError(
+            f"{where}: message {message.id} has more than {_MAX_DEPTH} messages above it: split the conversation"
+        )
 
 
 def flat_trees(rows: Iterable[Mapping[str, Any]], where: str) -> list[Tree]:
-    """Trees from single messages, as the hub has them, in any order.
+    """Build trees from single messages in any order, the format of the hub.
+
+    Args:
+        rows: one per message.
+        where: file or data set, for error messages.
 
     Raises:
-        UserError: naming `where` and the message, for what a tree must not have.
+        UserError: with `where` and the message, if a tree is malformed.
     """
     found: dict[str, tuple[Message, Mapping[str, Any]]] = {}
     for row in rows:
-        message = _message(row, where)
+        message = _read_message(row, where)
         if message.id in found:
-            raise UserError(f"{where}: message {message.id} is there twice; leave one")
+            raise UserError(f"{where}: message {message.id} occurs twice: remove one of them")
         found[message.id] = (message, row)
     trees = []
     for message, row in found.values():
@@ -89,33 +104,36 @@ def flat_trees(rows: Iterable[Mapping[str, Any]], where: str) -> list[Tree]:
             found[parent][0].replies.append(message)
         else:
             raise UserError(
-                f"{where}: message {message.id} answers {parent}, which is missing; add it, or take the tree out"
+                f"{where}: message {message.id} answers {parent}, which is missing: add it, or remove the tree"
             )
     _check_reached(trees, found, where)
     return trees
 
 
 def _check_reached(trees: list[Tree], found: Mapping[str, Any], where: str) -> None:
-    """Refuse messages that answer each other in a circle, and trees that are too deep to walk."""
+    """Refuse messages that answer each other in a circle, and trees that are too deep for recursion."""
+    # Level by level, without recursion. Messages in a circle have no root, so no tree reaches them.
     level, depth, reached = [tree.root for tree in trees], 1, 0
     while level:
         _check_depth(depth, where, level[0])
         level, depth, reached = [reply for one in level for reply in one.replies], depth + 1, reached + len(level)
     if reached < len(found):
-        raise UserError(f"{where}: {len(found) - reached} messages answer each other in a circle; mend their parent_id")
+        raise UserError(
+            f"{where}: {len(found) - reached} messages answer each other in a circle: correct their parent_id"
+        )
 
 
-def _message(row: Any, where: str) -> Message:
+def _read_message(row: Any, where: str) -> Message:
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: a message is a {type(row).__name__}: give a JSON object")
     name, role = str(row.get("message_id")), row.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise fail(f"{where}: role of message {name}", role, f"choose one of {', '.join(_ROLES)}")
-    dropped, text = _dropped(row), row.get("text")
+    dropped, text = _find_reason_to_drop(row), row.get("text")
     for value in (name, text, row.get("lang"), row.get("message_tree_id")):
         _check_unicode(value, f"{where}: message {name!a}")
     if dropped is None and (not isinstance(text, str) or not text.strip()):
-        raise UserError(f"{where}: message {name} has no text; mend it, or mark it deleted")
+        raise UserError(f"{where}: message {name} has no text: give one, or mark the message deleted")
     return Message(name, Turn(_ROLES[role], str(text)), str(row.get("lang")), dropped)
 
 
@@ -123,11 +141,11 @@ def _check_unicode(value: Any, where: str) -> None:
     try:
         str(value).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where} holds {value!a}: half a Unicode pair; write both halves") from None
+        raise UserError(f"{where} has {value!a}: half a Unicode pair; write both halves") from None
 
 
-def _dropped(row: Mapping[str, Any]) -> str | None:
-    """Why a message is left out: deleted, or not accepted by its reviewers (spam, low quality), or never reviewed."""
+def _find_reason_to_drop(row: Mapping[str, Any]) -> str | None:
+    """Return why a message is left out: deleted, refused by its reviewers (spam, low quality), or never reviewed."""
     if row.get("deleted"):
         return "deleted"
     review = row.get("review_result")
@@ -137,12 +155,12 @@ def _dropped(row: Mapping[str, Any]) -> str | None:
 def conversations(
     trees: Iterable[Tree], langs: Iterable[str] | None, counts: Counter[str]
 ) -> Iterator[tuple[str, list[Turn]]]:
-    """(tree, turns) of every root-to-leaf path; a dropped message takes the replies below it along.
+    """Yield (tree id, turns) of every root-to-leaf path; the replies below a dropped message are dropped too.
 
     Args:
         trees: any number.
-        langs: languages of the root to keep; None keeps all.
-        counts: gets what was found and why something was left out.
+        langs: languages to keep, by the tree's root; None keeps all.
+        counts: is filled with what was found and why something was left out.
     """
     wanted = None if langs is None else frozenset(langs)
     for tree in trees:
@@ -152,18 +170,19 @@ def conversations(
         elif wanted is not None and tree.root.lang not in wanted:
             counts["trees_in_other_languages"] += 1
         else:
-            for turns in _paths(tree.root, (), counts):
+            for turns in _walk_paths(tree.root, (), counts):
                 counts["conversations"] += 1
                 yield tree.id, list(turns)
 
 
-def _paths(message: Message, before: tuple[Turn, ...], counts: Counter[str]) -> Iterator[tuple[Turn, ...]]:
+def _walk_paths(message: Message, before: tuple[Turn, ...], counts: Counter[str]) -> Iterator[tuple[Turn, ...]]:
     if message.dropped is not None:
         counts[f"messages_{message.dropped}"] += 1
         return
     counts["messages"] += 1
     here = (*before, message.turn)
+    # A message whose replies are all dropped ends a conversation, as a leaf does.
     if all(reply.dropped is not None for reply in message.replies):
         yield here
     for reply in message.replies:
-        yield from _paths(reply, here, counts)
+        yield from _walk_paths(reply, here, counts)

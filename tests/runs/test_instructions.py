@@ -85,9 +85,9 @@ def test_a_bad_row_is_named(tmp_path: Path, bad: Any, says: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("rows.json", "{", "is no JSON"),
-        ("rows.json", '{"a": 1}', "holds no list"),
-        ("rows.jsonl", "\n{", "line 2 is no JSON"),
+        ("rows.json", "{", "is not valid JSON"),
+        ("rows.json", '{"a": 1}', "is no list"),
+        ("rows.jsonl", "\n{", "line 2 is not valid JSON"),
         ("rows.json", "[]", "no conversation is left for the train split"),
     ],
 )

@@ -117,12 +117,12 @@ def test_a_missing_parent_among_single_messages_is_named(tmp_path: Path) -> None
 
 def test_two_messages_of_one_id_are_refused(tmp_path: Path) -> None:
     rows = [message("r", "prompter", "hello"), message("r", "prompter", "hello again")]
-    with pytest.raises(UserError, match="message r is there twice"):
+    with pytest.raises(UserError, match="message r occurs twice"):
         read(write_trees(tmp_path / "flat.jsonl", rows))
 
 
 def test_a_tree_that_is_there_twice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="t1 is there twice"):
+    with pytest.raises(UserError, match="t1 occurs twice"):
         read(write_trees(tmp_path / "trees.jsonl", [tree(1), tree(1)]))
 
 

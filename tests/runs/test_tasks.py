@@ -170,7 +170,7 @@ def test_mnli_also_takes_the_plain_file_name(tmp_path: Path) -> None:
         ("[1, 2]", "holds a JSON list"),
         ('{"sentence": "a"}', "column label is missing"),
         ('{"sentence": "  ", "label": 1}', "column sentence is empty"),
-        ('{"sentence": null, "label": 1}', "column sentence holds None"),
+        ('{"sentence": null, "label": 1}', "column sentence is None"),
         ('{"sentence": "a", "label": 2}', r"label 2 does not fit task=cola: give one of 0 \(unacceptable\)"),
         ('{"sentence": "a", "label": -1}', "label -1 does not fit"),
         ('{"sentence": "a", "label": true}', "label True does not fit"),
