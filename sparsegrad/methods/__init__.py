@@ -1,1 +1,1 @@
-"""Fine-tuning methods: one file each, one small protocol (`base.py`)."""
+"""Fine-tuning methods, one file each, behind the protocol `Method` of `base.py`."""

@@ -1,4 +1,4 @@
-"""What every method does: take a model and its MLP linears, say what trains, give the optimizer."""
+"""What all methods share: the protocol `Method`, what a run hands in and gets back, and common helpers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from sparsegrad.targets import Linears, all_linears, weight_shapes
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a method gets from the run.
+    """What a run hands to a method.
 
     Attributes:
-        lr, weight_decay: of every optimizer the method makes.
-        train_rest: whether parameters outside the MLP weights train (the paper) or only the head and the MLP weights.
-        is_head: tells by its name whether a parameter belongs to the head, or trains densely like one.
-        has_head: false for a language model, which has nothing that is new for the task.
-        batches: opens an endless stream of training batches, the same at each call.
-        calibrated: `(settings, compute) -> (bases, cost)`: reuses the basis stored for these settings, or calls
-            `compute` and stores what it gives; settings None: never stored.
-        accumulation: backward passes for one step of the optimizer.
+        lr, weight_decay: of every optimizer that the method creates.
+        train_rest: whether parameters outside the MLP weights train (the paper), or only the head and the MLP weights.
+        is_head: whether the parameter of this name belongs to the head, or trains densely like one.
+        has_head: false for a language model, which has no parameters that are new for the task.
+        batches: opens an endless stream of training batches; every call yields the same ones.
+        calibrated: `(settings, compute) -> (bases, cost)`: returns the bases stored for these settings, or calls
+            `compute` and stores its result; settings None: never stored.
+        accumulation: backward passes per step of the optimizer.
     """
 
     lr: float
@@ -48,12 +48,12 @@ class Prepared:
     """A model that is ready to train.
 
     Attributes:
-        optimizer: over all that trains.
-        trainable: gradient entries that one step uses: all trainable parameters, of SparseGrad and MeProp weights
-            the kept entries, as the paper counts them.
-        trainable_per_weight: layer kind -> the same per MLP weight.
-        calibration: what the calibration cost; empty without one.
-        finish: turns the model into an ordinary one of the same function, in place.
+        optimizer: over all trainable parameters.
+        trainable: gradient entries that one step uses, counted as in the paper: all trainable parameters, but of the
+            MLP weights of SparseGrad and MeProp only the kept entries.
+        trainable_per_weight: layer kind -> the same count per MLP weight.
+        calibration: cost of the calibration, for the record; empty without one.
+        finish: turns the model in place into an ordinary one that computes the same function.
     """
 
     optimizer: torch.optim.Optimizer
@@ -64,57 +64,77 @@ class Prepared:
 
 
 class Method(Protocol):
-    """One method; a frozen dataclass whose fields are its YAML's and are checked when it is made."""
+    """One method: a frozen dataclass whose fields are the keys of its YAML, checked when it is created."""
 
     name: str
 
     def check(self, linears: Linears) -> None:
-        """Raise `UserError` for settings that do not fit these linears, before anything is computed."""
+        """Raise `UserError` if the settings do not fit these linears; called before anything is computed."""
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
-        """Change `model` in place to what trains, and return its optimizer and counts."""
+        """Prepare `model` in place for training; return its optimizer and counts.
+
+        Args:
+            model: the model, on its device.
+            linears: layer kind -> name -> MLP linear of the model.
+            context: what the run hands in.
+        """
 
 
 def freeze(model: nn.Module, linears: Linears, context: Context, *, mlp_weights: bool) -> None:
-    """Set what trains: the head, the rest if asked, and the MLP weights if `mlp_weights`; it is float32 at least."""
+    """Set which parameters train.
+
+    The head always trains; `context.train_rest` adds everything outside the MLP weights, `mlp_weights` these.
+
+    Raises:
+        UserError: if no parameter belongs to the head, although the model has one.
+    """
     weights = {id(linear.weight) for linear in all_linears(linears)}
     if context.has_head and not any(context.is_head(name) for name, _ in model.named_parameters()):
-        raise UserError(f"model.head matches no parameter of {type(model).__name__}: name those new for each task")
+        raise UserError(
+            f"model.head matches no parameter of {type(model).__name__}: give a regular expression that matches the "
+            r"names of those that are new for the task, such as classifier\..*"
+        )
     for name, parameter in model.named_parameters():
         rest = context.train_rest or context.is_head(name)
         train_only(parameter, mlp_weights if id(parameter) in weights else rest)
 
 
 def train_only(parameter: nn.Parameter, trains: bool) -> None:
-    """Set whether a parameter trains. What trains is in float32: in bfloat16 most updates would round to nothing."""
+    """Set whether a parameter trains. Trainable ones become float32: in bfloat16 most updates would round to zero."""
     parameter.requires_grad_(trains)
     if trains and parameter.dtype in (torch.bfloat16, torch.float16):
         parameter.data = parameter.data.float()
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require a gradient."""
+    """Return the parameters that require a gradient."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def adamw(parameters: Iterable[nn.Parameter], context: Context) -> torch.optim.AdamW:
-    """The AdamW of all methods, fused: the same and as fast as it can be for each."""
+    """Create the AdamW that all methods use: fused, so that comparisons of speed are fair."""
     trained = list(parameters)
     optimizer = torch.optim.AdamW(trained, lr=context.lr, weight_decay=context.weight_decay, fused=True)
-    # Fused, it writes without counting its writes, by which `BlockLinear` would know that its core has moved.
+    # Fused AdamW does not increment the version of the tensors it writes; `BlockLinear` needs it to see that its core
+    # has changed.
     optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(trained))
     return optimizer
 
 
 def count_trainable(model: nn.Module, linears: Linears, per_weight: Mapping[str, int]) -> int:
-    """Trainable parameters outside the MLP weights plus `per_weight` for each MLP weight."""
+    """Count the trainable parameters outside the MLP weights, plus `per_weight` entries of each MLP weight."""
     weights = {id(linear.weight) for linear in all_linears(linears)}
     rest = sum(parameter.numel() for parameter in trainable_parameters(model) if id(parameter) not in weights)
     return rest + sum(per_weight[kind] * len(found) for kind, found in linears.items())
 
 
 def check_kept(density: float | None, keep: int | None) -> None:
-    """Exactly one of `method.density` and `method.keep`, in range; shapes are checked with the linears."""
+    """Check that one of `method.density` and `method.keep` is given and in range; `check` compares it with the shapes.
+
+    Raises:
+        UserError: if both or none are given, or the value is out of range.
+    """
     if (density is None) == (keep is None):
         raise UserError(f"method.density={density} and method.keep={keep}: give one and set the other to null")
     if keep is not None:
@@ -123,5 +143,9 @@ def check_kept(density: float | None, keep: int | None) -> None:
 
 
 def kept_per_weight(linears: Linears, density: float | None, keep: int | None) -> dict[str, int]:
-    """Layer kind -> kept entries of each of its weights."""
+    """Return layer kind -> kept entries of each of its weights.
+
+    Raises:
+        UserError: if a weight has fewer entries than `keep`.
+    """
     return {kind: count_kept(shape, keep=keep, density=density) for kind, shape in weight_shapes(linears).items()}

@@ -1,4 +1,4 @@
-"""Full fine-tuning: everything trains with AdamW (paper, Regular FT)."""
+"""Full fine-tuning: every parameter trains with AdamW (Regular FT in the paper)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sparsegrad.targets import Linears, weight_shapes
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
-    """Every parameter trains; with `train_rest=false` the MLP weights and the head."""
+    """Every parameter trains; with `train.train_rest=false` only the MLP weights and the head."""
 
     name: str = "full"
 
     def check(self, linears: Linears) -> None:
-        """Nothing to check."""
+        """Full fine-tuning has no settings to check."""
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""

@@ -1,4 +1,4 @@
-"""LoRA on the MLP linears, by `peft` (paper, section 4; rank and scale as its authors ran it)."""
+"""LoRA on the MLP linears, by `peft` (paper, section 4; rank and scale as in the authors' code)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Lora:
     """W + (alpha / rank) B A with B (out, rank) and A (rank, in); W is frozen, its bias is not.
 
     Attributes:
-        rank: of B A; 1 to the smaller side of every weight.
-        alpha: numerator of the scale; the paper's scale 1 / rank is alpha = 1. None is modern practice: 2 * rank.
-        dropout: on the input of A, 0 to below 1.
+        rank: of B A; at least 1, at most the smaller side of every weight.
+        alpha: numerator of the scale; alpha = 1 is the paper's scale 1 / rank. None: 2 * rank, common practice today.
+        dropout: on the input of A; 0 <= dropout < 1.
     """
 
     rank: int
@@ -37,13 +37,13 @@ class Lora:
     name: str = "lora"
 
     def __post_init__(self) -> None:
-        check_integer("method.rank", self.rank, at_least=1, remedy="the paper takes 7 (base) and 10 (large)")
+        check_integer("method.rank", self.rank, at_least=1, remedy="the paper uses 7 (base) and 10 (large)")
         if self.alpha is not None:
-            check_integer("method.alpha", self.alpha, at_least=1, remedy="the paper takes 1; null is 2 * rank")
+            check_integer("method.alpha", self.alpha, at_least=1, remedy="the paper uses 1; null is 2 * rank")
         check_number("method.dropout", self.dropout, at_least=0, below=1)
 
     def check(self, linears: Linears) -> None:
-        """The rank may not exceed a weight's smaller side."""
+        """Raise `UserError` if the rank exceeds the smaller side of a weight."""
         smaller = min(min(shape) for shape in weight_shapes(linears).values())
         check_integer("method.rank", self.rank, at_least=1, at_most=smaller, remedy="no weight has a larger rank")
 
@@ -53,7 +53,7 @@ class Lora:
         alpha = 2 * self.rank if self.alpha is None else self.alpha
         config = LoraConfig(r=self.rank, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=names)
         inject_adapter_in_model(config, model)
-        # peft freezes all but the adapters; the paper trains everything outside the MLP weights.
+        # peft has frozen everything but the adapters; the paper trains everything outside the MLP weights.
         freeze(model, linears, context, mlp_weights=False)
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
@@ -63,11 +63,11 @@ class Lora:
             optimizer=adamw(parameters, context),
             trainable=sum(parameter.numel() for parameter in parameters),
             trainable_per_weight={kind: self.rank * sum(shape) for kind, shape in weight_shapes(linears).items()},
-            finish=lambda: _merge(model, names),
+            finish=lambda: _merge_adapters(model, names),
         )
 
 
-def _merge(model: nn.Module, names: list[str]) -> None:
+def _merge_adapters(model: nn.Module, names: list[str]) -> None:
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, LoraLayer)

@@ -1,4 +1,4 @@
-"""MeProp: the largest entries of the unrotated gradient, in plain AdamW (paper, section 4; as its authors ran it)."""
+"""MeProp: AdamW on the largest entries of the unrotated gradient (paper, section 4; as in the authors' code)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from sparsegrad.targets import Linears, all_linears
 class MeProp:
     """AdamW on the gradient G (out, in) with all but its largest entries set to zero.
 
-    AdamW's moments are dense, so an entry goes on moving after it is no longer kept, as in the authors' code: the
-    entries that move are more at every step, though each step's gradient has `keep` of them.
+    The moments of AdamW are dense, as in the authors' code, so an entry keeps moving after it is no longer selected.
+    More entries than `keep` move in a step, although its gradient has only `keep` nonzero entries.
 
     Attributes:
         density: share of kept entries per weight and step, (0, 1]; or
@@ -42,7 +42,7 @@ class MeProp:
         check_kept(self.density, self.keep)
 
     def check(self, linears: Linears) -> None:
-        """`keep` may not exceed a weight's size."""
+        """Raise `UserError` if `keep` exceeds the size of a weight."""
         kept_per_weight(linears, self.density, self.keep)
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
@@ -52,7 +52,7 @@ class MeProp:
         optimizer = adamw(trainable_parameters(model), context)
         weights = [linear.weight for linear in all_linears(linears)]
 
-        def mask(*_: Any) -> None:  # before the step, so after accumulation
+        def mask(*_: Any) -> None:  # runs before the step, so after accumulation
             for weight in weights:
                 if weight.grad is not None:
                     keep_largest_(weight.grad, count_kept(weight.shape, keep=self.keep, density=self.density))
@@ -67,7 +67,7 @@ class MeProp:
 
 def keep_largest_(gradient: torch.Tensor, keep: int) -> None:
     """Set all but the `keep` largest entries of a matrix (out, in) to zero, in place."""
-    flat = gradient.view(-1)
+    flat = gradient.view(-1)  # (out * in,), shares memory with the gradient
     index = top_k_index(gradient, keep)
     values = flat[index]
     flat.zero_()

@@ -33,8 +33,8 @@ from sparsegrad.targets import Linears, weight_shapes
 
 ENGINES = ("exact", "layer")
 _DTYPES = {None: None, "bf16": torch.bfloat16}
-# Settings of one engine only, with the value that the other leaves them at.
-_OF_ENGINE: dict[str, dict[str, Any]] = {
+# Settings of one engine, with the value that they must have under the other.
+_ENGINE_SETTINGS: dict[str, dict[str, Any]] = {
     "layer": {"backward": "regular"},
     "exact": {
         "sides": "both", "moments": "dense", "release_gradients": False, "drop_padding": False, "save_dtype": None
@@ -51,12 +51,20 @@ def calibrated_bases(
     sides: str = "both",
     update: Callable[[], None] | None = None,
 ) -> tuple[dict[str, Basis], dict[str, Any]]:
-    """The bases of all layer kinds and what they cost, from the store or from `steps` batches.
+    """Return the bases of all layer kinds and their cost, from the store or from `steps` batches.
 
-    A calibration that trains by `update` is never taken from the store: its updates would be missing.
+    Args:
+        model: the model, with the gradients of its MLP weights enabled.
+        linears: layer kind -> name -> MLP linear.
+        context: what the run hands in.
+        steps: calibration batches.
+        sides: which bases are computed: `both`, `in`, `out` or `small`.
+        update: called after every batch, for a calibration that also trains. Such a calibration is never read from
+            the store, because its updates would be missing.
     """
     mlp = {kind: list(found.values()) for kind, found in linears.items()}
     batches, progress = islice(context.batches(), steps), partial(tqdm, desc="calibration", leave=False)
+    # Settings name the stored basis; `both`, the default, is left out of the name.
     settings = {"steps": steps, **({} if sides == "both" else {"sides": sides})} if update is None else None
     return context.calibrated(
         settings, lambda: calibrate(model, batches, mlp, steps, sides=sides, update=update, progress=progress)
@@ -71,16 +79,21 @@ class SparseGrad:
         density: share of kept entries per weight and step, (0, 1]; or
         keep: their number.
         steps: calibration batches.
-        engine: `exact` (rotation in the optimizer) or `layer` (the paper's `SparseGradLinear`); the same trajectory in
-            exact arithmetic, but for accumulation: `exact` selects once per step, `layer` in every micro-batch.
-        backward: of engine `layer`: `regular` or `sparse_dense`.
-        sides: what engine `exact` rotates: `both` (the method), or one: `in`, `out`, `small`. Not exact, but the
-            rotation costs a sixth (see docs/performance.md).
-        moments: of engine `exact`: `dense` (the method's), or `support`: a tenth of their memory, not exact.
-        release_gradients: update each MLP weight as soon as its gradient is there, and free that. Exact.
-        drop_padding: leave padding out of the MLP weights' gradients, where it counts nothing. Exact.
-        save_dtype: `bf16` keeps the MLP linears' inputs rounded until their weight gradient is made; null as they are.
-        basis: file with stored bases to use instead of calibrating.
+        engine: `exact` (rotation in the optimizer) or `layer` (the paper's `SparseGradLinear`). In exact arithmetic
+            both give the same weights, except with accumulation: `exact` selects once per step, `layer` in every
+            micro-batch.
+        backward: for engine `layer`: `regular` or `sparse_dense`.
+        sides: what engine `exact` rotates: `both` (the method), or only `in`, `out` or `small`. One side is not the
+            method, but its rotation costs a sixth (see docs/performance.md).
+        moments: for engine `exact`: `dense` (the method) or `support`, which needs a tenth of the memory and is not
+            the method.
+        release_gradients: for engine `exact`: update each MLP weight as soon as its gradient is computed, then free
+            the gradient. Changes rounding at most.
+        drop_padding: for engine `exact`: leave padding, which contributes zero, out of the gradients of the MLP
+            weights. Changes rounding at most.
+        save_dtype: for engine `exact`: `bf16` stores the inputs of the MLP linears rounded until their weight
+            gradient is computed; None: as they are.
+        basis: file with stored bases to use instead of a calibration.
     """
 
     density: float | None = 0.01
@@ -98,7 +111,7 @@ class SparseGrad:
 
     def __post_init__(self) -> None:
         check_kept(self.density, self.keep)
-        check_integer("method.steps", self.steps, at_least=1, remedy="the paper takes 30")
+        check_integer("method.steps", self.steps, at_least=1, remedy="the paper uses 30")
         check_choice("method.engine", self.engine, ENGINES)
         check_choice("method.backward", self.backward, BACKWARDS)
         check_choice("method.sides", self.sides, SIDES)
@@ -106,25 +119,25 @@ class SparseGrad:
         check_choice("method.release_gradients", self.release_gradients, (True, False))
         check_choice("method.drop_padding", self.drop_padding, (True, False))
         check_choice("method.save_dtype", self.save_dtype, tuple(_DTYPES), "null keeps them as they are")
-        for name, value in _OF_ENGINE["layer" if self.engine == "exact" else "exact"].items():
+        for name, value in _ENGINE_SETTINGS["layer" if self.engine == "exact" else "exact"].items():
             if getattr(self, name) != value:
                 raise UserError(
                     f"method.{name}={getattr(self, name)} does not belong to method.engine={self.engine}: "
-                    f"set method.{name}={_shown(value)}, or the other engine"
+                    f"set method.{name}={_format_value(value)}, or use the other engine"
                 )
 
     def check(self, linears: Linears) -> None:
-        """`keep` may not exceed a weight's size; a given basis file must fit the shapes."""
+        """Raise `UserError` if `keep` exceeds the size of a weight, or a given basis file does not fit the shapes."""
         kept_per_weight(linears, self.density, self.keep)
         if self.basis is not None:
-            self._load(linears)
+            self._load_bases(linears)
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""
         if self.release_gradients and context.accumulation > 1:
             raise UserError(
-                f"method.release_gradients=true does not go with train.grad_accumulation={context.accumulation}: "
-                "the gradients of several passes must meet; set one of them back"
+                f"method.release_gradients=true does not go with train.grad_accumulation={context.accumulation}, which "
+                "adds up the gradients of several passes: set the first to false, or the second to 1"
             )
         freeze(model, linears, context, mlp_weights=True)
         bases, cost = self.find_bases(model, linears, context)
@@ -133,9 +146,11 @@ class SparseGrad:
     def find_bases(
         self, model: nn.Module, linears: Linears, context: Context
     ) -> tuple[dict[str, Basis], dict[str, Any]]:
-        """The bases of all layer kinds and what they cost: from the given file, the store, or calibration."""
+        """Return the bases of all layer kinds and their cost: from the given file, the store, or a calibration."""
         if self.basis is not None:
-            return {kind: basis.only(self.sides) for kind, basis in self._load(linears).items()}, {"file": self.basis}
+            return {kind: basis.only(self.sides) for kind, basis in self._load_bases(linears).items()}, {
+                "file": self.basis
+            }
         return calibrated_bases(model, linears, context, self.steps, sides=self.sides)
 
     def build(
@@ -146,11 +161,12 @@ class SparseGrad:
         bases: Mapping[str, Basis],
         cost: dict[str, Any],
     ) -> Prepared:
-        """The engine and its optimizer for given bases."""
+        """Set up the engine and its optimizer for given bases."""
         per_weight = kept_per_weight(linears, self.density, self.keep)
+        # Counted first: engine `layer` replaces the linears.
         trainable = count_trainable(model, linears, per_weight)
         optimizer = SparseGradAdamW(
-            self._groups(model, linears, bases), lr=context.lr, weight_decay=context.weight_decay, fused=True
+            self._make_groups(model, linears, bases), lr=context.lr, weight_decay=context.weight_decay, fused=True
         )
         if self.release_gradients:
             optimizer.release_gradients()
@@ -163,22 +179,22 @@ class SparseGrad:
         )
 
     @property
-    def _replaces(self) -> bool:
-        """Whether layers of ours stand in the places of the MLP linears while training."""
+    def _replaces_linears(self) -> bool:
+        """Whether the MLP linears are replaced by layers of this library during training."""
         return self.engine == "layer" or self.drop_padding or self.save_dtype is not None
 
-    def _groups(self, model: nn.Module, linears: Linears, bases: Mapping[str, Basis]) -> list[dict[str, Any]]:
+    def _make_groups(self, model: nn.Module, linears: Linears, bases: Mapping[str, Basis]) -> list[dict[str, Any]]:
         if self.engine == "layer":
-            return self._layer(model, linears, bases)
+            return self._insert_layers(model, linears, bases)
         groups = param_groups(model, linears, bases, keep=self.keep, density=self.density, moments=self.moments)
-        if self._replaces:
+        if self._replaces_linears:
             for found in linears.values():
                 for name, linear in found.items():
                     lean = LeanLinear(linear, drop_padding=self.drop_padding, save_dtype=_DTYPES[self.save_dtype])
                     replace_module(model, name, lean)
         return groups
 
-    def _layer(self, model: nn.Module, linears: Linears, bases: Mapping[str, Basis]) -> list[dict[str, Any]]:
+    def _insert_layers(self, model: nn.Module, linears: Linears, bases: Mapping[str, Basis]) -> list[dict[str, Any]]:
         rotated = []
         for kind, found in linears.items():
             for name, linear in found.items():
@@ -191,19 +207,19 @@ class SparseGrad:
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
         return [{"params": rotated, "keep": self.keep, "density": self.density}, {"params": rest}]
 
-    def _load(self, linears: Linears) -> dict[str, Basis]:
+    def _load_bases(self, linears: Linears) -> dict[str, Basis]:
         assert self.basis is not None
         bases = load_bases(self.basis)
         for kind, shape in weight_shapes(linears).items():
             if kind not in bases or not bases[kind].fits(shape):
                 found = {name: basis.shape for name, basis in bases.items()}
                 raise UserError(
-                    f"method.basis={self.basis} holds bases for {found}, but the model's weights of kind {kind} "
-                    f"are {shape}: name a basis of this model, or null to calibrate"
+                    f"method.basis={self.basis} has bases for {found}, but the model's weights of kind {kind} are "
+                    f"{shape}: give a basis of this model, or null to calibrate"
                 )
         return bases
 
 
-def _shown(value: Any) -> str:
-    """A value as a YAML has it."""
+def _format_value(value: Any) -> str:
+    """Format a value as in YAML."""
     return "null" if value is None else str(value).lower()

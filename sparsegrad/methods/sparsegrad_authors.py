@@ -1,6 +1,6 @@
-"""SparseGrad as the authors' code runs it, where that differs from the paper's text; each difference is a switch.
+"""SparseGrad as in the authors' code, where it differs from the paper's text; each difference is a switch.
 
-Source of the facts: the authors' repository (GitHub sayankotor/sparse_grads), read beside arXiv 2410.07383.
+Sources: the authors' repository (GitHub sayankotor/sparse_grads) and the paper (arXiv 2410.07383).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from sparsegrad.targets import Linears
 
 @dataclass(frozen=True, kw_only=True)
 class SparseGradAuthors(SparseGrad):
-    """The text's method but for these, all on by default. `keep`, and `steps` = 11, come from the YAML.
+    """SparseGrad with the following differences, all on by default. The YAML sets `keep`, and `steps` to 11.
 
     Attributes:
-        transposed_in_basis: rotate by V^T G U^T instead of V^T G U: on the input side an arbitrary rotation.
-        rotated_bias_gradient: the MLP biases get V^T db instead of db.
-        frozen_layer_norm: LayerNorm parameters are in no optimizer.
-        training_calibration: calibration is ordinary AdamW on the whole model, and its updates stay.
+        transposed_in_basis: rotate by V^T G U^T instead of V^T G U, which is an arbitrary rotation of the input side.
+        rotated_bias_gradient: the gradient of the MLP biases is V^T db instead of db.
+        frozen_layer_norm: LayerNorm parameters do not train.
+        training_calibration: the calibration trains the whole model with AdamW, and its updates are kept.
     """
 
     density: float | None = None
@@ -40,8 +40,8 @@ class SparseGradAuthors(SparseGrad):
         super().__post_init__()
         if self.basis is not None and self.training_calibration:
             raise UserError(
-                f"method.basis={self.basis} leaves out the calibration that method.training_calibration=true asks for: "
-                "set that to false, or basis to null"
+                f"method.basis={self.basis} skips the calibration that method.training_calibration=true asks for: set "
+                "that to false, or method.basis to null"
             )
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
@@ -49,7 +49,7 @@ class SparseGradAuthors(SparseGrad):
         freeze(model, linears, context, mlp_weights=True)
         bases, cost = self.find_bases(model, linears, context)
         if self.transposed_in_basis:
-            bases = {kind: _transposed_in_basis(basis) for kind, basis in bases.items()}
+            bases = {kind: _transpose_in_basis(basis) for kind, basis in bases.items()}
         if self.frozen_layer_norm:
             _freeze_layer_norms(model)
         prepared = self.build(model, linears, context, bases, cost)
@@ -60,7 +60,7 @@ class SparseGradAuthors(SparseGrad):
     def find_bases(
         self, model: nn.Module, linears: Linears, context: Context
     ) -> tuple[dict[str, Basis], dict[str, Any]]:
-        """Bases and cost; unless switched off, the calibration is ordinary training."""
+        """Return bases and cost; unless switched off, the calibration is ordinary training."""
         if not self.training_calibration:
             return super().find_bases(model, linears, context)
         optimizer = adamw(trainable_parameters(model), context)
@@ -72,7 +72,7 @@ class SparseGradAuthors(SparseGrad):
         return calibrated_bases(model, linears, context, self.steps, update=update)
 
 
-def _transposed_in_basis(basis: Basis) -> Basis:
+def _transpose_in_basis(basis: Basis) -> Basis:
     assert basis.in_basis is not None
     return Basis(basis.in_basis.T.contiguous(), basis.out_basis)
 
@@ -86,12 +86,12 @@ def _freeze_layer_norms(model: nn.Module) -> None:
 def _rotate_bias_gradients(model: nn.Module, linears: Linears, bases: Mapping[str, Basis]) -> None:
     for kind, found in linears.items():
         for name in found:
-            bias = model.get_submodule(name).bias  # looked up anew: engine `layer` has replaced the linear
+            bias = model.get_submodule(name).bias  # looked up again: engine `layer` has replaced the linear
             if isinstance(bias, Tensor) and bias.requires_grad:
-                bias.register_hook(_rotating(bases[kind]))  # type: ignore[no-untyped-call]
+                bias.register_hook(_make_rotation_hook(bases[kind]))  # type: ignore[no-untyped-call]
 
 
-def _rotating(basis: Basis) -> Callable[[Tensor], Tensor]:
-    V = basis.out_basis
+def _make_rotation_hook(basis: Basis) -> Callable[[Tensor], Tensor]:
+    V = basis.out_basis  # (out, out)
     assert V is not None
     return lambda gradient: V.T.to(gradient) @ gradient

@@ -1,4 +1,4 @@
-"""SparseGrad on a fixed block of the rotated gradient: not exact, see `sparsegrad.layers.block`."""
+"""Engine `fast`: trains a fixed block of the rotated gradient; not the paper's method (`sparsegrad.layers.block`)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sparsegrad.targets import Linears, weight_shapes
 
 @dataclass(frozen=True, kw_only=True)
 class SparseGradFast:
-    """AdamW on the leading block of the rotated gradient; the rest as in `SparseGrad`.
+    """AdamW on the leading block of the rotated gradient; everything else as in `SparseGrad`.
 
     Attributes:
-        density: share of a weight's entries that the block has, (0, 1].
+        density: share of a weight's entries in the block, (0, 1].
         steps: calibration batches.
     """
 
@@ -30,14 +30,14 @@ class SparseGradFast:
 
     def __post_init__(self) -> None:
         check_density(self.density)
-        check_integer("method.steps", self.steps, at_least=1, remedy="the paper takes 30")
+        check_integer("method.steps", self.steps, at_least=1, remedy="the paper uses 30")
 
     def check(self, linears: Linears) -> None:
-        """Every block fits its weight by construction."""
+        """Nothing to check: every block fits its weight by construction."""
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""
-        freeze(model, linears, context, mlp_weights=True)  # as `SparseGrad`, so that both share stored bases
+        freeze(model, linears, context, mlp_weights=True)  # as in `SparseGrad`, so that both share stored bases
         bases, cost = calibrated_bases(model, linears, context, self.steps)
         shapes = {kind: core_shape(shape, self.density) for kind, shape in weight_shapes(linears).items()}
         use_blocks(model, linears, bases, self.density)
