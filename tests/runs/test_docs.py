@@ -75,7 +75,9 @@ def test_the_trainer_walks_the_path_of_a_plain_loop(tmp_path: Path, monkeypatch:
     rows = recipe_names()["dataset"][:4]
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     plain, trained = (without_dropout(tiny_model("bert", torch.float32)) for _ in range(2))
-    optimizer, other = (prepare(model, [batch] * 2, steps=2, lr=1e-3, density=0.1) for model in (plain, trained))
+    optimizer, other = (
+        prepare(model, [batch] * 2, calibration_steps=2, lr=1e-3, density=0.1) for model in (plain, trained)
+    )
     for _ in range(3):
         plain(**batch).loss.backward()
         optimizer.step()

@@ -111,12 +111,15 @@ def test_lock_leaves_out_the_project_and_what_only_a_cuda_build_brings() -> None
 
 
 def test_the_docs_name_the_bounds_and_pythons_of_the_project() -> None:
-    """docs/versions.md has a row per direct dependency, whose lowest version is pyproject.toml's."""
+    """docs/versions.md has a row per direct dependency of the library and of the extra `run`: bound, lock."""
     page = (ROOT / "docs" / "versions.md").read_text()
-    rows = dict(re.findall(r"^\| ([\w-]+) \| ([\d.]+)", page, re.MULTILINE))
-    bounds = {Requirement(line).name: line.split(">=")[1] for line in PROJECT["dependencies"]}
-    assert rows == bounds
+    rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    declared = [Requirement(line) for line in [*PROJECT["dependencies"], *EXTRAS["run"]]]
+    assert sorted(rows) == sorted(
+        (one.name, str(one.specifier).removeprefix(">="), LOCKED[canonicalize_name(one.name)]) for one in declared
+    )
     assert PROJECT["requires-python"] == ">=3.11"
+    assert "Python 3.11 or newer" in page
 
 
 def test_every_file_of_the_package_that_is_not_python_is_package_data() -> None:
