@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from toy_models import Conv1D
 
 from sparsegrad import Basis, SparseGradLinear, UserError, calibrate, find_mlp, prepare
 from sparsegrad.calibration.grams import Grams
@@ -135,7 +135,7 @@ def test_a_loss_is_found_wherever_the_trainer_would_find_it(give: Callable[[Tens
 )
 def test_a_result_without_loss_is_named(give: Callable[[Tensor], Any], message: str) -> None:
     with pytest.raises(UserError, match=f"the model gives no loss .*{message}"):
-        prepare(Wrapped(give), labelled(), mlp=NAMES, density=0.1, steps=2)
+        prepare(Wrapped(give), labelled(), target_modules=NAMES, density=0.1, calibration_steps=2)
 
 
 def test_a_tuple_begins_with_the_loss_only_where_there_are_labels() -> None:
@@ -144,4 +144,4 @@ def test_a_tuple_begins_with_the_loss_only_where_there_are_labels() -> None:
     with pytest.raises(
         UserError, match="no loss for a batch of x: give batches with labels; a tuple of Tensor, Tensor came"
     ):
-        prepare(Wrapped(as_tuple), batches, mlp=NAMES, density=0.1, steps=2)
+        prepare(Wrapped(as_tuple), batches, target_modules=NAMES, density=0.1, calibration_steps=2)

@@ -1,95 +1,45 @@
-"""`prepare(engine="fast")` is the method `sparsegrad_fast` for a loop of one's own; `to_linears` takes it out again."""
+"""`prepare(engine="fast")`: blocks in the places of the linears, made and trained as by hand, and what it refuses."""
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from model_zoo import tiny_batches, tiny_model
-from torch import Tensor, nn
+from fast_checks import BATCHES, DENSITY, LR, bert, blocks, fast, train
+from model_states import bits, has_bits
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from toy_models import toy_model
 
-from sparsegrad import (
-    Basis,
-    SparseGradAdamW,
-    SparseGradLinear,
-    UserError,
-    calibrate,
-    describe,
-    find_mlp,
-    load_adapter,
-    prepare,
-    save_adapter,
-    to_linears,
-)
-from sparsegrad.basis import load_bases, save_bases
-from sparsegrad.layers.block import BlockLinear
-from sparsegrad.methods.base import Context
-from sparsegrad.methods.sparsegrad_fast import SparseGradFast
+from sparsegrad import Basis, UserError, calibrate, describe, find_mlp, prepare, to_linears
+from sparsegrad.layers.block import BlockLinear, core_shape
+from sparsegrad.layers.replace import replace_module
 
-LR, DENSITY = 1e-2, 0.1
-BATCHES = tiny_batches("bert", 6)
 WHOLE = {"intermediate": Basis.identity(32, 16), "output": Basis.identity(16, 32)}
 
 
-def bert(dtype: torch.dtype = torch.float32) -> Any:
-    return tiny_model("bert", dtype)
-
-
-def fast(model: nn.Module, **options: Any) -> SparseGradAdamW:
-    return prepare(model, BATCHES, lr=LR, steps=3, engine="fast", **{"density": DENSITY, **options})
-
-
-def train(model: Any, optimizer: torch.optim.Optimizer, data: list[dict[str, Tensor]] = BATCHES) -> None:
-    for batch in data:
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def blocks(model: nn.Module) -> list[BlockLinear]:
-    return [module for module in model.modules() if isinstance(module, BlockLinear)]
-
-
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def context(weight_decay: float) -> Context:
-    return Context(
-        lr=LR,
-        weight_decay=weight_decay,
-        train_rest=True,
-        is_head=lambda name: "classifier" in name,
-        batches=lambda: iter(BATCHES),
-        calibrated=lambda _, compute: (compute(), {}),
-    )
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("fused", [None, True])
-def test_it_walks_the_path_of_the_method(fused: bool | None, weight_decay: float) -> None:
-    """Fused to the bit; else to rounding, for the method's AdamW is fused."""
-    mine, theirs = bert(torch.float64), bert(torch.float64)
-    optimizer = fast(mine, fused=fused, weight_decay=weight_decay)
-    method = SparseGradFast(density=DENSITY, steps=3)
-    train(theirs, method.prepare(theirs, find_mlp(theirs), context(weight_decay)).optimizer)
-    train(mine, optimizer)
-    one, other = bits(to_linears(mine)), bits(to_linears(theirs))
-    assert one.keys() == other.keys() == bits(bert()).keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]) if fused else torch.allclose(value, other[name], atol=1e-12), name
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_it_is_the_blocks_and_the_optimizer_made_by_hand(fused: bool | None, weight_decay: float) -> None:
+    """To the bit, against torch's own AdamW over blocks that were put in one by one."""
+    one, other = bert(torch.float64), bert(torch.float64)
+    optimizer = fast(one, fused=fused, weight_decay=weight_decay)
+    linears = find_mlp(other)
+    bases = calibrate(other, BATCHES, {kind: found.values() for kind, found in linears.items()}, steps=3)
+    for kind, found in linears.items():
+        for name, linear in found.items():
+            core = core_shape(tuple(linear.weight.shape), DENSITY)
+            replace_module(other, name, BlockLinear.from_linear(linear, bases[kind], core))
+    trained = [parameter for parameter in other.parameters() if parameter.requires_grad]
+    by_hand = torch.optim.AdamW(trained, lr=LR, weight_decay=weight_decay, fused=fused)
+    # Fused, torch does not count its writes, by which a block knows that its core has moved.
+    by_hand.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(trained))
+    train(one, optimizer)
+    train(other, by_hand)
+    assert has_bits(to_linears(one), bits(to_linears(other)))
 
 
 @pytest.mark.parametrize("fused", [None, True])
@@ -147,174 +97,16 @@ def test_describe_tells_kind_weight_core_and_counts() -> None:
     table = str(plan).splitlines()
     assert table[0].split()[:4] == ["kind", "weights", "shape", "core"]
     assert " ".join(table[1].split()).startswith("intermediate 2 32 x 16 10 x 5 50 of 512 ")
-    assert "core" not in str(describe(prepare(bert(), BATCHES, steps=3)))
-
-
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.float64, 1e-10)])
-def test_to_linears_keeps_the_function_and_gives_the_plain_model(dtype: torch.dtype, close: float) -> None:
-    plain, model = bert(dtype), bert(dtype)
-    train(model, fast(model))
-    before = model(**BATCHES[0]).logits
-    assert to_linears(model) is model
-    assert torch.allclose(model(**BATCHES[0]).logits, before, atol=close, rtol=0)
-    assert {name: type(module) for name, module in model.named_modules()} == {
-        name: type(module) for name, module in plain.named_modules()
-    }
-    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == [
-        (name, p.requires_grad) for name, p in plain.named_parameters()
-    ]
-    plain.load_state_dict(model.state_dict())
-    assert torch.equal(plain(**BATCHES[0]).logits, model(**BATCHES[0]).logits)
-
-
-def test_to_linears_takes_the_last_step_along() -> None:
-    """No forward pass came after it, so the layer has not merged it."""
-    model = bert(torch.float64)
-    train(model, fast(model, fused=True), BATCHES[:2])
-    other = copy.deepcopy(model)
-    to_linears(model)
-    assert torch.allclose(other(**BATCHES[0]).logits, model(**BATCHES[0]).logits, atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("steps", [1, 2])
-def test_a_copy_made_between_a_step_and_its_merge_has_the_step(steps: int) -> None:
-    """A copied core counts its writes anew: after one step its count is that of a core just made."""
-    model = bert(torch.float64)
-    train(model, fast(model), BATCHES[:steps])
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(**BATCHES[0]).logits, model(**BATCHES[0]).logits)
-    assert_equal(bits(twin), bits(model))
-
-
-def test_to_linears_is_idle_where_there_is_nothing_and_turns_the_papers_layer_too() -> None:
-    model = bert(torch.float64)
-    modules, before, logits = list(model.modules()), bits(model), model(**BATCHES[0]).logits
-    assert to_linears(model) is model
-    assert list(model.modules()) == modules
-    assert_equal(bits(model), before)
-    dense = model.bert.encoder.layer[0].output.dense
-    identity = Basis.identity(16, 32, torch.float64)
-    model.bert.encoder.layer[0].output.dense = SparseGradLinear.from_linear(dense, identity, keep=3)
-    assert type(to_linears(model).bert.encoder.layer[0].output.dense) is nn.Linear
-    assert torch.allclose(model(**BATCHES[0]).logits, logits, atol=1e-10)
-
-
-def test_a_layer_under_two_names_stays_one() -> None:
-    layer = BlockLinear.from_linear(nn.Linear(8, 8), Basis.identity(8, 8), (2, 2))
-    model = to_linears(nn.ModuleDict({"one": layer, "two": layer}))
-    assert model["one"] is model["two"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("with_optimizer", [True, False])
-def test_an_adapter_gives_the_trained_weights_bit_for_bit(
-    dtype: torch.dtype, with_optimizer: bool, tmp_path: Path
-) -> None:
-    base, model = bert(dtype), bert(dtype)
-    optimizer = fast(model)
-    train(model, optimizer)
-    saved = save_adapter(to_linears(model), tmp_path, base=base, optimizer=optimizer if with_optimizer else None)
-    assert saved.mlp_bytes > 0
-    adapter = load_adapter(base, tmp_path)
-    adapter.merge()
-    assert_equal(bits(base), bits(model))
-    adapter.unmerge()
-    assert_equal(bits(base), bits(bert(dtype)))
-
-
-@pytest.mark.parametrize("base", [bert(), bits(bert()), None])
-@pytest.mark.parametrize("with_optimizer", [True, False])
-def test_an_adapter_of_layers_is_refused_with_the_remedy(base: Any, with_optimizer: bool, tmp_path: Path) -> None:
-    """Among them tensors as base: cores would be stored as if they were a new head's."""
-    model = bert()
-    optimizer = fast(model)
-    train(model, optimizer)
-    message = r"^bert\.\S+ is a BlockLinear, which no base has: call sparsegrad\.to_linears\(model\) first, then save$"
-    with pytest.raises(UserError, match=message):
-        save_adapter(model, tmp_path, base=base, optimizer=optimizer if with_optimizer else None)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("fused", [None, True])
-def test_a_stopped_training_goes_on_to_the_bit_without_a_second_calibration(fused: bool | None, tmp_path: Path) -> None:
-    whole, halves, fresh = bert(), bert(), bert()
-    train(whole, fast(whole, fused=fused, weight_decay=0.1))
-    mlp = {kind: found.values() for kind, found in find_mlp(halves).items()}
-    save_bases(tmp_path / "bases.safetensors", calibrate(halves, BATCHES, mlp, steps=3))
-    options = {"engine": "fast", "lr": LR, "density": DENSITY, "fused": fused, "weight_decay": 0.1}
-    first = prepare(halves, None, bases=load_bases(tmp_path / "bases.safetensors"), **options)
-    train(halves, first, BATCHES[:3])
-    torch.save({"model": halves.state_dict(), "optimizer": first.state_dict()}, tmp_path / "state.pt")
-
-    second = prepare(fresh, None, bases=load_bases(tmp_path / "bases.safetensors"), **options)
-    saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    fresh.load_state_dict(saved["model"])
-    second.load_state_dict(saved["optimizer"])
-    assert describe(second) == describe(first)
-    train(fresh, second, BATCHES[3:])
-    assert_equal(bits(fresh), bits(whole))
-    assert_equal(bits(to_linears(fresh)), bits(to_linears(whole)))
+    assert "core" not in str(describe(prepare(bert(), BATCHES, calibration_steps=3)))
 
 
 @pytest.mark.parametrize("saved", ["exact", "fast"])
 def test_the_state_of_the_other_engine_is_refused(saved: str) -> None:
-    optimizers = {"exact": prepare(bert(), BATCHES, steps=3), "fast": fast(bert())}
+    optimizers = {"exact": prepare(bert(), BATCHES, calibration_steps=3), "fast": fast(bert())}
     other = "fast" if saved == "exact" else "exact"
     message = f"saved state is of engine={saved}, this optimizer of engine={other}: make it with engine={saved}"
     with pytest.raises(UserError, match=message):
         optimizers[other].load_state_dict(optimizers[saved].state_dict())
-
-
-def test_it_trains_in_the_trainer_as_in_a_plain_loop(tmp_path: Path) -> None:
-    """With a schedule and clipping of the Trainer's own; its checkpoint is read back."""
-    rows = [{name: values[row] for name, values in BATCHES[0].items()} for row in range(4)]
-    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    plain, trained = (without_dropout(bert(torch.float64)) for _ in range(2))
-    one, other = fast(plain), fast(trained)
-    schedule = torch.optim.lr_scheduler.LinearLR(one, 1.0, 0.0, total_iters=4)
-    for _ in range(4):
-        plain(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
-        one.step()
-        schedule.step()
-        one.zero_grad()
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4, max_grad_norm=0.1, report_to="none",
-        use_cpu=True, save_steps=2,
-    )  # fmt: skip
-    trainer = Trainer(model=trained, args=arguments, train_dataset=rows)
-    trainer.optimizer = other
-    trainer.train()
-    for name, weight in plain.state_dict().items():
-        assert torch.allclose(weight, trained.state_dict()[name], atol=1e-9), name
-    assert all(layer.core.detach().abs().max() > 0 for layer in blocks(trained))
-    state = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)
-    fast(bert(torch.float64)).load_state_dict(state)
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def test_accelerate_accumulates_into_the_cores() -> None:
-    from accelerate import Accelerator
-
-    plain, model = bert(), bert()
-    one, other = fast(plain), fast(model)
-    accelerator = Accelerator(cpu=True)
-    model, other = accelerator.prepare(model, other)
-    for number, batch in enumerate(BATCHES):
-        (plain(**batch).loss / 2).backward()
-        accelerator.backward(model(**batch).loss / 2)
-        if number % 2:
-            for optimizer in (one, other):
-                optimizer.step()
-                optimizer.zero_grad()
-    assert describe(other) == describe(one)
-    assert_equal(bits(plain), bits(accelerator.unwrap_model(model)))
 
 
 def never() -> Any:
@@ -346,11 +138,6 @@ def test_what_it_does_not_take_is_named_before_any_batch_is_read(options: dict[s
     assert list(model.modules()) == modules
 
 
-def test_conv1d_is_refused_with_the_other_engine_as_remedy() -> None:
-    with pytest.raises(UserError, match=r'^engine="fast" wraps nn\.Linear, not Conv1D: give engine="exact"$'):
-        prepare(tiny_model("gpt2"), never(), engine="fast")
-
-
 def test_a_model_inside_ddp_is_refused_since_ddp_would_not_see_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DistributedDataParallel, "__init__", lambda self, module: nn.Module.__init__(self))
     wrapped = DistributedDataParallel(bert())
@@ -366,7 +153,7 @@ def test_a_second_prepare_asks_for_linears_first(engine: str) -> None:
     message = r"is a BlockLinear already: call sparsegrad\.to_linears\(model\) first"
     with pytest.raises(UserError, match=message):
         prepare(model, never(), engine=engine)
-    assert describe(prepare(to_linears(model), BATCHES, steps=3, engine=engine)).taken
+    assert describe(prepare(to_linears(model), BATCHES, calibration_steps=3, engine=engine)).taken
 
 
 def test_its_bases_are_asked_for_in_vain_but_with_the_way_to_them() -> None:
@@ -374,7 +161,6 @@ def test_its_bases_are_asked_for_in_vain_but_with_the_way_to_them() -> None:
         _ = fast(bert()).bases
 
 
-def test_a_layer_that_is_no_part_of_a_model_has_its_own_way_out() -> None:
-    layer = BlockLinear.from_linear(nn.Linear(8, 8), Basis.identity(8, 8), (2, 2))
-    with pytest.raises(UserError, match=r"the model is itself a BlockLinear: take what its to_linear\(\) gives"):
-        to_linears(layer)
+def test_conv1d_is_refused_with_the_other_engine_as_remedy() -> None:
+    with pytest.raises(UserError, match=r'^engine="fast" wraps nn\.Linear, not Conv1D: give engine="exact"$'):
+        prepare(toy_model("gpt2"), never(), engine="fast")
