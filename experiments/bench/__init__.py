@@ -1,1 +1,1 @@
-"""Speed and memory of the methods, measured apart from accuracy; `python -m experiments.bench` is the command."""
+"""The benchmark of speed and memory, separate from accuracy runs: `python -m experiments.bench`."""

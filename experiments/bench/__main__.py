@@ -1,29 +1,30 @@
-"""Speed and memory, measured apart from accuracy: `python -m experiments.bench` (`make bench`).
+"""Measure speed and memory of the methods: `python -m experiments.bench` (`make bench`).
 
-One process per arm, setting and repeat; the arms take turns within a repeat; ratios are taken within a repeat. Needs
-torch, transformers and peft alone. On a GPU it chooses more settings by itself. What is in the results already is not
-measured again, so the same command goes on where it was stopped.
+Each arm, setting and repeat is measured in a process of its own. Arms alternate within a repeat, and ratios are taken
+within a repeat. Results that exist are not measured again, so the same command continues an interrupted benchmark. A
+GPU gets more settings than a CPU. The package need not be installed; torch, transformers, peft, psutil and safetensors
+must be.
 
 Schema of `results/bench/HARDWARE.json` (schema 1):
 
-    name, hardware, versions, git, schedule, finished   of the last call: machine, code, how often and how long
-    settings    key -> what is the same for all arms: shape, blocks (of the model, None: all), batch, length, padding
+    name, hardware, versions, git, schedule, finished   of the last call: machine, code, repeats and step counts
+    settings    key -> what all arms share: shape, blocks (of the model; None: all), batch, length, padding
                 (max_length, longest, none), task (whose token lengths), rest (trained, frozen), precision, mode,
-                density; tokens a step, label (what was cut), lora_rank, presets, and predicted: reference -> arm ->
-                steps/s over the reference's by the arithmetic of the MLP linears (`bench.arithmetic`)
-    cells       one per setting, arm and repeat: status (complete or failed, with reason), steps and step_ms (each
-                measured step), steps_per_second (by their median), warmup_steps, first_step_seconds, peak_mib (GPU:
+                density; tokens per step, label (what was cut), lora_rank, presets, and predicted: reference -> arm ->
+                predicted ratio of steps/s, from the arithmetic of the MLP linears (`bench.arithmetic`)
+    cells       one per setting, arm and repeat: status (complete or failed, with reason), steps, step_ms (of each
+                measured step), steps_per_second (from their median), warmup_steps, first_step_seconds, peak_mib (GPU:
                 allocated; CPU: resident above the loaded model), memory (raw), trainable, trainable_per_weight,
-                last_loss, commit, time. All arms of a setting take the same steps on the same batches
-    calibrations    shape-blocks -> seconds, peak_mib, steps, tokens: what the bases cost, outside all cells
+                last_loss, commit, time. All arms of a setting run the same number of steps on the same batches
+    calibrations    shape-blocks -> seconds, peak_mib, steps, tokens: cost of the bases, which no cell includes
     decompositions  method-OUTxIN-COUNT -> seconds, peak_mib of the HOSVD of random gradients; stacked_tensor_mib is
-                arithmetic: that tensor in float64
+                computed: the size of that tensor in float64
     summary     setting -> arm -> steps_per_second, peak_mib, and speed, memory: reference -> ratio to it (speed
-                above 1 is faster, memory below 1 is smaller); each a median, min, max and n over repeats
-    bars        what is asked of the engines, measured, met
+                above 1 is faster, memory below 1 is smaller); each as median, min, max and n over repeats
+    bars        targets of the engines: required value, measured value, whether it is met
 
-Preset `paper` is for Tables 3, 7 and 8: RoBERTa-base, arms `full`, `lora_peft`, `layer_sparse_dense`, `layer_regular`,
-and ours, `exact` and `fast`.
+Preset `paper` measures Tables 3, 7 and 8: RoBERTa-base with the paper's arms `full`, `lora_peft`, `layer_sparse_dense`
+and `layer_regular`, and with our engines `exact` and `fast`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _FIELDS = ("shape", "blocks", "batch", "length", "padding", "task", "rest", "pre
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 2 after bad input, with one line that says what to do."""
+    """The command line: status 0, or 2 and one line with the remedy after bad input."""
     try:
         run(parser().parse_args(arguments))
     except UserError as error:
@@ -63,13 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check everything, then measure."""
+    """Check all options, then measure, list or render.
+
+    Raises:
+        UserError: for an option that is not allowed, or results that cannot be read or written.
+    """
     if options.predict:
         print("\n".join(predictions()))
         return
     device = pick_device(options.device, "--device")
     schedule = _schedule(options, device)
-    planned, apart = _chosen(options, device)
+    planned, apart = _choose(options, device)
     for chosen, _ in planned:
         machine.check_precision(chosen.setting.precision, device)
     if options.list:
@@ -92,30 +97,37 @@ def run(options: argparse.Namespace) -> None:
         bench.write()
     else:
         bench.run(planned, apart)
-    print(f"{bench.out} and beside it a table (.md) and, with matplotlib, a plot (.png)")
+    print(f"{bench.out}; next to it a table (.md) and, if matplotlib is installed, a plot (.png)")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(prog="python -m experiments.bench", description=(__doc__ or "").split("\n", 1)[0])
-    made.add_argument("--quick", action="store_true", help="under 3 minutes; says that it works, not how fast")
-    made.add_argument("--presets", help=f"some of {','.join(PRESETS)}; all by default")
-    made.add_argument("--arms", help=f"some of {','.join(ARMS)}")
-    made.add_argument("--out", help="file of the results (default results/bench/HARDWARE.json)")
-    made.add_argument("--work", default="runs/bench", help="folder for bases")
+    made.add_argument("--quick", action="store_true", help="check in under 3 minutes that it works; no usable timings")
+    made.add_argument("--presets", help=f"comma-separated, of {','.join(PRESETS)} (default: all)")
+    made.add_argument("--arms", help=f"comma-separated, of {','.join(ARMS)}")
+    made.add_argument("--out", help="results file (default results/bench/HARDWARE.json)")
+    made.add_argument("--work", default="runs/bench", help="folder of the bases (default %(default)s)")
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    made.add_argument("--bases", default=BASES[0], choices=BASES, help="reflections: not calibrated, at once")
-    made.add_argument("--force", action="store_true", help="measure again what is there")
-    made.add_argument("--render", action="store_true", help="measure nothing: table and plot of what is there")
-    made.add_argument("--predict", action="store_true", help="measure nothing: what the arithmetic predicts")
+    made.add_argument(
+        "--bases",
+        default=BASES[0],
+        choices=BASES,
+        help="reflections: random orthogonal bases without calibration (default %(default)s)",
+    )
+    made.add_argument("--force", action="store_true", help="measure again even where results exist")
+    made.add_argument(
+        "--render", action="store_true", help="measure nothing; write table and plot of the existing results"
+    )
+    made.add_argument("--predict", action="store_true", help="measure nothing; print the predicted speeds")
     made.add_argument("--list", action="store_true", help="print what would be measured")
-    for name, about in (("threads", "CPU threads"), ("repeats", "processes per arm"), ("warmup", "steps not measured")):
+    for name, about in (("threads", "CPU threads"), ("repeats", "processes per arm"), ("warmup", "warm-up steps")):
         made.add_argument(f"--{name}", type=int, help=about)
     made.add_argument("--steps", type=int, help="measured steps")
-    made.add_argument("--seconds", type=float, help="bound of the measured part; 0: none")
+    made.add_argument("--seconds", type=float, help="time limit of the measured steps; 0: none")
     made.add_argument("--calibration-steps", type=int)
-    made.add_argument("--minutes", type=float, help="start nothing new after these (CPU: 28)")
-    _add_setting(made.add_argument_group("one setting instead of presets, when --shape is given"))
+    made.add_argument("--minutes", type=float, help="start no measurement after this time (default on a CPU: 28)")
+    _add_setting(made.add_argument_group("a single setting instead of presets (with --shape)"))
     return made
 
 
@@ -124,7 +136,7 @@ def _add_setting(group: Any) -> None:
     for name in ("blocks", "batch", "length"):
         group.add_argument(f"--{name}", type=int)
     group.add_argument("--padding", help="max_length, longest, none")
-    group.add_argument("--task", help="whose token lengths")
+    group.add_argument("--task", help="task whose token lengths are used")
     group.add_argument("--rest", help=", ".join(RESTS))
     group.add_argument("--precision", help=", ".join(PRECISIONS))
     group.add_argument("--mode", help=", ".join(MODES))
@@ -134,40 +146,40 @@ def _add_setting(group: Any) -> None:
 def _schedule(options: argparse.Namespace, device: torch.device) -> Schedule:
     default = default_schedule(device, options.quick)
     counts = {
-        name: check_integer(name, _or(getattr(options, name), getattr(default, name)), at_least=1)
+        name: check_integer(name, _pick_given(getattr(options, name), getattr(default, name)), at_least=1)
         for name in ("repeats", "warmup", "steps", "calibration_steps")
     }
-    seconds = _or(options.seconds, default.seconds)
+    seconds = _pick_given(options.seconds, default.seconds)
     if seconds is not None:
         check_number("seconds", seconds, at_least=0)
-    minutes = _or(options.minutes, default.minutes)
+    minutes = _pick_given(options.minutes, default.minutes)
     if minutes is not None:
         check_number("minutes", minutes, above=0)
     if options.threads is not None:
         check_integer("threads", options.threads, at_least=1)
-    return Schedule(**counts, seconds=seconds or None, minutes=minutes)
+    return Schedule(**counts, seconds=seconds or None, minutes=minutes)  # --seconds 0 means no limit
 
 
-def _chosen(
+def _choose(
     options: argparse.Namespace, device: torch.device
 ) -> tuple[list[tuple[Planned, list[str]]], list[Decomposition]]:
-    """Settings with their arms, and decompositions."""
-    wanted = tuple(_names(options.arms))
+    """The settings to measure, each with its arms, and the decompositions."""
+    wanted = tuple(_split_names(options.arms))
     for arm in wanted:
         find_arm(arm)
     if options.shape is None:
         _refuse_lone_fields(options)
-        presets = [check_choice("preset", name, PRESETS) for name in _names(options.presets)] or list(PRESETS)
+        presets = [check_choice("preset", name, PRESETS) for name in _split_names(options.presets)] or list(PRESETS)
         planned = [found for found in plan(device, options.quick) if found.preset in presets]
         apart = decompositions(options.quick) if "decomposition" in presets and not wanted else []
     else:
         planned, apart = [Planned(preset="custom", setting=_setting(options))], []
-    pairs = [(found, _both(found, wanted)) for found in planned]
+    pairs = [(found, _select_arms(found, wanted)) for found in planned]
     return [(found, arms) for found, arms in pairs if arms], apart
 
 
-def _both(found: Planned, wanted: tuple[str, ...]) -> list[str]:
-    """The arms of a setting; where some are `wanted`, those of them that are planned there."""
+def _select_arms(found: Planned, wanted: tuple[str, ...]) -> list[str]:
+    """The planned arms of a setting, narrowed to `wanted` where that is not empty."""
     arms = arms_of(found.setting, found.arms)
     return [arm for arm in arms if not wanted or arm in wanted]
 
@@ -201,12 +213,12 @@ def _list(planned: list[tuple[Planned, list[str]]], apart: list[Decomposition]) 
         print(f"decomposition {decomposition.key}")
 
 
-def _names(text: str | None) -> list[str]:
+def _split_names(text: str | None) -> list[str]:
     return [name for name in (text or "").replace(" ", ",").split(",") if name]
 
 
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
+def _pick_given(value: Any, default: Any) -> Any:
+    return default if value is None else value  # not `or`: 0 is a value
 
 
 if __name__ == "__main__":

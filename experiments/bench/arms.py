@@ -1,4 +1,4 @@
-"""The arms: which methods are measured, and with which options. A new arm is a line in `ARMS`."""
+"""The arms: methods with the options they are measured with. To add an arm, add a line to `ARMS`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from experiments.bench.settings import Setting
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.methods.base import Method
 
-AUTHORS_DENSITY = 28000 / (768 * 3072)  # entries that the authors' code keeps of a base model's weight
+AUTHORS_DENSITY = 28000 / (768 * 3072)  # the authors' code keeps 28,000 entries of each weight of a base model
 
 
 def lora_rank(setting: Setting) -> int:
-    """The rank with which LoRA has as many entries as SparseGrad keeps, to the nearest."""
+    """The rank at which LoRA has about as many entries as SparseGrad keeps, at least 1."""
     hidden, intermediate = setting.widths
     return max(1, round(setting.density * hidden * intermediate / (hidden + intermediate)))
 
 
 def by_density(setting: Setting) -> dict[str, Any]:
-    """Options of a method that keeps a share of the entries."""
+    """Options of a method that keeps a given density of entries."""
     return {"density": setting.density}
 
 
 def by_rank(setting: Setting) -> dict[str, Any]:
-    """Options of LoRA at the same count."""
+    """Options of LoRA at the same trainable count."""
     return {"rank": lora_rank(setting)}
 
 
@@ -35,13 +35,13 @@ class Arm:
     """One method with its options.
 
     Attributes:
-        about: for tables.
-        method: `module:Class` below `sparsegrad`; imported only when it is measured.
+        about: description for tables.
+        method: `module:Class`; imported only when the arm is measured, so that missing packages affect no other arm.
         cost: key of `arithmetic.COSTS`.
-        options: what the class gets, beside
-        sized: what follows from the setting.
-        bases: whether it needs a calibration.
-        only: whether it differs from another arm in this setting.
+        options: fixed arguments of the class.
+        sized: further arguments, computed from the setting.
+        bases: whether the arm needs calibrated bases.
+        only: whether the arm makes sense in a setting; elsewhere it would equal another arm.
     """
 
     about: str
@@ -77,15 +77,15 @@ def _lora(about: str, method: str, only: Callable[[Setting], bool] = lambda sett
 
 
 ARMS: dict[str, Arm] = {
-    "frozen": Arm(about="MLP weights frozen: the floor", method="experiments.bench.rivals:Frozen", cost="frozen"),
+    "frozen": Arm(about="MLP weights frozen (lower bound)", method="experiments.bench.rivals:Frozen", cost="frozen"),
     "full": Arm(about="full fine-tuning", method="sparsegrad.methods.full:Full", cost="full"),
-    "lora_peft": _lora("LoRA, peft as it comes", "sparsegrad.methods.lora:Lora"),
+    "lora_peft": _lora("LoRA, peft defaults", "sparsegrad.methods.lora:Lora"),
     "lora_dtype": _lora(
         "LoRA, peft, adapters in the model's dtype",
         "experiments.bench.rivals:LoraInModelDtype",
         lambda s: s.precision == "bf16",
     ),
-    "lora_fused": _lora("LoRA, fused by hand", "experiments.bench.rivals:FusedLora"),
+    "lora_fused": _lora("LoRA, fused autograd node", "experiments.bench.rivals:FusedLora"),
     "meprop": Arm(about="MeProp", method="sparsegrad.methods.meprop:MeProp", cost="full", sized=by_density),
     "layer_regular": _sparsegrad("SparseGrad, the paper's layer, Regular", "layer", engine="layer"),
     "layer_sparse_dense": _sparsegrad(
@@ -104,11 +104,11 @@ ARMS: dict[str, Arm] = {
         "exact, padding dropped", "both_sides", lambda s: s.padding == "max_length", drop_padding=True
     ),
     "exact_bf16": _sparsegrad(
-        "exact, inputs kept in bf16", "both_sides", lambda s: s.precision in ("fp32", "tf32"), save_dtype="bf16"
+        "exact, inputs saved in bf16", "both_sides", lambda s: s.precision in ("fp32", "tf32"), save_dtype="bf16"
     ),
-    "exact_small": _sparsegrad("exact, small side only, not exact", "small_side", sides="small"),
+    "exact_small": _sparsegrad("rotation of the small side only, not exact", "small_side", sides="small"),
     "exact_lean": _sparsegrad(
-        "exact, small side, moments on the support, gradients released; not exact",
+        "rotation of the small side, moments of the kept entries only, gradients released; not exact",
         "small_side",
         sides="small",
         moments="support",
@@ -122,7 +122,7 @@ ARMS: dict[str, Arm] = {
         bases=True,
     ),
 }
-FIT_ARM = "full"  # measured first in every setting: how many steps fit into the time is counted on it
+FIT_ARM = "full"  # measured first in every setting; the steps that fit into its time limit are those of all arms
 PAPER_ARMS = ("full", "lora_peft", "layer_sparse_dense", "layer_regular", "exact", "fast")
 MAIN_ARMS = ("full", "lora_peft", "exact", "fast")
 REFERENCES = ("full", "lora_peft", "layer_regular")
@@ -134,6 +134,6 @@ def find_arm(name: str) -> Arm:
 
 
 def arms_of(setting: Setting, wanted: tuple[str, ...]) -> list[str]:
-    """Of the arms `wanted` (none: all) those that make sense in `setting`, `full` first."""
+    """The arms in `wanted` (empty: all) that make sense in `setting`, `full` first."""
     names = [name for name in wanted or tuple(ARMS) if find_arm(name).only(setting)]
     return sorted(names, key=lambda name: name != FIT_ARM)

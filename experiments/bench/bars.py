@@ -1,4 +1,4 @@
-"""The bars: what the engines should reach, and what was measured."""
+"""The bars: speed and memory that the engines should reach, and what was measured."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Any
 
 from experiments.bench.results import Document, summarise
 
-_TOKENS = 4096
+_TOKENS = 4096  # per step, at which a CPU has a bar for exact over full fine-tuning
 
 
 def measured_bars(document: Document) -> list[dict[str, Any]]:
-    """One line per bar and setting in which it can be read: what is asked, what was measured, whether it is met."""
+    """One entry per bar and setting that measures it: bound, measured ratio, whether it is met."""
     gpu = document.get("hardware", {}).get("device") == "cuda"
     found = []
     for key, arms in summarise(document).items():
         tokens = document["settings"][key]["tokens"]
-        for about, arm, of, reference, at_least, bound in _asked(gpu, tokens):
+        for about, arm, of, reference, at_least, bound in _list_bars(gpu, tokens):
             ratio = arms.get(arm, {}).get(of, {}).get(reference)
             if ratio is not None:
                 met = ratio["median"] >= bound if at_least else ratio["median"] <= bound
@@ -24,8 +24,8 @@ def measured_bars(document: Document) -> list[dict[str, Any]]:
     return found + _calibration(document)
 
 
-def _asked(gpu: bool, tokens: float) -> list[tuple[str, str, str, str, bool, float]]:
-    """(what, arm, speed or memory, reference, whether a lower bound, bound)."""
+def _list_bars(gpu: bool, tokens: float) -> list[tuple[str, str, str, str, bool, float]]:
+    """(description, arm, `speed` or `memory`, reference, whether the bound is a lower one, bound)."""
     asked = [
         ("exact, speed over the paper's layer", "exact", "speed", "layer_regular", True, 2.0),
         ("exact, memory over full fine-tuning", "exact", "memory", "full", False, 1.0),
@@ -42,7 +42,7 @@ def _asked(gpu: bool, tokens: float) -> list[tuple[str, str, str, str, bool, flo
 
 
 def _calibration(document: Document) -> list[dict[str, Any]]:
-    """Gram matrices against the stacked tensor, at the same count of gradients."""
+    """Gram matrices compared with the stacked tensor at the same number of gradients."""
     done = [found for found in document["decompositions"].values() if found["status"] == "complete"]
     lines = []
     for gram in (found for found in done if found["method"] == "gram"):
@@ -51,7 +51,7 @@ def _calibration(document: Document) -> list[dict[str, Any]]:
         seconds, measured = _stacked_seconds(done, shape)
         if seconds is not None:
             ratio = round(seconds / gram["seconds"], 2)
-            how = "measured" if measured else "stacked: extrapolated in a straight line from smaller counts"
+            how = "measured" if measured else "stacked: extrapolated linearly from smaller counts"
             about = {"bar": "calibration, speed over stacked SVD", "setting": name, "how": how}
             lines.append({**about, "at_least": 5.0, "measured": _single(ratio), "met": ratio >= 5})
         ratio = round(gram["peak_mib"] / gram["stacked_tensor_mib"], 4)
@@ -61,7 +61,7 @@ def _calibration(document: Document) -> list[dict[str, Any]]:
 
 
 def _stacked_seconds(done: list[dict[str, Any]], shape: dict[str, int]) -> tuple[float | None, bool]:
-    """Seconds of the stacked SVD at this count, and whether that was measured; None where nothing tells."""
+    """(seconds of the stacked SVD at this count, whether they were measured); (None, False) if unknown."""
     alike = ("out_features", "in_features")
     same = [found for found in done if found["method"] == "stacked" and all(found[n] == shape[n] for n in alike)]
     times = {found["count"]: found["seconds"] for found in same}
@@ -70,7 +70,7 @@ def _stacked_seconds(done: list[dict[str, Any]], shape: dict[str, int]) -> tuple
     if len(times) < 2:
         return None, False
     (first, low), *_, (last, high) = sorted(times.items())
-    if high <= low:  # measured on a machine that was not quiet: a line through them says nothing
+    if high <= low:  # timings of a busy machine: no line can be fitted through them
         return None, False
     return low + (high - low) / (last - first) * (shape["count"] - first), False
 

@@ -1,4 +1,4 @@
-"""The decomposition of calibration alone: Gram matrices against the stacked tensor (`sparsegrad.basis.hosvd`)."""
+"""The HOSVD of calibration alone: Gram matrices against the stacked tensor (`sparsegrad.calibration.grams.hosvd`)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from sparsegrad.calibration.grams import hosvd
 from sparsegrad.trainer.peak_memory import PeakMemory
 
-FLOAT64 = 8
+FLOAT64 = 8  # bytes
 
 
 def measure_decomposition(method: str, out_features: int, in_features: int, count: int, seed: int) -> dict[str, Any]:
     """Seconds and peak memory of the HOSVD of `count` random gradients (out, in) by `method`, on the CPU.
 
-    Each gradient is made when it is asked for, as back-propagation makes it; making them is part of both times.
+    Gradients are generated one by one, as back-propagation produces them; both methods' times include that.
     """
     memory = PeakMemory(torch.device("cpu"))
     memory.start()
@@ -32,7 +32,7 @@ def measure_decomposition(method: str, out_features: int, in_features: int, coun
 
 
 def stacked_mib(out_features: int, in_features: int, count: int) -> float:
-    """The stacked tensor in float64 alone, in MiB: the least that its SVD needs."""
+    """Size of the stacked tensor in float64, in MiB: a lower bound of what its SVD needs."""
     return out_features * in_features * count * FLOAT64 / 2**20
 
 

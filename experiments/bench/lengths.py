@@ -1,4 +1,4 @@
-"""Batches of the true shape: token lengths of real tasks, random tokens."""
+"""Batches of realistic shape: token lengths of real tasks, random tokens."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from sparsegrad.errors import check_choice
 
 LENGTHS = Path(__file__).with_name("lengths.json")
 PADDINGS = ("max_length", "longest", "none")
-_GROUP = 50  # batches that are sorted by length together, as `transformers` does
+_GROUP = 50  # batches that are sorted by length together, as `group_by_length` of `transformers` does
 
 
 @cache
 def histograms() -> dict[str, dict[int, int]]:
-    """Task -> length in tokens -> rows of that length (`scripts/token_lengths.py` counted them)."""
+    """Task -> length in tokens -> number of rows of that length, as `scripts/token_lengths.py` counted them."""
     tasks = json.loads(LENGTHS.read_text())["tasks"]
     return {task: {int(length): rows for length, rows in found.items()} for task, found in tasks.items()}
 
 
 def mean_length(task: str, most: int) -> float:
-    """Mean tokens of a row of `task`, cut at `most`."""
+    """Mean tokens per row of `task`, rows cut at `most`."""
     found = histograms()[task]
     return sum(min(length, most) * rows for length, rows in found.items()) / sum(found.values())
 
@@ -33,11 +33,11 @@ def batch_lengths(task: str, batch: int, most: int, padding: str, count: int, se
     """Token lengths of the rows of `count` batches.
 
     Args:
-        task: whose lengths are drawn.
-        batch, most: rows of a batch; the length at which a row is cut.
-        padding: `max_length` and `longest` draw lengths (with `longest`, rows of like length come together, for every
-            arm alike); `none` fills every row.
-        count, seed: how many batches, and of which draw.
+        task: task whose lengths are drawn.
+        batch, most: rows per batch; length at which a row is cut.
+        padding: `max_length` and `longest` draw lengths, and `longest` puts rows of similar length into one batch;
+            `none` fills every row.
+        count, seed: number of batches; seed of the draw.
 
     Raises:
         UserError: for an unknown task or padding.
@@ -56,7 +56,7 @@ def batch_lengths(task: str, batch: int, most: int, padding: str, count: int, se
 def token_batch(lengths: list[int], width: int, vocabulary: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Random tokens: `input_ids` and `attention_mask` (rows, width), `labels` (rows,) of two classes."""
     mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
-    first = min(4, vocabulary - 1)  # below are the special tokens of BERT and RoBERTa, padding among them
+    first = min(4, vocabulary - 1)  # smaller ids are special tokens of BERT and RoBERTa, such as padding
     ids = torch.randint(first, vocabulary, mask.shape, generator=generator)
     labels = torch.randint(0, 2, (len(lengths),), generator=generator)
     return {"input_ids": torch.where(mask, ids, 1), "attention_mask": mask.long(), "labels": labels}
@@ -69,7 +69,7 @@ def _draw(task: str, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _grouped(lengths: Tensor, batch: int, generator: torch.Generator) -> Tensor:
-    """Sort within groups of batches, then shuffle whole batches."""
+    """Sort rows within groups of batches, then shuffle whole batches."""
     groups = [group.sort(descending=True).values for group in torch.split(lengths, batch * _GROUP)]
     batches = torch.cat(groups).view(-1, batch)
     return batches[torch.randperm(len(batches), generator=generator)].flatten()

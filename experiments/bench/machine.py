@@ -1,4 +1,4 @@
-"""The machine: its name, and what it can measure."""
+"""The machine: its name, its hardware, and the precisions it supports."""
 
 from __future__ import annotations
 
@@ -22,45 +22,42 @@ def default_threads() -> int:
 
 
 def precisions(device: torch.device) -> tuple[str, ...]:
-    """What the hardware computes in by itself; a CPU takes bf16 in any case, but emulated it is of no interest."""
+    """Precisions that the hardware supports; a CPU that would only emulate bf16 does not count."""
     if device.type == "cuda":
-        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)  # the first with TF32 and bf16
         return PRECISIONS if ampere else ("fp32",)
     return tuple(name for name in PRECISIONS if name == "fp32" or (name != "tf32" and _cpu_has_bf16()))
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Raise `UserError` for a precision that the device does not have; names those that would work."""
+    """Raise `UserError` for a precision that the device does not support."""
     allowed = precisions(device)
     if precision not in allowed:
         raise fail("precision", precision, f"{machine_name(device)} has {', '.join(allowed)}", "choose one of these")
 
 
 def machine_name(device: torch.device) -> str:
-    """The device in words."""
+    """The marketing name of the GPU or CPU."""
     facts = hardware(device)
     return str(facts.get("gpu", facts["cpu"]))
 
 
 def slug(device: torch.device, threads: int) -> str:
-    """A short name for files: cpu-2-amd-epyc, nvidia-h100."""
-    words = re.sub(r"\((r|tm)\)|@.*|\b\d+ ?gb\b|\b(hbm\d*e?|pcie|sxm\d*|nvl|cpu|processor)\b", " ", _lower(device))
+    """A short name for files, such as cpu-2-amd-epyc or nvidia-h100."""
+    name = machine_name(device).lower()
+    words = re.sub(r"\((r|tm)\)|@.*|\b\d+ ?gb\b|\b(hbm\d*e?|pcie|sxm\d*|nvl|cpu|processor)\b", " ", name)
     short = "-".join(re.findall(r"[a-z0-9]+", words)[:4]) or "unknown"
     return short if device.type == "cuda" else f"cpu-{threads}-{short}"
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Hardware and precisions, for the results."""
+    """Hardware and supported precisions, for the results file."""
     return {**hardware(device), "precisions": list(precisions(device))}
 
 
 def gpu_memory_gib(device: torch.device) -> float:
-    """Memory of the GPU."""
+    """Memory of the GPU in GiB."""
     return float(torch.cuda.get_device_properties(device).total_memory / 2**30)
-
-
-def _lower(device: torch.device) -> str:
-    return machine_name(device).lower()
 
 
 def _cpu_has_bf16() -> bool:

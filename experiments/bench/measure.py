@@ -1,4 +1,4 @@
-"""Time and memory of training steps of one arm in one setting."""
+"""Measure time and memory of training steps of one arm in one setting."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sparsegrad.trainer.peak_memory import PeakMemory
 Batch = dict[str, Tensor]
 Bases = Callable[[], dict[str, Basis]]
 FEWEST_WARMUP, FEWEST_STEPS = 2, 3
-_POOL = 4  # batches of a stack of MLPs, which are large: used in turn
+_POOL = 4  # distinct batches of a stack of MLPs; they are large, so they are reused in turn
 
 
 def measure_arm(
@@ -44,13 +44,19 @@ def measure_arm(
     """Measure `steps` training steps after `warmup` others.
 
     Args:
-        setting: of `Setting.as_json`.
+        setting: output of `Setting.as_json`.
         arm: key of `ARMS`.
         device: cpu or cuda.
-        bases: file with the bases of this model's shape; read only where the arm needs them.
-        seed: of weights and batches.
-        warmup, steps: how many; at most, if
-        seconds: bounds the measured part: the warm-up gets half as many more.
+        bases: file with the bases of this model's shape; read only if the arm needs them.
+        seed: seed of weights and batches.
+        warmup, steps: numbers of steps; upper bounds if `seconds` is given.
+        seconds: time limit of the measured steps; half as much is allowed for the warm-up.
+
+    Returns:
+        The fields of a cell that are measured: see the schema in `bench/__main__.py`.
+
+    Raises:
+        UserError: when the loss is not a number, or the arm does not fit the setting.
     """
     chosen, place = setting_from(setting), torch.device(device)
     _set_precision(chosen.precision)
@@ -63,7 +69,7 @@ def measure_arm(
     _, times = _timed(loop, place, steps, FEWEST_STEPS, seconds, memory)
     memory.stop()
     loss = float(loop.last_loss)
-    if loss != loss:
+    if loss != loss:  # timings of a diverged model are not comparable
         raise UserError("the loss is not a number after the measured steps")
     return {
         **_speed(times),
@@ -77,7 +83,7 @@ def measure_arm(
 
 
 def calibrate_shape(setting: dict[str, Any], device: str, bases: str, seed: int, steps: int) -> dict[str, Any]:
-    """The bases of a shape, in float32, written to `bases`; what that took, apart from everything else."""
+    """Calibrate the bases of a shape in float32 and write them to `bases`; returns what that cost."""
     chosen, place = setting_from({**setting, "precision": "fp32", "mode": "eager"}), torch.device(device)
     model, source = _model(chosen, place, seed), batches(chosen, place, seed, steps)
     mlp = {kind: list(found.values()) for kind, found in mlp_linears(chosen.architecture, model).items()}
@@ -93,7 +99,7 @@ def calibrate_shape(setting: dict[str, Any], device: str, bases: str, seed: int,
 
 
 def batches(setting: Setting, device: torch.device, seed: int, count: int) -> Iterator[Batch]:
-    """Endless: the same batches for every arm, already on the device."""
+    """Endless batches on the device; the same for every arm."""
     shape, generator = setting.architecture, torch.Generator().manual_seed(seed)
     if shape.is_stack:
         size = (setting.batch, setting.length, shape.hidden)
@@ -119,7 +125,7 @@ def _token_batches(setting: Setting, generator: torch.Generator, seed: int, coun
 
 
 def _prime(arm: str, precision: str, mode: str, device: torch.device) -> None:
-    """A step of the arm on a tiny model: what is imported and set up on first use is code, and no arm's memory."""
+    """Run a step of the arm on a tiny model, so that lazy imports and set-up do not count as the arm's memory."""
     setting = Setting(shape="mlp_tiny", padding="none", batch=2, length=8, precision=precision, mode=mode, density=0.1)
     model = _model(setting, device, 0)
 
@@ -132,7 +138,7 @@ def _prime(arm: str, precision: str, mode: str, device: torch.device) -> None:
 
 @dataclass
 class _Loop:
-    """A training loop that is ready to run, one step a call."""
+    """A prepared training loop; `step` runs one step."""
 
     model: Callable[..., Any]
     optimizer: torch.optim.Optimizer
@@ -163,7 +169,8 @@ def _prepare(
 
 
 def _context(setting: Setting, source: Iterator[Batch], device: torch.device, bases: Bases) -> Context:
-    def stored(settings: Mapping[str, Any] | None, _: Any) -> tuple[dict[str, Basis], dict[str, Any]]:
+    # Stands in for calibration: the bases are calibrated once per shape, in a process of their own.
+    def load_stored(settings: Mapping[str, Any] | None, _: Any) -> tuple[dict[str, Basis], dict[str, Any]]:
         sides = (settings or {}).get("sides", "both")
         return {kind: basis.only(sides).to(device) for kind, basis in bases().items()}, {}
 
@@ -173,7 +180,7 @@ def _context(setting: Setting, source: Iterator[Batch], device: torch.device, ba
         train_rest=setting.rest == "trained",
         is_head=setting.architecture.is_head,
         batches=lambda: source,
-        calibrated=stored,
+        calibrated=load_stored,
     )
 
 
@@ -199,7 +206,7 @@ def _autocast(setting: Setting, device: torch.device) -> Callable[[], contextlib
 def _timed(
     loop: _Loop, device: torch.device, most: int, fewest: int, seconds: float | None, memory: PeakMemory | None = None
 ) -> tuple[int, list[float]]:
-    """Up to `most` steps, but no longer than `seconds` once there are `fewest`: their number and milliseconds each."""
+    """Run at most `most` and at least `fewest` steps within `seconds`: (number of steps, milliseconds of each)."""
     clock = _CudaClock() if device.type == "cuda" else _CpuClock()
     start = time.monotonic()
     for done in range(most):
@@ -208,7 +215,7 @@ def _timed(
         clock.before()
         loop.step()
         clock.after()
-        if memory is not None and device.type == "cpu":
+        if memory is not None and device.type == "cpu":  # outside the timed part; CUDA keeps its own peak
             memory.sample()
     times = clock.milliseconds()
     return len(times), times
@@ -229,13 +236,13 @@ class _CpuClock:
 
 
 class _CudaClock:
-    """Events on the device: the host runs ahead, as in training, and waits once at the end."""
+    """Events on the device: the host runs ahead, as in training, and synchronises once at the end."""
 
     def __init__(self) -> None:
         self._events: list[torch.cuda.Event] = []
 
     def before(self) -> None:
-        if not self._events:
+        if not self._events:  # each later step begins at the event that ended the one before
             self.after()
 
     def after(self) -> None:
@@ -257,7 +264,7 @@ def _speed(times: list[float]) -> dict[str, Any]:
 
 
 def _peak(memory: PeakMemory) -> float:
-    """The one figure of memory: allocated on a GPU, resident above the loaded model on a CPU."""
+    """Peak MiB that tables show: allocated on a GPU, resident above the loaded model on a CPU."""
     report = memory.report()
     if "allocated_mib" in report:
         return float(report["allocated_mib"])

@@ -1,4 +1,4 @@
-"""The results as a plot: measured beside predicted speed, and how both grow with tokens and width."""
+"""Plot of the results: measured and predicted speed by arm, by tokens per step, and by width."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sparsegrad.errors import UserError
 
 _SWEPT = ("blocks", "padding", "rest", "precision", "mode", "density")
 Points = dict[float, str]
-"""Tokens or width -> key of the setting."""
+"""Tokens per step or width -> key of the setting."""
 
 
 def write_plot(document: Mapping[str, Any], path: Path) -> None:
-    """Draw to `path`; its ending names the format.
+    """Draw the plot to `path`; its suffix selects the format.
 
     Raises:
         UserError: when matplotlib is missing.
@@ -25,25 +25,27 @@ def write_plot(document: Mapping[str, Any], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("no plot: matplotlib is missing; pip install matplotlib, then --render") from None
+        raise UserError(
+            "no plot: matplotlib is not installed; pip install matplotlib, then run with --render"
+        ) from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
     _bars(axes[0], document)
-    _lines(axes[1], document, tokens_sweep(document), "tokens a step")
+    _lines(axes[1], document, tokens_sweep(document), "tokens per step")
     _lines(axes[2], document, width_sweep(document), "width of the model")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
 def tokens_sweep(document: Mapping[str, Any]) -> Points:
-    """The settings of one stack of MLPs that differ in tokens alone: the longest such series."""
+    """The longest series of settings of one stack of MLPs that differ only in tokens per step."""
     return _longest(document, lambda setting: (setting["shape"],), lambda setting: setting["tokens"])
 
 
 def width_sweep(document: Mapping[str, Any]) -> Points:
-    """The settings of stacks of MLPs that differ in width alone."""
+    """The longest series of settings of stacks of MLPs that differ only in width."""
     return _longest(
         document, lambda setting: (setting["tokens"],), lambda setting: float(find_shape(setting["shape"]).hidden)
     )
@@ -58,7 +60,7 @@ def _longest(document: Mapping[str, Any], same: Any, axis: Any) -> Points:
 
 
 def _bars(axes: Any, document: Mapping[str, Any]) -> None:
-    """Speed over full fine-tuning in the setting with the most arms."""
+    """Speed relative to full fine-tuning in the setting with the most arms."""
     summary = document["summary"]
     key = max(summary, key=lambda name: len(summary[name]), default=None)
     if key is None:
@@ -68,7 +70,7 @@ def _bars(axes: Any, document: Mapping[str, Any]) -> None:
     reach = [[r["median"] - r["min"] for r in ratios], [r["max"] - r["median"] for r in ratios]]
     axes.barh(arms, [r["median"] for r in ratios], xerr=reach, color="tab:blue", label="measured")
     predicted = document["settings"][key]["predicted"]["full"]
-    axes.plot([predicted[arm] for arm in arms], arms, "k|", markersize=14, label="predicted, MLP linears alone")
+    axes.plot([predicted[arm] for arm in arms], arms, "k|", markersize=14, label="predicted from the MLP linears alone")
     axes.invert_yaxis()
     axes.axvline(1, color="gray", linewidth=0.8)
     axes.set(title=document["settings"][key]["label"], xlabel="steps/s over full fine-tuning")

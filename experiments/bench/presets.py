@@ -1,4 +1,4 @@
-"""What is measured on which hardware, most wanted first: an interrupted benchmark leaves a useful table."""
+"""The settings that each kind of hardware measures, most important first: an interrupted benchmark is still useful."""
 
 from __future__ import annotations
 
@@ -26,17 +26,14 @@ _BARS = (
     "fast",
 )
 _FEW_BARS = ("full", "lora_peft", "layer_regular", "exact", "exact_small", "fast")
-# The arms of the mini accuracy runs: the quality table takes their speed from here.
+# The arms of the mini accuracy runs: the quality table shows their speed.
 _QUALITY = (*_FLOOR_AND_MAIN, "exact_release", "meprop", "authors")
-_LLAMA_GIB = 24  # two true-size blocks in float32 with moments and bases
+_LLAMA_GIB = 24  # needed for two full-size blocks in float32 with moments and bases
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A setting to be measured; `arms` empty: all that make sense in it.
-
-    `share` is its part of the seconds that a measurement may take.
-    """
+    """A setting to be measured, and its arms; empty `arms`: all that make sense in it."""
 
     preset: str
     setting: Setting
@@ -44,13 +41,13 @@ class Planned:
 
     @property
     def share(self) -> float:
-        """The settings that the bars are read in take longer than the others."""
+        """Factor on the time limit: settings that have bars are measured for longer."""
         return 1.0 if self.preset in ("core", "custom") else 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decomposition:
-    """One decomposition of `count` random gradients (out, in)."""
+    """One decomposition to be measured: `method` on `count` random gradients (out, in)."""
 
     method: str
     out_features: int
@@ -65,9 +62,14 @@ class Decomposition:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How often and how long: warm-up and measured steps, at most `seconds` measured (None: no bound).
+    """How often and how long to measure.
 
-    After `minutes` nothing new is started.
+    Attributes:
+        repeats: processes per arm and setting.
+        warmup, steps: warm-up steps and measured steps.
+        seconds: time limit of the measured steps of one process; None: no limit.
+        calibration_steps: batches of a calibration.
+        minutes: no measurement starts later than this; None: no limit.
     """
 
     repeats: int = 3
@@ -79,7 +81,7 @@ class Schedule:
 
 
 def default_schedule(device: torch.device, quick: bool) -> Schedule:
-    """What PERFORMANCE's rules ask for; on a CPU and with `quick` cut to what there is time for."""
+    """20 warm-up and 50 measured steps in 3 processes; on a CPU with a time limit, and with `quick` far fewer."""
     if quick:
         return Schedule(repeats=1, warmup=2, steps=5, seconds=1.0, calibration_steps=2)
     if device.type == "cpu":
@@ -88,16 +90,17 @@ def default_schedule(device: torch.device, quick: bool) -> Schedule:
 
 
 def plan(device: torch.device, quick: bool) -> list[Planned]:
-    """The settings for this hardware."""
+    """The settings to measure on this hardware, in order."""
     if quick:
         return _quick()
     return _on_gpu(device) if device.type == "cuda" else _on_cpu(device)
 
 
 def decompositions(quick: bool) -> list[Decomposition]:
-    """Base shape; one layer kind, as the other is its transpose. 360 gradients are 30 steps of 12 blocks.
+    """The decompositions to measure, of a base model's shape; one layer kind, as the other is its transpose.
 
-    The stacked tensor of 360 does not fit here, and its time follows from two smaller counts: it is linear in them.
+    360 gradients are 30 steps of 12 blocks. The stacked tensor of 360 does not fit into memory; its time is
+    extrapolated from two smaller counts, in which it is linear.
     """
     if quick:
         return [_decomposition(method, 768, 192, 12) for method in ("gram", "stacked")]
@@ -119,12 +122,12 @@ def _quick() -> list[Planned]:
 
 
 def _padded(blocks: int | None, batches: tuple[int, ...]) -> list[Planned]:
-    """Tables 3, 7 and 8: padded to 128 all tasks are alike."""
+    """Tables 3, 7 and 8 padded to 128 tokens: all tasks cost the same, so one is measured."""
     return [_paper(blocks=blocks, batch=batch, task="cola") for batch in batches]
 
 
 def _dynamic(blocks: int | None) -> list[Planned]:
-    """Tables 7 and 8: padded to the longest row each task is its own; MNLI, QNLI and QQP have no lengths here."""
+    """Tables 7 and 8 padded to the longest row: cost differs by task. MNLI, QNLI and QQP have no token lengths here."""
     tasks = [task for task in histograms() if task != "snippets"]
     return [_paper(blocks=blocks, padding="longest", task=task) for task in tasks]
 
@@ -176,7 +179,7 @@ def _on_gpu(device: torch.device) -> list[Planned]:
 
 
 def _whole_models(base: dict[str, Any], precisions: list[str]) -> list[Planned]:
-    """Batches, padding, a frozen rest, and the other shapes."""
+    """Other batch sizes, dynamic padding, a frozen rest, and the other shapes."""
     settings = [Setting(**base, batch=batch, precision=name) for batch in (8, 32) for name in precisions]
     settings += [Setting(**base, padding="longest", precision=name) for name in precisions]
     settings += [Setting(**base, rest="frozen", precision=name) for name in precisions]
@@ -193,4 +196,5 @@ def _llama(shape: str, blocks: int, batch: int, precision: str) -> Planned:
 
 
 def _without_repeats(chosen: list[Planned]) -> list[Planned]:
+    """Of equal settings the first, in the order of `chosen`."""
     return list({planned.setting.key: planned for planned in reversed(chosen)}.values())[::-1]

@@ -1,7 +1,7 @@
-"""Bases that cost nothing to make, for shapes whose calibration would take longer than everything that is measured.
+"""Bases that need no calibration, for shapes whose calibration would take longer than all measurements.
 
-A Householder reflection I - 2 v v^T / v^T v is a dense orthogonal matrix. What a step costs does not depend on which
-orthogonal matrices it multiplies by, so time and memory are those of calibrated bases; what is learned is not.
+A Householder reflection I - 2 v v^T / v^T v is a dense orthogonal matrix. The cost of a step does not depend on which
+orthogonal matrices it multiplies by, so time and memory equal those of calibrated bases. The training result does not.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ BASES = ("calibrated", "reflections")
 
 
 def write(shape: Shape, path: Path) -> Path:
-    """Write the bases of all layer kinds of `shape` in float32, unless they are there."""
+    """Write the bases of all layer kinds of `shape` in float32 unless the file exists; returns its path."""
     if not path.is_file():
-        with torch.device("meta"):
+        with torch.device("meta"):  # only the shapes are needed
             shapes = weight_shapes(mlp_linears(shape, build_model(shape, 1, torch.float32)))
         made = {kind: Basis(reflection(columns, 0), reflection(rows, 1)) for kind, (rows, columns) in shapes.items()}
         save_bases(path, made, "reflections")

@@ -1,4 +1,4 @@
-"""The results as a Markdown table."""
+"""The results as Markdown tables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_table(document: Mapping[str, Any], path: Path) -> None:
 
 
 def predictions(shape: str = "mlp_768") -> list[str]:
-    """Steps/s over full fine-tuning that the arithmetic gives each cost, by tokens a step."""
+    """Predicted steps/s relative to full fine-tuning, by tokens per step: a Markdown table."""
     settings = [Setting(shape=shape, batch=batch, padding="none") for batch in PREDICTED_BATCHES]
     arms = {cost: ", ".join(f"`{name}`" for name, arm in ARMS.items() if arm.cost == cost) for cost in COSTS}
     rows = ([arms[cost], *(f"{relative_speed(cost, mlp_of(setting)):.2f}" for setting in settings)] for cost in COSTS)
@@ -45,9 +45,9 @@ def _lines(document: Mapping[str, Any]) -> Iterable[str]:
     for key, setting in document["settings"].items():
         arms = document["summary"].get(key)
         if arms:
-            yield from _setting(setting, arms, _length(document, key))
-    yield from _apart("Calibration of each shape", document["calibrations"])
-    yield from _apart("Decomposition alone", document["decompositions"])
+            yield from _render_setting(setting, arms, _describe_counts(document, key))
+    yield from _render_costs("Calibration of each shape", document["calibrations"])
+    yield from _render_costs("Decomposition alone", document["decompositions"])
 
 
 def _preamble(document: Mapping[str, Any]) -> Iterable[str]:
@@ -56,42 +56,43 @@ def _preamble(document: Mapping[str, Any]) -> Iterable[str]:
     yield f"# Speed and memory: {device}"
     yield ""
     yield f"{hardware['threads']} CPU threads; torch {versions['torch']}, transformers {versions['transformers']},"
-    yield f"peft {versions['peft']}. Random weights of the true architecture, random tokens of true lengths."
-    yield "Medians over repeats, each ratio taken within a repeat, its least and greatest in brackets. Memory:"
+    yield f"peft {versions['peft']}. Random weights; batches of random tokens, with the token lengths of a task."
+    yield "Values are medians over repeats; ratios are taken within a repeat, with minimum and maximum in brackets."
     if hardware["device"] == "cuda":
-        yield "peak allocated in the measured steps."
+        yield "Memory: peak allocated during the measured steps."
     else:
-        yield "peak resident in the measured steps, above the loaded model."
-    yield "Predicted: by the multiplications of the MLP linears alone (docs/performance.md)."
+        yield "Memory: peak resident during the measured steps, above the loaded model."
+    yield "Predicted: from the multiplications of the MLP linears alone (docs/performance.md)."
     yield ""
 
 
-def _setting(setting: Mapping[str, Any], arms: Mapping[str, Any], length: str) -> Iterable[str]:
+def _render_setting(setting: Mapping[str, Any], arms: Mapping[str, Any], length: str) -> Iterable[str]:
     yield f"## {setting['label']}"
     yield ""
-    yield f"{_conditions(setting)}. {length}"
+    yield f"{_describe_setting(setting)}. {length}"
     yield ""
     yield from table(_HEAD, (_row(setting, arm, found) for arm, found in arms.items()))
     yield ""
 
 
-def _length(document: Mapping[str, Any], key: str) -> str:
-    """How many steps a process took, and whether that is fewer than wanted."""
+def _describe_counts(document: Mapping[str, Any], key: str) -> str:
+    """Numbers of processes and steps, and whether they are fewer than the rule requires."""
     cells = [cell for cell in document["cells"] if cell["setting"] == key and cell["status"] == "complete"]
     if not cells:
         return "Nothing could be measured."
     repeats = len({cell["repeat"] for cell in cells})
     steps, warmup = min(cell["steps"] for cell in cells), min(cell["warmup_steps"] for cell in cells)
     short = steps < 50 or warmup < 20 or repeats < 3
-    few = " Fewer than the rule asks (50 after 20, 3 processes)." if short else ""
-    return f"{repeats} processes an arm, {steps} steps after {warmup}.{few}"
+    few = " Fewer than required (3 processes, 50 steps after 20)." if short else ""
+    return f"{repeats} processes per arm, {steps} steps after {warmup} warm-up steps.{few}"
 
 
-def _conditions(setting: Mapping[str, Any]) -> str:
+def _describe_setting(setting: Mapping[str, Any]) -> str:
     task = f" ({setting['task']})" if setting["task"] else ""
     return (
-        f"{setting['batch']} x {setting['length']}, padding {setting['padding']}{task}: {setting['tokens']:g} tokens; "
-        f"rest {setting['rest']}; {setting['precision']}; {setting['mode']}; LoRA rank {setting['lora_rank']}"
+        f"Batch {setting['batch']} x {setting['length']}, padding {setting['padding']}{task}: {setting['tokens']:g} "
+        f"tokens per step; rest of the model {setting['rest']}; {setting['precision']}; {setting['mode']}; LoRA rank "
+        f"{setting['lora_rank']}"
     )
 
 
@@ -117,35 +118,40 @@ def _bars(bars: list[Mapping[str, Any]]) -> Iterable[str]:
         return
     yield "## Bars"
     yield ""
-    rows = ([bar["bar"], bar["setting"], _asked(bar), _found(bar), "yes" if bar["met"] else "no"] for bar in bars)
-    yield from table(("bar", "where", "asked", "measured", "met"), rows)
+    rows = (
+        [bar["bar"], bar["setting"], _format_bound(bar), _format_measured(bar), "yes" if bar["met"] else "no"]
+        for bar in bars
+    )
+    yield from table(("bar", "setting", "required", "measured", "met"), rows)
     yield ""
 
 
-def _found(bar: Mapping[str, Any]) -> str:
-    """What was measured, with digits enough to be told from what was asked; and how, where that is not the rule."""
+def _format_measured(bar: Mapping[str, Any]) -> str:
+    """The measured ratio, with more digits where it is small, and how it was measured where that is recorded."""
     found = bar["measured"]
     shown = f"{found['median']:.4f}" if found and found["n"] == 1 and found["median"] < 0.1 else ratio(found)
     return shown + (f" ({bar['how']})" if "how" in bar else "")
 
 
-def _asked(bar: Mapping[str, Any]) -> str:
+def _format_bound(bar: Mapping[str, Any]) -> str:
     return f">= {bar['at_least']:g}" if "at_least" in bar else f"<= {bar['at_most']:g}"
 
 
-def _apart(title: str, found: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
+def _render_costs(title: str, found: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
     if not found:
         return
     yield f"## {title}"
     yield ""
-    yield from table(("what", "seconds", "peak MiB", "stacked tensor MiB"), (_cost(*item) for item in found.items()))
+    yield from table(
+        ("what", "seconds", "peak MiB", "stacked tensor MiB"), (_format_cost(*item) for item in found.items())
+    )
     yield ""
 
 
-def _cost(name: str, cost: Mapping[str, Any]) -> list[str]:
+def _format_cost(name: str, cost: Mapping[str, Any]) -> list[str]:
     if cost["status"] != "complete":
         return [name, f"failed: {cost['reason']}", "", ""]
-    steps = f", {cost['steps']} steps of {cost['tokens']:g} tokens" if "steps" in cost else ""
+    steps = f", {cost['steps']} steps of {cost['tokens']:g} tokens each" if "steps" in cost else ""
     tensor = f"{cost['stacked_tensor_mib']:,.0f}" if "stacked_tensor_mib" in cost else ""
     return [name + steps, f"{cost['seconds']:.1f}", f"{cost['peak_mib']:,.0f}", tensor]
 
@@ -155,7 +161,7 @@ def _about(arm: str) -> str:
 
 
 def ratio(found: Mapping[str, float] | None) -> str:
-    """Median with the least and greatest of several."""
+    """Median, with minimum and maximum in brackets where there are several values."""
     if found is None:
         return ""
     if found["n"] == 1:
@@ -164,7 +170,7 @@ def ratio(found: Mapping[str, float] | None) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterable[str]:
-    """Markdown lines."""
+    """Lines of a Markdown table."""
     head = list(head)
     yield "| " + " | ".join(head) + " |"
     yield "|" + "---|" * len(head)

@@ -1,4 +1,4 @@
-"""The results: cells paired within a repeat, ratios, and the bars. Schema: `bench/__main__.py`."""
+"""The results file: reading it, adding cells, and summarising it. Its schema is in `bench/__main__.py`."""
 
 from __future__ import annotations
 
@@ -29,26 +29,28 @@ def empty() -> Document:
 
 
 def read(path: Path) -> Document:
-    """The document at `path`, or an empty one.
+    """The document at `path`, or an empty one if there is no file.
 
     Raises:
-        UserError: when it is damaged or of another schema.
+        UserError: when the file is damaged or of another schema.
     """
     if not path.exists():
         return empty()
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable result ({error}): delete it, or name another --out") from None
+        raise UserError(
+            f"{path} is not a readable results file ({error}): delete it, or choose another --out"
+        ) from None
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         found = document.get("schema") if isinstance(document, dict) else type(document).__name__
-        raise UserError(f"{path} has schema {found}, this version reads {SCHEMA}: name another --out")
+        raise UserError(f"{path} has schema {found}, this version reads {SCHEMA}: choose another --out")
     current: Document = with_current_arms(document)
     return current
 
 
 def with_current_arms(node: Any) -> Any:
-    """The same document with today's names of arms: as keys, as the value of `arm`, and in the texts of bars."""
+    """The same document with the current names of arms: in keys, in values of `arm`, and in descriptions of bars."""
     if isinstance(node, dict):
         return {_EARLIER_ARMS.get(key, key): _current_value(key, value) for key, value in node.items()}
     return [with_current_arms(item) for item in node] if isinstance(node, list) else node
@@ -63,18 +65,18 @@ def _current_value(key: str, value: Any) -> Any:
 
 
 def find_cell(document: Document, setting: str, arm: str, repeat: int) -> dict[str, Any] | None:
-    """The cell of these, or None."""
+    """The cell of a setting, arm and repeat, or None."""
     cells = (cell for cell in document["cells"] if _identity(cell) == (setting, arm, repeat))
     return next(cells, None)
 
 
 def put_cell(document: Document, cell: dict[str, Any]) -> None:
-    """Add a cell in the place of an older one of the same setting, arm and repeat."""
+    """Add a cell; it replaces one of the same setting, arm and repeat."""
     document["cells"] = [old for old in document["cells"] if _identity(old) != _identity(cell)] + [cell]
 
 
 def describe(setting: Setting) -> dict[str, Any]:
-    """A setting with what the arithmetic predicts for each arm: steps/s over the reference's."""
+    """A setting as JSON, with the predicted ratio of steps/s of each arm to each reference."""
     linears = mlp_of(setting)
     predicted = {
         reference: {
@@ -92,7 +94,7 @@ def mlp_of(setting: Setting) -> list[Linear]:
 
 
 def summarise(document: Document) -> dict[str, dict[str, Any]]:
-    """Setting -> arm -> medians, and ratios to each reference that ran in the same repeat."""
+    """Setting -> arm -> medians, and ratios to each reference that was measured in the same repeat."""
     return {
         key: {arm: _summarise_arm(document, key, arm) for arm in _arms(document, key)} for key in document["settings"]
     }
@@ -117,6 +119,7 @@ def _summarise_arm(document: Document, setting: str, arm: str) -> dict[str, Any]
 
 
 def _pairs(document: Document, setting: str, arm: str, reference: str) -> Iterator[tuple[Any, Any]]:
+    """Cells of the arm and of the reference from the same repeat, if they ran the same number of steps."""
     others = {cell["repeat"]: cell for cell in complete(document, setting, reference)}
     for cell in complete(document, setting, arm):
         other = others.get(cell["repeat"])
@@ -125,14 +128,14 @@ def _pairs(document: Document, setting: str, arm: str, reference: str) -> Iterat
 
 
 def complete(document: Document, setting: str, arm: str) -> Iterator[dict[str, Any]]:
-    """Cells of an arm that were measured to the end."""
+    """The complete cells of an arm in a setting."""
     for cell in document["cells"]:
         if _identity(cell)[:2] == (setting, arm) and not _failed(cell):
             yield cell
 
 
 def spread(values: Iterable[float]) -> dict[str, float] | None:
-    """Median, least, greatest and count; None of nothing."""
+    """Median, minimum, maximum and count; None for no values."""
     found = sorted(values)
     if not found:
         return None
@@ -146,7 +149,7 @@ def _linear(n: int, m: int, setting: Setting) -> Linear:
 
 
 def _arms(document: Document, setting: str) -> list[str]:
-    """Those with a cell, in the order of the table of arms; arms that are no longer in it last."""
+    """Arms that have cells, in the order of `ARMS`; arms that no longer exist come last."""
     found = {cell["arm"] for cell in document["cells"] if cell["setting"] == setting}
     return [arm for arm in ARMS if arm in found] + sorted(found - set(ARMS))
 
@@ -160,6 +163,6 @@ def _failed(cell: dict[str, Any]) -> bool:
 
 
 def setting_of(document: Document, key: str) -> Setting:
-    """The setting that a document tells of."""
+    """The setting with this key in a document."""
     fields = document["settings"][key]
     return setting_from({name: fields[name] for name in Setting.__dataclass_fields__})

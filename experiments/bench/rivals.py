@@ -1,4 +1,4 @@
-"""Methods that exist only to be measured against: the floor, and LoRA at its best."""
+"""Methods that exist only for comparison: no training of MLP weights, and faster variants of LoRA."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsegrad.targets import Linears, weight_shapes
 
 @dataclass(frozen=True, kw_only=True)
 class Frozen:
-    """The MLP weights do not train at all: no method can be faster or smaller."""
+    """The MLP weights do not train: a lower bound on time and memory."""
 
     name: str = "frozen"
 
@@ -34,13 +34,13 @@ class Frozen:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraInModelDtype:
-    """`peft`'s LoRA with its adapters in the model's dtype: `peft` keeps them in float32 beside a bf16 model."""
+    """`peft`'s LoRA with adapters in the model's dtype; by default `peft` keeps them in float32 in a bf16 model."""
 
     rank: int
     name: str = "lora_dtype"
 
     def check(self, linears: Linears) -> None:
-        """As `Lora`."""
+        """See `Lora`."""
         self._lora().check(linears)
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
@@ -61,13 +61,13 @@ class LoraInModelDtype:
 
 @dataclass(frozen=True, kw_only=True)
 class FusedLora:
-    """LoRA by hand: W x + b + B (A x) as one autograd node, adapters in the model's dtype, no dropout, scale 1."""
+    """LoRA as one autograd node, W x + b + B (A x): adapters in the model's dtype, no dropout, scale 1."""
 
     rank: int
     name: str = "lora_fused"
 
     def check(self, linears: Linears) -> None:
-        """Any rank goes."""
+        """Every rank is allowed."""
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""
@@ -84,7 +84,7 @@ class FusedLora:
 
 
 class FusedLoraLinear(nn.Module):
-    """x (..., in) to W x + b + B (A x), with A (rank, in) and B (out, rank) = 0."""
+    """y = W x + b + B (A x) with A (rank, in) random and B (out, rank) initially 0."""
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class FusedLoraLinear(nn.Module):
         self.B = nn.Parameter(self.weight.new_zeros(linear.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Under autocast the products run in its dtype, as `nn.Linear`'s do."""
+        """x (..., in) to y (..., out); under autocast the products run in its dtype, as those of `nn.Linear` do."""
         dtype = product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             W, A, B = (tensor.to(dtype) for tensor in (self.weight, self.A, self.B))
@@ -112,7 +112,7 @@ class _FusedLora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,), (x, down, W, A, B) = grads, ctx.saved_tensors
+        (dy,), (x, down, W, A, B) = grads, ctx.saved_tensors  # dy (tokens, out), x (tokens, in)
         ddown = dy @ B  # (tokens, rank)
         dx = (dy @ W).addmm_(ddown, A) if ctx.needs_input_grad[0] else None
         db = dy.sum(0) if ctx.needs_input_grad[2] else None

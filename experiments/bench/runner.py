@@ -1,9 +1,10 @@
-"""Run the plan: one process per measurement, arms interleaved, results written after each."""
+"""Run the benchmark: one process per measurement, arms interleaved, results written after each."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
 from sparsegrad.runs.environment import describe_environment, now
 
-_NEVER = ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG")  # they would measure something else
+_NEVER = ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG")  # debugging settings that change timings
 TIMEOUT = 1200  # seconds for one process, compilation included
 
 
@@ -36,12 +37,13 @@ class Bench:
     """One call of the benchmark.
 
     Attributes:
-        out: file of the results.
-        work: folder of the bases; they are made anew where it is empty.
-        device, threads, schedule: as asked.
-        force: measure again what is there.
-        bases: `calibrated`, or `reflections`: orthogonal matrices that are made at once (see `bench.reflections`).
-        tell: takes a line of progress.
+        out: results file.
+        work: folder of the bases; they are calibrated where it has none.
+        device, threads, schedule: options of the command.
+        force: measure again even where results exist.
+        bases: `calibrated`, or `reflections` (see `bench.reflections`).
+        tell: called with each line of progress.
+        document: the results.
     """
 
     out: Path
@@ -56,7 +58,7 @@ class Bench:
     _start: float = field(default_factory=time.monotonic)
 
     def run(self, planned: list[tuple[Planned, list[str]]], decompositions: list[Decomposition]) -> None:
-        """Measure what is not there yet; a failure is a result."""
+        """Measure what the results lack. A failed measurement is recorded like any other and not repeated."""
         self.document = {**results.read(self.out), **self._head()}
         for decomposition in decompositions:
             self._decomposition(decomposition)
@@ -64,14 +66,14 @@ class Bench:
         for chosen, arms in planned:
             self._note(chosen)
             for repeat, arm in interleaved(arms, self.schedule.repeats):
-                if self._late():
+                if self._is_over_time():
                     left += results.find_cell(self.document, chosen.setting.key, arm, repeat) is None
                 else:
                     self._cell(chosen, arm, repeat)
         self.write()
         if left:
             minutes = self.schedule.minutes
-            self.tell(f"{left} measurements left after {minutes:g} minutes: the same command goes on with them")
+            self.tell(f"{left} measurements left after {minutes:g} minutes: the same command continues with them")
 
     def write(self) -> None:
         """Write results, table and plot."""
@@ -116,10 +118,10 @@ class Bench:
         cell = {"setting": setting.key, "arm": arm, "repeat": repeat, **answer, **self._stamp()}
         results.put_cell(self.document, cell)
         write_json(self.out, self.document)
-        self.tell(f"{setting.key} {arm} {repeat}: {_told(cell)}")
+        self.tell(f"{setting.key} {arm} {repeat}: {_format_answer(cell)}")
 
     def _measure(self, chosen: Planned, arm: str, repeat: int, bases: Path | None) -> dict[str, Any]:
-        setting, (warmup, steps, seconds) = chosen.setting, self._length(chosen)
+        setting, (warmup, steps, seconds) = chosen.setting, self._step_counts(chosen)
         return self._process(
             "measure",
             setting=setting.as_json(),
@@ -132,8 +134,11 @@ class Bench:
             seconds=seconds,
         )
 
-    def _length(self, chosen: Planned) -> tuple[int, int, float | None]:
-        """Warm-up and steps; what the first arm had time for is what all others do."""
+    def _step_counts(self, chosen: Planned) -> tuple[int, int, float | None]:
+        """Warm-up steps, measured steps and time limit.
+
+        The first arm of a setting stops at the time limit; all others then run as many steps, so that they compare.
+        """
         for cell in self.document["cells"]:
             if cell["setting"] == chosen.setting.key and cell["status"] == "complete":
                 return cell["warmup_steps"], cell["steps"], None
@@ -141,7 +146,7 @@ class Bench:
         return self.schedule.warmup, self.schedule.steps, seconds and seconds * chosen.share
 
     def _bases(self, setting: Setting) -> Path | str:
-        """The file with the bases of the setting's model, made if need be; or why there is none."""
+        """The file with the bases of the setting's model, calibrated if necessary; or the reason why there is none."""
         blocks, _ = setting.architecture.cut(setting.blocks)
         key = f"{setting.shape}-{blocks}"
         if self.bases == "reflections":
@@ -150,11 +155,12 @@ class Bench:
         if path.is_file() and self.document["calibrations"].get(key, {}).get("status") == "complete":
             return path
         steps = self.schedule.calibration_steps
+        # All settings of a shape share these bases; a small batch keeps the calibration short.
         fields = {**setting.as_json(), "batch": min(setting.batch, 4)}
         arguments = {"device": self.device.type, "bases": str(path), "seed": 0, "steps": steps}
         answer = self._process("calibrate", setting=fields, **arguments)
         self.document["calibrations"][key] = {**answer, **self._stamp()}
-        self.tell(f"{key} calibration: {_told(answer)}")
+        self.tell(f"{key} calibration: {_format_answer(answer)}")
         return path if answer["status"] == "complete" else f"no calibration: {answer['reason']}"
 
     def _decomposition(self, wanted: Decomposition) -> None:
@@ -166,7 +172,7 @@ class Bench:
         arithmetic = {"stacked_tensor_mib": round(stacked_mib(**sizes), 3)}
         found[wanted.key] = {"method": wanted.method, **sizes, **arithmetic, **answer, **self._stamp()}
         write_json(self.out, self.document)
-        self.tell(f"decomposition {wanted.key}: {_told(answer)}")
+        self.tell(f"decomposition {wanted.key}: {_format_answer(answer)}")
 
     def _process(self, job: str, **arguments: Any) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -177,26 +183,27 @@ class Bench:
 
     def _environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name not in _NEVER}
+        # The worker is started by module name, and this package need not be installed.
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
 
     def _stamp(self) -> dict[str, Any]:
         return {"commit": self.document["git"].get("commit"), "time": now()}
 
-    def _late(self) -> bool:
+    def _is_over_time(self) -> bool:
         minutes = self.schedule.minutes
         return minutes is not None and time.monotonic() - self._start > 60 * minutes
 
 
 def interleaved(arms: list[str], repeats: int) -> Iterator[tuple[int, str]]:
-    """(repeat, arm): every arm once, then all again; what drifts on the machine meets all alike."""
+    """(repeat, arm): every arm once, then all again, so that drift of the machine affects all arms alike."""
     for repeat in range(repeats):
         for arm in arms:
             yield repeat, arm
 
 
 def run_process(command: Iterable[str], answer: Path, env: dict[str, str]) -> dict[str, Any]:
-    """What the process answered, or how it ended."""
+    """The answer of the process, or a failure with the way it ended."""
     try:
         ended = subprocess.run(list(command), env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
@@ -205,12 +212,13 @@ def run_process(command: Iterable[str], answer: Path, env: dict[str, str]) -> di
         found: dict[str, Any] = json.loads(answer.read_text())
         return found
     if ended.returncode < 0:
-        return {"status": "failed", "reason": f"killed by signal {-ended.returncode}: out of memory, if it is 9"}
+        hint = ", probably out of memory" if ended.returncode == -signal.SIGKILL else ""
+        return {"status": "failed", "reason": f"killed by signal {-ended.returncode}{hint}"}
     lines = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
     return {"status": "failed", "reason": lines[-1][:300]}
 
 
-def _told(answer: dict[str, Any]) -> str:
+def _format_answer(answer: dict[str, Any]) -> str:
     if answer["status"] != "complete":
         return f"failed: {answer['reason']}"
     if "steps_per_second" in answer:

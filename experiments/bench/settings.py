@@ -1,4 +1,4 @@
-"""A setting: everything that is the same for all arms that are compared in it."""
+"""A setting: everything that is the same for all arms compared in it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ MODES = ("eager", "compiled")
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is measured; names as in `experiments/bench/__main__.py`.
+    """What is measured.
 
     Attributes:
-        shape, blocks: the model, cut to so many blocks (None: as the shape has).
-        batch, length: rows, and tokens at which a row is cut or to which it is padded.
+        shape, blocks: the model, cut to this number of blocks (None: all of the shape).
+        batch, length: rows per batch; tokens at which a row is cut or to which it is padded.
         padding, task: `max_length` or `longest` with the token lengths of `task`; `none`: all tokens are real.
-        rest: whether the parameters outside the MLP weights train.
-        precision: fp32, tf32 (products), bf16_autocast (float32 weights), bf16 (weights).
-        mode: eager, or compiled by `torch.compile`.
+        rest: whether the parameters outside the MLP weights train: trained or frozen.
+        precision: fp32, tf32 (matrix products), bf16_autocast (float32 weights), bf16 (weights).
+        mode: eager, or compiled with `torch.compile`.
         density: share of kept entries per weight.
+
+    Raises:
+        UserError: for a value or a combination that is not allowed.
     """
 
     shape: str
@@ -63,30 +66,30 @@ class Setting:
 
     @property
     def architecture(self) -> Shape:
-        """The shape itself."""
+        """The shape that `shape` names."""
         return find_shape(self.shape)
 
     @property
     def widths(self) -> tuple[int, int]:
-        """(hidden, intermediate)."""
+        """(hidden, intermediate) width."""
         return self.architecture.hidden, self.architecture.intermediate
 
     @property
     def tokens(self) -> float:
-        """Tokens of a step, padding counted; the mean of the task's real tokens with padding `longest`."""
+        """Tokens per step, padding included; with padding `longest`, from the mean length of the task's rows."""
         if self.padding == "longest" and self.task is not None:
             return self.batch * mean_length(self.task, self.length)
         return self.batch * self.length
 
     @property
     def key(self) -> str:
-        """A readable name that no other setting has."""
-        digest = json_sha256(asdict(self))[:6]
+        """A readable name, unique to this setting."""
+        digest = json_sha256(asdict(self))[:6]  # covers blocks and density, which the readable part lacks
         parts = [self.shape, f"b{self.batch}x{self.length}", self.padding, self.task, self.rest, self.precision]
         return "-".join(part for part in [*parts, self.mode, digest] if part)
 
     def as_json(self) -> dict[str, Any]:
-        """The fields, and what follows from them."""
+        """The fields, and `tokens` and `label`, which follow from them."""
         about = {"tokens": round(self.tokens, 1), "label": self.architecture.label(self.blocks)}
         return {**asdict(self), **about}
 

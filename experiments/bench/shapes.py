@@ -1,4 +1,4 @@
-"""Models of the true architecture with random weights: transformers of known shapes, and stacks of their MLPs alone."""
+"""Models with real architectures and random weights: known transformers, and stacks of their MLPs alone."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Shape:
     """One architecture.
 
     Attributes:
-        about: what it is, for tables.
+        about: description for tables.
         hidden, intermediate: width of the model and of its MLPs.
-        blocks: of the whole model; of a stack of MLPs, how many are measured unless asked otherwise.
-        words: size of the vocabulary; 0: a stack of MLPs, which takes vectors instead of tokens.
-        fields: of the configuration of `transformers`.
-        mlp: layer kind -> pattern of module names, or a known layout.
-        head: pattern of the parameters that train in every setting.
+        blocks: number of blocks of the whole model; for a stack of MLPs, the default number.
+        words: size of the vocabulary; 0: a stack of MLPs, whose input is vectors instead of tokens.
+        fields: further fields of the `transformers` configuration.
+        mlp: layer kind -> pattern of module names, or the name of a known layout.
+        head: pattern of the names of parameters that train in every setting.
     """
 
     about: str
@@ -46,7 +46,7 @@ class Shape:
         return self.words == 0
 
     def cut(self, blocks: int | None) -> tuple[int, int]:
-        """Blocks and words of the model cut to `blocks`: the vocabulary keeps its share of the parameters.
+        """(blocks, words) of the model cut to `blocks`; the vocabulary keeps its share of the parameters.
 
         Raises:
             UserError: for more blocks than the model has.
@@ -56,7 +56,7 @@ class Shape:
         return taken, self.words if self.is_stack else max(8, self.words * taken // self.blocks)
 
     def label(self, blocks: int | None) -> str:
-        """What was measured, in words."""
+        """Description of the model as it is measured, with what was cut."""
         taken, words = self.cut(blocks)
         if self.is_stack:
             return f"{self.about}; {taken} blocks"
@@ -104,12 +104,16 @@ SHAPES: dict[str, Shape] = {
 
 
 def find_shape(name: str) -> Shape:
-    """The shape of this name, or `UserError` that lists them."""
+    """The shape with this name; raises `UserError` with the known names otherwise."""
     return SHAPES[check_choice("shape", name, tuple(SHAPES))]
 
 
 def build_model(shape: Shape, blocks: int | None, dtype: torch.dtype) -> nn.Module:
-    """The model with random weights, in train mode: dropout as the architecture has it."""
+    """The model with random weights in train mode, with its architecture's dropout.
+
+    Raises:
+        UserError: when transformers is not installed and the shape needs it.
+    """
     if shape.is_stack:
         return MlpStack(shape.hidden, shape.intermediate, shape.cut(blocks)[0]).to(dtype)
     try:
@@ -124,14 +128,15 @@ def build_model(shape: Shape, blocks: int | None, dtype: torch.dtype) -> nn.Modu
 
 
 def mlp_linears(shape: Shape, model: nn.Module) -> Linears:
-    """The MLP linears that the methods change, by kind."""
+    """The MLP linears that the methods train, by layer kind."""
     return find_mlp(model, shape.mlp)
 
 
 class MlpStack(nn.Module):
-    """Blocks x + W_out gelu(W_in norm(x)) and a classifier of the mean: nothing but what the methods change.
+    """Blocks x + W_out gelu(W_in norm(x)) and a classifier of the mean: almost nothing but MLP linears.
 
-    The input asks for its gradient, as the input of every block inside a model does.
+    The input requires a gradient, as the input of every block inside a model does; otherwise the first block would
+    skip its input gradient.
     """
 
     def __init__(self, hidden: int, intermediate: int, blocks: int) -> None:
@@ -140,7 +145,7 @@ class MlpStack(nn.Module):
         self.classifier = nn.Linear(hidden, 2)
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Any:
-        """inputs (rows, tokens, hidden), labels (rows,) to an object with `loss`."""
+        """inputs (rows, tokens, hidden) and labels (rows,) to an object with `loss`, like a model of `transformers`."""
         x = inputs.detach().requires_grad_(True)
         for block in self.blocks:
             x = block(x)

@@ -1,7 +1,7 @@
 """One measurement in a process of its own: `python -m experiments.bench.worker REQUEST.json ANSWER.json`.
 
-The request names a job (`measure`, `calibrate` or `decompose`) and its arguments; the answer is written atomically, a
-failure with its reason included.
+The request names a job (`measure`, `calibrate` or `decompose`) and its arguments. The answer is written atomically; of
+a failed job it holds the reason.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main(request_path: str, answer_path: str) -> None:
-    """Do the job of the request."""
+    """Run the requested job and write its answer."""
     warnings.filterwarnings("ignore")
     request = json.loads(Path(request_path).read_text())
     torch.set_num_threads(request.pop("threads"))
     job = JOBS[request.pop("job")]
     try:
         answer = {"status": "complete", **job(**request)}
-    except Exception as error:  # whatever goes wrong in one arm is a fact about it, and stops no other
+    except Exception as error:  # a failing arm is a result, and must not stop the others
         answer = {"status": "failed", "reason": reason(error)}
     write_json(Path(answer_path), answer)
 
 
 def reason(error: Exception) -> str:
-    """One line that says what went wrong."""
+    """The error in one line."""
     first = first_line(error)
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory: {first}"

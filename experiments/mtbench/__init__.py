@@ -1,7 +1,7 @@
-"""MT-Bench: answers of a model to two-turn questions, and their grades by a judge (the paper's Table 6, Appendix E).
+"""MT-Bench: a model's answers to two-turn questions, and a judge's grades of them (Table 6 and Appendix E).
 
-`python -m experiments.mtbench answer | judge | show`; docs/mtbench.md says how. `compute_scores` and `side_by_side`
-give the data of tables and pages.
+The commands are `python -m experiments.mtbench answer | judge | show`; see docs/mtbench.md. `compute_scores` and
+`side_by_side` return the data of tables and pages.
 """
 
 from experiments.mtbench.scores import ModelScores, SideBySide, compute_scores, side_by_side

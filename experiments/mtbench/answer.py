@@ -1,4 +1,4 @@
-"""Let a model answer the questions: batched, and resumable question by question."""
+"""Let a model answer the questions, in batches; an interrupted run resumes at the first missing question."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Say = Callable[[str], None]
 
 
 def answers_path(out: Path, name: str) -> Path:
-    """Where the answers of the model called `name` lie: FastChat's layout.
+    """The file of the answers of the model called `name`, in FastChat's layout.
 
     Raises:
-        UserError: for a name that is no plain file name.
+        UserError: for a name that is not a plain file name.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
         raise fail("name", name, "use letters, digits and . _ + -, beginning with a letter or digit")
@@ -31,10 +31,10 @@ def answers_path(out: Path, name: str) -> Path:
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write down how the answers in `path` are made; refuse to add answers made in another way.
+    """Store the settings of the answers in `path`; on later calls, check that they are the same.
 
     Raises:
-        UserError: naming the setting that differs.
+        UserError: when a setting differs, or the stored settings cannot be read.
     """
     beside = path.with_suffix(".settings.json")
     if not beside.exists():
@@ -46,20 +46,20 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     for key in settings.keys() | before.keys():
         if before.get(key) != settings.get(key):
             raise UserError(
-                f"{path} was begun with {key}={before.get(key)}, not {settings.get(key)}: choose another --name, "
+                f"{path} was started with {key}={before.get(key)}, not {settings.get(key)}: choose another --name, "
                 "or delete that file and its settings"
             )
     return None
 
 
 def describe(questions: Sequence[Question], **settings: Any) -> dict[str, Any]:
-    """The settings that decide what the answers are."""
+    """All settings that determine the answers, with a hash of the questions."""
     asked = [[question.question_id, question.category, list(question.turns)] for question in questions]
     return {**settings, "questions": content_hash(asked)[:16], "count": len(questions)}
 
 
 def batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
-    """Batches of one temperature each, in a fixed order."""
+    """Batches of questions with one temperature each, in a fixed order."""
     ordered = sorted(questions, key=lambda question: question.temperature)
     for _, group in groupby(ordered, key=lambda question: question.temperature):
         alike = list(group)
@@ -76,10 +76,10 @@ def answer_questions(
     seed: int,
     say: Say = print,
 ) -> int:
-    """Answer what `path` lacks, and return how many were added; `load` is called only if something is missing.
+    """Answer the questions that `path` lacks; returns the number of new answers.
 
-    Batches do not depend on what is there already, so a run that was stopped and called again ends with the answers
-    of one that was not. Each answer is on disk before the next batch begins.
+    Batches do not depend on which answers exist, so a resumed run ends with the same answers as an uninterrupted one.
+    Each answer is on disk before the next batch begins. `load` is called only if an answer is missing.
     """
     done = {row.get("question_id") for row in read_lines(path)}
     todo = [batch for batch in batches(questions, size) if any(q.question_id not in done for q in batch)]
@@ -101,18 +101,16 @@ def _answer_batch(batch: Sequence[Question], writer: Writer, name: str, seed: in
         asked = [index for index, question in enumerate(batch) if turn < len(question.turns)]
         for index in asked:
             conversations[index].append(batch[index].turns[turn])
-        own_seed = _seed(seed, batch, turn)
+        # A seed of its own for each batch and turn: the result must not depend on which batches ran before.
+        own_seed = int(content_hash([seed, [question.question_id for question in batch], turn])[:8], 16)
         texts = writer.write([conversations[index] for index in asked], batch[0].temperature, own_seed)
         for index, text in zip(asked, texts, strict=True):
             conversations[index].append(text)
     pairs = zip(batch, conversations, strict=True)
-    return [_made(question, name, tuple(conversation[1::2])) for question, conversation in pairs]
+    # A conversation alternates: question, answer, question, answer.
+    return [_make_answer(question, name, tuple(conversation[1::2])) for question, conversation in pairs]
 
 
-def _seed(seed: int, batch: Sequence[Question], turn: int) -> int:
-    return int(content_hash([seed, [question.question_id for question in batch], turn])[:8], 16)
-
-
-def _made(question: Question, name: str, turns: tuple[str, ...]) -> Answer:
+def _make_answer(question: Question, name: str, turns: tuple[str, ...]) -> Answer:
     made = answer_id(name, question.question_id, turns)
     return Answer(question.question_id, name, turns, made, time.time())

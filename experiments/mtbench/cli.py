@@ -21,7 +21,7 @@ OUT = Path("results/mtbench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0, 1 with gaps, 2 after a user's mistake, 130 after Ctrl-C."""
+    """Run one command. Status 0; 1 if turns lack a verdict; 2 after bad input; 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on", file=sys.stderr)
+        print("\ninterrupted: the same command continues", file=sys.stderr)
         return 130
 
 
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _answer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder, hub id or asset:NAME")
-    parser.add_argument("--name", required=True, help="what tables call the model; names its file")
+    parser.add_argument("--name", required=True, help="name of the model in tables and of its answers file")
     parser.add_argument("--questions", type=Path, help="JSON lines (default: MT-Bench's 80)")
     parser.add_argument("--ids", nargs="+", metavar="ID", help="only these questions")
     parser.add_argument("--out", type=Path, default=OUT, help="folder (default %(default)s)")
@@ -62,22 +62,30 @@ def _answer_options(parser: argparse.ArgumentParser) -> None:
 def _judge_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", type=Path, required=True, help="OUT/model_answer/NAME.jsonl")
     parser.add_argument("--questions", type=Path, help="the answered file (default: MT-Bench's 80)")
-    parser.add_argument("--base-url", required=True, help="such as http://localhost:8000/v1")
-    parser.add_argument("--model", required=True, help="the judge's name there")
-    parser.add_argument("--key-env", default="OPENAI_API_KEY", help="variable that holds the key (default %(default)s)")
-    parser.add_argument("--price-in", type=float, help="of a million prompt tokens")
-    parser.add_argument("--price-out", type=float, help="of a million completion tokens")
-    parser.add_argument("--per-minute", type=float, help="most requests a minute")
-    parser.add_argument("--workers", type=int, default=4, help="requests at a time (default %(default)s)")
-    parser.add_argument("--attempts", type=int, default=6, help="tries for one verdict (default %(default)s)")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one try (default %(default)s)")
-    parser.add_argument("--backoff", type=float, default=1.0, help="first pause between two tries, seconds")
-    parser.add_argument("--max-tokens", type=int, default=2048, help="most tokens of a verdict")
-    parser.add_argument("--token-field", default="max_tokens", help="some judges want max_completion_tokens")
-    parser.add_argument("--no-temperature", action="store_true", help="for judges that refuse temperature=0")
-    parser.add_argument("--retry-gaps", action="store_true", help="ask again where a verdict held no grade")
-    parser.add_argument("--dry-run", action="store_true", help="show what it would take, and end")
-    parser.add_argument("--yes", action="store_true", help="do not ask before starting")
+    parser.add_argument("--base-url", required=True, help="for example http://localhost:8000/v1")
+    parser.add_argument("--model", required=True, help="the judge's model name on that server")
+    parser.add_argument(
+        "--key-env", default="OPENAI_API_KEY", help="environment variable with the API key (default %(default)s)"
+    )
+    parser.add_argument("--price-in", type=float, help="price per million prompt tokens")
+    parser.add_argument("--price-out", type=float, help="price per million completion tokens")
+    parser.add_argument("--per-minute", type=float, help="maximum number of requests per minute")
+    parser.add_argument("--workers", type=int, default=4, help="parallel requests (default %(default)s)")
+    parser.add_argument("--attempts", type=int, default=6, help="attempts per verdict (default %(default)s)")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds per attempt (default %(default)s)")
+    parser.add_argument("--backoff", type=float, default=1.0, help="first pause between two attempts, in seconds")
+    parser.add_argument("--max-tokens", type=int, default=2048, help="maximum number of tokens per verdict")
+    parser.add_argument(
+        "--token-field",
+        default="max_tokens",
+        help="request field for --max-tokens; some judges need max_completion_tokens",
+    )
+    parser.add_argument(
+        "--no-temperature", action="store_true", help="omit the temperature, for judges that reject temperature=0"
+    )
+    parser.add_argument("--retry-gaps", action="store_true", help="ask again where a verdict contains no grade")
+    parser.add_argument("--dry-run", action="store_true", help="only estimate requests, tokens and cost")
+    parser.add_argument("--yes", action="store_true", help="start without asking")
     parser.set_defaults(run=_judge)
 
 
@@ -99,7 +107,7 @@ def _answer(options: argparse.Namespace) -> int:
 
     def load() -> Writer:
         writer = Writer.load(options.model, **how)
-        check_settings(path, settings)  # only now: a model that cannot be had leaves nothing behind
+        check_settings(path, settings)  # writes a file, so only after the model could be loaded
         return writer
 
     if path.exists():
@@ -117,14 +125,14 @@ def _judge(options: argparse.Namespace) -> int:
     grading = Grading(path, options.model, retry_gaps=options.retry_gaps)
     todo = grading.missing(tasks)
     takes = estimate(todo, endpoint.max_tokens, prices)
-    money = "" if takes.money is None else f", at most {takes.money:.2f} (in the prices' currency)"
+    money = "" if takes.money is None else f", at most {takes.money:.2f} (in the currency of the prices)"
     print(f"{len(tasks)} turns, {len(tasks) - len(todo)} judged before; to ask: {takes.requests} requests, about")
     print(f"{takes.prompt_tokens:,} prompt tokens, at most {takes.completion_tokens:,} completion tokens{money}")
     if options.dry_run or not todo:
         return 0
     _confirm(options.yes)
     tally = grade(todo, endpoint, grading, workers=options.workers)
-    grading.missing(todo)  # hands verdicts on to equal answers
+    grading.missing(todo)  # copies the new verdicts to equal answers, of which only one was judged
     return _report(tally, prices, path)
 
 
@@ -138,7 +146,7 @@ def _report(tally: Tally, prices: tuple[float, float] | None, path: Path) -> int
 
 
 def _folder(answers: Path) -> Path:
-    """Verdicts lie beside model_answer/; beside the file itself where it lies elsewhere."""
+    """The folder of model_answer/, or of the answers file if it is elsewhere; verdicts are stored there."""
     return answers.parent.parent if answers.parent.name == "model_answer" else answers.parent
 
 
@@ -163,34 +171,36 @@ def _confirm(yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise UserError("nobody can be asked whether to start: give --yes (or --dry-run for the estimate alone)")
+        raise UserError(
+            "cannot ask whether to start, as stdin is not a terminal: give --yes, or --dry-run for the estimate alone"
+        )
     if input("start? [y/N] ").strip().lower() not in ("y", "yes"):
         raise UserError("not started")
 
 
 def _show(options: argparse.Namespace) -> int:
     if not (found := compute_scores(options.out)):
-        raise UserError(f"no answers in {options.out}: make some with `python -m experiments.mtbench answer`")
+        raise UserError(f"no answers in {options.out}: create some with `python -m experiments.mtbench answer`")
     Console().print(table(found))
     return 0
 
 
 def table(found: Sequence[ModelScores]) -> Table:
-    """The scores as a table, a column for each model and judge: turns, all, categories, counts."""
+    """The scores as a table with one column per model and judge."""
     categories = sorted({name for one in found for name in one.categories})
-    shown = Table("", *(one.model for one in found))
-    shown.add_row("judge", *(one.label for one in found))
-    shown.add_row("all", *(_grade(one.mean) for one in found))
-    shown.add_row("turn 1", *(_grade(one.turn1) for one in found))
-    shown.add_row("turn 2", *(_grade(one.turn2) for one in found), end_section=True)
+    grid = Table("", *(one.model for one in found))
+    grid.add_row("judge", *(one.label for one in found))
+    grid.add_row("all", *(_format_grade(one.mean) for one in found))
+    grid.add_row("turn 1", *(_format_grade(one.turn1) for one in found))
+    grid.add_row("turn 2", *(_format_grade(one.turn2) for one in found), end_section=True)
     for name in categories:
-        shown.add_row(name, *(_grade(one.categories.get(name)) for one in found))
-    shown.add_section()
-    shown.add_row("turns judged", *(str(one.judged) for one in found))
-    shown.add_row("verdict without a grade", *(str(one.unparsable) for one in found))
-    shown.add_row("no verdict", *(str(one.unjudged) for one in found))
-    return shown
+        grid.add_row(name, *(_format_grade(one.categories.get(name)) for one in found))
+    grid.add_section()
+    grid.add_row("turns judged", *(str(one.judged) for one in found))
+    grid.add_row("verdict without a grade", *(str(one.unparsable) for one in found))
+    grid.add_row("no verdict", *(str(one.unjudged) for one in found))
+    return grid
 
 
-def _grade(mean: float | None) -> str:
+def _format_grade(mean: float | None) -> str:
     return "-" if mean is None else f"{mean:.2f}"

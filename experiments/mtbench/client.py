@@ -1,7 +1,8 @@
-"""A judge behind any endpoint with OpenAI's chat API: retries, a rate limit, and no leaking of the key.
+"""A client for a judge behind any OpenAI-compatible chat API: retries, a rate limit, and a key that never leaks.
 
-httpx2 and not the `openai` client: the API is one POST, which local servers speak with small differences; we need every
-retry to pass our own rate limit and Retry-After to hold all workers; httpx2 is what `huggingface_hub` brings anyway.
+It uses httpx2 instead of the `openai` package: the API is a single POST request, and local servers implement it with
+small differences. Every retry must respect our rate limit, and a Retry-After must pause all workers.
+`huggingface_hub` depends on httpx2 anyway.
 """
 
 from __future__ import annotations
@@ -17,35 +18,38 @@ from urllib.parse import urlsplit
 
 from sparsegrad.errors import UserError, check_integer, check_number, check_text, missing_package
 
-_TEMPORARY = (408, 409, 425, 429)
+_TEMPORARY = (408, 409, 425, 429)  # besides all of 500 and above
 _REFUSED = (401, 403)
-_LONGEST_WAIT = 600.0
+_LONGEST_WAIT = 600.0  # seconds; a longer Retry-After ends the command
 
 
 class QuestionFailedError(Exception):
-    """One question got no reply; others may."""
+    """One question got no reply; others may succeed."""
 
 
 class _TemporaryError(Exception):
-    """Worth another try."""
+    """The request failed in a way that another attempt may cure."""
 
 
 class StoppedError(Exception):
-    """The work was ended from elsewhere while this request waited."""
+    """The grading was stopped while this request waited."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the judge is and how it is asked.
+    """Address of the judge and options of its requests.
 
     Attributes:
-        base_url: up to and without `/chat/completions`, for example `http://localhost:8000/v1`.
-        model: the judge's name there.
-        key: sent as bearer token if given; never stored, never shown.
-        temperature: None leaves it out, for models that refuse it.
-        max_tokens, token_field: most tokens of a verdict, and the request's field for it.
-        attempts, timeout, backoff: tries for one verdict; seconds for one; first pause between two.
-        per_minute: most requests a minute; None: no limit.
+        base_url: the URL without `/chat/completions`, for example `http://localhost:8000/v1`.
+        model: the judge's model name on that server.
+        key: sent as bearer token if given; never stored or printed.
+        temperature: None omits it, for models that reject it.
+        max_tokens, token_field: maximum number of tokens per verdict, and the request field for it.
+        attempts, timeout, backoff: attempts per verdict; seconds per attempt; seconds of the first pause between two.
+        per_minute: maximum number of requests per minute; None: no limit.
+
+    Raises:
+        UserError: for a value that is not allowed.
     """
 
     base_url: str
@@ -71,7 +75,7 @@ class Endpoint:
         if self.per_minute is not None:
             check_number("per_minute", self.per_minute, above=0)
         if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
-            raise UserError("the judge's key holds characters that no key has: set the environment variable again")
+            raise UserError("the judge's key contains characters that no key has: set the environment variable again")
 
 
 def _check_url(url: str) -> None:
@@ -81,14 +85,14 @@ def _check_url(url: str) -> None:
     except ValueError:
         sound = False
     if not sound:
-        raise UserError(f"base_url={url} is not allowed: give an address such as https://api.example.org/v1")
+        raise UserError(f"base_url={url} is not allowed: give a URL such as https://api.example.org/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise UserError("base_url must hold no user, password, query or fragment: the key comes from the environment")
+        raise UserError("base_url must hold no user, password, query or fragment: put the key into the environment")
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the judge said; `model` is what the server calls itself."""
+    """The judge's reply; `model` is the name that the server reports."""
 
     text: str
     model: str
@@ -97,7 +101,7 @@ class Reply:
 
 
 class Pace:
-    """Lets one request after another go: evenly within the rate, and none while the server asked to wait."""
+    """Spaces the requests of all threads evenly within the rate, and pauses them while the server asks to wait."""
 
     def __init__(self, per_minute: float | None, stop: threading.Event) -> None:
         self._interval = 60.0 / per_minute if per_minute else 0.0
@@ -105,10 +109,15 @@ class Pace:
         self._lock, self._stop = threading.Lock(), stop
 
     def wait(self) -> None:
-        """Wait for this request's turn; raises StoppedError when the work ends meanwhile."""
+        """Wait for this request's turn.
+
+        Raises:
+            StoppedError: when the grading stops meanwhile.
+        """
         with self._lock:
             slot = self._next = max(self._next, time.monotonic())
             self._next += self._interval
+        # Another thread may extend the pause meanwhile, so look again after each wait.
         while (left := max(slot, self._held) - time.monotonic()) > 0:
             if self._stop.wait(left):
                 break
@@ -116,13 +125,13 @@ class Pace:
             raise StoppedError
 
     def hold(self, seconds: float) -> None:
-        """No request for so many seconds from now."""
+        """Pause all requests for this many seconds from now."""
         with self._lock:
             self._held = max(self._held, time.monotonic() + seconds)
 
 
 class Client:
-    """Asks the endpoint; safe in several threads. Use as a context manager."""
+    """Sends requests to the endpoint; thread-safe. Use it as a context manager."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         try:
@@ -144,11 +153,11 @@ class Client:
         self._http.close()
 
     def ask(self, messages: Sequence[Mapping[str, str]]) -> Reply:
-        """The reply to a conversation, after as many tries as the endpoint allows.
+        """The reply to a conversation, with as many attempts as the endpoint allows.
 
         Raises:
-            UserError: when no question can succeed: key refused, wrong address or model.
-            QuestionFailedError: when this one did not.
+            UserError: when no question can succeed, as with a rejected key or a wrong address or model.
+            QuestionFailedError: when this question failed.
             StoppedError: when `stop` was set.
         """
         tenacity, endpoint = self._tenacity, self.endpoint
@@ -162,7 +171,7 @@ class Client:
         try:
             return again(self._ask_once, messages)  # type: ignore[no-any-return]
         except _TemporaryError as error:
-            raise QuestionFailedError(f"{error} ({endpoint.attempts} tries)") from None
+            raise QuestionFailedError(f"{error} ({endpoint.attempts} attempts)") from None
 
     def _ask_once(self, messages: Sequence[Mapping[str, str]]) -> Reply:
         self._pace.wait()
@@ -196,16 +205,19 @@ class Client:
     def _hold(self, retry_after: str | None) -> None:
         seconds = seconds_of(retry_after)
         if seconds > _LONGEST_WAIT:
-            raise UserError(f"the judge asks to wait {seconds:.0f} s: give the same command again then; it goes on")
+            raise UserError(
+                f"the judge asks to wait {seconds:.0f} s: run the same command again after that time; it continues"
+            )
         self._pace.hold(seconds)
 
     def _clean(self, text: str) -> str:
+        """One line of text in which the key, which some servers echo, is masked."""
         key = self.endpoint.key
         return " ".join((text.replace(key, "***") if key else text).split())[:300]
 
 
 def seconds_of(retry_after: str | None) -> float:
-    """Seconds that a Retry-After header asks for, in seconds or as a date; 0 where there is none or it is nonsense."""
+    """Seconds that a Retry-After header (a number or a date) asks for; 0 where it is missing or not valid."""
     if not retry_after:
         return 0.0
     try:
@@ -226,7 +238,7 @@ def _reply(response: Any, asked: str) -> Reply:
         text, model = message.get("content") or "", body.get("model") or asked
         tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise _TemporaryError("the reply is not the API's JSON") from None
+        raise _TemporaryError("the reply is not JSON of the chat API") from None
     if not isinstance(text, str):
         raise _TemporaryError("the reply's content is not a text")
     return Reply(text, str(model), *tokens)

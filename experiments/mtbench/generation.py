@@ -1,4 +1,4 @@
-"""Text out of a causal language model: one batch of conversations at a time."""
+"""Text generation with a causal language model, one batch of conversations at a time."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 
 
 def write_prompt(turns: Sequence[str], tokenizer: Any, chosen: str) -> str:
-    """The conversation so far, ready for the next answer; `turns` are question, answer, question, ...
+    """The prompt for the next answer of a conversation.
 
-    chosen: `chat`, the tokenizer's template; `inst`, the paper's `[INST] question [/INST] answer` (section 5.2);
-    `auto`, chat where the tokenizer has a template.
+    Args:
+        turns: question, answer, question, ...
+        tokenizer: the model's tokenizer.
+        chosen: `chat`, the tokenizer's chat template; `inst`, the paper's `[INST] question [/INST] answer` (section
+            5.2); `auto`, `chat` if the tokenizer has a template, else `inst`.
 
     Raises:
-        UserError: when there is no template, or it refuses the conversation.
+        UserError: when there is no template, or it rejects the conversation.
     """
     if chosen == "inst" or (chosen == "auto" and not tokenizer.chat_template):
         return " ".join(turn if index % 2 else f"[INST] {turn} [/INST]" for index, turn in enumerate(turns))
@@ -33,8 +36,8 @@ def write_prompt(turns: Sequence[str], tokenizer: Any, chosen: str) -> str:
     messages = [{"role": "assistant" if index % 2 else "user", "content": turn} for index, turn in enumerate(turns)]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # a template may raise anything
-        raise UserError(f"the chat template refuses a conversation ({error}): use --format inst") from None
+    except Exception as error:  # templates are code of others and may raise anything
+        raise UserError(f"the chat template rejects a conversation ({error}): use --format inst") from None
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Writer:
         """Load model and tokenizer from a folder, the hub or `asset:NAME`.
 
         Raises:
-            UserError: when they cannot be had, or the device is not there.
+            UserError: when they cannot be loaded, or the device does not exist.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,15 +69,15 @@ class Writer:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
         if self.tokenizer.pad_token_id is None:
-            raise UserError("this tokenizer has neither a padding nor an end token: a batch cannot be padded")
-        self.tokenizer.padding_side = "left"
+            raise UserError("this tokenizer has neither a padding nor an end token: batches cannot be padded")
+        self.tokenizer.padding_side = "left"  # new tokens are appended on the right
 
     @torch.inference_mode()
     def write(self, conversations: Sequence[Sequence[str]], temperature: float, seed: int) -> list[str]:
-        """The next answer of each conversation. The same batch, temperature and seed give the same answers on a CPU.
+        """The next answer of each conversation; on a CPU, the same batch, temperature and seed give the same answers.
 
         Raises:
-            UserError: when a conversation leaves no room in the model's window.
+            UserError: when a conversation fills the model's context window.
         """
         batch = self._encode(conversations)
         torch.manual_seed(seed)
@@ -83,25 +86,25 @@ class Writer:
             options = {"do_sample": True, "temperature": temperature}
         length = batch["input_ids"].shape[1]
         found = self.model.generate(
-            **batch, **options, max_new_tokens=self._room(length), pad_token_id=self.tokenizer.pad_token_id
+            **batch, **options, max_new_tokens=self._count_new_tokens(length), pad_token_id=self.tokenizer.pad_token_id
         )
         texts = self.tokenizer.batch_decode(found[:, length:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
     def _encode(self, conversations: Sequence[Sequence[str]]) -> Any:
         prompts = [write_prompt(turns, self.tokenizer, self.format) for turns in conversations]
-        # A chat template has written the special tokens already.
+        # A chat template adds the special tokens itself.
         special = self.format == "inst" or not self.tokenizer.chat_template
         batch = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=special)
         names = ("input_ids", "attention_mask")
         return {name: batch[name].to(self.model.device) for name in names}
 
-    def _room(self, length: int) -> int:
-        """How many tokens may follow: fewer than asked for where the model's window ends."""
+    def _count_new_tokens(self, length: int) -> int:
+        """`max_new_tokens`, or fewer if the model's context window ends before."""
         window = getattr(self.model.config, "max_position_embeddings", None) or length + self.max_new_tokens
         if window <= length:
             raise UserError(
                 f"a conversation of {length} tokens fills the model's window of {window}: "
-                "lower --max-new-tokens, so that first answers are shorter, or leave the question out"
+                "lower --max-new-tokens, so that first answers are shorter, or omit the question"
             )
         return min(self.max_new_tokens, int(window) - length)

@@ -1,4 +1,4 @@
-"""Single-answer grading: each turn of each answer gets a grade from 1 to 10, with MT-Bench's prompts."""
+"""Single-answer grading: a judge grades each turn of each answer from 1 to 10, with MT-Bench's prompts."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from experiments.mtbench.schema import (
 )
 from sparsegrad.errors import UserError
 
-UNPARSABLE = -1  # FastChat's mark, which its own tools leave out of the means
-_GIVE_UP = 5
-_CHARACTERS_A_TOKEN = 4
+UNPARSABLE = -1  # as in FastChat, whose tools leave it out of the means
+_GIVE_UP = 5  # failures in a row after which the grading stops
+_CHARACTERS_A_TOKEN = 4  # for estimates
 _GRADE = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
 
 
@@ -39,22 +39,22 @@ class Task:
     messages: tuple[dict[str, str], ...]
 
     def key(self, judge: str) -> str:
-        """Of the cache: the judge's name and all it is told."""
+        """Key of the verdict in the cache: a hash of the judge's name and of the whole request."""
         return content_hash([judge, self.messages])
 
 
 def judgments_path(folder: Path, judge: str) -> Path:
-    """Where the verdicts of `judge` lie: FastChat's layout; a slash in the name would be a folder."""
+    """The file of the verdicts of `judge`, in FastChat's layout; special characters of the name become `_`."""
     return folder / "model_judgment" / f"{re.sub(r'[^A-Za-z0-9._+-]', '_', judge)}_single.jsonl"
 
 
 def make_tasks(
     answers: Sequence[Answer], questions: Sequence[Question], prompts: Mapping[str, JudgePrompt]
 ) -> list[Task]:
-    """All turns to be graded, each with the prompt that its category and turn call for.
+    """All turns to be graded, each with the prompt for its category and turn.
 
     Raises:
-        UserError: when an answer belongs to no question, or a question that needs a reference has none.
+        UserError: when an answer belongs to no question, or a question lacks a reference that its category needs.
     """
     known: dict[QuestionId, Question] = {question.question_id: question for question in questions}
     tasks = []
@@ -73,7 +73,7 @@ def _task(answer: Answer, question: Question, turn: int, prompts: Mapping[str, J
     if needs and not question.reference:
         raise UserError(
             f"question {question.question_id}: category {question.category} is graded against a reference: "
-            'add "reference": [one text a turn] to it'
+            'add "reference": [one text per turn] to it'
         )
     name = f"single{'-math' * needs}-v1{'-multi-turn' * (turn == 2)}"
     prompt = prompts[name]
@@ -89,7 +89,7 @@ def _task(answer: Answer, question: Question, turn: int, prompts: Mapping[str, J
 
 
 def parse_grade(verdict: str) -> float | None:
-    """The grade in `[[...]]`, from 1 to 10; None where there is none, one out of range, or two that differ."""
+    """The grade in `[[...]]`; None if there is none, it is not from 1 to 10, or two grades differ."""
     found = {float(text) for text in _GRADE.findall(verdict)}
     if len(found) != 1:
         return None
@@ -99,7 +99,7 @@ def parse_grade(verdict: str) -> float | None:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the grading will take at most; tokens of prompts are counted as four characters each."""
+    """Estimated cost of a grading: prompt tokens of four characters each, and as many completion tokens as allowed."""
 
     requests: int
     prompt_tokens: int
@@ -108,20 +108,20 @@ class Estimate:
 
 
 def estimate(tasks: Sequence[Task], max_tokens: int, prices: tuple[float, float] | None) -> Estimate:
-    """Requests, tokens, and money where the prices of a million tokens (prompt, completion) are given."""
+    """Requests, tokens and, if prices per million tokens (prompt, completion) are given, money."""
     characters = sum(len(message["content"]) for task in tasks for message in task.messages)
-    prompt, completion = -(-characters // _CHARACTERS_A_TOKEN), len(tasks) * max_tokens
+    prompt, completion = -(-characters // _CHARACTERS_A_TOKEN), len(tasks) * max_tokens  # rounded up
     return Estimate(len(tasks), prompt, completion, cost(prompt, completion, prices))
 
 
 def cost(prompt: int, completion: int, prices: tuple[float, float] | None) -> float | None:
-    """Money for so many tokens at prices of a million."""
+    """Money for these token counts at prices per million (prompt, completion); None without prices."""
     return None if prices is None else (prompt * prices[0] + completion * prices[1]) / 1e6
 
 
 @dataclass
 class Tally:
-    """How a grading went; `failed` holds one line for each turn that got no reply."""
+    """Counts of one grading; `failed` has one line for each turn without a reply."""
 
     graded: int = 0
     unparsable: int = 0
@@ -132,7 +132,7 @@ class Tally:
 
 
 class Grading:
-    """The verdicts of one judge in one file, which is also the cache: what it holds is not asked again."""
+    """The verdicts of one judge in one file, which is also a cache: known verdicts are not requested again."""
 
     def __init__(self, path: Path, judge: str, *, retry_gaps: bool = False) -> None:
         self.path, self.judge = path, judge
@@ -141,17 +141,17 @@ class Grading:
         self._seen = {(row["key"], row.get("answer_id"), row.get("model")) for row in rows}
 
     def missing(self, tasks: Sequence[Task]) -> list[Task]:
-        """Those that the judge has to be asked; the others' known verdicts are put down for their answers."""
+        """The tasks without a known verdict; for the others, the known verdict is recorded for their answer."""
         asked = []
         for task in tasks:
             known = self._rows.get(task.key(self.judge))
             if known is None:
                 asked.append(task)
             elif (known["key"], task.answer.answer_id, task.answer.model) not in self._seen:
-                self._adopt(task, known)
+                self._copy_verdict(task, known)
         return asked
 
-    def _adopt(self, task: Task, known: Row) -> None:
+    def _copy_verdict(self, task: Task, known: Row) -> None:
         row = {**known, "question_id": task.answer.question_id, "model": task.answer.model}
         self._append({**row, "answer_id": task.answer.answer_id, "turn": task.turn})
 
@@ -161,7 +161,7 @@ class Grading:
         self._seen.add((row["key"], row["answer_id"], row["model"]))
 
     def put(self, task: Task, reply: Reply, attempts: int) -> float | None:
-        """Write one verdict down, in FastChat's schema and a little more; its grade."""
+        """Append one verdict in FastChat's schema, with a few more fields; returns its grade."""
         grade = parse_grade(reply.text)
         row = {
             "question_id": task.answer.question_id,
@@ -194,12 +194,12 @@ def grade(
     workers: int = 4,
     say: Callable[[str], None] = print,
 ) -> Tally:
-    """Ask the judge for every task; each verdict is on disk as soon as it is there.
+    """Ask the judge to grade every task; each verdict is on disk as soon as it arrives.
 
-    A question without a reply is left as a gap, and asked again by the next call.
+    A turn without a reply is left ungraded, and the next call asks for it again.
 
     Raises:
-        UserError: when no question can succeed, or five in a row did not.
+        UserError: when no request can succeed, or five in a row failed.
     """
     tally, lock = Tally(), threading.Lock()
     with Client(endpoint) as client, ThreadPoolExecutor(workers) as pool:
@@ -211,12 +211,12 @@ def grade(
                     _count(tally, task, outcome)
                     say(f"{tally.graded + tally.unparsable + len(tally.failed)} of {len(tasks)} turns asked")
             except StoppedError:
-                return  # another thread says why
+                return  # the thread that stopped the work reports the reason
             except BaseException:
-                client.stop.set()  # here, so that this very thread takes no further task to the judge
+                client.stop.set()  # before this thread takes its next task
                 raise
 
-        # A thread that waits between two tries would keep the pool from ending: `stop` wakes it.
+        # `stop` wakes threads that wait between two attempts; otherwise the pool could not shut down.
         futures = [pool.submit(work, task) for task in _distinct(tasks, grading.judge)]
         try:
             finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -229,7 +229,7 @@ def grade(
 
 
 def _distinct(tasks: Sequence[Task], judge: str) -> Iterator[Task]:
-    """One task of each prompt: equal answers are graded once; `missing` then hands the verdict on."""
+    """The first task of each prompt: equal answers are graded once, and `missing` copies the verdict to the others."""
     yield from {task.key(judge): task for task in reversed(tasks)}.values()
 
 
@@ -237,7 +237,7 @@ Outcome = tuple[list[Reply], float | None] | str
 
 
 def _grade_one(task: Task, client: Client, grading: Grading) -> Outcome:
-    """Ask, and once more if the verdict holds no grade; a text says why there is no verdict."""
+    """Ask once, and again if the verdict contains no grade; a string tells why there is no verdict."""
     replies: list[Reply] = []
     try:
         for _ in range(2):
@@ -257,7 +257,7 @@ def _count(tally: Tally, task: Task, outcome: Outcome) -> None:
         tally.in_a_row += 1
         if tally.in_a_row >= _GIVE_UP:
             raise UserError(
-                f"the judge failed {_GIVE_UP} times in a row, last on {tally.failed[-1]}; the same command goes on"
+                f"the judge failed {_GIVE_UP} times in a row, last on {tally.failed[-1]}; the same command continues"
             )
         return
     replies, found = outcome

@@ -1,4 +1,4 @@
-"""Files of JSON lines that grow: a line is there whole, or is not there."""
+"""Append-only files of JSON lines: a line is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Row = dict[str, Any]
 
 
 def read_lines(path: Path) -> list[Row]:
-    """All rows of `path`; none where there is no such file. A last line that a killed writer cut is left out.
+    """All rows of `path`, or none if there is no file. An incomplete last line, left by a killed writer, is ignored.
 
     Raises:
-        UserError: when the file cannot be read, or any other line is no JSON object.
+        UserError: when the file cannot be read, or another line is not a JSON object.
     """
     if not path.exists():
         return []
@@ -29,12 +29,12 @@ def read_lines(path: Path) -> list[Row]:
     for number, (line, row) in enumerate(zip(lines, rows, strict=True), start=1):
         cut = number == len(lines)
         if row is None and line.strip() and not cut:
-            raise UserError(f"{path}, line {number} is not a JSON object: mend or delete the line")
+            raise UserError(f"{path}, line {number} is not a JSON object: repair or delete the line")
     return [row for row in rows if row is not None]
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one row, on disk when this returns; a cut last line goes first. Safe with several processes.
+    """Append one row, on disk when this returns; first an incomplete last line is removed. Safe across processes.
 
     Raises:
         UserError: when the file cannot be written.
@@ -43,7 +43,7 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"), path.open("ab+") as file:
-            start = _mend(file)
+            start = _repair_end(file)
             try:
                 _write(file, line)
             except OSError:
@@ -59,8 +59,8 @@ def _write(file: Any, line: bytes) -> None:
     os.fsync(file.fileno())
 
 
-def _mend(file: Any) -> int:
-    """End the last line: cut it off where it is half written; the file's length afterwards."""
+def _repair_end(file: Any) -> int:
+    """Remove an incomplete last line, or end a complete one; returns the file's length afterwards."""
     file.seek(0)
     content = file.read()
     whole = content.rfind(b"\n") + 1
@@ -80,7 +80,7 @@ def _content(path: Path) -> bytes:
 
 
 def _parse(line: bytes) -> Row | None:
-    # A JSON object ends with its last brace, so no beginning of one is itself valid.
+    # No proper prefix of a JSON object is valid JSON, so an incomplete line never parses.
     try:
         row = json.loads(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Questions, answers, judge prompts: FastChat's files, read and checked."""
+"""Questions, answers and judge prompts: FastChat's file formats, read and checked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WITH_REFERENCE = ("math", "reasoning", "coding")
 
 @dataclass(frozen=True)
 class Question:
-    """One question of one or two turns; `reference` holds one right answer a turn, or nothing."""
+    """One question of one or two turns; `reference` has one correct answer per turn, or is empty."""
 
     question_id: QuestionId
     category: str
@@ -39,13 +39,13 @@ class Question:
 
     @property
     def temperature(self) -> float:
-        """At which the model under test answers."""
+        """Sampling temperature of the model under test."""
         return TEMPERATURES.get(self.category, OTHER_TEMPERATURE)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said: one text a turn of the question."""
+    """A model's answer: one text per turn of the question."""
 
     question_id: QuestionId
     model: str
@@ -66,7 +66,7 @@ class Answer:
 
 
 def answer_id(model: str, question_id: QuestionId, turns: Sequence[str]) -> str:
-    """22 characters, as FastChat's ids have; the same answer has the same one."""
+    """22 characters, as in FastChat; equal answers have equal ids."""
     return content_hash([model, question_id, list(turns)])[:22]
 
 
@@ -76,7 +76,7 @@ def content_hash(content: Any) -> str:
 
 
 def load_questions(path: Path | None = None) -> list[Question]:
-    """The questions of a file, or MT-Bench's 80; these take GPT-4's packaged answers as references.
+    """The questions of a file, or MT-Bench's 80, whose references are GPT-4's packaged answers.
 
     Raises:
         UserError: when the file is missing or empty, a field is missing or wrong, or an id occurs twice.
@@ -103,7 +103,7 @@ def _question(row: Row, where: str) -> Question:
         raise UserError(f"{where}: turns must be a list of one or two texts that are not empty")
     reference = _texts(row, "reference", where) if row.get("reference") else ()
     if reference and len(reference) != len(turns):
-        raise UserError(f"{where}: reference has {len(reference)} texts for {len(turns)} turns; give one a turn")
+        raise UserError(f"{where}: reference has {len(reference)} texts for {len(turns)} turns; give one per turn")
     return Question(_id(row, where), check_text(f"{where}: category", row.get("category")), turns, reference)
 
 
@@ -149,7 +149,7 @@ def load_prompts() -> dict[str, JudgePrompt]:
 
 
 def select(questions: Sequence[Question], ids: Iterable[str] | None) -> list[Question]:
-    """Those of the questions that `ids` name, in the file's order; all where ids is None.
+    """The questions with these ids, in the file's order; all if `ids` is None.
 
     Raises:
         UserError: for an id that no question has.
@@ -158,19 +158,16 @@ def select(questions: Sequence[Question], ids: Iterable[str] | None) -> list[Que
         return list(questions)
     wanted = {str(name) for name in ids}
     if unknown := wanted - {str(question.question_id) for question in questions}:
-        raise UserError(f"no question has the id {', '.join(sorted(unknown))}; ids: {_some_ids(questions)}")
+        known = f"{questions[0].question_id} .. {questions[-1].question_id}"
+        raise UserError(f"no question has the id {', '.join(sorted(unknown))}; ids: {known}")
     return [question for question in questions if str(question.question_id) in wanted]
-
-
-def _some_ids(questions: Sequence[Question]) -> str:
-    return f"{questions[0].question_id} .. {questions[-1].question_id}"
 
 
 def _rows(path: Path, what: str) -> list[Row]:
     if not path.is_file():
         raise UserError(f"{what} file {path} does not exist: give a file of JSON lines")
     if not (rows := read_lines(path)):
-        raise UserError(f"{what} file {path} holds no JSON line: give at least one")
+        raise UserError(f"{what} file {path} contains no JSON line: give at least one")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Means of the grades, and answers side by side: the data of Table 6 and Appendix E."""
+"""Mean grades and answers side by side: the data of Table 6 and Appendix E."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sparsegrad.errors import UserError
 
 @dataclass(frozen=True)
 class ModelScores:
-    """One model under one judge; without a judge `judge` is None and there are no means.
+    """Scores of one model by one judge; for a model without a judge, `judge` and the means are None.
 
     Attributes:
-        turn1, turn2, mean: mean grades from 1 to 10; None where nothing is graded.
-        categories: mean grade of each category.
-        judged, unparsable, unjudged: turns with a grade, with a verdict that holds none, without a verdict.
-        judge, judge_model: the judge's name as asked for, and what the server called itself.
+        turn1, turn2, mean: mean grades from 1 to 10; None if nothing is graded.
+        categories: mean grade by category.
+        judged, unparsable, unjudged: numbers of turns with a grade, with a verdict but no grade, without a verdict.
+        judge, judge_model: the judge's name in the request, and the name that the server reported.
         date: day (UTC) of the last verdict.
     """
 
@@ -39,14 +39,14 @@ class ModelScores:
 
     @property
     def label(self) -> str:
-        """What a table says of the judge."""
+        """Judge and date, as tables show them."""
         return "not judged" if self.judge is None else f"{self.judge}, {self.date}"
 
 
 def compute_scores(folder: Path | str) -> list[ModelScores]:
     """Every model in `folder`, once for each judge that graded it; sorted by model and judge.
 
-    A verdict counts only for the very answer it was given for.
+    A verdict counts only for the exact answer that was judged.
 
     Raises:
         UserError: for a damaged file.
@@ -55,7 +55,7 @@ def compute_scores(folder: Path | str) -> list[ModelScores]:
     judgments = _by_judge(Path(folder))
     for path in sorted((Path(folder) / "model_answer").glob("*.jsonl")):
         answers = load_answers(path)
-        own = {judge: _own(rows, path.stem, answers) for judge, rows in judgments.items()}
+        own = {judge: _select_verdicts(rows, path.stem, answers) for judge, rows in judgments.items()}
         graded = [_score(path.stem, judge, rows, answers) for judge, rows in sorted(own.items()) if rows]
         found += graded or [_score(path.stem, None, [], answers)]
     return found
@@ -69,8 +69,8 @@ def _by_judge(folder: Path) -> dict[str, list[Row]]:
     return rows
 
 
-def _own(rows: Iterable[Row], model: str, answers: Sequence[Answer]) -> list[Row]:
-    """The last verdict for each turn of this model's present answers."""
+def _select_verdicts(rows: Iterable[Row], model: str, answers: Sequence[Answer]) -> list[Row]:
+    """The last verdict for each turn of the answers that this model has now."""
     present = {(answer.model, answer.question_id, answer.answer_id) for answer in answers}
     last = {}
     for row in rows:
@@ -110,7 +110,7 @@ def _mean(rows: Iterable[Row]) -> float | None:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """One question and what each model said: model -> one text a turn."""
+    """One question and the answers to it: model -> one text per turn."""
 
     question_id: QuestionId
     category: str
@@ -125,9 +125,10 @@ def side_by_side(
 ) -> list[SideBySide]:
     """The answers of several models to chosen questions, in the order of the questions' file.
 
-    answers: the folder that `scores` takes, or answers files.
-    question_ids: default: every question that some model answered.
-    questions: default MT-Bench's.
+    Args:
+        answers: a folder as for `compute_scores`, or answers files.
+        question_ids: default: every question that some model answered.
+        questions: default: MT-Bench's questions.
 
     Raises:
         UserError: for an unknown question, a missing or damaged file, or no answers at all.
@@ -152,7 +153,7 @@ def _answers(places: Path | str | Sequence[Path | str]) -> dict[str, dict[Questi
     else:
         paths = [Path(place) for place in places]
     if not paths:
-        raise UserError(f"no answers in {places}: make some with `python -m experiments.mtbench answer`")
+        raise UserError(f"no answers in {places}: create some with `python -m experiments.mtbench answer`")
     found = {path.stem: {answer.question_id: answer.turns for answer in load_answers(path)} for path in paths}
     if len(found) != len(paths):
         raise UserError("two answers files have the same name: each model needs its own")

@@ -193,7 +193,7 @@ def test_a_table_and_a_plot_lie_beside_the_results(tmp_path: Path) -> None:
     run(fake(tmp_path))
     table = (tmp_path / "x.md").read_text()
     assert "`fast`: " + ARMS["fast"].about in table
-    assert "2 processes an arm, 3 steps after 2. Fewer than the rule asks" in table
+    assert "2 processes per arm, 3 steps after 2 warm-up steps. Fewer than required" in table
     pytest.importorskip("matplotlib")
     assert (tmp_path / "x.png").stat().st_size > 1000
 

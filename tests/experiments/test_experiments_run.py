@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from run_fixtures import ROOT, SHORT, TINY, environment
 from experiments.reproduce import __main__ as runner
 from experiments.reproduce import rates
 from experiments.reproduce.cells import EXPERIMENTS, Cell, experiments_of, list_cells
-from sparsegrad.errors import UserError
+from sparsegrad.errors import BusyError, UserError
 from sparsegrad.files import write_json
 from sparsegrad.runs.config import build
-from sparsegrad.runs.runner import run_lock
+from sparsegrad.runs.run_folder import run_lock
 
 SEEDS = 4
 
@@ -51,7 +52,7 @@ def cells(overrides: list[str]) -> list[Cell]:
 
 def complete(cell: Cell) -> None:
     """Stand in for a run: the lock, some time, and a record."""
-    with run_lock(cell.config).acquire(timeout=0):
+    with run_lock(cell.config):
         time.sleep(0.2)
         record = {"schema": 1, "status": "complete", "config": cell.config.resolved}
         write_json(cell.config.record_path, record)
@@ -134,7 +135,7 @@ def _worker(cells: list[Cell], results: Any) -> None:
 def _completed(cell: Cell) -> str | None:
     try:
         complete(cell)
-    except TimeoutError:
+    except BusyError:
         return f"run {cell.config.key} is at work in another process: wait for it, or stop it"
     return None
 
@@ -153,15 +154,15 @@ def test_two_processes_make_each_cell_once(cells: list[Cell]) -> None:
 
 
 def test_a_cell_in_other_hands_is_taken_up_when_its_holder_fails(cells: list[Cell]) -> None:
-    held = run_lock(cells[0].config)
-    held.acquire()
+    held = ExitStack()
+    held.enter_context(run_lock(cells[0].config))
     order: list[str] = []
 
     def run(cell: Cell) -> str | None:
         order.append(cell.label)
         complete(cell)
         if len(order) == SEEDS - 1:
-            held.release()
+            held.close()
         return None
 
     assert runner.work(cells, run, poll=0.05).done == SEEDS
