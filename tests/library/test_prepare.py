@@ -1,9 +1,11 @@
-"""Calibration and the two-line entry, on a small BERT of the right architecture."""
+"""Calibration and the two-line entry, on a small BERT."""
 
 import pytest
 import torch
+from engine_checks import unfolded_svd
 from torch import Tensor
 from toy_bert import ToyBert
+from toy_models import toy_batches
 
 from sparsegrad import SparseGradAdamW, UserError, calibrate, find_mlp, hosvd, prepare
 
@@ -15,28 +17,24 @@ def model(small_bert: ToyBert) -> ToyBert:
 
 
 def batches(count: int) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        {
-            "input_ids": torch.randint(50, (4, 7), generator=generator),
-            "labels": torch.randint(2, (4,), generator=generator),
-        }
-        for _ in range(count)
-    ]
+    return toy_batches("bert", count)
 
 
 def linears(model: torch.nn.Module) -> dict[str, list[torch.nn.Linear]]:
     return {kind: list(found.values()) for kind, found in find_mlp(model).items()}
 
 
-def test_calibration_is_the_hosvd_of_the_stacked_gradients(model) -> None:
-    """Gradients taken one by one with autograd, stacked, decomposed by tensorly."""
+@pytest.mark.parametrize("by", ["torch", "tensorly"])
+def test_calibration_is_the_hosvd_of_the_stacked_gradients(model, by: str) -> None:
+    """Gradients taken one by one with autograd, stacked, and decomposed whole."""
+    if by == "tensorly":
+        pytest.importorskip("tensorly")
     mlp, stacks = linears(model), {"intermediate": [], "output": []}
     for batch in batches(3):
         for kind, modules in mlp.items():
             stacks[kind] += torch.autograd.grad(model(**batch).loss, [linear.weight for linear in modules])
     for kind, basis in calibrate(model, batches(3), mlp, steps=3).items():
-        reference = hosvd(stacks[kind], method="stacked")
+        reference = hosvd(stacks[kind], method="stacked") if by == "tensorly" else unfolded_svd(stacks[kind])
         for mine, theirs in ((basis.in_basis, reference.in_basis), (basis.out_basis, reference.out_basis)):
             # The leading directions; the trailing ones hold next to no energy, where a Gram sees nothing.
             assert torch.allclose((mine.T @ theirs).abs().diagonal()[:4], torch.ones(4).double(), atol=1e-6)
@@ -79,7 +77,7 @@ def test_calibration_with_an_update_trains_meanwhile(model) -> None:
 
 
 def test_two_lines_train_any_loop(model) -> None:
-    optimizer = prepare(model, batches(5), density=0.05, lr=3e-3, steps=5)
+    optimizer = prepare(model, batches(5), density=0.05, lr=3e-3, calibration_steps=5)
     assert isinstance(optimizer, SparseGradAdamW)
     first = last = None
     for _ in range(30):
@@ -87,13 +85,13 @@ def test_two_lines_train_any_loop(model) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        first, last = first or float(loss), float(loss)
+        first, last = first or loss.item(), loss.item()
     assert last < 0.5 * first
 
 
 def test_prepare_covers_every_trainable_parameter_once(model) -> None:
     model.bert.embeddings.requires_grad_(False)
-    optimizer = prepare(model, batches(2), keep=5, steps=2)
+    optimizer = prepare(model, batches(2), keep=5, calibration_steps=2)
     covered = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(covered) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
     assert [group["keep"] for group in optimizer.param_groups] == [5, 5, None]
@@ -114,22 +112,25 @@ def test_attention_output_is_no_mlp(model) -> None:
     ("call", "message"),
     [
         (lambda model: prepare(torch.nn.Linear(2, 2), batches(1)), "no known layout .*bert"),
-        (lambda model: prepare(model, batches(30), mlp="gpt9"), "target_modules=gpt9 .* bert"),
-        (lambda model: prepare(model, batches(30), mlp={"up": ".*nothing"}), "has no MLP linear of kind up"),
-        (lambda model: prepare(model, batches(30), mlp={"up": "("}), "not a regular expression"),
-        (lambda model: prepare(model, batches(30), mlp={"mixed": r".*layer\.\d\.(\w+)\.dense"}), "one kind per shape"),
+        (lambda model: prepare(model, batches(30), target_modules="gpt9"), "target_modules=gpt9 .* bert"),
+        (lambda model: prepare(model, batches(30), target_modules={"up": ".*nothing"}), "has no MLP linear of kind up"),
+        (lambda model: prepare(model, batches(30), target_modules={"up": "("}), "not a regular expression"),
+        (
+            lambda model: prepare(model, batches(30), target_modules={"mixed": r".*layer\.\d\.(\w+)\.dense"}),
+            "one kind per shape",
+        ),
         (lambda model: prepare(model, batches(3)), "ran out of batches at 3 of 30"),
-        (lambda model: prepare(model, batches(3), steps=0), "steps=0"),
+        (lambda model: prepare(model, batches(3), calibration_steps=0), "steps=0"),
         (lambda model: prepare(model, batches(3), density=2.0), "density=2.0"),
         (lambda model: prepare(model, batches(3), keep=513), "keep=513 .* at most 512"),
         (lambda model: prepare(model, batches(3), lr=-1.0), "lr=-1.0"),
         (lambda model: prepare(batches(3), model), "model is a list, not a torch.nn.Module"),
         (lambda model: prepare(model, batches(1)[0]), "batches is one batch: give several"),
         (
-            lambda model: prepare(model, [{"labels": [1, 0]}], steps=1),
+            lambda model: prepare(model, [{"labels": [1, 0]}], calibration_steps=1),
             "batch of labels holds no tensor: .*return_tensors",
         ),
-        (lambda model: prepare(model, [{"input_ids": torch.zeros(1, 3).long()}], steps=1), "no loss"),
+        (lambda model: prepare(model, [{"input_ids": torch.zeros(1, 3).long()}], calibration_steps=1), "no loss"),
     ],
 )
 def test_bad_input_is_named(model, call, message: str) -> None:

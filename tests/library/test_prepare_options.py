@@ -40,7 +40,7 @@ def assert_equal(one: nn.Module, other: nn.Module) -> None:
 @pytest.mark.parametrize("moments", ["dense", "support"])
 def test_it_is_the_groups_and_the_optimizer_made_by_hand(small_bert: ToyBert, sides: str, moments: str) -> None:
     one, other = copies(small_bert, 2)
-    optimizer = prepare(one, batches(3), keep=9, lr=LR, steps=3, sides=sides, moments=moments)
+    optimizer = prepare(one, batches(3), keep=9, lr=LR, calibration_steps=3, sides=sides, moments=moments)
     linears = find_mlp(other)
     bases = calibrate(other, batches(3), {kind: list(of.values()) for kind, of in linears.items()}, 3, sides=sides)
     by_hand = SparseGradAdamW(param_groups(other, linears, bases, keep=9, moments=moments), lr=LR)
@@ -62,8 +62,8 @@ def test_stored_bases_stand_for_the_calibration_and_a_stopped_training_goes_on_t
     """Through files, into a model and an optimizer that are new; no batch is read."""
     whole, halves, fresh = copies(small_bert, 3)
     data, settings = batches(6), {"density": 0.05, "lr": LR, **options}
-    train(whole, prepare(whole, batches(3), steps=3, **settings), data)
-    first = prepare(halves, batches(3), steps=3, **settings)
+    train(whole, prepare(whole, batches(3), calibration_steps=3, **settings), data)
+    first = prepare(halves, batches(3), calibration_steps=3, **settings)
     train(halves, first, data[:3])
     save_bases(tmp_path / "bases.safetensors", first.bases)
     torch.save({"model": halves.state_dict(), "optimizer": first.state_dict()}, tmp_path / "state.pt")
@@ -89,7 +89,7 @@ def test_the_sums_are_kept_where_they_are_wanted(small_bert: ToyBert, monkeypatc
     monkeypatch.setattr(
         "sparsegrad.calibration.gradients.Grams", lambda **given: seen.append(given["device"]) or Grams(**given)
     )
-    prepare(small_bert, batches(2), steps=2, gram_device="cpu")
+    prepare(small_bert, batches(2), calibration_steps=2, gram_device="cpu")
     assert seen == ["cpu", "cpu"]
 
 

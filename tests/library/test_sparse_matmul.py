@@ -2,21 +2,20 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sparsegrad import UserError, sparse_dense_matmul
 
-sizes = st.integers(0, 7)
 
-
-@given(b=sizes, c=sizes, o=sizes, seed=st.integers(0, 999), share=st.floats(0, 1))
-@settings(max_examples=80, deadline=None)
-def test_equals_the_dense_product_exactly(b: int, c: int, o: int, seed: int, share: float) -> None:
+@pytest.mark.parametrize("b", [0, 1, 4, 7])
+@pytest.mark.parametrize("c", [0, 1, 3, 7])
+@pytest.mark.parametrize("o", [0, 1, 5])
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.7, 1.0])
+def test_equals_the_dense_product_exactly(b: int, c: int, o: int, share: float) -> None:
     """Whole numbers, so that every order of summation is exact."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(b + 10 * c + 100 * o)
     dense = torch.randint(-9, 10, (c, o), generator=generator).double()
     sparse = torch.randint(-9, 10, (b, c), generator=generator).double()
+    # Whole rows and columns of zeros, which are what the product leaves out.
     sparse *= (torch.rand(b, 1, generator=generator) < share) * (torch.rand(1, c, generator=generator) < share)
     assert torch.equal(sparse_dense_matmul(sparse, dense), sparse @ dense)
     assert torch.equal(sparse_dense_matmul(sparse.to_sparse(), dense), sparse @ dense)
