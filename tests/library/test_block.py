@@ -1,4 +1,4 @@
-"""The layer of engine `fast`: the core gets the leading block of the rotated gradient, the function stays an ordinary linear's."""
+"""The layer of engine `fast`: the core gets the leading block of the rotated gradient; the function stays a linear."""
 
 import copy
 
