@@ -1,4 +1,4 @@
-"""Scores for the Trainer: logits and labels -> named numbers."""
+"""Scores for the Trainer, computed from logits and labels."""
 
 from __future__ import annotations
 
@@ -16,31 +16,40 @@ from sparsegrad.tasks.base import Task
 if TYPE_CHECKING:  # importing transformers takes seconds, and only the name is needed
     from transformers import EvalPrediction
 
-# For users of `evaluate.load(str(METRIC_FOLDER), config_name)`.
+# The argument of `evaluate.load(str(METRIC_FOLDER), config_name)`.
 METRIC_FOLDER = Path(__file__).parent / "text_classification"
 
 
 def metric_config(task: Task) -> str:
-    """The metric module's configuration for `task`: its own choice, else the first that gives its main metric.
+    """Return the metric module's configuration for `task`: `task.metric`, or the first that computes its main metric.
 
-    Raises UserError if the configuration is unknown or does not give the task's main metric.
+    Raises:
+        UserError: if the configuration is unknown, or does not compute the task's main metric.
     """
     config = task.metric or next((name for name, scores in CONFIGS.items() if task.main_metric in scores), "")
     if task.main_metric not in CONFIGS.get(config, ()):
         known = "; ".join(f"{name}: {', '.join(scores)}" for name, scores in CONFIGS.items())
-        raise fail("task.main_metric", task.main_metric, f"task.metric={config or 'null'} must give it ({known})")
+        raise fail(
+            "task.main_metric",
+            task.main_metric,
+            f"choose a score that task.metric={config or 'null'} computes ({known})",
+        )
     if (config == "pearson") != task.is_regression:
-        raise fail("task.main_metric", task.main_metric, "a regression takes pearson or spearman, other tasks do not")
+        raise fail(
+            "task.main_metric",
+            task.main_metric,
+            "choose pearson or spearman for a regression, another score for other tasks",
+        )
     return config
 
 
 def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
     """Build the Trainer's `compute_metrics`: logits (rows, num_labels) and labels (rows,) -> scores.
 
-    For a language task it takes what `sparsegrad.metrics.language.token_losses` has made of the logits.
+    For a language task, the function expects what `sparsegrad.metrics.language.token_losses` returns.
 
-    The module's class is used directly and in memory: `evaluate.load` would ask the network for a download counter and
-    copy the file into a folder that all processes share. The result raises UserError if the model predicts NaN.
+    Raises:
+        UserError: from the returned function, if the model predicts NaN or infinity.
     """
     if task.is_language:
         return language_metrics
@@ -48,7 +57,8 @@ def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions
-        guesses = _guesses(task, np.asarray(logits[0] if isinstance(logits, tuple) else logits))
+        guesses = _make_predictions(task, np.asarray(logits[0] if isinstance(logits, tuple) else logits))
+        # Not by `evaluate.load`: it would ask the network, and copy the module to a folder that all processes share.
         metric = TextClassification(config_name=config, keep_in_memory=True)
         scores = metric.compute(predictions=guesses, references=np.asarray(prediction.label_ids).reshape(-1))
         return dict(scores)
@@ -56,12 +66,12 @@ def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
     return compute
 
 
-def _guesses(task: Task, logits: Any) -> Any:
-    """Logits (rows, num_labels) -> label ids (rows,) or, for a regression, numbers (rows,)."""
+def _make_predictions(task: Task, logits: Any) -> Any:
+    """Convert logits (rows, num_labels) to label ids (rows,), or for a regression to numbers (rows,)."""
     bad = int((~np.isfinite(logits)).reshape(len(logits), -1).any(axis=1).sum())
     if bad:
         raise UserError(
             f"the model predicts NaN or infinity for {bad} of {len(logits)} rows of {task.name}: training has "
-            "diverged; lower the learning rate or use a wider number format"
+            "diverged; lower train.lr, or use train.precision=fp32"
         )
     return logits.reshape(len(logits)).astype(np.float64) if task.is_regression else logits.argmax(axis=-1)

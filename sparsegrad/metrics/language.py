@@ -1,4 +1,4 @@
-"""The loss of a language model per token: summed over all predicted tokens of a split, not averaged over batches."""
+"""The loss of a language model per token: a sum over all predicted tokens of a split, not a mean over batches."""
 
 from __future__ import annotations
 
@@ -17,23 +17,33 @@ if TYPE_CHECKING:
 
 
 def token_losses(logits: Any, labels: Tensor) -> Tensor:
-    """Logits (rows, length, vocabulary), labels (rows, length) -> sum of losses and number of tokens, (rows, 2)."""
+    """Sum the losses of each row.
+
+    Args:
+        logits: (rows, length, vocabulary), or a tuple that begins with them.
+        labels: (rows, length); `IGNORED` where there is no loss.
+
+    Returns:
+        (rows, 2) in float64: sum of the losses, number of tokens with a loss.
+    """
     logits = logits[0] if isinstance(logits, tuple) else logits
     sums = []
-    for row, label in zip(logits[:, :-1], labels[:, 1:], strict=True):  # row by row: float32 logits are large
+    # Position i predicts token i + 1. Row by row, because float32 logits of a whole batch take much memory.
+    for row, label in zip(logits[:, :-1], labels[:, 1:], strict=True):
         loss = torch.nn.functional.cross_entropy(row.float(), label, ignore_index=IGNORED, reduction="sum")
         sums.append(torch.stack([loss.double(), (label != IGNORED).sum().double()]))
     return torch.stack(sums)
 
 
 def language_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """What `token_losses` gave, over a split -> nll (mean negative log-likelihood per token) and perplexity.
+    """Compute nll (mean negative log-likelihood per token) and perplexity from the `token_losses` of a split.
 
     Raises:
-        UserError: when the sum is not finite.
+        UserError: if the sum is not finite.
     """
     sums = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
     nll = float(sums[0] / sums[1])
     if not math.isfinite(nll):
-        raise UserError("the validation loss is not a finite number: training has diverged; lower the learning rate")
+        raise UserError("the validation loss is not a finite number: training has diverged; lower train.lr")
+    # exp overflows float64 above 709.
     return {"nll": nll, "perplexity": math.exp(min(nll, 700.0)), "tokens": float(sums[1])}

@@ -1,1 +1,1 @@
-"""The Hugging Face Trainer with sealed checkpoints and exact resume; it knows no configuration."""
+"""The Hugging Face Trainer with verified checkpoints and exact resume; independent of the configuration."""

@@ -1,4 +1,4 @@
-"""Trainer callbacks: speed and memory of the training phase alone, and a loss that is no number."""
+"""Trainer callbacks: speed and memory of training alone, losses that are not finite, and progress bars."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from sparsegrad.trainer.peak_memory import PeakMemory
 
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 3  # not timed: the first steps allocate memory and choose kernels
 
 
 class NonFiniteLossError(RuntimeError):
@@ -23,7 +23,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Stopwatch(TrainerCallback):  # type: ignore[misc]
-    """Seconds and peak memory of training steps; evaluation, logging and saving are left out.
+    """Measures seconds and peak memory of training steps, without evaluation, logging and saving.
 
     The first `WARM_UP_STEPS` of a process are not timed.
     """
@@ -42,7 +42,7 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Count one step; what follows until the next event may be evaluation or saving."""
         if self.memory.device.type == "cuda":
-            torch.cuda.synchronize(self.memory.device)
+            torch.cuda.synchronize(self.memory.device)  # kernels run asynchronously: wait for those of this step
         now = time.monotonic()
         self.seen += 1
         if self.seen > WARM_UP_STEPS:
@@ -52,23 +52,23 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
         self.memory.stop()
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
-        """Training goes on."""
+        """Resume: an evaluation has ended."""
         self._resume()
 
     def on_predict(self, *_: Any, **__: Any) -> None:
-        """Training goes on."""
+        """Resume: a prediction has ended."""
         self._resume()
 
     def on_save(self, *_: Any, **__: Any) -> None:
-        """Training goes on."""
+        """Resume: a checkpoint is written."""
         self._resume()
 
     def on_log(self, *_: Any, **__: Any) -> None:
-        """Training goes on; logging takes no memory worth a new start."""
+        """Restart the clock alone: logging needs too little memory to matter."""
         self._mark = time.monotonic()
 
     def report(self) -> dict[str, Any]:
-        """For the record; no speed where too few steps ran."""
+        """Return steps per second for the record; None if too few steps ran."""
         speed = self.steps / self.seconds if self.seconds else None
         return {
             "steps_per_second": None if speed is None else round(speed, 4),
@@ -82,10 +82,10 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
 
 
 class EvaluationSteps(TrainerCallback):  # type: ignore[misc]
-    """Evaluates after the last step, wherever it falls, and logs the loss at each evaluation.
+    """Evaluates and saves after the last step, and logs the loss at each evaluation.
 
-    What was trained since the last evaluation counts too; and a resumed run knows the losses since the last log only
-    if a checkpoint is always one.
+    Without it, the steps after the last regular evaluation would never be scored, and a resumed run would miss the
+    losses between the last log and its checkpoint.
     """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -96,22 +96,22 @@ class EvaluationSteps(TrainerCallback):  # type: ignore[misc]
 
 
 class LossWatch(TrainerCallback):  # type: ignore[misc]
-    """Counts finite losses on the device, without waiting for it; raises before the next log or evaluation."""
+    """Counts finite losses on the device without waiting for it; raises before the next log, evaluation or save."""
 
     def __init__(self) -> None:
         self._finite: Tensor | None = None
         self._count = 0
 
     def add(self, loss: Tensor) -> None:
-        """Note one micro-batch's loss."""
+        """Count the loss of one micro-batch."""
         fine = torch.isfinite(loss.detach()).to(torch.int64)
-        # Grows by one a loss until the first that is not finite, then stays.
+        # Grows by one per loss until the first that is not finite, then stays constant.
         unbroken = fine if self._finite is None else fine * (self._finite == self._count)
         self._finite = unbroken if self._finite is None else self._finite + unbroken
         self._count += 1
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Look before an evaluation, which would stumble over the same, but not name the step; and before a save."""
+        """Check before an evaluation, which would fail without naming the step, and before a save."""
         if control.should_log or control.should_evaluate or control.should_save:
             self.on_log(args, state, control)
 
@@ -124,21 +124,21 @@ class LossWatch(TrainerCallback):  # type: ignore[misc]
 
 
 class Progress(ProgressCallback):  # type: ignore[misc]
-    """The Trainer's bars, with loss and scores beside them instead of a line for each log."""
+    """The Trainer's progress bars, with loss and scores beside the bar instead of one line per log."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Show the newest numbers."""
         if self.training_bar is not None and logs:
-            wanted = {name.removeprefix("eval_"): value for name, value in logs.items() if _worth_showing(name)}
-            self._shown = {**getattr(self, "_shown", {}), **wanted}
-            self.training_bar.set_postfix({name: f"{value:.3f}" for name, value in self._shown.items()})
+            wanted = {name.removeprefix("eval_"): value for name, value in logs.items() if _is_worth_showing(name)}
+            self._scores = {**getattr(self, "_scores", {}), **wanted}
+            self.training_bar.set_postfix({name: f"{value:.3f}" for name, value in self._scores.items()})
 
     def close(self) -> None:
-        """End the lines of open bars, so that an error has one of its own."""
+        """Close open bars, so that an error message starts on a new line."""
         for bar in (self.prediction_bar, self.training_bar):
             if bar is not None:
                 bar.close()
 
 
-def _worth_showing(name: str) -> bool:
+def _is_worth_showing(name: str) -> bool:
     return name == "loss" or (name.startswith("eval_") and not name.endswith(("runtime", "per_second", "loss")))

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not used: a manifest, written last, holds the size and hash of every file."""
+"""Checkpoints that are complete or not used: a manifest, written last, lists size and hash of every file."""
 
 from __future__ import annotations
 
@@ -19,66 +19,69 @@ from sparsegrad.files import load_json, read_json, write_json
 from sparsegrad.hashing import SHORT, file_sha256, tensors_sha256
 
 MANIFEST = "manifest.json"
-KEEP = 2  # the newest ones; the best one stays besides
+KEEP = 2  # newest checkpoints that are kept, besides the best one
 PREFIX = "checkpoint-"
-# What a file that is not there answers, or none that could be. All else, such as EIO, says nothing of the file.
+# Error numbers of files that do not exist. Any other, such as EIO, says nothing about the file.
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 _log = logging.getLogger("sparsegrad")
 
 
 def seal(checkpoint: Path, facts: Mapping[str, Any]) -> None:
-    """Write the manifest: from now on the checkpoint counts. `facts` come back from `read_manifest`.
+    """Write the manifest; only then does the checkpoint count. `read_manifest` returns `facts` again.
 
     Raises:
-        UserError: when it cannot be written.
+        UserError: if the manifest cannot be written.
     """
-    files = {path.name: _fingerprint(path) for path in sorted(checkpoint.iterdir()) if path.name != MANIFEST}
+    files = {path.name: _fingerprint_file(path) for path in sorted(checkpoint.iterdir()) if path.name != MANIFEST}
     write_json(checkpoint / MANIFEST, {"files": files, **facts})
 
 
 def read_manifest(checkpoint: Path | str) -> dict[str, Any]:
-    """The manifest of a whole checkpoint."""
+    """Read the manifest of a complete checkpoint."""
     content: dict[str, Any] = read_json(Path(checkpoint) / MANIFEST)
     return content
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether every file of the manifest is there as it was written; reads them all.
+    """Whether every file of the manifest exists and is unchanged; reads all of them.
 
     Raises:
-        UserError: when a file is there and cannot be read, as on a disk that fails for a moment.
+        UserError: if a file exists but cannot be read, as after a temporary failure of the disk.
     """
-    return _judged(lambda: _matches(checkpoint))
+    return _run_check(lambda: _matches_manifest(checkpoint))
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is whole, as is the best one it refers to; newer ones that are not are removed.
+    """Return the newest checkpoint that is complete, together with the best one it refers to; None if there is none.
+
+    Newer ones that are damaged are deleted.
 
     Raises:
-        UserError: when a file cannot be read; nothing is removed then.
+        UserError: if a file cannot be read; then nothing is deleted.
     """
     damaged: list[Path] = []
     found = None
-    for checkpoint in reversed(_sorted(folder)):
+    for checkpoint in reversed(_list_checkpoints(folder)):
         if is_whole(checkpoint) and _best_is_whole(checkpoint):
             found = str(checkpoint)
             break
         damaged.append(checkpoint)
+    # Deleted only now: the loop raises if a file cannot be read, and nothing must be lost then.
     for checkpoint in damaged:
-        _log.warning("%s is damaged or was not written to its end: the one before is used", checkpoint)
+        _log.warning("%s is damaged or incomplete: using the checkpoint before it", checkpoint)
         shutil.rmtree(checkpoint)
     return found
 
 
 def prune(folder: Path, best_step: int | None) -> None:
-    """Remove all checkpoints but the newest `KEEP` and the best one."""
-    for checkpoint in _sorted(folder)[:-KEEP]:
-        if _step(checkpoint) != best_step:
+    """Delete all checkpoints except the newest `KEEP` and the best one."""
+    for checkpoint in _list_checkpoints(folder)[:-KEEP]:
+        if _parse_step(checkpoint) != best_step:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def load_state(checkpoint: Path | str) -> TrainerState:
-    """The Trainer's state in a checkpoint; its best checkpoint is where it is now, should the folder have moved."""
+    """Read the Trainer's state of a checkpoint; the path of the best one is corrected, as the folder may have moved."""
     state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
     if state.best_global_step:
         state.best_model_checkpoint = str(Path(checkpoint).with_name(f"{PREFIX}{state.best_global_step}"))
@@ -86,13 +89,17 @@ def load_state(checkpoint: Path | str) -> TrainerState:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """16 hex digits of all tensors of `model`: equal for bit-equal weights of one layout."""
+    """Return 16 hex digits of all tensors of `model`: equal for equal weights, bit for bit."""
     named = model.state_dict().items()
     return tensors_sha256((f"{name}{tuple(value.shape)}", value) for name, value in named)[:SHORT]
 
 
-def _judged(check: Callable[[], bool]) -> bool:
-    """What `check` says of files; False also where one is missing, or never was what it should be."""
+def _run_check(check: Callable[[], bool]) -> bool:
+    """Return the result of `check`; False also if a file is missing or malformed.
+
+    Raises:
+        UserError: if a file exists but cannot be read.
+    """
     try:
         return check()
     except UserError:
@@ -102,33 +109,36 @@ def _judged(check: Callable[[], bool]) -> bool:
             return False
         raise UserError(
             f"cannot read {error.filename} ({error.strerror or error}): nothing was deleted; try again when it can be "
-            "read, or start the run over with resume=false"
+            "read, or restart the run with resume=false"
         ) from error
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return False
 
 
-def _matches(checkpoint: Path) -> bool:
-    with _named(checkpoint / MANIFEST):
+def _matches_manifest(checkpoint: Path) -> bool:
+    with _add_path_to_errors(checkpoint / MANIFEST):
         files = load_json(checkpoint / MANIFEST)["files"]
-    inside = all(Path(name).name == name for name in files)  # a manifest is of its own folder alone
+    inside = all(Path(name).name == name for name in files)  # no path may lead outside the folder
+    # Sizes first: they find most damage without reading gigabytes.
     sizes = inside and all((checkpoint / name).stat().st_size == files[name][0] for name in files)
-    whole = sizes and all(_fingerprint(checkpoint / name) == files[name] for name in files)
+    whole = sizes and all(_fingerprint_file(checkpoint / name) == files[name] for name in files)
     return TRAINER_STATE_NAME in files and whole
 
 
 def _best_is_whole(checkpoint: Path) -> bool:
     def check() -> bool:
-        with _named(checkpoint / TRAINER_STATE_NAME):
-            best = load_state(checkpoint).best_model_checkpoint  # hashed, but perhaps never a state
+        with _add_path_to_errors(checkpoint / TRAINER_STATE_NAME):
+            best = load_state(
+                checkpoint
+            ).best_model_checkpoint  # its hash is right, but it may never have been a valid state
         return best is None or Path(best) == checkpoint or is_whole(Path(best))
 
-    return _judged(check)
+    return _run_check(check)
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Within: an error of reading, which knows no file, gets this one."""
+def _add_path_to_errors(path: Path) -> Iterator[None]:
+    """Add the path to errors raised inside: those of a failed read have no file name."""
     try:
         yield
     except OSError as error:
@@ -136,18 +146,18 @@ def _named(path: Path) -> Iterator[None]:
         raise
 
 
-def _sorted(folder: Path) -> list[Path]:
-    """Checkpoints by step; other names are left alone."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and _step(path) >= 0]
-    return sorted(found, key=_step)
+def _list_checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints by step; folders of other names are ignored."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and _parse_step(path) >= 0]
+    return sorted(found, key=_parse_step)
 
 
-def _step(checkpoint: Path) -> int:
+def _parse_step(checkpoint: Path) -> int:
     number = checkpoint.name.removeprefix(PREFIX)
     return int(number) if number.isdecimal() else -1
 
 
-def _fingerprint(path: Path) -> list[Any]:
-    """Size and SHA-256 of a file."""
-    with _named(path):
+def _fingerprint_file(path: Path) -> list[Any]:
+    """Return size and SHA-256 of a file."""
+    with _add_path_to_errors(path):
         return [path.stat().st_size, file_sha256(path)]

@@ -1,4 +1,4 @@
-"""The device of one process."""
+"""Choose the device of a process."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from sparsegrad.errors import check_choice, fail
 
 
 def pick_device(name: str, option: str = "train.device") -> torch.device:
-    """The device that `option` asks for: `auto` (the GPU if there is one), `cpu` or `cuda`.
+    """Return the device for `auto` (the GPU if there is one), `cpu` or `cuda`; `option` is named in errors.
 
     Raises:
-        UserError: for another name, or for `cuda` on a machine without it.
+        UserError: for another name, or for `cuda` on a machine without CUDA.
     """
     check_choice(option, name, ("auto", "cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What a record says of a training, out of the Trainer's log."""
+"""What a record contains of the Trainer's log."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ Log = list[dict[str, Any]]
 
 
 def history(log: Log) -> dict[str, Any]:
-    """Every evaluation, and the curve of the training loss."""
-    losses = [{"step": row["step"], "loss": _finite(row["loss"])} for row in log if "loss" in row]
+    """Return every evaluation, and the curve of the training loss."""
+    losses = [{"step": row["step"], "loss": _drop_nonfinite(row["loss"])} for row in log if "loss" in row]
     watched = evaluations(log, VALIDATION)
     return {"evaluations": evaluations(log), **({"validations": watched} if watched else {}), "losses": losses}
 
 
 def evaluations(log: Log, prefix: str = "eval") -> Log:
-    """The evaluations whose scores have `prefix`: step, epoch, scores."""
+    """Return step, epoch and scores of the evaluations whose scores have `prefix`."""
     rows = [row for row in log if any(name.startswith(f"{prefix}_") for name in row)]
     return [{"step": row["step"], "epoch": round(row["epoch"], 4), **scores_of(row, prefix)} for row in rows]
 
 
 def best_on_validation(log: Log, task: Task) -> dict[str, Any]:
-    """The best score on the validation split, where every evaluation took it; the run's own is not chosen by it."""
+    """Return the best score on the validation split, if evaluations computed it; it does not choose the checkpoint."""
     seen = [row for row in evaluations(log, VALIDATION) if row.get(task.main_metric) is not None]
     if not seen:
         return {}
@@ -35,12 +35,12 @@ def best_on_validation(log: Log, task: Task) -> dict[str, Any]:
 
 
 def scores_of(row: Mapping[str, Any], prefix: str = "eval") -> dict[str, Any]:
-    """The scores of an evaluation, without its timings."""
+    """Return the scores of an evaluation, without its timings."""
     timings = ("runtime", "per_second")
-    of = {name: value for name, value in row.items() if name.startswith(f"{prefix}_")}
-    found = {name.removeprefix(f"{prefix}_"): value for name, value in of.items()}
-    return {name: _finite(value) for name, value in found.items() if not name.endswith(timings)}
+    found = {name.removeprefix(f"{prefix}_"): value for name, value in row.items() if name.startswith(f"{prefix}_")}
+    return {name: _drop_nonfinite(value) for name, value in found.items() if not name.endswith(timings)}
 
 
-def _finite(value: float) -> float | None:
+def _drop_nonfinite(value: float) -> float | None:
+    """Replace NaN and infinity, which JSON does not have, by None."""
     return value if math.isfinite(value) else None

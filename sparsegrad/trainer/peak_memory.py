@@ -1,4 +1,4 @@
-"""Peak memory of a phase: what CUDA allocated, or the resident set of the process on a CPU."""
+"""Peak memory of a phase: what CUDA allocated, or on a CPU the resident set of the process."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ import psutil
 import torch
 
 MIB = 2**20
-_CLEAR = Path("/proc/self/clear_refs")
+_CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 resets the high-water mark (Linux)
 _STATUS = Path("/proc/self/status")
 
 
 class PeakMemory:
     """The peak over all phases between `start` and `stop`, in MiB.
 
-    On CUDA: `max_memory_allocated` and `max_memory_reserved`. On a CPU: the peak resident set, above `baseline`, the
-    resident set when the object was made; exact where the kernel keeps and resets a high-water mark (Linux),
-    elsewhere the largest of the samples that `sample` took.
+    On CUDA: `max_memory_allocated` and `max_memory_reserved`. On a CPU: the peak resident set, reported together with
+    `baseline`, the resident set when the object was created. It is exact if the kernel can reset its high-water mark
+    (Linux); otherwise it is the largest value that `sample` saw.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        gc.collect()  # once: what it frees later in the phase is little, and it takes a third of a second
+        gc.collect()  # only here: it takes a third of a second, and frees little later
         _return_freed_memory()
-        self.baseline = _resident()
+        self.baseline = _read_resident()
         self.peak: dict[str, float] = {}
         self._exact = False
 
     def start(self) -> None:
-        """Forget what was before."""
+        """Begin a phase: earlier peaks are forgotten."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
@@ -42,53 +42,53 @@ class PeakMemory:
             self.sample()
 
     def sample(self) -> None:
-        """Note the memory in use now."""
-        self._raise("resident_mib", _resident())
+        """Include the memory in use now."""
+        self._raise("resident_mib", _read_resident())
 
     def stop(self) -> None:
-        """Take over the peak since `start`."""
+        """End a phase: include its peak."""
         if self.device.type == "cuda":
             self._raise("allocated_mib", torch.cuda.max_memory_allocated(self.device) / MIB)
             self._raise("reserved_mib", torch.cuda.max_memory_reserved(self.device) / MIB)
         elif self._exact:
-            self._raise("resident_mib", _high_water_mark())
+            self._raise("resident_mib", _read_high_water_mark())
         else:
             self.sample()
 
     def report(self) -> dict[str, Any]:
-        """What was measured, for the record."""
+        """Return the measured peak for the record."""
         if self.device.type == "cuda":
-            return {"device": "cuda", **_rounded(self.peak)}
+            return {"device": "cuda", **_round_values(self.peak)}
         method = "VmHWM" if self._exact else "samples"
-        return {"device": "cpu", "baseline_mib": round(self.baseline, 1), **_rounded(self.peak), "method": method}
+        return {"device": "cpu", "baseline_mib": round(self.baseline, 1), **_round_values(self.peak), "method": method}
 
     def _raise(self, name: str, value: float) -> None:
         self.peak[name] = max(self.peak.get(name, 0.0), value)
 
 
-def _rounded(values: dict[str, float]) -> dict[str, float]:
+def _round_values(values: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 1) for name, value in values.items()}
 
 
-def _resident() -> float:
+def _read_resident() -> float:
     return float(psutil.Process().memory_info().rss / MIB)
 
 
 def _return_freed_memory() -> None:
-    """Give what earlier phases freed back to the system (glibc only), so that it does not count for the next."""
+    """Return memory freed by earlier phases to the system (glibc only), so that the next phase does not include it."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_high_water_mark() -> bool:
-    """Set the kernel's high-water mark to what is resident now; False where there is none."""
+    """Reset the kernel's high-water mark to the current resident set; False if the kernel cannot."""
     try:
-        _CLEAR.write_text("5")
+        _CLEAR_REFS.write_text("5")
     except OSError:
         return False
     return _STATUS.is_file()
 
 
-def _high_water_mark() -> float:
+def _read_high_water_mark() -> float:
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return float(line.split()[1]) / 1024
+    return float(line.split()[1]) / 1024  # KiB to MiB

@@ -1,4 +1,4 @@
-"""Several processes that a launcher started for one run: connected, kept in agreement, and heard when one is lost."""
+"""Several processes of one run: connect them, keep them in agreement, and report when one is lost."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sparsegrad.distributed import _shared, connected, is_main, rank, world_size
 from sparsegrad.errors import UserError
 
 Value = TypeVar("Value")
-# How gloo says it; NCCL raises a `DistError`.
-_BROKEN = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
+# Messages of gloo, which raises a plain RuntimeError; NCCL raises a `DistError`.
+_CONNECTION_ERRORS = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
 
 
 def connect(device: torch.device) -> None:
-    """Let the processes of one launcher talk: by NCCL with CUDA, else by gloo. Alone, nothing happens."""
+    """Connect the processes that a launcher started: by NCCL on CUDA, otherwise by gloo. A single one needs nothing."""
     if world_size() > 1 and not connected():
         from accelerate import PartialState  # type: ignore[import-untyped]
 
@@ -27,9 +27,10 @@ def connect(device: torch.device) -> None:
 
 
 def largest(number: int) -> int:
-    """The largest of all processes' numbers; this one's own where it is alone."""
+    """Return the largest of the processes' numbers; a single process returns its own."""
     if not connected():
         return number
+    # NCCL reduces only tensors on the GPU.
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     found = torch.tensor(number, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
@@ -37,7 +38,11 @@ def largest(number: int) -> int:
 
 
 def from_main(make: Callable[[], Value]) -> Value:
-    """What `make` gives in the main process, in every process; a `UserError` there is one everywhere."""
+    """Call `make` in the main process and return its result in every process.
+
+    Raises:
+        UserError: in every process, if `make` raises one.
+    """
     if not connected():
         return make()
     outcome: list[tuple[Value | None, UserError | None]] = [(None, None)]
@@ -54,38 +59,45 @@ def from_main(make: Callable[[], Value]) -> Value:
 
 
 def check_same(name: str, value: str) -> None:
-    """Raise `UserError` unless all processes have the same value, such as the key of their configuration."""
+    """Check that all processes have the same value, such as the key of their configuration.
+
+    Raises:
+        UserError: if they do not.
+    """
     if connected():
         values: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(values, value)
         if len(set(values)) > 1:
-            message = (
-                f"{name} differs between the processes ({', '.join(values)}): start all with the same command and seed"
+            raise _shared(
+                UserError(
+                    f"{name} differs between the processes ({', '.join(values)}): start all with the same command and "
+                    "the same seed"
+                )
             )
-            raise _shared(UserError(message))
 
 
 def lost_process(error: Exception) -> UserError | None:
-    """What to say when `error` is that of a connection whose other end has gone; None for any other error.
+    """Return the error to report if `error` means that another process has ended; None for any other error.
 
-    Of all processes that lost it, one says so.
+    Only the first process that notices prints it; in the others the error is silent.
     """
-    broken = isinstance(error, dist.DistError) or any(sign in str(error) for sign in _BROKEN)
+    broken = isinstance(error, dist.DistError) or any(sign in str(error) for sign in _CONNECTION_ERRORS)
     if not connected() or not broken:
         return None
     lost = UserError(
-        f"process {rank()} of {world_size()} lost the connection to another, which has ended: what that one, or the "
-        "launcher's summary, says is the cause; the same command continues from the last checkpoint"
+        f"process {rank()} of {world_size()} lost the connection to another, which has ended: for the cause see its "
+        "output, or the launcher's summary; the same command continues from the last checkpoint"
     )
-    lost.silent = not _is_first()
+    lost.silent = not _is_first_to_report()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher now ends all: first this one says why
+        # The launcher now terminates all processes; this one must first print its message.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return lost
 
 
-def _is_first() -> bool:
-    """Whether no other process has said it; the launcher's store outlives the processes."""
+def _is_first_to_report() -> bool:
+    """Whether no other process has reported the loss; the launcher's store outlives the processes."""
     try:
         return bool(dist.distributed_c10d._get_default_store().add("sparsegrad/lost", 1) == 1)
     except RuntimeError:
-        return rank() == 1  # the store was process 0's, which is the one that ended
+        return rank() == 1  # process 0 held the store, and is the one that ended

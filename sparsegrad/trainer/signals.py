@@ -1,8 +1,8 @@
-"""SIGTERM and SIGUSR1, as Slurm sends them before it takes a machine away: save first, then end.
+"""Save a checkpoint and stop on SIGTERM or SIGUSR1, which Slurm sends before a job's time is up.
 
-The signal is answered at the end of the step at work; an evaluation at work is finished first. A second signal, or one
-outside training, ends the run at once. One that follows within seconds is the same: a job's signal reaches `torchrun`
-and its processes, and `torchrun` hands its own on.
+The checkpoint is written at the end of the current step; a running evaluation is finished first. A second signal, or
+one outside training, stops the run at once. A signal that follows within `REPEAT` seconds counts as the same: a job's
+signal reaches `torchrun` and its processes, and `torchrun` forwards its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from sparsegrad.trainer.processes import largest
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-REPEAT = 5.0  # seconds in which a signal is a repetition
+REPEAT = 5.0  # seconds within which a signal is a repetition
 
 
 class Stopped(KeyboardInterrupt):
@@ -32,18 +32,18 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
-    """Saves a checkpoint and raises `Stopped` when a signal has come, on every process at the same step."""
+    """Saves a checkpoint and raises `Stopped` after a signal, in every process at the same step."""
 
     def __init__(self) -> None:
         self.training = False
-        self.asked = 0  # by a signal to this process
-        self.agreed = 0  # by all processes
+        self.asked = 0  # signal that this process received
+        self.agreed = 0  # signal on which all processes agree
         self._since = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within: signals are answered, unless whoever runs this process handles them, or this is no main thread."""
-        mine = threading.current_thread() is threading.main_thread()
+        """Handle signals inside the context, except those that have a handler already; needs the main thread."""
+        mine = threading.current_thread() is threading.main_thread()  # Python sets handlers only there
         taken = [number for number in SIGNALS if mine and signal.getsignal(number) is signal.SIG_DFL]
         try:
             for number in taken:
@@ -54,26 +54,28 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
                 signal.signal(number, signal.SIG_DFL)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """From now on there is something to save."""
+        """From now on a signal leads to a checkpoint."""
         self.training = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ask for a checkpoint if any process was signalled."""
+        """Ask for a checkpoint if any process has received a signal."""
+        # All processes must save at the same step, so they agree on the largest number received.
         self.agreed = largest(self.asked)
         control.should_save = control.should_save or bool(self.agreed)
 
     def on_save(self, *_: Any, **__: Any) -> None:
-        """The checkpoint is written: end."""
+        """Stop: the checkpoint is written."""
         if self.agreed:
             raise Stopped(self.agreed)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """All is saved: what is left to do, the next start does."""
+        """Stop after the last step too: its checkpoint is written, and the next start does the rest."""
         self.training = False
         if agreed := largest(self.asked):
             raise Stopped(agreed)
 
     def _take(self, number: int, _: FrameType | None) -> None:
+        """Remember the signal, or stop at once outside training and at a second one."""
         again = self.asked and time.monotonic() - self._since > REPEAT
         if not self.training or again:
             raise Stopped(number)

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with what a run asks of it: sealed checkpoints, exact resume, exact last batches."""
+"""The Hugging Face Trainer with verified checkpoints, exact resume and exact last batches."""
 
 from __future__ import annotations
 
@@ -19,11 +19,18 @@ from sparsegrad.trainer.callbacks import LossWatch, Progress
 from sparsegrad.trainer.checkpoints import PREFIX, load_state, prune, read_manifest, seal
 from sparsegrad.trainer.last_batch import own_rows, weighted, without_labels
 
-VALIDATION = "validation"  # prefix, in the log, of the scores that have no part in a choice
+VALIDATION = "validation"  # prefix in the log of scores that do not choose the checkpoint
 
 
 class RunTrainer(Trainer):  # type: ignore[misc]
-    """The Trainer, which also shows each loss to a `LossWatch`, and scores the rows `watched` at each evaluation."""
+    """The Trainer, which also checks each loss and scores the rows `watched` at each evaluation.
+
+    Args:
+        loss_watch: receives the loss of each micro-batch.
+        language: whether a causal language model is trained.
+        watched: rows that are scored for the log alone; None: none.
+        *args, **kwargs: of the Trainer.
+    """
 
     def __init__(
         self,
@@ -35,17 +42,17 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         super().__init__(*args, **kwargs)
         self.watched = watched
-        # A classifier takes any keyword, from which the Trainer concludes that its loss is already that of the whole
-        # accumulated batch; it is not, and without this the micro-batches' gradients would be summed, not averaged.
-        # A language model's loss is: a sum over the batch's tokens, divided by their number, as the Trainer gives it.
+        # A classifier accepts any keyword, from which the Trainer concludes that its loss is divided by the size of the
+        # whole accumulated batch. It is not: without this, gradients of micro-batches would be summed, not averaged.
+        # The loss of a language model is: a sum over tokens, divided by the number that the Trainer passes.
         self.model_accepts_loss_kwargs = language
         self.loss_watch = loss_watch
         self.add_callback(loss_watch)
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
-        """Train to the end, on from a checkpoint; the model is then the best one. An error leaves no bar open."""
+        """Train to the end, from a checkpoint if given; afterwards the model is the best one. Bars are closed."""
         if resume_from_checkpoint is not None and self._is_done(resume_from_checkpoint):
-            # Nothing was missing but the record; the Trainer would take one step too many.
+            # Only the record is missing; the Trainer would run one step too many.
             self._load_best_model()
             return
         try:
@@ -56,35 +63,35 @@ class RunTrainer(Trainer):  # type: ignore[misc]
                     callback.close()
 
     def _is_done(self, checkpoint: str) -> bool:
-        """Whether the training had ended there: its state is then this trainer's; else only its losses are."""
-        with _readable(checkpoint):
+        """Whether training had ended at the checkpoint: then restore its state, otherwise only its unlogged losses."""
+        with _report_unreadable(checkpoint):
             state = load_state(checkpoint)
             if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
                 self.state = state
                 return True
-            self.add_callback(_Unlogged(self, **read_manifest(checkpoint)["unlogged"]))
+            self.add_callback(_RestoreLosses(self, **read_manifest(checkpoint)["unlogged"]))
         return False
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        with _readable(resume_from_checkpoint):
+        with _report_unreadable(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _readable(checkpoint):
+        with _report_unreadable(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _readable(checkpoint):
+        with _report_unreadable(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch, forward and backward."""
+        """Run forward and backward on one micro-batch and check its loss."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self.loss_watch.add(loss)
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The Trainer's; then the watched rows, into the log alone."""
+        """Evaluate as the Trainer does, then score the watched rows for the log alone."""
         scores: dict[str, float] = super().evaluate(*args, **kwargs)
         if self.watched is not None:
             found = self.predict(self.watched, metric_key_prefix=VALIDATION).metrics
@@ -92,26 +99,28 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         return scores
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
-        """The micro-batches of one step, and for a language model the number of all processes' tokens."""
+        """Return the micro-batches of one step, and for a language model the number of tokens of all processes."""
         batches, tokens = super().get_batch_samples(*args, **kwargs)
-        if self.model_accepts_loss_kwargs and batches and (share := self._own_rows()):
+        if self.model_accepts_loss_kwargs and batches and (share := self._count_own_rows()):
             batches[-1] = without_labels(batches[-1], share[0])
+            # Counted again, without the tokens of the rows that only fill the batch.
             tokens = self._get_num_items_in_batch(batches, self.args.device)
         return batches, tokens
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss; of several processes' last batch of an epoch, only this one's share of the rows that are left."""
+        """Compute the loss; with several processes, the last batch of an epoch counts only this one's real rows."""
         last = model.training and self.accelerator.gradient_state.sync_gradients and not self.model_accepts_loss_kwargs
-        share = self._own_rows() if last else None
+        share = self._count_own_rows() if last else None
         if share is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         rows, weight = weighted(inputs, *share)
         return super().compute_loss(model, rows, *args, **kwargs) * weight
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Loss, logits and labels of one batch; rows that fill a last one are cut off later, but not from its mean.
+        """Return loss, logits and labels of one batch.
 
-        A language model is scored by its tokens, not by this loss, which it takes all processes to compute.
+        The Trainer drops the rows that fill a last batch from logits and labels, but not from the mean loss; that is
+        computed again here. A language model is scored by its tokens, not by this loss.
         """
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
         if self.model_accepts_loss_kwargs:
@@ -122,64 +131,64 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             loss = super().prediction_step(model, rows, prediction_loss_only=True)[0]
         return loss, logits, labels
 
-    def _own_rows(self) -> tuple[int, int] | None:
+    def _count_own_rows(self) -> tuple[int, int] | None:
         return own_rows(self.accelerator.gradient_state, self.args.per_device_train_batch_size)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, which would forget the best checkpoint if the folder has moved."""
+        """Restore the path of the best checkpoint: the Trainer would lose it if the folder has moved."""
         found = super()._init_training_state(*args, **kwargs)
         if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(self._checkpoint(self.state.best_global_step))
+            self.state.best_model_checkpoint = str(self._checkpoint_path(self.state.best_global_step))
         return found
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer's, sealed, and with the losses that no log has averaged yet; then older ones go."""
-        unlogged = {"loss": _mean_over_processes(self._tr_loss), "since": self._globalstep_last_logged}
-        checkpoint = self._checkpoint(self.state.global_step)
+        """Save as the Trainer does, with the losses since the last log; seal the checkpoint and delete older ones."""
+        unlogged = {"loss": _average_over_processes(self._tr_loss), "since": self._globalstep_last_logged}
+        checkpoint = self._checkpoint_path(self.state.global_step)
         try:
             super()._save_checkpoint(*args, **kwargs)
-            self.accelerator.wait_for_everyone()  # each process wrote its own random state
+            self.accelerator.wait_for_everyone()  # each process writes its own random state
             if self.args.should_save:
                 seal(checkpoint, {"unlogged": unlogged})
                 prune(checkpoint.parent, self.state.best_global_step)
         except Exception:
-            shutil.rmtree(checkpoint, ignore_errors=True)  # on a full disk, what is half written only takes room
+            shutil.rmtree(checkpoint, ignore_errors=True)  # on a full disk, an incomplete checkpoint only takes space
             raise
 
-    def _checkpoint(self, step: int) -> Path:
+    def _checkpoint_path(self, step: int) -> Path:
         return Path(self.args.output_dir) / f"{PREFIX}{step}"
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        """No norm where nothing is clipped: it would cost every step a pass, and COO gradients have none in torch."""
+        """Skip the norm if nothing is clipped: it costs a pass per step, and torch has none for COO gradients."""
         return super()._get_grad_norm(*args, **kwargs) if self.args.max_grad_norm > 0 else None
 
 
 @contextmanager
-def _readable(checkpoint: str | None) -> Iterator[None]:
-    """Within: whatever keeps a checkpoint from loading is the user's to know; its hashes were checked before."""
+def _report_unreadable(checkpoint: str | None) -> Iterator[None]:
+    """Turn errors of loading a checkpoint into a `UserError`; its hashes were checked before."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # files that somebody replaced, of another version of torch, or of another model
+    except Exception as error:  # replaced files, or those of another torch version or model
         raise UserError(
-            f"{checkpoint} cannot be loaded ({first_line(error)}): resume=false starts the run over"
+            f"{checkpoint} cannot be loaded ({first_line(error)}): restart the run with resume=false"
         ) from error
 
 
-class _Unlogged(TrainerCallback):  # type: ignore[misc]
-    """Gives a continued run the sum of the losses since the last log, so that its next log is the same."""
+class _RestoreLosses(TrainerCallback):  # type: ignore[misc]
+    """Gives a resumed run the sum of the losses since the last log, so that its next log is the same."""
 
     def __init__(self, trainer: RunTrainer, loss: float, since: int) -> None:
         self.trainer, self.loss, self.since = trainer, float(loss), int(since)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """The Trainer has just set both to nothing."""
+        """Restore both values, which the Trainer has just set to zero."""
         self.trainer._tr_loss += self.loss
         self.trainer._globalstep_last_logged = self.since
 
 
-def _mean_over_processes(loss: torch.Tensor) -> float:
+def _average_over_processes(loss: torch.Tensor) -> float:
     mean = loss.detach().clone()
     average_([mean])
     return float(mean)

@@ -1,6 +1,6 @@
 """Scores of text classification and regression, as an `evaluate` module that needs no hub.
 
-`evaluate.load(<this folder>, config_name)` loads it; it imports nothing of the library, because `evaluate` runs a copy.
+`evaluate.load(<this folder>, config_name)` loads it. It imports nothing of sparsegrad, because `evaluate` runs a copy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics
 
-# The scores that each configuration gives.
+# The scores that each configuration computes.
 CONFIGS = {
     "accuracy": ("accuracy",),
     "accuracy_f1": ("accuracy", "f1"),
@@ -25,32 +25,32 @@ _REGRESSION = "pearson"
 
 
 def accuracy(predictions: Any, references: Any) -> float:
-    """Share of equal labels; both (rows,) int."""
+    """Share of correct labels; both arguments (rows,) int."""
     return float(metrics.accuracy_score(references, predictions))
 
 
 def f1(predictions: Any, references: Any) -> float:
-    """F1 of label 1; both (rows,) with 0 and 1; 0.0 if label 1 occurs in neither."""
+    """F1 of label 1; both arguments (rows,) of 0 and 1; 0.0 if neither contains label 1."""
     return float(metrics.f1_score(references, predictions, zero_division=0))
 
 
 def matthews_correlation(predictions: Any, references: Any) -> float:
-    """Matthews correlation; both (rows,) int; 0.0 if either is constant."""
+    """Matthews correlation; both arguments (rows,) int; 0.0 if either is constant."""
     return float(metrics.matthews_corrcoef(references, predictions))
 
 
 def pearson(predictions: Any, references: Any) -> float:
-    """Linear correlation; both (rows,) float; 0.0 with a warning if either is constant."""
-    return 0.0 if _constant(predictions, references) else float(stats.pearsonr(predictions, references)[0])
+    """Linear correlation; both arguments (rows,) float; 0.0 with a warning if either is constant."""
+    return 0.0 if _warn_if_constant(predictions, references) else float(stats.pearsonr(predictions, references)[0])
 
 
 def spearman(predictions: Any, references: Any) -> float:
-    """Rank correlation; both (rows,) float; 0.0 if either is constant."""
-    constant = np.ptp(predictions) == 0 or np.ptp(references) == 0  # `pearson` has warned of it
+    """Rank correlation; both arguments (rows,) float; 0.0 if either is constant."""
+    constant = np.ptp(predictions) == 0 or np.ptp(references) == 0  # `pearson` has warned already
     return 0.0 if constant else float(stats.spearmanr(predictions, references)[0])
 
 
-def _constant(predictions: Any, references: Any) -> bool:
+def _warn_if_constant(predictions: Any, references: Any) -> bool:
     found = [name for name, values in (("predictions", predictions), ("labels", references)) if np.ptp(values) == 0]
     if found:
         warnings.warn(f"all {' and '.join(found)} are equal: correlation counted as 0", RuntimeWarning, stacklevel=2)
