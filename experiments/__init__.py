@@ -1,1 +1,1 @@
-"""The paper's tables and figures: what each holds, the runs it needs, and what it shows beside the published values."""
+"""The paper's tables and figures: the runs and measurements that they need, and the report that shows them."""

@@ -1,4 +1,4 @@
-"""Where the checkout keeps what the experiments read and write."""
+"""Folders of the checkout that the experiments use."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
-DATA = ROOT / "experiments" / "data"  # published figures, and the authors' logs
-SCALES = ("paper", "mini")  # whose models: the paper's, or small ones with real weights
+DATA = ROOT / "experiments" / "data"  # published numbers and the authors' logs
+SCALES = ("paper", "mini")  # the paper's models, or small models with real weights

@@ -1,4 +1,4 @@
-"""The figures of others: the paper's printed cells, and the authors' logged runs; see experiments/data/README.md."""
+"""Numbers of others: the paper's printed cells and the authors' logged runs; see experiments/data/README.md."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ COLUMNS = {
         "logged_steps_per_second", "train_peak_mb", "eval_peak_mb", "trainable",
     ),
 }  # fmt: skip
-# Our names of the paper's rows and columns.
+# Our names for the paper's rows and columns.
 METHODS = {"Regular FT": "full", "LoRA": "lora", "SparseGrad": "sparsegrad", "MeProp": "meprop"}
 TASKS = {"STSB": "stsb", "CoLA": "cola", "MNLI": "mnli", "MRPC": "mrpc", "QNLI": "qnli", "QQP": "qqp", "RTE": "rte"}
 TASKS |= {"SST2": "sst2"}
-SEEDS = (42, 3705, 2023)  # of the paper; the authors logged some runs with others too
+SEEDS = (42, 3705, 2023)  # the paper's; the authors' logs have runs with other seeds too
 
 
-@functools.cache  # read anew by each process; callers do not change it
+@functools.cache  # callers must not modify the frame
 def read(file: str, folder: Path = DATA) -> pd.DataFrame:
-    """One of the tables of figures; all cells of published.csv are text.
+    """One of the CSV files; all cells of published.csv are read as text.
 
     Raises:
-        UserError: when it cannot be read or its columns are others than expected.
+        UserError: when it cannot be read or has other columns than expected.
     """
     try:
         frame = pd.read_csv(folder / file, dtype=str if file == "published.csv" else None)
@@ -46,35 +46,35 @@ def read(file: str, folder: Path = DATA) -> pd.DataFrame:
 
 @functools.cache
 def cells(table: int, folder: Path = DATA) -> dict[tuple[str, str], tuple[str, str]]:
-    """(row, column) -> (value, std) of a printed table; std is empty where none is printed."""
+    """(row, column) -> (value, std) of a printed table, as text; std is empty where none is printed."""
     frame = read("published.csv", folder)
     rows = frame[frame["table"] == str(table)].fillna("")
     return {(row.row, row.column): (row.value, row.std) for row in rows.itertuples()}  # type: ignore[misc]
 
 
 def average_of_cells(table: int, row: str) -> float:
-    """The mean of the task cells that a printed row has."""
+    """The mean of the task cells of a printed row."""
     values = [float(value) for (of, column), (value, _) in cells(table).items() if of == row and column in TASKS]
     return sum(values) / len(values)
 
 
 def contradicts(table: int, row: str) -> str:
-    """A mark for a printed average that is not the mean of its own printed cells; empty where it is."""
+    """A remark for a printed average that is not the mean of its printed cells; empty where it is."""
     printed, real = cells(table)[row, "AVG"][0], average_of_cells(table, row)
     return f" [its cells average {real:.2f}]" if abs(float(printed) - real) > _rounding(printed) else ""
 
 
 def _rounding(printed: str) -> float:
-    """How far rounding alone can move an average from its cells: half a unit for it, half a unit for them.
+    """Largest difference that rounding explains: half a unit in the average, and half a unit in its cells.
 
-    Cells have one digit after the point or none; an average with more than they have is taken as they are.
+    Cells have at most one decimal, so an average with more decimals is not more precise.
     """
     decimals = min(len(printed.partition(".")[2]), 1)
     return 1.01 * 0.1**decimals
 
 
 def contradictions(table: int) -> list[str]:
-    """One line for each printed average of a table that its own cells contradict: who prints what."""
+    """One line for each printed average of a table that contradicts its cells."""
     rows = [row for row, column in cells(table) if column == "AVG"]
     return [
         f"{row} prints {cells(table)[row, 'AVG'][0]}, its cells average {average_of_cells(table, row):.2f}"
@@ -84,7 +84,7 @@ def contradictions(table: int) -> list[str]:
 
 
 def authors_runs(model: str, method: str, task: str, seeds: tuple[int, ...] = SEEDS) -> pd.DataFrame:
-    """The logged runs of the authors for one cell, of the paper's three seeds or of other `seeds`."""
+    """The authors' logged runs of one cell, with the paper's seeds or other `seeds`."""
     frame = read("authors_runs.csv")
     chosen = (frame["model"] == model) & (frame["method"] == method) & (frame["task"] == task)
     return frame[chosen & frame["seed"].isin(seeds)]

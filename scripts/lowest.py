@@ -1,7 +1,7 @@
-"""Print constraints that hold every direct dependency of pyproject.toml at its lowest version.
+"""Print constraints that pin every direct dependency of pyproject.toml to its lowest version.
 
-`python scripts/lowest.py [extra ...] [name==version ...]`: the dependencies of the extras too; a pin replaces a bound,
-for a version that is not to be had on this machine.
+`python scripts/lowest.py [extra ...] [name==version ...]`: dependencies of the extras are included. A pin replaces a
+lower bound whose version is not available on this machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[[\w,-]+\])?>=(?P<lowest>[\w.]+)(
 
 
 def lowest(extras: list[str], pins: dict[str, str]) -> list[str]:
-    """Lines `name==version` of the direct dependencies, those of `extras` too, with `pins` in the place of bounds."""
+    """Lines `name==version` for the direct dependencies and those of `extras`; `pins` replace lower bounds."""
     project = tomllib.loads(PROJECT.read_text())["project"]
     wanted = project["dependencies"] + [line for extra in extras for line in _lines(project, extra)]
     found = [_REQUIREMENT.fullmatch(line) for line in wanted]
@@ -29,7 +29,7 @@ def lowest(extras: list[str], pins: dict[str, str]) -> list[str]:
 
 
 def _lines(project: dict[str, Any], extra: str) -> list[str]:
-    """The requirements of an extra, with those of the project's own extras that it names spelled out."""
+    """The requirements of an extra; references to other extras of the project are resolved."""
     found = []
     for line in project["optional-dependencies"][extra]:
         own = re.fullmatch(rf"{project['name']}\[([\w,-]+)\]", line)
@@ -38,7 +38,7 @@ def _lines(project: dict[str, Any], extra: str) -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
-    """Print the lines; see the module's text."""
+    """The command line; see the module docstring."""
     pins = dict(argument.split("==", 1) for argument in arguments if "==" in argument)
     print("\n".join(lowest([argument for argument in arguments if "==" not in argument], pins)))
 

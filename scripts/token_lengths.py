@@ -1,9 +1,9 @@
-"""Write the histograms of token lengths that the benchmark draws its batches from: `sparsegrad/bench/lengths.json`.
+"""Write the histograms of token lengths from which the benchmark draws batches: `experiments/bench/lengths.json`.
 
     python scripts/token_lengths.py GLUE_FOLDER
 
-GLUE_FOLDER holds `TASK/train.jsonl` in the hub's column names; snippets and the tokenizer are assets. Only lengths are
-written: no text, no token.
+GLUE_FOLDER contains `TASK/train.jsonl` with the hub's column names; snippets and the tokenizer are assets. Only lengths
+are written, no texts or tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_LENGTH = 512
 
 
 def main(glue: Path) -> None:
-    """Tokenize every training row and count the rows of each length."""
+    """Tokenize every training row and count rows by length."""
     texts = {task: _rows(glue / task / "train.jsonl", columns) for task, columns in COLUMNS.items()}
     source = asset_path("snippets") / "movieReviewSnippets_GroundTruth.txt"
     texts["snippets"] = [[line.split("\t")[2]] for line in source.read_text().splitlines()]

@@ -1,12 +1,12 @@
-"""Kill real runs at random moments, 20 times a method, and compare what they end with.
+"""Kill real runs at random moments, and compare their records with those of uninterrupted runs.
 
-    python -m experiments.reliability.kill      # all methods; SIGKILL, SIGTERM, SIGINT, a full disk in turn
+    python -m experiments.reliability.kill      # all methods; SIGKILL, SIGTERM, SIGINT and a full disk in turn
     python -m experiments.reliability.kill --methods lora --kills 3
 
-A method's run is started and killed until it has been killed `--kills` times, then left to end; its record must be
-that of a run never interrupted: scores, losses, and the hash of the chosen weights, bit for bit. After a kill in
-four a file of the newest checkpoint is also cut in half. The outcome goes to results/reliability/kills.json, a row a
-method; rows of methods that are not run now stay.
+A method's run is started and killed `--kills` times (20 by default), then left to finish. Its record must equal that
+of an uninterrupted run bit for bit: scores, losses, and the hash of the chosen weights. After one kill in four, a file
+of the newest checkpoint is also truncated to half its size. Results are written to results/reliability/kills.json, one
+row per method; rows of methods that are not run this time stay.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from multiprocessing.context import ForkProcess as Run
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: F401 - here, and not in every run
+import peft  # noqa: F401 - imported here once; each run is a fork that has it already
 import torch
 
 import sparsegrad.runs.runner  # noqa: F401
@@ -45,12 +45,12 @@ METHODS = {
 }
 INTERVAL = 7  # steps between two checkpoints
 HOW = ("SIGKILL", "SIGTERM", "SIGINT", "full disk")
-# How a run may end by each; before run.py listens, by the signal itself, or by Python's Ctrl-C while importing.
+# Allowed exit statuses. Before run.py handles signals, the signal itself or a KeyboardInterrupt ends the process.
 ENDED = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130, -2, 1), "full disk": (2,)}
 
 
 def command(method: str, folder: Path, data: Path, steps: int) -> list[str]:
-    """Overrides for `run.py`: a model of two layers; a checkpoint every `INTERVAL` steps."""
+    """Overrides for `run.py`: a model of two layers, with a checkpoint every `INTERVAL` steps."""
     small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     architecture = [f"model.architecture.{name}={value}" for name, value in small.items()]
     model = ["model.weights=random", "model.tokenizer=asset:minilm", "model.lora_rank=2", "model.authors_keep=40"]
@@ -67,7 +67,7 @@ def command(method: str, folder: Path, data: Path, steps: int) -> list[str]:
 
 
 def write_data(folder: Path) -> Path:
-    """A folder with 24 and 10 rows of two kinds."""
+    """Write an SST-2 of 24 training and 10 validation rows below `folder`; returns `folder`."""
     (folder / "sst2").mkdir(parents=True)
     for part, count in (("train", 24), ("validation", 10)):
         rows = [{"sentence": f"{('bad', 'good')[i % 2]} film {part} {i}", "label": i % 2} for i in range(count)]
@@ -76,9 +76,9 @@ def write_data(folder: Path) -> Path:
 
 
 def start(line: list[str], folder: Path, full_disk: bool = False) -> Run:
-    """`run.py` in a process of its own, forked from this one, which has imported what takes seconds to import.
+    """Start `run.py` in a fork of this process, which has already imported the slow packages.
 
-    On a full disk no file may grow beyond a size that no checkpoint keeps to.
+    A full disk is simulated by a limit on file size that every checkpoint exceeds.
     """
     folder.mkdir(exist_ok=True)
     process = multiprocessing.get_context("fork").Process(target=_run, args=(line, folder, full_disk))
@@ -87,9 +87,9 @@ def start(line: list[str], folder: Path, full_disk: bool = False) -> Run:
 
 
 def _run(line: list[str], folder: Path, full_disk: bool) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
     if full_disk:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writes fail with an OSError, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     os.chdir(folder)
     for descriptor, name in ((1, os.devnull), (2, folder / ERRORS)):
@@ -99,14 +99,14 @@ def _run(line: list[str], folder: Path, full_disk: bool) -> None:
 
 
 def end(process: Run, folder: Path) -> tuple[int | None, str]:
-    """Wait for the end: status, minus the signal's number where one ended it, and what was printed as error."""
+    """Wait until the process ends: (exit status, or minus the number of the signal that ended it; its stderr)."""
     process.join(600)
     status, error = process.exitcode, folder / ERRORS
     return status, error.read_text(errors="replace") if error.exists() else ""
 
 
 def result(folder: Path) -> dict[str, Any] | None:
-    """What must be equal of the record in `folder`; None before there is one."""
+    """The fields of the record in `folder` that must be equal; None if there is no record yet."""
     found = list((folder / "results").rglob("*.json"))
     if not found:
         return None
@@ -115,20 +115,20 @@ def result(folder: Path) -> dict[str, Any] | None:
 
 
 def newest(folder: Path) -> int:
-    """The step of the newest checkpoint that counts; 0 before there is one."""
+    """The step of the newest complete checkpoint; 0 if there is none yet."""
     found = folder.glob("work/*/checkpoints/checkpoint-*/manifest.json")
     return max((int(path.parent.name.split("-")[1]) for path in found), default=0)
 
 
 def kill_once(line: list[str], folder: Path, how: str, draw: random.Random) -> dict[str, Any] | None:
-    """Start, kill at a random moment, and check how it ended: the newest checkpoint then; None if it was done before.
+    """Start a run, kill it at a random moment, and check how it ended; None if it finished before the kill.
 
-    A kill in three comes at a random second, in the imports, the calibration or wherever; the others a moment after
-    one of the next checkpoints.
+    One kill in three comes at a random time in the first 4 seconds, for example during imports or calibration. The
+    others come shortly after one of the next checkpoints.
     """
     before = newest(folder)
     if how == "full disk" and not before:
-        how = "SIGKILL"  # with nothing written yet, a full disk is a run that cannot begin
+        how = "SIGKILL"  # without a checkpoint, a run on a full disk could not even start
     process, more = start(line, folder, full_disk=how == "full disk"), draw.randint(1, 4) * INTERVAL
     if how != "full disk":
         wait_until(process, lambda: newest(folder) >= before + more, draw.choice([draw.uniform(0, 4), 120, 120]))
@@ -142,14 +142,14 @@ def kill_once(line: list[str], folder: Path, how: str, draw: random.Random) -> d
 
 
 def wait_until(process: Run, condition: Callable[[], bool], seconds: float) -> None:
-    """Until the condition holds, the process ends, or the time is over."""
+    """Wait until the condition holds, the process ends, or `seconds` have passed."""
     end = time.monotonic() + seconds
     while process.is_alive() and time.monotonic() < end and not condition():
         time.sleep(0.01)
 
 
 def cut(folder: Path, draw: random.Random) -> bool:
-    """Cut a random file of the newest checkpoint in half, if there is another checkpoint to go on from."""
+    """Truncate a random file of the newest checkpoint to half, if there is an older checkpoint to resume from."""
     found = sorted(folder.glob("work/*/checkpoints/checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     files = [path for path in found[-1].iterdir() if path.is_file()] if len(found) > 1 else []
     if files:
@@ -159,9 +159,9 @@ def cut(folder: Path, draw: random.Random) -> bool:
 
 
 def try_method(method: str, kills: int, steps: int, seed: int) -> dict[str, Any]:
-    """Kill, cut, end; each kill, their counts, and whether the record is that of an uninterrupted run.
+    """Test one method: its row, with each kill, counts, and whether all records equal the uninterrupted run's.
 
-    A run that comes to its end before it has been killed often enough is compared too, and another one begins.
+    A run that finishes before it has been killed often enough is compared too, and a new one starts.
     """
     draw, cuts = random.Random(f"{method}{seed}"), 0
     log: list[dict[str, Any]] = []
@@ -188,14 +188,14 @@ def try_method(method: str, kills: int, steps: int, seed: int) -> dict[str, Any]
 
 
 def finish(line: list[str], folder: Path) -> None:
-    """Let a run come to its end."""
+    """Let a run finish."""
     status, error = end(start(line, folder), folder)
     if status:
         raise RuntimeError(f"an uninterrupted run ended with {status}: {error[-2000:]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Status 0 if every record is equal."""
+    """The command line: status 0 if all records are equal, else 1."""
     parser = argparse.ArgumentParser(prog="python -m experiments.reliability.kill", description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--kills", type=int, default=20)

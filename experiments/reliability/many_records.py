@@ -1,4 +1,4 @@
-"""How long a report takes over many records: copies of the committed ones, varied.
+"""Measure how long a report takes over many records, which are varied copies of the committed ones.
 
 python -m experiments.reliability.many_records --count 10000     # results/reliability/records.json
 """
@@ -25,11 +25,11 @@ from sparsegrad.files import write_json
 from sparsegrad.runs.environment import describe_environment
 from sparsegrad.runs.records import load_records
 
-FOLDERS = ("glue_minilm", "mini")  # two that tables read
+FOLDERS = ("glue_minilm", "mini")  # two folders that tables read
 
 
 def write_records(runs: Path, count: int) -> int:
-    """`count` records below `runs`, each of a seed of its own; their bytes."""
+    """Write `count` records below `runs`, each with its own seed; returns their total size in bytes."""
     sources = [path.read_text() for path in sorted((ROOT / "results/runs").rglob("*.json"))]
     size = 0
     for number in range(count):
@@ -43,8 +43,8 @@ def write_records(runs: Path, count: int) -> int:
     return size
 
 
-def measured(work: Callable[[], Any]) -> dict[str, float]:
-    """Seconds on the clock and of the processor."""
+def measure(work: Callable[[], Any]) -> dict[str, float]:
+    """Wall-clock and processor seconds of a call."""
     start, began = time.monotonic(), time.process_time()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         work()
@@ -55,7 +55,7 @@ def measured(work: Callable[[], Any]) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write, load, report; print and keep what was measured."""
+    """Write records, load them, make a report; print and store the times."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.reliability.many_records", description=__doc__.splitlines()[0]
     )
@@ -68,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         facts = {
             "records": chosen.count,
             "megabytes": round(size / 1e6, 1),
-            "load as cells of tables": measured(lambda: collect_cells(results / "runs")),
-            "load as a DataFrame": measured(lambda: load_records(results / "runs")),
-            "every table, figure and the page": measured(lambda: write_report("all", "paper", results)),
+            "load as cells of tables": measure(lambda: collect_cells(results / "runs")),
+            "load as a DataFrame": measure(lambda: load_records(results / "runs")),
+            "every table, figure and the page": measure(lambda: write_report("all", "paper", results)),
         }
     print(facts)
     write_json(chosen.out, {**facts, "environment": describe_environment(torch.device("cpu"))})

@@ -1,4 +1,4 @@
-"""Put what was measured into docs/reliability.md: the tables of kills, fuzzing and the soak, from results/reliability.
+"""Update the measured tables of docs/reliability.md (kills, fuzzing, soak) from results/reliability.
 
 python -m experiments.reliability.page
 """
@@ -20,7 +20,7 @@ MISSING = "Not measured yet."
 
 
 def kills(facts: Mapping[str, Any]) -> str:
-    """A row a method."""
+    """Table of kills, one row per method."""
     signals = ("SIGKILL", "SIGTERM", "SIGINT", "full disk")
     names = ("kills", *signals, "cut_checkpoints", "records_compared")
     rows = [
@@ -31,7 +31,7 @@ def kills(facts: Mapping[str, Any]) -> str:
 
 
 def fuzz_section(facts: Mapping[str, Any]) -> str:
-    """A row a reader, and the sum."""
+    """Table of fuzzing, one row per reader, and the totals."""
     names = ("inputs", "refused", "accepted", "defect")
     rows = [[reader, *(f"{found[name]:,}" for name in names)] for reader, found in facts["readers"].items()]
     head = table(["reader of", "inputs", "refused", "accepted", "defects"], rows)
@@ -39,7 +39,7 @@ def fuzz_section(facts: Mapping[str, Any]) -> str:
 
 
 def soak_section(facts: Mapping[str, Any]) -> str:
-    """One paragraph."""
+    """The result of the soak test in one paragraph."""
     low, high = facts["interval"]
     return (
         f"{facts['about']}: {facts['hours']:.2f} hours, {facts['samples']:,} samples; slope "
@@ -56,25 +56,25 @@ BLOCKS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def filled(page: str, results: Path) -> str:
-    """The page with every block as the files in `results` have it."""
+def fill_blocks(page: str, results: Path) -> str:
+    """The page with every block between its `<!-- name -->` comments rendered from the files in `results`."""
     for name, (file, render) in BLOCKS.items():
         path = results / file
         text = render(read_json(path)) if path.is_file() else MISSING
         block = f"<!-- {name} -->\n\n{text}\n\n<!-- /{name} -->"
         old = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
-        page = old.sub(block.replace("\\", r"\\"), page)
+        page = old.sub(block.replace("\\", r"\\"), page)  # a backslash is special in a replacement
     return page
 
 
 def main() -> int:
     """Rewrite the page in place."""
-    write_text(PAGE, filled(PAGE.read_text(), RESULTS))
+    write_text(PAGE, fill_blocks(PAGE.read_text(), RESULTS))
     return 0
 
 

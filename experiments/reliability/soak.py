@@ -1,11 +1,11 @@
-"""Hours of training and the memory they take: sample a process, then fit a slope.
+"""Check for memory leaks over hours of training: sample a process's memory, then fit a slope.
 
     python -m experiments.reliability.soak sample PID --out samples.csv            # until the process ends
     python -m experiments.reliability.soak plot samples.csv --about "what ran"     # soak.json and soak.png
 
-The samples' file has the columns `seconds` (of time in which the process was not stopped), `rss_mib` and `note`. The
-slope is by least squares over the means of stretches of equal length, after a warm-up: memory a second apart is the
-same number twice, and the interval of a fit through every sample would be far too narrow.
+The samples file has the columns `seconds` (while the process was not stopped), `rss_mib` and `note`. The slope is a
+least-squares fit through the means of equally long stretches after a warm-up. Consecutive samples are strongly
+correlated, so a fit through every sample would give a confidence interval that is far too narrow.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MIB, HOUR = 2**20, 3600.0
 
 @dataclass(frozen=True)
 class Samples:
-    """What was measured: seconds (rising) and MiB, of equal length, and the notes that were made, by second."""
+    """Samples: increasing seconds and memory in MiB, arrays of equal length, and (second, note) pairs."""
 
     seconds: np.ndarray[Any, Any]
     mib: np.ndarray[Any, Any]
@@ -43,7 +43,7 @@ class Samples:
 
 
 def sample(pid: int, out: Path, interval: float) -> None:
-    """Append the resident memory of one process, without its children, every `interval` seconds until it ends.
+    """Append the resident memory of a process, without its children, every `interval` seconds until it ends.
 
     Raises:
         UserError: when there is no such process.
@@ -51,9 +51,10 @@ def sample(pid: int, out: Path, interval: float) -> None:
     try:
         process = psutil.Process(pid)
     except psutil.NoSuchProcess:
-        raise UserError(f"PID={pid} is no process of this machine: start what is to be watched first") from None
+        raise UserError(f"PID={pid} is no process of this machine: start the process to be sampled first") from None
     out.parent.mkdir(parents=True, exist_ok=True)
     new = not out.exists()
+    # An existing file is continued at its last time.
     seconds, last = 0.0 if new else float(max(read_samples(out).seconds, default=0.0)), time.monotonic()
     with out.open("a", newline="") as file:
         rows = csv.writer(file)
@@ -69,7 +70,7 @@ def sample(pid: int, out: Path, interval: float) -> None:
 
 
 def _resident(process: psutil.Process) -> int | None:
-    """Bytes; None when the process has ended."""
+    """Resident memory in bytes; None when the process has ended."""
     try:
         gone = process.status() == psutil.STATUS_ZOMBIE
         return None if gone else int(process.memory_info().rss)
@@ -78,10 +79,11 @@ def _resident(process: psutil.Process) -> int | None:
 
 
 def read_samples(path: Path) -> Samples:
-    """Read a samples' file; gaps are allowed.
+    """Read a samples file; gaps in time are allowed.
 
     Raises:
-        UserError: for a file that is missing, has other columns or something else than numbers, or goes back in time.
+        UserError: when the file is missing, has other columns, contains something that is not a number, or goes back in
+            time.
     """
     try:
         with path.open(newline="") as file:
@@ -95,15 +97,15 @@ def read_samples(path: Path) -> Samples:
         raise UserError(f"{path} is not a readable file of samples ({error})") from None
     seconds, mib = (np.array([row[column] for row in rows]) for column in (0, 1))
     if not (np.isfinite(seconds).all() and np.isfinite(mib).all() and (np.diff(seconds) >= 0).all()):
-        raise UserError(f"{path} has seconds or memory that are not finite, or seconds that go back: mend the file")
+        raise UserError(f"{path} has seconds or memory that are not finite, or seconds that decrease: correct the file")
     return Samples(seconds, mib, [(second, note) for second, _, note in rows if note])
 
 
 def report(samples: Samples, about: str, warm_up: float, level: float = 0.95) -> dict[str, Any]:
-    """Slope in MiB per hour after the first `warm_up` share of the time, its interval, and what is beside it.
+    """Slope in MiB per hour without the first `warm_up` share of the time, its confidence interval, and summary facts.
 
     Raises:
-        UserError: for fewer samples after the warm-up than two a stretch.
+        UserError: for fewer than two samples per stretch after the warm-up.
     """
     check_number("warm_up", warm_up, at_least=0, below=1)
     begin = samples.seconds[0] + warm_up * np.ptp(samples.seconds) if len(samples.seconds) else 0.0
@@ -131,7 +133,7 @@ def report(samples: Samples, about: str, warm_up: float, level: float = 0.95) ->
 
 
 def stretch_means(hours: np.ndarray[Any, Any], mib: np.ndarray[Any, Any]) -> tuple[Any, Any]:
-    """Means of time and memory over `STRETCHES` stretches of equal length; those in a gap are left out."""
+    """Means of time and memory over `STRETCHES` stretches of equal length; stretches without samples are omitted."""
     edges = np.linspace(hours[0], hours[-1], STRETCHES + 1)[1:-1]
     of = np.searchsorted(edges, hours, side="right")
     found = [of == stretch for stretch in np.unique(of)]
@@ -139,7 +141,7 @@ def stretch_means(hours: np.ndarray[Any, Any], mib: np.ndarray[Any, Any]) -> tup
 
 
 def draw(samples: Samples, facts: dict[str, Any], path: Path) -> None:
-    """Every sample, the warm-up shaded, and the fitted line."""
+    """Plot every sample, the shaded warm-up, and the fitted line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.2), layout="constrained", dpi=110)
@@ -161,7 +163,7 @@ def draw(samples: Samples, facts: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Status 0, or 2 for a user's mistake."""
+    """The command line: status 0, or 2 after bad input."""
     parser = argparse.ArgumentParser(prog="python -m experiments.reliability.soak", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     watch = commands.add_parser("sample", help="append the resident memory of a process to a file until it ends")
@@ -171,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fit = commands.add_parser("plot", help="slope and plot of the samples")
     fit.add_argument("samples", type=Path)
     fit.add_argument("--about", required=True, help="what ran, and on what machine")
-    fit.add_argument("--warm-up", type=float, default=0.2, help="share of the time that is not fitted")
+    fit.add_argument("--warm-up", type=float, default=0.2, help="share of the time that the fit leaves out")
     fit.add_argument("--out", type=Path, default=ROOT / "results/reliability", help="folder of soak.json and soak.png")
     chosen = parser.parse_args(arguments)
     try:

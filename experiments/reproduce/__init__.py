@@ -1,1 +1,1 @@
-"""Which runs a table needs, and making those that are missing: `python -m experiments.reproduce`."""
+"""The runs that each table needs, and a command that makes the missing ones: `python -m experiments.reproduce`."""

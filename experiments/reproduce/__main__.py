@@ -1,8 +1,8 @@
 """Make the runs that a table lacks: `python -m experiments.reproduce table5 --scale mini --data <glue folder>`.
 
-The cells come from conf/experiment; one whose record is complete is skipped, so the same command goes on where it
-stopped, and several at once share the work: a cell that another process has in hand is taken up again at the end, if
-it still needs to be. A failed cell stops no other, is shown with its reason, and is tried again by the next call.
+The cells of a table come from conf/experiment. Cells with a complete record are skipped, so the same command continues
+an interrupted one. Several processes can share the work: cells that another process is running are checked again at
+the end. A failed cell does not stop the others; it is reported with its reason, and the next call retries it.
 """
 
 from __future__ import annotations
@@ -12,49 +12,47 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from filelock import Timeout
 
 from experiments.paths import ROOT, SCALES
 from experiments.reproduce import benchmarks, searches
 from experiments.reproduce.cells import ELSEWHERE, EXPERIMENTS, MEASURED, Cell, experiments_of, list_cells
 from experiments.reproduce.dry_run import show
 from experiments.studies import gradients as measure
-from sparsegrad.errors import UserError, check_choice
-from sparsegrad.runs.runner import run_lock
+from sparsegrad.errors import BusyError, UserError, check_choice
+from sparsegrad.runs.run_folder import run_lock
 
 LAUNCHERS = ("local", "joblib", "slurm", "ray")
-FIGURE_KEYS = ("block", "step", "steps")  # of figures 2 and 3 and the basis study: block=2 step=40
-FOR_EVERY_SWEEP = ("results_dir=", "work_dir=", "sweep.")  # what `all` hands on, beside the runs of cells
+FIGURE_KEYS = ("block", "step", "steps")  # options of figures 2 and 3 and the basis study, such as block=2 step=40
+FOR_EVERY_SWEEP = ("results_dir=", "work_dir=", "sweep.")  # overrides that `all` also passes to sweeps
 POLL_SECONDS = 5.0
-_BUSY = "is at work in another process"
+_BUSY = "is at work in another process"  # part of the message of `BusyError`, which a run prints in its own process
 
 Runner = Callable[[Cell], "str | None"]
-"""Makes one cell; None when its record is complete, else the reason."""
+"""Makes one cell; returns None when its record is complete, else the reason."""
 
 
 @dataclass
 class Outcome:
-    """How one call went: cells done here, and reasons of the failed ones by label."""
+    """Result of one call: number of cells made, and label -> reason of each failed cell."""
 
     done: int = 0
     failed: dict[str, str] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: status 0 when every cell is complete, 1 when some failed, 2 for a user's mistake."""
+    """The command line: status 0 if all cells are complete, 1 if some failed, 2 after bad input, 130 after Ctrl-C."""
     options = _parser().parse_intermixed_args(arguments)
     try:
         check_choice("LAUNCHER", options.launcher, LAUNCHERS)
         names = experiments_of(options.table, options.scale)
         of_runs = [one for one in options.overrides if one.partition("=")[0] not in FIGURE_KEYS]
         groups = [list_cells(name, of_runs, options.data) for name in names]
-        if said := _said(options.table, options.scale):
-            print(f"{options.table}: {said}", flush=True)
-        studies = _studies(options)
+        if reason := _explain_no_runs(options.table, options.scale):
+            print(f"{options.table}: {reason}", flush=True)
+        studies = _plan_studies(options)  # composed and checked before anything runs
         measured = [_measure(name, options) for name in MEASURED.get(options.table, ())]
         measured += [_benchmark(preset, options) for preset in benchmarks.PRESETS.get(options.table, ())]
         made = [_group(cells, options) for cells in groups]
@@ -64,14 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
+        print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
         return 130
 
 
-def _said(table: str, scale: str) -> str:
-    """Why a table has no runs, or not at this scale; nothing where it has."""
+def _explain_no_runs(table: str, scale: str) -> str:
+    """Why a table has no runs at this scale; empty if it has."""
     if table in EXPERIMENTS["mini"] and not experiments_of(table, scale) and table not in ELSEWHERE:
-        return "its runs are of the small model alone: SCALE=mini makes them"
+        return "its runs use the small model only: SCALE=mini makes them"
     return ELSEWHERE.get(table, "")
 
 
@@ -83,7 +81,7 @@ def _group(cells: list[Cell], options: argparse.Namespace) -> int:
 
 
 def _benchmark(preset: str, options: argparse.Namespace) -> int:
-    """Measure speed and memory here; a machine of its own is no matter of a launcher."""
+    """Measure speed and memory on this machine, without a launcher."""
     others = [one for one in options.overrides if not one.startswith("results_dir=")]
     if others and options.table != "all":
         raise UserError(
@@ -93,8 +91,8 @@ def _benchmark(preset: str, options: argparse.Namespace) -> int:
     return benchmarks.make(preset, _results(options), dry=options.dry)
 
 
-def _studies(options: argparse.Namespace) -> list[list[searches.Search]]:
-    """The sweeps of Tables 13-15, composed and checked before anything runs."""
+def _plan_studies(options: argparse.Namespace) -> list[list[searches.Search]]:
+    """The sweeps of Tables 13-15 that are asked for."""
     tables = list(searches.TABLES) if options.table == "all" else [options.table]
     wanted = [name for name in tables if name in searches.TABLES]
     given = [one for one in options.overrides if options.table != "all" or one.startswith(FOR_EVERY_SWEEP)]
@@ -102,12 +100,12 @@ def _studies(options: argparse.Namespace) -> list[list[searches.Search]]:
 
 
 def _measure(name: str, options: argparse.Namespace) -> int:
-    """Measure a figure's data unless it is there, of the block and step that are asked for."""
+    """Measure a figure's data unless it exists for the requested block and step."""
     path = _results(options) / "figures" / f"{name}.json"
     chosen = {key: value for key, _, value in (one.partition("=") for one in options.overrides) if key in FIGURE_KEYS}
     there = path.is_file() and "force=true" not in options.overrides and _is_of(path, chosen)
     if there or options.dry:
-        print(f"{name}: {path} {'exists' if there else 'is missing: a few minutes on one core'}")
+        print(f"{name}: {path} {'exists' if there else 'is missing: takes a few minutes on one core'}")
         return 0
     flags = [f"--{key}={value}" for key, value in chosen.items()]
     rest = [one for one in options.overrides if one.partition("=")[0] not in FIGURE_KEYS]
@@ -115,7 +113,7 @@ def _measure(name: str, options: argparse.Namespace) -> int:
 
 
 def _is_of(path: Path, chosen: Mapping[str, str]) -> bool:
-    """Whether measured data is of this block and step; how many steps a study took is not in it."""
+    """Whether the stored data was measured at these values; the number of steps is not stored."""
     try:
         found = json.loads(path.read_text())
         return all(str(found.get(key)) == value for key, value in chosen.items())
@@ -132,10 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments.reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("table", help="table1 to table15, ablation, basis, quality, figure1 to figure3, section8, all")
     parser.add_argument("--scale", default="paper", help=", ".join(SCALES))
-    parser.add_argument("--data", help="folder with GLUE; without it the hub")
+    parser.add_argument("--data", help="folder with GLUE (default: download from the hub)")
     parser.add_argument("--launcher", default="local", help=", ".join(LAUNCHERS))
-    parser.add_argument("--dry", action="store_true", help="list the cells and their cost; run nothing")
-    parser.add_argument("overrides", nargs="*", help="as of run.py, e.g. seed=42 method=full,lora")
+    parser.add_argument("--dry", action="store_true", help="list the cells and their cost without running anything")
+    parser.add_argument("overrides", nargs="*", help="overrides as for run.py, for example seed=42 method=full,lora")
     return parser
 
 
@@ -143,6 +141,7 @@ def _launch(cells: Sequence[Cell], launcher: str) -> Outcome:
     if launcher == "local":
         return work(cells, run_cell)
     missing = [cell for cell in cells if not cell.is_complete]
+    # One multirun has one `data.dir`, so cells with and without a data folder are launched apart.
     for group in ([cell for cell in missing if cell.takes_data is data] for data in (True, False)):
         if group:
             subprocess.run(_multirun(group, launcher), check=False)
@@ -151,12 +150,12 @@ def _launch(cells: Sequence[Cell], launcher: str) -> Outcome:
 
 
 def work(cells: Sequence[Cell], run: Runner, poll: float = POLL_SECONDS) -> Outcome:
-    """Make every cell that has no complete record; see the module.
+    """Make every cell without a complete record, sharing the work with other processes.
 
     Args:
-        cells: what the table holds.
+        cells: the cells of the table.
         run: makes one cell.
-        poll: seconds between two looks at cells that others have in hand.
+        poll: seconds between two checks of cells that other processes are running.
     """
     outcome, began = Outcome(), time.time()
     waiting = [cell for cell in cells if not cell.is_complete]
@@ -190,7 +189,7 @@ def _make(cell: Cell, run: Runner, outcome: Outcome, busy: list[Cell]) -> None:
 
 
 def run_cell(cell: Cell) -> str | None:
-    """One cell as a process of its own, so that its memory is its own; what it prints goes to a log."""
+    """Make one cell in a process of its own, which frees its memory at the end; its output is written to a log file."""
     log = Path(cell.config.work_dir) / "logs" / f"{cell.config.key}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     own = [one for one in cell.overrides if not one.startswith("hydra.")]
@@ -203,10 +202,11 @@ def run_cell(cell: Cell) -> str | None:
             process.kill()
     if status == 0 and cell.is_complete:
         return None
-    return _last_words(log) or f"ended with status {status}, see {log}"
+    return _last_error(log) or f"ended with status {status}, see {log}"
 
 
-def _last_words(log: Path) -> str:
+def _last_error(log: Path) -> str:
+    """The last error message of a log, else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or [line for line in lines if line] or [""])[-1].removeprefix("error: ")
@@ -214,14 +214,14 @@ def _last_words(log: Path) -> str:
 
 def _is_held(cell: Cell) -> bool:
     try:
-        with run_lock(cell.config).acquire(timeout=0):
+        with run_lock(cell.config):
             return False
-    except Timeout:
+    except BusyError:
         return True
 
 
 def _failed_since(cell: Cell, began: float) -> bool:
-    """Whether another process tried this cell in vain meanwhile: once a call is enough."""
+    """Whether another process has failed at this cell since `began`: one attempt per call is enough."""
     path = cell.config.record_path
     return path.exists() and path.stat().st_mtime >= began and not cell.is_complete
 
@@ -232,7 +232,7 @@ def _reason(cell: Cell) -> str:
 
 
 def _multirun(cells: Sequence[Cell], launcher: str) -> list[str]:
-    """One Hydra multirun over the smallest grid that holds `cells`; run.py skips what is complete in it."""
+    """One Hydra multirun over the smallest grid that contains `cells`; run.py skips complete cells."""
     axes: dict[str, list[str]] = {}
     for cell in cells:
         for key, value in cell.point.items():
@@ -247,14 +247,9 @@ def _multirun(cells: Sequence[Cell], launcher: str) -> list[str]:
 def _report(outcome: Outcome, cells: Sequence[Cell]) -> int:
     complete = sum(cell.is_complete for cell in cells)
     print(f"{complete} of {len(cells)} cells complete, {outcome.done} of them by this call")
-    for line in _failures(outcome):
-        print(line)
-    return 1 if outcome.failed else 0
-
-
-def _failures(outcome: Outcome) -> Iterator[str]:
     for label, reason in outcome.failed.items():
-        yield f"failed: {label}: {reason}; the next call tries it again"
+        print(f"failed: {label}: {reason}; the next call tries it again")
+    return 1 if outcome.failed else 0
 
 
 if __name__ == "__main__":

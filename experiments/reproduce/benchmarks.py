@@ -1,6 +1,6 @@
-"""Tables 3, 7, 8 and section 8: what the benchmark still has to measure on this machine, and measuring it.
+"""Tables 3, 7, 8 and section 8: list and make the benchmark measurements that this machine lacks.
 
-The results lie in results/bench/HARDWARE.json; what is there is not measured again, what failed is.
+The results are stored in results/bench/HARDWARE.json. Complete measurements are not repeated; failed ones are.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ PRESETS = {
     "section8": ("decomposition",),
     "all": ("paper", "decomposition"),
 }
-MINUTES = 600  # of one call; its own bound on a CPU is for a look at all presets
-START_SECONDS = 10  # of a process, before its first step
+MINUTES = 600  # time limit of one call; the benchmark's default on a CPU is meant for a quick look at all presets
+START_SECONDS = 10  # from the start of a process to its first step; for estimates
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One process of the benchmark: where it belongs, and what came of it so far (None: not run)."""
+    """One measurement of the benchmark, and its result so far (None: not measured)."""
 
     setting: str
     arm: str
@@ -46,12 +46,12 @@ class Measurement:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it was measured to the end."""
+        """Whether the measurement succeeded."""
         return self.found is not None and self.found["status"] == "complete"
 
 
 def make(preset: str, results: Path, *, dry: bool) -> int:
-    """List what a preset has and lacks here; unless `dry`, measure it: status 1 when something is left or failed."""
+    """Make the missing measurements of a preset, or list them if `dry`; status 1 if some are left or failed."""
     path = _path(results)
     if dry:
         _show(preset, path, _planned(preset, read(path)))
@@ -67,7 +67,7 @@ def make(preset: str, results: Path, *, dry: bool) -> int:
 
 
 def call(preset: str, path: Path) -> None:
-    """The benchmark itself, as a process of its own."""
+    """Run the benchmark in a process of its own."""
     command = [sys.executable, "-m", "experiments.bench", "--presets", preset]
     known = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     options = ["--out", str(path), "--minutes", str(MINUTES)]
@@ -96,7 +96,7 @@ def _cells(preset: str, document: dict[str, Any]) -> Iterator[Measurement]:
 
 
 def _forget_failures(preset: str, path: Path) -> None:
-    """The benchmark takes a failure for a result; a table's next call tries it again."""
+    """Remove failed measurements: the benchmark itself does not repeat them, but each call for a table does."""
     if not path.exists():
         return
     document = read(path)
@@ -122,11 +122,11 @@ def _show(preset: str, path: Path, planned: list[Measurement]) -> None:
     done = sum(one.is_complete for one in planned)
     console.print(table)
     console.print(f"{preset}: {done} of {len(planned)} measurements complete; about {total:.0f} minutes left", end="")
-    console.print(f", and {unknown} measurements of unknown cost: none was made here yet" if unknown else "")
+    console.print(f", and {unknown} measurements of unknown cost: none was made on this machine yet" if unknown else "")
 
 
 def _seconds(cells: list[dict[str, Any]], arm: str) -> float | None:
-    """What a measurement of this arm took on this machine; else one of any arm."""
+    """Median seconds of a measurement of this arm on this machine, or of any arm; None without measurements."""
     complete = [cell for cell in cells if cell["status"] == "complete"]
     like = [cell for cell in complete if cell["arm"] == arm] or complete
     spent = [(cell["warmup_steps"] + cell["steps"]) / cell["steps_per_second"] for cell in like]

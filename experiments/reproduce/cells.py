@@ -1,4 +1,4 @@
-"""The runs that a table needs: one YAML of conf/experiment each, whose sweeper parameters span the cells."""
+"""The runs that a table needs: each YAML of conf/experiment spans a grid of cells with its sweeper parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps import hparams
 from sparsegrad.tasks.snippets import Snippets
 
-# Table -> experiment YAML, by scale. The mini tables share their runs: one small model stands for all of the paper's.
+# Scale -> table -> experiment YAMLs. The mini tables share their runs: one small model replaces all of the paper's.
 EXPERIMENTS: dict[str, dict[str, tuple[str, ...]]] = {
     "paper": {name: (name,) for name in ("table4", "table5", "table6", "table9", "table10", "table11", "table12")}
     | {"ablation": ("table11", "table12"), "all": ("table4", "table5", "table6", "table11", "table12")},
@@ -28,9 +28,9 @@ EXPERIMENTS: dict[str, dict[str, tuple[str, ...]]] = {
     | {"table6": ("table6_mini", "table6_mini_bases"), "basis": ("basis_mini",)}
     | {"all": ("table5_mini", "table11_mini", "basis_mini", "table6_mini", "table6_mini_bases")},
 }
-# The grid of an experiment whose YAML gives none.
+# Grid of experiments whose YAML has none.
 GRID = {"seed": "42,3705,2023", "method": "full,lora,sparsegrad,meprop"}
-# Figures whose data `experiments.studies.gradients` makes.
+# Data that `experiments.studies.gradients` measures.
 MEASURED = {
     "figure2": ("figure2",),
     "figure3": ("figure3",),
@@ -38,16 +38,16 @@ MEASURED = {
     "quality": ("energy",),
     "all": ("figure2", "figure3", "basis", "energy"),
 }
-# Names that need no runs of cells, and why.
+# Names without runs of cells, and why.
 ELSEWHERE = {
     "figure1": "a drawing: no runs",
     "table1": "counted on the architectures: no runs",
     "table2": "checked by number: no runs",
     "table3": "measured by the benchmark, preset paper, the same at both scales",
-    "table6": "LLaMA-2-7B on OASST1; the table says what is missing",
+    "table6": "LLaMA-2-7B on OASST1; the table lists what is missing",
     "table7": "measured by the benchmark, preset paper, the same at both scales",
     "table8": "measured by the benchmark, preset paper, the same at both scales",
-    **{f"table{n}": "searched by sweeps, one study a task" for n in (13, 14, 15)},
+    **{f"table{n}": "searched by sweeps, one study per task" for n in (13, 14, 15)},
     "section8": "measured by the benchmark, preset decomposition, the same at both scales",
 }
 
@@ -57,10 +57,10 @@ class Cell:
     """One run of a table.
 
     Attributes:
-        experiment: the YAML it comes from.
-        point: the sweeper's parameters of this cell, such as method and seed.
-        overrides: what run.py takes beside `experiment=`.
-        config: the same, composed and checked.
+        experiment: name of its YAML.
+        point: values of the sweeper parameters, such as method and seed.
+        overrides: overrides for run.py, besides `experiment=`.
+        config: the composed and checked configuration.
     """
 
     experiment: str
@@ -70,16 +70,16 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """What a reader calls it."""
+        """Name of the cell in messages."""
         return " ".join(self.point.values())
 
     @property
     def takes_data(self) -> bool:
-        """Whether its data comes from the folder that `DATA` names; the snippets have an asset of their own."""
+        """Whether its task reads the folder that `DATA` names; the snippets are an asset."""
         return not isinstance(self.config.task, Snippets)
 
     def record(self) -> dict[str, Any] | None:
-        """Its record, or None; a damaged one counts as none, as the next run replaces it."""
+        """Its record, or None; a damaged record counts as none, because the next run replaces it."""
         if not self.config.record_path.exists():
             return None
         try:
@@ -89,13 +89,13 @@ class Cell:
 
     @property
     def is_complete(self) -> bool:
-        """Whether a record of a run that ended well exists."""
+        """Whether a record of a successful run exists."""
         record = self.record()
         return record is not None and record["status"] == "complete"
 
 
 def experiments_of(name: str, scale: str) -> tuple[str, ...]:
-    """The experiment YAMLs whose runs a table, a figure or `all` needs; none for what is made without runs.
+    """The experiment YAMLs of a table, a figure or `all`; empty for names that need no runs.
 
     Raises:
         UserError: for an unknown name or scale.
@@ -107,11 +107,11 @@ def experiments_of(name: str, scale: str) -> tuple[str, ...]:
 
 
 def list_cells(experiment: str, extra: Sequence[str] = (), data: str | None = None) -> list[Cell]:
-    """The cells of one experiment, in the order in which they are run.
+    """The cells of one experiment, in the order of execution.
 
     Args:
         experiment: a YAML of conf/experiment with `hydra.sweeper.params`.
-        extra: further overrides, for every cell; a value with commas spans the grid too or narrows it.
+        extra: further overrides for every cell; one of a sweeper parameter replaces its values (`seed=42,3705`).
         data: folder with the data of the tasks that take one, such as GLUE.
 
     Raises:
@@ -135,7 +135,7 @@ def _points(experiment: str, extra: Iterable[str]) -> list[dict[str, str]]:
 def _cell(experiment: str, point: dict[str, str], extra: Sequence[str], data: str | None) -> Cell:
     rest = [one for one in extra if one.partition("=")[0] not in point]
     overrides = [*(f"{key}={value}" for key, value in point.items()), *rest]
-    own = [one for one in overrides if not one.startswith("hydra.")]  # those are for the launcher alone
+    own = [one for one in overrides if not one.startswith("hydra.")]  # options of Hydra are for the launcher
     composed = compose("config", [f"experiment={experiment}", *own])
     _fill(composed, overrides)
     config = build(composed)
@@ -144,7 +144,7 @@ def _cell(experiment: str, point: dict[str, str], extra: Sequence[str], data: st
 
 
 def _fill(composed: DictConfig, overrides: Iterable[str]) -> None:
-    """Put in the values that `hparams` names, as run.py does."""
+    """Insert the hyperparameters that `hparams` selects, as run.py does."""
     if composed.get("hparams") is not None:
         hparams.apply(composed, {one.partition("=")[0] for one in overrides})
     OmegaConf.resolve(composed)

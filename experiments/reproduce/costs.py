@@ -1,4 +1,4 @@
-"""What a run costs, from the records of like runs; where there are none, from the authors' logs of theirs."""
+"""Estimated hours of a run, from records of similar runs or else from the authors' logs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsegrad.errors import UserError
 from sparsegrad.runs.records import read_record
 
 AUTHORS = DATA / "authors_runs.csv"
-# What makes two runs alike, from close to loose.
+# Facts that similar runs share, from the closest match to the loosest.
 _LIKE = (
     ("experiment", "model", "method", "task"),
     ("experiment", "model", "method"),
@@ -26,20 +26,20 @@ _THEIRS = (("model", "method", "task"), ("model", "task"), ("model",))
 
 
 class Estimates:
-    """Hours of runs not made yet; built once from all records below a folder and the authors' logs."""
+    """Estimates of hours, from all records below a folder and from the authors' logs."""
 
     def __init__(self, runs: Path) -> None:
         self._rows = list(_own(runs)), list(_theirs())
 
     def of(self, facts: Mapping[str, str]) -> tuple[float | None, str]:
-        """(hours, where they come from) for a run with these `experiment`, `model`, `method` and `task`."""
+        """(median hours or None, source) for a run with these `experiment`, `model`, `method` and `task`."""
         sources = ("records", "authors' logs, their GPU")
         for rows, likes, source in zip(self._rows, (_LIKE, _THEIRS), sources, strict=True):
             for like in likes:
                 found = [spent for row, spent in rows if all(row[name] == facts[name] for name in like)]
                 if found:
                     return median(found), source
-        return None, "no like run"
+        return None, "no similar run"
 
 
 def _own(runs: Path) -> Iterable[tuple[dict[str, str], float]]:
@@ -47,14 +47,14 @@ def _own(runs: Path) -> Iterable[tuple[dict[str, str], float]]:
         try:
             record = read_record(path)
         except UserError:
-            continue  # the report names it
+            continue  # the report lists damaged records
         spent = hours(record)
         if spent is not None and record.get("status") == "complete":
             yield facts_of(record["config"]), spent
 
 
 def facts_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """What `Estimates` compares, from a resolved configuration."""
+    """The facts that `Estimates` compares, from a resolved configuration."""
     names = {group: str(config[group]["name"]) for group in ("model", "method", "task")}
     return {"experiment": str(config["name"]), **names}
 

@@ -1,4 +1,4 @@
-"""`DRY=1`: which cells of a table exist, which are missing, and what the missing ones would cost."""
+"""`DRY=1`: list which cells of a table are complete, failed or missing, and estimate the hours of the rest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from experiments.reproduce.cells import Cell
 from experiments.reproduce.costs import Estimates, facts_of
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)  # in a pipe rich would use 80
 
 
 def state(cell: Cell) -> str:
@@ -23,7 +23,7 @@ def state(cell: Cell) -> str:
 
 
 def show(cells: Sequence[Cell]) -> None:
-    """Print one line per model, method and task, and the sum of hours."""
+    """Print one line per model, method and task, and the total hours."""
     estimates = Estimates(Path(cells[0].config.results_dir) / "runs")
     groups: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:

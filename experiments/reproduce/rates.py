@@ -1,12 +1,11 @@
-"""The learning rate of each method in the mini tables, chosen on held-out rows.
+"""Choose the learning rate of each method in the mini tables on held-out rows.
 
-    python run.py -m experiment=mini_grid task=snippets,stsb method=... train.lr=... # the runs
-    python -m experiments.reproduce.rates                                                       # the choice
+    python run.py -m experiment=mini_grid task=snippets,stsb method=... train.lr=...     # the runs
+    python -m experiments.reproduce.rates                                                # the choice
 
-The rate with the best mean of the held-out scores over the grid's tasks wins; the validation split has no part in it.
-A rate whose run diverged on a task counts as failed and cannot win. Where the best rate is the least or the greatest
-(`at_edge`), run the next one, a factor of 3 on: further rates count as soon as all tasks have them.
-`hparams=mini` reads what this writes.
+The chosen rate has the best mean held-out score over the tasks of the grid; the validation split is not used. A rate
+whose run diverged on a task cannot be chosen. If the best rate is the smallest or largest one (`at_edge`), run the next
+rate, a factor of 3 further; a further rate counts once all tasks have it. `hparams=mini` reads the result.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ RATES = (5e-5, 1.5e-4, 5e-4)
 METHODS = ("full", "lora", "lora_tuned", "meprop", "sparsegrad", "sparsegrad_authors", "sparsegrad_fast")
 
 Scores = dict[str, dict[float, dict[str, float | None]]]
-"""Method -> rate -> task -> held-out score; None for a run that diverged."""
+"""Method -> rate -> task -> held-out score; None for a diverged run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the grid's records, print and write the choice; status 1 while runs are missing."""
+    """Read the records of the grid, print and write the choice. Status 1 if runs are missing, 2 after bad input."""
     parser = argparse.ArgumentParser(prog="python -m experiments.reproduce.rates", description=__doc__.splitlines()[0])
     parser.add_argument("--results-dir", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
@@ -54,7 +53,7 @@ def scores(records: Iterable[Mapping[str, Any]]) -> Scores:
     """The held-out score of each run of the grid.
 
     Raises:
-        UserError: for a record that was not chosen on held-out rows, or two of one cell that disagree.
+        UserError: for a record not chosen on held-out rows, or two records of one cell that disagree.
     """
     found: Scores = defaultdict(lambda: defaultdict(dict))
     for record in records:
@@ -69,7 +68,7 @@ def scores(records: Iterable[Mapping[str, Any]]) -> Scores:
 
 
 def choose(found: Scores, tasks: Sequence[str] = TASKS, rates: Sequence[float] = RATES) -> dict[str, Any]:
-    """The choice for every method, with all that it rests on."""
+    """The choice for every method, with the scores that it is based on."""
     return {
         "rule": "best mean of the held-out scores over the tasks; a diverged run disqualifies its rate",
         "tasks": list(tasks),

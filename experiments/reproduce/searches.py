@@ -1,7 +1,7 @@
-"""Tables 13-15: one sweep per task; what its study has and lacks, and the workers that finish it.
+"""Tables 13-15: list the trials that each task's study lacks, and start workers that finish it.
 
-At the paper's scale the search of its text (sweep=paper), in small a short one on MiniLM (sweep=quick). A finished
-study leaves its numbers and plots in results/studies.
+At the paper's scale the search is the one of its text (sweep=paper); at the mini scale a short one on MiniLM
+(sweep=quick). Results and plots of a finished study are stored in results/studies.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Search:
     """One study of a table.
 
     Attributes:
-        overrides: what run.py takes to add a worker to it.
-        plan: the sweep, checked.
+        overrides: overrides with which run.py adds a worker to it.
+        plan: the checked sweep.
     """
 
     overrides: tuple[str, ...]
@@ -52,7 +52,7 @@ class Search:
 
     @property
     def study(self) -> str:
-        """Its name."""
+        """Name of the study."""
         return self.plan.sweep.study
 
     @property
@@ -62,11 +62,11 @@ class Search:
 
     @property
     def summary(self) -> Path:
-        """What a study leaves when it was looked at."""
+        """The file that `python -m sparsegrad.sweeps show` writes."""
         return self.results / "studies" / self.study / "summary.json"
 
     def finished(self) -> int:
-        """Trials that have ended, by the storage or by the summary that a finished study left."""
+        """Number of finished trials, from the storage or, where that is gone, from the summary."""
         return min(self.plan.budget, max(self._stored(), self._summarised()))
 
     def _stored(self) -> int:
@@ -103,7 +103,7 @@ def planned_searches(table: str, scale: str, data: str | None, overrides: Sequen
 
 
 def compose_sweep(overrides: Sequence[str]) -> DictConfig:
-    """The configuration that run.py would make of these; those for the launcher alone have no part in it."""
+    """The configuration that run.py composes from these; options of Hydra, which are for the launcher, are left out."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", [one for one in overrides if not one.startswith("hydra.")])
 
@@ -117,7 +117,7 @@ def _search(overrides: list[str], task: str, data: str | None) -> Search:
 
 
 def make(found: Sequence[Search], launcher: str, *, dry: bool) -> int:
-    """List what the studies have and lack; unless `dry`, finish them: status 1 when trials are left."""
+    """Finish the studies, or list what they lack if `dry`; status 1 if trials are left."""
     quiet()
     if dry:
         _show(found)
@@ -130,17 +130,17 @@ def make(found: Sequence[Search], launcher: str, *, dry: bool) -> int:
             call(_export(one))
     left = [one for one in found if one.finished() < one.plan.budget]
     for one in left:
-        print(f"failed: study {one.study}: {one.finished()} of {one.plan.budget} trials; the next call goes on with it")
+        print(f"failed: study {one.study}: {one.finished()} of {one.plan.budget} trials; the next call continues it")
     return 1 if left else 0
 
 
 def call(command: Sequence[str]) -> None:
-    """One process; what it says is shown."""
+    """Run a command; its output is not captured."""
     subprocess.run(command, check=False)
 
 
 def _groups(missing: Sequence[Search], launcher: str) -> list[list[Search]]:
-    """What one command each can make: here a study, by a launcher all whose data lies in the same place."""
+    """Studies that one command can finish: locally one study; with a launcher all that share a data folder."""
     if launcher == "local":
         return [[one] for one in missing]
     groups: dict[str | None, list[Search]] = {}
@@ -150,7 +150,7 @@ def _groups(missing: Sequence[Search], launcher: str) -> list[list[Search]]:
 
 
 def _command(group: Sequence[Search], launcher: str) -> list[str]:
-    """A worker here, or, by a launcher, one job for each study."""
+    """The command of a local worker, or of a launcher with one job per study."""
     run = [sys.executable, str(ROOT / "run.py")]
     if launcher == "local":
         return [*run, *group[0].overrides]
@@ -160,7 +160,7 @@ def _command(group: Sequence[Search], launcher: str) -> list[str]:
 
 
 def _export(search: Search) -> list[str]:
-    """Summary, trials and plots of a study into results/studies."""
+    """The command that writes summary, trials and plots of a study to results/studies."""
     show = [sys.executable, "-m", "sparsegrad.sweeps", "show", search.study]
     return [*show, "--storage", search.plan.sweep.storage, "--results-dir", str(search.results)]
 

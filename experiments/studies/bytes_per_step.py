@@ -1,13 +1,13 @@
-"""What several processes send each other in one step, counted while they train; not computed from shapes.
+"""Count the bytes that processes send each other in one training step; measured, not computed from shapes.
 
     python -m experiments.studies.bytes_per_step                        # 2 and 4 processes, two blocks of base width
     python -m experiments.studies.bytes_per_step --processes 2 --blocks 12
 
-Each process trains the same model under `DistributedDataParallel` over gloo on loopback. Two counters, per step and
-process: `payload` is what DDP hands to its all-reduce, the sum of its buckets' bytes, seen by a communication hook;
-`sent` is what left the process's TCP sockets by the kernel's count (`tcpi_bytes_sent`), protocol and control included.
-The outcome goes to results/bench/bytes_per_step.json. The bases are random rotations: what travels does not depend on
-which. Calibration is counted apart.
+Each process trains the same model under `DistributedDataParallel` over gloo on loopback. Two counters per step and
+process: `payload` is the total size of the buckets that DDP passes to its all-reduce, counted by a communication hook;
+`sent` is the kernel's count of bytes sent over the process's TCP sockets (`tcpi_bytes_sent`), which includes protocol
+and control messages. The results are written to results/bench/bytes_per_step.json. The bases are random rotations,
+because the traffic does not depend on them. Calibration is counted separately.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ _BYTES_SENT = 200  # offset of tcpi_bytes_sent in Linux's struct tcp_info
 
 @dataclass
 class Payload:
-    """Bytes that DDP hands to its all-reduce."""
+    """Counts the bytes that DDP passes to its all-reduce."""
 
     bytes: int = 0
 
     def watch(self, wrapped: DistributedDataParallel) -> None:
-        """Become its communication hook; as a lambda, because DDP takes no annotation that is a text."""
+        """Register as the communication hook; as a lambda, because DDP rejects annotations that are strings."""
         wrapped.register_comm_hook(None, lambda _, bucket: self._count(bucket))
 
     def _count(self, bucket: Any) -> torch.futures.Future[Tensor]:
@@ -73,29 +73,29 @@ class Payload:
 
 
 def sent_bytes() -> int:
-    """What this process has sent over its TCP sockets so far, as Linux counts it."""
-    return sum(_sent(int(name)) for name in os.listdir("/proc/self/fd"))
+    """Bytes that this process has sent over its TCP sockets so far, from Linux's counters."""
+    return sum(_read_sent(int(name)) for name in os.listdir("/proc/self/fd"))
 
 
-def _sent(descriptor: int) -> int:
+def _read_sent(descriptor: int) -> int:
     try:
-        own = os.dup(descriptor)
+        own = os.dup(descriptor)  # closing the socket object must not close the original
         try:
             opened = socket.socket(fileno=own)
         except OSError:
-            os.close(own)  # no socket, which has not taken it
+            os.close(own)  # not a socket, so no socket object owns it
             return 0
         with opened as found:
             if found.family not in (socket.AF_INET, socket.AF_INET6) or found.type != socket.SOCK_STREAM:
                 return 0
             info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_SENT + 8)
             return int(struct.unpack_from("=Q", info, _BYTES_SENT)[0])
-    except OSError:  # closed meanwhile
+    except OSError:  # the descriptor was closed meanwhile
         return 0
 
 
 def base_model(blocks: int) -> nn.Module:
-    """BERT of base width with random weights, cut to `blocks` blocks; the same on every process."""
+    """BERT of base width with `blocks` blocks and random weights, the same on every process."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
@@ -110,13 +110,13 @@ def batches() -> Iterator[dict[str, Tensor]]:
 
 @cache
 def random_basis(shape: tuple[int, ...]) -> Basis:
-    """Two random rotations for a weight of `shape` (out, in)."""
+    """A basis of two random rotations for a weight of `shape` (out, in)."""
     out_basis, in_basis = (torch.linalg.qr(torch.randn(size, size)).Q for size in shape)
     return Basis(in_basis, out_basis)
 
 
 def context(model: nn.Module, train_rest: bool) -> Context:
-    """What the methods ask for; `calibrated` gives the random bases."""
+    """The context that methods need, with random bases in place of calibrated ones."""
     shapes = {kind: tuple(next(iter(found.values())).weight.shape) for kind, found in find_mlp(model).items()}
     return Context(
         lr=1e-4,
@@ -129,7 +129,7 @@ def context(model: nn.Module, train_rest: bool) -> Context:
 
 
 def count_steps(method: Method, train_rest: bool, blocks: int) -> dict[str, int]:
-    """Train some steps under DDP: payload and sent bytes of one, and the gradient entries that it uses."""
+    """Train a few steps under DDP: payload and sent bytes per step, and the number of trainable entries."""
     model = base_model(blocks)
     prepared = method.prepare(model, find_mlp(model), context(model, train_rest))
     wrapped, payload = DistributedDataParallel(model, broadcast_buffers=False), Payload()
@@ -145,7 +145,7 @@ def _step(wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def per_step(step: Callable[[], None], payload: Payload) -> dict[str, int]:
-    """Both counters of one step, the mean of several; the first, in which DDP settles its buckets, are left out."""
+    """Both counters per step, averaged over `STEPS`; during the warm-up DDP rebuilds its buckets."""
     for _ in range(WARM_UP):
         step()
     dist.barrier()
@@ -156,7 +156,7 @@ def per_step(step: Callable[[], None], payload: Payload) -> dict[str, int]:
 
 
 def count_calibration(blocks: int) -> dict[str, int]:
-    """Sent bytes of one calibration batch."""
+    """Sent bytes per calibration batch."""
     model = base_model(blocks)
     mlp = {kind: list(found.values()) for kind, found in find_mlp(model).items()}
     dist.barrier()
@@ -166,7 +166,7 @@ def count_calibration(blocks: int) -> dict[str, int]:
 
 
 def worker(rank: int, processes: int, blocks: int, folder: str) -> None:
-    """One process: count everything; the first one writes the rows."""
+    """One process: count everything; rank 0 writes the rows."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     rows = []
@@ -181,7 +181,7 @@ def worker(rank: int, processes: int, blocks: int, folder: str) -> None:
 
 
 def measure(processes: int, blocks: int) -> dict[str, Any]:
-    """The rows of one number of processes."""
+    """The rows for one number of processes."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(  # type: ignore[attr-defined,no-untyped-call]
             worker, (processes, blocks, folder), processes
@@ -191,7 +191,7 @@ def measure(processes: int, blocks: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Count, write the file, print a table."""
+    """The command line: count, write the file, print a table."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.studies.bytes_per_step", description=__doc__.splitlines()[0]
     )

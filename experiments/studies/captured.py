@@ -1,7 +1,6 @@
 """How much of a weight gradient each engine captures: the share of its squared norm in the entries that it trains.
 
-Every arm has the same number of entries. That a gradient is captured does not say that training goes well: the quality
-table does.
+All arms have the same number of entries. A larger share does not mean better training: see the quality table.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ DENSITY = 0.01
 
 
 def leading_energy(matrix: Tensor, rows: int, columns: int) -> float:
-    """Share of the squared norm of a matrix (out, in) in its leading `rows` by `columns`."""
+    """Share of the squared norm of a matrix (out, in) in its leading block (rows, columns)."""
     squares = matrix.double().square()
     total = squares.sum().item()
     return 0.0 if total == 0 else squares[:rows, :columns].sum().item() / total
@@ -36,7 +35,7 @@ def _in_only(G: Tensor, basis: Basis) -> float:
     return leading_energy(basis.only("in").rotate(G), G.shape[0], max(1, round(DENSITY * G.shape[1])))
 
 
-# Arm -> gradient (out, in) and basis of both sides -> share.
+# Arm -> function of a gradient (out, in) and a two-sided basis that returns the captured share. The names are stored.
 ARMS: dict[str, Callable[[Tensor, Basis], float]] = {
     "exact, both sides": _top("both"),
     "small side": _top("small"),
@@ -47,10 +46,10 @@ ARMS: dict[str, Callable[[Tensor, Basis], float]] = {
 
 
 def capture(gradients: list[Tensor], basis: Basis) -> dict[str, list[float]]:
-    """Arm -> its share of each gradient (out, in) of one layer kind.
+    """Arm -> captured share of each gradient (out, in) of one layer kind.
 
     Raises:
-        UserError: for a basis of one side.
+        UserError: for a one-sided basis.
     """
     basis.both()
     return {name: [round(share(G, basis), 5) for G in gradients] for name, share in ARMS.items()}

@@ -1,10 +1,10 @@
-"""Which engine learns how well, each at its own learning rate: mean training loss of 200 short steps.
+"""Compare how well engines learn, each at several learning rates: mean training loss over 200 steps.
 
-MiniLM on SST-2, batches of 16; only MLP weights and classifier train, at a constant rate; calibration on 30 other
-batches. Engines are compared at one trainable count (1 % of each MLP weight) unless an arm's name says otherwise.
-Every result goes to `results/engine_study.json` as it comes; what is there is not run again. An arm named `.._renewed`
-calibrates anew half way and begins again with empty moments; `.._restarted` does so with the bases it had, so that the
-two differ by the bases alone.
+MiniLM on SST-2 at batch size 16. Only MLP weights and classifier train, at a constant rate; calibration uses 30 other
+batches. Engines have the same trainable count (1 % of each MLP weight) unless an arm's name says otherwise. Each result
+is added to `results/engine_study.json` at once, and results that exist are not computed again. Arms named `.._renewed`
+calibrate again after half of the steps and restart with empty moments. Arms named `.._restarted` also restart, but keep
+their bases, so that the two differ in the bases alone.
 
     python -m experiments.studies.engines --glue <glue folder> --arms exact fast lora --rates 5e-4 1e-3 --seeds 2 3
 """
@@ -40,8 +40,8 @@ Bases = dict[str, Basis]
 Arm = Callable[[nn.Module, Linears, Bases, float], torch.optim.Optimizer]
 
 
-def merged(model: nn.Module, linears: Linears, bases: Bases, lr: float, **options: Any) -> torch.optim.Optimizer:
-    """Engine `merged` with `sides`, `moments`, `density`; sides=None: no rotation (MeProp with masked Adam)."""
+def exact(model: nn.Module, linears: Linears, bases: Bases, lr: float, **options: Any) -> torch.optim.Optimizer:
+    """Engine exact with `sides`, `moments`, `density`; sides=None: no rotation, which is MeProp with masked Adam."""
     sides, density = options.get("sides", "both"), options.get("density", 0.01)
     chosen = {kind: None if sides is None else basis.only(sides) for kind, basis in bases.items()}
     groups = param_groups(model, linears, chosen, density=density, moments=options.get("moments", "dense"))
@@ -49,14 +49,14 @@ def merged(model: nn.Module, linears: Linears, bases: Bases, lr: float, **option
 
 
 class HeldSupport(SparseGradAdamW):
-    """Chooses its entries anew every `interval` steps only, and has the moments of all entries at hand then."""
+    """Engine exact that selects its kept entries only every `interval` steps; it stores the moments of all entries."""
 
     interval = STEPS
 
     def _update(self, selections: list[Selection]) -> None:
-        super()._update([self._held(selection) for selection in selections])
+        super()._update([self._hold_selection(selection) for selection in selections])
 
-    def _held(self, selection: Selection) -> Selection:
+    def _hold_selection(self, selection: Selection) -> Selection:
         state = self.state[selection.weights[0]]
         age = state["age"] = state.get("age", -1) + 1
         if age % self.interval == 0:
@@ -67,14 +67,14 @@ class HeldSupport(SparseGradAdamW):
 
 
 def held(model: nn.Module, linears: Linears, bases: Bases, lr: float, interval: int) -> torch.optim.Optimizer:
-    """Engine `merged` whose support is refreshed slowly."""
+    """Engine exact whose kept entries are selected every `interval` steps."""
     optimizer = HeldSupport(param_groups(model, linears, bases, density=0.01), lr=lr)
     optimizer.interval = interval
     return optimizer
 
 
 def block_top(model: nn.Module, linears: Linears, bases: Bases, lr: float, share: float) -> torch.optim.Optimizer:
-    """Engine `block` with a larger core, of which each step keeps the largest entries: 1 % of the weight."""
+    """Engine fast with a larger core, of which each step trains the largest entries: 1 % of the weight."""
     block(model, linears, bases, lr, shape=lambda *shape: core_shape(shape, share))
     trained = [p for p in model.parameters() if p.requires_grad]
     cores = {layer.core for layer in model.modules() if isinstance(layer, BlockLinear)}
@@ -86,7 +86,7 @@ def block_top(model: nn.Module, linears: Linears, bases: Bases, lr: float, share
 
 
 def block(model: nn.Module, linears: Linears, bases: Bases, lr: float, **options: Any) -> torch.optim.Optimizer:
-    """Engine `block`: `shape` gives (c, r) of a weight (out, in)."""
+    """Engine fast; `shape` maps a weight's shape (out, in) to the core's (c, r)."""
     for kind, found in linears.items():
         for name, linear in found.items():
             core = options["shape"](*linear.weight.shape)
@@ -95,7 +95,7 @@ def block(model: nn.Module, linears: Linears, bases: Bases, lr: float, **options
 
 
 def lora(model: nn.Module, linears: Linears, bases: Bases, lr: float) -> torch.optim.Optimizer:
-    """peft's LoRA on the MLP linears at the same trainable count, alpha = 2 rank."""
+    """peft's LoRA on the MLP linears at the same trainable count, with alpha = 2 rank."""
     from peft import LoraConfig, inject_adapter_in_model
 
     out, features = next(iter(next(iter(linears.values())).values())).weight.shape
@@ -112,21 +112,21 @@ def _proportional(out: int, features: int) -> tuple[int, int]:
 
 
 def _narrow(out: int, features: int) -> tuple[int, int]:
-    """The same sides, the longer one along the outputs: what a step costs grows with the inputs' side alone."""
+    """The same side lengths, the longer one along the outputs: only the inputs' side adds to the cost of a step."""
     small, large = sorted(_proportional(out, features))
     return large, small
 
 
 def _crossed(share: float) -> Callable[[int, int], tuple[int, int]]:
-    """c in proportion to the inputs, r in proportion to the outputs: the fewest multiplications."""
+    """c proportional to the inputs and r to the outputs, which needs the fewest multiplications."""
     return lambda out, features: (min(out, round(share * features)), min(features, round(share * out)))
 
 
 ARMS: dict[str, Arm] = {
-    "exact": merged,
-    "exact_small_side": partial(merged, sides="small"),
-    "exact_small_side_support": partial(merged, sides="small", moments="support"),
-    "meprop_masked": partial(merged, sides=None),
+    "exact": exact,
+    "exact_small_side": partial(exact, sides="small"),
+    "exact_small_side_support": partial(exact, sides="small", moments="support"),
+    "meprop_masked": partial(exact, sides=None),
     "lora": lora,
     "block_proportional": partial(block, shape=_proportional),
     "block_narrow": partial(block, shape=_narrow),
@@ -134,15 +134,15 @@ ARMS: dict[str, Arm] = {
     "exact_support_50": partial(held, interval=50),
     "exact_support_fixed": partial(held, interval=STEPS),
     "block_4_percent_top": partial(block_top, share=0.04),
-    "exact_restarted": merged,
-    "exact_renewed": merged,
+    "exact_restarted": exact,
+    "exact_renewed": exact,
     "block_restarted": partial(block, shape=_proportional),
     "block_renewed": partial(block, shape=_proportional),
 }
 
 
 def run_one(arm: str, lr: float, seed: int, glue: Path) -> dict[str, float]:
-    """One training; mean loss of all steps and of the last 50, accuracy on the validation sentences."""
+    """One training run: mean loss of all steps and of the last 50, and accuracy on the validation split."""
     torch.manual_seed(seed)
     folder = asset_path("minilm")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -157,7 +157,7 @@ def run_one(arm: str, lr: float, seed: int, glue: Path) -> dict[str, float]:
             if arm.startswith("block"):
                 to_linears(model)
                 linears = _trained_linears(model)
-            renewed = _calibrate(model, linears, batches)  # by either, so that both see the same batches afterwards
+            renewed = _calibrate(model, linears, batches)  # in both arms, so that both train on the same batches
             bases = renewed if arm.endswith("_renewed") else bases
         optimizer = ARMS[arm](model, linears, bases, lr)
         losses += _train(model, optimizer, batches, STEPS // halves)
@@ -169,7 +169,7 @@ def run_one(arm: str, lr: float, seed: int, glue: Path) -> dict[str, float]:
 
 
 def _trained_linears(model: nn.Module) -> Linears:
-    """The MLP linears, whose weights train, and nothing else but the classifier."""
+    """The MLP linears; sets `requires_grad` so that only their weights and the classifier train."""
     linears = find_mlp(model, None)
     weights = {id(linear.weight) for found in linears.values() for linear in found.values()}
     for name, parameter in model.named_parameters():
@@ -218,7 +218,7 @@ def _accuracy(model: nn.Module, tokenizer: Any, path: Path) -> float:
 
 
 def main() -> None:
-    """Run what is missing of arms x rates x seeds."""
+    """The command line: run the missing combinations of arms, rates and seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--glue", type=Path, required=True, help="folder with sst2/train.jsonl")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
@@ -229,17 +229,17 @@ def main() -> None:
     for seed in asked.seeds:
         for lr in asked.rates:
             for arm in asked.arms:
-                _record(asked.out, arm, lr, seed, asked.glue)
+                _run_missing(asked.out, arm, lr, seed, asked.glue)
 
 
-def _record(out: Path, arm: str, lr: float, seed: int, glue: Path) -> None:
+def _run_missing(out: Path, arm: str, lr: float, seed: int, glue: Path) -> None:
     known = _rows(out)
     if any((row["arm"], row["lr"], row["seed"]) == (arm, lr, seed) for row in known):
         return
     result = run_one(arm, lr, seed, glue)
     finite = {name: round(value, 4) if math.isfinite(value) else None for name, value in result.items()}
     row = {"arm": arm, "lr": lr, "seed": seed, **finite}
-    write_json(out, {"rows": [*_rows(out), row]})
+    write_json(out, {"rows": [*_rows(out), row]})  # read again: another process may have added rows
     print(json.dumps(row), flush=True)
 
 

@@ -1,14 +1,14 @@
-"""Measure what figures 2 and 3, the basis study and the energy table show, on MiniLM in training.
+"""Measure the data of figures 2 and 3, the basis study and the energy table, on MiniLM during training.
 
-One JSON each in results/figures.
+Each command writes one JSON to results/figures.
 
     python -m experiments.studies.gradients figure2 --data <glue folder> --block 3 --step 80
     python -m experiments.studies.gradients figure3 --data <glue folder>
     python -m experiments.studies.gradients basis --data <glue folder>
     python -m experiments.studies.gradients energy
 
-Without --data the offline task snippets stands for SST-2. A minute or two each on one core; plots are made by
-`python -m experiments.report`.
+Without --data the offline task snippets replaces SST-2. Each takes one or two minutes on one core.
+`python -m experiments.report` draws the plots.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.environment import describe_environment
 
 DENSITIES = (0.001, 0.01, 0.1)
-PIXELS = (72, 96)  # of a heat map
+PIXELS = (72, 96)  # rows and columns of a heat map
 SETTINGS = ("model=minilm", "train.batch_size=16", "train.lr=1e-4", "seed=42", "train.device=cpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; a user's mistake ends with one line and status 2."""
+    """The command line: status 0, or 2 and one line after bad input."""
     options = _parser().parse_intermixed_args(arguments)
     try:
         config = _config(options)
@@ -55,11 +55,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m experiments.studies.gradients", description=__doc__.splitlines()[0]
     )
     parser.add_argument("what", choices=list(_MEASURES))
-    parser.add_argument("--data", help="folder with GLUE; without it the offline snippets")
-    parser.add_argument("--block", type=int, default=3, help="figure2, figure3: which block, from 0")
-    parser.add_argument("--step", type=int, default=80, help="figure2: after how many training steps")
-    parser.add_argument("--steps", type=int, default=120, help="figure3, basis, energy: training steps in all")
-    parser.add_argument("overrides", nargs="*", help="as of run.py")
+    parser.add_argument("--data", help="folder with GLUE (default: the offline snippets)")
+    parser.add_argument("--block", type=int, default=3, help="figure2, figure3: index of the block, from 0")
+    parser.add_argument("--step", type=int, default=80, help="figure2: number of training steps before the measurement")
+    parser.add_argument("--steps", type=int, default=120, help="figure3, basis, energy: total training steps")
+    parser.add_argument("overrides", nargs="*", help="overrides as for run.py")
     return parser
 
 
@@ -86,7 +86,7 @@ def _facts(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def figure2(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
-    """Heat maps of the gradients of one block after some steps: untouched, rotated, in the authors' basis."""
+    """Heat maps of one block's gradients after some steps: unrotated, rotated, and in the authors' basis."""
     probe = Probe(config)
     blocks = len(next(iter(probe.linears.values())))
     check_integer("block", options.block, at_least=0, at_most=blocks - 1)
@@ -101,7 +101,7 @@ def figure2(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def figure3(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
-    """dL/dY of one batch, padded and not, and its share of entries that are not zero over training."""
+    """dL/dY of one batch with both kinds of padding, and its share of non-zero entries during training."""
     probe = Probe(config)
     check_integer("block", options.block, at_least=0, at_most=len(next(iter(probe.linears.values()))) - 1)
     shares: list[dict[str, Any]] = []
@@ -122,7 +122,7 @@ def figure3(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def basis(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
-    """Energy in the largest entries of each block's gradient, for each basis, over training."""
+    """Energy in the largest entries of each block's gradient, for each basis, during training."""
     probe = Probe(config)
     named = {kind: variants(one, config.seed) for kind, one in probe.bases.items()}
     rows: list[dict[str, Any]] = []
@@ -141,7 +141,7 @@ def basis(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def energy(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
-    """Share of each block's squared gradient norm that the engines capture, over training."""
+    """Share of each block's squared gradient norm that the engines capture, during training."""
     probe = Probe(config)
     rows: list[dict[str, Any]] = []
 
@@ -156,7 +156,7 @@ def energy(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(probe: Probe, steps: int, every: int = 1, look: Callable[[int], None] | None = None) -> None:
-    """`steps` optimizer steps; `look` before the first, every `every`-th, and after the last."""
+    """Train `steps` steps; call `look(step)` before every `every`-th step and after the last."""
     batches = probe.batches(2)
     for step in range(steps + 1):
         if look is not None and (step % every == 0 or step == steps):
@@ -167,10 +167,10 @@ def _train(probe: Probe, steps: int, every: int = 1, look: Callable[[int], None]
 
 
 def _view(matrix: Tensor) -> dict[str, Any]:
-    """A heat map of magnitudes: the largest of each patch, as log10 of its share of the largest of all."""
+    """A heat map of magnitudes: log10 of the maximum of each patch, relative to the maximum of the matrix."""
     magnitudes = matrix.abs()
     pooled = functional.adaptive_max_pool2d(magnitudes[None, None], PIXELS)[0, 0]
-    floor = magnitudes.max().item() * 1e-6
+    floor = magnitudes.max().item() * 1e-6  # log10 of zero would be -inf
     levels = (pooled.clamp_min(floor) / magnitudes.max()).log10()
     return {
         "shape": list(matrix.shape),
@@ -184,7 +184,7 @@ def _share(dy: Tensor) -> float:
 
 
 def _stripes(dy: Tensor, tokens: int = 512) -> dict[str, Any]:
-    """Which of the first tokens have a gradient at all: the rows of the picture."""
+    """Share of non-zero features of dL/dY (tokens, features) for each of the first `tokens` tokens."""
     rows = (dy[:tokens] != 0).float().mean(1)
     return {"tokens": len(rows), "features": dy.shape[1], "row_share": [round(value, 3) for value in rows.tolist()]}
 

@@ -1,8 +1,8 @@
-"""Cost of calibration at the shape of LLaMA-2-7B's MLP, CPU: `python -m experiments.studies.llama_calibration`.
+"""Cost of calibration at the MLP shape of LLaMA-2-7B on a CPU: `python -m experiments.studies.llama_calibration`.
 
-Takes the sums of a few random gradients (11008, 4096) and decomposes both: one layer kind, in the project's own code.
-Needs 2.3 GB; the paper reports 668 s and 5.2 GB on a GPU. The result is a JSON in results/bench.
-`cpu_seconds` are those of all threads: on a busy machine they say more than `seconds`.
+Adds a few random gradients (11008, 4096) to the Gram matrices of one layer kind and decomposes both, with the project's
+own code. Needs 2.3 GB of memory; the paper reports 668 s and 5.2 GB on a GPU. The result is a JSON in results/bench.
+`cpu_seconds` counts all threads; on a busy machine it is more meaningful than `seconds`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from sparsegrad.files import write_json
 from sparsegrad.runs.environment import describe_environment, now
 from sparsegrad.trainer.peak_memory import PeakMemory
 
-COLUMNS = 256  # of a basis, on which its orthogonality is checked against all others
+COLUMNS = 256  # number of columns of a basis that the check of orthogonality compares with all others
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; a user's mistake ends with one line and status 2."""
+    """The command line: status 0, or 2 and one line after bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.studies.llama_calibration", description=__doc__.split(":", 1)[0]
     )
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(out_features: int, in_features: int, count: int) -> dict[str, Any]:
-    """Seconds and peak memory of the sums of `count` gradients (out, in) and of their decomposition, apart."""
+    """Seconds of summing `count` gradients (out, in) and of the decomposition, separately, and peak memory."""
     generator, grams = torch.Generator().manual_seed(0), Grams()
     before = time.process_time()
     memory = PeakMemory(torch.device("cpu"))
@@ -58,7 +58,7 @@ def measure(out_features: int, in_features: int, count: int) -> dict[str, Any]:
         start = time.perf_counter()
         grams.add(G)
         spent += time.perf_counter() - start
-    del G
+    del G  # a gradient must not count towards the peak of the decomposition
     start = time.perf_counter()
     basis = grams.basis()
     decomposition = time.perf_counter() - start
@@ -80,11 +80,11 @@ def measure(out_features: int, in_features: int, count: int) -> dict[str, Any]:
 
 
 def orthogonality(basis: Basis) -> float:
-    """The largest entry of Q^T Q - I, of the first, middle and last columns against all: 0 were perfect."""
-    return max(_orthogonality(side) for side in (basis.in_basis, basis.out_basis) if side is not None)
+    """The largest entry of |Q^T Q - I| over evenly spaced columns; 0 for a perfectly orthogonal basis."""
+    return max(_max_deviation(side) for side in (basis.in_basis, basis.out_basis) if side is not None)
 
 
-def _orthogonality(Q: Tensor) -> float:
+def _max_deviation(Q: Tensor) -> float:
     chosen = torch.linspace(0, len(Q) - 1, min(COLUMNS, len(Q))).long()
     products = Q.T @ Q[:, chosen]
     products[chosen, torch.arange(len(chosen))] -= 1
@@ -92,7 +92,7 @@ def _orthogonality(Q: Tensor) -> float:
 
 
 def write(results: Path, found: dict[str, Any], key: str) -> Path:
-    """Write a benchmark document that holds this decomposition alone."""
+    """Write a benchmark document that contains only this decomposition; returns its path."""
     facts = describe_environment(torch.device("cpu"))
     path = results / "bench" / "llama-calibration.json"
     document = {

@@ -1,4 +1,4 @@
-"""A model in training whose MLP gradients can be looked at: what figures 2 and 3 and the basis study measure on."""
+"""A model in training whose MLP gradients can be inspected, for figures 2 and 3 and the basis study."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Batch = Mapping[str, Any]
 
 
 def compose_run(*overrides: str) -> RunConfig:
-    """The checked configuration that run.py would make of `overrides`.
+    """The checked configuration that run.py composes from `overrides`.
 
     Raises:
-        UserError: for an override that is none, or a value that is not allowed.
+        UserError: for an invalid override, or a value that is not allowed.
     """
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         try:
@@ -41,7 +41,7 @@ def compose_run(*overrides: str) -> RunConfig:
 
 
 class Probe:
-    """One model on one task, calibrated as the paper's text says, then trained by SparseGrad.
+    """One model on one task, calibrated as in the paper's text and trained with SparseGrad.
 
     Attributes:
         bases: layer kind -> HOSVD basis of the calibration gradients.
@@ -61,7 +61,7 @@ class Probe:
         self.optimizer = SparseGradAdamW(self._groups(), lr=config.train.lr)
 
     def batches(self, stream: int, pad: str = "longest") -> Iterator[Batch]:
-        """Endless batches of shuffled rows, the same rows for the same `stream`; `pad` as `data.pad`."""
+        """Endless batches of shuffled rows; equal `stream` gives equal rows. `pad` is as in `data.pad`."""
         generator = torch.Generator().manual_seed(1000 * self.config.seed + stream)
         width = self.config.data.max_length if pad == "max_length" else None
         collate = DataCollatorWithPadding(self.tokenizer, padding=pad, max_length=width)
@@ -73,18 +73,18 @@ class Probe:
             yield from loader
 
     def backward(self, batch: Batch) -> float:
-        """Fresh gradients of one batch; its loss."""
+        """Replace all gradients by those of one batch; returns its loss."""
         self.model.zero_grad()
         loss: Tensor = self.model(**batch).loss
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.item()
 
     def gradients(self, kind: str) -> list[Tensor]:
-        """The weight gradients (out, in) of one kind after `backward`, block by block."""
+        """Weight gradients (out, in) of one layer kind after `backward`, in order of blocks."""
         return [linear.weight.grad for linear in self.linears[kind] if linear.weight.grad is not None]
 
     def output_gradients(self, batch: Batch) -> dict[str, list[Tensor]]:
-        """dL/dY (batch * tokens, out) of every linear, block by block; changes the gradients as `backward` does."""
+        """dL/dY (batch * tokens, out) of every linear by kind, in order of blocks; runs `backward`."""
         found: dict[str, list[Tensor]] = {kind: [] for kind in self.linears}
         hooks = [
             linear.register_full_backward_hook(_keep(found[kind]))
@@ -96,7 +96,7 @@ class Probe:
         finally:
             for hook in hooks:
                 hook.remove()
-        return {kind: grads[::-1] for kind, grads in found.items()}  # back-propagation meets the last block first
+        return {kind: grads[::-1] for kind, grads in found.items()}  # back-propagation reaches the last block first
 
     def _groups(self) -> list[dict[str, Any]]:
         weights = {kind: [linear.weight for linear in of] for kind, of in self.linears.items()}
@@ -114,10 +114,10 @@ def _keep(found: list[Tensor]) -> Any:
 
 
 def variants(basis: Basis, seed: int = 0) -> dict[str, Basis]:
-    """The bases that the study compares, for one layer kind, by name.
+    """The bases that the basis study compares, by name, for one layer kind.
 
     Raises:
-        UserError: for a basis of one side.
+        UserError: for a one-sided basis.
     """
     U, V = basis.both()
     none = Basis.identity(len(V), len(U))
@@ -134,7 +134,7 @@ def variants(basis: Basis, seed: int = 0) -> dict[str, Basis]:
 
 
 def top_energy(matrix: Tensor, density: float) -> float:
-    """Share of the squared norm that the largest `density` of all entries of a matrix hold."""
+    """Share of the squared norm of a matrix in its largest entries, of which `density` is the share of all entries."""
     squares = matrix.square().flatten().double()
     total = squares.sum().item()
     return 0.0 if total == 0 else squares.topk(max(1, round(density * squares.numel()))).values.sum().item() / total

@@ -1,12 +1,11 @@
-"""Which sampler finds a good learning rate soonest? The authors' 81 Optuna studies, replayed as a surrogate.
+"""Compare how soon samplers find a good learning rate, with the authors' 81 Optuna studies as surrogates.
 
-    python experiments/sampler_check.py --out results/studies/sampler_check.json
+    python -m experiments.studies.samplers --out results/studies/sampler_check.json
 
 Nothing is trained. A proposed (batch size, learning rate) gets the score of the nearest completed trial of the same
-study: same batch size, nearest learning rate on the logarithmic scale. What is counted is the number of trials until a
-score within 0.5 points of the study's best recorded one. Two things to keep in mind: most recorded trials were proposed
-by TPE and lie close together where it looked, so the surrogate is fine there and coarse elsewhere; and the noise of
-single runs is part of it, as it is of any search.
+study: same batch size, nearest learning rate on the logarithmic scale. The measure is the number of trials until a
+score is within 0.5 points of the study's best recorded score. Two limitations: TPE proposed most recorded trials, so
+the surrogate is fine-grained only where TPE searched; and scores contain the noise of single runs, as in any search.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ SPACE = Space(
     )
 )
 SAMPLERS = ("tpe", "gp", "qmc", "random")
-TOLERANCE = 0.005
+TOLERANCE = 0.005  # scores are from 0 to 1
 FEWEST_TRIALS = 10
 
 
@@ -54,7 +53,7 @@ class Surrogate:
             points.sort()
 
     def __call__(self, batch_size: int, lr: float) -> float:
-        """The score of the nearest trial; of the other batch size where this one was never tried."""
+        """The score of the nearest trial, or of the other batch size if this one was never tried."""
         points = self._by_batch.get(batch_size) or next(iter(self._by_batch.values()))
         place = bisect_left(points, (log(lr), 0.0))
         near = points[max(0, place - 1) : place + 1]
@@ -62,7 +61,7 @@ class Surrogate:
 
 
 def read_studies() -> dict[str, Surrogate]:
-    """The studies with enough completed trials whose scores differ at all."""
+    """The studies that have at least `FEWEST_TRIALS` completed trials with at least two different scores."""
     rows: dict[str, list[dict[str, str]]] = defaultdict(list)
     with TRIALS.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -72,7 +71,7 @@ def read_studies() -> dict[str, Surrogate]:
 
 
 def trials_needed(surrogate: Surrogate, name: str, seed: int, most: int) -> int:
-    """Trials until a score within the tolerance of the best; `most` + 1 if there is none."""
+    """Number of trials until a score is within `TOLERANCE` of the best; `most` + 1 if none is."""
     study = optuna.create_study(direction="maximize", sampler=sampler(name, SPACE, seed, startup_trials=10))
     for count in range(1, most + 1):
         trial = study.ask(SPACE.distributions)
@@ -84,7 +83,7 @@ def trials_needed(surrogate: Surrogate, name: str, seed: int, most: int) -> int:
 
 
 def check(name: str, studies: dict[str, Surrogate], seeds: int, most: int) -> dict[str, float | int]:
-    """One sampler over all studies and seeds."""
+    """Results of one sampler over all studies and seeds."""
     started = time.monotonic()
     needed = [[trials_needed(one, name, seed, most) for seed in range(seeds)] for one in studies.values()]
     every = [count for counts in needed for count in counts]
@@ -98,7 +97,7 @@ def check(name: str, studies: dict[str, Surrogate], seeds: int, most: int) -> di
 
 
 def main() -> int:
-    """Compare the samplers, print and write the figures."""
+    """The command line: compare the samplers, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)

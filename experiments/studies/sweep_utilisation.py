@@ -1,11 +1,12 @@
-"""How busy are the workers of a sweep? Trials of uneven length, real worker processes, nothing trained.
+"""Measure how busy the workers of a sweep are, with real worker processes and trials that sleep instead of training.
 
-    python experiments/sweep_utilisation.py --out results/studies/utilisation.json
+    python -m experiments.studies.sweep_utilisation --out results/studies/utilisation.json
 
-Each trial sleeps for a time that its parameter sets, between 1 and 8 seconds. Busy is the share of worker time, from
-the first trial's start to the last one's end, that trials fill; `busy_while_trials_were_left` starts the clock when all
-workers are there and stops it when the last trial is taken. Beside it stands what a batch-synchronous sweep of the same
-trials would reach: each batch as long as its longest trial, and no time at all lost between batches.
+Each trial sleeps for 1 to 8 seconds, as its parameter says. `busy` is the share of worker time spent in trials, from
+the start of the first trial to the end of the last. `busy_while_trials_were_left` counts only the time from the moment
+when every worker has a trial until the last trial starts. For comparison, `batch_synchronous_busy` is what a sweep in
+synchronous batches of the same trials would reach: each batch takes as long as its longest trial, without any delay
+between batches.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ from sparsegrad.sweeps.study import open_study
 
 
 def run(config: RunConfig, *, callbacks: Sequence[Any] = (), labels: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """In the place of `sparsegrad.runs.run`: sleep for `train.lr` seconds."""
+    """Stands in for `sparsegrad.runs.run`: sleeps for `train.lr` seconds."""
     time.sleep(config.train.lr)
     record = {"result": {"chosen_step": 1}, "evaluations": [{"step": 1, "accuracy": config.train.lr}], **labels}
     return record, True
 
 
 def sweep(folder: Path, workers: int, trials: int) -> list[FrozenTrial]:
-    """Run the sweep; its trials."""
+    """Run the sweep; returns its trials."""
     overrides = [
         "sweep=custom",
         "sweep.space={train.lr:{float:[1.0,8.0],log:true}}",
         "sweep.sampler=random",
-        "sweep.runner=sweep_utilisation.run",
+        "sweep.runner=experiments.studies.sweep_utilisation.run",
         f"sweep.trials={trials}",
         f"results_dir={folder}",
     ]
@@ -56,14 +57,14 @@ def sweep(folder: Path, workers: int, trials: int) -> list[FrozenTrial]:
 
 
 def seconds(first: datetime | None, last: datetime | None) -> float:
-    """From one time to the other."""
+    """Seconds between two times."""
     assert first is not None
     assert last is not None
     return (last - first).total_seconds()
 
 
 def busy_in_the_middle(trials: list[FrozenTrial], workers: int) -> float:
-    """Busy share from the moment when every worker has its first trial to that when the last trial is taken."""
+    """Busy share from the moment when every worker has its first trial until the last trial starts."""
     starts: dict[int, float] = {}
     spans = [(one.datetime_start, one.datetime_complete, one.user_attrs["worker"]["pid"]) for one in trials]
     zero = min(start for start, _, _ in spans if start is not None)
@@ -97,7 +98,7 @@ def figures(trials: list[FrozenTrial], workers: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure, print and write."""
+    """The command line: measure, print and write the shares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=4)

@@ -1,7 +1,7 @@
 #!/bin/bash
-# One node, a process for each of its GPUs:
+# One node with one process per GPU:
 #     sbatch scripts/slurm/one-node.sh model=roberta_base method=sparsegrad task=cola
-# Three minutes before the time is up the run saves and the job is queued again; the same command then goes on.
+# Three minutes before the time limit the run saves a checkpoint and the job is queued again; it then resumes.
 #SBATCH --job-name=sparsegrad
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -17,10 +17,10 @@ set -u
 
 gpus=${SLURM_GPUS_ON_NODE:-1}
 export OMP_NUM_THREADS=$(((${SLURM_CPUS_PER_TASK:-gpus} + gpus - 1) / gpus))
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120 # seconds for the last checkpoint, before torchrun kills
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120 # seconds for the last checkpoint before torchrun kills the processes
 
 asked=
-stop() { # TERM: Slurm takes the node, and queues the job again itself if it was pre-empted
+stop() { # TERM: Slurm reclaims the node and, after a pre-emption, queues the job again itself
     asked=$1
     kill -TERM "$launcher"
 }
@@ -31,7 +31,7 @@ trap 'stop USR1' USR1
 trap 'stop TERM' TERM
 wait "$launcher"
 status=$?
-if [ -n "$asked" ]; then # that wait ended with the signal
+if [ -n "$asked" ]; then # the first wait was interrupted by the signal
     wait "$launcher"
     status=$?
 fi

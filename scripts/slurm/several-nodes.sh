@@ -1,8 +1,8 @@
 #!/bin/bash
-# Several nodes, a process for each GPU:
+# Several nodes with one process per GPU:
 #     sbatch scripts/slurm/several-nodes.sh model=roberta_large method=sparsegrad task=qqp
-# The folder of this repository, and with it work_dir and results_dir, must be the same on all nodes. Three minutes
-# before the time is up the run saves and the job is queued again, for as many nodes; the same command then goes on.
+# This repository, with work_dir and results_dir, must be on a file system that all nodes share. Three minutes before
+# the time limit the run saves a checkpoint and the job is queued again for the same number of nodes; it then resumes.
 #SBATCH --job-name=sparsegrad
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -18,12 +18,12 @@ set -u
 
 gpus=${SLURM_GPUS_ON_NODE:-1}
 export OMP_NUM_THREADS=$(((${SLURM_CPUS_PER_TASK:-gpus} + gpus - 1) / gpus))
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120 # seconds for the last checkpoint, before torchrun kills
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120 # seconds for the last checkpoint before torchrun kills the processes
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))
 
 asked=
-stop() { # not to srun, which would end the step at once; scancel reaches torchrun and its processes on every node
+stop() { # srun would end the step at once; scancel signals torchrun and its processes on every node
     asked=$1
     scancel --signal=TERM "$SLURM_JOB_ID"
 }
@@ -32,10 +32,10 @@ srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" -m torch.distributed.run
     --nproc-per-node="$gpus" --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$head:$port" run.py "$@" &
 launcher=$!
 trap 'stop USR1' USR1
-trap 'asked=TERM' TERM # Slurm has signalled the step itself
+trap 'asked=TERM' TERM # Slurm signals the step itself
 wait "$launcher"
 status=$?
-if [ -n "$asked" ]; then # that wait ended with the signal
+if [ -n "$asked" ]; then # the first wait was interrupted by the signal
     wait "$launcher"
     status=$?
 fi

@@ -129,7 +129,7 @@ def test_answers_made_otherwise_are_not_mixed(run: Answering, capsys: pytest.Cap
     run("--ids", "1", "5")
     capsys.readouterr()
     assert run("--ids", "1", "5", "--seed", "7") == 2
-    assert "begun with seed=42, not 7: choose another --name" in capsys.readouterr().err
+    assert "started with seed=42, not 7: choose another --name" in capsys.readouterr().err
 
 
 def test_temperatures_are_mt_benchs(monkeypatch: pytest.MonkeyPatch, run: Answering) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.reliability.page import BLOCKS, MISSING, PAGE, RESULTS, filled, fuzz_section, kills
+from experiments.reliability.page import BLOCKS, MISSING, PAGE, RESULTS, fill_blocks, fuzz_section, kills
 from experiments.reliability.soak import COLUMNS, main, read_samples, report
 
 LEAK = 3.0  # MiB an hour
@@ -89,14 +89,14 @@ def test_no_process_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_the_page_says_what_the_files_hold(tmp_path: Path) -> None:
     """The committed page is what the committed results make of it; a new result changes its block alone."""
     page = PAGE.read_text()
-    assert filled(page, RESULTS) == page
+    assert fill_blocks(page, RESULTS) == page
     assert page.count("<!-- /") == len(BLOCKS)
     facts = report(read_samples(write(tmp_path / "s.csv", LEAK)), "A stand-in | here", 0.25)
     (tmp_path / "soak.json").write_text(json.dumps(facts))
-    said = filled(page, tmp_path)
+    said = fill_blocks(page, tmp_path)
     assert f"A stand-in | here: {facts['hours']:.2f} hours" in said
     assert said.count(MISSING) == 2
-    assert filled(said, tmp_path) == said
+    assert fill_blocks(said, tmp_path) == said
     row = {"method": "lora", "equal": False, **dict.fromkeys(("kills", "SIGKILL", "SIGTERM", "SIGINT"), 5)}
     row |= {"full disk": 4, "cut_checkpoints": 1, "records_compared": 2}
     assert "| lora | 5 | 5 | 5 | 5 | 4 | 1 | 2 | **no** |" in kills({"methods": [row]})

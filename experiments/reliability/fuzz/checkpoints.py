@@ -77,7 +77,7 @@ def _read(folder: Path) -> None:
     assert is_whole(Path(found))
     trainer, _ = _trained()
     trainer._is_done(found)
-    # Loading restores callbacks and adds this one each time; the shared trainer would collect thousands.
+    # Each load adds this callback; the shared trainer would collect thousands of them.
     trainer.callback_handler.callbacks = [
         one for one in trainer.callback_handler.callbacks if "Unlogged" not in str(one)
     ]
