@@ -1,4 +1,4 @@
-"""Two lines for a model of one's own: calibrate, and get the optimizer."""
+"""The two-line entry point: `prepare` calibrates a model and returns its optimizer."""
 
 from __future__ import annotations
 
@@ -44,55 +44,62 @@ def prepare(
     engine: str = "exact",
     **adamw: Any,
 ) -> SparseGradAdamW:
-    """Calibrate `model` and return the optimizer that fine-tunes it with SparseGrad; then train as ever.
+    """Calibrate `model` and return the optimizer that fine-tunes it with SparseGrad.
 
-    The MLP weights are SparseGrad; every other parameter that requires a gradient is AdamW, as in the paper: freeze
-    before the call what shall not train. `print(describe(optimizer))` tells which weights were taken.
+    The optimizer trains the MLP weights with SparseGrad and, as in the paper, every other parameter that requires a
+    gradient with AdamW. Freeze whatever should not train before the call. Then train with any loop.
+    `print(describe(optimizer))` lists the weights that were found.
 
     Args:
-        model: called as `model(**batch)`, with a `loss` in its result (see `calibrate`); only engine `fast`
-            changes it. It may be inside `DistributedDataParallel`, but for `fast`, where DDP comes afterwards; several
-            connected processes calibrate together.
-        batches: at least `calibration_steps` mappings of tensors with labels, for calibration only; None with `bases`.
-        target_modules: the linears to train: names or ends of names, as in `peft`, or layer kind -> pattern of names,
-            or a layout's name; None finds those of known layouts. See `find_mlp`. `mlp=` is an alias.
-        density: share of kept entries per weight and step, (0, 1]; default 0.01, the paper's.
+        model: called as `model(**batch)`; its result must have a `loss` (see `calibrate`). Only engine `fast` changes
+            the model. The model may be wrapped in `DistributedDataParallel`, except with engine `fast`, where DDP has
+            to wrap the prepared model. Several connected processes calibrate together.
+        batches: at least `calibration_steps` mappings of tensors with labels, used for calibration only; None with
+            `bases`.
+        target_modules: the linears to train: names or ends of names, as in `peft`; a mapping from layer kind to a
+            pattern of names; or the name of a known layout. None detects the layout. See `find_mlp`. `mlp=` is an
+            alias.
+        density: share of kept entries per weight and step, in (0, 1]; default 0.01, as in the paper.
         lr: learning rate of all parameters.
         keep: number of kept entries per weight, instead of `density`.
-        calibration_steps: batches of the calibration (paper: 30).
-        sides: what is rotated: `both` (the method), or only `in`, `out` or `small`, the side with fewer features; not
-            exact, a sixth of the rotation.
-        moments: `dense` (the method's), or `support`: a tenth of the memory, not exact; see `sparsegrad.optim.moments`.
-        bases: layer kind -> basis, as `load_bases` gives them or `optimizer.bases` of an earlier call: taken instead of
-            a calibration, which then does not happen. Of them too only `sides` are used.
-        gram_device: where the calibration keeps its sums, `cpu` to spare a GPU's memory; None: on the weights' device.
+        calibration_steps: number of calibration batches (paper: 30).
+        sides: which sides are rotated: `both` (the method), or only `in`, `out` or `small`, the side with fewer
+            features. One side costs a sixth of the rotation, but is not the exact method.
+        moments: `dense` (the method), or `support`, which uses a tenth of the memory but is not exact; see
+            `sparsegrad.optim.moments`.
+        bases: layer kind -> basis, from `load_bases` or from `optimizer.bases` of an earlier call. They replace the
+            calibration. Only the part that `sides` selects is used.
+        gram_device: device of the calibration's Gram matrices; `cpu` saves GPU memory, None uses the weights' device.
         engine: `exact`, the method; or `fast`, which is NOT the exact method: it trains one fixed block of the rotated
-            gradient, not its top entries. Each MLP linear becomes a `BlockLinear`, whose weight is frozen and whose
-            core trains; `density` gives its shape, and `weight_decay` acts on the core, not on the weight. Move the
-            model to its device before the call; call `to_linears(model)` after training, before saving.
+            gradient instead of its largest entries. It replaces each MLP linear by a `BlockLinear`, whose weight is
+            frozen and whose core trains. `density` sets the size of the core, and `weight_decay` acts on the core
+            instead of the weight. Move the model to its device before the call, and call `to_linears(model)` after
+            training, before saving.
         **adamw: `betas`, `eps`, `weight_decay`, `fused`, `foreach` of `SparseGradAdamW`.
 
     Raises:
-        UserError: for values out of range, or a model without the named linears, or with frozen, tied, quantized or
-            sharded ones, or another model on each process, or bases that do not fit it; for what engine `fast` does
-            not take (`keep`, `sides`, `moments`, `Conv1D`); before any batch is read. For batches without labels.
+        UserError: before any batch is read, for values out of range; a model without the named linears; weights that
+            are frozen, tied, quantized or sharded; models that differ between processes; bases that do not fit; or
+            options that engine `fast` does not support (`keep`, `sides`, `moments`, `Conv1D`). During calibration, for
+            batches without labels.
     """
     if engine == "merged":
-        warn_renamed('engine="exact"', 'engine="exact"')
+        warn_renamed('engine="merged"', 'engine="exact"')
         engine = "exact"
     _check_options(batches, lr, sides, moments, bases)
     _check_engine(engine, model, keep=keep, sides=sides, moments=moments)
     model = unwrapped(model)
     density = 0.01 if density is None and keep is None else density
-    linears = _find(model, target_modules, keep, density, engine)
-    SparseGradAdamW(model.parameters(), lr=lr, **adamw)  # refuses what it will refuse, before the calibration
+    linears = _find_linears(model, target_modules, keep, density, engine)
+    # Calibration may take minutes: construct a throwaway optimizer first, so that bad options fail before it.
+    SparseGradAdamW(model.parameters(), lr=lr, **adamw)
     if bases is None:
         assert batches is not None
         by_kind = {kind: found.values() for kind, found in linears.items()}
         bases = calibrate(model, batches, by_kind, calibration_steps, sides=sides, gram_device=gram_device)
     else:
         check_same_weights(model)
-        bases = _fitting(bases, linears, sides)
+        bases = _fit_bases(bases, linears, sides)
     if engine == "fast":
         assert density is not None
         groups = core_groups(model, use_blocks(model, linears, bases, density))
@@ -109,7 +116,7 @@ def _check_options(batches: Any, lr: Any, sides: Any, moments: Any, bases: Any) 
     check_choice("sides", sides, SIDES)
     check_choice("moments", moments, tuple(MOMENTS))
     if isinstance(batches, Mapping):
-        raise UserError("batches is one batch: give several, a list of batches or a DataLoader")
+        raise UserError("batches is one batch: give several, as a list of batches or a DataLoader")
     if batches is None and bases is None:
         raise UserError("batches=None leaves nothing to calibrate on: give batches, or stored bases as bases=")
     if bases is not None and not (isinstance(bases, Mapping) and all(isinstance(b, Basis) for b in bases.values())):
@@ -117,51 +124,52 @@ def _check_options(batches: Any, lr: Any, sides: Any, moments: Any, bases: Any) 
 
 
 def _check_engine(engine: Any, model: Any, **options: Any) -> None:
-    """A known engine, with options that are its own."""
+    """Check that the engine is known and supports the given options."""
     if check_choice("engine", engine, ENGINES) == "exact":
         return
-    usual = {"keep": None, "sides": "both", "moments": "dense"}
-    if other := [f"{name}={options[name]}" for name in usual if options[name] != usual[name]]:
+    defaults = {"keep": None, "sides": "both", "moments": "dense"}
+    if other := [f"{name}={options[name]}" for name in defaults if options[name] != defaults[name]]:
         raise UserError(
             f'engine="fast" does not take {", ".join(other)}: density alone sets its block, and sides="both", '
-            'moments="dense" are all it has; leave the others out, or give engine="exact"'
+            'moments="dense" are all it supports; leave the others out, or give engine="exact"'
         )
     if unwrapped(model) is not model:
         raise UserError(
             f'engine="fast" puts new layers into the model, which {type(model).__name__} does not see: prepare the '
-            "model first and wrap it then"
+            "model first and wrap it afterwards"
         )
 
 
-def _find(model: nn.Module, names: Names | None, keep: int | None, density: float | None, engine: str) -> Linears:
-    """The MLP linears, all of which can train, hold the kept entries and suit the engine."""
+def _find_linears(
+    model: nn.Module, names: Names | None, keep: int | None, density: float | None, engine: str
+) -> Linears:
+    """Find the MLP linears and check that each can train, has enough entries and suits the engine."""
     linears = find_mlp(model, names)
     check_trainable(linears)
     for found in linears.values():
         for linear in found.values():
-            count_kept(linear.weight.shape, keep=keep, density=density)
+            count_kept(linear.weight.shape, keep=keep, density=density)  # for its check: keep must fit every weight
             if engine == "fast":
                 check_linear(linear, 'engine="fast"', 'give engine="exact"')
     return linears
 
 
-def _fitting(bases: Mapping[str, Basis], linears: Linears, sides: str) -> dict[str, Basis]:
-    """The `sides` of the bases of all layer kinds, each of which fits its weights."""
+def _fit_bases(bases: Mapping[str, Basis], linears: Linears, sides: str) -> dict[str, Basis]:
+    """Check that stored bases fit the model's weights, and return their `sides`."""
     if bases.keys() != linears.keys():
         raise UserError(
             f"bases are of the kinds {', '.join(bases) or 'none'}, the model's linears of {', '.join(linears)}: give "
-            "the bases that were made with the same target_modules=, or calibrate anew"
+            "the bases that were made with the same target_modules=, or calibrate again"
         )
     for kind, found in linears.items():
         for linear in found.values():
             if not bases[kind].fits(linear.weight.shape):
                 raise UserError(
                     f"a basis for {bases[kind].shape} does not fit the weights {tuple(linear.weight.shape)} of kind "
-                    f"{kind}: give the bases of this model, or calibrate anew"
+                    f"{kind}: give the bases of this model, or calibrate again"
                 )
     return {kind: bases[kind].only(sides) for kind in linears}
 
 
-create_sparsegrad_optimizer = (
-    prepare  # the name of the form that peft's LoRA variants have (`create_loraplus_optimizer`)
-)
+# The same function under the form of name that peft's LoRA variants have (`create_loraplus_optimizer`).
+create_sparsegrad_optimizer = prepare

@@ -1,4 +1,7 @@
-"""The change of basis of one layer kind (paper, section 3.1 and Table 2), and its file; `grams` finds it."""
+"""The change of basis of one layer kind (paper, section 3.1 and Table 2), and its file format.
+
+`sparsegrad.calibration.grams` computes the matrices.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +22,25 @@ from sparsegrad.hashing import tensors_sha256
 
 FORMAT = "sparsegrad-basis-1"
 SIDES = ("both", "in", "out", "small")
-# Above one entry in so many a sparse product is slower than a dense one (CPU: one in 12 for 384, in 20 for 768 inputs).
+# A sparse product is slower than a dense one when more than one in so many entries is kept. Measured break-even on a
+# CPU: one in 12 for 384 inputs, one in 20 for 768.
 _DENSE_FROM = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """Orthogonal matrices whose columns are singular vectors, sorted by falling energy: one for each side, or for one.
+    """Orthogonal matrices whose columns are singular vectors by decreasing energy, for both sides or for one.
 
-    A side that is None is not rotated. Rotating the smaller side alone costs a sixth of both and keeps most of the
-    concentration (it is not the paper's method, which rotates both).
+    A side that is None is not rotated. Rotating only the smaller side costs a sixth of rotating both and keeps most of
+    the concentration, but it is not the paper's method, which rotates both.
 
     Attributes:
         in_basis: U (in, in), the paper's U^T; or None.
         out_basis: V (out, out), the paper's V^T; or None.
 
     Raises:
-        UserError: when a matrix is not square, or both are None. Orthogonality is the maker's promise: checking it
-            costs O(n^3).
+        UserError: when a matrix is not square, or both are None. Orthogonality is not checked, as that costs O(n^3):
+            the caller guarantees it.
     """
 
     in_basis: Tensor | None
@@ -51,16 +55,17 @@ class Basis:
 
     @classmethod
     def identity(cls, out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Basis:
-        """The basis that changes nothing: with it SparseGrad is MeProp with masked Adam."""
+        """The basis that rotates nothing; with it SparseGrad is MeProp with masked Adam."""
         return cls(torch.eye(in_features, dtype=dtype), torch.eye(out_features, dtype=dtype))
 
     @property
     def shape(self) -> tuple[int | None, int | None]:
-        """(out, in): the shape of the weights that this basis rotates; None for a side that it leaves alone."""
-        return _size(self.out_basis), _size(self.in_basis)
+        """(out, in): the shape of the weights that this basis rotates; None for a side that it does not rotate."""
+        U, V = self.in_basis, self.out_basis
+        return None if V is None else len(V), None if U is None else len(U)
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether it rotates weights of `shape` (out, in)."""
+        """Whether this basis can rotate weights of `shape` (out, in)."""
         return all(own in (None, given) for own, given in zip(self.shape, shape, strict=True))
 
     def only(self, sides: str) -> Basis:
@@ -72,13 +77,14 @@ class Basis:
         check_choice("sides", sides, SIDES)
         if sides == "small":
             sides = small_side(self.shape)
+        # A side that is missing here stays None in the part: the count of Nones below detects it.
         part = Basis(None if sides == "out" else self.in_basis, None if sides == "in" else self.out_basis)
         if part.shape.count(None) > (sides != "both"):
-            raise UserError(f"a basis for {self.shape} has not sides={sides}: name the side it has, or calibrate anew")
+            raise UserError(f"a basis for {self.shape} does not have sides={sides}: name the side it has, or calibrate again")
         return part
 
     def both(self) -> tuple[Tensor, Tensor]:
-        """U and V.
+        """U (in, in) and V (out, out).
 
         Raises:
             UserError: for a basis of one side.
@@ -93,32 +99,37 @@ class Basis:
         return Basis(None if U is None else U.to(device, dtype), None if V is None else V.to(device, dtype))
 
     def by_columns(self) -> Basis:
-        """The same matrices with each column in one piece of memory, which is what a sparse product reads.
+        """The same matrices with contiguous columns, which is what a sparse product reads.
 
-        A file gives them row by row; from there `unrotate_sparse` takes ten times as long (3072 x 768 on a CPU).
+        Files store rows contiguously. With that layout `unrotate_sparse` takes ten times as long (3072 x 768, CPU).
         """
         U, V = self.in_basis, self.out_basis
         return Basis(None if U is None else U.T.contiguous().T, None if V is None else V.T.contiguous().T)
 
     def rotate(self, matrix: Tensor) -> Tensor:
         """V^T G U for G (..., out, in): a weight or gradient in the rotated space (Table 2, Grad Weights)."""
-        self._check(matrix)
+        self._check_shape(matrix)
         if self.in_basis is not None:
             matrix = matrix @ self.in_basis
         return matrix if self.out_basis is None else self.out_basis.T @ matrix
 
     def unrotate(self, matrix: Tensor) -> Tensor:
         """V G~ U^T for G~ (..., out, in): the inverse of `rotate`."""
-        self._check(matrix)
+        self._check_shape(matrix)
         if self.in_basis is not None:
             matrix = matrix @ self.in_basis.T
         return matrix if self.out_basis is None else self.out_basis @ matrix
 
     def unrotate_sparse(self, index: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
-        """V S U^T (count, out, in) for `count` sparse S (out, in) with `values` (count, k) at flat positions `index`.
+        """V S U^T (count, out, in) for `count` sparse matrices S of `shape` (out, in).
 
-        One side, the longer where both rotate, is one sparse by dense product for all, O(k n) each; of entries that are
-        not few both are dense.
+        The longer side is one sparse-dense product for all matrices, O(k n) each; the other side is dense. With many
+        entries both products are dense (see `_DENSE_FROM`).
+
+        Args:
+            index: flat positions (count, k) of the nonzero entries of each S.
+            values: the entries (count, k).
+            shape: (out, in).
         """
         out_features, in_features = shape
         if _DENSE_FROM * values.shape[-1] >= out_features * in_features:
@@ -126,14 +137,15 @@ class Basis:
             return self.unrotate(whole.view(len(values), *shape))
         rows, columns = index // in_features, index % in_features
         if self.in_basis is None or (self.out_basis is not None and out_features >= in_features):
-            half = _scatter_product(columns, rows, values, in_features, self.out_basis.T)  # type: ignore[union-attr]
+            # V S = (S^T V^T)^T: the sparse factor has to be on the left.
+            half = _multiply_sparse(columns, rows, values, in_features, self.out_basis.T)  # type: ignore[union-attr]
             half = half.transpose(1, 2)  # V S (count, out, in)
             return half if self.in_basis is None else half @ self.in_basis.T
-        half = _scatter_product(rows, columns, values, out_features, self.in_basis.T)  # S U^T
+        half = _multiply_sparse(rows, columns, values, out_features, self.in_basis.T)  # S U^T (count, out, in)
         return half if self.out_basis is None else self.out_basis @ half
 
     def save(self, path: str | os.PathLike[str], fingerprint: str = "") -> None:
-        """Write safetensors atomically; `fingerprint` tells what the basis was made from."""
+        """Write a safetensors file atomically; `fingerprint` identifies what the basis was made from."""
         save_bases(path, {"basis": self}, fingerprint)
 
     @classmethod
@@ -148,25 +160,24 @@ class Basis:
             raise UserError(f"{path} holds the bases of {', '.join(bases)}: read it with load_bases")
         return next(iter(bases.values()))
 
-    def _check(self, matrix: Tensor) -> None:
+    def _check_shape(self, matrix: Tensor) -> None:
         if not self.fits(matrix.shape[-2:]):
             raise UserError(f"a matrix {tuple(matrix.shape)} does not fit a basis for {self.shape}: give (out, in)")
 
 
 def small_side(shape: Sequence[int | None]) -> str:
-    """The side of (out, in) with fewer features; `in` of two equal ones."""
+    """The side of (out, in) with fewer features; `in` if they are equal. A side that is None is not an option."""
     out_features, in_features = shape
     if out_features is None or in_features is None:
         return "out" if in_features is None else "in"
     return "out" if out_features < in_features else "in"
 
 
-def _size(matrix: Tensor | None) -> int | None:
-    return None if matrix is None else len(matrix)
+def _multiply_sparse(rows: Tensor, columns: Tensor, values: Tensor, size: int, dense: Tensor) -> Tensor:
+    """S @ dense (count, size, o) for `count` matrices S (size, c) with `values` (count, k) at `rows` and `columns`.
 
-
-def _scatter_product(rows: Tensor, columns: Tensor, values: Tensor, size: int, dense: Tensor) -> Tensor:
-    """S @ dense (count, size, o) for S (size, c) with `values` (count, k) at `rows`, `columns`: one sparse product."""
+    The matrices are stacked to one of (count * size, c): one kernel launch instead of `count`.
+    """
     count = len(values)
     rows = rows + torch.arange(count, device=rows.device)[:, None] * size
     index = torch.stack([rows.flatten(), columns.flatten()])
@@ -176,7 +187,13 @@ def _scatter_product(rows: Tensor, columns: Tensor, values: Tensor, size: int, d
 
 
 def save_bases(path: str | os.PathLike[str], bases: Mapping[str, Basis], fingerprint: str = "") -> None:
-    """Write the bases of several layer kinds to one safetensors file, atomically."""
+    """Write the bases of several layer kinds to one safetensors file, atomically.
+
+    Args:
+        path: the file; its folder is created.
+        bases: layer kind -> basis.
+        fingerprint: identifies what the bases were made from; see `load_bases`.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -185,7 +202,7 @@ def save_bases(path: str | os.PathLike[str], bases: Mapping[str, Basis], fingerp
             if (matrix := getattr(basis, side)) is not None:
                 tensors[f"{kind}.{side}"] = matrix.contiguous()
     metadata = {"format": FORMAT, "fingerprint": fingerprint, "kinds": json.dumps(list(bases))}
-    metadata["sha256"] = _digest(tensors)
+    metadata["sha256"] = _hash_tensors(tensors)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, scratch, metadata)
@@ -199,7 +216,7 @@ def load_bases(path: str | os.PathLike[str], fingerprint: str | None = None) -> 
 
     Args:
         path: the file.
-        fingerprint: what the basis must have been made from; None accepts any.
+        fingerprint: what the bases must have been made from; None accepts any.
 
     Raises:
         UserError: when the file is missing, damaged, of another format, or of another fingerprint.
@@ -222,7 +239,7 @@ def load_bases(path: str | os.PathLike[str], fingerprint: str | None = None) -> 
 def _check_content(
     path: str | os.PathLike[str], kinds: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Refuse what is not as it was written, or was never a basis."""
+    """Raise for a file whose content was changed after it was written, or that never held bases."""
     if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
         raise ValueError("kinds are not a list of names")
     unknown = set(tensors) - {f"{kind}.{side}_basis" for kind in kinds for side in ("in", "out")}
@@ -231,12 +248,12 @@ def _check_content(
     if not all(tensor.is_floating_point() for tensor in tensors.values()):
         raise ValueError("a matrix is not of floating point numbers")
     written = metadata.get("sha256")  # files of older versions have none
-    if written is not None and written != _digest(tensors):
+    if written is not None and written != _hash_tensors(tensors):
         raise UserError(f"{path} is damaged (its sha256 differs): delete it and calibrate again")
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of the bytes of all tensors."""
+def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of all tensors with their names, dtypes and shapes."""
     return tensors_sha256((f"{name}{one.dtype}{tuple(one.shape)}", one) for name, one in sorted(tensors.items()))
 
 
@@ -246,6 +263,6 @@ def _check_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str], f
     if fingerprint is not None and metadata.get("fingerprint") != fingerprint:
         found = metadata.get("fingerprint")
         raise UserError(
-            f"{path} was made from other model, data or settings (fingerprint {found}, not {fingerprint}): "
+            f"{path} was made from another model, data or settings (fingerprint {found}, not {fingerprint}): "
             "name another file or delete it"
         )

@@ -1,4 +1,7 @@
-"""Several processes that train one model, started by `torchrun` or `accelerate launch`; alone, nothing happens here."""
+"""Data-parallel training, as started by `torchrun` or `accelerate launch`.
+
+With a single process every function here is a no-op.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +16,30 @@ from sparsegrad.errors import UserError
 
 
 def world_size() -> int:
-    """How many processes train together, by what the launcher set; known before they are connected."""
+    """Number of processes that train together, from the launcher's environment; known before they are connected."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's number among them."""
+    """The index of this process, from the launcher's environment."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
-    """Whether this process writes records and prints."""
+    """Whether this is the process that writes records and prints."""
     return rank() == 0
 
 
 def connected() -> bool:
-    """Whether there are several processes and they can talk."""
+    """Whether there are several processes with an initialized process group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def average_(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor by its mean over all processes: the gradient of the batch that they share."""
+    """Replace each tensor by its mean over all processes, in place.
+
+    The mean of per-process gradients is the gradient of the batch that the processes share.
+    """
     if connected():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -41,11 +47,11 @@ def average_(tensors: Iterable[Tensor]) -> None:
 
 
 def check_same_weights(model: nn.Module) -> None:
-    """Raise `UserError` unless all processes have the same parameters, as those of one seed or one checkpoint are."""
+    """Raise `UserError` on every process unless all have the same parameters, bit for bit."""
     if not connected():
         return
     sums: list[dict[str, int]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(sums, {name: _sum_of_bits(parameter) for name, parameter in model.named_parameters()})
+    dist.all_gather_object(sums, {name: _sum_bits(parameter) for name, parameter in model.named_parameters()})
     for name in sums[0]:
         if len({own.get(name) for own in sums}) > 1:
             raise _shared(
@@ -57,19 +63,22 @@ def check_same_weights(model: nn.Module) -> None:
 
 
 def refuse_shards(model: nn.Module) -> None:
-    """Raise `UserError` for a model that FSDP has cut up: no process has a whole weight that it could rotate."""
+    """Raise `UserError` for a model that FSDP has sharded: no process holds a whole weight to rotate."""
     wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
     if wrapped or any(is_shard(parameter) for parameter in model.parameters()):
         raise shards_error(f"{type(model).__name__} is")
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether it is a `DTensor`, as FSDP2's `fully_shard` and tensor parallelism make them; imports nothing for it."""
+    """Whether `tensor` is a `DTensor`, as FSDP2's `fully_shard` and tensor parallelism create.
+
+    Recognized by its attribute, without an import of `torch.distributed.tensor`.
+    """
     return hasattr(tensor, "device_mesh")
 
 
 def shards_error(what: str) -> UserError:
-    """The error for `what`, such as `a weight is`."""
+    """The error for a sharded tensor or model; `what` is a subject and verb, such as `a weight is`."""
     return UserError(
         f"{what} cut into shards (FSDP, tensor parallelism), which cannot be rotated: train with "
         "DistributedDataParallel, which keeps every weight whole on every process"
@@ -77,17 +86,17 @@ def shards_error(what: str) -> UserError:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `DistributedDataParallel`, with the names and the backward pass of its own."""
+    """The model inside `DistributedDataParallel`, without the prefix of its names and without its gradient hooks."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def _sum_of_bits(tensor: Tensor) -> int:
-    """The same for the same values, whatever device adds them up: whole numbers have no order of summation."""
+def _sum_bits(tensor: Tensor) -> int:
+    """A checksum that is equal on every device: integer addition, unlike float addition, is associative."""
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return int(tensor.detach().contiguous().view(whole).sum(dtype=torch.int64))
 
 
 def _shared(error: UserError) -> UserError:
-    """Mark an error that all processes raise, so that only one prints it."""
+    """Mark an error that all processes raise, so that only the main one prints it."""
     error.silent = not is_main()
     return error

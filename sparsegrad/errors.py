@@ -1,4 +1,4 @@
-"""The one error that a user sees, and the checks that raise it."""
+"""The error type for mistakes in the input, and the checks that raise it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class UserError(ValueError):
-    """A mistake in the input: the message names the value, what is allowed and the remedy.
+    """A mistake in the input. The message names the value, what is allowed and the remedy.
 
     `run.py` prints it as one line and exits with status 2.
     """
 
-    silent = False  # whether another of several processes prints it
+    silent = False  # True when another process prints the same error
 
 
 class BusyError(UserError):
-    """Another process works on the same run."""
+    """Another process is working on the same run."""
 
 
 def fail(name: str, value: object, allowed: str, remedy: str = "") -> UserError:
@@ -33,7 +33,7 @@ def fail(name: str, value: object, allowed: str, remedy: str = "") -> UserError:
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Say once per place that `old` is now called `new`; the caller accepts both."""
+    """Warn, once per place in the code, that `old` is now called `new`; the caller accepts both names."""
     warnings.warn(f"{old} is now called {new}; the old name still works", FutureWarning, stacklevel=stacklevel)
 
 
@@ -41,7 +41,7 @@ def renamed_arguments(quiet: bool = False, **names: str) -> Callable[[Function],
     """Let a function accept arguments under earlier names.
 
     Args:
-        quiet: do not warn: the old name is a lasting alias.
+        quiet: do not warn, because the old name is a permanent alias.
         **names: old name -> new name.
 
     Raises:
@@ -66,14 +66,14 @@ def renamed_arguments(quiet: bool = False, **names: str) -> Callable[[Function],
 
 
 def missing_package(what: str, package: str | None, extra: str) -> UserError:
-    """The error for `what` without the package it needs, with the extra that brings it."""
+    """The error for a feature `what` whose `package` is not installed; `extra` is the extra that installs it."""
     return UserError(
         f"{what} needs the package {package}: run pip install -e '.[{extra}]' in the checkout of sparsegrad"
     )
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, whole; its class where it says nothing."""
+    """The first non-empty line of an error's message, or its class name if the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -88,9 +88,10 @@ def check_number(
     remedy: str = "",
 ) -> float:
     """Return `value` as a finite float inside the bounds, or raise `UserError`."""
+    # bool is an int in Python; the comparison with the largest float excludes infinity and NaN.
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not number or not (value > above and at_least <= value <= at_most and value < below):
-        raise fail(name, value, "give " + _bounds("a number", above, at_least, at_most, below), remedy)
+        raise fail(name, value, "give " + _format_bounds("a number", above, at_least, at_most, below), remedy)
     return float(value)
 
 
@@ -99,7 +100,9 @@ def check_integer(
 ) -> int:
     """Return `value` as an int inside the bounds, or raise `UserError`."""
     if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
-        raise fail(name, value, "give " + _bounds("a whole number", -math.inf, at_least, at_most, math.inf), remedy)
+        raise fail(
+            name, value, "give " + _format_bounds("a whole number", -math.inf, at_least, at_most, math.inf), remedy
+        )
     return value
 
 
@@ -111,13 +114,13 @@ def check_choice(name: str, value: Any, choices: Collection[Any], remedy: str = 
 
 
 def check_text(name: str, value: Any) -> str:
-    """Return `value` if it is a text with something in it, or raise `UserError`."""
+    """Return `value` if it is a non-blank string, or raise `UserError`."""
     if not isinstance(value, str) or not value.strip():
         raise fail(name, value, "give a text", f"a number becomes one in quotes: {name}=\\'1\\'")
     return value
 
 
-def _bounds(kind: str, above: float, at_least: float, at_most: float, below: float) -> str:
+def _format_bounds(kind: str, above: float, at_least: float, at_most: float, below: float) -> str:
     parts = [kind]
     if above > -math.inf:
         parts.append(f"above {above:g}")

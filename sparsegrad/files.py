@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read without trusting their size."""
+"""Atomic writes of small files, and reads of JSON with a limit on its size."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from safetensors import SafetensorError
 
 from sparsegrad.errors import UserError, first_line
 
-MAX_JSON = 64 * 2**20  # bytes; a record has some 10,000
-# What a full, read-only or forbidden place answers, and how safetensors and torch.save say so.
+MAX_JSON = 64 * 2**20  # bytes; a record has about 10,000
+# Error codes of a full, read-only or protected file system, and how safetensors and torch.save report them.
 _WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 _WRITING_MARKS = ("Error while serializing: I/O error", "inline_container", "PytorchStreamWriter", "iostream error")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` so that `path` is either as before or whole.
+    """Write `content` as JSON, atomically: `path` has either its old content or all of the new.
 
     Raises:
-        UserError: when the folder cannot be written or the disk is full; nothing is left behind.
+        UserError: when the folder cannot be written or the disk is full; no partial file remains.
     """
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write `content` so that `path` is either as before or whole; raises as `write_json`."""
+    """Write `content` atomically; see `write_json`."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open("w") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before the rename: otherwise a power failure may leave an empty file
         scratch.replace(path)
     except OSError as error:
         raise unwritable(path, error) from None
@@ -46,7 +46,7 @@ def write_text(path: Path, content: str) -> None:
 
 
 def unwritable(path: Path, error: Exception) -> UserError:
-    """The error for a place that cannot be written."""
+    """The error for a path that cannot be written."""
     reason = getattr(error, "strerror", None) or first_line(error)
     return UserError(f"cannot write {path}: {reason}; free space there or choose another folder")
 
@@ -62,21 +62,21 @@ def is_of_writing(error: Exception, folders: Iterable[Path | str]) -> bool:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise `UserError` unless a file can be made in `folder`, which is created if need be."""
+    """Raise `UserError` unless a file can be created in `folder`, which is created if needed."""
     probe = folder / f".probe.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("x" * 4096)
+        probe.write_text("x" * 4096)  # a block: on a full disk an empty file can still be created
         probe.unlink()
     except OSError as error:
         raise unwritable(folder, error) from None
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file of ours.
+    """The content of a JSON file that this project wrote.
 
     Raises:
-        ValueError: when it is missing, damaged, nested too deep, or larger than any of ours.
+        ValueError: when it is missing, damaged, nested too deeply, or larger than `MAX_JSON`.
     """
     try:
         return load_json(path)
@@ -85,7 +85,7 @@ def read_json(path: Path) -> Any:
 
 
 def load_json(path: Path) -> Any:
-    """As `read_json`, but a file that is missing or cannot be read, whatever it holds, stays an `OSError`."""
+    """Like `read_json`, but raises `OSError` for a file that is missing or cannot be read."""
     if (size := path.stat().st_size) > MAX_JSON:
         raise ValueError(f"{size} bytes are too many")
     try:

@@ -1,4 +1,4 @@
-"""SHA-256 of texts, JSON, files and tensors, in one place: fingerprints of all kinds are made of these."""
+"""SHA-256 of texts, JSON, files and tensors; all fingerprints and run keys are built from these."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SHORT = 16  # hex digits of a key or a fingerprint: 64 bits, far from a collision among thousands of runs
+SHORT = 16  # hex digits of a key or a fingerprint: 64 bits, enough to avoid collisions among thousands of runs
 
 
 def text_sha256(text: str) -> str:
@@ -20,7 +20,7 @@ def text_sha256(text: str) -> str:
 
 
 def json_sha256(content: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """Hex SHA-256 of `content` as JSON with sorted keys; `default` turns what JSON does not know into what it does."""
+    """Hex SHA-256 of `content` as JSON with sorted keys; `default` is that of `json.dumps`."""
     return text_sha256(json.dumps(content, sort_keys=True, default=default))
 
 
@@ -34,8 +34,8 @@ def tensors_sha256(tensors: Iterable[tuple[str, Tensor]], head: str = "") -> str
     """Hex SHA-256 of labelled tensors, in order.
 
     Args:
-        tensors: (label, tensor) pairs; the label stands for what the bytes do not say, such as name and shape.
-        head: a text that is hashed first.
+        tensors: (label, tensor) pairs; the label holds what the bytes do not, such as name and shape.
+        head: text that is hashed before them.
     """
     digest = hashlib.sha256(head.encode())
     for label, tensor in tensors:
@@ -45,6 +45,6 @@ def tensors_sha256(tensors: Iterable[tuple[str, Tensor]], head: str = "") -> str
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """All bytes of a tensor of any shape, dtype and device, row by row; a view if it is contiguous on the CPU."""
-    # As numbers of one byte: numpy knows no bfloat16.
+    """The bytes of a tensor in row-major order; a view if it is contiguous on the CPU."""
+    # Viewed as uint8, since numpy has no bfloat16.
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""Find the MLP linears of a model by layer kind, through the names of its modules."""
+"""Which weights SparseGrad trains: the MLP linears of a model by layer kind, found by their module names."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from sparsegrad.distributed import refuse_shards
 from sparsegrad.errors import UserError, check_choice, renamed_arguments
 
-# Layer kind -> pattern that must match the whole module name. Many families share names: ViT of transformers 5.3 has
-# BERT's, that of 5.23 `mlp.fc1`; Gemma, Phi-1 and others are found by the names they share with a family listed here.
+# Layer kind -> pattern that must match the whole module name. Many families share names: Gemma, Phi-1 and others are
+# found by the names of a family listed here. ViT has BERT's names in transformers 5.3 and `mlp.fc1` in 5.23.
 _BERT = {
     "intermediate": r"(.*\.)?encoder\.layer\.\d+\.intermediate\.dense",
     "output": r"(.*\.)?encoder\.layer\.\d+\.output\.dense",
@@ -36,8 +36,8 @@ LAYOUTS: dict[str, dict[str, str]] = {
 Linears = dict[str, dict[str, nn.Linear]]
 """Layer kind -> module name -> linear, in the model's order.
 
-GPT-2's `Conv1D` stands here too. Its weight is (in, out), so its basis is the linear's with the two matrices
-exchanged; the method treats rows and columns alike, and keeps the same entries.
+It may also hold GPT-2's `Conv1D`, whose weight is (in, out). Its basis is that of the linear with the two matrices
+exchanged. The method treats rows and columns alike, so it keeps the same entries.
 """
 Names = Mapping[str, str] | Sequence[str] | str
 
@@ -47,59 +47,63 @@ def find_mlp(model: nn.Module, target_modules: Names | None = None) -> Linears:
     """Find the MLP linears of `model` by kind.
 
     Args:
-        model: any module; nothing is asked of its class.
-        target_modules: None takes the one layout of `LAYOUTS` whose names the model has. Else the name of a layout; or
-            layer kind -> regular expression for the whole module name; or a list of module names or their ends, as
-            in `peft`: names that differ in numbers alone are one kind (`layers.*.mlp.up_proj`). `mlp=` is an alias.
+        model: any module; only its module names matter.
+        target_modules: None detects the one layout of `LAYOUTS` that matches the model's names. Otherwise the name of
+            a layout; a mapping from layer kind to a regular expression for the whole module name; or a list of module
+            names or their ends, as in `peft`, where names that differ only in numbers form one kind
+            (`layers.*.mlp.up_proj`). `mlp=` is an alias.
+
+    Returns:
+        Layer kind -> module name -> linear. All weights of a kind have one shape.
 
     Raises:
-        UserError: for an unknown or ambiguous layout, a bad expression, a kind without linears or with mixed shapes,
-            a module of two kinds, a quantized or sharded weight, or one that other modules share.
+        UserError: for an unknown or ambiguous layout, an invalid expression, a kind without linears or with mixed
+            shapes, a module of two kinds, a quantized or sharded weight, or one that other modules share.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}, not a torch.nn.Module: give the model itself")
     refuse_shards(model)
-    named = _named(model, target_modules)
+    named = _resolve_names(model, target_modules)
     _refuse_overlap(named)
-    linears = {kind: _linears(model, kind, names) for kind, names in named.items()}
+    linears = {kind: _get_linears(model, kind, names) for kind, names in named.items()}
     _refuse_shared(model, linears)
     return linears
 
 
 def check_trainable(linears: Linears) -> None:
-    """Raise `UserError` for a weight that would stay as it is in silence: frozen, or in float16."""
+    """Raise `UserError` for a weight that training would silently leave unchanged: frozen, or in float16."""
     for found in linears.values():
         for name, linear in found.items():
             if not linear.weight.requires_grad:
                 raise UserError(
-                    f"{name}.weight is frozen (requires_grad=False): call requires_grad_(True) on it, or name the "
-                    "other linears alone with target_modules={kind: pattern}"
+                    f"{name}.weight is frozen (requires_grad=False): call requires_grad_(True) on it, or name only "
+                    "the other linears with target_modules={kind: pattern}"
                 )
             check_updated(linear.weight, f"{name}.weight")
 
 
-def _named(model: nn.Module, names: Names | None) -> dict[str, list[str]]:
-    """Layer kind -> names of modules, not yet known to be linears."""
+def _resolve_names(model: nn.Module, names: Names | None) -> dict[str, list[str]]:
+    """Layer kind -> module names, which may turn out to be something other than linears."""
     if names is None:
-        return _matching(model, _detect(model))
+        return _match_patterns(model, _detect_layout(model))
     if isinstance(names, str):
-        return _matching(
-            model, LAYOUTS[check_choice("target_modules", names, LAYOUTS, "or give {kind: pattern} or a list")]
-        )
+        check_choice("target_modules", names, LAYOUTS, "or give {kind: pattern} or a list")
+        return _match_patterns(model, LAYOUTS[names])
     if isinstance(names, Mapping) and names and all(isinstance(pattern, str) for pattern in names.values()):
-        return _matching(model, names)
+        return _match_patterns(model, names)
     if isinstance(names, Sequence) and names and all(isinstance(name, str) for name in names):
-        return _listed(model, names)
+        return _match_ends(model, names)
     raise UserError(
         f"target_modules={names} names no layer kind: give {{kind: pattern}}, a list of module names, or one of "
         f"{', '.join(LAYOUTS)}"
     )
 
 
-def _detect(model: nn.Module) -> dict[str, str]:
+def _detect_layout(model: nn.Module) -> dict[str, str]:
     """The one layout of which the model has every kind."""
+    # Several names share one layout (BERT, RoBERTa, ...): keep each layout once, under its first name.
     distinct = {tuple(layout.values()): (name, layout) for name, layout in reversed(LAYOUTS.items())}
-    fitting = dict(pair for pair in distinct.values() if all(_matching(model, pair[1]).values()))
+    fitting = dict(pair for pair in distinct.values() if all(_match_patterns(model, pair[1]).values()))
     if not fitting:
         raise UserError(
             f"{type(model).__name__} has the MLP names of no known layout ({', '.join(LAYOUTS)}): give "
@@ -112,7 +116,8 @@ def _detect(model: nn.Module) -> dict[str, str]:
     return next(iter(fitting.values()))
 
 
-def _matching(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, list[str]]:
+def _match_patterns(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, list[str]]:
+    """Layer kind -> names of the modules that its pattern matches."""
     named: dict[str, list[str]] = {}
     for kind, pattern in patterns.items():
         try:
@@ -123,12 +128,13 @@ def _matching(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, list[s
     return named
 
 
-def _listed(model: nn.Module, wanted: Sequence[str]) -> dict[str, list[str]]:
+def _match_ends(model: nn.Module, wanted: Sequence[str]) -> dict[str, list[str]]:
+    """Names of modules by kind, for a list of names or ends of names; the kind has * in place of each number."""
     named: dict[str, list[str]] = {}
     for end in wanted:
         found = [name for name, _ in model.named_modules() if name == end or name.endswith(f".{end}")]
         if not found:
-            named[end] = []
+            named[end] = []  # an empty kind: `_get_linears` reports it
         for name in found:
             kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
             named.setdefault(kind, [])
@@ -138,39 +144,40 @@ def _listed(model: nn.Module, wanted: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _refuse_overlap(named: Mapping[str, list[str]]) -> None:
-    """A linear of two kinds would be rotated by both bases."""
+    """Raise `UserError` for a module of two kinds: both bases would rotate it."""
     taken: dict[str, str] = {}
     for kind, names in named.items():
         for name in names:
             if name in taken:
                 raise UserError(
-                    f"{name} is of two kinds, {taken[name]} and {kind}: write patterns of which one matches it"
+                    f"{name} is of two kinds, {taken[name]} and {kind}: write patterns of which only one matches it"
                 )
             taken[name] = kind
 
 
-def _linears(model: nn.Module, kind: str, names: list[str]) -> dict[str, nn.Linear]:
-    """The modules of `names`, each checked to be a linear that can train."""
+def _get_linears(model: nn.Module, kind: str, names: list[str]) -> dict[str, nn.Linear]:
+    """The modules of `names`, after a check that they are linears of one shape."""
     if not names:
         raise UserError(
             f"{type(model).__name__} has no MLP linear of kind {kind}: name the model's own modules in "
             "target_modules={kind: pattern}"
         )
-    found = {name: _linear(name, model.get_submodule(name)) for name in names}
+    found = {name: _check_module(name, model.get_submodule(name)) for name in names}
     shapes = {tuple(linear.weight.shape) for linear in found.values()}
     if len(shapes) > 1:
         raise UserError(f"kind {kind} matches weights of shapes {sorted(shapes)}: name one kind per shape")
     return found
 
 
-def _linear(name: str, module: nn.Module) -> nn.Linear:
+def _check_module(name: str, module: nn.Module) -> nn.Linear:
+    """Return `module` if it is a linear or a `Conv1D` with a weight of its own, or raise `UserError`."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and _is_quantized(weight):
         raise UserError(
             f"{name}.weight is quantized ({type(weight).__name__}, {weight.dtype}): SparseGrad changes the weight "
-            "itself; load the model in float32 or bfloat16, or take LoRA for a quantized one"
+            "itself; load the model in float32 or bfloat16, or use LoRA for a quantized one"
         )
-    # By name, not by class: transformers is not imported for it.
+    # `Conv1D` is recognized by its name, so that the library does not depend on transformers.
     if isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
         return module  # type: ignore[return-value]
     if hasattr(module, "base_layer"):  # peft's name for what it wraps
@@ -183,14 +190,18 @@ def _linear(name: str, module: nn.Module) -> nn.Linear:
 
 
 def _is_quantized(weight: Tensor) -> bool:
-    """bitsandbytes marks its 4-bit weights, torchao has tensor classes of its own, others store integers or float8."""
-    own_class = type(weight.data).__module__.startswith("torchao")
+    """Whether a weight is quantized, in any of the common ways.
+
+    bitsandbytes marks its 4-bit weights by `quant_state`, torchao uses its own tensor classes, and others store
+    integers or float8.
+    """
+    torchao = type(weight.data).__module__.startswith("torchao")
     narrow = not weight.dtype.is_floating_point or torch.finfo(weight.dtype).bits < 16
-    return own_class or narrow or hasattr(weight, "quant_state")
+    return torchao or narrow or hasattr(weight, "quant_state")
 
 
 def _refuse_shared(model: nn.Module, linears: Linears) -> None:
-    """A weight under several names would be stepped for one of them and change all."""
+    """Raise `UserError` for a weight with several names: training it under one name would change all."""
     named: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         named.setdefault(id(parameter), []).append(name)
@@ -208,18 +219,21 @@ def all_linears(linears: Linears) -> Iterator[nn.Linear]:
 
 
 def weight_shapes(linears: Linears) -> dict[str, tuple[int, int]]:
-    """Layer kind -> (out, in) of its weights, as they are stored."""
+    """Layer kind -> shape of its weights as stored: (out, in), or (in, out) for `Conv1D`."""
     first = {kind: next(iter(found.values())).weight for kind, found in linears.items()}
     return {kind: (weight.shape[0], weight.shape[1]) for kind, weight in first.items()}
 
 
-UPDATED = (torch.float64, torch.float32, torch.bfloat16)
+UPDATED = (torch.float64, torch.float32, torch.bfloat16)  # dtypes in which small updates add up
 
 
 def check_updated(weight: Tensor, what: str) -> None:
-    """Raise `UserError` for a dtype in which small updates are lost."""
+    """Raise `UserError` for a dtype in which small updates are lost.
+
+    float16 has 10 bits of mantissa and no stochastic rounding here: most steps of fine-tuning would round to no change.
+    """
     if weight.dtype not in UPDATED:
         raise UserError(
-            f"{what} in {weight.dtype} loses small updates: load the model in float32, which autocast multiplies in "
-            "half precision all the same, or in bfloat16, which is rounded at random"
+            f"{what} in {weight.dtype} loses small updates: load the model in float32, which autocast still multiplies "
+            "in half precision, or in bfloat16, which is rounded stochastically"
         )

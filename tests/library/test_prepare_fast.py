@@ -126,7 +126,7 @@ def never() -> Any:
         ({"density": 0}, "density=0"),
         (
             {"bases": {kind: basis.only("in") for kind, basis in WHOLE.items()}},
-            r"has not sides=both: name the side it has, or calibrate anew",
+            r"does not have sides=both: name the side it has",
         ),
     ],
 )

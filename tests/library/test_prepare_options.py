@@ -116,7 +116,7 @@ def never() -> Any:
         ),
         (
             {"bases": {kind: basis.only("in") for kind, basis in WHOLE.items()}},
-            r"a basis for \(None, 16\) has not sides=both: name the side it has",
+            r"a basis for \(None, 16\) does not have sides=both: name the side it has",
         ),
     ],
 )
