@@ -1,1 +1,1 @@
-"""Hyperparameter sweeps: a search space in YAML, an Optuna study that many workers share, and what came of it."""
+"""Hyperparameter sweeps: a search space in YAML, an Optuna study that many workers share, and its results."""

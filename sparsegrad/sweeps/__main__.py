@@ -1,4 +1,4 @@
-"""Look at sweeps: `python -m sparsegrad.sweeps show STUDY`, `list`, `address`."""
+"""Inspect sweeps: `python -m sparsegrad.sweeps show STUDY`, `list`, `address`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from rich.table import Table
 
 from sparsegrad.errors import UserError, missing_package
 
-if TYPE_CHECKING:  # so that a missing Optuna is said in one line
+if TYPE_CHECKING:  # Optuna is imported in functions, so that a missing one is reported in one line
     from sparsegrad.sweeps.storage import Store
 
 console = Console(highlight=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; a user's mistake ends with one line and status 2."""
-    options = _parser().parse_args(arguments)
+    """Run the command line.
+
+    Returns:
+        The exit status: 0, or 2 after one line about a mistake of the user.
+    """
+    options = _make_parser().parse_args(arguments)
     try:
         options.do(options)
     except UserError as error:
@@ -34,16 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sparsegrad.sweeps", description="Look at sweeps.")
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sparsegrad.sweeps", description="Inspect sweeps.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     show = commands.add_parser("show", help="best trial, counts, table of trials, plots")
     show.add_argument("study")
     show.add_argument("--out", type=Path, help="folder for trials.csv and plots; default: beside the default storage")
-    show.set_defaults(do=_show)
+    show.set_defaults(do=_show_study)
     for name, do, text in (
-        ("list", _list, "the studies of a storage"),
-        ("address", _address, "the storage as optuna-dashboard takes it, password included"),
+        ("list", _list_studies, "the studies of a storage"),
+        ("address", _print_address, "the storage's address for optuna-dashboard, password included"),
     ):
         commands.add_parser(name, help=text).set_defaults(do=do)
     for command in commands.choices.values():
@@ -52,28 +56,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _where(options: argparse.Namespace) -> str:
+def _find_storage(options: argparse.Namespace) -> str:
     from sparsegrad.sweeps.hparams import default_storage
 
     return options.storage or default_storage(options.results_dir)
 
 
-def _existing_store(options: argparse.Namespace) -> Store:
-    """Open the storage; a file that does not exist is not made by looking at it."""
+def _open_existing_store(options: argparse.Namespace) -> Store:
+    """Open the storage, but never create its file."""
     from sparsegrad.sweeps.storage import JOURNAL, open_store
 
-    where = _where(options)
+    where = _find_storage(options)
     if "://" not in where and not Path(where.removeprefix(JOURNAL)).is_file():
-        raise UserError(f"there is no storage {where}: run a sweep first, or give --storage")
+        raise UserError(f"storage {where} does not exist: run a sweep first, or give --storage")
     return open_store(where)
 
 
-def _show(options: argparse.Namespace) -> None:
+def _show_study(options: argparse.Namespace) -> None:
     from sparsegrad.sweeps.show import summary, write_plots, write_trials
     from sparsegrad.sweeps.study import load_study
 
-    _existing_store(options)
-    study = load_study(_where(options), options.study)
+    _open_existing_store(options)
+    study = load_study(_find_storage(options), options.study)
     folder = options.out or Path(options.results_dir) / "studies" / options.study
     figures = summary(study)
     console.print_json(json.dumps(figures))
@@ -83,10 +87,10 @@ def _show(options: argparse.Namespace) -> None:
         console.print(str(path), markup=False, soft_wrap=True)
 
 
-def _list(options: argparse.Namespace) -> None:
+def _list_studies(options: argparse.Namespace) -> None:
     import optuna
 
-    store = _existing_store(options)
+    store = _open_existing_store(options)
     table = Table("study", "trials", "best")
     for one in optuna.get_all_study_summaries(store.storage):
         best = "" if one.best_trial is None else f"{one.best_trial.value:.4f}"
@@ -94,11 +98,11 @@ def _list(options: argparse.Namespace) -> None:
     console.print(table)
 
 
-def _address(options: argparse.Namespace) -> None:
+def _print_address(options: argparse.Namespace) -> None:
     from sparsegrad.sweeps.storage import dashboard_address
 
-    _existing_store(options)
-    print(dashboard_address(_where(options)))
+    _open_existing_store(options)
+    print(dashboard_address(_find_storage(options)))
 
 
 if __name__ == "__main__":

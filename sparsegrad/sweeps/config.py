@@ -1,4 +1,4 @@
-"""What a sweep is, as a checked dataclass; how one trial's configuration follows from its parameters."""
+"""The checked configuration of a sweep, and the configuration of one trial from its parameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OBJECTIVES = ("heldout", "validation")
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """The `sweep` node of the configuration; conf/sweep/custom.yaml says what each value means."""
+    """The `sweep` node of the configuration; conf/sweep/custom.yaml explains each value."""
 
     name: str
     study: str
@@ -61,7 +61,7 @@ class SweepConfig:
             check_integer(f"sweep.{name}", getattr(self, name), at_least=0)
         self._check_worker()
         if (self.sampler, self.pruner) == ("grid", "hyperband"):
-            raise fail("sweep.pruner", "hyperband", "a grid goes with none, median or patience")
+            raise fail("sweep.pruner", "hyperband", "choose none, median or patience for sweep.sampler=grid")
         check_number("sweep.heartbeat", self.heartbeat, above=0, remedy="seconds; 15 is common")
         if not isinstance(self.storage, str) or not self.storage.strip():
             raise fail("sweep.storage", self.storage, "give a file or URL", "see docs/sweeps.md")
@@ -76,13 +76,20 @@ class SweepConfig:
 
     @property
     def lease(self) -> float:
-        """Seconds without a heartbeat after which a worker counts as dead."""
+        """Seconds without a heartbeat after which a worker is considered dead."""
         return 4 * self.heartbeat
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A sweep that has passed all checks that need no storage."""
+    """A sweep that has passed all checks that need no storage.
+
+    Attributes:
+        sweep: its settings.
+        space: the searched keys.
+        composed: the configuration that Hydra composed.
+        base: the run with the values that are not searched.
+    """
 
     sweep: SweepConfig
     space: Space
@@ -91,27 +98,27 @@ class Plan:
 
     @property
     def metric(self) -> str:
-        """The score that is searched for."""
+        """The score that is optimized."""
         return self.sweep.metric or self.base.task.main_metric
 
     @property
     def budget(self) -> int:
-        """Trials to finish: what is asked for, or the points of the grid if they are fewer."""
+        """Number of trials to finish: `sweep.trials`, or the points of the grid if they are fewer."""
         return min(self.sweep.trials, len(self.space.grid())) if self.sweep.sampler == "grid" else self.sweep.trials
 
     def trial_config(self, parameters: Mapping[str, Any]) -> RunConfig:
-        """The run of one trial.
+        """Build the run of one trial.
 
         Raises:
-            UserError: if the configuration refuses a value.
+            UserError: if the configuration does not allow a value.
         """
-        return build(_with_values(self.composed, self.sweep, parameters))
+        return build(_set_values(self.composed, self.sweep, parameters))
 
     def identity(self) -> dict[str, Any]:
-        """What all trials of a study share; a study of another identity is not continued."""
+        """Return what all trials of a study share; a study of another identity is not continued."""
         fixed = flatten(determining(self.base.resolved))
         for key in self.space.distributions:
-            fixed.pop(key, None)
+            fixed.pop(key, None)  # searched, so different in each trial
         return {
             "space": self.space.plain(),
             "direction": self.sweep.direction,
@@ -125,15 +132,16 @@ def make_plan(composed: DictConfig) -> Plan:
     """Check a composed configuration that has a `sweep` node.
 
     Raises:
-        UserError: for whatever in it cannot be searched.
+        UserError: if a value is not allowed, or a key cannot be searched.
     """
     composed = with_current_names(composed)
-    sweep = _sweep_config(composed)
-    base = build(_with_values(composed, sweep, {}))
+    sweep = _make_sweep_config(composed)
+    base = build(_set_values(composed, sweep, {}))
     space = parse_space(sweep.space, base.resolved)
     _check_overrides(space)
     _check_metric(sweep, base)
     plan = Plan(sweep=sweep, space=space, composed=composed, base=base)
+    # Build what the sweep will need, so that mistakes show before the first trial.
     for probe in space.probes():
         plan.trial_config(probe)
     runner(sweep)
@@ -143,7 +151,7 @@ def make_plan(composed: DictConfig) -> Plan:
 
 
 def runner(sweep: SweepConfig) -> Callable[..., Any]:
-    """What runs a trial: a callable like `sparsegrad.runs.run`.
+    """Import what runs a trial: a callable like `sparsegrad.runs.run`.
 
     Raises:
         UserError: if it cannot be imported.
@@ -152,23 +160,26 @@ def runner(sweep: SweepConfig) -> Callable[..., Any]:
     try:
         found: Callable[..., Any] = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"sweep.runner={sweep.runner} cannot be imported: {error}") from None
+        raise UserError(
+            f"sweep.runner={sweep.runner} cannot be imported ({error}): give the dotted path of a function"
+        ) from None
     return found
 
 
-def _sweep_config(composed: DictConfig) -> SweepConfig:
+def _make_sweep_config(composed: DictConfig) -> SweepConfig:
     try:
         node: Any = OmegaConf.to_container(composed.sweep, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"sweep cannot be resolved: {first_line(error)}") from None
+        raise UserError(f"sweep cannot be resolved ({first_line(error)}): correct the sweep node") from None
     try:
         return SweepConfig(**node)
     except TypeError as error:
-        raise UserError(f"sweep does not fit: {str(error).replace('SweepConfig.__init__()', '').strip()}") from None
+        what = str(error).replace("SweepConfig.__init__()", "").strip()
+        raise UserError(f"sweep does not fit: {what}; conf/sweep/custom.yaml lists its keys") from None
 
 
-def _with_values(composed: DictConfig, sweep: SweepConfig, parameters: Mapping[str, Any]) -> DictConfig:
-    """The run's part of the configuration, with a trial's values and the split that the sweep chooses on."""
+def _set_values(composed: DictConfig, sweep: SweepConfig, parameters: Mapping[str, Any]) -> DictConfig:
+    """Return the run's part of the configuration, with a trial's values and the split that the sweep optimizes."""
     config = composed.copy()
     OmegaConf.set_struct(config, False)
     for name in BESIDE_RUN:
@@ -177,14 +188,14 @@ def _with_values(composed: DictConfig, sweep: SweepConfig, parameters: Mapping[s
         OmegaConf.update(config, key, value)
     config.name = sweep.study
     if config.protocol.select != sweep.objective:
-        # Tables go by the protocol's name: it must not claim the split that it did not choose on.
+        # Tables group by the protocol's name: it must not name a split that did not choose the checkpoint.
         config.protocol.name = f"{config.protocol.name}-{sweep.objective}"
         config.protocol.select = sweep.objective
     return config
 
 
 def _check_overrides(space: Space) -> None:
-    """A key cannot be both searched and set, by hand or by Hydra's own multirun."""
+    """Refuse a key that is both searched and set, by hand or by Hydra's multirun."""
     if not HydraConfig.initialized():
         return
     hydra = HydraConfig.get()
@@ -199,7 +210,7 @@ def _check_metric(sweep: SweepConfig, base: RunConfig) -> None:
     language = base.task.is_language
     if language and sweep.direction == "maximize":
         raise fail(
-            "sweep.direction", "maximize", f"{base.task.name} is scored by a loss, which is better lower: minimize"
+            "sweep.direction", "maximize", f"{base.task.name} is scored by a loss, which is better lower: use minimize"
         )
     if sweep.metric is not None:
         given = ("nll", "perplexity", "loss") if language else (*CONFIGS[metric_config(base.task)], "loss")

@@ -1,4 +1,4 @@
-"""`hparams=paper|authors|mini|study:NAME`: values that somebody found, instead of numbers by hand."""
+"""`hparams=paper|authors|mini|study:NAME`: hyperparameters from a table or a study, instead of by hand."""
 
 from __future__ import annotations
 
@@ -22,50 +22,50 @@ COLUMNS = {
         "model", "method", "task", "batch_size", "lr", "optuna_batch_size", "optuna_lr", "optuna_value",
     ),
 }  # fmt: skip
-# Variants of a method that the tables have one line for.
+# Variants of a method that share one line in the tables.
 FAMILY = {"sparsegrad_authors": "sparsegrad", "sparsegrad_fast": "sparsegrad"}
-# The authors searched nothing for MeProp; their BERT runs took SparseGrad's values, and so do ours for RoBERTa.
+# The authors did not search for MeProp: their BERT runs use the values of SparseGrad, and so do ours for RoBERTa.
 STAND_IN = {"meprop": "sparsegrad"}
 MINI = "mini"
 
 
 def apply(composed: DictConfig, by_hand: Collection[str] | None = None) -> dict[str, Any]:
-    """Put the values that `hparams` names into `composed`; keys set on the command line stay as set.
+    """Set the values that `hparams` names in `composed`; keys set on the command line keep their value.
 
     Args:
         composed: the configuration, changed in place.
-        by_hand: keys that stay as they are; None: those that this process's command line sets.
+        by_hand: keys that are not changed; None: those that the command line of this process sets.
 
     Returns:
-        For the record: where the values come from, and which were taken.
+        The source of the values, and the values that were used, for the record.
 
     Raises:
-        UserError: if nothing was found for this model, method and task.
+        UserError: if there are no values for this model, method and task.
     """
     name = str(composed.hparams)
-    values, kept = _values(composed, name), _set_by_hand() if by_hand is None else by_hand
+    values, kept = _find_values(composed, name), _list_overrides() if by_hand is None else by_hand
     taken = {key: value for key, value in values.items() if key not in kept}
     for key, value in taken.items():
         OmegaConf.update(composed, key, value)
     return {"from": name, **taken}
 
 
-def _values(composed: DictConfig, name: str) -> Mapping[str, Any]:
+def _find_values(composed: DictConfig, name: str) -> Mapping[str, Any]:
     if name.startswith(STUDY):
-        return _of_study(composed, name.removeprefix(STUDY))
-    return _of_mini(composed) if name == MINI else _of_file(composed, name)
+        return _read_study(composed, name.removeprefix(STUDY))
+    return _read_mini_rate(composed) if name == MINI else _read_file(composed, name)
 
 
 def default_storage(results_dir: str) -> str:
-    """Where studies live unless `sweep.storage` says otherwise; the same rule as in conf/sweep/custom.yaml."""
+    """Return the storage of studies if `sweep.storage` is not set; the same rule as in conf/sweep/custom.yaml."""
     return os.environ.get("SPARSEGRAD_STORAGE") or f"{results_dir}/studies/studies.db"
 
 
 def read_rows(name: str, folder: Path = FOLDER) -> list[dict[str, str]]:
-    """The rows of one table of figures, `paper` or `authors`.
+    """Read one table of published values, `paper` or `authors`.
 
     Raises:
-        UserError: outside a checkout of the project, which alone has them; for other columns than expected.
+        UserError: if the file cannot be read, or has other columns than expected.
     """
     path = folder / f"{name}.csv"
     try:
@@ -73,7 +73,7 @@ def read_rows(name: str, folder: Path = FOLDER) -> list[dict[str, str]]:
             reader = csv.DictReader(lines)
             rows, found = list(reader), tuple(reader.fieldnames or ())
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): run from a checkout of the project") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): restore it, or install sparsegrad again") from None
     if found != COLUMNS[name]:
         wrong = ", ".join(sorted(set(found) ^ set(COLUMNS[name])) or found)
         raise UserError(f"{path} has wrong columns ({wrong}): it needs exactly {', '.join(COLUMNS[name])}")
@@ -81,37 +81,37 @@ def read_rows(name: str, folder: Path = FOLDER) -> list[dict[str, str]]:
 
 
 def find(rows: list[dict[str, str]], model: str, method: str, task: str) -> dict[str, str] | None:
-    """The row of one model, method and task."""
+    """Return the row of one model, method and task; None if there is none."""
     wanted = (model, FAMILY.get(method, method), task)
     return next((row for row in rows if (row["model"], row["method"], row["task"]) == wanted), None)
 
 
-def _names(composed: DictConfig) -> tuple[str, str, str]:
+def _name_cell(composed: DictConfig) -> tuple[str, str, str]:
     return composed.model.name, composed.method.name, composed.task.name
 
 
-def _of_file(composed: DictConfig, name: str) -> dict[str, Any]:
+def _read_file(composed: DictConfig, name: str) -> dict[str, Any]:
     if name not in COLUMNS:
         raise fail("hparams", name, "choose paper, authors, mini or study:NAME")
-    rows, (model, method, task) = read_rows(name), _names(composed)
+    rows, (model, method, task) = read_rows(name), _name_cell(composed)
     row = find(rows, model, method, task) or find(rows, model, STAND_IN.get(method, method), task)
     if row is None:
         known = sorted({f"{row['model']}/{row['method']}" for row in rows})
         raise UserError(
-            f"hparams={name} has nothing for {' / '.join(_names(composed))}: it has the GLUE tasks for "
+            f"hparams={name} has nothing for {' / '.join(_name_cell(composed))}: it has the GLUE tasks for "
             f"{', '.join(known)}; give train.lr and train.batch_size, or search with sweep=quick"
         )
     return {"train.batch_size": int(row["batch_size"]), "train.lr": float(row["lr"])}
 
 
-def _of_mini(composed: DictConfig) -> dict[str, Any]:
-    """The learning rate that the grid chose for this method (`python -m experiments.reproduce.rates`)."""
+def _read_mini_rate(composed: DictConfig) -> dict[str, Any]:
+    """Read the learning rate that the grid chose for this method (`python -m experiments.reproduce.rates`)."""
     path, method = Path(composed.results_dir) / "mini_rates.json", composed.method.name
     try:
         chosen = json.loads(path.read_text())["methods"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"hparams=mini needs {path} ({error!r}): make it with python -m experiments.reproduce.rates"
+            f"hparams=mini needs {path} ({error!r}): create it with python -m experiments.reproduce.rates"
         ) from None
     rate = chosen.get(method, {}).get("lr")
     if rate is None:
@@ -122,22 +122,25 @@ def _of_mini(composed: DictConfig) -> dict[str, Any]:
     return {"train.lr": float(rate)}
 
 
-def _of_study(composed: DictConfig, name: str) -> Mapping[str, Any]:
-    from sparsegrad.sweeps.study import LABELS, load_study  # here: the published values need no Optuna
+def _read_study(composed: DictConfig, name: str) -> Mapping[str, Any]:
+    from sparsegrad.sweeps.study import LABELS, load_study  # here: published values need no Optuna
 
     study = load_study(default_storage(composed.results_dir), name)
     labels = study.user_attrs.get(LABELS, {})
-    found, wanted = tuple(labels.get(key) for key in ("model", "method", "task")), _names(composed)
+    found, wanted = tuple(labels.get(key) for key in ("model", "method", "task")), _name_cell(composed)
     if found != wanted:
-        raise UserError(f"study {name} searched {' / '.join(map(str, found))}, this run is {' / '.join(wanted)}")
+        raise UserError(
+            f"study {name} searched {' / '.join(map(str, found))}, this run is {' / '.join(wanted)}: choose another "
+            "study, or search with sweep=quick"
+        )
     try:
         return study.best_params
     except ValueError:
         raise UserError(f"study {name} has no completed trial yet: run its sweep first") from None
 
 
-def _set_by_hand() -> set[str]:
-    """Keys that the command line sets."""
+def _list_overrides() -> set[str]:
+    """List the keys that the command line sets."""
     if not HydraConfig.initialized():
         return set()
     return {override.lstrip("+~").split("=", 1)[0] for override in HydraConfig.get().overrides.task}

@@ -1,4 +1,4 @@
-"""Who works on a trial, whether he is alive, and what is done if not."""
+"""Which worker runs a trial, and whether it is alive."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ WORKER, BEAT = "worker", "beat"
 
 
 def this_worker() -> dict[str, Any]:
-    """Machine and process, exact enough that another process with the same number is not taken for this one."""
-    return {"machine": _machine(), "pid": os.getpid(), "started": round(psutil.Process().create_time(), 2)}
+    """Identify this worker: machine, process number, and start time, as process numbers are reused."""
+    return {"machine": _identify_machine(), "pid": os.getpid(), "started": round(psutil.Process().create_time(), 2)}
 
 
-def _machine() -> str:
-    """Host, boot and process namespace: only within one of them do process numbers mean the same."""
+def _identify_machine() -> str:
+    """Identify host, boot and process namespace: process numbers are comparable only within all three."""
     parts = [platform.node()]
     try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8])
         parts.append(os.readlink("/proc/self/ns/pid"))
     except OSError:
-        pass  # not Linux: the host's name must do
+        pass  # not Linux: the name of the host alone
     return " ".join(parts)
 
 
 class TrialLostError(RuntimeError):
-    """Another worker took this one for dead and gave its trial away."""
+    """Another worker considered this one dead and took over its trial."""
 
 
 class Heartbeat:
-    """Tells the storage, while a trial runs, that its worker lives."""
+    """Writes to the storage, while a trial runs, that its worker is alive."""
 
     def __init__(self, trial: Trial, seconds: float) -> None:
         self._trial, self._seconds = trial, seconds
@@ -55,7 +55,7 @@ class Heartbeat:
         self._thread.join()
 
     def check(self) -> None:
-        """Raise `TrialLostError` if the trial is no longer this worker's."""
+        """Raise `TrialLostError` if the trial was given to another worker."""
         if self.lost:
             raise TrialLostError("the trial was given to another worker")
 
@@ -69,15 +69,15 @@ class Heartbeat:
                 self.lost = True
                 return
             except (OptunaError, OSError, KeyError) as error:
-                # A storage that is away for a moment is no reason to stop: the next beat tries again.
+                # The storage may be unavailable for a moment: the next beat tries again.
                 optuna.logging.get_logger(__name__).warning("no heartbeat: %s", type(error).__name__)
 
 
 class Watch:
-    """Finds trials whose worker is dead: its process is gone, or its heartbeat stood still for a lease.
+    """Finds trials whose worker is dead: its process has ended, or its heartbeat has not changed for a lease.
 
-    The lease is measured on the clock of the watcher, who sees the beats change or not: clocks of different machines
-    are never compared.
+    The watcher measures the lease on its own clock, from the last change that it saw. Clocks of different machines are
+    never compared.
     """
 
     def __init__(self, lease: float) -> None:
@@ -85,9 +85,9 @@ class Watch:
         self._seen: dict[int, tuple[Any, float]] = {}
 
     def is_dead(self, trial: FrozenTrial) -> bool:
-        """Whether nobody works on this running trial any more."""
+        """Whether the worker of this running trial is dead."""
         worker = trial.user_attrs.get(WORKER)
-        if worker is not None and worker["machine"] == _machine():
+        if worker is not None and worker["machine"] == _identify_machine():  # same machine: ask the system
             return not _is_alive(worker)
         beat, now = trial.user_attrs.get(BEAT), time.monotonic()
         seen = self._seen.get(trial.number)

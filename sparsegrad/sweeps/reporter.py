@@ -1,4 +1,4 @@
-"""Tells a study how a run goes, and ends the run that is not worth its time."""
+"""Report the evaluations of a run to its study, and stop the run if the study prunes it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ PROGRESS = "progress"
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc]
-    """Reports each evaluation on the split that chooses; ends a run by `UserError`, which leaves a failed record.
+    """Reports each evaluation on the split that chooses; stops a run by a `UserError`, which leaves a failed record.
 
-    Evaluations are numbered 1, 2, 3, ...: the number of a step would mean another share of the run for each batch size.
+    Evaluations are numbered 1, 2, 3, ... for the pruner. Step numbers would not be comparable, because the number of
+    steps in a run depends on its batch size.
     """
 
     def __init__(self, trial: Trial, metric: str, heartbeat: Heartbeat) -> None:
@@ -26,27 +27,27 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         self._training = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Report what a checkpoint brings along."""
+        """Report the evaluations that a checkpoint contains."""
         self._training = True
-        self._report(state)
+        self._report_new(state)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Stop if the trial is another's by now."""
+        """Stop if the trial was given to another worker."""
         self._heartbeat.check()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Report; the evaluation after the training is another split's."""
+        """Report and prune; the evaluation after training is on another split."""
         if not self._training:
             return
-        self._report(state)
+        self._report_new(state)
         if state.global_step < state.max_steps and self._trial.should_prune():
             raise UserError(f"pruned by the sweep after evaluation {self._reported}, step {state.global_step}")
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Nothing more to report."""
+        """Stop reporting."""
         self._training = False
 
-    def _report(self, state: Any) -> None:
+    def _report_new(self, state: Any) -> None:
         values = [row[f"eval_{self._metric}"] for row in state.log_history if f"eval_{self._metric}" in row]
         for value in values[self._reported :]:
             self._reported += 1

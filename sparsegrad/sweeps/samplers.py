@@ -1,4 +1,4 @@
-"""Samplers and pruners by name."""
+"""The samplers and pruners of a sweep."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from sparsegrad.sweeps.space import Space
 
 
 class PerTrial(BaseSampler):
-    """A fresh sampler for each trial, seeded by study seed and trial number.
+    """A new sampler for each trial, seeded by the study's seed and the number of the trial.
 
-    One seed for all workers would make them draw the same values side by side, and one stream per worker would make the
-    trials depend on who asked first.
+    With one seed for all workers, they would draw the same values at the same time. With one stream per worker, the
+    trials would depend on which worker asks first.
     """
 
     def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
         self._make, self._seed = make, seed
         self._current: tuple[int, BaseSampler] | None = None
 
-    def _of(self, trial: FrozenTrial) -> BaseSampler:
+    def _sampler_for(self, trial: FrozenTrial) -> BaseSampler:
         if self._current is None or self._current[0] != trial.number:
             state = np.random.SeedSequence([self._seed, trial.number]).generate_state(1)
             self._current = trial.number, self._make(int(state[0]))
@@ -36,35 +36,35 @@ class PerTrial(BaseSampler):
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """See Optuna."""
-        return self._of(trial).infer_relative_search_space(study, trial)
+        return self._sampler_for(trial).infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """See Optuna."""
-        return self._of(trial).sample_relative(study, trial, search_space)
+        return self._sampler_for(trial).sample_relative(study, trial, search_space)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """See Optuna."""
-        return self._of(trial).sample_independent(study, trial, param_name, param_distribution)
+        return self._sampler_for(trial).sample_independent(study, trial, param_name, param_distribution)
 
 
 class GridBySlot(BaseSampler):
-    """Each slot of the study takes its point of the grid: no point twice, none left out, whoever asks."""
+    """Gives each slot of the study its own point of the grid, so that every point is tried exactly once."""
 
     def __init__(self, space: Space) -> None:
         self._space, self._points = space, space.grid()
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """All keys."""
+        """Return all keys."""
         return self._space.distributions
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The point of the trial's slot; a surplus trial, which will not run, takes any."""
+        """Return the point of the trial's slot; a surplus trial, which will not run, gets any point."""
         slot = Ledger(study.get_trials(deepcopy=False)).slot(trial.number)
         return dict(self._points[slot % len(self._points)])
 
@@ -76,7 +76,7 @@ class GridBySlot(BaseSampler):
 
 
 class _Sobol(QMCSampler):
-    """Optuna's, with the space known from the start: its own waits for a first finished trial."""
+    """Optuna's QMC sampler with the space known from the start; the original waits for a first finished trial."""
 
     def __init__(self, space: Space, seed: int, independent: BaseSampler) -> None:
         super().__init__(
@@ -89,23 +89,23 @@ class _Sobol(QMCSampler):
         self._known = {one.key: one.distribution for one in space.dimensions if one.kind != "choice"}
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """The ranges; choices are drawn independently."""
+        """Return the ranges; choices are drawn independently."""
         return self._known
 
 
 def make_sampler(plan: Plan) -> BaseSampler:
-    """The sampler of `sweep.sampler`."""
+    """Create the sampler of `sweep.sampler`."""
     return sampler(plan.sweep.sampler, plan.space, plan.sweep.seed, plan.sweep.startup_trials)
 
 
 def sampler(name: str, space: Space, seed: int, startup_trials: int) -> BaseSampler:
-    """The sampler of that name over `space`; the first `startup_trials` of tpe and gp are random."""
+    """Create the sampler `name` over `space`; the first `startup_trials` of tpe and gp are random."""
     makers: Mapping[str, Callable[[int], BaseSampler]] = {
-        # The liar: trials that still run count as poor, so that workers spread out.
+        # Constant liar: running trials count as poor, so that parallel workers spread out.
         "tpe": lambda seed: TPESampler(seed=seed, n_startup_trials=startup_trials, constant_liar=True),
         "gp": lambda seed: GPSampler(seed=seed, n_startup_trials=startup_trials, warn_independent_sampling=False),
         "random": lambda seed: RandomSampler(seed=seed),
-        # One scramble for all trials: they are points of one sequence.
+        # The study's seed, not the trial's: all trials are points of one scrambled sequence.
         "qmc": lambda own: _Sobol(space, seed, RandomSampler(seed=own)),
         "grid": lambda _: GridBySlot(space),
     }
@@ -113,9 +113,9 @@ def sampler(name: str, space: Space, seed: int, startup_trials: int) -> BaseSamp
 
 
 def make_pruner(sweep: SweepConfig) -> BasePruner:
-    """The pruner of `sweep.pruner`; its steps are the evaluations of a run: 1, 2, 3, ..."""
+    """Create the pruner of `sweep.pruner`; its steps are the evaluations of a run: 1, 2, 3, ..."""
     if sweep.pruner == "median":
-        # Evaluations count from 1: a warm-up of w spares the first w.
+        # Evaluations are numbered from 1, so that n_warmup_steps = w + 1 never prunes the first w.
         return MedianPruner(n_startup_trials=sweep.pruner_startup_trials, n_warmup_steps=sweep.pruner_warmup + 1)
     if sweep.pruner == "hyperband":
         return HyperbandPruner(min_resource=max(1, sweep.pruner_warmup), max_resource="auto")

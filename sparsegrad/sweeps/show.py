@@ -1,4 +1,4 @@
-"""What came of a study: numbers, a table of its trials, and plots."""
+"""The results of a study: numbers, a table of its trials, and plots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparsegrad.sweeps.ledger import FINISHED, REASON, SURPLUS
 from sparsegrad.sweeps.reporter import PROGRESS
 from sparsegrad.sweeps.study import IDENTITY, LABELS
 
-# Name of the file -> name of the function in `optuna.visualization` and in its `matplotlib` part.
+# File name -> name of the function in `optuna.visualization` and `optuna.visualization.matplotlib`.
 PLOTS = {
     "history": "plot_optimization_history",
     "intermediate": "plot_intermediate_values",
@@ -29,17 +29,17 @@ PLOTS = {
 
 
 def summary(study: Study) -> dict[str, Any]:
-    """The figures of a study, plain.
+    """Return the numbers of a study as a dictionary for JSON.
 
     Raises:
-        UserError: if no trial has run to its end.
+        UserError: if no trial is complete.
     """
     trials = [trial for trial in study.get_trials(deepcopy=False) if SURPLUS not in trial.user_attrs]
     states = [trial.state for trial in trials]
     if TrialState.COMPLETE not in states:
         raise UserError(f"study {study.study_name} has no completed trial yet: run its sweep first")
     best = study.best_trial
-    seconds, saved = _seconds(trials)
+    seconds, saved = _measure_seconds(trials)
     identity = study.user_attrs.get(IDENTITY, {})
     return {
         "study": study.study_name,
@@ -51,12 +51,12 @@ def summary(study: Study) -> dict[str, Any]:
         "attempts_of_dead_workers": sum(trial.state == TrialState.FAIL for trial in trials),
         "seconds": round(seconds, 1),
         "seconds_saved_by_pruning": round(saved, 1),
-        "reasons": _reasons(trials),
+        "reasons": _collect_reasons(trials),
     }
 
 
-def _seconds(trials: list[FrozenTrial]) -> tuple[float, float]:
-    """Time that the finished trials took; and what the pruned ones would have taken beyond that, at their own pace."""
+def _measure_seconds(trials: list[FrozenTrial]) -> tuple[float, float]:
+    """Return the time of the finished trials, and the time that pruning saved, estimated at each trial's own speed."""
     spent = saved = 0.0
     for trial in trials:
         if trial.state not in FINISHED or trial.duration is None:
@@ -69,23 +69,23 @@ def _seconds(trials: list[FrozenTrial]) -> tuple[float, float]:
     return spent, saved
 
 
-def _reasons(trials: list[FrozenTrial]) -> dict[str, str]:
-    """Trial -> why it ended early, where a worker said so."""
+def _collect_reasons(trials: list[FrozenTrial]) -> dict[str, str]:
+    """Return trial number -> why it ended early, if its worker recorded a reason."""
     return {str(trial.number): trial.user_attrs[REASON] for trial in trials if REASON in trial.user_attrs}
 
 
 def write_trials(study: Study, path: Path) -> None:
-    """All trials as CSV: number, state, value, seconds, parameters, reason."""
+    """Write all trials as CSV: number, state, value, seconds, evaluations, parameters, reason."""
     trials = study.get_trials(deepcopy=False)
     keys = sorted({key for trial in trials for key in trial.params})
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["trial", "state", "value", "seconds", "evaluations", *keys, "reason"])
-        writer.writerows(_row(trial, keys) for trial in trials)
+        writer.writerows(_make_row(trial, keys) for trial in trials)
 
 
-def _row(trial: FrozenTrial, keys: list[str]) -> list[Any]:
+def _make_row(trial: FrozenTrial, keys: list[str]) -> list[Any]:
     seconds = "" if trial.duration is None else round(trial.duration.total_seconds(), 2)
     values = [trial.params.get(key, "") for key in keys]
     return [
@@ -100,40 +100,43 @@ def _row(trial: FrozenTrial, keys: list[str]) -> list[Any]:
 
 
 def write_plots(study: Study, folder: Path) -> Iterator[Path]:
-    """Draw each plot as PNG and as HTML; yields each file. One that has too few trials is left out.
+    """Draw each plot as PNG and HTML, and yield each file; a plot that needs more trials is left out.
 
     Raises:
         UserError: if matplotlib or plotly is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _quiet()
+    _silence_plots()
     for name, function in PLOTS.items():
-        for suffix, draw in (("png", _png), ("html", _html)):
+        for suffix, draw in (("png", _draw_png), ("html", _draw_html)):
             path = folder / f"{name}.{suffix}"
-            if _drawn(draw, study, function, path):
+            if _draw_plot(draw, study, function, path):
                 yield path
 
 
-def _quiet() -> None:
+def _silence_plots() -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    warnings.filterwarnings("ignore", "Attempting to set identical")  # all trials have one value of some key
+    warnings.filterwarnings(
+        "ignore", "Attempting to set identical"
+    )  # warned if all trials have the same value of a key
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
-def _drawn(draw: Callable[[Study, str, Path], None], study: Study, function: str, path: Path) -> bool:
+def _draw_plot(draw: Callable[[Study, str, Path], None], study: Study, function: str, path: Path) -> bool:
+    """Draw one plot; False if it needs more trials."""
     try:
         draw(study, function, path)
     except ImportError as error:
         raise missing_package("drawing plots", error.name, "sweep") from None
     except (ValueError, RuntimeError):
-        return False  # importance of fewer than two completed trials, or of trials that are all alike
+        return False  # importance needs two completed trials that differ
     return True
 
 
-def _png(study: Study, function: str, path: Path) -> None:
+def _draw_png(study: Study, function: str, path: Path) -> None:
     import matplotlib.pyplot as plt
     from optuna.visualization import matplotlib as plots
 
@@ -142,7 +145,7 @@ def _png(study: Study, function: str, path: Path) -> None:
     plt.close("all")
 
 
-def _html(study: Study, function: str, path: Path) -> None:
+def _draw_html(study: Study, function: str, path: Path) -> None:
     from optuna import visualization
 
     getattr(visualization, function)(study).write_html(path, include_plotlyjs="cdn")

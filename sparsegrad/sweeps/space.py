@@ -1,4 +1,4 @@
-"""The search space: configuration keys and the values they may take."""
+"""The search space: configuration keys and their possible values."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from optuna.distributions import (
 from sparsegrad.errors import UserError, check_integer, check_number
 
 _FORMS = "{float: [low, high], log: true}, {int: [low, high]} or {choice: [a, b]}"
-_OPTIONS = {"float": {"log", "points"}, "int": {"log", "step"}, "choice": set()}
-_SCALARS = (bool, int, float, str, type(None))
+_OPTIONS = {"float": {"log", "points"}, "int": {"log", "step"}, "choice": set()}  # allowed beside the values
+_SCALAR_TYPES = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,9 @@ class Dimension:
         key: dotted name in the configuration, such as `train.lr`.
         kind: `float`, `int` or `choice`.
         values: (low, high), both included, or the choices.
-        log: whether the range is even in the logarithm.
-        step: distance of the whole numbers that are tried.
-        points: how many values of a float range a grid takes; None: no grid over it.
+        log: whether the range is sampled uniformly in the logarithm.
+        step: distance between the whole numbers that are tried.
+        points: number of values of a float range in a grid; None: a grid over it is not possible.
     """
 
     key: str
@@ -51,18 +51,18 @@ class Dimension:
 
     @property
     def distribution(self) -> BaseDistribution:
-        """The same for Optuna."""
+        """The dimension as Optuna's distribution."""
         if self.kind == "choice":
             return CategoricalDistribution(self.values)
         low, high = self.values
         if self.kind == "int":
-            # Optuna knows no step along a logarithm.
+            # Optuna allows no step together with log.
             return IntDistribution(low, high, log=self.log, step=1 if self.log else self.step)
         return FloatDistribution(low, high, log=self.log)
 
     @property
     def grid(self) -> list[Any]:
-        """The values that a grid takes.
+        """The values of this dimension in a grid.
 
         Raises:
             UserError: for a float range without `points`.
@@ -74,29 +74,30 @@ class Dimension:
             return list(range(low, high + 1, self.step))
         if self.points is None:
             raise UserError(
-                f"sweep.space: {self.key} is a float range without points, which a grid cannot take: "
-                "add points: 5, give choices, or choose another sweep.sampler"
+                f"sweep.space: {self.key} is a float range without points, which sweep.sampler=grid does not allow: "
+                "add points: 5, give choices, or choose another sampler"
             )
         fractions = [index / (self.points - 1) for index in range(self.points)]
         if self.log:
+            # Clamped: rounding could lead slightly outside the bounds.
             return [min(max(low * (high / low) ** fraction, low), high) for fraction in fractions]
         return [low + (high - low) * fraction for fraction in fractions]
 
     @property
     def ends(self) -> Sequence[Any]:
-        """Values that show whether the configuration accepts the dimension: its ends, or every choice."""
+        """Values for which the configuration is checked: both ends of a range, or every choice."""
         return self.values
 
     def plain(self) -> dict[str, Any]:
-        """As the YAML says it; what studies are compared by."""
-        said: dict[str, Any] = {self.kind: list(self.values)}
+        """Return the dimension as in YAML; studies are compared by it."""
+        node: dict[str, Any] = {self.kind: list(self.values)}
         if self.log:
-            said["log"] = True
+            node["log"] = True
         if self.step != 1:
-            said["step"] = self.step
+            node["step"] = self.step
         if self.points is not None:
-            said["points"] = self.points
-        return said
+            node["points"] = self.points
+        return node
 
 
 @dataclass(frozen=True)
@@ -111,53 +112,56 @@ class Space:
         return {dimension.key: dimension.distribution for dimension in self.dimensions}
 
     def plain(self) -> dict[str, Any]:
-        """As the YAML says it."""
+        """Return the space as in YAML."""
         return {dimension.key: dimension.plain() for dimension in self.dimensions}
 
     def grid(self) -> list[dict[str, Any]]:
-        """Every combination, the last key changing fastest."""
+        """Return every combination of values; the last key changes fastest."""
         keys = [dimension.key for dimension in self.dimensions]
         return [dict(zip(keys, values, strict=True)) for values in product(*(one.grid for one in self.dimensions))]
 
     def probes(self) -> Iterator[dict[str, Any]]:
-        """One key at a time set to each of its ends: what a configuration must accept."""
+        """Yield each end of each key, one key at a time: the configuration must allow all of them."""
         for dimension in self.dimensions:
             for value in dimension.ends:
                 yield {dimension.key: value}
 
 
 def parse_space(node: Any, config: Mapping[str, Any]) -> Space:
-    """The space that `sweep.space` describes, checked against the resolved configuration.
+    """Build the space that `sweep.space` describes.
 
-    A dimension with `methods: [..]` belongs to those methods only and is left out for the others.
+    A dimension with `methods: [..]` is used for these methods only.
+
+    Args:
+        node: the value of `sweep.space`.
+        config: the resolved configuration, which must contain the keys.
 
     Raises:
-        UserError: for a key that the configuration lacks, an empty or inverted range, a logarithm of a bound of 0 or
-            less, or no choice at all.
+        UserError: for an unknown key, an empty range, a log range with a bound of 0 or less, or an empty choice.
     """
     if not isinstance(node, Mapping) or not node:
         raise UserError(f"sweep.space is empty: give at least one key, as {_FORMS}")
     method = config["method"]["name"]
-    kept = {key: _without_methods(key, entry) for key, entry in node.items() if _applies(key, entry, method)}
+    kept = {key: _drop_methods(key, entry) for key, entry in node.items() if _applies_to(key, entry, method)}
     if not kept:
         raise UserError(f"sweep.space has no key for method={method}: add one, or choose another method")
     for key in kept:
         _check_key(key, config)
-    return Space(tuple(_dimension(key, entry) for key, entry in kept.items()))
+    return Space(tuple(_make_dimension(key, entry) for key, entry in kept.items()))
 
 
-def _applies(key: str, entry: Any, method: str) -> bool:
+def _applies_to(key: str, entry: Any, method: str) -> bool:
     if not isinstance(entry, Mapping):
         raise UserError(f"sweep.space: {key}={entry} is not understood: give {_FORMS}")
     methods = entry.get("methods")
     if methods is None:
         return True
     if not isinstance(methods, list) or not methods:
-        raise UserError(f"sweep.space: {key} has methods={methods}: give a list of names, or leave it out")
+        raise UserError(f"sweep.space: {key} has methods={methods}: give a list of names such as [lora], or drop it")
     return method in methods
 
 
-def _without_methods(key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_methods(key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if name != "methods"}
 
 
@@ -170,7 +174,7 @@ def _check_key(key: str, config: Mapping[str, Any]) -> None:
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings -> dotted key -> value."""
+    """Flatten nested mappings to {dotted key: value}."""
     flat: dict[str, Any] = {}
     for name, value in node.items():
         if isinstance(value, Mapping) and value:
@@ -180,7 +184,7 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _dimension(key: str, entry: Mapping[str, Any]) -> Dimension:
+def _make_dimension(key: str, entry: Mapping[str, Any]) -> Dimension:
     kinds = [kind for kind in _OPTIONS if kind in entry]
     if len(kinds) != 1:
         raise UserError(f"sweep.space: {key}={dict(entry)} is not understood: give {_FORMS}")
@@ -188,7 +192,9 @@ def _dimension(key: str, entry: Mapping[str, Any]) -> Dimension:
     unknown = set(entry) - {kind} - _OPTIONS[kind]
     if unknown:
         allowed = ", ".join(sorted(_OPTIONS[kind] | {"methods"}))
-        raise UserError(f"sweep.space: {key} has {', '.join(sorted(unknown))}; a {kind} takes {allowed}")
+        raise UserError(
+            f"sweep.space: {key} has {', '.join(sorted(unknown))}; a {kind} allows {allowed}: drop the rest"
+        )
     values = entry[kind]
     if not isinstance(values, list | tuple):
         raise UserError(f"sweep.space: {key} has {kind}={values}: give {_FORMS}")
@@ -198,13 +204,11 @@ def _dimension(key: str, entry: Mapping[str, Any]) -> Dimension:
 
 def _check_choices(key: str, values: tuple[Any, ...]) -> None:
     if not values:
-        raise UserError(f"sweep.space: {key} has a choice of nothing: give at least one value")
-    if not all(isinstance(value, _SCALARS) for value in values):
-        raise UserError(
-            f"sweep.space: {key} has a choice that is no plain value: give numbers, words, true, false, null"
-        )
+        raise UserError(f"sweep.space: {key} has an empty choice: give at least one value")
+    if not all(isinstance(value, _SCALAR_TYPES) for value in values):
+        raise UserError(f"sweep.space: {key} has the choices {list(values)}: give numbers, words, true, false or null")
     if len({(type(value), value) for value in values}) < len(values):
-        raise UserError(f"sweep.space: {key} has one choice twice: {list(values)}")
+        raise UserError(f"sweep.space: {key} has one choice twice: {list(values)}; drop one")
 
 
 def _check_range(dimension: Dimension) -> None:
@@ -222,7 +226,7 @@ def _check_range(dimension: Dimension) -> None:
     if dimension.log not in (True, False):
         raise UserError(f"{where} has log={dimension.log}: give true or false")
     if dimension.log and low <= 0:
-        raise UserError(f"{where} has log: true and the bound {low}: a logarithm takes bounds above 0")
+        raise UserError(f"{where} has log: true and the bound {low}: give bounds above 0 for a logarithm")
     _check_options(where, dimension)
 
 

@@ -1,4 +1,4 @@
-"""Where studies live: SQLite, PostgreSQL, a journal file, or Optuna's gRPC proxy."""
+"""The storage of studies: SQLite, PostgreSQL, a journal file, or Optuna's gRPC proxy."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
-from sparsegrad.errors import UserError, first_line
+from sparsegrad.errors import UserError, first_line, missing_package
 from sparsegrad.files import check_writable
 
 JOURNAL, GRPC = "journal:", "grpc://"
 _FORMS = "give a file such as studies.db, journal:FILE, postgresql://USER@HOST/DATABASE or grpc://HOST:PORT"
-_SECONDS_TO_CONNECT = 10
+_CONNECT_SECONDS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +31,13 @@ class Store:
     """An open storage.
 
     Attributes:
-        shown: its address without the password.
-        claiming: held while a trial is taken or given back. SQLite has no row locks, and two workers that read a trial
-            as free would both take it; the other storages keep them apart themselves.
+        address: where it is, without the password.
+        claiming: a lock, held while a trial is taken or returned. SQLite has no row locks, so two workers could take
+            the same trial; the other storages prevent that themselves.
     """
 
     storage: BaseStorage
-    shown: str
+    address: str
     claiming: Callable[[], AbstractContextManager[Any]]
 
 
@@ -45,36 +45,36 @@ def open_store(where: str) -> Store:
     """Open the storage that `sweep.storage` names.
 
     Raises:
-        UserError: if it cannot be reached, is of another schema, or is no storage; a password is never shown.
+        UserError: if it is no storage, cannot be reached, or has another schema; the message contains no password.
     """
     if where.startswith(JOURNAL):
-        return _open(lambda: _journal(Path(where.removeprefix(JOURNAL))), where)
+        return _connect(lambda: _make_journal(Path(where.removeprefix(JOURNAL))), where)
     if where.startswith(GRPC):
-        return _open(lambda: _grpc(where), where)
-    url = _url(where)
+        return _connect(lambda: _make_proxy(where), where)
+    url = _parse_url(where)
     if url.get_backend_name() == "sqlite":
         file = Path(url.database or "")
         check_writable(file.parent)
-        lock = FileLock(file.with_name(file.name + ".lock"))  # one object: it may be entered again while it is held
-        return _open(lambda: _rdb(url, {"timeout": 60}), where, lambda: lock)
-    options = {"connect_timeout": _SECONDS_TO_CONNECT} if url.get_backend_name() == "postgresql" else {}
-    return _open(lambda: _rdb(url, options), where)
+        lock = FileLock(file.with_name(file.name + ".lock"))  # one object, so that it is reentrant
+        return _connect(lambda: _make_database(url, {"timeout": 60}), where, lambda: lock)
+    options = {"connect_timeout": _CONNECT_SECONDS} if url.get_backend_name() == "postgresql" else {}
+    return _connect(lambda: _make_database(url, options), where)
 
 
-def shown(where: str) -> str:
-    """An address as it may be shown."""
+def hide_password(where: str) -> str:
+    """Return the address without the password."""
     try:
-        return _url(where).render_as_string(hide_password=True) if "://" in where else where
+        return _parse_url(where).render_as_string(hide_password=True) if "://" in where else where
     except UserError:
         return where.rpartition("@")[2]
 
 
 def dashboard_address(where: str) -> str:
-    """The same storage in the words of optuna-dashboard."""
-    return where.removeprefix(JOURNAL) if where.startswith(JOURNAL) else _url(where).render_as_string(False)
+    """Return the address in the form that optuna-dashboard accepts, password included."""
+    return where.removeprefix(JOURNAL) if where.startswith(JOURNAL) else _parse_url(where).render_as_string(False)
 
 
-def _url(where: str) -> URL:
+def _parse_url(where: str) -> URL:
     if "://" not in where:
         return URL.create("sqlite", database=where)
     try:
@@ -86,20 +86,26 @@ def _url(where: str) -> URL:
     return url
 
 
-def _open(
+def _connect(
     make: Callable[[], BaseStorage], where: str, claiming: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> Store:
     try:
         with claiming():
-            return Store(storage=_patiently(make), shown=shown(where), claiming=claiming)
+            return Store(storage=_retry_on_conflict(make), address=hide_password(where), claiming=claiming)
     except ImportError as error:
-        raise UserError(f"sweep.storage={shown(where)} needs a package: {error}; pip install it") from None
+        if error.name == "psycopg":
+            raise missing_package(f"sweep.storage={hide_password(where)}", error.name, "sweep") from None
+        raise UserError(
+            f"sweep.storage={hide_password(where)} needs a package ({error}): install it with pip, or {_FORMS}"
+        ) from None
     except (SQLAlchemyError, StorageInternalError, RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"sweep.storage={shown(where)} cannot be used: {_reason(error, where)}; {_FORMS}") from None
+        raise UserError(
+            f"sweep.storage={hide_password(where)} cannot be used: {_find_reason(error, where)}; {_FORMS}"
+        ) from None
 
 
-def _patiently(make: Callable[[], BaseStorage]) -> BaseStorage:
-    """Workers that start together on an empty database trip over each other's tables: the loser tries again."""
+def _retry_on_conflict(make: Callable[[], BaseStorage]) -> BaseStorage:
+    """Call `make` again after a conflict: workers that start together on an empty database create the same tables."""
     for _ in range(5):
         try:
             return make()
@@ -108,30 +114,31 @@ def _patiently(make: Callable[[], BaseStorage]) -> BaseStorage:
     return make()
 
 
-def _reason(error: BaseException, where: str) -> str:
-    """The first line of an error, or of what Optuna wrapped in it; without the password."""
+def _find_reason(error: BaseException, where: str) -> str:
+    """Return the first line of the original error, which Optuna may have wrapped, without the password."""
     deepest = getattr(error, "orig", None) or error.__cause__ or error
     text = first_line(deepest)
-    password = _url(where).password if "://" in where else None
+    password = _parse_url(where).password if "://" in where else None
+    # URLs contain the password quoted, drivers print it plain.
     for secret in {str(password), quote_plus(str(password))} if password else ():
         text = text.replace(secret, "***")
     return text
 
 
-def _rdb(url: URL, connect: dict[str, Any]) -> BaseStorage:
+def _make_database(url: URL, connect: dict[str, Any]) -> BaseStorage:
     engine = {"connect_args": connect, "pool_pre_ping": True}
     return RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=engine)
 
 
-def _journal(file: Path) -> BaseStorage:
+def _make_journal(file: Path) -> BaseStorage:
     check_writable(file.parent)
     return JournalStorage(JournalFileBackend(str(file)))
 
 
-def _grpc(where: str) -> BaseStorage:
+def _make_proxy(where: str) -> BaseStorage:
     host, _, port = where.removeprefix(GRPC).rpartition(":")
     if not host or not port.isdigit():
-        raise ValueError("host and port are needed")
+        raise ValueError("host and port are needed")  # becomes a UserError in `_connect`
     storage = GrpcStorageProxy(host=host, port=int(port))
-    storage.wait_server_ready(timeout=_SECONDS_TO_CONNECT)
+    storage.wait_server_ready(timeout=_CONNECT_SECONDS)
     return storage

@@ -1,4 +1,4 @@
-"""A study that workers share: opened or made, checked against the plan, trials taken and given back."""
+"""A study that workers share: open or create it, check that it fits the plan, take and close trials."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IDENTITY, LABELS = "identity", "labels"
 
 
 class SharedStudy:
-    """One worker's hold on a study."""
+    """A study as one worker uses it."""
 
     def __init__(self, plan: Plan, store: Store, study: Study) -> None:
         self.plan, self.store, self.study = plan, store, study
@@ -30,30 +30,31 @@ class SharedStudy:
         self._me = this_worker()
 
     def ledger(self) -> Ledger:
-        """The trials as they are now."""
+        """Return the current trials."""
         return Ledger(self.study.get_trials(deepcopy=False))
 
     def is_finished(self) -> bool:
-        """Whether all trials that were asked for have ended."""
+        """Whether all trials of the plan are finished."""
         return len(self.ledger().finished(self.plan.budget)) >= self.plan.budget
 
     def take(self) -> Trial | None:
-        """The next trial of this worker; None while others are at work on all that is left."""
+        """Take the next trial; None while other workers run all that are left."""
         with self.store.claiming():
-            self._mend()
+            self._recover_trials()
             if not self.ledger().has_work(self.plan.budget):
                 return None
             trial = self.study.ask(self.plan.space.distributions)
             trial.set_user_attr(WORKER, self._me)
+        # Storages without a lock may have given more trials than are left: this one may be surplus.
         if self.ledger().counts(trial.number, self.plan.budget):
             return trial
-        self.close(trial, TrialState.FAIL, {SURPLUS: True, REASON: "more workers asked than trials were left"})
+        self.close(trial, TrialState.FAIL, {SURPLUS: True, REASON: "more workers asked for trials than were left"})
         return None
 
     def close(
         self, trial: Trial | FrozenTrial, state: TrialState, facts: Mapping[str, Any], value: float | None = None
     ) -> bool:
-        """End a trial and note facts with it; False if another worker has ended it."""
+        """End a trial and store facts with it; False if another worker has ended it already."""
         values = None if value is None else [value]
         with self.store.claiming():
             try:
@@ -63,15 +64,16 @@ class SharedStudy:
             except UpdateFinishedTrialError:
                 return False
 
-    def _mend(self) -> None:
-        """Fail the trials of dead workers and queue what failed once more."""
+    def _recover_trials(self) -> None:
+        """Fail the trials of dead workers, and queue every failed trial again."""
         for trial in self.ledger().trials:
             if trial.state == TrialState.RUNNING and self._watch.is_dead(trial):
-                self._bury(trial)
+                self._close_dead(trial)
         for trial in self.ledger().to_redo(self.plan.budget):
             self.study.enqueue_trial(trial.params, user_attrs={REDO_OF: trial.number})
 
-    def _bury(self, trial: FrozenTrial) -> None:
+    def _close_dead(self, trial: FrozenTrial) -> None:
+        """End the trial of a dead worker; after `sweep.retries` deaths as pruned, so that it is not queued again."""
         ledger, retries = self.ledger(), self.plan.sweep.retries
         if not ledger.counts(trial.number, self.plan.budget):
             self.close(trial, TrialState.FAIL, {SURPLUS: True, REASON: "its worker died"})
@@ -83,10 +85,14 @@ class SharedStudy:
 
 
 def open_study(plan: Plan, *, overwrite: bool = False) -> SharedStudy:
-    """Open the study of a plan, or make it.
+    """Open the study of a plan, or create it.
+
+    Args:
+        plan: the checked sweep.
+        overwrite: delete an existing study of that name first.
 
     Raises:
-        UserError: if the storage cannot be used, or holds another study of that name.
+        UserError: if the storage cannot be used, or its study of that name searches something else.
     """
     quiet()
     store = open_store(plan.sweep.storage)
@@ -100,28 +106,28 @@ def open_study(plan: Plan, *, overwrite: bool = False) -> SharedStudy:
 
 
 def load_study(where: str, name: str) -> Study:
-    """An existing study, to look at.
+    """Load an existing study to read it.
 
     Raises:
-        UserError: if there is none of that name; the names that exist are listed.
+        UserError: if there is none of that name; lists those that exist.
     """
     quiet()
     store = open_store(where)
     names = optuna.get_all_study_names(store.storage)
     if name not in names:
         known = ", ".join(sorted(names)) or "none"
-        raise UserError(f"{store.shown} has no study {name}; it has: {known}")
+        raise UserError(f"{store.address} has no study {name}; it has: {known}")
     return optuna.load_study(study_name=name, storage=store.storage)
 
 
 def delete(store: Store, name: str) -> None:
-    """Delete a study if it exists; records of its trials stay."""
+    """Delete a study if it exists; the records of its trials are kept."""
     if name in optuna.get_all_study_names(store.storage):
         optuna.delete_study(study_name=name, storage=store.storage)
 
 
 def quiet() -> None:
-    """Optuna's log lines repeat what the worker prints."""
+    """Silence Optuna's log: it repeats what the worker prints."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -131,12 +137,12 @@ def _create_or_load(plan: Plan, store: Store, options: dict[str, Any]) -> Study:
         study = optuna.create_study(study_name=name, storage=storage, direction=direction, **options)
     except DuplicatedStudyError:
         return optuna.load_study(study_name=name, storage=storage, **options)
-    _sign(plan, study)
+    _write_identity(plan, study)
     return study
 
 
-def _sign(plan: Plan, study: Study) -> None:
-    """Note in the study what it is; one attribute, so that it is there as a whole or not at all."""
+def _write_identity(plan: Plan, study: Study) -> None:
+    """Store in the study what it searches; as one attribute, so that it is stored completely or not at all."""
     base = plan.base
     labels = {"model": base.model.name, "method": base.method.name, "task": base.task.name, "sweep": plan.sweep.name}
     study.set_user_attr(IDENTITY, plan.identity())
@@ -147,20 +153,21 @@ def _check_identity(plan: Plan, study: Study) -> None:
     """Refuse a study that searches something else.
 
     Raises:
-        UserError: which shows both sides of the first difference.
+        UserError: with both values of the first difference.
     """
+    # The round trip by JSON turns tuples into lists, as the storage does.
     found, wanted = study.user_attrs.get(IDENTITY), json.loads(json.dumps(plan.identity()))
     if found is None and not study.get_trials(deepcopy=False):
-        _sign(plan, study)  # its maker died in between
+        _write_identity(plan, study)  # the worker that created it died before it stored the identity
         return
-    remedy = "choose another sweep.study=, or sweep.overwrite=true to start it again"
+    remedy = "choose another sweep.study=, or sweep.overwrite=true to delete it and start again"
     if found is None:
         raise UserError(f"study {study.study_name} was not made by a sweep of this project: {remedy}")
     for part in ("space", "direction", "metric", "objective"):
         if found[part] != wanted[part]:
             raise UserError(
-                f"study {study.study_name} exists with another {part}: there {_brief(found[part])}, "
-                f"here {_brief(wanted[part])}; {remedy}"
+                f"study {study.study_name} exists with another {part}: there {_format_value(found[part])}, "
+                f"here {_format_value(wanted[part])}; {remedy}"
             )
     here, there = wanted["fixed"], found["fixed"]
     for key in sorted(here.keys() | there.keys()):
@@ -171,5 +178,5 @@ def _check_identity(plan: Plan, study: Study) -> None:
             )
 
 
-def _brief(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
