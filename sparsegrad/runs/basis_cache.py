@@ -15,8 +15,8 @@ from sparsegrad.basis import Basis, load_bases, save_bases
 from sparsegrad.errors import UserError
 from sparsegrad.files import read_json, write_json
 from sparsegrad.hashing import SHORT, tensors_sha256
+from sparsegrad.runs.main_process import on_main
 from sparsegrad.trainer.peak_memory import PeakMemory
-from sparsegrad.trainer.processes import from_main
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,11 @@ class BasisStore:
     ) -> tuple[dict[str, Basis], dict[str, Any]]:
         """Bases and what they cost; see `Context.calibrated`."""
         fingerprint = None if settings is None else self.fingerprint(settings)
-        found = from_main(lambda: self._find(fingerprint))
+        found = self._find(fingerprint)
         if found is None:
             made, cost = self._measured(compute)
             facts = {} if fingerprint is None else {"fingerprint": fingerprint, "reused": False}
-            found = from_main(lambda: self._keep(made, {**facts, **cost}, fingerprint))
+            found = self._keep(made, {**facts, **cost}, fingerprint)
         # One layout, whether made now or read: products round otherwise in the last bit, and a continued run differs.
         return {kind: basis.by_columns() for kind, basis in found[0].items()}, found[1]
 
@@ -54,6 +54,7 @@ class BasisStore:
     def _own_cost(self) -> Path:
         return self.own.with_suffix(".json")
 
+    @on_main
     def _find(self, fingerprint: str | None) -> tuple[dict[str, Basis], dict[str, Any]] | None:
         """What this run, or an equal calibration, left."""
         if self.resuming and self.own.exists():
@@ -61,7 +62,7 @@ class BasisStore:
         if fingerprint is None or not self._stored(fingerprint).exists():
             return None
         bases, cost = load_bases(self._stored(fingerprint), fingerprint), {"fingerprint": fingerprint, "reused": True}
-        return self._keep(bases, cost, None)
+        return self._write(bases, cost, None)
 
     def _read_cost(self) -> dict[str, Any]:
         try:
@@ -72,10 +73,16 @@ class BasisStore:
             raise UserError(f"{self._own_cost} is damaged: resume=false starts the run over")
         return cost
 
+    @on_main
     def _keep(
         self, bases: dict[str, Basis], cost: dict[str, Any], fingerprint: str | None
     ) -> tuple[dict[str, Basis], dict[str, Any]]:
         """Write for this run, and under `fingerprint` for others."""
+        return self._write(bases, cost, fingerprint)
+
+    def _write(
+        self, bases: dict[str, Basis], cost: dict[str, Any], fingerprint: str | None
+    ) -> tuple[dict[str, Basis], dict[str, Any]]:
         if fingerprint is not None:
             save_bases(self._stored(fingerprint), bases, fingerprint)
         save_bases(self.own, bases)

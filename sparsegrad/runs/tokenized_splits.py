@@ -1,18 +1,29 @@
-"""The token sets of one run, and the checks of their sizes."""
+"""The tokenized rows of one run: what trains, what chooses the checkpoint, what is reported."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+import datasets
 
 from sparsegrad.errors import UserError
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.runs.trainer_setup import TokenSets
 from sparsegrad.tasks.base import Splits
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSets:
+    """Tokenized rows: what trains, what chooses the checkpoint, what is reported (None: the same); and their counts."""
+
+    train: datasets.Dataset
+    choose: datasets.Dataset
+    report: datasets.Dataset | None
+    counts: dict[str, Any] = field(default_factory=dict)
 
 
 def token_sets(config: RunConfig, splits: Splits, tokenizer: Any) -> TokenSets:
@@ -44,19 +55,6 @@ def token_sets(config: RunConfig, splits: Splits, tokenizer: Any) -> TokenSets:
             "windows; give more conversations, a shorter data.max_length or a smaller batch"
         )
     return sets
-
-
-def check_sizes(config: RunConfig, splits: Splits) -> None:
-    """A split must fill one batch: less is a mistake in the data or in `data.max_train`."""
-    share = 0.9 if config.protocol.select == "heldout" else 1.0
-    rows, batch = math.floor(len(splits.train) * share), config.train.batch_size
-    if rows < batch:
-        raise UserError(
-            f"train.batch_size={batch} is not allowed: {config.task.name} has {rows} training rows; "
-            "give more rows (data.max_train) or a smaller batch"
-        )
-    if len(splits.validation) < 2:
-        raise UserError(f"{config.task.name} has {len(splits.validation)} validation rows: give at least 2")
 
 
 def log_counts(*counts: Mapping[str, Any]) -> None:

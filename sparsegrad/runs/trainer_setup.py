@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from transformers import (
 )
 
 from sparsegrad.distributed import is_main, rank, world_size
-from sparsegrad.errors import UserError, missing_package
 from sparsegrad.metrics import compute_metrics
 from sparsegrad.metrics.language import token_losses
 from sparsegrad.runs.config import RunConfig, TrainConfig
+from sparsegrad.runs.tokenized_splits import TokenSets
 from sparsegrad.trainer.callbacks import EvaluationSteps, LossWatch, Progress, Stopwatch
 from sparsegrad.trainer.checkpoints import last_checkpoint
 from sparsegrad.trainer.device import pick_device
@@ -32,16 +31,6 @@ from sparsegrad.trainer.signals import StopOnSignal
 from sparsegrad.trainer.trainer import RunTrainer
 
 LOGGING_STEPS = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenSets:
-    """Tokenized rows: what trains, what chooses the checkpoint, what is reported (None: the same); and their counts."""
-
-    train: datasets.Dataset
-    choose: datasets.Dataset
-    report: datasets.Dataset | None
-    counts: dict[str, Any] = field(default_factory=dict)
 
 
 def training_batches(rows: datasets.Dataset, config: RunConfig, tokenizer: Any) -> Iterator[dict[str, torch.Tensor]]:
@@ -146,16 +135,6 @@ def _schedule(train: TrainConfig) -> str:
     return train.schedule
 
 
-def check_precision(config: RunConfig, device: torch.device) -> None:
-    """Raise `UserError` for bfloat16 on a GPU that has none."""
-    if device.type == "cuda" and config.train.precision != "fp32" and not torch.cuda.is_bf16_supported(False):
-        name = torch.cuda.get_device_name(device)
-        raise UserError(
-            f"train.precision={config.train.precision} is not allowed: {name} has no bfloat16 (compute capability 8.0 "
-            "has); use train.precision=fp32"
-        )
-
-
 def total_steps(config: RunConfig, rows: int) -> int:
     """Optimizer steps that the run may take at most."""
     if config.protocol.max_steps is not None:
@@ -165,21 +144,10 @@ def total_steps(config: RunConfig, rows: int) -> int:
     return max(1, int(-(-per_epoch * config.protocol.epochs // 1)))
 
 
-def check_tracker(config: RunConfig) -> None:
-    """Raise `UserError` if the tracker's package is missing."""
-    package = {"wandb": "wandb", "tensorboard": "tensorboard"}.get(config.tracker.name)
-    if package is None:
-        return
-    try:
-        __import__(package)
-    except ImportError:
-        raise missing_package(f"tracker={config.tracker.name}", package, package) from None
-
-
 def close_tracker(config: RunConfig) -> None:
     """End the run of Weights & Biases: the next one in this process is another."""
-    if config.tracker.name == "wandb" and "wandb" in sys.modules:
-        sys.modules["wandb"].finish()
+    if config.tracker.name == "wandb" and (wandb := sys.modules.get("wandb")) is not None:
+        wandb.finish()
 
 
 def _tracker(config: RunConfig) -> list[str]:

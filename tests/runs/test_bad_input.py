@@ -48,7 +48,7 @@ def refused(conf: Composer, small: tuple[str, ...], capsys: pytest.CaptureFixtur
 @pytest.fixture
 def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error must come before a model is loaded."""
-    monkeypatch.setattr(runs, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("sparsegrad.runs.parts.load_model", lambda *_: pytest.fail("a model was loaded"))
 
 
 def error_line(stderr: str) -> str:
@@ -84,10 +84,10 @@ def error_line(stderr: str) -> str:
         ("method.keep=5", r"method\.density=0\.01 and method\.keep=5: give one"),
         ("method.density=null", r"method\.density=None and method\.keep=None: give one"),
         ("method.steps=0", r"method\.steps=0 .*at least 1"),
-        ("method.engine=fast", r"method\.engine=fast .*merged, layer"),
+        ("method.engine=slow", r"method\.engine=slow .*exact, layer"),
         (
             "method.backward=sparse_dense",
-            r"backward=sparse_dense does not belong to method\.engine=merged: set method\.b",
+            r"backward=sparse_dense does not belong to method\.engine=exact: set method\.b",
         ),
         ("method.sides=left", r"method\.sides=left is not allowed: choose one of both, in, out, small"),
         ("method.moments=few", r"method\.moments=few is not allowed: choose one of dense, support"),
@@ -308,7 +308,7 @@ def test_an_error_that_is_not_of_writing_keeps_its_name(
     def broken(*_: Any) -> None:
         raise ConnectionResetError(errno.ECONNRESET, "the far end hung up")
 
-    monkeypatch.setattr(runs, "load_model", broken)
+    monkeypatch.setattr("sparsegrad.runs.parts.load_model", broken)
     with pytest.raises(ConnectionResetError):
         cli.run_command(conf(*small))
 

@@ -19,8 +19,9 @@ from sparsegrad.layers.rotated import SparseGradLinear
 from sparsegrad.methods.base import train_only
 from sparsegrad.metrics.language import language_metrics, token_losses
 from sparsegrad.runs.config import RunConfig, build
+from sparsegrad.runs.preflight import check_precision
 from sparsegrad.runs.runner import run
-from sparsegrad.runs.trainer_setup import check_precision, training_arguments
+from sparsegrad.runs.trainer_setup import training_arguments
 
 METHODS = ("full", "lora", "meprop", "sparsegrad", "sparsegrad_fast")
 

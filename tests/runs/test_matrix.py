@@ -53,14 +53,14 @@ def trained(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[st
         caught.append(model)
         return finish(config, model, *rest)
 
-    prepare = runs._Run._prepare
+    prepare = runs.prepare_method
 
-    def prepared(self: Any) -> Any:
-        caught.append(prepare(self))
+    def prepared(*given: Any, **more: Any) -> Any:
+        caught.append(prepare(*given, **more))
         return caught[-1]
 
     monkeypatch.setattr(runs, "make_trainer", make_trainer)
-    monkeypatch.setattr(runs._Run, "_prepare", prepared)
+    monkeypatch.setattr(runs, "prepare_method", prepared)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     before = {

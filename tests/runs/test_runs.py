@@ -21,7 +21,9 @@ from sparsegrad import cli
 from sparsegrad.errors import UserError
 from sparsegrad.runs import runner as runs
 from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.model_loading import load_tokenizer
 from sparsegrad.runs.runner import run
+from sparsegrad.runs.tokenized_splits import token_sets
 from sparsegrad.trainer.checkpoints import last_checkpoint
 
 METHODS = ("full", "lora", "lora_tuned", "meprop", "sparsegrad", "layer", "sparsegrad_authors", "sparsegrad_fast")
@@ -131,7 +133,7 @@ def test_protocol_both_has_the_value_of_either_rule(tiny: Tiny) -> None:
 def test_held_out_rows_are_no_validation_rows(tiny: Tiny) -> None:
     config = tiny("protocol=heldout")
     splits = config.task.load(config.data)
-    sets = runs.token_sets(config, splits, runs.load_tokenizer(config.model))
+    sets = token_sets(config, splits, load_tokenizer(config.model))
     rows = {name: {tuple(row) for row in getattr(sets, name)["input_ids"]} for name in ("train", "choose", "report")}
     assert len(set.union(*rows.values())) == sum(map(len, rows.values())) == 34
 
@@ -267,13 +269,13 @@ def test_a_saved_model_is_an_ordinary_one_with_the_trained_answers(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     texts, caught = ["a good film", "awful and dull, really"], []
-    save = runs._Run._save
+    save = runs.save_model
 
-    def saved(self: Any, prepared: Any) -> None:
-        caught.append(answer(self.model, self.tokenizer, texts))
-        save(self, prepared)
+    def saved(config: RunConfig, parts: Any, prepared: Any) -> None:
+        caught.append(answer(parts.model, parts.tokenizer, texts))
+        save(config, parts, prepared)
 
-    monkeypatch.setattr(runs._Run, "_save", saved)
+    monkeypatch.setattr(runs, "save_model", saved)
     config = tiny(*method(name), "model=roberta_base", "save_model=true")
     run(config)
     folder = config.run_folder / "model"
@@ -291,8 +293,10 @@ def test_labels_become_fields_of_the_record(tiny: Tiny) -> None:
 @pytest.mark.parametrize("name", ["full", "sparsegrad", "layer", "lora"])
 def test_bf16_runs_and_keeps_float32_weights(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     caught: list[Any] = []
-    facts = runs._Run._facts
-    monkeypatch.setattr(runs._Run, "_facts", lambda self, made: caught.append(self.model) or facts(self, made))
+    describe = runs.describe_run
+    monkeypatch.setattr(
+        runs, "describe_run", lambda config, parts, *more: caught.append(parts.model) or describe(config, parts, *more)
+    )
     record, _ = run(tiny(*method(name), "train.precision=bf16"))
     assert record["config"]["train"]["precision"] == "bf16"
     assert {parameter.dtype for parameter in caught[0].parameters()} == {torch.float32}

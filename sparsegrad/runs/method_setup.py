@@ -1,0 +1,71 @@
+"""A run's method made ready: what it may ask of the run, and the store of its bases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsegrad.distributed import world_size
+from sparsegrad.methods.base import Context, Prepared
+from sparsegrad.runs.basis_cache import BasisStore
+from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.parts import Parts
+from sparsegrad.runs.trainer_setup import training_batches
+from sparsegrad.tasks.base import Splits
+
+
+def prepare_method(
+    config: RunConfig, parts: Parts, splits: Splits, device: torch.device, *, resuming: bool
+) -> Prepared:
+    """Let the method change the model into what trains, calibration included."""
+    model: Any = parts.model
+    model.train()
+    if config.train.gradient_checkpointing:  # the calibration needs it as much as the training
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    context = _make_context(config, parts, _basis_store(config, parts, splits, resuming))
+    # Weights of two precisions in one model need autocast, in the calibration too.
+    mixed = config.train.precision == "bf16_weights"
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        return config.method.prepare(model, parts.linears, context)
+
+
+def _make_context(config: RunConfig, parts: Parts, store: BasisStore) -> Context:
+    has_head = not config.task.is_language
+    return Context(
+        lr=config.train.lr,
+        weight_decay=config.train.weight_decay,
+        train_rest=config.train.train_rest,
+        is_head=lambda name: name in parts.dense or (has_head and config.model.is_head(name)),
+        has_head=has_head,
+        batches=lambda: training_batches(parts.sets.train, config, parts.tokenizer),
+        calibrated=store.calibrated,
+        accumulation=config.train.grad_accumulation,
+    )
+
+
+def _basis_store(config: RunConfig, parts: Parts, splits: Splits, resuming: bool) -> BasisStore:
+    """The store of bases, with all that a calibration's gradients depend on besides the weights."""
+    model: Any = parts.model
+    machine_dependent = ("transformers_version", "_name_or_path")  # the same architecture on any machine
+    architecture = {name: value for name, value in model.config.to_dict().items() if name not in machine_dependent}
+    facts = {
+        "linears": {kind: list(found) for kind, found in parts.linears.items()},
+        "architecture": architecture,
+        "tokenizer": config.model.tokenizer or config.model.source,
+        "data": splits.fingerprint,
+        "protocol": config.protocol.select,
+        "seed": config.seed,
+        "batch_size": config.train.batch_size * world_size(),
+        "pad": config.data.pad,
+        "max_length": config.data.max_length,
+        **config.task.token_facts,
+    }
+    return BasisStore(
+        folder=Path(config.work_dir) / "bases",
+        model=model,
+        facts=facts,
+        own=config.checkpoints / "bases.safetensors",
+        resuming=resuming,
+    )

@@ -1,0 +1,90 @@
+"""The content of a record: what a run is, what came of it, and how it failed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from sparsegrad.distributed import is_main
+from sparsegrad.errors import UserError
+from sparsegrad.files import write_json
+from sparsegrad.methods.base import Prepared
+from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.environment import now
+from sparsegrad.runs.parts import Parts
+from sparsegrad.runs.records import SCHEMA
+from sparsegrad.tasks.base import Splits
+from sparsegrad.trainer.callbacks import NonFiniteLossError
+from sparsegrad.trainer.checkpoints import weights_fingerprint
+from sparsegrad.trainer.log_history import best_on_validation, evaluations, history, scores_of
+from sparsegrad.trainer.trainer import RunTrainer
+
+
+def describe_run(
+    config: RunConfig, parts: Parts, splits: Splits, prepared: Prepared, labels: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The part of a record that is known before training; its status is `failed` until the run is complete."""
+    counts = {"counts": {**splits.counts, **parts.sets.counts}} if parts.sets.counts else {}
+    return {
+        "schema": SCHEMA,
+        "key": config.key,
+        "status": "failed",
+        **labels,
+        "config": config.resolved,
+        "data": {
+            "fingerprint": splits.fingerprint,
+            "train_rows": len(parts.sets.train),
+            "choose_rows": len(parts.sets.choose),
+            "validation_rows": len(splits.validation),
+            **counts,
+        },
+        "trainable": {
+            "total": prepared.trainable,
+            "per_weight": prepared.trainable_per_weight,
+            "model": parts.size,
+            "share": round(prepared.trainable / parts.size, 6),
+        },
+        "calibration": prepared.calibration,
+    }
+
+
+def score_run(config: RunConfig, trainer: RunTrainer, parts: Parts) -> dict[str, Any]:
+    """The `result` of a record: the scores of the best checkpoint, which is the model when training has ended."""
+    main, state = config.task.main_metric, trainer.state
+    chosen = next(row for row in evaluations(state.log_history) if row["step"] == state.best_global_step)
+    scores = {name: value for name, value in chosen.items() if name not in ("step", "epoch", "loss")}
+    if parts.sets.report is not None:
+        # Not `evaluate`: its log would put this split's scores among those that choose.
+        scores = scores_of(trainer.predict(parts.sets.report, metric_key_prefix="eval").metrics)
+        scores.pop("loss")
+    return {
+        "metric": main,
+        "value": scores[main],
+        "split": "validation",
+        "scores": scores,
+        "chosen_on": config.protocol.select,
+        "chosen_step": state.best_global_step,
+        "chosen_score": state.best_metric,
+        "steps": state.global_step,
+        "epochs": round(state.epoch, 4),
+        "weights": weights_fingerprint(parts.model),
+        **best_on_validation(state.log_history, config.task),
+    }
+
+
+def write_failed(
+    config: RunConfig, record: dict[str, Any], trainer: RunTrainer, environment: dict[str, Any], error: Exception
+) -> UserError:
+    """Write the record of a run that failed while it trained; the error for the user, which the caller raises.
+
+    Its checkpoints are deleted: on the way to NaN they are of no use to the next try.
+    """
+    reason = str(error)
+    if isinstance(error, NonFiniteLossError):
+        reason = f"{error}: training diverged; lower train.lr={config.train.lr:g}, or check the data"
+    if is_main():  # the other processes may not fail, or not here
+        rest = {"reason": reason, "environment": {**environment, "finished": now()}}
+        write_json(config.record_path, {**record, **history(trainer.state.log_history), **rest})
+        shutil.rmtree(config.checkpoints, ignore_errors=True)
+    return UserError(f"{reason} (record {config.record_path}, marked failed)")

@@ -1,0 +1,71 @@
+"""The parts of one run that training needs: tokenizer, model, its MLP linears, tokenized rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import set_seed
+
+from sparsegrad.errors import UserError
+from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.layer_choice import dense_weights, select_linears
+from sparsegrad.runs.memory_estimate import check_memory
+from sparsegrad.runs.model_loading import load_model, load_tokenizer
+from sparsegrad.runs.tokenized_splits import TokenSets, log_counts, token_sets
+from sparsegrad.targets import Linears, find_mlp
+from sparsegrad.tasks.base import Splits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What one run trains, and on what.
+
+    Attributes:
+        model: on its device, as it was loaded.
+        tokenizer: the model's.
+        linears: the MLP linears whose weights the method trains.
+        dense: names of MLP weights beside them that train densely, whatever the method.
+        sets: tokenized rows.
+        size: parameters of the model before a method changes it.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    linears: Linears
+    dense: frozenset[str]
+    sets: TokenSets
+    size: int
+
+
+def load_parts(config: RunConfig, splits: Splits, device: torch.device) -> Parts:
+    """Load everything that training needs, and check what could not be checked without it.
+
+    Raises:
+        UserError: when the model cannot be had, has not the named linears, does not suit the method, or does not fit
+            into the device's memory.
+    """
+    set_seed(config.seed)  # before the model: heads and adapters are drawn from it
+    tokenizer = load_tokenizer(config.model)
+    dtype = torch.bfloat16 if config.train.precision == "bf16_weights" else torch.float32
+    model = load_model(config.model, config.task, tokenizer, dtype)
+    found, chosen = _find_mlp(config, model), config.model
+    linears = select_linears(found, chosen.kinds, chosen.blocks)
+    dense = dense_weights(found, chosen.dense, chosen.blocks, linears)
+    config.method.check(linears)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    sets = token_sets(config, splits, tokenizer)
+    if config.task.is_language:
+        log_counts(splits.counts, sets.counts)
+        check_memory(config, model, linears, device)
+    return Parts(model=model.to(device), tokenizer=tokenizer, linears=linears, dense=dense, sets=sets, size=size)
+
+
+def _find_mlp(config: RunConfig, model: nn.Module) -> Linears:
+    """The MLP linears of `model.mlp`; an error names that setting, not the library's argument."""
+    try:
+        return find_mlp(model, config.model.mlp)
+    except UserError as error:
+        raise UserError(str(error).replace("target_modules", "model.mlp")) from None

@@ -1,0 +1,181 @@
+"""All checks of a run that need no model: one list, made before anything expensive starts.
+
+Checks that need the model follow where it is loaded: `parts.load_parts`, `memory_estimate.check_memory`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsegrad.distributed import world_size
+from sparsegrad.errors import UserError, missing_package
+from sparsegrad.files import check_writable
+from sparsegrad.runs.config import RunConfig, config_key
+from sparsegrad.runs.main_process import on_main
+from sparsegrad.runs.records import find_complete
+from sparsegrad.tasks.base import Splits
+from sparsegrad.trainer.checkpoints import MANIFEST, PREFIX
+from sparsegrad.trainer.processes import check_same
+
+# What `accelerate launch` sets for engines that do not keep every weight whole, or bring an optimizer of their own.
+_SHARDING_ENGINES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "accelerate's parallelism config",
+}
+_MAX_PROCESSES = 256  # numbers of processes whose checkpoints are looked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What the checks found.
+
+    Attributes:
+        finished: the record of this very run, complete; None if it has to run.
+        splits: the data; None where a finished run's data is not at hand.
+    """
+
+    finished: dict[str, Any] | None
+    splits: Splits | None
+
+
+def preflight(config: RunConfig, device: torch.device) -> Checked:
+    """Check everything about a run that needs no model, cheapest first. All processes call it, connected.
+
+    Raises:
+        UserError: for the first thing that is wrong.
+    """
+    check_same("the configuration", config.key)
+    check_writable(config.record_path.parent)
+    check_writable(config.run_folder.parent)
+    check_tracker_package(config)
+    check_precision(config, device)
+    check_method_for_processes(config)
+    check_launcher()
+    check_process_count(config)
+    finished = None if config.force else find_finished(config)
+    splits = load_splits(config, finished)
+    if finished is None:
+        check_rows(config, splits)
+    return Checked(finished=finished, splits=splits)
+
+
+def check_tracker_package(config: RunConfig) -> None:
+    """The tracker's package is installed."""
+    name = config.tracker.name
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise UserError(f"{missing_package(f'tracker={name}', name, name)}, or set tracker=none")
+
+
+def check_precision(config: RunConfig, device: torch.device) -> None:
+    """A GPU that shall compute in bfloat16 can."""
+    if device.type == "cuda" and config.train.precision != "fp32" and not torch.cuda.is_bf16_supported(False):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(
+            f"train.precision={config.train.precision} is not allowed: {name} has no bfloat16 (compute capability 8.0 "
+            "has); use train.precision=fp32"
+        )
+
+
+@on_main
+def check_method_for_processes(config: RunConfig) -> None:
+    """Several processes can train with this method."""
+    if world_size() == 1:
+        return
+    if getattr(config.method, "engine", "exact") == "layer":
+        raise UserError(
+            "method.engine=layer is not allowed with several processes: each would keep other entries of its own "
+            "gradient; engine=exact selects once, from the gradient of all, and walks the same path"
+        )
+    if getattr(config.method, "release_gradients", False):
+        raise UserError(
+            "method.release_gradients=true is not allowed with several processes: their gradients are averaged after "
+            "back-propagation; set it to false"
+        )
+
+
+@on_main
+def check_launcher() -> None:
+    """The launcher keeps every weight whole on every process."""
+    if world_size() == 1:
+        return
+    for variable, engine in _SHARDING_ENGINES.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise UserError(
+                f"{engine} is not allowed: a weight cut into shards cannot be rotated; start with torchrun, or "
+                "accelerate launch --multi_gpu, which keep every weight whole (DDP)"
+            )
+
+
+@on_main
+def check_process_count(config: RunConfig) -> None:
+    """No checkpoint of this run is from another number of processes.
+
+    The number is part of the key, so such a checkpoint would be passed over in silence.
+    """
+    if config.force or not config.resume or config.record_path.exists() or _has_checkpoint(config.checkpoints):
+        return
+    settings = {name: value for name, value in config.resolved.items() if name != "processes"}
+    for count in range(1, _MAX_PROCESSES + 1):
+        processes = {"processes": count} if count > 1 else {}
+        folder = Path(config.work_dir) / config_key({**settings, **processes}) / "checkpoints"
+        if _has_checkpoint(folder):
+            by = "1 process" if count == 1 else f"{count} processes"
+            raise UserError(
+                f"{folder} is of this run with {by}, and cannot be continued by {world_size()}: rows per step, their "
+                f"order and the random states are those of {count}; start {by}, or begin anew with resume=false"
+            )
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any(folder.glob(f"{PREFIX}*/{MANIFEST}"))
+
+
+@on_main
+def find_finished(config: RunConfig) -> dict[str, Any] | None:
+    """The complete record of this run, if there is one."""
+    return find_complete(config.record_path)
+
+
+def load_splits(config: RunConfig, finished: Mapping[str, Any] | None) -> Splits | None:
+    """The data, which a finished run must have been made with; where it is not at hand, its record counts as it is.
+
+    Raises:
+        UserError: for data that a new run cannot read, or other data than the finished run's.
+    """
+    if finished is None:
+        return config.task.load(config.data)
+    try:
+        splits = config.task.load(config.data)
+    except UserError:
+        return None
+    found = finished.get("data", {}).get("fingerprint")
+    if found != splits.fingerprint:
+        raise UserError(
+            f"{config.record_path} was made with other data (fingerprint {found}, now {splits.fingerprint}): "
+            "choose another name=, or force=true to replace it"
+        )
+    return splits
+
+
+def check_rows(config: RunConfig, splits: Splits | None) -> None:
+    """The training rows fill one batch at least; fewer are a mistake in the data or in `data.max_train`."""
+    assert splits is not None  # a run that is not finished has its data
+    share = 0.9 if config.protocol.select == "heldout" else 1.0
+    rows, batch = math.floor(len(splits.train) * share), config.train.batch_size
+    if rows < batch:
+        raise UserError(
+            f"train.batch_size={batch} is not allowed: {config.task.name} has {rows} training rows; "
+            "give more rows (data.max_train) or a smaller batch"
+        )
+    if len(splits.validation) < 2:
+        raise UserError(f"{config.task.name} has {len(splits.validation)} validation rows: give at least 2")

@@ -1,0 +1,64 @@
+"""The folders of one run: its lock, its checkpoints while it lasts, and what stays of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sparsegrad.errors import BusyError
+from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.main_process import on_main
+from sparsegrad.tasks.base import Splits
+from sparsegrad.trainer.checkpoints import last_checkpoint
+
+
+@contextmanager
+def run_lock(config: RunConfig) -> Iterator[None]:
+    """Held while a run is at work: two processes must not write one folder of checkpoints.
+
+    Raises:
+        BusyError: when another process holds it.
+    """
+    folder = Path(config.work_dir) / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{config.key}.lock")
+    _acquire(lock, config.key)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@on_main
+def _acquire(lock: FileLock, key: str) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BusyError(f"run {key} is at work in another process: wait for it, or stop it") from None
+
+
+@on_main
+def prepare_checkpoints(config: RunConfig, splits: Splits) -> str | None:
+    """The checkpoint to continue from, or None.
+
+    The folder of checkpoints is emptied when a new start was asked for, or when other data made what it holds.
+    """
+    marker = config.checkpoints / "data"
+    same_data = marker.is_file() and marker.read_bytes() == splits.fingerprint.encode()
+    if config.force or not config.resume or not same_data:
+        shutil.rmtree(config.checkpoints, ignore_errors=True)
+        config.checkpoints.mkdir(parents=True, exist_ok=True)
+        marker.write_text(splits.fingerprint)
+    return last_checkpoint(config.checkpoints)
+
+
+@on_main
+def remove_checkpoints(config: RunConfig) -> None:
+    """Delete what a finished run no longer needs; a saved model stays."""
+    shutil.rmtree(config.checkpoints, ignore_errors=True)
+    if config.run_folder.is_dir() and not any(config.run_folder.iterdir()):
+        config.run_folder.rmdir()
