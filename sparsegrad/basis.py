@@ -80,7 +80,9 @@ class Basis:
         # A side that is missing here stays None in the part: the count of Nones below detects it.
         part = Basis(None if sides == "out" else self.in_basis, None if sides == "in" else self.out_basis)
         if part.shape.count(None) > (sides != "both"):
-            raise UserError(f"a basis for {self.shape} does not have sides={sides}: name the side it has, or calibrate again")
+            raise UserError(
+                f"a basis for {self.shape} does not have sides={sides}: name the side it has, or calibrate again"
+            )
         return part
 
     def both(self) -> tuple[Tensor, Tensor]:

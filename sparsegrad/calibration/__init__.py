@@ -1,4 +1,4 @@
-"""Batches to bases: gradients of the MLP weights, and their HOSVD (paper, section 3.1)."""
+"""Calibration: from the gradients of some batches to one basis per layer kind (paper, section 3.1)."""
 
 from sparsegrad.calibration.gradients import Batch, calibrate
 from sparsegrad.calibration.grams import Grams, hosvd

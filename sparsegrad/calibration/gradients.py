@@ -1,4 +1,4 @@
-"""Calibration, the paper's preliminary phase: gradients of the MLP weights over some batches, HOSVD per layer kind."""
+"""Calibration, the paper's preliminary phase: gradients of the MLP weights over some batches, and their HOSVD."""
 
 from __future__ import annotations
 
@@ -30,33 +30,35 @@ def calibrate(
 ) -> dict[str, Basis]:
     """Collect gradients of the MLP weights over `steps` batches and decompose them (paper, section 3.1).
 
-    All parameters but the MLP weights are frozen meanwhile, no weight changes, and no gradient is kept: each is added
-    to its kind's Grams and released as soon as back-propagation has made it. Flags, gradients and the train or eval
-    mode are as before when the call returns. Several connected processes (`torch.distributed`) average each gradient
-    over their batches first, so that all get the basis of the batch they share.
+    During calibration all parameters except the MLP weights are frozen. No weight changes, and no gradient is kept:
+    each is added to the Gram matrices of its kind and released as soon as back-propagation has computed it. Flags,
+    gradients and the train or eval mode are the same after the call as before. Several connected processes
+    (`torch.distributed`) average each gradient first, so that all get the same basis, that of their joint batch.
 
     Args:
-        model: called as `model(**batch)`; the result has a `loss`, as attribute or key, or is a tuple that begins
-            with it.
-        batches: mappings of tensors with labels; at least `steps` of them, read lazily, moved to the model's device.
+        model: called as `model(**batch)`. The result has a `loss` as attribute or key, or is a tuple whose first item
+            is the loss.
+        batches: mappings of tensors with labels; at least `steps` of them. They are read lazily and moved to the
+            model's device.
         mlp: layer kind -> linears whose weights (out, in) share one basis.
         steps: number of batches (paper: 30).
-        sides: `both` (the paper), or only `in`, `out` or `small`, the side with fewer features; the longer
-            side's decomposition is most of the cost.
-        gram_device: where the sums are kept, `cpu` to spare a GPU's memory; None: on the weights' device, of a model
-            on several (`device_map`) that of the first gradient. For a LLaMA block (4096, 11008) the sums of one kind
-            take 0.55 GB.
-        update: called after each batch instead of freezing the rest: the authors' code trains meanwhile.
+        sides: `both` (the paper), or only `in`, `out` or `small`, the side with fewer features. Decomposing the longer
+            side is most of the cost.
+        gram_device: device of the Gram matrices; `cpu` saves GPU memory. None uses the weights' device, or that of the
+            first gradient for a model on several devices (`device_map`). For a LLaMA block (4096, 11008) the sums of
+            one kind occupy 0.55 GB.
+        update: called after each batch, e.g. to take an optimizer step as the authors' code does. The other parameters
+            are then not frozen.
         progress: wraps the iterator of steps, e.g. `tqdm`.
 
     Returns:
-        Layer kind -> `Basis`, in the weights' dtype (float32 for lower precisions), on their device.
+        Layer kind -> `Basis`, in the weights' dtype (float32 for lower precisions) and on the model's device.
 
     Raises:
-        UserError: for too few batches, a batch without loss, a weight without gradient, or a gradient not finite; for
-            a sharded model, or one that differs between the processes; for a device that does not exist.
+        UserError: for too few batches, a batch without loss, a weight without gradient, a gradient that is not finite,
+            a sharded model, a model that differs between processes, or a device that does not exist.
     """
-    check_integer("steps", steps, at_least=1, remedy="the paper takes 30")
+    check_integer("steps", steps, at_least=1, remedy="the paper uses 30")
     check_choice("sides", sides, SIDES)
     _check_device(gram_device)
     model = unwrapped(model)
@@ -65,40 +67,46 @@ def calibrate(
     weights = {kind: [linear.weight for linear in linears] for kind, linears in mlp.items()}
     grams = {kind: Grams(sides=sides, device=gram_device) for kind in weights}
     device = next(model.parameters()).device
-    with _collecting(model, weights, grams, freeze=update is None):
+    with _collect_gradients(model, weights, grams, freeze=update is None):
         source = iter(batches)
         for step in progress(range(steps)):
-            _loss(model, _next_batch(source, step, steps), device).backward()  # type: ignore[no-untyped-call]
+            _compute_loss(model, _read_batch(source, step, steps), device).backward()  # type: ignore[no-untyped-call]
             if update is not None:
-                average_(_outside(model, weights))
+                average_(_other_gradients(model, weights))
                 update()
+    # A weight that the forward pass does not use gets no gradient: its kind's count is too low.
     for kind, sums in grams.items():
         if sums.count != steps * len(weights[kind]):
             raise UserError(
-                f"calibration got {sums.count} gradients of kind {kind}, not {steps} per weight: is it in use?"
+                f"calibration got {sums.count} gradients of kind {kind}, not {steps} for each of its "
+                f"{len(weights[kind])} weights: name only linears that the model's forward pass uses"
             )
-    return {kind: grams.pop(kind).basis().to(device) for kind in list(grams)}  # each kind's sums go with its basis
+    # `pop` frees the sums of a kind before the next is decomposed.
+    return {kind: grams.pop(kind).basis().to(device) for kind in list(grams)}
 
 
 def _check_device(device: torch.device | str | None) -> None:
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # what an unknown, an absent or no device gives
+    except (RuntimeError, AssertionError, TypeError) as error:  # unknown name, missing backend, wrong type
         raise UserError(
-            f"gram_device={device} cannot be used ({first_line(error)}): give cpu, or None for the weights'"
+            f"gram_device={device} cannot be used ({first_line(error)}): give cpu, or None for that of the weights"
         ) from None
 
 
 @contextmanager
-def _collecting(
+def _collect_gradients(
     model: nn.Module, weights: dict[str, list[Tensor]], grams: dict[str, Grams], freeze: bool
 ) -> Iterator[None]:
-    """Within: gradients of `weights` flow into `grams`; afterwards flags, gradients and hooks are as before."""
+    """Inside the context, gradients of `weights` are added to `grams`; on exit all flags and gradients are restored."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     wanted = {id(weight) for group in weights.values() for weight in group}
-    hooks = []
-    for kind, group in weights.items():
-        hooks += [weight.register_post_accumulate_grad_hook(_collector(grams[kind], freeze)) for weight in group]  # type: ignore[no-untyped-call]
+    # The hooks run during back-propagation, so that the gradients of all weights never exist at the same time.
+    hooks = [
+        weight.register_post_accumulate_grad_hook(_make_hook(grams[kind], freeze))  # type: ignore[no-untyped-call]
+        for kind, group in weights.items()
+        for weight in group
+    ]
     try:
         for parameter, flag, _ in before:
             parameter.requires_grad_(id(parameter) in wanted or (flag and not freeze))
@@ -112,7 +120,9 @@ def _collecting(
             parameter.grad = grad
 
 
-def _collector(sums: Grams, release: bool) -> Callable[[Tensor], None]:
+def _make_hook(sums: Grams, release: bool) -> Callable[[Tensor], None]:
+    """A hook that adds a weight's gradient (out, in) to `sums`, and frees it if `release`."""
+
     def hook(weight: Tensor) -> None:
         assert weight.grad is not None
         average_([weight.grad])
@@ -123,20 +133,20 @@ def _collector(sums: Grams, release: bool) -> Callable[[Tensor], None]:
     return hook
 
 
-def _outside(model: nn.Module, weights: Mapping[str, list[Tensor]]) -> Iterator[Tensor]:
-    """Gradients of all parameters but `weights`, whose hooks have averaged theirs."""
+def _other_gradients(model: nn.Module, weights: Mapping[str, list[Tensor]]) -> Iterator[Tensor]:
+    """Gradients of all parameters except `weights`: the hooks have averaged those already."""
     wanted = {id(weight) for group in weights.values() for weight in group}
     return (p.grad for p in model.parameters() if p.grad is not None and id(p) not in wanted)
 
 
-def _next_batch(source: Iterator[Batch], step: int, steps: int) -> Batch:
+def _read_batch(source: Iterator[Batch], step: int, steps: int) -> Batch:
     try:
         return next(source)
     except StopIteration:
         raise UserError(f"calibration ran out of batches at {step} of {steps}: give more, or fewer steps") from None
 
 
-def _loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+def _compute_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     if not isinstance(batch, Mapping):
         raise UserError(f"a calibration batch is a {type(batch).__name__}: give mappings that model(**batch) takes")
     if not any(isinstance(value, Tensor) for value in batch.values()):
@@ -146,10 +156,13 @@ def _loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
         )
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     output, labelled = model(**moved), any(name.startswith("label") for name in moved)
-    loss = _loss_in(output, labelled)
+    loss = _find_loss(output, labelled)
     if loss is None:
-        remedy = "return it as attribute, as key, or first of a tuple" if labelled else "give batches with labels"
-        raise UserError(f"the model gives no loss for a batch of {', '.join(moved)}: {remedy}; {_told(output)} came")
+        remedy = "return it as an attribute, as a key, or first in a tuple" if labelled else "give batches with labels"
+        raise UserError(
+            f"the model gives no loss for a batch of {', '.join(moved)}: {remedy}; "
+            f"it returned {_describe_output(output)}"
+        )
     if loss.numel() != 1 or not loss.requires_grad:
         raise UserError(
             f"the model's loss {tuple(loss.shape)} cannot be differentiated: give one number with gradients"
@@ -157,8 +170,8 @@ def _loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     return loss
 
 
-def _loss_in(output: Any, labelled: bool) -> Tensor | None:
-    """The loss where the Trainer looks for it. A tuple begins with it only if the model was given labels."""
+def _find_loss(output: Any, labelled: bool) -> Tensor | None:
+    """The loss, where transformers' Trainer looks for it. A tuple starts with it only if the batch had labels."""
     if isinstance(output, Mapping):
         found = output.get("loss")
     elif isinstance(output, tuple) and not hasattr(output, "loss"):
@@ -168,8 +181,8 @@ def _loss_in(output: Any, labelled: bool) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _told(output: Any) -> str:
-    """What a model returned, in a few words."""
+def _describe_output(output: Any) -> str:
+    """The type of a model's result and what it contains."""
     if isinstance(output, Mapping):
         return f"a {type(output).__name__} of {', '.join(map(str, output)) or 'nothing'}"
     if isinstance(output, tuple):

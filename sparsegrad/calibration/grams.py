@@ -1,11 +1,13 @@
 """HOSVD of calibration gradients by Gram matrices (paper, section 3.1).
 
-A linear has weight W (out, in) and gradient G (out, in). All gradients of one layer kind are stacked to a tensor
-(count, out, in). Its HOSVD factor matrices are the eigenvectors of the Grams of its unfoldings, so it is enough to
-accumulate sum G G^T (out, out) and sum G^T G (in, in): the same factors, and O(out^2 + in^2) memory however many
-gradients come. A Gram squares the singular values: summed in float32 it resolves directions down to about 1e-3 of the
-largest singular value (float64: 1e-8). What lies below holds less than 1e-6 of the energy; its basis is orthogonal
-still, but arbitrary.
+A linear has weight W (out, in) and gradient G (out, in). The gradients of one layer kind are stacked to a tensor
+(count, out, in). The factor matrices of its HOSVD are the eigenvectors of the Gram matrices of its unfoldings, so the
+sums of G G^T (out, out) and G^T G (in, in) are enough. They give the same factors and need O(out^2 + in^2) memory for
+any number of gradients.
+
+A Gram matrix squares the singular values. Summed in float32 it resolves directions down to about 1e-3 of the largest
+singular value, in float64 down to 1e-8. Directions below that hold less than 1e-6 of the energy: their basis vectors
+are orthogonal, but otherwise arbitrary.
 """
 
 from __future__ import annotations
@@ -25,11 +27,15 @@ from sparsegrad.errors import UserError, check_choice, missing_package
 class Grams:
     """Running sums of G G^T (out, out) and G^T G (in, in) over the gradients of one layer kind.
 
-    Sums are kept in float32 for gradients of at most float32, in float64 for float64.
+    The sums are float64 for float64 gradients and float32 otherwise.
 
     Attributes:
-        sides: `both`, or the only one that is wanted: `in`, `out`, or `small`, the side with fewer features.
-        device: where the sums are; None: where the first gradient is. Those on other devices are brought there.
+        out_gram: sum of G G^T (out, out); None before the first gradient, or if `sides` leaves it out.
+        in_gram: sum of G^T G (in, in); likewise.
+        count: number of gradients in the sums.
+        sides: `both`, or only `in`, `out`, or `small`, the side with fewer features.
+        shape: (out, in) of the gradients; None before the first.
+        device: device of the sums; None uses that of the first gradient. Gradients on other devices are moved there.
     """
 
     out_gram: Tensor | None = None
@@ -40,10 +46,10 @@ class Grams:
     device: torch.device | str | None = None
 
     def add(self, gradient: Tensor) -> None:
-        """Add one gradient (out, in).
+        """Add one gradient (out, in) to the sums.
 
         Raises:
-            UserError: when its shape differs from the first one's.
+            UserError: when its shape differs from that of the first.
         """
         G = gradient.detach().to(self.device, torch.promote_types(gradient.dtype, torch.float32))
         if self.shape is None:
@@ -65,9 +71,10 @@ class Grams:
         self.in_gram = None if sides == "out" else G.new_zeros(G.shape[1], G.shape[1])
 
     def basis(self, dtype: torch.dtype | None = None) -> Basis:
-        """The HOSVD factor matrices, by `eigh` in float64, cast to `dtype` (default: the sums' own).
+        """The HOSVD factor matrices, computed in float64 and cast to `dtype` (default: that of the sums).
 
-        With a large side (see `large_side`) the sums are used up: their memory is needed.
+        With a large side (see `sparsegrad.calibration.eigh`) this consumes the sums, because their memory is needed.
+        The next `add` then starts from zero.
 
         Raises:
             UserError: when there is no gradient, or one was not finite.
@@ -75,42 +82,47 @@ class Grams:
         if self.shape is None:
             raise UserError("HOSVD of no gradients is not defined: give at least one gradient")
         if any(gram is not None and is_large(len(gram), gram.device) for gram in (self.in_gram, self.out_gram)):
-            self.shape = None  # the next gradient begins anew
-        return Basis(_eigenvectors(self._take("in_gram"), dtype), _eigenvectors(self._take("out_gram"), dtype))
+            self.shape = None  # marks the sums as used up, for `_take_gram` and the next `add`
+        # One side after the other, and no reference kept here: each Gram matrix is freed once it is decomposed.
+        return Basis(_decompose(self._take_gram("in_gram"), dtype), _decompose(self._take_gram("out_gram"), dtype))
 
-    def _take(self, name: str) -> Tensor | None:
-        """A sum, to be decomposed; given away where it is used up."""
+    def _take_gram(self, name: str) -> Tensor | None:
+        """Return a sum, and drop it from this object if the sums are used up."""
         gram: Tensor | None = getattr(self, name)
         if self.shape is None:
             setattr(self, name, None)
         return gram
 
 
-def _eigenvectors(gram: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """Columns = eigenvectors of a symmetric matrix by falling eigenvalue, computed in float64."""
+def _decompose(gram: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """Columns (n, n) = eigenvectors of a Gram matrix (n, n) by decreasing eigenvalue, computed in float64."""
     if gram is None:
         return None
     if not torch.isfinite(gram).all():
-        raise UserError("a calibration gradient is not finite: lower the precision's risk (fp32) or check the data")
+        raise UserError("a calibration gradient is not finite: calibrate in float32, or check the data")
     device, dtype = gram.device, dtype or gram.dtype
     if is_large(len(gram), gram.device):
-        gram = to_host(gram)  # the sum itself goes
+        gram = to_host(gram)  # frees the original
         vectors = large_eigenvectors(gram)
     else:
-        # Symmetric, so its transpose is the same matrix in the order that LAPACK writes: it is overwritten, not copied.
+        # The matrix is symmetric: its transpose equals it, but is column-major, so that LAPACK can work in place.
         vectors = gram.to(torch.float64, copy=True).T
         torch.linalg.eigh(vectors, out=(vectors.new_empty(len(vectors)), vectors))
     del gram
-    return vectors.to(dtype).to(device).flip(-1)  # narrowed first, so that what is copied is small
+    # eigh sorts by increasing eigenvalue: flip. Cast before moving, so that less is copied.
+    return vectors.to(dtype).to(device).flip(-1)
 
 
 def hosvd(gradients: Iterable[Tensor], method: str = "gram") -> Basis:
-    """HOSVD of stacked gradients: an iterable of tensors (out, in) to a `Basis` (paper, section 3.1).
+    """HOSVD of stacked gradients (paper, section 3.1).
 
     Args:
-        gradients: any number of (out, in) tensors of one shape; read once, none kept by `gram`.
-        method: `gram` (default; O(out^2 + in^2) memory) or `stacked` (the reference: the whole tensor in
-            memory, SVD of its unfoldings through `tensorly`).
+        gradients: any number of tensors (out, in) of one shape; read once.
+        method: `gram` (default), with O(out^2 + in^2) memory; or `stacked`, the reference: an SVD of the unfoldings of
+            the whole tensor by `tensorly`.
+
+    Returns:
+        The basis of both sides, in the gradients' dtype (float32 for lower precisions).
 
     Raises:
         UserError: for no gradients, different shapes, or a gradient that is not finite.
@@ -132,6 +144,7 @@ def _hosvd_stacked(gradients: list[Tensor]) -> Basis:
     except ModuleNotFoundError as error:
         raise missing_package('hosvd(method="stacked")', error.name, "dev") from None
     tensor = torch.stack(gradients).double().numpy(force=True)  # (count, out, in)
+    # Mode 1 unfolds to (out, count * in), mode 2 to (in, count * out).
     factors = [
         tensorly.tenalg.svd_interface(tensorly.unfold(tensor, mode), n_eigenvecs=tensor.shape[mode])[0]
         for mode in (1, 2)

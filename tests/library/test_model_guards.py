@@ -125,12 +125,12 @@ def test_a_loss_is_found_wherever_the_trainer_would_find_it(give: Callable[[Tens
     [
         (
             lambda loss: {"logits": loss, "score": loss},
-            "for a batch of x, labels: return it as .*; a dict of logits, score came",
+            "for a batch of x, labels: return it as .*; it returned a dict of logits, score",
         ),
-        (lambda loss: {}, "; a dict of nothing came"),
-        (lambda loss: ("text", loss), "; a tuple of str, Tensor came"),
-        (lambda loss: loss, "; a Tensor came"),
-        (lambda loss: SimpleNamespace(loss=None), "; a SimpleNamespace came"),
+        (lambda loss: {}, "; it returned a dict of nothing"),
+        (lambda loss: ("text", loss), "; it returned a tuple of str, Tensor"),
+        (lambda loss: loss, "; it returned a Tensor"),
+        (lambda loss: SimpleNamespace(loss=None), "; it returned a SimpleNamespace"),
     ],
 )
 def test_a_result_without_loss_is_named(give: Callable[[Tensor], Any], message: str) -> None:
@@ -142,6 +142,6 @@ def test_a_tuple_begins_with_the_loss_only_where_there_are_labels() -> None:
     """Else its first item is the logits; the Trainer asks for labels too."""
     batches = [{"x": batch["x"]} for batch in labelled()]
     with pytest.raises(
-        UserError, match="no loss for a batch of x: give batches with labels; a tuple of Tensor, Tensor came"
+        UserError, match="no loss for a batch of x: give batches with labels; it returned a tuple of Tensor, Tensor"
     ):
         prepare(Wrapped(as_tuple), batches, target_modules=NAMES, density=0.1, calibration_steps=2)
