@@ -1,4 +1,4 @@
-"""Every command of README.md, CONTRIBUTING.md and docs/ works as far as it can be checked without running it."""
+"""Every command of README.md, CONTRIBUTING.md and docs/ is right, as far as that shows without running it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import runpy
 import shlex
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+from hydra.errors import HydraException
 from run_fixtures import ROOT, Composer
 
 from experiments.reproduce.cells import experiments_of
@@ -21,39 +22,46 @@ from sparsegrad.sweeps.config import make_plan
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )?(?:\.venv/bin/)?(?:python|pip|make|torchrun|accelerate|sbatch) \S.*", re.DOTALL)
+RUN = re.compile(r"(run\.py|scripts/slurm/\S+)((?: [^\"]*)?)")  # run.py, or a script that hands its arguments on to it
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-TARGETS = set(re.findall(r"^([a-z%-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+Check = Callable[[str], None]
 
 
 def commands() -> Iterator[str]:
-    """Lines of shell blocks and inline code, with placeholders filled in and continued lines joined."""
+    """Lines of shell blocks and inline code; continued lines joined, comments dropped, placeholders filled in."""
     for page in PAGES:
         text = page.read_text()
         blocks = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-        lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+        lines = [line.partition(" #")[0] for block in blocks for line in block.replace("\\\n", "").splitlines()]
         lines += re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
-        for part in (part.strip() for line in lines for part in re.split(r" && |; ", line)):
-            if COMMAND.fullmatch(part):
-                yield re.sub(r"\bPID\b", "1", re.sub(r"<[^>]*>", "placeholder", " ".join(part.split())))
+        for command in (" ".join(part.split()) for line in lines for part in line.split(" && ")):
+            if COMMAND.fullmatch(command):
+                yield re.sub(r"\bPID\b", "1", re.sub(r"<[^>]*>", "placeholder", command))
 
 
-def check(command: str, conf: Composer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fail or raise if `command` would be refused."""
-    words = shlex.split(command, comments=True)
-    if run := re.search(r"(?:run\.py|(scripts/slurm/\S+))( [^\"]*)?", command):
-        assert run[1] is None or (ROOT / run[1]).is_file()
-        check_run(shlex.split(run[2] or "", comments=True), conf)
-    elif "-m" in words and words[0].endswith("python"):
-        check_module(words[words.index("-m") + 1], words[words.index("-m") + 2 :], monkeypatch, capsys)
-    elif words[0].endswith("python"):
-        assert (ROOT / words[1]).is_file()
-    elif words[0] == "make":
-        targets = [word for word in words[1:] if "=" not in word and "*" not in word]
-        for target in targets:
-            name = target.removeprefix("reproduce-")
-            assert target in TARGETS or (name != target and experiments_of(name, "paper") is not None)
-    elif words[0] == "pip" and "-e" in words:
-        assert set(re.findall(r"[a-z]+", words[-1])) <= EXTRAS.keys()
+@pytest.fixture
+def check(conf: Composer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
+    """`check(command)`: fails or raises where the command would be refused."""
+
+    def checked(command: str) -> None:
+        words = shlex.split(command)
+        program = words[0].removeprefix(".venv/bin/")
+        if run := RUN.search(command):
+            assert (ROOT / run[1]).is_file()
+            check_run(shlex.split(run[2]), conf)
+        elif words[:2] == [words[0], "-m"]:
+            monkeypatch.setattr(sys, "argv", [*words[2:], "--help"])
+            check_module(words[2], [word for word in words if word.startswith("--")], capsys)
+        elif program == "make":
+            check_target(*[word for word in words[1:] if "=" not in word])
+        elif program == "pip" and "-e" in words:
+            assert set(re.findall(r"[a-z]+", words[-1])) <= EXTRAS.keys()
+        elif program == "python":
+            assert (ROOT / words[1]).is_file()
+
+    return checked
 
 
 def check_run(words: list[str], conf: Composer) -> None:
@@ -71,25 +79,29 @@ def check_run(words: list[str], conf: Composer) -> None:
         make_plan(composed)
 
 
-def check_module(
-    module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The module's help, which argparse shows after it has checked the arguments before it, names all their options."""
+def check_module(module: str, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Its help, which argparse prints after it has checked the arguments before `--help`, names all options."""
     assert importlib.util.find_spec(module) is not None
-    monkeypatch.setattr(sys, "argv", [module, *arguments, "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_module(module, run_name="__main__")
     assert end.value.code == 0
     shown = capsys.readouterr().out
-    assert [word for word in arguments if word.startswith("--") and word not in shown] == []
+    assert [option for option in options if option not in shown] == []
+
+
+def check_target(target: str) -> None:
+    """A target of the Makefile, or a table that `reproduce-%` knows."""
+    table = target.removeprefix("reproduce-")
+    if table == target:
+        assert target in TARGETS
+    else:
+        experiments_of(table, "paper")  # raises for an unknown name
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("command", sorted(set(commands())))
-def test_every_command_of_the_pages_is_right(
-    command: str, conf: Composer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    check(command, conf, monkeypatch, capsys)
+def test_every_command_of_the_pages_is_right(command: str, check: Check) -> None:
+    check(command)
 
 
 @pytest.mark.parametrize(
@@ -97,18 +109,15 @@ def test_every_command_of_the_pages_is_right(
     [
         "python run.py model=robertabase task=cola",
         "python run.py hparams=paper model=roberta_base task=cola method=lora",
-        "python run.py sweep=quick sweep.pruner=none sweep.sampler=best",
+        "python run.py sweep=quick sweep.sampler=best",
         "python -m experiments.run table4",
         "python -m experiments.bench --no-such-option",
+        "python scripts/bench.py",
         "make reproduce-table99",
         "make quick",
         "pip install -e '.[everything]'",
     ],
 )
-def test_a_wrong_command_is_noticed(
-    command: str, conf: Composer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from hydra.errors import HydraException
-
+def test_a_wrong_command_is_noticed(command: str, check: Check) -> None:
     with pytest.raises((AssertionError, UserError, HydraException)):
-        check(command, conf, monkeypatch, capsys)
+        check(command)
