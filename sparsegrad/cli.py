@@ -61,7 +61,7 @@ def _refuse(error: UserError) -> NoReturn:
 def _run(composed: DictConfig) -> None:
     cap_product_caches()
     # `transformers` and `torch` take seconds to import: `--help` and a mistyped override should not wait for them.
-    from sparsegrad.runs.config import with_current_names
+    from sparsegrad.runs.names import with_current_names
     from sparsegrad.runs.quiet import quiet_transformers
 
     composed = with_current_names(composed)

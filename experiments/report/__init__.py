@@ -1,1 +1,1 @@
-"""Records to tables, figures and the report page: `python -m experiments.report`. Runs nothing."""
+"""Tables, figures and the report page, made from records: `python -m experiments.report`. Nothing is run."""

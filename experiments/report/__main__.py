@@ -1,7 +1,8 @@
-"""Show tables and figures from what is on disk: `python -m experiments.report table4`, `... all`.
+"""Make tables and figures from the results on disk: `python -m experiments.report table4`, or `... all`.
 
-Writes Markdown, LaTeX and CSV to results/tables, figures to results/figures, and, with `all`, the page
-results/report/index.html and, from results/mtbench, answers.html. Nothing is run.
+Tables are written to results/tables as Markdown, LaTeX and CSV, figures to results/figures. With `all`, the page
+results/report/index.html and, if results/mtbench has answers, results/report/answers.html are written too. Nothing is
+run.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _quality(context: Context) -> Sequence[Table]:
     return [quality.table(context), quality.per_task(context), quality.energy(context)]
 
 
-# What each name shows at the paper's scale; SCALE=mini has its own for the tables of runs.
+# Name -> its tables at the paper's scale; `MINI` replaces some of them at the mini scale.
 MAKERS: dict[str, Maker] = {
     "table1": lambda context: [architecture.table(context)],
     "table2": lambda context: [correspondence.table(context)],
@@ -88,11 +89,13 @@ MAKERS: dict[str, Maker] = {
 MINI: dict[str, Maker] = dict.fromkeys(("table4", "table5", "table9", "table10"), _mini_accuracy)
 MINI |= {name: lambda context: [ablation.mini(context)] for name in ("table11", "table12", "ablation")}
 FIGURES = ("figure1", "figure2", "figure3")
-CURVES = dict.fromkeys(("ablation", "table11", "table12"), "ablation") | {"basis": "basis"}  # drawn beside a table
+CURVES = dict.fromkeys(("ablation", "table11", "table12"), "ablation") | {
+    "basis": "basis"
+}  # name -> figure that is drawn with its tables
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; a user's mistake ends with one line and status 2."""
+    """The command line: status 0, or 2 and one line after bad input."""
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__.splitlines()[0])
     parser.add_argument("name", help=", ".join([*MAKERS, *FIGURES, "all"]))
     parser.add_argument("--scale", default="paper", help=", ".join(SCALES))
@@ -109,7 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_report(name: str, scale: str, results: Path) -> None:
-    """Write what `name` asks for, and print it or where it lies."""
+    """Write the tables and figures of `name`; print tables, or the paths of figures and pages.
+
+    Raises:
+        UserError: when the data of a figure is missing, a file is damaged, or a file cannot be written.
+    """
     check_writable(results / "tables")
     context = Context(results, collect_cells(results / "runs"), scale)
     if name in FIGURES:
@@ -138,15 +145,19 @@ def make(context: Context, name: str) -> Sequence[Table]:
 
 
 def everything(context: Context) -> list[Table]:
-    """Every table once, the small ones first: they are the ones with runs."""
+    """Every table once, the mini tables first: they are the ones with runs."""
     found = [findings.table(context), *_mini_accuracy(context), ablation.mini(context), basis.table(context)]
     for name in MAKERS:
         found += MAKERS[name](context)
-    return list({table.name: table for table in found}.values())
+    return list({table.name: table for table in found}.values())  # some names share a table
 
 
 def _figures(context: Context, name: str) -> dict[str, Path]:
-    """Draw one figure or all; say where they lie, or what brings their data."""
+    """Draw one figure or all and print their paths: title -> PNG.
+
+    Raises:
+        UserError: when the data of the figure is missing.
+    """
     drawings = write_figure1(context.results / "figures") if name in ("figure1", "all") else []
     drawn = figures.draw_all(context) if name == "all" else {}
     drawn |= figures.draw(context, name) if name in figures.FIGURES else {}
@@ -155,7 +166,7 @@ def _figures(context: Context, name: str) -> dict[str, Path]:
     if name == "figure2":
         print("\n".join(figures.energies(context)))
     if name in figures.FIGURES and not drawn:
-        raise UserError(f"{name} has no data: make reproduce-{name} DATA=<glue folder> makes it")
+        raise UserError(f"{name} has no data: make it with `make reproduce-{name} DATA=<glue folder>`")
     return drawn
 
 

@@ -18,35 +18,35 @@ NAME = "answers.html"
 
 
 def has_answers(results: Path) -> bool:
-    """Whether there is anything for the page: chosen questions, and a model that answered."""
+    """Whether there are chosen questions and answers to them."""
     folder = results / "mtbench"
     return (folder / "questions.jsonl").is_file() and any((folder / "model_answer").glob("*.jsonl"))
 
 
 def write_answers_page(results: Path) -> Path | None:
-    """Render the page from results/mtbench; None, and no page, where there are no answers.
+    """Render the page from results/mtbench; returns None and removes the page if there are no answers.
 
-    The chosen questions are those of results/mtbench/questions.jsonl; the page needs no asset.
+    The questions come from results/mtbench/questions.jsonl, so that no asset is needed.
 
     Raises:
         UserError: for a damaged file.
     """
     path = results / "report" / NAME
     if not has_answers(results):
-        path.unlink(missing_ok=True)  # an older page would show answers that are gone
+        path.unlink(missing_ok=True)  # an older page would show answers that no longer exist
         return None
     folder = results / "mtbench"
     chosen = side_by_side(folder, questions=load_questions(folder / "questions.jsonl"))
-    models = [_model(name, folder) for name in sorted({name for one in chosen for name in one.answers})]
-    facts = {"chosen": chosen, "models": models, "judges": _judges(compute_scores(folder))}
+    models = [_describe_model(name, folder) for name in sorted({name for one in chosen for name in one.answers})]
+    facts = {"chosen": chosen, "models": models, "judges": _format_grades(compute_scores(folder))}
     loader = FileSystemLoader(TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     write_text(path, environment.get_template("answers.html.j2").render(facts) + "\n")
     return path
 
 
-def _model(name: str, folder: Path) -> dict[str, Any]:
-    """A model's name and how its answers were made, in one line."""
+def _describe_model(name: str, folder: Path) -> dict[str, Any]:
+    """A model's name, and the settings of its answers in one line."""
     try:
         settings = json.loads((folder / "model_answer" / f"{name}.settings.json").read_text())
     except (OSError, ValueError):
@@ -55,6 +55,6 @@ def _model(name: str, folder: Path) -> dict[str, Any]:
     return {"name": name, "how": ", ".join(f"{key} {settings[key]}" for key in names if key in settings)}
 
 
-def _judges(found: Sequence[ModelScores]) -> dict[str, str]:
-    """Model -> what a judge said of it."""
+def _format_grades(found: Sequence[ModelScores]) -> dict[str, str]:
+    """Model -> mean grade and judge, as text."""
     return {one.model: one.label if one.mean is None else f"{one.mean:.2f} ({one.label})" for one in found}

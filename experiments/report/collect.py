@@ -1,4 +1,4 @@
-"""Records on disk as the cells of tables: values by seed, and whatever is wrong with a record."""
+"""Records on disk as cells of tables: values by seed, and problems of records."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 from sparsegrad.files import read_json
 from sparsegrad.runs.records import SCHEMA
 
-# Folders that tables read: elsewhere, as in a sweep, records of one seed differ by design.
+# Folders that tables read. In others, such as those of sweeps, records of one seed differ by design.
 READ = re.compile(r"(glue|ablation)_.*|mini|mini_ablation|mini_basis|table6.*")
-PRUNED = "pruned by the sweep"  # how the reason of a trial begins that its sweep stopped: no failure
+PRUNED = "pruned by the sweep"  # start of the reason of a pruned trial, which is not a failure
 
 Key = tuple[str, str, str, str, str]
-"""Folder of the records, model, method, task, protocol; a method may carry its number of kept entries: `x@18000`."""
+"""(folder, model, method, task, protocol); in an ablation the method includes its kept entries: `sparsegrad@18000`."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What tables need of one record; `value` in points (0 to 100), None for a failed run."""
+    """The facts of one record that tables use; `value` is in points (0 to 100), None for a failed run."""
 
     path: Path
     seed: int
@@ -39,7 +39,7 @@ class Store:
     Attributes:
         runs: cell -> its runs.
         skipped: one line for each record that was not used.
-        records: path -> record, as read.
+        records: path -> record.
     """
 
     runs: dict[Key, list[Run]] = field(default_factory=dict)
@@ -47,11 +47,11 @@ class Store:
     records: dict[Path, dict[str, Any]] = field(default_factory=dict)
 
     def values(self, key: Key) -> list[float]:
-        """The scores of a cell, by seed; seeds whose records disagree are left out."""
+        """The scores of a cell in order of seeds; seeds whose records disagree are left out."""
         return [value for _, value in sorted(self.by_seed(key).items())]
 
     def by_seed(self, key: Key) -> dict[int, float]:
-        """Seed -> score."""
+        """Seed -> score; seeds whose records disagree are left out."""
         found: dict[int, set[float]] = {}
         for run in self.runs.get(key, []):
             if run.value is not None:
@@ -68,12 +68,12 @@ class Store:
                     yield f"{'/'.join(key)} seed {seed}: records disagree ({names}): delete the wrong ones"
 
     def failures(self, key: Key) -> list[str]:
-        """Reasons of seeds that failed and have no good run."""
+        """Reasons of seeds that have only failed runs."""
         good = self.by_seed(key)
         return [f"seed {run.seed}: {run.reason}" for run in self.runs.get(key, []) if _failed(run, good)]
 
     def cost(self, key: Key) -> float | None:
-        """Hours that the runs of a cell took, all seeds together."""
+        """Total hours of the successful runs of a cell; None without any."""
         spent = [run.hours for run in self.runs.get(key, []) if run.hours is not None and run.value is not None]
         return sum(spent) if spent else None
 
@@ -83,7 +83,7 @@ def _failed(run: Run, good: dict[int, float]) -> bool:
 
 
 def collect_cells(runs: Path) -> Store:
-    """Read all records below `runs`; a damaged one or one of another schema is named, skipped and counted."""
+    """Read all records below `runs`; records that are damaged or of another schema are listed in `skipped`."""
     store = Store()
     for path in sorted(runs.rglob("*.json")):
         place = path.relative_to(runs)
@@ -104,7 +104,7 @@ def collect_cells(runs: Path) -> Store:
 
 
 def _runs(place: Path, record: dict[str, Any]) -> Iterator[tuple[Key, Run]]:
-    """The run under its protocol; one of protocol `both` under either, as it has the value of each."""
+    """(key, run) for the record's protocol; a record of protocol `both` has the values of two protocols."""
     config, result = record["config"], record.get("result", {})
     method, protocol = _variant(place.parts[0], config["method"]), config["protocol"]["name"]
     values = {protocol: result.get("value")}
@@ -117,7 +117,7 @@ def _runs(place: Path, record: dict[str, Any]) -> Iterator[tuple[Key, Run]]:
 
 
 def _variant(folder: str, method: dict[str, Any]) -> str:
-    """A method by its name; in an ablation with what is varied there."""
+    """The method's name in a key; in the ablation and the basis study, with the option that varies there."""
     if "ablation" in folder:
         return f"{method['name']}@{method['keep']}"
     if "basis" in folder:
@@ -126,7 +126,7 @@ def _variant(folder: str, method: dict[str, Any]) -> str:
 
 
 def skipped_summary(store: Store) -> str:
-    """How many records were skipped, in one line; empty if none."""
+    """Number of skipped records by reason, in one line; empty if there are none."""
     if not store.skipped:
         return ""
     kinds = Counter("another schema" if "record schema" in line else "damaged" for line in store.skipped)
@@ -134,7 +134,7 @@ def skipped_summary(store: Store) -> str:
 
 
 def hours(record: Mapping[str, Any]) -> float | None:
-    """Wall-clock hours from start to end of one run; None where the record does not say."""
+    """Wall-clock hours of one run; None if the record has no times."""
     environment = record.get("environment", {})
     try:
         began, ended = (datetime.fromisoformat(environment[name]) for name in ("started", "finished"))

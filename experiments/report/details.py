@@ -1,4 +1,4 @@
-"""What the page tells of one cell: its records, curves of loss and metric, environment, and how to run it again."""
+"""Details of one cell on the page: records, curves of loss and metric, environment, and the command that reruns it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from experiments.report.collect import hours
 from experiments.report.tables.base import Context, Table
 
-# Folder of the records -> what makes them again.
+# Folder of the records -> target of `make reproduce-` that makes them.
 COMMANDS = {
     "mini": "table5 SCALE=mini",
     "mini_ablation": "ablation SCALE=mini",
@@ -26,7 +26,7 @@ COMMANDS = {
     "table6": "table6",
     "table6_mini": "table6 SCALE=mini",
 }
-WIDTH, HEIGHT, POINTS = 240, 72, 48  # of a curve: size, and how many points at most
+WIDTH, HEIGHT, POINTS = 240, 72, 48  # size of a curve in SVG units, and its maximum number of points
 
 Curve = list[tuple[float, float]]
 """(step, value) of one run."""
@@ -34,7 +34,7 @@ Curve = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class RunLine:
-    """One record, in words."""
+    """One record in one line."""
 
     path: str
     seed: int
@@ -43,7 +43,7 @@ class RunLine:
 
 @dataclass(frozen=True)
 class Detail:
-    """One cell of a table."""
+    """The details of one cell."""
 
     anchor: str
     label: str
@@ -54,12 +54,12 @@ class Detail:
 
 
 def anchor(table: str, label: str) -> str:
-    """The id of a cell on the page."""
+    """The HTML id of a cell."""
     return f"{table}--{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')}"
 
 
 def cell_details(context: Context, table: Table) -> list[Detail]:
-    """One for every cell of a table that has records."""
+    """Details of every cell of a table that has records."""
     return [_detail(context, table, label, paths) for label, paths in table.records.items()]
 
 
@@ -70,14 +70,14 @@ def _detail(context: Context, table: Table, label: str, paths: Sequence[Path]) -
         anchor=anchor(table.name, label),
         label=label.replace(" ", ", "),
         runs=[_run(path, record) for path, record in sorted(records, key=lambda pair: pair[1]["config"]["seed"])],
-        curves=[_drawn(_losses(found), "training loss"), _drawn(*_metrics(found))],
+        curves=[_draw_curves(_losses(found), "training loss"), _draw_curves(*_metrics(found))],
         environments=sorted({environment_line(record.get("environment", {})) for record in found}),
         command=_command(records),
     )
 
 
 def environment_line(environment: Mapping[str, Any]) -> str:
-    """Hardware and versions in one line."""
+    """Hardware and package versions in one line."""
     hardware, versions = environment.get("hardware", {}), environment.get("versions", {})
     what = [str(hardware.get(name)) for name in ("gpu", "cpu", "system") if hardware.get(name)]
     what += [f"{hardware.get('cores')} cores", f"{hardware.get('threads')} threads"]
@@ -102,21 +102,21 @@ def _outcome(record: Mapping[str, Any]) -> str:
 
 
 def _losses(records: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    return [[(row["step"], row["loss"]) for row in _given(record.get("losses", []), "loss")] for record in records]
+    return [[(row["step"], row["loss"]) for row in _rows_with(record.get("losses", []), "loss")] for record in records]
 
 
 def _metrics(records: Sequence[Mapping[str, Any]]) -> tuple[list[Curve], str]:
     name = str(records[0]["config"]["task"].get("main_metric", "loss"))
-    rows = [_given(record.get("evaluations", []), name) for record in records]
+    rows = [_rows_with(record.get("evaluations", []), name) for record in records]
     return [[(row["step"], row[name]) for row in of] for of in rows], name.replace("_", " ")
 
 
-def _given(rows: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+def _rows_with(rows: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
     return [row for row in rows if row.get(name) is not None]
 
 
-def _drawn(curves: Sequence[Curve], label: str) -> Markup:
-    """An SVG of one line a run; nothing where no run has a point."""
+def _draw_curves(curves: Sequence[Curve], label: str) -> Markup:
+    """An SVG with one line per run; empty if no run has a point."""
     points = [point for curve in curves for point in curve]
     if not points:
         return Markup("")
@@ -132,16 +132,16 @@ def _line(curve: Curve, index: int, bounds: tuple[float, float, float]) -> str:
     last, low, high = bounds
     every = -(-len(curve) // POINTS)
     kept = [*curve[:-1:every], curve[-1]]
-    span, tall = max(last, 1e-9), max(high - low, 1e-9)
-    shown = [f"{WIDTH * x / span:.0f},{3 + (HEIGHT - 6) * (1 - (y - low) / tall):.1f}" for x, y in kept]
-    if len(shown) == 1:
-        x, y = shown[0].split(",")
+    span, tall = max(last, 1e-9), max(high - low, 1e-9)  # a constant curve has no height
+    points = [f"{WIDTH * x / span:.0f},{3 + (HEIGHT - 6) * (1 - (y - low) / tall):.1f}" for x, y in kept]
+    if len(points) == 1:
+        x, y = points[0].split(",")
         return f'<circle class="s{index % 3}" cx="{x}" cy="{y}" r="2"/>'
-    return f'<polyline class="s{index % 3}" points="{" ".join(shown)}"/>'
+    return f'<polyline class="s{index % 3}" points="{" ".join(points)}"/>'
 
 
 def _command(records: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
-    """What makes these records again, once they are deleted."""
+    """The command that makes these records again after they are deleted."""
     path, config = records[0][0], records[0][1]["config"]
     name, needs_data = COMMANDS.get(path.parts[0]), config["task"]["name"] not in ("snippets", "snippets_rating")
     if name is None:
@@ -153,9 +153,9 @@ def _command(records: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
 
 
 def _variant(folder: str, method: Mapping[str, Any]) -> Iterator[str]:
-    """What the experiment of a folder varies in the method."""
+    """Overrides for the option of the method that the experiment of a folder varies."""
     if folder.startswith("table6"):
-        return  # two experiments share its folder, and each has methods of its own: its command makes all of them
+        return  # two experiments with different methods share this folder: the command makes all of them
     if "ablation" in folder:
         yield f"method.keep={method['keep']}"
     elif "basis" in folder:

@@ -1,4 +1,4 @@
-"""Figures 2 and 3, the basis study, the ablation and the learning curves, drawn from measured data with matplotlib."""
+"""Figures 2 and 3, basis study, ablation, learning curves, and quality over speed, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from experiments.report.tables.base import MINI_MARK, Context
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
 
-VIEWS = {"untouched": "untouched", "rotated": "rotated (HOSVD)", "authors": "authors' basis"}
+VIEWS = {"untouched": "unrotated", "rotated": "rotated (HOSVD)", "authors": "authors' basis"}
 KINDS = ("intermediate", "output")
-# No dates and no version in the files: the same data gives the same bytes.
+# Without dates and versions, the same data gives the same bytes.
 _METADATA: dict[str, dict[str, Any]] = {
     "png": {"Software": None},
     "pdf": {"CreationDate": None, "ModDate": None, "Producer": None, "Creator": None},
@@ -40,14 +40,14 @@ _STYLE: Any = {
 
 
 def draw_all(context: Context) -> dict[str, Path]:
-    """Every figure whose data exists: title -> PNG; PDF beside it."""
+    """Draw every figure whose data exists, as PNG and PDF: title -> PNG."""
     return {title: path for name in FIGURES for title, path in draw(context, name).items()}
 
 
 def draw(context: Context, name: str) -> dict[str, Path]:
-    """One figure, as `draw_all` gives them; empty where its data is missing."""
+    """Draw one figure as PNG and PDF: title -> PNG; empty if its data is missing."""
     title, make = FIGURES[name]
-    # From the defaults, whatever other code of this process has set: plots of Optuna's change them for good.
+    # Start from the defaults: Optuna's plots change the style of the whole process.
     with plt.style.context(["default", _STYLE]):
         figure = make(context)
         if figure is None:
@@ -56,7 +56,7 @@ def draw(context: Context, name: str) -> dict[str, Path]:
 
 
 def energies(context: Context) -> list[str]:
-    """One line for each layer kind of figure 2: the share of energy in the largest 1 % of entries."""
+    """One line per layer kind of figure 2: share of the energy in the largest 1 % of entries."""
     data = read_data(context, "figure2")
     if data is None:
         return []
@@ -69,7 +69,7 @@ def energies(context: Context) -> list[str]:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """PNG at `path` and PDF beside it, the same bytes for the same figure."""
+    """Save as PNG at `path` and as PDF next to it; equal figures give equal bytes."""
     for kind, metadata in _METADATA.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata=metadata, bbox_inches="tight")
@@ -79,7 +79,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def read_data(context: Context, name: str) -> dict[str, Any] | None:
-    """What `python -m experiments.studies.gradients` left for a figure, or None.
+    """The data that `python -m experiments.studies.gradients` measured for a figure, or None.
 
     Raises:
         UserError: when it cannot be read.
@@ -92,7 +92,7 @@ def read_data(context: Context, name: str) -> dict[str, Any] | None:
 
 
 def figure2(context: Context) -> Figure | None:
-    """Heat maps of one block's gradients, three ways, both layer kinds."""
+    """Heat maps of one block's gradients in three bases, for both layer kinds."""
     data = read_data(context, "figure2")
     if data is None:
         return None
@@ -112,7 +112,7 @@ def figure2(context: Context) -> Figure | None:
 
 
 def figure3(context: Context) -> Figure | None:
-    """The stripes of dL/dY, and the share of its entries that are not zero, padded and not."""
+    """Rows of dL/dY with a gradient, and the distribution of the share of non-zero entries, for both paddings."""
     data = read_data(context, "figure3")
     if data is None:
         return None
@@ -125,10 +125,11 @@ def figure3(context: Context) -> Figure | None:
         for kind in KINDS:
             line[1].hist(_shares(data, pad, kind), bins=[i / 40 for i in range(41)], alpha=0.6, label=kind)
         line[1].axvline(_real(data, pad), color="black", linestyle="--", linewidth=1, label="real tokens, mean")
-        line[1].set(xlabel="share of entries of dL/dY not zero", ylabel="blocks x steps")
+        line[1].set(xlabel="share of non-zero entries of dL/dY", ylabel="blocks x steps")
         line[1].legend(fontsize=8)
     figure.suptitle(
-        "dL/dY is striped because padded tokens get no gradient (last block: only the first token)", size=10
+        "dL/dY is striped because padding tokens get no gradient (in the last block, only the first token does)",
+        size=10,
     )
     return figure
 
@@ -145,7 +146,7 @@ def _real(data: dict[str, Any], pad: str) -> float:
 
 
 def basis_study(context: Context) -> Figure | None:
-    """Energy in the largest 1 % over training, one line a basis."""
+    """Energy in the largest 1 % during training, one line per basis."""
     data = basis.read(context.results)
     if data is None:
         return None
@@ -161,7 +162,7 @@ def basis_study(context: Context) -> Figure | None:
 
 
 def ablation_curve(context: Context) -> Figure | None:
-    """Score over kept share: printed and ours of the paper's models, and MiniLM; ours with an error band."""
+    """Score over density: published and ours for the paper's models, ours for MiniLM; ours with an error band."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     for number, model in ablation.MODELS.items():
         axes[0].plot(*zip(*ablation.published_curve(number), strict=True), marker="o", label=f"published, {model}")
@@ -174,13 +175,13 @@ def ablation_curve(context: Context) -> Figure | None:
     if points:
         axes[1].legend(fontsize=8)
     else:
-        axes[1].text(0.5, 0.5, "missing: no run yet", ha="center", transform=axes[1].transAxes)
+        axes[1].text(0.5, 0.5, "missing: no runs yet", ha="center", transform=axes[1].transAxes)
         axes[1].set(yticks=[])
     return figure
 
 
 def _band(axis: Any, points: list[ablation.Point], label: str) -> None:
-    """A line of means with a band of one sample std to either side."""
+    """A line of means with a band of one sample standard deviation on each side."""
     if not points:
         return
     shares, means = [point.share for point in points], [point.value.mean for point in points]
@@ -191,7 +192,7 @@ def _band(axis: Any, points: list[ablation.Point], label: str) -> None:
 
 
 def curves(context: Context) -> Figure | None:
-    """Training loss and metric of the mini runs, mean over seeds, one line a method."""
+    """Training loss and metric of the mini runs, mean over seeds, one line per method."""
     figure, axes = plt.subplots(2, len(MINI_TASKS), figsize=(10, 5), layout="constrained")
     any_line = False
     for column, task in enumerate(MINI_TASKS):
@@ -214,7 +215,7 @@ def curves(context: Context) -> Figure | None:
 
 
 def quality_speed(context: Context) -> Figure | None:
-    """Average score over steps/s, the Pareto front joined. What is drawn lies beside it as JSON."""
+    """Average score over steps/s, with the Pareto front as a line. The points are also written as JSON."""
     points = quality.points(context)
     if not points:
         return None
@@ -233,7 +234,7 @@ def quality_speed(context: Context) -> Figure | None:
 
 
 def _mean_curve(store: Store, method: str, task: str, group: str, field: str | None) -> dict[int, float]:
-    """Step -> mean over seeds of a field of the records; `field` None: the metric that chooses."""
+    """Step -> mean over seeds of a field of the records; `field` None: the task's main metric."""
     by_step: dict[int, list[float]] = {}
     for run in store.runs.get(("mini", "minilm", method, task, "paper"), []):
         record = store.records[run.path]
@@ -246,9 +247,9 @@ def _mean_curve(store: Store, method: str, task: str, group: str, field: str | N
 
 FIGURES: dict[str, tuple[str, Callable[[Context], Figure | None]]] = {
     "figure2": ("Figure 2: gradients before and after rotation", figure2),
-    "figure3": ("Figure 3: the stripes of dL/dY, and what they are", figure3),
-    "basis": ("Basis study: energy in the largest 1 % over training", basis_study),
-    "ablation": ("Appendix C: kept entries, published and in small", ablation_curve),
-    "quality": ("Quality and speed: mean over four tasks, and the Pareto front", quality_speed),
+    "figure3": ("Figure 3: the stripes of dL/dY are padding", figure3),
+    "basis": ("Basis study: energy in the largest 1 % during training", basis_study),
+    "ablation": ("Appendix C: score by kept entries, published and measured", ablation_curve),
+    "quality": ("Quality and speed: mean over four tasks, with the Pareto front", quality_speed),
     "curves": ("Learning curves of the mini tables, protocol paper", curves),
 }

@@ -1,4 +1,4 @@
-"""What the data at hand shows, in sentences whose every number is computed from records, logs or printed cells."""
+"""Findings in sentences; every number in them is computed from records, logs or printed cells."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import pandas as pd
 from experiments.published import contradictions
 from experiments.report import figures
 from experiments.report.tables import ablation, basis, calibration, correspondence, speed, verdict
-from experiments.report.tables.accuracy import MODELS, PROTOCOLS, UNCORRECTED
+from experiments.report.tables.accuracy import MODELS, PROTOCOLS, SIGNIFICANCE
 from experiments.report.tables.base import Context, Table, interval_text
 
 Finding = tuple[str, str, str]
-"""Question, answer, and the table or figure that it rests on."""
+"""(question, answer, table or figure that the answer is based on)."""
 
 
 def table(context: Context) -> Table:
-    """All findings that the data at hand allows."""
+    """All findings that the available data allows."""
     rows = [
         *_mini(context),
         *_basis(context),
@@ -28,10 +28,11 @@ def table(context: Context) -> Table:
         *_speed(context),
         *_paper(context),
     ]
-    frame = pd.DataFrame(rows, columns=["question", "answer", "rests on"])
+    frame = pd.DataFrame(rows, columns=["question", "answer", "based on"])
     notes = [
-        "Computed from the records, the authors' logs and the printed cells; a question without data is left out.",
-        "Intervals: two-sided 95 % Welch. " + UNCORRECTED,
+        "All numbers are computed from the records, the authors' logs and the printed cells. Questions without data are "
+        "left out.",
+        "Intervals: two-sided 95 % Welch. " + SIGNIFICANCE,
     ]
     return Table("findings", "Findings", frame, notes)
 
@@ -41,15 +42,17 @@ def _mini(context: Context) -> Iterator[Finding]:
         for method in ("sparsegrad", "sparsegrad_fast", "sparsegrad_authors"):
             said = [text for other in verdict.REFERENCES if (text := _against(context, protocol, method, other))]
             if said:
-                question = f"MiniLM, protocol {protocol}: how does {method} do?"
-                yield question, "; ".join(said), "What the mini tables show"
+                question = f"MiniLM, protocol {protocol}: how does {method} compare?"
+                yield question, "; ".join(said), "Mini tables: comparison"
 
 
 def _against(context: Context, protocol: str, method: str, other: str) -> str:
     found = verdict.compare(context, protocol, method, other)
-    if found.difference is None or found.interval is None:  # one seed shows nothing: the tables have it
+    if (
+        found.difference is None or found.interval is None
+    ):  # no interval without two seeds; the tables show the difference
         return ""
-    low_high = f", 95 % {interval_text(found.interval)}"
+    low_high = f", 95 % interval {interval_text(found.interval)}"
     count = f"{len(found.tasks)} task{'s' * (len(found.tasks) > 1)}, {found.seeds[0]} and {found.seeds[1]} seeds"
     return f"{found.difference:+.2f} points against {other} over {count}{low_high}: {found.verdict}"
 
@@ -62,18 +65,22 @@ def _basis(context: Context) -> Iterator[Finding]:
             for name in ("none", "both", "authors")
         }
         said = "; ".join(
-            f"{kind}: {100 * energy['both'][kind]:.0f} % with HOSVD, {100 * energy['none'][kind]:.0f} % unrotated, "
+            f"{kind}: {100 * energy['both'][kind]:.0f} % with HOSVD, {100 * energy['none'][kind]:.0f} % without rotation, "
             f"{100 * energy['authors'][kind]:.0f} % in the authors' basis"
             for kind in figures.KINDS
         )
-        yield f"How much gradient energy do the largest 1 % of entries hold ({_made(found)})?", said, "Basis study"
+        yield (
+            f"What share of the gradient energy is in the largest 1 % of entries ({_measured_on(found)})?",
+            said,
+            "Basis study",
+        )
     for said in basis.differences(context):
-        yield "Does HOSVD as defined beat the basis that the authors ran (MiniLM, points)?", said, "Basis study"
+        yield "Is HOSVD as defined better than the basis in the authors' code (MiniLM, points)?", said, "Basis study"
 
 
 def _ablation(context: Context) -> Iterator[Finding]:
     for said in ablation.whole_against_one_percent(context):
-        yield "Does keeping more entries help (MiniLM, points)?", said, "Tables 11 and 12 in small"
+        yield "Does keeping all entries help (MiniLM, points)?", said, "Tables 11 and 12 on MiniLM"
 
 
 def _stripes(context: Context) -> Iterator[Finding]:
@@ -88,12 +95,18 @@ def _stripes(context: Context) -> Iterator[Finding]:
         }
         shares = ", ".join(f"{share:.1f} % ({kind})" for kind, share in nonzero.items())
         real = 100 * mean(row["real_tokens"] for row in rows)
-        said.append(f"{label}: {shares} of dL/dY is not zero, {real:.1f} % of the tokens are real")
-    yield f"What are the stripes of dL/dY (all blocks but the last; {_made(found)})?", "; ".join(said), "Figure 3"
+        said.append(
+            f"{label}: {shares} of the entries of dL/dY are non-zero, {real:.1f} % of the tokens are not padding"
+        )
+    yield (
+        f"What causes the stripes of dL/dY (all blocks but the last; {_measured_on(found)})?",
+        "; ".join(said),
+        "Figure 3",
+    )
 
 
-def _made(found: Mapping[str, Any]) -> str:
-    """What a figure's data was measured on."""
+def _measured_on(found: Mapping[str, Any]) -> str:
+    """Model and task that a figure's data was measured on."""
     return f"{found['model']} on {found['task']}"
 
 
@@ -103,32 +116,36 @@ def _speed(context: Context) -> Iterator[Finding]:
         of = {row["arm"]: row for row in found if (row["machine"], row["label"]) == (machine, label)}
         pairs = [("exact", "layer_regular"), ("exact", "full"), ("fast", "lora_peft")]
         said = [
-            f"{arm} {ratio:.2f} times the steps/s of {other}"
+            f"{arm}: {ratio:.2f} times the steps/s of {other}"
             for arm, other in pairs
             if arm in of and (ratio := of[arm]["speed_over"].get(other)) is not None
         ]
         if said:
-            yield f"How fast on {machine}, {label or 'whole model'}?", "; ".join(said), "Tables 3, 7 and 8: measured"
+            yield (
+                f"How fast are the engines on {machine} ({label or 'whole model'})?",
+                "; ".join(said),
+                "Tables 3, 7 and 8: measured",
+            )
 
 
 def _paper(context: Context) -> Iterator[Finding]:
     wrong = [one for one in correspondence.checks() if one.printed is not None and one.printed > correspondence.TINY]
     names = ", ".join(one.row for one in wrong)
-    yield "Do the rows of Table 2 hold numerically?", f"in our words all do; as printed not: {names}", "Table 2"
+    yield "Do the rows of Table 2 hold numerically?", f"corrected, all do; as printed, all but {names}", "Table 2"
     yield from _averages((*sorted(MODELS), *speed.PER_TASK))
     lines = [f"Table {number}: {line}" for number in ablation.MODELS for line in ablation.copied(number)]
     if lines:
-        yield "Are the 100 % rows of the ablation runs of their own?", " ".join(lines), "Tables 11, 12"
+        yield "Are the 100 % rows of the ablation separate runs?", " ".join(lines), "Tables 11, 12"
     for one in calibration.PRINTED:
         numbers, printed = calibration.arithmetic(one), float(one.memory.split()[0])
         printed *= 1000 if one.memory.endswith("GB") else 1
         closest = min(numbers, key=lambda name: abs(numbers[name] - printed))
-        said = f"closest of what they might count: {closest}, {numbers[closest]:,.0f} MB"
-        yield f"What do the {one.memory} of section 8 count ({one.model})?", said, "Section 8"
+        said = f"the closest candidate is {closest}: {numbers[closest]:,.0f} MB"
+        yield f"What do the {one.memory} of section 8 measure ({one.model})?", said, "Section 8"
 
 
 def _averages(tables: Sequence[int]) -> Iterator[Finding]:
     said = [f"Table {number}, {line}" for number in tables for line in contradictions(number)]
     if said:
         places = "Tables " + ", ".join(map(str, tables))
-        yield "Which printed averages contradict their own cells?", "; ".join(said), places
+        yield "Which printed averages contradict their cells?", "; ".join(said), places

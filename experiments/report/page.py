@@ -1,4 +1,4 @@
-"""results/report/index.html: one page without a network, with every table and figure, and links to the records."""
+"""results/report/index.html: a self-contained page with every table and figure, and links to the records."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from experiments.report.tables import hyperparams, speed
 from experiments.report.tables.base import MISSING, OURS, Context, Table, is_measured
 
 TEMPLATES = Path(__file__).parent / "templates"
-LONG = 48  # characters; a longer cell wraps
-_DERIVED = ("table5", "table5_mini_overview", "mini_verdict", "table3_measured")
-_CELLS_OF = {"table5_mini_overview": "table5_mini"}  # a table whose cells another one tells of
+LONG = 48  # characters; longer cells wrap
+_DERIVED = ("table5", "table5_mini_overview", "mini_verdict", "table3_measured")  # made from cells of other tables
+_CELLS_OF = {"table5_mini_overview": "table5_mini"}  # table -> table with the details of the same cells
 THEMES = {
     "light": {"ink": "#1c1e21", "soft": "#5d646e", "box": "#f3f5f8", "new": "#dfeaf8", "grad": "#b3401f"},
     "dark": {"ink": "#e6e8eb", "soft": "#a2a9b3", "box": "#20252b", "new": "#1f3550", "grad": "#f0946f"},
@@ -30,7 +30,7 @@ THEMES = {
 
 
 def write_figure1(folder: Path) -> list[Path]:
-    """Our drawing of the signal flow, one SVG for light and one for dark backgrounds."""
+    """Write our drawing of the signal flow as two SVGs, for light and dark backgrounds."""
     paths = []
     for theme, colours in THEMES.items():
         paths.append(folder / f"figure1-{theme}.svg")
@@ -39,27 +39,27 @@ def write_figure1(folder: Path) -> list[Path]:
 
 
 def write_page(context: Context, tables: Sequence[Table], figures: Mapping[str, Path]) -> Path:
-    """Render and write the page."""
+    """Render and write the page; `figures` maps titles to PNGs. Returns its path."""
     path = context.results / "report" / "index.html"
-    shown = [{"title": title, "name": image.stem, "image": _base64(image)} for title, image in figures.items()]
+    images = [{"title": title, "name": image.stem, "image": _base64(image)} for title, image in figures.items()]
     inline = _template("figure1.svg.j2").render({name: f"var(--{name})" for name in THEMES["light"]})
-    facts = {"tables": [_shown(context, table, tables) for table in tables], "problems": problems(context)}
-    facts |= {"figures": shown, "figure1": Markup(inline), "failed": _failed(context), "counts": _counts(tables)}
+    facts = {"tables": [_describe_table(context, table, tables) for table in tables], "problems": problems(context)}
+    facts |= {"figures": images, "figure1": Markup(inline), "failed": _failed(context), "counts": _counts(tables)}
     facts["answers"] = has_answers(context.results)
     write_text(path, _template("page.html.j2").render(facts | _environment(context)) + "\n")
     return path
 
 
 def problems(context: Context) -> list[str]:
-    """Records that were not used, and why."""
+    """One line for each record, benchmark or summary that was not used, with the reason."""
     store = context.store
     lines = [line for line in (skipped_summary(store),) if line]
     others = [*speed.unread(context.results), *hyperparams.unread(context.results)]
     return [*lines, *store.skipped, *store.disagreements(), *others]
 
 
-def _shown(context: Context, table: Table, tables: Sequence[Table]) -> dict[str, Any]:
-    """A table as the template takes it."""
+def _describe_table(context: Context, table: Table, tables: Sequence[Table]) -> dict[str, Any]:
+    """A table in the form that the template expects."""
     measured, cells = table.coverage
     source = next((one for one in tables if one.name == _CELLS_OF.get(table.name)), table)
     known = {label: anchor(source.name, label) for label in source.records}
@@ -80,14 +80,14 @@ def _shown(context: Context, table: Table, tables: Sequence[Table]) -> dict[str,
 
 
 def _cell(table: Table, row: Mapping[str, str], name: str, known: Mapping[str, str]) -> dict[str, str]:
-    """One cell: text, class, and where its records are told of."""
+    """One cell: text, CSS class, and the anchor of its details, if it has records."""
     label = table.label_of(row) if name.startswith(OURS) else f"{row.get('method')} {name} {row.get('protocol')}"
     text = row[name]
     return {"text": text, "css": _css(text), "href": known.get(label, "") if text != MISSING else ""}
 
 
 def _command(name: str) -> str:
-    """What fills a table."""
+    """The command that makes the runs of a table."""
     known = {
         "table5_mini_overview": "table5 SCALE=mini DATA=glue",
         "table5_mini": "table5 SCALE=mini DATA=glue",
@@ -102,7 +102,7 @@ def _command(name: str) -> str:
 
 
 def _counts(tables: Sequence[Table]) -> list[tuple[str, int, int]]:
-    """(what, measured, all) for the paper's models and for the small ones; tables made from others do not count."""
+    """(description, measured cells, all cells) for the paper's models and for others, without derived tables."""
     counted = {"cells of the paper's models": (0, 0), "cells of small or cut models": (0, 0)}
     for table in (one for one in tables if one.name not in _DERIVED):
         for cells, is_small in table.cells:
@@ -129,7 +129,7 @@ def _base64(path: Path) -> str:
 
 
 def _css(text: str) -> str:
-    """The class of a cell."""
+    """The CSS class of a cell."""
     if text.startswith("failed"):
         return "bad long"
     if text == MISSING:

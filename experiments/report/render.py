@@ -1,4 +1,4 @@
-"""A table as Markdown, LaTeX (booktabs) and CSV; written so that a file is either as before or whole."""
+"""Tables as Markdown, LaTeX (booktabs) and CSV, written atomically."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LATEX = {"±": r"$\pm$", "%": r"\%", "_": r"\_", "^": r"\^{}", "~": r"\~{}", "#
 
 
 def write_table(table: Table, folder: Path) -> list[Path]:
-    """Write all three forms of a table.
+    """Write a table in all three formats; returns the paths.
 
     Raises:
         UserError: when the folder cannot be written.
@@ -25,14 +25,14 @@ def write_table(table: Table, folder: Path) -> list[Path]:
 
 
 def markdown(table: Table) -> str:
-    """With title and notes."""
+    """The table as Markdown, with title and notes."""
     cells = table.frame.map(lambda cell: str(cell).replace("|", "\\|"))
     grid = cells.to_markdown(index=False, disable_numparse=True)
     return f"## {table.title}\n\n{grid}\n\n" + "".join(f"- {note}\n" for note in table.notes)
 
 
 def latex(table: Table) -> str:
-    """A booktabs tabular in a table environment."""
+    """The table as a booktabs tabular in a table environment, without notes."""
     frame = table.frame.map(_escape)
     frame.columns = [_escape(name) for name in frame.columns]
     return frame.to_latex(index=False, escape=False, caption=_escape(table.title), label=f"tab:{table.name}")

@@ -1,4 +1,4 @@
-"""Mean, spread, and the interval of a difference, from few seeds."""
+"""Mean, standard deviation and confidence interval of a difference, from few seeds."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class Summary:
 
 
 def summarise(values: Sequence[float]) -> Summary | None:
-    """None of nothing: a cell without seeds is missing, not zero."""
+    """Mean, standard deviation and count; None for no values, because a cell without seeds is missing, not zero."""
     if not values:
         return None
     return Summary(mean(values), stdev(values) if len(values) > 1 else None, len(values))
 
 
 def welch_interval(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    """The two-sided interval of mean(a) - mean(b), variances unequal.
+    """Two-sided Welch confidence interval of mean(a) - mean(b), for unequal variances.
 
-    None where a side has fewer than two values, or where neither varies: a spread of nothing tells no error.
+    None if a side has fewer than two values, or if neither side varies: then the variance cannot be estimated.
     """
     if min(len(a), len(b)) < 2 or len(set(a)) == len(set(b)) == 1:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of a side whose values are all equal: rightly a variance of 0
+        warnings.simplefilter("ignore", RuntimeWarning)  # one side may have equal values: its variance is 0
         interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(level)
     return float(interval.low), float(interval.high)

@@ -21,40 +21,12 @@ from sparsegrad.errors import (
     check_text,
     fail,
     first_line,
-    warn_renamed,
 )
-from sparsegrad.hashing import SHORT, json_sha256
 from sparsegrad.methods.base import Method
+from sparsegrad.runs.keys import config_key
 from sparsegrad.runs.model_loading import ModelConfig
+from sparsegrad.runs.names import with_current_names
 from sparsegrad.tasks.base import DataConfig, Task
-
-# What decides where things go or how they are watched, but not the result.
-_OUTSIDE_KEY = ("name", "results_dir", "work_dir", "force", "resume", "save_model", "tracker")
-_OUTSIDE_KEY_NESTED = (("data", "dir"), ("train", "device"), ("train", "eval_batch_size"))
-
-# Settings that came after the first records, with the value that means "as before": left out of the key there, so
-# that older records keep theirs.
-_LATER: dict[tuple[str, str], Any] = {
-    ("method", "sides"): "both",
-    ("method", "moments"): "dense",
-    ("method", "release_gradients"): False,
-    ("method", "drop_padding"): False,
-    ("method", "save_dtype"): None,
-    ("train", "schedule"): "constant",
-    ("train", "warmup_steps"): 0,
-    ("train", "gradient_checkpointing"): False,
-    ("protocol", "eval_at_start"): False,
-    ("protocol", "watch_validation"): False,
-}
-
-# Values that were renamed: (group, name) -> today's value -> the earlier one, which keys are made of.
-_EARLIER: dict[tuple[str, str], dict[Any, Any]] = {("method", "engine"): {"exact": "merged"}}
-
-# What engine `fast` does not have, with the value that leaves it out.
-_NOT_FAST: dict[str, Any] = {
-    "keep": None, "backward": "regular", "sides": "both", "moments": "dense", "release_gradients": False,
-    "drop_padding": False, "save_dtype": None, "basis": None,
-}  # fmt: skip
 
 # What a composed configuration may hold beside one run; `cli` has dealt with it before.
 BESIDE_RUN = ("sweep", "hparams")
@@ -215,59 +187,6 @@ class RunConfig:
     def run_folder(self) -> Path:
         """Where checkpoints and trackers write while the run lasts."""
         return Path(self.work_dir) / self.key
-
-
-def config_key(resolved: Mapping[str, Any]) -> str:
-    """The key of a resolved configuration; see `RunConfig.key`."""
-    return json_sha256(determining(resolved))[:SHORT]
-
-
-def with_current_names(composed: DictConfig) -> DictConfig:
-    """`composed` with today's names: engine `merged` is `exact`; engine `fast` is the method of that name.
-
-    Raises:
-        UserError: for settings beside `method.engine=fast` that this engine does not have.
-    """
-    engine = OmegaConf.select(composed, "method.engine")
-    if engine == "merged":
-        warn_renamed("method.engine=merged", "method.engine=exact")
-        composed = composed.copy()
-        composed.method.engine = "exact"
-    if engine == "fast" and composed.method.name == "sparsegrad":
-        composed = composed.copy()
-        OmegaConf.update(composed, "method", _fast_method(composed), merge=False, force_add=True)
-    return composed
-
-
-def _fast_method(composed: DictConfig) -> dict[str, Any]:
-    """The node of `method=sparsegrad method.engine=fast`: what conf/method/sparsegrad_fast.yaml gives."""
-    method: Any = OmegaConf.to_container(composed.method, resolve=True)
-    usual = {name: OmegaConf.select(composed, f"model.usual.{name}") for name in ("density", "keep", "fast_density")}
-    for name, value in _NOT_FAST.items():
-        allowed = (value, usual["keep"]) if name == "keep" else (value,)
-        if method.get(name, value) not in allowed:
-            raise fail(f"method.{name}", method[name], "engine=fast has only density and steps", "leave it out")
-    density = method["density"]
-    if density is None or density == usual["density"]:
-        density = usual["fast_density"] or density or 0.01
-    target = "sparsegrad.methods.sparsegrad_fast.SparseGradFast"
-    return {"_target_": target, "name": "sparsegrad_fast", "density": density, "steps": method["steps"]}
-
-
-def determining(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a resolved configuration that determines the result."""
-    kept = {name: dict(node) if isinstance(node, Mapping) else node for name, node in resolved.items()}
-    for name in _OUTSIDE_KEY:
-        kept.pop(name, None)
-    for group, name in _OUTSIDE_KEY_NESTED:
-        kept.get(group, {}).pop(name, None)
-    for (group, name), before in _LATER.items():
-        if kept.get(group, {}).get(name, before) == before:
-            kept.get(group, {}).pop(name, None)
-    for (group, name), values in _EARLIER.items():
-        if name in kept.get(group, {}):
-            kept[group][name] = values.get(kept[group][name], kept[group][name])
-    return kept
 
 
 def build(config: DictConfig) -> RunConfig:

@@ -18,7 +18,8 @@ import torch
 from sparsegrad.distributed import world_size
 from sparsegrad.errors import UserError, missing_package
 from sparsegrad.files import check_writable
-from sparsegrad.runs.config import RunConfig, config_key
+from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.keys import config_key
 from sparsegrad.runs.main_process import on_main
 from sparsegrad.runs.records import find_complete
 from sparsegrad.tasks.base import Splits

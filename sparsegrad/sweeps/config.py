@@ -15,7 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from sparsegrad.errors import UserError, check_choice, check_integer, check_number, fail, first_line
 from sparsegrad.metrics import metric_config
 from sparsegrad.metrics.text_classification.text_classification import CONFIGS
-from sparsegrad.runs.config import BESIDE_RUN, RunConfig, build, determining, with_current_names
+from sparsegrad.runs.config import BESIDE_RUN, RunConfig, build
+from sparsegrad.runs.keys import determining
+from sparsegrad.runs.names import with_current_names
 from sparsegrad.sweeps.space import Space, flatten, parse_space
 
 SAMPLERS = ("tpe", "gp", "qmc", "random", "grid")

@@ -9,7 +9,8 @@ import pytest
 from run_fixtures import ROOT, Composer, Tiny
 
 from sparsegrad.errors import UserError
-from sparsegrad.runs.config import build, config_key
+from sparsegrad.runs.config import build
+from sparsegrad.runs.keys import config_key
 
 
 def choices(group: str) -> list[str]:

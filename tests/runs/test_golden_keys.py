@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from run_fixtures import ROOT, Composer
 
-from sparsegrad.runs.config import build, config_key
+from sparsegrad.runs.config import build
+from sparsegrad.runs.keys import config_key
 from sparsegrad.runs.records import read_record
 
 # Override lists and the keys they had at fb4975d, before any module moved.

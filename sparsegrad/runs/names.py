@@ -1,0 +1,47 @@
+"""Earlier and alternative names in a composed configuration, turned into today's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sparsegrad.errors import fail, warn_renamed
+
+# What engine `fast` does not have, with the value that leaves it out.
+_NOT_FAST: dict[str, Any] = {
+    "keep": None, "backward": "regular", "sides": "both", "moments": "dense", "release_gradients": False,
+    "drop_padding": False, "save_dtype": None, "basis": None,
+}  # fmt: skip
+
+
+def with_current_names(composed: DictConfig) -> DictConfig:
+    """`composed` with today's names: engine `merged` is `exact`; engine `fast` is the method of that name.
+
+    Raises:
+        UserError: for settings beside `method.engine=fast` that this engine does not have.
+    """
+    engine = OmegaConf.select(composed, "method.engine")
+    if engine == "merged":
+        warn_renamed("method.engine=merged", "method.engine=exact")
+        composed = composed.copy()
+        composed.method.engine = "exact"
+    if engine == "fast" and composed.method.name == "sparsegrad":
+        composed = composed.copy()
+        OmegaConf.update(composed, "method", _fast_method(composed), merge=False, force_add=True)
+    return composed
+
+
+def _fast_method(composed: DictConfig) -> dict[str, Any]:
+    """The node of `method=sparsegrad method.engine=fast`: what conf/method/sparsegrad_fast.yaml gives."""
+    method: Any = OmegaConf.to_container(composed.method, resolve=True)
+    usual = {name: OmegaConf.select(composed, f"model.usual.{name}") for name in ("density", "keep", "fast_density")}
+    for name, value in _NOT_FAST.items():
+        allowed = (value, usual["keep"]) if name == "keep" else (value,)
+        if method.get(name, value) not in allowed:
+            raise fail(f"method.{name}", method[name], "engine=fast has only density and steps", "leave it out")
+    density = method["density"]
+    if density is None or density == usual["density"]:
+        density = usual["fast_density"] or density or 0.01
+    target = "sparsegrad.methods.sparsegrad_fast.SparseGradFast"
+    return {"_target_": target, "name": "sparsegrad_fast", "density": density, "steps": method["steps"]}
