@@ -1,4 +1,4 @@
-"""The optimizer: rotated gradients, their kept entries, and what they change (paper, section 3.2)."""
+"""The optimizer: rotate gradients, select the kept entries, update their moments and weights (paper, section 3.2)."""
 
 from sparsegrad.optim.adamw import SparseGradAdamW
 from sparsegrad.optim.summary import Plan, describe

@@ -1,9 +1,9 @@
-"""Engine `exact`: SparseGrad as one optimizer over ordinary linears (paper, section 3.2).
+"""Engine `exact`: SparseGrad as an optimizer over ordinary linears (paper, section 3.2).
 
-The bases are orthogonal, so training the rotated weight W~ = V^T W U is the same as rotating the gradient, keeping
-its largest entries, running Adam on them in the rotated space, and rotating the sparse update back into W. The model
-stays as it is: whatever works with a `torch.optim.Optimizer` works with this. The weights of a layer kind share their
-bases, so they are rotated, selected from, and updated together.
+The bases are orthogonal. So training the rotated weight W~ = V^T W U is the same as rotating the gradient, keeping its
+largest entries, running Adam on them in the rotated space, and rotating the sparse update back into W. The model is not
+modified, and whatever works with a `torch.optim.Optimizer` works with this one. The weights of a layer kind share their
+basis, so they are rotated, selected from and updated together.
 """
 
 from __future__ import annotations
@@ -24,32 +24,33 @@ from sparsegrad.targets import check_updated
 
 
 class SparseGradAdamW(torch.optim.AdamW):
-    """AdamW in which the groups that carry `keep` or `density` are SparseGrad, all others plain AdamW.
+    """AdamW in which groups with `keep` or `density` are trained by SparseGrad, and all others by plain AdamW.
 
-    A SparseGrad group holds weights (out, in) of one layer kind. Each step, per weight: rotate the gradient by the
-    group's `basis` (none: no rotation), keep its `keep` largest entries, or `density` of all; update moments and
-    weight at these entries alone; rotate the update back. A gradient that is sparse already (engine `layer`) is used
-    as it is. Weight decay is decoupled and acts on the whole weight, which is the same in both spaces. Weights in
-    bfloat16 are rounded stochastically, so that small updates add up.
+    A SparseGrad group holds weights (out, in) of one layer kind. Each step does the following for each weight:
+    rotate the gradient by the group's `basis` (None: no rotation), keep its `keep` largest entries or the share
+    `density`, update the moments and the rotated weight at these entries only, and rotate the update back. A gradient
+    that is already sparse (engine `layer`) is used as it is. Weight decay is decoupled and acts on the whole weight,
+    where rotation makes no difference. Weights in bfloat16 are rounded stochastically, so that small updates add up.
 
-    A step in which a kept entry is not finite changes nothing, neither weights nor moments nor step counts, and is
-    counted in `skipped_steps`.
+    A step in which any kept entry is not finite changes neither weights nor moments nor step counts. It is counted in
+    `skipped_steps`.
 
     Args:
-        params: parameters or groups; a group may hold `basis: Basis`, `keep: int` or `density: float`, and `moments`:
-            `dense` (the method's), or `support` (compact, not exact; see `sparsegrad.optim.moments`).
-        lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; note the paper's weight decay 0.
-        fused, foreach: how the plain groups are updated.
+        params: parameters or groups. A group may hold `basis: Basis`, `keep: int` or `density: float`, and `moments`:
+            `dense` (the method) or `support` (compact, not exact; see `sparsegrad.optim.moments`).
+        lr, betas, eps, weight_decay: as for `torch.optim.AdamW`, but with the paper's default weight decay of 0.
+        fused, foreach: implementation of AdamW for the plain groups.
 
     Raises:
-        UserError: for a value out of range, a weight that is no matrix, does not fit its basis, or is below `keep`.
+        UserError: for a value out of range, or a weight that is not a matrix, does not fit its basis, or has fewer than
+            `keep` entries.
     """
 
-    # On the class: torch copies an optimizer without its other attributes.
+    # Defaults on the class, because torch restores a copied or unpickled optimizer without these attributes.
     _skipped: Tensor | int = 0
-    _finite: Tensor | None = None  # of the weights that were updated before `step`
-    _released: set[Tensor] | None = None
-    model_size: int | None = None  # parameters of the whole model, frozen ones too; `prepare` sets it
+    _finite: Tensor | None = None  # whether all kept entries of the current step so far are finite
+    _released: set[Tensor] | None = None  # weights updated during back-propagation, with `release_gradients`
+    model_size: int | None = None  # number of parameters of the whole model, frozen ones included; set by `prepare`
 
     def __init__(
         self,
@@ -64,11 +65,11 @@ class SparseGradAdamW(torch.optim.AdamW):
     ) -> None:
         _check_hyperparameters(lr, betas, eps, weight_decay)
         super().__init__(params, lr, betas, eps, weight_decay, fused=fused, foreach=foreach)
-        # A fused AdamW would unscale fp16 gradients itself; the SparseGrad groups need GradScaler to do it.
+        # With fused=True GradScaler would leave unscaling to the optimizer; SparseGrad groups need unscaled gradients.
         self._step_supports_amp_scaling = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group and check it; see the class."""
+        """Add a group after checking it; see the class for its keys."""
         group = {"basis": None, "keep": None, "density": None, "moments": "dense", **param_group}
         super().add_param_group(group)
         if _is_sparse(group):
@@ -78,7 +79,7 @@ class SparseGradAdamW(torch.optim.AdamW):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that changed nothing because a kept entry of a gradient was not finite."""
+        """Number of steps that changed nothing because a kept entry of a gradient was not finite."""
         return int(self._skipped)
 
     @property
@@ -89,36 +90,39 @@ class SparseGradAdamW(torch.optim.AdamW):
 
     @property
     def bases(self) -> dict[str, Basis]:
-        """Layer kind -> basis, of the groups that `prepare` made: for `save_bases`, and `prepare(bases=...)` later.
+        """Layer kind -> basis of the groups that `prepare` made, for `save_bases` and a later `prepare(bases=...)`.
 
         Raises:
-            UserError: after `prepare(engine="fast")`, whose layers need only a part of them.
+            UserError: after `prepare(engine="fast")`, whose layers store only the leading columns.
         """
         if any(group.get("weight_shape") for group in self.param_groups):
             raise UserError('engine="fast" keeps no whole bases: call calibrate first, and give prepare its bases=')
         return {group["kind"]: group["basis"] for group in self.param_groups if group.get("kind") and group["basis"]}
 
     def release_gradients(self) -> None:
-        """From now on, update a SparseGrad weight as soon as back-propagation has its gradient, and free that.
+        """From now on, update each SparseGrad weight during back-propagation and free its gradient immediately.
 
-        The gradients of the MLP weights then never exist together. One backward pass must be one step: accumulation,
-        clipping and gradients averaged over processes need them all. So does `torch.amp.GradScaler`, with which float16
-        trains: the weights would move by scaled gradients, before it unscales them or decides to skip the step. That
-        cannot be seen here; train in float32 or bfloat16, which need no scaler. Where a gradient is not finite, the
-        weights whose gradients came before it have moved already.
+        The gradients of the MLP weights then never exist at the same time. Each backward pass must be one step:
+        gradient accumulation, clipping and averaging over processes need all gradients together.
+
+        `torch.amp.GradScaler` is not supported either: the weights would move by scaled gradients, before the scaler
+        unscales them or skips the step. This cannot be detected here; train in float32 or bfloat16, which need no
+        scaler. If a gradient is not finite, the weights whose gradients were computed before it have already moved.
 
         Raises:
-            UserError: with several processes; later, in a second backward pass before `step`, as after a step that a
-                GradScaler skipped.
+            UserError: with several processes. Later, from a second backward pass before `step`, which also happens
+                after a step that a GradScaler skipped.
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise UserError("gradients of several processes are averaged after back-propagation: do not release them")
         self._released = set()
         for group in filter(_is_sparse, self.param_groups):
             for weight in group["params"]:
-                weight.register_post_accumulate_grad_hook(self._releaser(group))
+                weight.register_post_accumulate_grad_hook(self._make_release_hook(group))
 
-    def _releaser(self, group: dict[str, Any]) -> Callable[[Tensor], None]:
+    def _make_release_hook(self, group: dict[str, Any]) -> Callable[[Tensor], None]:
+        """A hook that updates a weight of `group` as soon as its gradient is complete."""
+
         @torch.no_grad()
         def hook(weight: Tensor) -> None:
             assert self._released is not None
@@ -136,12 +140,13 @@ class SparseGradAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; `closure` as for every torch optimizer."""
+        """Update every parameter that has a gradient; `closure` as in every torch optimizer."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         sparse = [group for group in self.param_groups if _is_sparse(group)]
+        # Select everything first: a value that is not finite anywhere must stop the update of every weight.
         self._update([select(group, weights) for group in sparse for weights in together(group["params"])])
         self._step_plain()
         if self._finite is not None:
@@ -152,7 +157,10 @@ class SparseGradAdamW(torch.optim.AdamW):
         return loss
 
     def _update(self, selections: list[Selection]) -> None:
-        """Move the selected weights, if all their kept entries are finite. Decided on the device: no wait for it."""
+        """Move the selected weights if all kept entries of this step are finite.
+
+        The decision stays a tensor on the device: reading it on the host would make the CPU wait for the GPU.
+        """
         for selection in selections:
             finite = selection.values.isfinite().all()
             self._finite = finite if self._finite is None else self._finite & finite.to(self._finite.device)
@@ -161,14 +169,18 @@ class SparseGradAdamW(torch.optim.AdamW):
             _apply(selection, states, self._finite.to(selection.values.device))  # type: ignore[union-attr]
 
     def _step_plain(self) -> None:
-        """AdamW's own step, for the groups that are its own; fused, it too is told on the device to change nothing."""
-        groups, finite, step = self.param_groups, self._finite, _unhooked(torch.optim.AdamW.step)
+        """AdamW's own step for the plain groups, skipped if a kept entry was not finite.
+
+        A fused step is skipped on the device, through `found_inf`. Otherwise the host has to read the flag.
+        """
+        groups, finite, step = self.param_groups, self._finite, _unwrap_step(torch.optim.AdamW.step)
+        # AdamW's step processes all of `param_groups`: hide the SparseGrad groups for the duration of the call.
         self.param_groups = [group for group in groups if not _is_sparse(group)]
         try:
             if finite is None or all(group["fused"] for group in self.param_groups):
                 self.found_inf = None if finite is None else (~finite).float()
                 step(self)
-                # Fused, it writes without counting its writes, by which a `BlockLinear` knows that its core has moved.
+                # A fused step does not increment the version counters, by which a `BlockLinear` sees its core move.
                 fused = [group for group in self.param_groups if group["fused"]]
                 torch.autograd.graph.increment_version([weight for group in fused for weight in group["params"]])
             elif bool(finite):
@@ -177,25 +189,35 @@ class SparseGradAdamW(torch.optim.AdamW):
             self.found_inf, self.param_groups = None, groups
 
     def state_dict(self) -> dict[str, Any]:
-        """As every optimizer's, with the bases as plain tensors: it loads with `torch.load(weights_only=True)`."""
+        """The usual state dict, with bases as plain tensors, so that `torch.load(weights_only=True)` accepts it."""
         state = super().state_dict()
-        state["param_groups"] = [{**group, "basis": _pack(group["basis"])} for group in state["param_groups"]]
-        return state
+        groups = []
+        for group in state["param_groups"]:
+            basis: Basis | None = group["basis"]
+            packed = None if basis is None else {"in_basis": basis.in_basis, "out_basis": basis.out_basis}
+            groups.append({**group, "basis": packed})
+        return {**state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over state and hyperparameters; the moments keep the precision they were saved in.
+        """Load state and hyperparameters. The moments keep the precision in which they were saved.
 
         Raises:
-            UserError: when a saved basis does not fit the group's weights, or its moments or engine are others.
+            UserError: when a saved basis does not fit the group's weights, or was saved with other moments or engine.
         """
         _check_saved(self.param_groups, state_dict["param_groups"])
-        groups = [{**group, "basis": _unpack(group.get("basis"))} for group in state_dict["param_groups"]]
+        groups = []
+        for group in state_dict["param_groups"]:
+            basis = group.get("basis")
+            groups.append({**group, "basis": Basis(**basis) if isinstance(basis, dict) else basis})
         super().load_state_dict({**state_dict, "param_groups": groups})
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            if _is_sparse(group):
-                _check_group(group)
-                for weight, index in zip(group["params"], saved["params"], strict=True):
-                    _restore(self.state[weight], state_dict["state"].get(index, {}), weight.device)
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            if not _is_sparse(group):
+                continue
+            _check_group(group)
+            # torch has cast the state to the weight's dtype, which rounds moments and corrupts positions: undo that.
+            for weight, index in zip(group["params"], saved["params"], strict=True):
+                for name, value in state_dict["state"].get(index, {}).items():
+                    self.state[weight][name] = value.to(weight.device, copy=True)
 
 
 def _is_sparse(group: dict[str, Any]) -> bool:
@@ -211,7 +233,7 @@ def _check_hyperparameters(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> 
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    """Every weight is a matrix, fits the basis and holds the kept entries."""
+    """Check that every weight is a matrix, fits the basis and has enough entries."""
     check_choice("moments", group["moments"], tuple(MOMENTS))
     for weight in group["params"]:
         if is_shard(weight):
@@ -222,61 +244,55 @@ def _check_group(group: dict[str, Any]) -> None:
         count_kept(weight.shape, keep=group["keep"], density=group["density"])
         basis = group["basis"]
         if basis is not None and not basis.fits(weight.shape):
-            raise UserError(f"a basis for {basis.shape} does not fit a weight {tuple(weight.shape)}: calibrate it anew")
+            raise UserError(
+                f"a basis for {basis.shape} does not fit a weight {tuple(weight.shape)}: calibrate it again"
+            )
 
 
 def _check_saved(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    """Check that a saved state has the engine and the moments of this optimizer."""
     for mine, theirs in zip(groups, saved, strict=False):  # torch itself refuses another number of groups
-        if (engine := _engine(theirs)) != _engine(mine):
+        if (engine := _get_engine(theirs)) != _get_engine(mine):
             raise UserError(
-                f"the saved state is of engine={engine}, this optimizer of engine={_engine(mine)}: "
-                f"make it with engine={engine}, or begin without that state"
+                f"the saved state is of engine={engine}, this optimizer of engine={_get_engine(mine)}: "
+                f"make it with engine={engine}, or start without that state"
             )
         if (kind := theirs.get("moments", "dense")) != mine["moments"]:
             raise UserError(
                 f"the saved state has moments={kind}, this optimizer moments={mine['moments']}: "
-                f"make it with moments={kind}, or begin without that state"
+                f"make it with moments={kind}, or start without that state"
             )
 
 
-def _engine(group: dict[str, Any]) -> str:
+def _get_engine(group: dict[str, Any]) -> str:
+    """The engine that made a group: only that of `fast` records the shape of the weight beside its core."""
     return "fast" if group.get("weight_shape") else "exact"
 
 
 def _apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor) -> None:
-    """Move the weights of one selection in place; by nothing unless `finite`."""
+    """Update the moments and weights of one selection in place, or leave them unchanged where `finite` is False."""
     group, weights = selection.group, selection.weights
-    shape = weights[0].shape
-    change = MOMENTS[group["moments"]](states, selection.index, selection.values, shape.numel(), group, finite)
+    count, shape = len(weights), weights[0].shape
+    update = MOMENTS[group["moments"]]
+    change = update(states, selection.index, selection.values, shape.numel(), group, finite)  # (count, k)
     if group["basis"] is None:
-        change = torch.zeros(len(weights), shape.numel(), dtype=change.dtype, device=change.device).scatter_(
-            1, selection.index, change
-        )
+        whole = torch.zeros(count, shape.numel(), dtype=change.dtype, device=change.device)
+        change = whole.scatter_(1, selection.index, change)
     else:
         change = group["basis"].unrotate_sparse(selection.index, change, shape)
-    change = change.view(len(weights), *shape)
+    change = change.view(count, *shape)  # (count, out, in)
     if group["weight_decay"]:
         decay_(weights, change, group["lr"] * group["weight_decay"] * finite)
     for weight, own, values in zip(weights, change, selection.values, strict=True):
         add_stochastic(weight, own, values)
 
 
-def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The step inside: once an AdamW was made, torch wraps its class's, which would call the hooks again."""
+def _unwrap_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """AdamW's step without torch's wrapper.
+
+    torch wraps the `step` of a class when the first instance is created. The wrapper calls step hooks, which the
+    wrapper of the subclass has already called.
+    """
     while getattr(step, "hooked", False):
         step = step.__wrapped__  # type: ignore[attr-defined]
     return step
-
-
-def _pack(basis: Basis | None) -> dict[str, Tensor | None] | None:
-    return None if basis is None else {"in_basis": basis.in_basis, "out_basis": basis.out_basis}
-
-
-def _unpack(packed: dict[str, Tensor] | Basis | None) -> Basis | None:
-    return Basis(**packed) if isinstance(packed, dict) else packed
-
-
-def _restore(state: dict[str, Any], saved: dict[str, Any], device: torch.device) -> None:
-    """Undo torch's cast of loaded state to the weight's dtype, which rounds moments and breaks positions."""
-    for name in saved:
-        state[name] = saved[name].to(device, copy=True)

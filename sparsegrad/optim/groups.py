@@ -23,11 +23,19 @@ def param_groups(
     density: float | None = None,
     moments: str = "dense",
 ) -> list[dict[str, Any]]:
-    """Groups for `SparseGradAdamW`: one per layer kind, and one for all else that requires a gradient.
+    """Groups for `SparseGradAdamW`: one per layer kind, and one for everything else that requires a gradient.
 
-    Each group carries the names of its parameters as `param_names`, and those of MLP weights their `kind`.
+    Each group holds (name, parameter) pairs, from which torch sets `param_names`. Groups of MLP weights have a `kind`.
+
+    Args:
+        model: the model that holds `linears`.
+        linears: as `find_mlp` returns them.
+        bases: layer kind -> basis; None for no rotation.
+        keep, density, moments: as for `SparseGradAdamW`.
     """
-    named, rest = _named(model, {kind: [one.weight for one in found.values()] for kind, found in linears.items()})
+    named, rest = _split_parameters(
+        model, {kind: [one.weight for one in found.values()] for kind, found in linears.items()}
+    )
     groups: list[dict[str, Any]] = [
         {
             "params": named[kind],
@@ -43,14 +51,18 @@ def param_groups(
 
 
 def core_groups(model: nn.Module, blocks: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Groups of plain AdamW for `SparseGradAdamW`: the cores of each layer kind, and all else that requires a gradient.
+    """Groups of plain AdamW for engine `fast`: the cores of each layer kind, and everything else that trains.
 
-    `blocks` are the `BlockLinear`s of `model`, layer kind -> module name -> layer.
+    Each group holds (name, parameter) pairs. Groups of cores have a `kind` and the `weight_shape` (out, in) of their
+    weights, by which the optimizer recognizes the engine.
 
-    Each group carries the names of its parameters as `param_names`, those of cores their `kind` and the `weight_shape`
-    (out, in) of their weights.
+    Args:
+        model: the model that holds `blocks`.
+        blocks: layer kind -> module name -> `BlockLinear`.
     """
-    named, rest = _named(model, {kind: [layer.core for layer in found.values()] for kind, found in blocks.items()})
+    named, rest = _split_parameters(
+        model, {kind: [layer.core for layer in found.values()] for kind, found in blocks.items()}
+    )
     shapes = {kind: tuple(next(iter(found.values())).weight.shape) for kind, found in blocks.items()}
     groups: list[dict[str, Any]] = [
         {"params": named[kind], "kind": kind, "weight_shape": shapes[kind]} for kind in blocks
@@ -58,10 +70,11 @@ def core_groups(model: nn.Module, blocks: Mapping[str, Mapping[str, Any]]) -> li
     return [*groups, {"params": rest}] if rest else groups
 
 
-def _named(
+def _split_parameters(
     model: nn.Module, parameters: Mapping[str, Iterable[torch.Tensor]]
 ) -> tuple[dict[str, NamedParameters], NamedParameters]:
-    """Layer kind -> its parameters by name, in the model's order, and all others that require a gradient."""
+    """Layer kind -> its parameters with names, in the model's order; and all others that require a gradient."""
+    # By identity: tensors compare elementwise.
     kinds = {id(parameter): kind for kind, found in parameters.items() for parameter in found}
     named: dict[str, NamedParameters] = {kind: [] for kind in parameters}
     rest: NamedParameters = []

@@ -1,8 +1,8 @@
-"""Adam on kept entries: which moments exist, and the change they give (paper, section 3.2; `torch.optim.SparseAdam`).
+"""Adam on kept entries: which moments are stored, and the update they give (paper, section 3.2).
 
-Both functions take the kept entries of `count` weights of one shape at once. Where `finite` (a bool on the device) is
-False they leave all moments and step counts as they are and give a change of zero: no look at the values, so no wait
-for a GPU. For that the counts are on the device too.
+Both functions process the kept entries of `count` weights of one shape at once. Where `finite`, a bool tensor on the
+device, is False, they leave moments and step counts unchanged and return a change of zero. The step counts are tensors
+on the device too, so that the CPU never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -14,84 +14,86 @@ import torch
 from torch import Tensor
 
 State = dict[str, Any]
-_EMPTY = torch.iinfo(torch.int32).max
-_SLOTS = 4  # moments that `support` has room for, in multiples of the kept entries
+_EMPTY = torch.iinfo(torch.int32).max  # position of an unused slot: beyond every weight, so it sorts last
+_SLOTS = 4  # entries for which `support` stores moments, in multiples of the kept entries
 
 
 def dense_moments(
     states: Sequence[State], index: Tensor, values: Tensor, size: int, group: State, finite: Tensor
 ) -> Tensor:
-    """The method's own: two moments for every entry of a weight, of which a step touches the kept ones.
+    """The method's moments: two for every entry of a weight, of which a step updates those of the kept entries.
 
-    One step count for all entries, as `torch.optim.SparseAdam` has; it adds `eps` before the bias correction of the
-    second moment, `AdamW` after it.
+    As in `torch.optim.SparseAdam`, all entries share one step count, and `eps` is added before the bias correction of
+    the second moment (`AdamW` adds it afterwards).
 
     Args:
-        states: of each weight: `step`, `exp_avg` and `exp_avg_sq` (size,); filled in when empty.
-        index, values: flat positions and rotated gradients (count, k) of the kept entries.
-        size: entries of a weight, out * in.
-        group: `lr`, `betas`, `eps`.
-        finite: whether the step counts.
+        states: per weight `step`, `exp_avg` (size,) and `exp_avg_sq` (size,); created if missing.
+        index: flat positions (count, k) of the kept entries.
+        values: their rotated gradients (count, k).
+        size: number of entries of a weight, out * in.
+        group: with `lr`, `betas` and `eps`.
+        finite: bool tensor; False skips the step.
 
     Returns:
         The change (count, k) of the rotated weights at `index`.
     """
-    first, second = (_together(states, name, size, values) for name in ("exp_avg", "exp_avg_sq"))
-    (beta1, beta2), steps = group["betas"], _next_steps(states, finite)
+    first, second = (_stack_rows(states, name, size, values) for name in ("exp_avg", "exp_avg_sq"))
+    (beta1, beta2), steps = group["betas"], _count_step(states, finite)
     m, v = first.gather(1, index), second.gather(1, index)
-    m, v = _blend(m, v, values, group["betas"], finite)
+    m, v = _update_moments(m, v, values, group["betas"], finite)
     first.scatter_(1, index, m)
     second.scatter_(1, index, v)
-    exponents = steps.double().clamp(min=1)  # none counts as long as all were refused
+    exponents = steps.double().clamp(min=1)  # 0 while every step was skipped: 1 - beta^0 would divide by zero
     scales = -group["lr"] * (1 - beta2**exponents).sqrt() / (1 - beta1**exponents) * finite
-    change: Tensor = m / (v.sqrt() + group["eps"]) * scales.to(m.dtype)[:, None]
+    change: Tensor = m / (v.sqrt() + group["eps"]) * scales.to(m.dtype)[:, None]  # (count, k) * (count, 1)
     return change
 
 
 def support_moments(
     states: Sequence[State], index: Tensor, values: Tensor, size: int, group: State, finite: Tensor
 ) -> Tensor:
-    """Moments only for the entries kept most recently, four times as many as a step keeps: not exact.
+    """Moments only for the most recently kept entries, four times as many as a step keeps: not exact.
 
-    An entry that has not been kept for long loses its moments; when it comes back it starts as a new one. So each has
-    its own age, and the bias correction is Adam's with that age instead of the step count. At 1 % density this is a
-    tenth of the dense moments.
+    An entry that has not been kept for a long time loses its moments and starts again as a new one. So each entry has
+    its own age, which replaces the step count in Adam's bias correction. At a density of 1 % this uses a tenth of the
+    memory of the dense moments.
 
-    Args, Returns: as `dense_moments`; a state holds `step` and, of each slot, `index` (sorted), `exp_avg`,
-        `exp_avg_sq`, `age` (updates so far) and `used` (the step of its last update).
+    Args and return value as for `dense_moments`, but a state holds `step` and, per slot, `index` (sorted), `exp_avg`,
+    `exp_avg_sq`, `age` (number of updates) and `used` (the step of the last update).
     """
-    (beta1, beta2), steps = group["betas"], _next_steps(states, finite)
+    (beta1, beta2), steps = group["betas"], _count_step(states, finite)
     slots = min(_SLOTS * index.shape[1], size)
-    old = _slots(states, slots, values)
-    order = index.argsort(1)
+    old = _load_slots(states, slots, values)  # name -> (count, slots)
+    order = index.argsort(1)  # sorted, as the slots are, for the binary search below
     key, gradient = index.gather(1, order).int(), values.gather(1, order)
     place = torch.searchsorted(old["index"], key).clamp_(max=slots - 1)
-    known = old["index"].gather(1, place) == key
+    known = old["index"].gather(1, place) == key  # (count, k): whether the entry has a slot
     m, v, age = (old[name].gather(1, place) * known for name in ("exp_avg", "exp_avg_sq", "age"))
-    m, v = _blend(m, v, gradient, group["betas"], finite)
+    m, v = _update_moments(m, v, gradient, group["betas"], finite)
     age = age + finite
-    # An unused entry loses every contest for a slot: so do all of a step that does not count.
+    # The slots go to the entries with the largest `used`. With -1, the entries of a skipped step never get one.
     used = torch.where(finite, steps.int()[:, None].expand_as(key), -1)
-    _keep_latest(
-        states, old, {"index": key, "exp_avg": m, "exp_avg_sq": v, "age": age, "used": used}, place, known & finite
-    )
-    years = age.clamp(min=1).to(m.dtype)
-    change = (m / (1 - beta1**years)) / ((v / (1 - beta2**years)).sqrt() + group["eps"]) * -group["lr"]
-    return torch.zeros_like(values).scatter_(1, order, change * finite)
+    new = {"index": key, "exp_avg": m, "exp_avg_sq": v, "age": age, "used": used}
+    _store_latest(states, old, new, place, known & finite)
+    exponents = age.clamp(min=1).to(m.dtype)
+    change = (m / (1 - beta1**exponents)) / ((v / (1 - beta2**exponents)).sqrt() + group["eps"]) * -group["lr"]
+    return torch.zeros_like(values).scatter_(1, order, change * finite)  # back in the order of `index`
 
 
 MOMENTS: dict[str, Callable[..., Tensor]] = {"dense": dense_moments, "support": support_moments}
 
 
-def _blend(m: Tensor, v: Tensor, gradient: Tensor, betas: tuple[float, float], finite: Tensor) -> tuple[Tensor, Tensor]:
-    """Both moments moved towards the gradient and its square; not at all where the step does not count."""
-    gradient = torch.where(finite, gradient, 0)
+def _update_moments(
+    m: Tensor, v: Tensor, gradient: Tensor, betas: tuple[float, float], finite: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both moments, moved towards the gradient and its square; unchanged if the step is skipped."""
+    gradient = torch.where(finite, gradient, 0)  # a weight of zero alone is not enough: 0 * NaN is NaN
     weights = [finite.to(m.dtype) * (1 - beta) for beta in betas]
     return m + (gradient - m) * weights[0], v + (gradient * gradient - v) * weights[1]
 
 
-def _next_steps(states: Sequence[State], finite: Tensor) -> Tensor:
-    """Count one step more in every state if `finite`; the counts (count,), in float32 as torch's optimizers have it."""
+def _count_step(states: Sequence[State], finite: Tensor) -> Tensor:
+    """Increment the step count of every state if `finite`; returns the counts (count,), float32 as in torch's Adam."""
     zero = torch.zeros((), device=finite.device)
     steps = torch.stack([state.get("step", zero).to(finite.device) for state in states]) + finite
     for state, step in zip(states, steps, strict=True):
@@ -99,8 +101,12 @@ def _next_steps(states: Sequence[State], finite: Tensor) -> Tensor:
     return steps
 
 
-def _together(states: Sequence[State], name: str, size: int, like: Tensor) -> Tensor:
-    """The states' tensors `name` as one (count, size): views of one storage, so that one kernel serves them all."""
+def _stack_rows(states: Sequence[State], name: str, size: int, like: Tensor) -> Tensor:
+    """The states' tensors `name` as one tensor (count, size), of which each is a row, so that one kernel updates all.
+
+    If they are rows of one storage already, no data is copied. That fails on the first step, after loading a state,
+    and when the weights that have a gradient change.
+    """
     parts: list[Tensor | None] = [state.get(name) for state in states]
     first = parts[0]
     if first is not None and _are_rows(parts, size, like.device):
@@ -114,7 +120,7 @@ def _together(states: Sequence[State], name: str, size: int, like: Tensor) -> Te
 
 
 def _are_rows(parts: Sequence[Tensor | None], size: int, device: torch.device) -> bool:
-    """Whether the tensors lie one after the other in one storage on `device`."""
+    """Whether the tensors are consecutive rows of one storage on `device`."""
     first = parts[0]
     assert first is not None
     storage, step = first.untyped_storage().data_ptr(), size * first.element_size()
@@ -127,8 +133,8 @@ def _are_rows(parts: Sequence[Tensor | None], size: int, device: torch.device) -
     )
 
 
-def _slots(states: Sequence[State], slots: int, like: Tensor) -> dict[str, Tensor]:
-    """The slots of all states as tensors (count, slots); empty ones hold a position beyond every weight."""
+def _load_slots(states: Sequence[State], slots: int, like: Tensor) -> dict[str, Tensor]:
+    """The slots of all states as tensors (count, slots); those of a new state are empty."""
 
     def tensor(state: State, name: str) -> Tensor:
         if name in state:
@@ -140,10 +146,17 @@ def _slots(states: Sequence[State], slots: int, like: Tensor) -> dict[str, Tenso
     return {name: torch.stack([tensor(state, name) for state in states]) for name in names}
 
 
-def _keep_latest(
+def _store_latest(
     states: Sequence[State], old: dict[str, Tensor], new: dict[str, Tensor], place: Tensor, known: Tensor
 ) -> None:
-    """Store the most recently used of old and new entries, sorted by position; a known one is in `new` alone."""
+    """Store the most recently used of the old and new entries in the states, sorted by position.
+
+    Args:
+        states: updated in place.
+        old, new: name -> slots (count, slots) and kept entries (count, k).
+        place: slot (count, k) of each new entry that is known.
+        known: which new entries replace an old one, whose copy in `old` is then discarded.
+    """
     stale = old["used"].scatter(1, place, torch.where(known, -1, old["used"].gather(1, place)))
     slots = old["index"].shape[1]
     chosen = torch.cat([stale, new["used"]], 1).topk(slots, sorted=False).indices

@@ -1,4 +1,4 @@
-"""Updates of low-precision weights that do not round away."""
+"""Updates and weight decay of bfloat16 weights that are not lost to rounding."""
 
 from __future__ import annotations
 
@@ -7,39 +7,42 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Odd multipliers of the mixing, as signed 32-bit numbers: products wrap around.
+# Odd multipliers of a 32-bit integer hash, as signed numbers: products wrap around.
 _SPREAD, _MIX = -1640531527, (2146121005, -2073254261)
 
 
 def add_stochastic(weight: Tensor, change: Tensor, source: Tensor) -> None:
-    """Add `change` to `weight` in place; a bfloat16 weight is rounded up or down at random, right on average.
+    """Add `change` to `weight` in place; bfloat16 weights are rounded stochastically, so the expected value is exact.
 
-    A bfloat16 number has 8 bits of mantissa: to the nearest, most steps of a fine-tuning round to no change at all.
+    A bfloat16 number has 8 significant bits. With rounding to nearest, most steps of fine-tuning would change nothing.
 
     Args:
-        weight: of any shape and floating dtype.
-        change: the same shape, float32 or finer.
-        source: what the noise is made from: any floats on the same device that differ from step to step, such as the
-            kept gradients. Not torch's generator, which several processes have each in another state: their weights
-            would part. A continued run repeats the noise too.
+        weight: any shape and floating dtype.
+        change: the same shape, float32 or float64.
+        source: seed of the noise: floats on the same device that differ from step to step, such as the kept gradients.
+            torch's generator is not used, because its state differs between processes, so that their weights would
+            diverge. With this seed a resumed run repeats the noise, too.
     """
     if weight.dtype != torch.bfloat16:
         weight.add_(change.to(weight.dtype))
         return
     bits = (weight.float() + change.float()).view(torch.int32)
-    bits = (bits + _noise(bits, source)) & -65536  # the upper half of a float32 is a bfloat16
+    # A bfloat16 is the upper half of a float32. Adding 16 random bits before truncation rounds up with a probability
+    # equal to the truncated fraction.
+    bits = (bits + _noise(bits, source)) & -65536
     weight.copy_(bits.view(torch.float32))
 
 
 def decay_(weights: Sequence[Tensor], changes: Tensor, rate: Tensor) -> None:
-    """Shrink each weight by the share `rate`, in place; a bfloat16 one through its change, for `add_stochastic`.
+    """Apply weight decay in place: to the weights themselves, or for bfloat16 weights to `changes`.
 
-    To the nearest, a bfloat16 weight times 1 - 1e-4 is the same weight: its decay would be lost.
+    Rounded to nearest, a bfloat16 weight times 1 - 1e-4 is the same weight. So its decay is added to the change, which
+    `add_stochastic` applies afterwards.
 
     Args:
-        weights: of one shape.
-        changes: (count, *shape), float32 or finer: what is to be added to each weight afterwards.
-        rate: one number on their device, such as lr * weight_decay.
+        weights: `count` weights of one shape.
+        changes: (count, *shape), float32 or float64: what is added to each weight afterwards.
+        rate: lr * weight_decay as a scalar tensor on the weights' device.
     """
     exact = [weight for weight in weights if weight.dtype != torch.bfloat16]
     if exact:
@@ -50,14 +53,14 @@ def decay_(weights: Sequence[Tensor], changes: Tensor, rate: Tensor) -> None:
 
 
 def _noise(like: Tensor, source: Tensor) -> Tensor:
-    """Numbers of 16 random bits, of the shape of `like`: a hash of the place and of all bits of `source`."""
+    """16 random bits per entry, of the shape of `like`: a hash of the position and of all bits of `source`."""
     key = source.detach().float().contiguous().view(torch.int32).sum(dtype=torch.int32)
     mixed = torch.arange(like.numel(), dtype=torch.int32, device=like.device).mul_(_SPREAD).add_(key)
     for shift, factor in zip((16, 15), _MIX, strict=True):
-        mixed.bitwise_xor_(_shifted(mixed, shift)).mul_(factor)
-    return mixed.bitwise_xor_(_shifted(mixed, 16)).bitwise_and_(0xFFFF).view(like.shape)
+        mixed.bitwise_xor_(_shift_right(mixed, shift)).mul_(factor)
+    return mixed.bitwise_xor_(_shift_right(mixed, 16)).bitwise_and_(0xFFFF).view(like.shape)
 
 
-def _shifted(bits: Tensor, shift: int) -> Tensor:
-    """Right shift of 32 bits that brings in zeros; torch's own brings in the sign."""
+def _shift_right(bits: Tensor, shift: int) -> Tensor:
+    """Logical right shift of int32: torch's own shift is arithmetic and would copy the sign bit."""
     return bits.bitwise_right_shift(shift).bitwise_and_((1 << (32 - shift)) - 1)

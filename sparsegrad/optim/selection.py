@@ -12,21 +12,21 @@ from torch import Tensor
 from sparsegrad.distributed import is_shard, shards_error
 from sparsegrad.errors import UserError, check_integer, check_number
 
-# Entries of all weights that are rotated together. On a GPU: few enough that the copies of a step stay below what
-# back-propagation needed, many enough that it does not wait for launches. On a CPU: what stays in the cache; large
-# weights together were up to a third slower than one after the other (3072 x 768, one thread).
+# Largest number of entries of all weights that are rotated together. On a GPU: few enough that the temporary copies of
+# a step stay below the peak of back-propagation, many enough to hide the kernel launches. On a CPU: what fits into the
+# cache; processing large weights together was up to a third slower than one by one (3072 x 768, one thread).
 _TOGETHER = {"cpu": 2**18, "elsewhere": 2**23}
 
-_SAMPLE_FROM = 2**16  # entries; below it a sample saves nothing
-_SAMPLE_STRIDE = 31  # odd, so that it does not run along one column
+_SAMPLE_FROM = 2**16  # entries; in smaller matrices sampling saves no time
+_SAMPLE_STRIDE = 31  # prime, so that the sample covers all columns of matrices of the usual widths
 
 
 def count_kept(shape: Sequence[int], *, keep: int | None = None, density: float | None = None) -> int:
     """Number of kept entries of a weight of `shape` (out, in): `keep` itself, or `density` of its entries.
 
     Raises:
-        UserError: when both or neither are given, `density` is outside (0, 1], it rounds to no entry, or `keep` is
-            outside 1 .. out * in.
+        UserError: when both or neither are given, `density` is outside (0, 1] or keeps no entry, or `keep` is outside
+            1 .. out * in.
     """
     size = shape[0] * shape[1]
     if (keep is None) == (density is None):
@@ -51,7 +51,14 @@ def check_density(density: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Selection:
-    """The kept entries of weights of one group: flat positions and rotated gradients, both (weights, k)."""
+    """The kept entries of some weights of one parameter group.
+
+    Attributes:
+        group: the parameter group.
+        weights: `count` weights of one shape (out, in).
+        index: flat positions (count, k) of the kept entries.
+        values: their rotated gradients (count, k), float32 or float64.
+    """
 
     group: dict[str, Any]
     weights: list[Tensor]
@@ -60,7 +67,7 @@ class Selection:
 
 
 def together(weights: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """The weights that have a gradient, in lists to be rotated together; a sparse gradient stays alone."""
+    """Split the weights that have a gradient into lists that are rotated together; a sparse gradient is alone."""
     batch: list[Tensor] = []
     for weight in (weight for weight in weights if weight.grad is not None):
         alike = batch and batch[0].shape == weight.shape and batch[0].device == weight.device
@@ -74,16 +81,23 @@ def together(weights: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def select(group: dict[str, Any], weights: list[Tensor]) -> Selection:
-    """Rotate the gradients of weights (out, in) by the group's basis, and select `keep` or `density` of each."""
+    """Rotate the gradients of weights by the group's basis and select the kept entries of each.
+
+    Args:
+        group: with `basis`, `keep` and `density`.
+        weights: of one shape (out, in), all with a gradient.
+    """
     first = weights[0]
-    if is_shard(first):  # cut up after the optimizer was made, as Accelerate's FSDP does
+    if is_shard(first):  # sharded after the optimizer was created, as Accelerate's FSDP does
         raise shards_error(f"a weight {tuple(first.shape)} is")
     dtype = torch.promote_types(first.dtype, torch.float32)
     if first.grad.is_sparse:  # type: ignore[union-attr]
-        return Selection(group, weights, *_given(first.grad, dtype))  # type: ignore[arg-type]
-    if group["basis"] is not None:  # models move after the optimizer is made; a no-op but for the first step
+        return Selection(group, weights, *_read_sparse(first.grad, dtype))  # type: ignore[arg-type]
+    if group["basis"] is not None:
+        # The model may have moved since the optimizer was created. After the first step this changes nothing.
         group["basis"] = group["basis"].to(first.device, dtype).by_columns()
     gradients = [weight.grad for weight in weights if weight.grad is not None]
+    # (count, out, in); a single gradient is not copied.
     rotated = (gradients[0][None] if len(gradients) == 1 else torch.stack(gradients)).to(dtype)
     if group["basis"] is not None:
         rotated = group["basis"].rotate(rotated)
@@ -91,36 +105,42 @@ def select(group: dict[str, Any], weights: list[Tensor]) -> Selection:
     return Selection(group, weights, index, rotated.flatten(1).gather(1, index))
 
 
-def _given(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Positions and values (1, k) of a gradient that is sparse already."""
+def _read_sparse(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Flat positions and values (1, k) of a sparse COO gradient, as engine `layer` computes it."""
     gradient = gradient.coalesce()
     rows, columns = gradient.indices()
     return (rows * gradient.shape[1] + columns)[None], gradient.values().to(dtype)[None]
 
 
 def top_k_index(gradient: Tensor, keep: int) -> Tensor:
-    """Flat positions (..., keep) of the entries of largest magnitude of each matrix (..., out, in), in no order."""
+    """Flat positions (..., keep) of the entries with the largest magnitude in each matrix (..., out, in), unordered."""
     magnitudes = gradient.abs().flatten(-2)
     if not magnitudes.is_cpu or magnitudes.shape[-1] < _SAMPLE_FROM:
         return magnitudes.topk(keep, sorted=False).indices
+    # On a CPU `topk` of a large matrix is slow: see `_find_candidates`.
     rows = [_top_k_by_sample(row, keep) for row in magnitudes.view(-1, magnitudes.shape[-1])]
     return torch.stack(rows).view(*magnitudes.shape[:-1], keep)
 
 
 def _top_k_by_sample(magnitudes: Tensor, keep: int) -> Tensor:
-    candidates = _candidates(magnitudes, keep)
+    """Positions (keep,) of the largest of `magnitudes` (n,), by `topk` of the candidates if they are enough."""
+    candidates = _find_candidates(magnitudes, keep)
     if len(candidates) < keep:
         return magnitudes.topk(keep, sorted=False).indices
     return candidates[magnitudes[candidates].topk(keep, sorted=False).indices]
 
 
-def _candidates(magnitudes: Tensor, keep: int) -> Tensor:
-    """Positions of all entries above a threshold that a regular sample puts somewhat below the `keep`-th largest.
+def _find_candidates(magnitudes: Tensor, keep: int) -> Tensor:
+    """Positions of all entries of `magnitudes` (n,) above a threshold slightly below the `keep`-th largest.
 
-    Exact whenever there are at least `keep` of them. On a CPU `topk` of everything costs 4 to 9 times as much. As for
-    `topk`, NaN is above all: it is not below the threshold, and where that is NaN itself everything is a candidate.
+    The threshold is estimated from every 31st entry. If at least `keep` entries are above it, they include the `keep`
+    largest, so the result of `topk` on them is exact. On a CPU `topk` of all entries takes 4 to 9 times as long.
+
+    As in `topk`, NaN counts as the largest value: it is not below the threshold, and if the threshold itself is NaN,
+    every entry is a candidate.
     """
     sample = magnitudes[::_SAMPLE_STRIDE]
+    # The share of the sample that `keep` is of all, plus a quarter and 32 entries of margin for its random error.
     wanted = min(len(sample), keep * 5 // (4 * _SAMPLE_STRIDE) + 32)
     threshold = sample.topk(wanted, sorted=False).values.min()
     return (magnitudes < threshold).logical_not_().nonzero().flatten()

@@ -1,4 +1,4 @@
-"""What an optimizer of `prepare` trains, and how: the weights that were taken, their shapes and counts."""
+"""A summary of what an optimizer trains: the weights, their shapes, and how many entries."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Taken:
 
     Attributes:
         kind: the layer kind.
-        names: of the weights in the plain model, in its order.
-        shape: of each weight as it is stored, (out, in); (in, out) for GPT-2's `Conv1D`.
-        kept: entries of each weight that one step changes in the rotated space.
-        core: with engine `fast`, the shape (c, r) of their block; else None.
+        names: names of the weights in the original model, in its order.
+        shape: shape of each weight as stored: (out, in), or (in, out) for GPT-2's `Conv1D`.
+        kept: number of entries of each weight that one step changes in the rotated space.
+        core: shape (c, r) of the core with engine `fast`; otherwise None.
     """
 
     kind: str
@@ -32,12 +32,13 @@ class Taken:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one optimizer trains; `print(plan)` shows it as a table.
+    """What one optimizer trains; `print(plan)` shows a table.
 
     Attributes:
         taken: the SparseGrad weights by kind.
-        rest: number of parameters outside them that train, by plain AdamW.
-        model_size: parameters of the whole model, frozen ones too; None where the optimizer was not made by `prepare`.
+        rest: number of other parameters, which plain AdamW trains.
+        model_size: number of parameters of the whole model, frozen ones included; None if `prepare` did not make the
+            optimizer.
     """
 
     taken: tuple[Taken, ...]
@@ -46,33 +47,38 @@ class Plan:
 
     @property
     def kept(self) -> int:
-        """Entries of all SparseGrad weights that one step changes in the rotated space."""
+        """Number of entries of all SparseGrad weights that one step changes in the rotated space."""
         return sum(len(group.names) * group.kept for group in self.taken)
 
     @property
     def mlp_size(self) -> int:
-        """Entries of all SparseGrad weights."""
+        """Number of entries of all SparseGrad weights."""
         return sum(len(group.names) * group.shape[0] * group.shape[1] for group in self.taken)
 
     @property
     def trainable(self) -> int:
-        """Gradient entries that one step uses, as the paper counts them: the kept ones and all of the rest."""
+        """Number of gradient entries that one step uses, as the paper counts: the kept entries and all of the rest."""
         return self.rest + self.kept
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("kind", "weights", "shape", "core", "kept of each", "density", "first")]
         for group in self.taken:
             size = group.shape[0] * group.shape[1]
-            counts = (str(len(group.names)), _by(group.shape), _by(group.core), f"{group.kept:,} of {size:,}")
+            counts = (
+                str(len(group.names)),
+                _format_shape(group.shape),
+                _format_shape(group.core),
+                f"{group.kept:,} of {size:,}",
+            )
             rows.append((group.kind, *counts, f"{group.kept / size:.3%}", group.names[0]))
         if not any(group.core for group in self.taken):
-            rows = [(*row[:3], *row[4:]) for row in rows]
+            rows = [(*row[:3], *row[4:]) for row in rows]  # no column for cores
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, *self._totals()])
+        return "\n".join([*lines, *self._format_totals()])
 
-    def _totals(self) -> list[str]:
-        """The share of the MLP weights and of the rest apart, then all of it as `peft` prints it."""
+    def _format_totals(self) -> list[str]:
+        """One line for MLP weights and the rest, then the total in the format of `peft`."""
         mlp = f"MLP weights: {self.kept:,} of {self.mlp_size:,} ({self.kept / self.mlp_size:.2%})"
         if self.model_size is None:
             return [f"{mlp}; rest: {self.rest:,} by AdamW", f"trainable params: {self.trainable:,}"]
@@ -82,28 +88,28 @@ class Plan:
         return [f"{mlp}; {rest}", total]
 
 
-def _by(shape: tuple[int, int] | None) -> str:
+def _format_shape(shape: tuple[int, int] | None) -> str:
     return "" if shape is None else f"{shape[0]} x {shape[1]}"
 
 
 def describe(optimizer: Any) -> Plan:
-    """The plan of an optimizer that `prepare` returned, or of what Accelerate or a Trainer wrapped around it.
+    """Summarize an optimizer that `prepare` returned; it may be wrapped by Accelerate or a Trainer.
 
     Raises:
         UserError: for another optimizer.
     """
     groups = getattr(optimizer, "param_groups", [])
-    taken = tuple(_taken(group) for group in groups if group.get("kind") is not None)
+    taken = tuple(_summarize_group(group) for group in groups if group.get("kind") is not None)
     if not taken:
         raise UserError(f"{type(optimizer).__name__} has no SparseGrad weights: give what sparsegrad.prepare returned")
     rest = [parameter for group in groups if group.get("kind") is None for parameter in group["params"]]
-    wrapped = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper holds the optimizer itself
+    wrapped = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper has no `model_size`
     return Plan(taken, sum(parameter.numel() for parameter in rest), getattr(wrapped, "model_size", None))
 
 
-def _taken(group: dict[str, Any]) -> Taken:
+def _summarize_group(group: dict[str, Any]) -> Taken:
     weight: torch.Tensor = group["params"][0]
-    if group.get("weight_shape"):  # engine `fast`: the parameter is the core of the weight that stands beside it
+    if group.get("weight_shape"):  # engine `fast`: the parameter is the core, beside the frozen weight
         names = tuple(name.removesuffix("core") + "weight" for name in group["param_names"])
         return Taken(group["kind"], names, group["weight_shape"], weight.numel(), (weight.shape[0], weight.shape[1]))
     kept = count_kept(weight.shape, keep=group["keep"], density=group["density"])
