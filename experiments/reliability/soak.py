@@ -97,7 +97,7 @@ def read_samples(path: Path) -> Samples:
         raise UserError(f"{path} is not a readable file of samples ({error})") from None
     seconds, mib = (np.array([row[column] for row in rows]) for column in (0, 1))
     if not (np.isfinite(seconds).all() and np.isfinite(mib).all() and (np.diff(seconds) >= 0).all()):
-        raise UserError(f"{path} has seconds or memory that are not finite, or seconds that decrease: correct the file")
+        raise UserError(f"{path} has seconds or memory that are not finite, or seconds that go back: correct the file")
     return Samples(seconds, mib, [(second, note) for second, _, note in rows if note])
 
 

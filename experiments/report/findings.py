@@ -30,8 +30,8 @@ def table(context: Context) -> Table:
     ]
     frame = pd.DataFrame(rows, columns=["question", "answer", "based on"])
     notes = [
-        "All numbers are computed from the records, the authors' logs and the printed cells. Questions without data are "
-        "left out.",
+        "All numbers are computed from records, the authors' logs or printed cells. Questions without data are "
+        "omitted.",
         "Intervals: two-sided 95 % Welch. " + SIGNIFICANCE,
     ]
     return Table("findings", "Findings", frame, notes)
@@ -65,7 +65,7 @@ def _basis(context: Context) -> Iterator[Finding]:
             for name in ("none", "both", "authors")
         }
         said = "; ".join(
-            f"{kind}: {100 * energy['both'][kind]:.0f} % with HOSVD, {100 * energy['none'][kind]:.0f} % without rotation, "
+            f"{kind}: {100 * energy['both'][kind]:.0f} % with HOSVD, {100 * energy['none'][kind]:.0f} % unrotated, "
             f"{100 * energy['authors'][kind]:.0f} % in the authors' basis"
             for kind in figures.KINDS
         )

@@ -66,7 +66,7 @@ def test_every_arm_is_in_the_benchmark() -> None:
 
 def test_scores_intervals_loss_speed_and_memory(results: Path) -> None:
     table = quality.table(context(results))
-    of = {"method": "SparseGrad fast: block, not exact"}
+    of = {"method": "SparseGrad, engine fast (not exact)"}
     assert cell(table, "cola", **of) == "80.00 ± 2.00"
     assert cell(table, AVERAGE, **of) == "80.00 ± 2.00"
     assert (cell(table, "n", **of), cell(table, "trainable", **of)) == ("3", "1,000")
@@ -76,7 +76,7 @@ def test_scores_intervals_loss_speed_and_memory(results: Path) -> None:
     assert low < -2 < high
     assert (cell(table, "steps/s", **of), cell(table, "peak MiB", **of)) == ("10.00", "100")  # medians
     assert (cell(table, "over LoRA", **of), cell(table, "over LoRA ", **of)) == ("1.25", "1.25")  # within a repeat
-    assert cell(table, "minus exact", method="SparseGrad, default engine: exact") == ""
+    assert cell(table, "minus exact", method="SparseGrad, engine exact (default)") == ""
     assert "results/bench/box, batch 16, fp32" in table.notes[-1]
 
 
@@ -92,7 +92,7 @@ def test_what_is_missing_says_so(results: Path) -> None:
     table = quality.table(context(results))
     meprop = {"method": "MeProp"}
     assert {cell(table, name, **meprop) for name in ("cola", AVERAGE, "loss", "steps/s", "trainable")} == {"missing"}
-    assert cell(table, "n", method="SparseGrad fast: block, not exact") == "2 of 3"
+    assert cell(table, "n", method="SparseGrad, engine fast (not exact)") == "2 of 3"
     assert "python -m experiments.bench --presets model" in table.notes[-1]
     assert quality.points(context(results)) == []
     assert quality.energy(context(results)).frame.iloc[0, 0] == "missing"

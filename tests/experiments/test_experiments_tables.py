@@ -92,7 +92,7 @@ def test_all_entries_are_compared_with_one_percent(results: Path) -> None:
         for seed, score in zip((42, 3705, 2023), scores, strict=True):
             write(results, f"mini_ablation/{keep}-{seed}", record("sparsegrad", "stsb", seed, score, keep=keep))
     (said,) = ablation.whole_against_one_percent(context(results))
-    assert said == "All entries minus 5,500 of them, 95 % Welch: stsb +5.47 to +14.53."
+    assert said == "All entries minus 5,500 entries, 95 % Welch intervals: stsb +5.47 to +14.53."
 
 
 def test_the_ablation_counts_what_is_kept_and_sees_the_copied_row(results: Path) -> None:

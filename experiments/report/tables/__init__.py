@@ -1,1 +1,1 @@
-"""One small module per family of tables; each function takes a `Context` and gives a `Table`."""
+"""One module per group of tables; their functions make a `Table` from a `Context`."""

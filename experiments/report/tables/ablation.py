@@ -1,4 +1,4 @@
-"""Tables 11 and 12: kept entries of SparseGrad; as table, and as the curve that figures draw."""
+"""Tables 11 and 12: score of SparseGrad by number of kept entries, as tables and as curves for figures."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from experiments.report.tables.base import MINI_MARK, Context, Table, signed
 SIZE = 768 * 3072
 KEPT = (18000, 22000, 28000, 30000, 100000, SIZE)
 MODELS = {11: "bert_base", 12: "roberta_base"}
-MAIN = {11: 9, 12: 10}  # the table of the same model on all tasks
-# Rows as printed; the paper has no row for 100,000 in Table 12 nor for 30,000 in Table 11.
+MAIN = {11: 9, 12: 10}  # table of the same model on all tasks
+# Names of printed rows; the paper has no row for 30,000 in Table 11 and none for 100,000 in Table 12.
 PRINTED = {
     11: {18000: "0.8% remained", 22000: "1% remained", 28000: "1.2% remained", 100000: "4.2% remained"},
     12: {18000: "0.8% remained", 22000: "1% remained", 28000: "1.2% remained", 30000: "1.4% remained"},
 }
-ROUNDED = {12: ['The row printed as "1.4% remained" is shown at 30,000 (1.27 %), the paper\'s nearest count.']}
+ROUNDED = {12: ['The row printed as "1.4% remained" is shown at 30,000 (1.27 %), the nearest of the paper\'s counts.']}
 ALL = "100% remained"
 MINI_TASKS = ("stsb", "mrpc")
-MINI_SCALE = 4  # a weight of MiniLM has a quarter of BERT's entries
+MINI_SCALE = 4  # a weight of MiniLM has a quarter of the entries of BERT's
 
 
 @dataclass(frozen=True)
 class Point:
-    """One point of the curve: kept share in per cent, and the average over tasks."""
+    """One point of the curve: density in per cent, and the average score over tasks."""
 
     share: float
     value: Summary
@@ -41,8 +41,8 @@ def table(context: Context, number: int) -> Table:
     rows = [_row(grid, number, keep, task) for keep in KEPT for task in (*grid.tasks, AVERAGE)]
     notes = [
         SCORES,
-        "The SST-2 column is lost; printed averages are over eight tasks, ours over the seven that are printed. What "
-        f"they imply for SST-2, to 0.8 either way: {implied(number)}.",
+        "The paper prints no SST-2 column. Printed averages are over eight tasks, ours over the seven printed ones. "
+        f"The printed averages imply these SST-2 scores, within 0.8 points: {implied(number)}.",
         *ROUNDED.get(number, ()),
         *copied(number),
     ]
@@ -59,7 +59,7 @@ def _row(grid: Grid, number: int, keep: int, task: str) -> dict[str, str]:
     mark = contradicts(MAIN[number], "SparseGrad") if (row, column) == (ALL, "AVG") and copied(number) else ""
     comparable = ours is not None and published and task != AVERAGE
     return {
-        "kept": _kept(keep),
+        "kept": _format_kept(keep),
         "share": f"{100 * keep / SIZE:.2f} %",
         "task": task,
         "published": (published + (f" ± {std}" if std else "") + mark) or "none",
@@ -71,21 +71,21 @@ def _row(grid: Grid, number: int, keep: int, task: str) -> dict[str, str]:
     }
 
 
-def _kept(keep: int, scale: int = 1) -> str:
+def _format_kept(keep: int, scale: int = 1) -> str:
     return "all" if keep == SIZE else f"{keep // scale:,}"
 
 
 def _records(grid: Grid, scale: int = 1) -> dict[str, list[Path]]:
-    """Label and records of every cell; labels begin as the rows do."""
+    """Label -> records of every cell; labels start with the number of kept entries, like the rows."""
     found: dict[str, list[Path]] = {}
     for keep in KEPT:
         method = f"sparsegrad@{keep // scale}"
-        found |= {label.replace(method, _kept(keep, scale)): paths for label, paths in grid.records([method])}
+        found |= {label.replace(method, _format_kept(keep, scale)): paths for label, paths in grid.records([method])}
     return found
 
 
 def copied(number: int) -> list[str]:
-    """The "100 %" row beside the main table's: the paper printed the 1 % results in its place."""
+    """A note if the printed "100 %" row repeats the SparseGrad row of the main table, which has 1 % of the entries."""
     main = MAIN[number]
     row = next(name for name, method in METHODS.items() if method == "sparsegrad")
     tasks = [column for column in TASKS if (ALL, column) in cells(number)]
@@ -95,7 +95,7 @@ def copied(number: int) -> list[str]:
 
 
 def implied(number: int) -> str:
-    """SST-2 of each printed row: eight times its average less its seven cells."""
+    """SST-2 score that each printed row implies: eight times its average minus its seven cells."""
     found = {}
     for row in (*PRINTED[number].values(), ALL):
         of = [float(value) for (name, column), (value, _) in cells(number).items() if name == row and column in TASKS]
@@ -104,7 +104,7 @@ def implied(number: int) -> str:
 
 
 def mini(context: Context) -> Table:
-    """The ablation on MiniLM at the same densities."""
+    """The ablation on MiniLM at the paper's densities."""
     grid = _mini_grid(context)
     rows = []
     for keep in KEPT:
@@ -112,31 +112,33 @@ def mini(context: Context) -> Table:
         for task in (*MINI_TASKS, AVERAGE):
             line = grid.line(method, task)
             line.pop("vs full, 95 %")
-            rows.append({"kept": _kept(keep, MINI_SCALE), "share": f"{100 * keep / SIZE:.2f} %", "task": task, **line})
+            rows.append(
+                {"kept": _format_kept(keep, MINI_SCALE), "share": f"{100 * keep / SIZE:.2f} %", "task": task, **line}
+            )
     notes = [
         SCORES + " " + COLLAPSED,
-        "Same densities as the paper's {18000, 22000, 28000, 30000, 100000, all} of 2,359,296; all at one rate, which "
-        "was chosen for 1 %. " + MINI_RUNS,
+        "The densities are the paper's: {18000, 22000, 28000, 30000, 100000, all} of 2,359,296. All use one learning "
+        "rate, which was chosen at 1 %. " + MINI_RUNS,
         *whole_against_one_percent(context),
     ]
-    title = f"Tables 11 and 12 in small: MiniLM ({MINI_MARK})"
+    title = f"Tables 11 and 12 on MiniLM ({MINI_MARK})"
     return Table("table11_mini", title, pd.DataFrame(rows), notes, _records(grid, MINI_SCALE))
 
 
 def whole_against_one_percent(context: Context) -> list[str]:
-    """All entries minus about 1 % of them, by task and on average."""
+    """Intervals of the score with all entries minus the score with about 1 % of them, as a note."""
     every, few = (keep // MINI_SCALE for keep in (SIZE, KEPT[1]))
     said = _mini_grid(context).differences(f"sparsegrad@{every}", f"sparsegrad@{few}")
-    return [f"All entries minus {few:,} of them, 95 % Welch: {said}."] if said else []
+    return [f"All entries minus {few:,} entries, 95 % Welch intervals: {said}."] if said else []
 
 
 def mini_curve(context: Context) -> list[Point]:
-    """The averages over tasks of the mini ablation; points without a seed are left out."""
+    """Averages over tasks in the mini ablation; points without runs are left out."""
     return _curve(_mini_grid(context), MINI_SCALE)
 
 
 def curve(context: Context, number: int) -> list[Point]:
-    """The same of the paper's model in Table 11 or 12."""
+    """The same for our runs of the paper's model in Table 11 or 12."""
     return _curve(_grid(context, number), 1)
 
 
@@ -146,7 +148,7 @@ def _curve(grid: Grid, scale: int) -> list[Point]:
 
 
 def published_curve(number: int) -> list[tuple[float, float]]:
-    """(share in per cent, printed average)."""
+    """(density in per cent, printed average) of each printed row."""
     rows = [*PRINTED[number].items(), (SIZE, ALL)]
     return [(100 * keep / SIZE, float(cells(number)[row, "AVG"][0])) for keep, row in rows]
 

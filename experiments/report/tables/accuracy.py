@@ -1,4 +1,4 @@
-"""Tables 4, 9 and 10 (a model on GLUE), Table 5 (their averages), and the same in small."""
+"""Tables 4, 9 and 10 (models on GLUE), Table 5 (averages of 9 and 10), and the same on MiniLM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from experiments.report.collect import Key
 from experiments.report.stats import Summary, summarise, welch_interval
 from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table, caveat, hours, interval_text, signed
 
-PRINTED_AS = {9: "BERT", 10: "RoBERTa-base"}  # in the headings of Table 5
+PRINTED_AS = {9: "BERT", 10: "RoBERTa-base"}  # headings of Table 5
 MODELS = {4: "roberta_large", 9: "bert_base", 10: "roberta_base"}
 TITLES = {4: "RoBERTa-large on GLUE", 9: "BERT-base on GLUE", 10: "RoBERTa-base on GLUE"}
 PAPER_METHODS = ("full", "lora", "sparsegrad", "sparsegrad_authors", "meprop")
@@ -21,46 +21,47 @@ MINI_METHODS = ("full", "lora", "lora_tuned", "meprop", "sparsegrad", "sparsegra
 MINI_TASKS = ("snippets", "cola", "stsb", "mrpc")
 PROTOCOLS = ("paper", "heldout")
 SEEDS = 3
-CLOSE = 0.005  # points: the majority is given to two digits
-LOGGED_SEEDS = (*PAPER_SEEDS, 37, 7777)  # the fifth other, 34, is that of their searches
+CLOSE = 0.005  # points; the constant scores below have two decimals
+LOGGED_SEEDS = (*PAPER_SEEDS, 37, 7777)  # they also logged seed 34, that of their searches
 AVERAGE = "average"
 EDITIONS = {
-    4: ["Regular FT's average is 85.6 in one edition of the paper and 84.7 in another; its cells average 85.69."]
+    4: ["The average of Regular FT is 85.6 in one edition of the paper and 84.7 in another; its cells average 85.69."]
 }
 ROWS = {method: row for row, method in METHODS.items()} | {"sparsegrad_authors": "SparseGrad"}
 HEADINGS = {task: column for column, task in TASKS.items()}
 SCORES = "Scores in points: Matthews for CoLA, Pearson for STS-B, accuracy otherwise; mean ± sample std over seeds."
-# Scores of one answer for all rows: Matthews and Pearson count 0, accuracy the share of the larger class.
+# Scores of a constant prediction: 0 for Matthews and Pearson, the share of the majority class for accuracy.
 CONSTANT = {"cola": 0.0, "stsb": 0.0, "mrpc": 68.38}
-COLLAPSED = (
-    "k const.: so many of the seeds score what one answer for every row scores (0 on CoLA and STS-B, MRPC's majority "
-    "68.38)."
+COLLAPSED = "k const.: k of the seeds score the same as a constant prediction (0 on CoLA and STS-B, 68.38 on MRPC)."
+UNCORRECTED = "Intervals are not corrected for multiple comparisons."
+SIGNIFICANCE = (
+    "No significant difference: the interval contains 0, and a difference of less than half its width could not have "
+    "been detected. " + UNCORRECTED
 )
-UNCORRECTED = "Nothing is corrected for the number of comparisons."
 WELCH = (
-    "Interval: two-sided 95 % Welch interval of the difference to full fine-tuning; one that holds 0 shows nothing. "
-    + UNCORRECTED
+    "Interval: two-sided 95 % Welch interval of the difference from full fine-tuning; if it contains 0, the difference "
+    "is not significant. " + UNCORRECTED
 )
 MINI_RUNS = (
-    "Runs: one epoch at batch 32, bf16 autocast, evaluated every 90 steps, two or three times a run. So protocol paper "
-    "is the paper's rule of choice, not its 20 epochs."
+    "Runs: one epoch at batch size 32 with bf16 autocast, evaluated every 90 steps, two or three times per run. "
+    "Protocol paper uses the paper's rule to choose a checkpoint, but not its 20 epochs."
 )
 
 
 class Grid:
-    """The cells of one model and protocol, method by task."""
+    """The cells of one model and protocol, by method and task."""
 
     def __init__(self, context: Context, folder: str, model: str, protocol: str, tasks: Sequence[str]) -> None:
         self.store, self.tasks = context.store, tasks
         self.where = folder, model, protocol
 
     def key(self, method: str, task: str) -> Key:
-        """Where the store has a cell."""
+        """The key of a cell in the store."""
         folder, model, protocol = self.where
         return folder, model, method, task, protocol
 
     def values(self, method: str, task: str) -> list[float]:
-        """Scores by seed; for `average`, each seed's mean over the tasks, where it has all of them."""
+        """Scores in order of seeds; for `average`, the mean over tasks of each seed that has all of them."""
         if task != AVERAGE:
             return self.store.values(self.key(method, task))
         by_task = [self.store.by_seed(self.key(method, one)) for one in self.tasks]
@@ -68,17 +69,17 @@ class Grid:
         return [sum(of[seed] for of in by_task) / len(by_task) for seed in sorted(seeds)]
 
     def cost(self, method: str, task: str) -> float | None:
-        """Hours of all seeds."""
+        """Total hours of all seeds."""
         tasks = self.tasks if task == AVERAGE else [task]
         spent = [cost for one in tasks if (cost := self.store.cost(self.key(method, one))) is not None]
         return sum(spent) if spent else None
 
     def failures(self, method: str, task: str) -> list[str]:
-        """Reasons of failed seeds."""
+        """Reasons of the seeds that failed."""
         return [] if task == AVERAGE else self.store.failures(self.key(method, task))
 
     def line(self, method: str, task: str) -> dict[str, str]:
-        """Ours, as the columns of a row."""
+        """Our columns of a row."""
         values = self.values(method, task)
         ours, failed = summarise(values), self.failures(method, task)
         interval = None if method == "full" else welch_interval(values, self.values("full", task))
@@ -92,14 +93,14 @@ class Grid:
         }
 
     def differences(self, method: str, other: str) -> str:
-        """95 % Welch interval of method minus other, by task and on average, where there are seeds enough for one."""
+        """95 % Welch intervals of method minus other by task and on average, if there are seeds enough."""
         found = {
             task: welch_interval(self.values(method, task), self.values(other, task)) for task in (*self.tasks, AVERAGE)
         }
         return ", ".join(f"{task} {interval_text(one)}" for task, one in found.items() if one)
 
     def records(self, methods: Sequence[str]) -> Iterator[tuple[str, list[Path]]]:
-        """Label and records of every cell that has some."""
+        """(label, records) of every cell that has records."""
         for method in methods:
             for task in self.tasks:
                 paths = [run.path for run in self.store.runs.get(self.key(method, task), [])]
@@ -108,13 +109,13 @@ class Grid:
 
 
 def constant(values: Sequence[float], task: str) -> str:
-    """How many seeds score what one answer for every row scores, in words; empty for none."""
+    """Remark with the number of seeds that score the same as a constant prediction; empty for none."""
     count = sum(task in CONSTANT and abs(value - CONSTANT[task]) < CLOSE for value in values)
     return f" ({count} const.)" if count else ""
 
 
 def per_task(context: Context, number: int) -> Table:
-    """Table 4, 9 or 10 beside the published cells and the authors' logs."""
+    """Table 4, 9 or 10: ours next to the published cells and the authors' logs."""
     tasks, model = tuple(TASKS.values()), MODELS[number]
     grid = Grid(context, f"glue_{model}", model, "paper", tasks)
     rows = [_row(grid, number, method, task) for method in PAPER_METHODS for task in (*tasks, AVERAGE)]
@@ -132,26 +133,23 @@ def _row(grid: Grid, number: int, method: str, task: str) -> dict[str, str]:
     published, std = cells(number)[ROWS[method], column]
     mark = contradicts(number, ROWS[method]) if task == AVERAGE else ""
     logged = logs(MODELS[number], "sparsegrad" if method == "sparsegrad_authors" else method, task, grid.tasks)
-    ours = summarise(grid.values(method, task))
+    ours, line = summarise(grid.values(method, task)), grid.line(method, task)
     return {
         "method": method,
         "task": task,
         "published": published + (f" ± {std}" if std else "") + mark,
         "authors' logs": str(logged) if logged else "none",
         "logs' n": str(logged.n) if logged and task != AVERAGE else "",
-        **_after_ours(grid.line(method, task), signed(ours.mean - float(published)) if ours else ""),
+        "ours": line.pop("ours"),
+        "difference": signed(ours.mean - float(published)) if ours else "",
+        **line,
     }
-
-
-def _after_ours(line: dict[str, str], difference: str) -> dict[str, str]:
-    ours = line.pop("ours")
-    return {"ours": ours, "difference": difference, **line}
 
 
 def logs(
     model: str, method: str, task: str, tasks: Sequence[str], seeds: tuple[int, ...] = PAPER_SEEDS
 ) -> Summary | None:
-    """What the authors' logs say of a cell, of the paper's seeds or others; the average is that of the tasks' means."""
+    """A cell in the authors' logs, for the paper's seeds or others; `average` is the mean of the means of tasks."""
     if task != AVERAGE:
         scores = authors_runs(model, method, task, seeds)["score"].dropna()
         return summarise([100 * float(score) for score in scores])
@@ -161,18 +159,18 @@ def logs(
 
 
 def _logged(number: int) -> list[str]:
-    """Which seeds the column of the logs counts, and the averages with those that it leaves out."""
+    """Note on the seeds in the column of the logs, and the averages with the seeds that it leaves out."""
     tasks, model = tuple(TASKS.values()), MODELS[number]
     wider = {method: logs(model, method, AVERAGE, tasks, LOGGED_SEEDS) for method in ("full", "lora", "sparsegrad")}
     said = ", ".join(f"{method} {one.mean:.2f}" for method, one in wider.items() if one)
-    more = f" With seeds 37 and 7777, which they logged too, the averages are {said}." if said else ""
-    return [f"Authors' logs, {model}: seeds {', '.join(map(str, PAPER_SEEDS))}, as the paper says.{more}"]
+    more = f" With their further seeds 37 and 7777 the averages are {said}." if said else ""
+    return [f"Authors' logs, {model}: the paper's seeds {', '.join(map(str, PAPER_SEEDS))}.{more}"]
 
 
 def contradicted(number: int) -> list[str]:
-    """The printed averages of a table that its cells contradict, as a note."""
+    """A note on the printed averages of a table that contradict its cells."""
     lines = contradictions(number)
-    return [f"Table {number}, printed averages that their own cells contradict: {'; '.join(lines)}."] if lines else []
+    return [f"Table {number}, printed averages that contradict their cells: {'; '.join(lines)}."] if lines else []
 
 
 def averages(context: Context) -> Table:
@@ -193,7 +191,7 @@ def averages(context: Context) -> Table:
 
 
 def mini(context: Context) -> Table:
-    """Tables 4, 5, 9 and 10 in small: MiniLM, our tasks, both protocols."""
+    """Tables 4, 5, 9 and 10 on MiniLM: our tasks, both protocols."""
     rows: list[dict[str, str]] = []
     records: dict[str, list[Path]] = {}
     for protocol in PROTOCOLS:
@@ -208,20 +206,21 @@ def mini(context: Context) -> Table:
         WELCH,
         MINI_RUNS,
         caveat(context.results),
-        "Protocols, both of the same runs on nine tenths of the training rows: heldout, the checkpoint that the other "
-        "tenth chooses; paper, the best evaluation on the validation split.",
+        "Both protocols use the same runs, which train on nine tenths of the training rows. Protocol heldout: the "
+        "checkpoint with the best score on the other tenth. Protocol paper: the best evaluation on the validation "
+        "split.",
     ]
-    title = f"Tables 4, 5, 9 and 10 in small: MiniLM ({MINI_MARK})"
+    title = f"Tables 4, 5, 9 and 10 on MiniLM ({MINI_MARK})"
     return Table("table5_mini", title, pd.DataFrame(rows), notes, records)
 
 
 def mini_overview(context: Context) -> Table:
-    """The same, method by task."""
+    """The same scores, with one row per protocol and method and one column per task."""
     rows = []
     for protocol in PROTOCOLS:
         grid = Grid(context, "mini", "minilm", protocol, MINI_TASKS)
         for method in MINI_METHODS:
             of = {task: grid.line(method, task)["ours"] for task in (*MINI_TASKS, AVERAGE)}
             rows.append({"protocol": protocol, "method": method, **of})
-    title = f"Tables 5, 9 and 10 in small, at a glance ({MINI_MARK})"
+    title = f"Tables 5, 9 and 10 on MiniLM: overview ({MINI_MARK})"
     return Table("table5_mini_overview", title, pd.DataFrame(rows), [SCORES, COLLAPSED, MINI_RUNS])

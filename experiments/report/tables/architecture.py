@@ -1,4 +1,4 @@
-"""Table 1: parameters per kind of block, counted on the architectures; no weights are needed or made."""
+"""Table 1: parameters per kind of block, counted on models without weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from experiments.paths import ROOT
 from experiments.published import cells
 from experiments.report.tables.base import Context, Table
 
-# LLaMA-2-7B as its paper gives it (arXiv 2307.09288, 2302.13971).
+# LLaMA-2-7B as in its papers (arXiv 2307.09288, 2302.13971).
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -24,7 +24,7 @@ LLAMA = {
     "vocab_size": 32000,
 }
 MODELS = {"BERT": "bert_base", "RoBERTa-base": "roberta_base", "RoBERTa-large": "roberta_large", "LLaMa-2": "llama"}
-# The first pattern that matches a parameter's name says where it belongs.
+# A parameter belongs to the first part whose pattern matches its name.
 PARTS = {
     "Embeddings": r"(.*\.)?(embeddings|embed_tokens)\..*",
     "MLP": r".*(intermediate\.dense|layer\.\d+\.output\.dense|\.mlp\.\w+_proj)\..*",
@@ -34,7 +34,7 @@ PARTS = {
 
 
 def architecture_facts(name: str) -> dict[str, Any]:
-    """The fields of a model's configuration."""
+    """The fields of a model's `transformers` configuration."""
     if name == "llama":
         return dict(LLAMA)
     loaded: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml"))
@@ -59,7 +59,7 @@ def _part(name: str) -> str:
 
 
 def table(context: Context) -> Table:
-    """Parameters per part of each model beside the printed ones."""
+    """Parameters per part of each model, next to the printed ones."""
     rows = []
     for column, name in MODELS.items():
         found = counts(name)
@@ -69,10 +69,11 @@ def table(context: Context) -> Table:
             ours = {"parameters": f"{number:,}", "share": f"{100 * number / total:.1f} %"}
             rows.append({"model": column, "part": part, "published": f"{params} / {percent}".strip(" /"), **ours})
     notes = [
-        "Counted on the architectures, without a task head; LLaMA-2 with its output head, which is under Other.",
-        "The paper prints no RoBERTa-large column and no Other row: LayerNorm (the embeddings' is among them), pooler, "
-        "output head.",
-        "Printed otherwise than counted: RoBERTa-base's embeddings (40 M, 32 %), LLaMA-2's share of embeddings (1 %).",
+        "Counted on the architectures without a task head; LLaMA-2 includes its output head, under Other.",
+        "The paper prints no RoBERTa-large column and no Other row. Other has LayerNorm (except that of the "
+        "embeddings), pooler and output head.",
+        "The printed numbers differ from the count for the embeddings of RoBERTa-base (40 M, 32 %) and for the share "
+        "of embeddings of LLaMA-2 (1 %).",
     ]
     return Table("table1", "Table 1: parameters per kind of block", pd.DataFrame(rows), notes)
 

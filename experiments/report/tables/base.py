@@ -1,4 +1,4 @@
-"""What every table is made of, and how its cells are written."""
+"""The common form of all tables, and the format of their cells."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import pandas as pd
 from experiments.report.collect import Store
 
 MINI_MARK = "mini: not the paper's model"
-SCALED = "(scaled)"  # of a benchmark's model that was cut to fewer blocks
+SCALED = "(scaled)"  # marks a benchmark of a model cut to fewer blocks
 MISSING = "missing"
-OURS = ("ours", "found here", "energy")  # how the columns that our runs fill begin
-LABELLED = ("model", "method", "kept", "task", "protocol")  # columns whose cells name a cell of `records`
+OURS = ("ours", "found here", "energy")  # prefixes of columns that our runs fill
+LABELLED = ("model", "method", "kept", "task", "protocol")  # columns that make up the label of a cell in `records`
 
 
 @dataclass(frozen=True)
 class Context:
-    """What tables are made from.
+    """The input of every table.
 
     Attributes:
         results: the results folder.
         store: its records.
-        scale: paper or mini.
+        scale: `paper` or `mini`.
     """
 
     results: Path
@@ -38,10 +38,10 @@ class Table:
     """One finished table.
 
     Attributes:
-        name: its file name, such as table4 or table4_mini.
-        title: what it shows.
-        frame: its cells, as text.
-        notes: lines below it.
+        name: file name, such as table4 or table5_mini.
+        title: heading.
+        frame: cells as text.
+        notes: lines below the table.
         records: label of a cell -> its records, relative to results/runs.
     """
 
@@ -53,9 +53,9 @@ class Table:
 
     @property
     def cells(self) -> list[tuple[str, bool]]:
-        """Every cell that runs of ours fill or would, and whether it is of another model than the paper's.
+        """(text, whether it is of another model than the paper's) of every cell that our runs fill.
 
-        A benchmark's column tells by its heading that the model was cut, a row by its model that it is a small one.
+        A column's heading tells that a benchmark's model was cut; a row or the title tells that the model is small.
         """
         mine = [name for name in self.frame.columns if name.startswith(OURS) or (self.frame[name] == MISSING).any()]
         small = [MINI_MARK in f"{self.title} {' '.join(map(str, row))}" for row in self.frame.to_numpy()]
@@ -68,49 +68,50 @@ class Table:
 
     @property
     def coverage(self) -> tuple[int, int]:
-        """(measured, all) of the cells that ours fill: (0, 0) for a table that needs no runs, or lacks none."""
+        """(measured, all) numbers of the cells that our runs fill; (0, 0) for a table that needs no runs."""
         cells = [cell for cell, _ in self.cells]
         return sum(map(is_measured, cells)), len(cells)
 
     @property
     def is_bare(self) -> bool:
-        """Whether nothing of ours is in it."""
+        """Whether the table has cells for our runs, none of them measured."""
         measured, cells = self.coverage
         return cells > 0 and measured == 0
 
     def label_of(self, row: Mapping[str, str]) -> str:
-        """How `records` calls the cell of a row."""
+        """The label in `records` of the cell in a row."""
         return " ".join(row[name] for name in LABELLED if name in row)
 
 
 def is_measured(cell: str) -> bool:
-    """Whether a cell of ours holds a figure."""
+    """Whether a cell contains a measured value."""
     return cell != MISSING and not cell.startswith("failed")
 
 
 def signed(number: float | None) -> str:
-    """A difference with its sign; empty for none."""
+    """A difference with its sign; empty for None."""
     return "" if number is None else f"{number:+.2f}"
 
 
 def interval_text(interval: tuple[float, float] | None) -> str:
-    """Both ends of a difference's interval, signed; empty for none."""
+    """Both ends of an interval with their signs; empty for None."""
     return "" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
 
 
 def hours(number: float | None) -> str:
-    """Hours to two digits; empty for none."""
+    """Hours with two decimals; empty for None."""
     return "" if number is None else f"{number:.2f}"
 
 
 def caveat(results_dir: Path) -> str:
-    """What the choice in `mini_rates.json` rests on, and the methods whose best rate is at the edge of the grid."""
+    """Note on how `mini_rates.json` was chosen, and the methods whose best rate is at an edge of the grid."""
     try:
         chosen = json.loads((results_dir / "mini_rates.json").read_text())["methods"]
     except FileNotFoundError:
         return ""
     edges = [f"{method} {one['lr']:g}" for method, one in chosen.items() if one["at_edge"]]
-    said = "one seed and two tasks, so another seed may choose otherwise (docs/performance.md, Quality)" + (
-        f"; at an edge of the grid, so perhaps not the best: {', '.join(edges)}" * bool(edges)
+    at_edge = f" Rates at an edge of the grid, which may not be optimal: {', '.join(edges)}." if edges else ""
+    return (
+        "Learning rate of each method: results/mini_rates.json, chosen on held-out rows with one seed and two tasks; "
+        f"another seed may choose another rate (docs/performance.md, Quality).{at_edge}"
     )
-    return f"Learning rate of each method: results/mini_rates.json, chosen on held-out rows, {said}."

@@ -1,4 +1,4 @@
-"""The basis study: energy in the largest 1 % for each basis, and the score that two of them reach."""
+"""The basis study: gradient energy in the largest 1 % of entries for each basis, and scores of two of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = {
     "in-side": "in-side only",
     "out-side": "out-side only",
     "both": "both sides (HOSVD)",
-    "authors": "the authors' (V^T G U^T)",
+    "authors": "authors' code (V^T G U^T)",
     "random": "random",
 }
 TRAINED = HOSVD, AUTHORS = ("both", "authors")
@@ -27,7 +27,7 @@ DENSITY = 0.01
 
 
 def read(results: Path) -> dict[str, Any] | None:
-    """What `python -m experiments.studies.gradients basis` left, or None.
+    """The data that `python -m experiments.studies.gradients basis` measured, or None.
 
     Raises:
         UserError: when it cannot be read.
@@ -46,9 +46,9 @@ def energy(found: dict[str, Any], basis: str, kind: str, density: float = DENSIT
 
 
 def differences(context: Context) -> list[str]:
-    """HOSVD minus the authors' basis, by task and on average."""
+    """Intervals of the score with HOSVD minus that with the authors' basis, as a note."""
     said = _grid(context).differences(HOSVD, AUTHORS)
-    return [f"HOSVD minus the authors' basis, 95 % Welch: {said}."] if said else []
+    return [f"HOSVD minus the authors' basis, 95 % Welch intervals: {said}."] if said else []
 
 
 def _grid(context: Context) -> Grid:
@@ -56,7 +56,7 @@ def _grid(context: Context) -> Grid:
 
 
 def table(context: Context) -> Table:
-    """Per basis: energy by kind, averaged over the steps measured, and score where it was trained."""
+    """One row per basis: energy by layer kind, averaged over the measured steps, and scores if it was trained."""
     found = read(context.results)
     grid = _grid(context)
     rows = []
@@ -69,9 +69,10 @@ def table(context: Context) -> Table:
             row[task], row[f"n, {task}"] = (line["ours"], line["n"]) if basis in TRAINED else ("", "")
         rows.append(row)
     notes = [
-        "Energy: share of the squared norm in the largest 1 % of entries, mean over blocks and training steps.",
-        "Scores in points, mean ± sample std over seeds, protocol paper; only these two bases are trained here, at the "
-        "learning rate that the grid found for the authors' variant. " + COLLAPSED,
+        "Energy: share of the squared norm in the largest 1 % of entries, averaged over blocks and training steps.",
+        "Scores in points, mean ± sample std over seeds, protocol paper. Only two bases were trained, both at the "
+        "learning "
+        "rate that the grid search chose for the authors' variant. " + COLLAPSED,
         *differences(context),
     ]
     records = {f"basis {label}": paths for label, paths in grid.records(TRAINED)}

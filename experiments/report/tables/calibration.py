@@ -1,4 +1,4 @@
-"""Section 8 of the paper: what calibration costs; the arithmetic behind its megabytes, and our measurements."""
+"""Section 8 of the paper: cost of calibration as printed, what its megabytes may count, and our measurements."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from experiments.report.tables.speed import documents
 
 @dataclass(frozen=True)
 class Printed:
-    """One model as section 8 prints it; `kinds` are shapes (out, in) of the layer kinds that share a basis;
-    `blocks` have SparseGrad layers."""
+    """One model in section 8.
+
+    Attributes:
+        model, seconds, memory: as printed.
+        kinds: shapes (out, in) of the layer kinds.
+        blocks: number of blocks with SparseGrad layers.
+    """
 
     model: str
     seconds: str
@@ -29,12 +34,12 @@ PRINTED = (
     Printed("LLaMA-2-7B", "668 s", "5.2 GB", ((11008, 4096), (4096, 11008)), 11),
 )
 STEPS = 30
-FLOAT32 = 4
+FLOAT32 = 4  # bytes
 MB = 1e6
 
 
 def arithmetic(one: Printed) -> dict[str, float]:
-    """MB that each thing takes which the printed memory might count, in float32; one layer kind each but `bases`."""
+    """Candidates for what the printed memory counts -> MB in float32; of one layer kind, except the bases."""
     out_features, in_features = one.kinds[0]
     gradient = out_features * in_features
     return {
@@ -47,7 +52,7 @@ def arithmetic(one: Printed) -> dict[str, float]:
 
 
 def table(context: Context) -> Table:
-    """Printed cost beside the arithmetic, then what was measured."""
+    """Printed cost and the candidates, then our measurements."""
     rows = []
     for one in PRINTED:
         for what, megabytes in arithmetic(one).items():
@@ -64,14 +69,14 @@ def _notes() -> list[str]:
         closest = min(numbers, key=lambda name: abs(numbers[name] - _in_mb(one.memory)))
         binary = numbers[closest] * MB / 2**20
         lines.append(
-            f"{one.model}: closest to the printed {one.memory} is '{closest}': {numbers[closest]:,.0f} MB, "
+            f"{one.model}: the closest to the printed {one.memory} is '{closest}': {numbers[closest]:,.0f} MB, "
             f"{binary:,.0f} MiB."
         )
     return [
-        "Arithmetic in float32; one layer kind, LLaMA-2 with its 11 blocks 0, 3, ..., 30.",
+        "Computed in float32 for one layer kind; LLaMA-2 with its 11 blocks 0, 3, ..., 30.",
         *lines,
-        "So the printed memory is most likely one weight's, though no reading meets it exactly; the stack of section "
-        "3.1, of all blocks, is larger by their number.",
+        "So the printed memory is probably that of one weight, although no candidate matches it exactly. The stack of "
+        "section 3.1 has all blocks and is larger by their number.",
     ]
 
 
@@ -88,25 +93,25 @@ def _measured(context: Context) -> list[dict[str, str]]:
                 if found.get("status") == "complete":
                     peak, seconds = (found.get(field) for field in ("peak_mib", "seconds"))
                     shown = "" if peak is None else f"{peak * 2**20 / MB:,.0f}"
-                    label = f"measured: {group[:-1]} {key}{_length(found)}"
+                    label = f"measured: {group[:-1]} {key}{_format_length(found)}"
                     rows.append({"model": name, "what": label, "MB": shown, "seconds": f"{seconds:.1f} s"})
-                    rows += _scaled(name, key, found)
+                    rows += _extrapolate(name, key, found)
     return rows
 
 
-def _length(found: Mapping[str, Any]) -> str:
-    """Steps and tokens of a calibration."""
-    return f", {found['steps']} steps of {found['tokens']:.0f} tokens" if "tokens" in found else ""
+def _format_length(found: Mapping[str, Any]) -> str:
+    """Steps and tokens of a calibration, as part of a label."""
+    return f", {found['steps']} steps of {found['tokens']:.0f} tokens each" if "tokens" in found else ""
 
 
-def _scaled(name: str, key: str, found: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Seconds of a whole calibration at LLaMA-2's shape, from a measurement that tells its parts apart."""
+def _extrapolate(name: str, key: str, found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Seconds of a whole calibration of LLaMA-2, from a measurement that times sums and decomposition separately."""
     if "sums_seconds" not in found:
         return []
     one = PRINTED[-1]
     sums = found["sums_seconds"] / found["gradients"]
     seconds = len(one.kinds) * (STEPS * one.blocks * sums + found["eigenvectors_seconds"])
-    parts = f"{sums:.1f} s a gradient, {found['eigenvectors_seconds']:.0f} s for both bases of a kind"
+    parts = f"{sums:.1f} s per gradient, {found['eigenvectors_seconds']:.0f} s for both bases of a kind"
     label = f"computed from {key}: {parts}; 30 steps, 11 blocks, both kinds"
     return [{"model": name, "what": label, "MB": "", "seconds": f"{seconds:,.0f} s"}]
 
@@ -114,10 +119,10 @@ def _scaled(name: str, key: str, found: Mapping[str, Any]) -> list[dict[str, str
 def _missing(rows: list[dict[str, str]]) -> list[str]:
     if any(row["what"].startswith("measured") for row in rows):
         return [
-            "Decomposition keys: method-OUTxIN-COUNT of random gradients, both bases of one layer kind; the stacked "
-            "one is linear in COUNT. MB above what the process held before. llama-calibration is a CPU beside other "
-            "work, the published 668 s a GPU.",
-            "Calibration keys: MODEL-BLOCKS, gradients of so many blocks and the bases of both kinds; fewer steps than "
-            "the paper's 30.",
+            "Decompositions are named method-OUTxIN-COUNT: COUNT random gradients, both bases of one layer kind. The "
+            "time of the stacked method is linear in COUNT. MB are above the process's memory before. "
+            "llama-calibration was measured on a CPU that also did other work; the published 668 s are on a GPU.",
+            "Calibrations are named MODEL-BLOCKS: gradients of that many blocks and the bases of both kinds, with "
+            "fewer steps than the paper's 30.",
         ]
-    return [f"Measurements: {MISSING}; python -m experiments.bench --preset decomposition makes them."]
+    return [f"Measurements: {MISSING}; make them with `python -m experiments.bench --presets decomposition`."]

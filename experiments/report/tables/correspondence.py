@@ -1,4 +1,4 @@
-"""Table 2: Linear and SparseGrad side by side, each row checked by number in float64."""
+"""Table 2: Linear and SparseGrad side by side, each row checked numerically in float64."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from experiments.report.tables.base import Context, Table
 from sparsegrad.basis import Basis
 from sparsegrad.layers.rotated import SparseGradLinear
 
-TINY = 1e-10
+TINY = 1e-10  # relative; anything smaller is rounding
 
 
 @dataclass(frozen=True)
 class Check:
-    """One row: what holds for a linear, what for SparseGrad as printed and in our words, and the residuals.
+    """One row of the table.
 
-    `printed` is the relative residual of the printed formula, `right` of the one that holds.
+    Attributes:
+        row: its name.
+        linear, paper, ours: formulas for a linear, for SparseGrad as printed, and for SparseGrad in our notation.
+        printed, right: relative residuals of the printed formula and of the correct one.
     """
 
     row: str
@@ -31,13 +34,13 @@ class Check:
 
 
 def checks(size: int = 24, out_features: int = 40, tokens: int = 16) -> list[Check]:
-    """All rows on random matrices; the paper's U, V are our U^T, V^T."""
+    """All rows, evaluated on random matrices; the paper's U and V are our U^T and V^T."""
     square, general = _Case(size, size, tokens), _Case(out_features, size, tokens)
     return [*general.rows(), square.grad_input(general)]
 
 
 class _Case:
-    """One linear of a shape, its SparseGrad counterpart that keeps every entry, and both ways' gradients."""
+    """A random linear, its SparseGradLinear with every entry kept, and the gradients of both."""
 
     def __init__(self, out_features: int, in_features: int, tokens: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -50,11 +53,12 @@ class _Case:
         self.linear.weight.data = draw(out_features, in_features)
         self.x, self.dy = draw(tokens, in_features), draw(tokens, out_features)
         self.layer = SparseGradLinear.from_linear(self.linear, Basis(self.U, self.V), density=1.0)
-        self.y, self.dx, self.dW = self._both(self.linear, self.linear.weight)
-        self.y_layer, self.dx_layer, self.dW_rotated = self._both(self.layer, self.layer.rotated_weight)
+        self.y, self.dx, self.dW = self._run_backward(self.linear, self.linear.weight)
+        self.y_layer, self.dx_layer, self.dW_rotated = self._run_backward(self.layer, self.layer.rotated_weight)
         self.W, self.W_rotated = self.linear.weight.detach(), self.layer.rotated_weight.detach()
 
-    def _both(self, module: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _run_backward(self, module: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(output, input gradient, weight gradient) of a module."""
         x = self.x.clone().requires_grad_()
         y = module(x)
         y.backward(self.dy)
@@ -63,7 +67,7 @@ class _Case:
         return y.detach(), x.grad, weight.grad.to_dense() if weight.grad.is_sparse else weight.grad
 
     def rows(self) -> list[Check]:
-        """Every row but Grad Input."""
+        """All rows except Grad Input."""
         x, dy, W, U, V = self.x, self.dy, self.W, self.U, self.V
         y_rotated = (self.x @ U @ self.W_rotated.T).requires_grad_()
         (y_rotated @ V.T).backward(dy)
@@ -83,7 +87,7 @@ class _Case:
         ]  # fmt: skip
 
     def grad_input(self, general: _Case) -> Check:
-        """The misprint: it can be evaluated on a square weight alone, and is wrong there too."""
+        """The misprinted row: its formula can only be evaluated on a square weight, and is wrong there too."""
         printed = self.dy @ self.U @ self.W_rotated.T @ self.V.T
         right = (general.dy @ general.V) @ general.W_rotated @ general.U.T
         return Check(
@@ -107,20 +111,21 @@ def table(context: Context) -> Table:
             "row": one.row,
             "Linear": one.linear,
             "SparseGrad, as printed": one.paper,
-            "in our words": one.ours,
-            "residual as printed": _shown(one.printed),
-            "residual in our words": _shown(one.right),
+            "in our notation": one.ours,
+            "residual as printed": _format_residual(one.printed),
+            "residual in our notation": _format_residual(one.right),
         }
         for one in checks()
     ]
     notes = [
-        "Relative residual in float64, random matrices, weight (40, 24), against nn.Linear and SparseGradLinear.",
+        "Relative residuals in float64 with random matrices and a weight (40, 24), compared with nn.Linear and "
+        "SparseGradLinear.",
         "The paper's U and V are the transposes of ours. Its Grad Input row is a misprint: the shapes fit only a "
-        "square weight, on which the printed formula was evaluated.",
+        "square weight, so the printed formula was evaluated on one.",
     ]
     return Table("table2", "Table 2: Linear and SparseGrad", pd.DataFrame(rows), notes)
 
 
-def _shown(residual: float | None) -> str:
-    """Rounding errors differ by machine: all that is none but rounding looks alike."""
+def _format_residual(residual: float | None) -> str:
+    """The residual as text; rounding errors, which differ by machine, all look the same."""
     return "" if residual is None else f"< {TINY:g}" if residual < TINY else f"{residual:.1f}: wrong"

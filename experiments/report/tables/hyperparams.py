@@ -1,6 +1,6 @@
-"""Tables 13-15: best batch size and learning rate per task; the rows are those of `make sweep-table`.
+"""Tables 13-15: best batch size and learning rate per task, with the rows of `make sweep-table`.
 
-A study counts by its storage or, where that is not at hand, by the summary that it left in results/studies.
+Results of a study come from its storage or, if that is not available, from its summary in results/studies.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ FOUND, SCORE, STUDY = (HEADER.index(name) for name in ("found here", "score", "s
 
 
 def tables(context: Context) -> list[Table]:
-    """One table per printed one, and one for the searches of anything else."""
+    """Tables 13, 14 and 15, and one table for all other searches."""
     storage = context.results / "studies" / "studies.db"
     found = summaries(context.results)
-    lines = [_filled(line, found) for line in rows(open_store(str(storage)) if storage.is_file() else None)]
+    lines = [_fill_row(line, found) for line in rows(open_store(str(storage)) if storage.is_file() else None)]
     printed = {number: [line[1:] for line in lines if line[0] == str(number)] for number in (13, 14, 15)}
     own = [one for one in found if _names(one) not in {tuple(line[1:4]) for line in lines if line[0]}]
-    return [*(_table(number, of) for number, of in printed.items()), _summaries(own, context.results / "studies")]
+    return [*(_table(number, of) for number, of in printed.items()), _searches_table(own, context.results / "studies")]
 
 
 def summaries(results: Path) -> list[dict[str, Any]]:
-    """The summaries of studies that can be read, as `python -m sparsegrad.sweeps show` writes them."""
+    """The readable summaries of studies, which `python -m sparsegrad.sweeps show` writes."""
     return [one for _, one in _read(results) if isinstance(one, dict)]
 
 
 def unread(results: Path) -> list[str]:
-    """One line for each summary that is damaged."""
+    """One line for each damaged summary."""
     return [f"studies/{path.parent.name}/{path.name}: {one}" for path, one in _read(results) if isinstance(one, str)]
 
 
@@ -58,8 +58,8 @@ def _names(summary: dict[str, Any]) -> tuple[str, ...]:
     return tuple(labels.get(name, "") for name in ("model", "method", "task"))
 
 
-def _filled(line: list[str], found: list[dict[str, Any]]) -> list[str]:
-    """A row with the best summary of its model, method and task, where the storage has no study of them."""
+def _fill_row(line: list[str], found: list[dict[str, Any]]) -> list[str]:
+    """A row, filled from the largest summary of its model, method and task if the storage has no study of them."""
     like = [one for one in found if _names(one) == tuple(line[1:4])]
     if line[FOUND] or not like:
         return [*line[:FOUND], line[FOUND] or MISSING, *line[SCORE:]]
@@ -68,7 +68,7 @@ def _filled(line: list[str], found: list[dict[str, Any]]) -> list[str]:
 
 
 def equals(study: Path, best: float) -> str:
-    """Batch size / learning rate of each further complete trial that scored what the best did."""
+    """Batch size / learning rate of each further complete trial with the best score."""
     path = study / "trials.csv"
     frame = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["state", "value"])
     same = frame[(frame["state"] == "complete") & ((frame["value"] - best).abs() < TIE)]
@@ -82,14 +82,19 @@ def _pair(values: Mapping[str, Any]) -> str:
 
 def _table(number: int, lines: list[list[str]]) -> Table:
     title = f"Table {number}: batch size / learning rate, {lines[0][0]}, {lines[0][1]}"
-    notes = ["Captions as the authors' runs show them: Table 14 is BERT, Table 15 RoBERTa-base, both full fine-tuning."]
+    notes = [
+        "The paper's captions are wrong. The authors' runs show that Table 14 is full fine-tuning of BERT, and Table "
+        "15 of RoBERTa-base."
+    ]
     if all(line[FOUND - 1] == MISSING for line in lines):
-        notes.append(f"Found here: missing; make reproduce-table{number} searches, DRY=1 says for how many hours.")
+        notes.append(
+            f"Found here: missing; `make reproduce-table{number}` searches, with DRY=1 it estimates the hours."
+        )
     return Table(f"table{number}", title, pd.DataFrame(lines, columns=list(HEADER[1:])), notes)
 
 
-def _summaries(found: list[dict[str, Any]], studies: Path) -> Table:
-    """The searches of other models than the paper's."""
+def _searches_table(found: list[dict[str, Any]], studies: Path) -> Table:
+    """Searches on other models than the paper's."""
     names = ["study", "batch size / learning rate", "as good", "score", "objective", "trials complete", "pruned"]
     lines = []
     for one in found:
@@ -99,7 +104,7 @@ def _summaries(found: list[dict[str, Any]], studies: Path) -> Table:
         lines.append([one["study"], _pair(best["values"]), also, score, one["objective"], *counts])
     frame = pd.DataFrame(lines, columns=names)
     notes = [
-        "The first trial with the best score of one seed; as good: other trials with the same score. A held-out part "
-        "of few rows ties often: what a search found is a region, not a rate.",
+        "The first trial with the best score, one seed per trial. As good: other trials with the same score. A small "
+        "held-out part often has ties, so a search finds a range of learning rates, not a single one.",
     ]
-    return Table("table13_mini", "Tables 13 to 15 in small: our searches (mini: not the paper's model)", frame, notes)
+    return Table("table13_mini", "Tables 13 to 15 on MiniLM: our searches (mini: not the paper's model)", frame, notes)

@@ -1,4 +1,4 @@
-"""Table 6: LLaMA-2-7B on OASST1; what is published, and what of ours is there."""
+"""Table 6: LLaMA-2-7B on OASST1, published values next to our runs."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from experiments.report.tables.grades import grade
 from sparsegrad.tasks.oasst import AUTHORS_COUNTS
 
 Judged = Sequence[ModelScores]
-TASK, EXPERIMENT, PROTOCOL = "oasst1", "table6", "paper"  # of conf/experiment/table6.yaml
+TASK, EXPERIMENT, PROTOCOL = "oasst1", "table6", "paper"  # conf/experiment/table6.yaml
 PAPER_MODEL = "llama2_7b"
 BLOCKS, RANK, KEPT = 11, 32, 100_000  # conf/model/llama2_7b.yaml: every third block of 32
 NOTES = (
-    "Ours: loss on the validation split, mean ± sample std over seeds. Models other than LLaMA-2-7B: not the paper's. "
-    "The mini runs are 30 steps at one rate for all methods, not tuned: they show that a method trains, and rank "
-    "nothing; trainable shares differ.",
-    "Trainable of llama2_7b is computed from the shapes: up and down of 11 blocks. With gate, which the authors' code "
-    "trains densely, full is {with_gate}, the paper's 22 %, and the sparse methods add gate's {gate}; LoRA on all 32 "
-    "blocks, as in their code, is {lora_all}, the paper's 0.5 %; 100,000 entries of each weight are {sparsegrad}.",
-    "Judge's score: MT-Bench's questions, 1 to 10; the published I-Bench is Inflection's set: not to be compared.",
-    "Steps/s and peak memory of our rows were taken beside other work on the same machine: they show that a run fits, "
-    "and rank nothing. On a CPU the peak is the resident set, loaded model included.",
+    "Ours: loss on the validation split, mean ± sample std over seeds. Models other than LLaMA-2-7B are not the "
+    "paper's. The mini runs have 30 steps at one learning rate for all methods, without tuning. They show that each "
+    "method trains, but do not rank methods; trainable shares differ.",
+    "Trainable share of llama2_7b: computed from the shapes of up and down in 11 blocks. With gate, which the authors' "
+    "code trains densely, full is {with_gate} (the paper: 22 %), and the sparse methods gain gate's {gate}. LoRA on "
+    "all 32 blocks, as in their code, is {lora_all} (the paper: 0.5 %). 100,000 entries of each weight are "
+    "{sparsegrad}.",
+    "Judge's score: 1 to 10 on MT-Bench's questions. The published I-Bench is Inflection's set and not comparable.",
+    "Steps/s and peak memory of our rows were measured while the machine did other work: they show that a run fits "
+    "into memory, but do not rank methods. On a CPU the peak is the resident set, including the loaded model.",
 )
 
 
 def table(context: Context) -> Table:
-    """Published cells with our runs of the same, then our runs of other models and of the authors' variant."""
+    """The published rows with our runs of the same, then our runs of other models and of the authors' variant."""
     graded, shares, store = compute_scores(context.results / "mtbench"), paper_shares(), context.store
     found = {key: runs for key, runs in sorted(store.runs.items()) if key[3] == TASK}
     rows, records = [], {}
@@ -51,12 +52,12 @@ def table(context: Context) -> Table:
         records[f"{model} {method} {protocol} {folder}"] = [run.path for run in runs]
     notes = [note.format(**shares) for note in NOTES] + _conversations(context, records)
     if not records:
-        notes.append("Missing: runs of task oasst1 (LLaMA-2-7B needs its weights and a GPU of 80 GB) and the judge.")
+        notes.append("Missing: runs of task oasst1 (LLaMA-2-7B needs its weights and a GPU with 80 GB) and a judge.")
     return Table("table6", "Table 6: LLaMA-2-7B on OASST1", pd.DataFrame(rows), notes, records)
 
 
 def paper_shares() -> dict[str, str]:
-    """Trainable share of LLaMA-2-7B by method, under the paper's text, and of its authors' variants."""
+    """Trainable share of LLaMA-2-7B by method as in the paper's text, and for variants of the authors' code."""
     sizes: dict[str, Any] = dict(LLAMA)
     wide, narrow = sizes["intermediate_size"], sizes["hidden_size"]
     weight, adapter = wide * narrow, RANK * (wide + narrow)
@@ -105,20 +106,20 @@ def _ours(
         "method": method,
         "protocol": protocol,
         **dict.fromkeys(("published loss", "published I-Bench", "published trainable"), "none"),
-        "trainable": _middle(records, "trainable", "share", _percent),
+        "trainable": _median_text(records, "trainable", "share", _percent),
         "loss before": _before(records),
-        "ours, loss": _shown(losses, [run.reason for run in runs if run.reason]),
+        "ours, loss": _format_loss(losses, [run.reason for run in runs if run.reason]),
         "difference": "",
         "n": str(len(losses)),
         **grade(graded, model, method),
-        "steps/s": _middle(records, "speed", "steps_per_second", "{:.2f}".format),
+        "steps/s": _median_text(records, "speed", "steps_per_second", "{:.2f}".format),
         "peak MiB": _peak(records),
         "hours": hours(sum(spent) if spent else None),
     }
 
 
-def _shown(losses: Sequence[float], reasons: Sequence[str]) -> str:
-    """Mean and spread; why there is none where all runs failed."""
+def _format_loss(losses: Sequence[float], reasons: Sequence[str]) -> str:
+    """Mean and standard deviation, or the reasons if all runs failed."""
     found = summarise(losses)
     if found is None:
         return "failed: " + "; ".join(sorted(set(reasons))) if reasons else MISSING
@@ -126,7 +127,7 @@ def _shown(losses: Sequence[float], reasons: Sequence[str]) -> str:
 
 
 def _losses(runs: Sequence[Run], context: Context) -> list[float]:
-    """One loss a seed; a seed whose records disagree is left out, and named among the problems."""
+    """One loss per seed; seeds whose records disagree are left out, and the page lists them."""
     by_seed: dict[int, set[float]] = {}
     for run in runs:
         if (loss := _loss(context.store.records[run.path])) is not None:
@@ -141,24 +142,25 @@ def _loss(record: dict[str, Any]) -> float | None:
 
 
 def _before(records: Sequence[Mapping[str, Any]]) -> str:
-    """The loss of the untrained model, the same for all seeds; their mean."""
+    """The loss before training, averaged over seeds."""
     found = [row["nll"] for record in records for row in record.get("evaluations", []) if row["step"] == 0]
     return f"{sum(found) / len(found):.3f}" if found else ""
 
 
-def _middle(records: Sequence[Mapping[str, Any]], group: str, name: str, show: Any) -> str:
+def _median_text(records: Sequence[Mapping[str, Any]], group: str, name: str, show: Any) -> str:
+    """The median of a field over records, formatted by `show`; empty without values."""
     values = [record[group][name] for record in records if record.get(group, {}).get(name) is not None]
     return show(median(values)) if values else ""
 
 
 def _peak(records: Sequence[Mapping[str, Any]]) -> str:
-    """Median peak: CUDA's allocated memory, or the resident set of a CPU."""
-    gpu = _middle(records, "memory", "allocated_mib", "{:,.0f}".format)
-    return gpu or _middle(records, "memory", "resident_mib", "{:,.0f}".format)
+    """Median peak memory: allocated on a GPU, resident on a CPU."""
+    gpu = _median_text(records, "memory", "allocated_mib", "{:,.0f}".format)
+    return gpu or _median_text(records, "memory", "resident_mib", "{:,.0f}".format)
 
 
 def _conversations(context: Context, records: Mapping[str, Sequence[Path]]) -> list[str]:
-    """The counts of our data beside the authors'."""
+    """A note with the numbers of conversations, the authors' and ours."""
     found = {
         tuple(data["counts"][f"{part}_conversations"] for part in AUTHORS_COUNTS)
         for paths in records.values()

@@ -1,7 +1,7 @@
-"""Quality against cost: the engines beside LoRA and MeProp at the same trainable count, MiniLM, four tasks.
+"""Quality and cost: the engines compared with LoRA and MeProp at the same trainable count, on MiniLM and four tasks.
 
-Scores and losses are those of the mini runs; steps/s and memory are the benchmark's, because accuracy runs share their
-machine with others.
+Scores and losses come from the mini runs. Steps/s and memory come from the benchmark, because accuracy runs share their
+machine with other work.
 """
 
 from __future__ import annotations
@@ -31,23 +31,30 @@ from experiments.report.tables.speed import documents, paired_ratio
 
 EXACT, LORA, TUNED = "sparsegrad", "lora", "lora_tuned"
 LORA_ARM = "lora_peft"
-# Method of the accuracy runs -> name here, arm of the benchmark. The default engine `exact` is exact.
+# Method of the accuracy runs -> (name in the table, arm of the benchmark).
 ARMS = {
     "full": ("full fine-tuning", "full"),
-    EXACT: ("SparseGrad, default engine: exact", "exact"),
-    "sparsegrad_fast": ("SparseGrad fast: block, not exact", "fast"),
-    "sparsegrad_authors": ("SparseGrad as the authors' code", "authors"),
+    EXACT: ("SparseGrad, engine exact (default)", "exact"),
+    "sparsegrad_fast": ("SparseGrad, engine fast (not exact)", "fast"),
+    "sparsegrad_authors": ("SparseGrad as in the authors' code", "authors"),
     LORA: ("LoRA, peft's default alpha", LORA_ARM),
     TUNED: ("LoRA, alpha = 2 rank", LORA_ARM),
     "meprop": ("MeProp", "meprop"),
 }
 REFERENCES = {LORA: "minus LoRA", TUNED: "minus LoRA, alpha = 2 rank", EXACT: "minus exact"}
+# Names of the arms in energy.json -> names here.
+CAPTURED = {
+    "exact, both sides": "exact",
+    "small side": "exact, small side only",
+    "block, proportional": "fast, block proportional to the weight",
+    "block, inputs alone": "fast, block over the inputs alone",
+}
 SETTING = {"shape": "minilm", "padding": "longest", "task": "snippets", "rest": "trained", "mode": "eager"}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Median steps/s and training peak memory of one arm, and the medians of their ratios to `LORA_ARM`."""
+    """Median steps/s and peak memory of one arm, and the medians of their ratios to `LORA_ARM`."""
 
     speed: float
     peak_mib: float
@@ -56,23 +63,23 @@ class Cost:
 
 
 def table(context: Context) -> Table:
-    """One row per arm: score by task, its difference to LoRA and to exact, training loss, steps/s, memory."""
+    """One row per method: scores, differences from LoRA and exact, training loss, steps/s, memory."""
     grid, (machine, costs) = _grid(context), measured(context.results)
     rows = [_row(context, grid, method, costs) for method in ARMS]
     notes = [
-        SCORES + " n: seeds of the average.",
+        SCORES + " n: seeds with all tasks.",
         COLLAPSED,
         MINI_RUNS,
-        f"Differences of the average: two-sided 95 % Welch interval; one that holds 0 shows nothing ({SEEDS} seeds). "
-        + UNCORRECTED,
-        "The default engine walks the path of the paper's layer (a test holds it to that): its row is the exact one.",
+        f"Differences of the average: two-sided 95 % Welch intervals ({SEEDS} seeds); if an interval contains 0, the "
+        "difference is not significant. " + UNCORRECTED,
+        "The default engine takes the same steps as the paper's layer, which a test checks.",
         caveat(context.results),
-        "The checkpoint is chosen on held-out training rows.",
-        "Loss: mean training loss over the steps that every run of a task took, then over the tasks: cross-entropy, "
-        "for STS-B the squared error. That of the authors' code is not to be compared: its calibration trains the "
-        "model for 11 steps that the curve does not count.",
-        f"steps/s and peak: {_where(context.results, machine)}; medians, ratios to LoRA within a repeat; both LoRA "
-        "rows are one arm there.",
+        "Checkpoints are chosen on held-out training rows.",
+        "Loss: training loss averaged over the steps that all runs of a task have, then over the tasks; cross-entropy, "
+        "or the squared error for STS-B. The loss of the authors' code is not comparable: its calibration trains the "
+        "model for 11 steps that the curve does not include.",
+        f"steps/s and peak: {_describe_source(machine)}; medians, with ratios to LoRA within a repeat. Both LoRA rows "
+        "have the same arm there.",
     ]
     return Table(
         "quality", f"Quality and cost ({MINI_MARK})", pd.DataFrame(rows), notes, dict(grid.records(list(ARMS)))
@@ -80,41 +87,49 @@ def table(context: Context) -> Table:
 
 
 def per_task(context: Context) -> Table:
-    """One row per arm and task."""
+    """One row per method and task."""
     grid = _grid(context)
     rows = [
-        {"method": name, "task": task, **_score(grid, method, task), "loss": _text(losses(context, method, task), 4)}
+        {
+            "method": name,
+            "task": task,
+            **_score(grid, method, task),
+            "loss": _format_mean(losses(context, method, task), 4),
+        }
         for method, (name, _) in ARMS.items()
         for task in MINI_TASKS
     ]
     notes = [
         SCORES,
         COLLAPSED,
-        "Differences: two-sided 95 % Welch interval. " + UNCORRECTED,
-        "Loss: over the steps that every run took; not to be compared for the authors' code (see the table above).",
+        "Differences: two-sided 95 % Welch intervals. " + UNCORRECTED,
+        "Loss: over the steps that all runs have; not comparable for the authors' code (see the table above).",
     ]
     return Table("quality_per_task", f"Quality per task ({MINI_MARK})", pd.DataFrame(rows), notes)
 
 
 def energy(context: Context) -> Table:
-    """Share of the gradient that each engine captures, of either kind, at the first and the last step measured."""
+    """Share of the gradient that each engine captures, by layer kind, at the first and last measured step."""
     path = context.results / "figures" / "energy.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     steps = sorted({row["step"] for row in rows})
-    shown = [_shares(rows, arm, steps) for arm in dict.fromkeys(row["arm"] for row in rows)]
+    lines = [_shares(rows, arm, steps) for arm in dict.fromkeys(row["arm"] for row in rows)]
     notes = [
-        "Share of the squared norm of an MLP weight's gradient in the 1 % of entries that an engine trains: mean over "
-        "blocks. The largest 1 % after rotation, or one leading block. `all`: mean over the steps measured.",
-        "A larger share is no proof of better training: see the quality table.",
+        "Share of the squared norm of an MLP weight's gradient in the 1 % of entries that an engine trains (the "
+        "largest 1 % after rotation, or a leading block), averaged over blocks. `all`: mean over the measured steps.",
+        "A larger share does not imply better training: see the quality table.",
     ]
     if not rows:
-        notes, shown = [f"{MISSING}: python -m experiments.studies.gradients energy"], [{"arm": MISSING}]
-    return Table("quality_energy", f"Gradient captured by each engine ({MINI_MARK})", pd.DataFrame(shown), notes)
+        notes, lines = (
+            [f"{MISSING}: measure it with `python -m experiments.studies.gradients energy`"],
+            [{"arm": MISSING}],
+        )
+    return Table("quality_energy", f"Gradient captured by each engine ({MINI_MARK})", pd.DataFrame(lines), notes)
 
 
 def _shares(rows: Sequence[Mapping[str, Any]], arm: str, steps: Sequence[int]) -> dict[str, str]:
     of = {(row["kind"], row["step"]): mean(row["blocks"]) for row in rows if row["arm"] == arm}
-    line = {"arm": arm}
+    line = {"arm": CAPTURED.get(arm, arm)}
     for kind in dict.fromkeys(kind for kind, _ in of):
         line |= {f"{kind}, step {step}": f"{of[kind, step]:.3f}" for step in dict.fromkeys((steps[0], steps[-1]))}
         line[f"{kind}, all"] = f"{mean(of[kind, step] for step in steps):.3f}"
@@ -137,17 +152,17 @@ def _row(context: Context, grid: Grid, method: str, costs: Mapping[str, Cost]) -
         **scores,
         AVERAGE: average.pop("score"),
         **average,
-        "loss": _text(loss, 4),
+        "loss": _format_mean(loss, 4),
         "trainable": _trainable(context, grid, method),
-        "steps/s": _number(cost.speed if cost else None, 2),
-        "over LoRA": _number(cost.speed_ratio if cost else None, 2),
-        "peak MiB": _number(cost.peak_mib if cost else None, 0),
-        "over LoRA ": _number(cost.peak_ratio if cost else None, 2),
+        "steps/s": _format_number(cost.speed if cost else None, 2),
+        "over LoRA": _format_number(cost.speed_ratio if cost else None, 2),
+        "peak MiB": _format_number(cost.peak_mib if cost else None, 0),
+        "over LoRA ": _format_number(cost.peak_ratio if cost else None, 2),
     }
 
 
 def _score(grid: Grid, method: str, task: str) -> dict[str, str]:
-    """Mean and spread, number of seeds, and the interval of the difference to each reference."""
+    """Score, number of seeds, and the interval of the difference from each reference."""
     line, values = grid.line(method, task), grid.values(method, task)
     intervals = {
         heading: interval_text(welch_interval(values, grid.values(reference, task)) if method != reference else None)
@@ -157,7 +172,7 @@ def _score(grid: Grid, method: str, task: str) -> dict[str, str]:
 
 
 def losses(context: Context, method: str, task: str) -> Summary | None:
-    """Mean training loss, over seeds, of the steps that every run of the task took, whatever its method."""
+    """Training loss over seeds, each averaged over the steps that all runs of the task have, of any method."""
     last = min((rows[-1]["step"] for one in ARMS for rows in _curves(context, one, task)), default=None)
     if last is None:
         return None
@@ -167,7 +182,7 @@ def losses(context: Context, method: str, task: str) -> Summary | None:
 
 
 def _curves(context: Context, method: str, task: str) -> Iterator[Sequence[Mapping[str, Any]]]:
-    """The training losses of each complete run of a cell."""
+    """The logged training losses of each complete run of a cell."""
     for run in context.store.runs.get(_grid(context).key(method, task), []):
         rows = context.store.records[run.path].get("losses", [])
         if run.value is not None and rows:
@@ -175,7 +190,7 @@ def _curves(context: Context, method: str, task: str) -> Iterator[Sequence[Mappi
 
 
 def measured(results: Path) -> tuple[str, dict[str, Cost]]:
-    """The machine with the most arms in the benchmark's MiniLM setting, and arm -> what was measured there."""
+    """(machine with the most arms in the benchmark's MiniLM setting, arm -> its cost there)."""
     found: dict[str, dict[str, Cost]] = {}
     for name, document in documents(results):
         for key, setting in document["settings"].items():
@@ -202,7 +217,7 @@ def _costs(document: Mapping[str, Any], setting: str) -> dict[str, Cost]:
 
 
 def points(context: Context) -> list[dict[str, Any]]:
-    """What the plot shows: arms with both an average over the tasks and a measured speed; `front`: Pareto."""
+    """The points of the plot: methods with an average score and a measured speed; `front`: on the Pareto front."""
     grid, (_, costs) = _grid(context), measured(context.results)
     found = []
     for method, (name, arm) in ARMS.items():
@@ -214,13 +229,13 @@ def points(context: Context) -> list[dict[str, Any]]:
 
 
 def _beats(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether `a` is at least as good and as fast, and better in one of them."""
+    """Whether `a` is at least as good and as fast as `b`, and better in one of the two."""
     pairs = [(a[axis], b[axis]) for axis in ("score", "steps_per_second")]
     return all(x >= y for x, y in pairs) and any(x > y for x, y in pairs)
 
 
 def _trainable(context: Context, grid: Grid, method: str) -> str:
-    """Trainable entries of the MLP weights, one block; empty without a run."""
+    """Trainable entries of the MLP weights of one block; missing without a run."""
     for task in MINI_TASKS:
         for run in context.store.runs.get(grid.key(method, task), []):
             per_weight = context.store.records[run.path].get("trainable", {}).get("per_weight")
@@ -229,15 +244,15 @@ def _trainable(context: Context, grid: Grid, method: str) -> str:
     return MISSING
 
 
-def _where(results: Path, machine: str) -> str:
+def _describe_source(machine: str) -> str:
     if not machine:
-        return f"{MISSING}: python -m experiments.bench --presets model makes results/bench"
+        return f"{MISSING}; measure them with `python -m experiments.bench --presets model`"
     return f"results/bench/{machine}, MiniLM on snippets padded to the longest row, random weights"
 
 
-def _text(found: Summary | None, digits: int) -> str:
-    return _number(found.mean if found else None, digits)
+def _format_mean(found: Summary | None, digits: int) -> str:
+    return _format_number(found.mean if found else None, digits)
 
 
-def _number(value: float | None, digits: int) -> str:
+def _format_number(value: float | None, digits: int) -> str:
     return MISSING if value is None else f"{value:.{digits}f}"

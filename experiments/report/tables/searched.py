@@ -1,6 +1,6 @@
-"""Tables 13-15: the best batch size and learning rate per task, beside the published ones and the authors' own.
+"""Tables 13-15: the best batch size and learning rate per task, next to the published values and the authors'.
 
-`python -m experiments.report.tables.searched` (`make sweep-table`) prints them from a storage of studies.
+`python -m experiments.report.tables.searched` (`make sweep-table`) prints them from the storage of studies.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ HEADER = (
 
 
 def rows(store: Store | None) -> list[list[str]]:
-    """One row for each published line, then one for each study of something else; blank where nothing was searched."""
+    """One row per published line, then one per other study; cells without a search are blank."""
     published, authors = read_rows("paper"), read_rows("authors")
     studies = list(_studies(store)) if store is not None else []
     lines = [[row["table"], row["model"], row["method"], row["task"], _pair(row)] for row in published]
     known = {tuple(line[1:4]) for line in lines}
     lines += [["", *names, ""] for names in sorted({names for names, _ in studies} - known)]
-    return [_filled(line, authors, dict(_best_of(studies, tuple(line[1:4])))) for line in lines]
+    return [_fill_row(line, authors, dict(_best_of(studies, tuple(line[1:4])))) for line in lines]
 
 
-def _filled(line: list[str], authors: list[dict[str, str]], best: dict[str, str]) -> list[str]:
+def _fill_row(line: list[str], authors: list[dict[str, str]], best: dict[str, str]) -> list[str]:
     row = find(authors, line[1], line[2], line[3])
     theirs = [_pair(row), _pair(row, "optuna_")] if row else ["", ""]
     return [*line, *theirs, best.get("values", ""), best.get("score", ""), best.get("study", "")]
 
 
 def _studies(store: Store) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(model, method, task) and summary of each study that has a completed trial of batch size and learning rate."""
+    """((model, method, task), study) of each study with labels and a completed trial."""
     for name in optuna.get_all_study_names(store.storage):
         study = optuna.load_study(study_name=name, storage=store.storage)
         labels = study.user_attrs.get(LABELS)
@@ -59,7 +59,7 @@ def _studies(store: Store) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def _best_of(studies: list[tuple[tuple[str, ...], Any]], names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """The study with most trials speaks for its model, method and task."""
+    """Values, score and name of the study with the most trials for this model, method and task."""
     found = [study for of, study in studies if of == names]
     if not found:
         return
@@ -77,9 +77,11 @@ def _pair(row: dict[str, str], prefix: str = "") -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table as Markdown; 2 after bad input, with one line that says what to do."""
+    """Print the table as Markdown: status 0, or 2 and one line with the remedy after bad input."""
     parser = argparse.ArgumentParser(prog="python -m experiments.report.tables.searched", description="Tables 13-15.")
-    parser.add_argument("--storage", help="as sweep.storage; default: SPARSEGRAD_STORAGE or the results folder")
+    parser.add_argument(
+        "--storage", help="storage as in sweep.storage (default: SPARSEGRAD_STORAGE or the results folder)"
+    )
     parser.add_argument("--results-dir", default="results")
     options = parser.parse_args(arguments)
     where = options.storage or default_storage(options.results_dir)

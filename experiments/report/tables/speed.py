@@ -1,6 +1,6 @@
-"""Tables 3, 7 and 8: steps/s and training memory, from results/bench; beside them three figures of others.
+"""Tables 3, 7 and 8: our steps/s and training memory from results/bench, next to three other numbers.
 
-What the paper prints, what the authors' logs printed, and what their logs say when read rightly.
+These are what the paper prints, what the authors' logs print, and what the logs show after correction.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ MODEL = "roberta_base"
 Cells = Sequence[Mapping[str, Any]]
 SCHEMA = 1
 PER_TASK = (7, 8)
-PADDINGS = {"max_length": "padded", "longest": "dynamic"}  # of the benchmark -> as a column says it
-BATCH = 16  # of the settings that stand for a table's cells; the others are in the table of all
-# Row as printed -> our arm; the exact engine and the block engine are ours alone.
+PADDINGS = {"max_length": "padded", "longest": "dynamic"}  # padding of the benchmark -> name in columns
+BATCH = 16  # batch size of the cells of Tables 3, 7 and 8; the table of all settings has others
+# Row as printed -> our arm. The arms in `EXTRA` are not in the paper.
 ARMS = {
     "Regular FT": "full",
     "LoRA": "lora_peft",
@@ -33,21 +33,20 @@ ARMS = {
     "SparseGrad, Regular": "layer_regular",
 }
 SHORT = {"SparseGrad, Sparse-by-Dense": "SparseGrad SD", "SparseGrad, Regular": "SparseGrad Reg"}
-EXTRA = {"exact": "SparseGrad, engine exact (ours)", "fast": "SparseGrad fast, not exact (ours)"}
-SKIPS_PADDING = "layer_sparse_dense"  # so its cost depends on the task's lengths, padded or not
+EXTRA = {"exact": "SparseGrad, engine exact (ours)", "fast": "SparseGrad, engine fast, not exact (ours)"}
+SKIPS_PADDING = "layer_sparse_dense"  # so its cost depends on the token lengths even when padded
 LOGGED = {"full": "full", "lora_peft": "lora", "layer_regular": "sparsegrad"}
 WHY = (
-    "Why the others differ: the logged steps/s divide the planned steps of 20 epochs by the time of a run that stopped "
-    "early, and the logged memory is the evaluation's; the columns 'true' undo both (evaluation still inside the time)."
+    "Why the logged numbers differ: logged steps/s divide the planned steps of 20 epochs by the time of a run that "
+    "stopped early, and logged memory is that of the evaluation. The columns 'true' correct both; their time includes "
+    "evaluation."
 )
-
-
 LOGGED_BATCH = "logs' batch"
 BATCHES = (
-    "The logs' batch sizes differ by method and task; where a column has two values they are means over the runs of "
-    "either batch size: compare within one."
+    "The logs' batch sizes differ by method and task. Where a cell has two values, they are means over the runs of "
+    "each batch size; compare values of the same batch size."
 )
-APART = ("bytes_per_step.json",)  # in the same folder, and no benchmark: docs/several-gpus.md
+APART = ("bytes_per_step.json",)  # in the same folder, but not a benchmark: docs/several-gpus.md
 
 
 def _files(results: Path) -> list[Path]:
@@ -55,7 +54,7 @@ def _files(results: Path) -> list[Path]:
 
 
 def documents(results: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, content) of each benchmark file that can be read; `unread` names the others."""
+    """(name, content) of each readable benchmark file; `unread` lists the others."""
     for path in _files(results):
         found = _document(path)
         if isinstance(found, dict):
@@ -69,7 +68,7 @@ def unread(results: Path) -> list[str]:
 
 
 def _document(path: Path) -> dict[str, Any] | str:
-    """The content of a benchmark file, or what is wrong with it."""
+    """The content of a benchmark file, or the reason why it cannot be used."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -84,7 +83,7 @@ def _document(path: Path) -> dict[str, Any] | str:
 
 
 def measured(results: Path, shape: str = MODEL) -> list[dict[str, Any]]:
-    """One row per hardware, setting and arm: medians over repeats, None with a reason where all failed."""
+    """One row per machine, setting and arm: medians over repeats, or None and a reason where all failed."""
     rows = []
     for name, document in documents(results):
         for key, setting in document["settings"].items():
@@ -117,16 +116,16 @@ def _row(name: str, setting: Mapping[str, Any], arm: str, found: Cells, of: Mapp
 
 
 def paired_ratio(mine: Cells, others: Cells, field: str) -> float | None:
-    """The median over repeats of a ratio within a repeat: what else the machine does then, both arms feel."""
+    """The median over repeats of the ratio within a repeat, in which both arms see the same load of the machine."""
     of = {cell["repeat"]: cell[field] for cell in others if cell["status"] == "complete" and cell[field]}
     found = [cell[field] / of[cell["repeat"]] for cell in mine if cell["repeat"] in of]
     return median(found) if found else None
 
 
 def tables(context: Context) -> list[Table]:
-    """Tables 3, 7 and 8, and what was measured in every setting."""
+    """Tables 3, 7 and 8, and a table of all measured settings."""
     found = measured(context.results)
-    return [_table3(found), _per_task(7, found), _per_task(8, found), _ours(context, found)]
+    return [_table3(found), _per_task(7, found), _per_task(8, found), _all_settings(found)]
 
 
 def _table3(found: list[dict[str, Any]]) -> Table:
@@ -138,7 +137,7 @@ def _table3(found: list[dict[str, Any]]) -> Table:
         others = dict(zip(("published steps/s", "published MB"), published, strict=True))
         others |= {LOGGED_BATCH: logs.pop(LOGGED_BATCH), **logs}
         rows.append({"arm": arm, **others, **_cells_of(found, arm, None, {"speed": "steps/s", "peak": "MiB"})})
-    notes = [WHY, BATCHES, _where(found), _extra(), "Printed: the averages of Tables 7 and 8."]
+    notes = [WHY, BATCHES, _describe_source(found), _describe_extra(), "Published: the averages of Tables 7 and 8."]
     notes += [line for number in PER_TASK for line in contradicted(number)]
     return Table("table3", "Table 3: speed and memory, RoBERTa-base", pd.DataFrame(rows), notes)
 
@@ -157,14 +156,14 @@ def _per_task(number: int, found: list[dict[str, Any]]) -> Table:
             others = {"published": published, **{name: logs[name] for name in names}}
             rows.append({"arm": arm, "task": task, **others, **_cells_of(found, arm, task, unit)})
     title = "steps per second" if number == 7 else "memory, MB"
-    notes = [WHY, BATCHES, _where(found), _extra(), *contradicted(number)]
+    notes = [WHY, BATCHES, _describe_source(found), _describe_extra(), *contradicted(number)]
     return Table(f"table{number}", f"Table {number}: {title} per task, RoBERTa-base", pd.DataFrame(rows), notes)
 
 
 def _cells_of(found: list[dict[str, Any]], arm: str, task: str | None, units: Mapping[str, str]) -> dict[str, str]:
-    """Ours, one column per machine and padding; an average has none.
+    """Our columns of a row, one per machine and padding; empty for an average.
 
-    Padded to 128 tokens every task costs the same, but for the arm that skips the padding's zero rows.
+    Padded to 128 tokens all tasks cost the same, except for the arm that skips the zero rows of padding.
     """
     paddings = ("max_length",) if task is None else tuple(PADDINGS)
     columns = {}
@@ -175,66 +174,68 @@ def _cells_of(found: list[dict[str, Any]], arm: str, task: str | None, units: Ma
             if task is not None and (padding == "longest" or arm == SKIPS_PADDING):
                 hits = [row for row in hits if row["task"] == task]
             for field, unit in units.items():
-                shown = "" if task == AVERAGE else _shown(hits, field)
-                columns[f"ours {PADDINGS[padding]}, {unit}{place and f', {place}'}"] = shown
+                text = "" if task == AVERAGE else _format_median(hits, field)
+                columns[f"ours {PADDINGS[padding]}, {unit}{place and f', {place}'}"] = text
     return columns
 
 
 def _places(found: list[dict[str, Any]], padding: str) -> dict[tuple[str, str], str]:
-    """(machine, what it measured) -> what a column calls it; of a machine's models the whole one, where it is there."""
+    """(machine, label) -> name of its column. Of a machine's models, the whole one is chosen if it was measured."""
     places = {}
     for machine in dict.fromkeys(row["machine"] for row in found):
         rows = [row for row in found if row["machine"] == machine]
         labels = [row["label"] for row in rows if _is_cell(row, padding)] or [row["label"] for row in rows]
-        label = min(labels, key=lambda name: bool(_scaled(name)))
-        places[machine, label] = machine + _scaled(label)
+        label = min(labels, key=lambda name: bool(_mark_scaled(name)))
+        places[machine, label] = machine + _mark_scaled(label)
     return places
 
 
-def _scaled(label: str) -> str:
+def _mark_scaled(label: str) -> str:
     return f" {SCALED}" if "scaled" in label else ""
 
 
 def is_main(row: Mapping[str, Any]) -> bool:
-    """Whether a row of `measured` is the setting of Table 3."""
+    """Whether a row of `measured` has the setting of Table 3."""
     return _is_cell(row, "max_length")
 
 
 def _is_cell(row: Mapping[str, Any], padding: str) -> bool:
-    """Whether a row stands for a cell: as the paper ran, in float32 and not compiled."""
+    """Whether a row has the setting of the paper: its batch size, float32, not compiled."""
     return (row["batch"], row["padding"], row["precision"], row["mode"]) == (BATCH, padding, "fp32", "eager")
 
 
-def _shown(hits: list[dict[str, Any]], field: str) -> str:
-    """The median over repeats; why there is none where all of them failed."""
+def _format_median(hits: list[dict[str, Any]], field: str) -> str:
+    """The median over repeats, or the reason if all of them failed."""
     if not hits:
         return MISSING
     value = hits[0][field]
     return f"failed: {hits[0]['reason']}" if value is None else f"{value:.3g}" if field == "speed" else f"{value:.0f}"
 
 
-def _where(found: list[dict[str, Any]]) -> str:
+def _describe_source(found: list[dict[str, Any]]) -> str:
+    """A note on our measurements: machines, models and paddings."""
     if not any(map(is_main, found)):
-        return "Ours: missing; make reproduce-table3 measures them, on this hardware."
+        return "Ours: missing; `make reproduce-table3` measures them on this machine."
     padded, dynamic = (
         "; ".join(f"{machine}: {label}" for machine, label in _places(found, padding) if label) for padding in PADDINGS
     )
     without = ", ".join(task for task in TASKS.values() if task not in histograms())
     return (
-        f"Ours: batch {BATCH}, float32, medians over repeats. Padded to 128 tokens: {padded}; all tasks cost the same, "
-        f"but for {SKIPS_PADDING}, which skips padding: its figure is CoLA's. Dynamic, to the longest row: {dynamic}; "
-        f"no token lengths are at hand of {without}. Scaled figures compare among themselves alone."
+        f"Ours: batch size {BATCH}, float32, medians over repeats. Padded to 128 tokens: {padded}; all tasks cost the "
+        f"same, except for {SKIPS_PADDING}, which skips padding and was measured on CoLA. Padded dynamically to the "
+        f"longest row: {dynamic}; token lengths are not available for {without}. Scaled values are comparable only "
+        "with each other."
     )
 
 
-def _extra() -> str:
-    return "Arms that the paper has not: " + "; ".join(f"{arm}: {about}" for arm, about in EXTRA.items()) + "."
+def _describe_extra() -> str:
+    return "Arms that are not in the paper: " + "; ".join(f"{arm}: {about}" for arm, about in EXTRA.items()) + "."
 
 
 def _logs(arm: str, task: str | None) -> dict[str, str]:
-    """The authors' logs of an arm: as printed by them, and the true values; means over seeds.
+    """The authors' logs of an arm, as logged and corrected; means over seeds.
 
-    Their batch sizes differ by method and task, so means over tasks are taken for each batch size apart.
+    Their batch sizes differ by method and task, so each batch size has its own mean over tasks.
     """
     columns = {
         "logged steps/s": ("logged_steps_per_second", 2),
@@ -248,31 +249,35 @@ def _logs(arm: str, task: str | None) -> dict[str, str]:
     frame = pd.concat([authors_runs(MODEL, LOGGED[arm], one) for one in tasks])
     sizes = sorted({int(size) for size in frame["batch_size"].dropna()})
     by_batch = {size: frame[frame["batch_size"] == size] for size in sizes}
-    shown = {
-        name: " / ".join(_mean_of(rows[column], digits) for rows in by_batch.values())
+    means = {
+        name: " / ".join(_format_mean(rows[column], digits) for rows in by_batch.values())
         for name, (column, digits) in columns.items()
     }
-    return {**shown, LOGGED_BATCH: " / ".join(map(str, by_batch))}
+    return {**means, LOGGED_BATCH: " / ".join(map(str, by_batch))}
 
 
-def _mean_of(values: pd.Series[float], digits: int) -> str:
+def _format_mean(values: pd.Series[float], digits: int) -> str:
     given = values.dropna()
     return f"{mean(given):.{digits}f}" if len(given) else "no log"
 
 
-def _ours(context: Context, found: list[dict[str, Any]]) -> Table:
+def _all_settings(found: list[dict[str, Any]]) -> Table:
     rows = [_with_ratio(row) for row in found]
     names = ["machine", "model", "task", "padding", "batch", "precision", "mode", "arm", "steps/s", "of full"]
     names += ["peak MiB", "of full ", "n"]
     frame = pd.DataFrame(rows or [{**dict.fromkeys(names, ""), "machine": MISSING}], columns=names)
     notes = [
-        "One process per arm and repeat, in turn: medians, ratios within a repeat.",
-        "Peak: GPU allocated, CPU resident above the loaded model.",
-        "Random weights of the true architecture (or cut to the blocks that the label names), real token lengths.",
-        _extra(),
+        "One process per arm and repeat, with alternating arms. Values are medians over repeats; ratios are taken "
+        "within a repeat.",
+        "Peak: allocated memory on a GPU, resident memory above the loaded model on a CPU.",
+        "Models have random weights and the real architecture, cut to fewer blocks where the label says so; batches "
+        "have real token lengths.",
+        _describe_extra(),
     ]
     if not rows:
-        notes.append("Missing: make reproduce-table3 (python -m experiments.bench --presets paper), on this hardware.")
+        notes.append(
+            "Missing: measure them with `make reproduce-table3` (python -m experiments.bench --presets paper)."
+        )
     return Table("table3_measured", "Tables 3, 7 and 8: measured here", frame, notes)
 
 
@@ -281,8 +286,8 @@ def _with_ratio(row: Mapping[str, Any]) -> dict[str, str]:
         name: f"{row[field]['full']:.2f}" if "full" in row[field] else ""
         for name, field in (("of full", "speed_over"), ("of full ", "peak_over"))
     }
-    shown = {name: str(row[name]) for name in ("machine", "task", "padding", "batch", "precision", "mode", "arm", "n")}
+    about = {name: str(row[name]) for name in ("machine", "task", "padding", "batch", "precision", "mode", "arm", "n")}
     failed = row["speed"] is None
     values = {"steps/s": f"failed: {row['reason']}" if failed else f"{row['speed']:.3f}"}
     values["peak MiB"] = "" if failed else f"{row['peak']:.0f}"
-    return {"model": str(row["label"] or MODEL), **shown, **values, **ratios}
+    return {"model": str(row["label"] or MODEL), **about, **values, **ratios}

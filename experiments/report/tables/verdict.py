@@ -1,4 +1,4 @@
-"""What the mini tables show: every method against full fine-tuning and against LoRA, over the tasks that both have."""
+"""Mini tables: each method compared with full fine-tuning and LoRA, over the tasks that both have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.report.tables.accuracy import (
     MINI_RUNS,
     MINI_TASKS,
     PROTOCOLS,
-    UNCORRECTED,
+    SIGNIFICANCE,
     Grid,
 )
 from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table, caveat, interval_text, signed
@@ -24,15 +24,15 @@ REFERENCES = ("full", "lora")
 
 @dataclass(frozen=True)
 class Comparison:
-    """One method against another.
+    """One method compared with another.
 
     Attributes:
-        tasks: those on which both have a seed.
-        difference: of the seeds' averages over these tasks, in points; where no seed has all of them, the mean of the
-            tasks' differences; None without a task.
-        interval: 95 % Welch interval of that difference; None where a side has fewer than two seeds, or none varies.
-        seeds: how many seeds of the method, and of the other, have all these tasks.
-        higher, lower: tasks on which the mean is higher or lower; a star where the task's own interval excludes 0.
+        tasks: tasks on which both methods have runs.
+        difference: difference in points of the averages over these tasks, each a mean over seeds. If no seed has all
+            tasks, the mean of the differences by task. None without common tasks.
+        interval: 95 % Welch interval of the difference; None if a side has fewer than two seeds, or neither varies.
+        higher, lower: tasks with a higher or lower mean; with a star if the task's own interval excludes 0.
+        seeds: numbers of seeds of the two methods that have all these tasks.
     """
 
     tasks: tuple[str, ...]
@@ -44,15 +44,15 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """In words; an interval that holds 0 tells nothing apart."""
+        """The comparison in words."""
         if self.interval is None:
             return MISSING if self.difference is None else "too few seeds" if min(self.seeds) < 2 else "no spread"
         low, high = self.interval
-        return "better" if low > 0 else "worse" if high < 0 else "not told apart"
+        return "better" if low > 0 else "worse" if high < 0 else "no significant difference"
 
 
 def compare(context: Context, protocol: str, method: str, other: str) -> Comparison:
-    """Method minus other on the tasks at hand; a task that one of them lacks has no part in it."""
+    """Method minus other, over the tasks that both have."""
     every = _grid(context, protocol, MINI_TASKS)
     tasks = tuple(task for task in MINI_TASKS if every.values(method, task) and every.values(other, task))
     if not tasks:
@@ -62,9 +62,9 @@ def compare(context: Context, protocol: str, method: str, other: str) -> Compari
     averages = _grid(context, protocol, tasks)
     mine, theirs = averages.values(method, AVERAGE), averages.values(other, AVERAGE)
     difference = mean(mine) - mean(theirs) if mine and theirs else mean(differences.values())
-    told = {task: task + _star(welch_interval(a, b)) for task, (a, b) in pairs.items()}
-    higher = tuple(told[task] for task in tasks if differences[task] > 0)
-    lower = tuple(told[task] for task in tasks if differences[task] < 0)
+    marked = {task: task + _star(welch_interval(a, b)) for task, (a, b) in pairs.items()}
+    higher = tuple(marked[task] for task in tasks if differences[task] > 0)
+    lower = tuple(marked[task] for task in tasks if differences[task] < 0)
     seeds = len(mine), len(theirs)
     return Comparison(tasks, difference, welch_interval(mine, theirs), higher, lower, seeds)
 
@@ -85,14 +85,14 @@ def table(context: Context) -> Table:
             for method in (one for one in MINI_METHODS if one != other):
                 rows.append(_row(compare(context, protocol, method, other), protocol, method, other))
     notes = [
-        "Difference in points, of the seeds' averages over the tasks that both have; interval: two-sided 95 % Welch. "
-        "n: seeds of the method and of the other that have all these tasks.",
+        "Difference in points between the averages over the tasks that both methods have; interval: two-sided 95 % "
+        "Welch. n: seeds of each method that have all these tasks.",
         caveat(context.results),
-        f"*: the task's own interval excludes 0. {UNCORRECTED} A side whose seeds all score what one answer for every "
-        "row scores makes an interval too narrow: table5_mini counts them.",
+        f"{SIGNIFICANCE} *: the interval of this task alone excludes 0. If all seeds of a method score the same as a "
+        "constant prediction, its interval is too narrow; table5_mini counts such seeds.",
         MINI_RUNS,
     ]
-    title = f"What the mini tables show: each method against full fine-tuning and LoRA ({MINI_MARK})"
+    title = f"Mini tables: each method compared with full fine-tuning and LoRA ({MINI_MARK})"
     return Table("mini_verdict", title, pd.DataFrame(rows), notes)
 
 
@@ -103,7 +103,7 @@ def _row(found: Comparison, protocol: str, method: str, other: str) -> dict[str,
         "against": other,
         "difference": MISSING if found.difference is None else signed(found.difference),
         "95 %": interval_text(found.interval),
-        "so it is": "" if found.difference is None else found.verdict,
+        "result": "" if found.difference is None else found.verdict,
         "n": "" if found.difference is None else " / ".join(map(str, found.seeds)),
         "tasks": f"{len(found.tasks)} of {len(MINI_TASKS)}",
         "higher on": ", ".join(found.higher),
