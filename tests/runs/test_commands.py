@@ -50,7 +50,7 @@ def check(conf: Composer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         program = words[0].removeprefix(".venv/bin/")
         if run := RUN.search(command):
             assert (ROOT / run[1]).is_file()
-            check_run(shlex.split(run[2]), conf)
+            check_run(shlex.split(run[2].replace("--cfg job", "")), conf)
         elif words[:2] == [words[0], "-m"]:
             monkeypatch.setattr(sys, "argv", [*words[2:], "--help"])
             check_module(words[2], [word for word in words if word.startswith("--")], capsys)
