@@ -56,7 +56,7 @@ class Lora:
         # peft has frozen everything but the adapters; the paper trains everything outside the MLP weights.
         freeze(model, linears, context, mlp_weights=False)
         for name, parameter in model.named_parameters():
-            if ".lora_" in name:
+            if ".lora_" in name:  # the adapters too: `freeze` treats them like any other parameter
                 train_only(parameter, True)
         parameters = trainable_parameters(model)
         return Prepared(

@@ -121,9 +121,10 @@ class SparseGrad:
         check_choice("method.save_dtype", self.save_dtype, tuple(_DTYPES), "null keeps them as they are")
         for name, value in _ENGINE_SETTINGS["layer" if self.engine == "exact" else "exact"].items():
             if getattr(self, name) != value:
+                default = "null" if value is None else str(value).lower()  # as in YAML
                 raise UserError(
                     f"method.{name}={getattr(self, name)} does not belong to method.engine={self.engine}: "
-                    f"set method.{name}={_format_value(value)}, or use the other engine"
+                    f"set method.{name}={default}, or use the other engine"
                 )
 
     def check(self, linears: Linears) -> None:
@@ -178,16 +179,12 @@ class SparseGrad:
             finish=lambda: to_linears(model),
         )
 
-    @property
-    def _replaces_linears(self) -> bool:
-        """Whether the MLP linears are replaced by layers of this library during training."""
-        return self.engine == "layer" or self.drop_padding or self.save_dtype is not None
-
     def _make_groups(self, model: nn.Module, linears: Linears, bases: Mapping[str, Basis]) -> list[dict[str, Any]]:
         if self.engine == "layer":
             return self._insert_layers(model, linears, bases)
         groups = param_groups(model, linears, bases, keep=self.keep, density=self.density, moments=self.moments)
-        if self._replaces_linears:
+        if self.drop_padding or self.save_dtype is not None:
+            # The weights stay the same tensors, so the groups remain valid.
             for found in linears.values():
                 for name, linear in found.items():
                     lean = LeanLinear(linear, drop_padding=self.drop_padding, save_dtype=_DTYPES[self.save_dtype])
@@ -218,8 +215,3 @@ class SparseGrad:
                     f"{shape}: give a basis of this model, or null to calibrate"
                 )
         return bases
-
-
-def _format_value(value: Any) -> str:
-    """Format a value as in YAML."""
-    return "null" if value is None else str(value).lower()

@@ -50,8 +50,10 @@ class SparseGradAuthors(SparseGrad):
         bases, cost = self.find_bases(model, linears, context)
         if self.transposed_in_basis:
             bases = {kind: _transpose_in_basis(basis) for kind, basis in bases.items()}
-        if self.frozen_layer_norm:
-            _freeze_layer_norms(model)
+        if self.frozen_layer_norm:  # after the calibration, which trains them too
+            for module in model.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.requires_grad_(False)
         prepared = self.build(model, linears, context, bases, cost)
         if self.rotated_bias_gradient:
             _rotate_bias_gradients(model, linears, bases)
@@ -63,6 +65,7 @@ class SparseGradAuthors(SparseGrad):
         """Return bases and cost; unless switched off, the calibration is ordinary training."""
         if not self.training_calibration:
             return super().find_bases(model, linears, context)
+        # An optimizer of its own: its moments are discarded after the calibration.
         optimizer = adamw(trainable_parameters(model), context)
 
         def update() -> None:
@@ -75,12 +78,6 @@ class SparseGradAuthors(SparseGrad):
 def _transpose_in_basis(basis: Basis) -> Basis:
     assert basis.in_basis is not None
     return Basis(basis.in_basis.T.contiguous(), basis.out_basis)
-
-
-def _freeze_layer_norms(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.requires_grad_(False)
 
 
 def _rotate_bias_gradients(model: nn.Module, linears: Linears, bases: Mapping[str, Basis]) -> None:

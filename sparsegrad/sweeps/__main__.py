@@ -57,6 +57,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _find_storage(options: argparse.Namespace) -> str:
+    """Return `--storage`, or the storage that a sweep uses by default."""
     from sparsegrad.sweeps.hparams import default_storage
 
     return options.storage or default_storage(options.results_dir)

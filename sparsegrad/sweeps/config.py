@@ -136,7 +136,7 @@ def make_plan(composed: DictConfig) -> Plan:
     Raises:
         UserError: if a value is not allowed, or a key cannot be searched.
     """
-    composed = with_current_names(composed)
+    composed = with_current_names(composed)  # earlier names are accepted
     sweep = _make_sweep_config(composed)
     base = build(_set_values(composed, sweep, {}))
     space = parse_space(sweep.space, base.resolved)
@@ -183,6 +183,7 @@ def _make_sweep_config(composed: DictConfig) -> SweepConfig:
 def _set_values(composed: DictConfig, sweep: SweepConfig, parameters: Mapping[str, Any]) -> DictConfig:
     """Return the run's part of the configuration, with a trial's values and the split that the sweep optimizes."""
     config = composed.copy()
+    # A copy may drop the nodes that are no part of a run, such as `sweep`.
     OmegaConf.set_struct(config, False)
     for name in BESIDE_RUN:
         config.pop(name, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +43,17 @@ def apply(composed: DictConfig, by_hand: Collection[str] | None = None) -> dict[
         UserError: if there are no values for this model, method and task.
     """
     name = str(composed.hparams)
-    values, kept = _find_values(composed, name), _list_overrides() if by_hand is None else by_hand
+    if name.startswith(STUDY):
+        values = _read_study(composed, name.removeprefix(STUDY))
+    elif name == MINI:
+        values = _read_mini_rate(composed)
+    else:
+        values = _read_file(composed, name)
+    kept = _list_overrides() if by_hand is None else by_hand
     taken = {key: value for key, value in values.items() if key not in kept}
     for key, value in taken.items():
         OmegaConf.update(composed, key, value)
     return {"from": name, **taken}
-
-
-def _find_values(composed: DictConfig, name: str) -> Mapping[str, Any]:
-    if name.startswith(STUDY):
-        return _read_study(composed, name.removeprefix(STUDY))
-    return _read_mini_rate(composed) if name == MINI else _read_file(composed, name)
 
 
 def default_storage(results_dir: str) -> str:
@@ -122,7 +122,7 @@ def _read_mini_rate(composed: DictConfig) -> dict[str, Any]:
     return {"train.lr": float(rate)}
 
 
-def _read_study(composed: DictConfig, name: str) -> Mapping[str, Any]:
+def _read_study(composed: DictConfig, name: str) -> dict[str, Any]:
     from sparsegrad.sweeps.study import LABELS, load_study  # here: published values need no Optuna
 
     study = load_study(default_storage(composed.results_dir), name)

@@ -100,6 +100,7 @@ class Watch:
 def _is_alive(worker: dict[str, Any]) -> bool:
     try:
         process = psutil.Process(worker["pid"])
+        # The start time tells a worker from a later process with the same number.
         return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - worker["started"]) < 1
     except psutil.Error:
         return False

@@ -41,7 +41,7 @@ class Ledger:
         redos: dict[int, int] = {}
         for trial in self.trials:
             if REDO_OF in trial.user_attrs:
-                redos.setdefault(trial.user_attrs[REDO_OF], trial.number)
+                redos.setdefault(trial.user_attrs[REDO_OF], trial.number)  # trials are sorted: the first counts
         return redos
 
     def attempts(self, slot: int) -> list[FrozenTrial]:

@@ -107,7 +107,9 @@ def _run_worker(content: Any, index: int, count: int, labels: Mapping[str, Any] 
     """Run one worker process on its share of the machine."""
     from sparsegrad.runs.quiet import quiet_libraries, quiet_transformers
 
-    _take_share(index, count)
+    if "OMP_NUM_THREADS" not in os.environ:  # otherwise every worker uses all cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+    _take_device(index)
     quiet_libraries()
     quiet_transformers()
     try:
@@ -117,13 +119,6 @@ def _run_worker(content: Any, index: int, count: int, labels: Mapping[str, Any] 
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT
-
-
-def _take_share(index: int, count: int) -> None:
-    """Set the number of threads, and the GPU, of one worker among `count`."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
-    _take_device(index)
 
 
 def _take_device(index: int) -> None:

@@ -48,6 +48,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         self._training = False
 
     def _report_new(self, state: Any) -> None:
+        # The log of the Trainer contains every evaluation, also those before a checkpoint was resumed.
         values = [row[f"eval_{self._metric}"] for row in state.log_history if f"eval_{self._metric}" in row]
         for value in values[self._reported :]:
             self._reported += 1

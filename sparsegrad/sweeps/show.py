@@ -51,7 +51,7 @@ def summary(study: Study) -> dict[str, Any]:
         "attempts_of_dead_workers": sum(trial.state == TrialState.FAIL for trial in trials),
         "seconds": round(seconds, 1),
         "seconds_saved_by_pruning": round(saved, 1),
-        "reasons": _collect_reasons(trials),
+        "reasons": {str(trial.number): trial.user_attrs[REASON] for trial in trials if REASON in trial.user_attrs},
     }
 
 
@@ -63,15 +63,10 @@ def _measure_seconds(trials: list[FrozenTrial]) -> tuple[float, float]:
             continue
         seconds = trial.duration.total_seconds()
         spent += seconds
-        step, total = trial.user_attrs.get(PROGRESS, (0, 0))
+        step, total = trial.user_attrs.get(PROGRESS, (0, 0))  # steps done, steps planned
         if trial.state == TrialState.PRUNED and step:
             saved += seconds * (total / step - 1)
     return spent, saved
-
-
-def _collect_reasons(trials: list[FrozenTrial]) -> dict[str, str]:
-    """Return trial number -> why it ended early, if its worker recorded a reason."""
-    return {str(trial.number): trial.user_attrs[REASON] for trial in trials if REASON in trial.user_attrs}
 
 
 def write_trials(study: Study, path: Path) -> None:

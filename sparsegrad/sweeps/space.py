@@ -142,7 +142,11 @@ def parse_space(node: Any, config: Mapping[str, Any]) -> Space:
     if not isinstance(node, Mapping) or not node:
         raise UserError(f"sweep.space is empty: give at least one key, as {_FORMS}")
     method = config["method"]["name"]
-    kept = {key: _drop_methods(key, entry) for key, entry in node.items() if _applies_to(key, entry, method)}
+    kept = {
+        key: {option: value for option, value in entry.items() if option != "methods"}
+        for key, entry in node.items()
+        if _applies_to(key, entry, method)
+    }
     if not kept:
         raise UserError(f"sweep.space has no key for method={method}: add one, or choose another method")
     for key in kept:
@@ -159,10 +163,6 @@ def _applies_to(key: str, entry: Any, method: str) -> bool:
     if not isinstance(methods, list) or not methods:
         raise UserError(f"sweep.space: {key} has methods={methods}: give a list of names such as [lora], or drop it")
     return method in methods
-
-
-def _drop_methods(key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if name != "methods"}
 
 
 def _check_key(key: str, config: Mapping[str, Any]) -> None:
@@ -187,7 +187,7 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _make_dimension(key: str, entry: Mapping[str, Any]) -> Dimension:
     kinds = [kind for kind in _OPTIONS if kind in entry]
     if len(kinds) != 1:
-        raise UserError(f"sweep.space: {key}={dict(entry)} is not understood: give {_FORMS}")
+        raise UserError(f"sweep.space: {key}={entry} is not understood: give {_FORMS}")
     kind = kinds[0]
     unknown = set(entry) - {kind} - _OPTIONS[kind]
     if unknown:
@@ -207,7 +207,7 @@ def _check_choices(key: str, values: tuple[Any, ...]) -> None:
         raise UserError(f"sweep.space: {key} has an empty choice: give at least one value")
     if not all(isinstance(value, _SCALAR_TYPES) for value in values):
         raise UserError(f"sweep.space: {key} has the choices {list(values)}: give numbers, words, true, false or null")
-    if len({(type(value), value) for value in values}) < len(values):
+    if len({(type(value), value) for value in values}) < len(values):  # by type too: True == 1
         raise UserError(f"sweep.space: {key} has one choice twice: {list(values)}; drop one")
 
 

@@ -40,6 +40,7 @@ class SharedStudy:
     def take(self) -> Trial | None:
         """Take the next trial; None while other workers run all that are left."""
         with self.store.claiming():
+            # Recover first: a failed trial queued again comes before a new one.
             self._recover_trials()
             if not self.ledger().has_work(self.plan.budget):
                 return None
@@ -58,6 +59,7 @@ class SharedStudy:
         values = None if value is None else [value]
         with self.store.claiming():
             try:
+                # Facts first: a finished trial cannot be changed.
                 for name, fact in facts.items():
                     self.store.storage.set_trial_user_attr(trial._trial_id, name, fact)
                 return self.store.storage.set_trial_state_values(trial._trial_id, state, values)
@@ -135,7 +137,7 @@ def _create_or_load(plan: Plan, store: Store, options: dict[str, Any]) -> Study:
     name, storage, direction = plan.sweep.study, store.storage, StudyDirection[plan.sweep.direction.upper()]
     try:
         study = optuna.create_study(study_name=name, storage=storage, direction=direction, **options)
-    except DuplicatedStudyError:
+    except DuplicatedStudyError:  # it exists, or another worker was faster
         return optuna.load_study(study_name=name, storage=storage, **options)
     _write_identity(plan, study)
     return study

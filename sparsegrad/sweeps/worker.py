@@ -135,7 +135,10 @@ class Worker:
     def _print_trial(self, trial: Trial, what: str) -> None:
         budget = self.shared.plan.budget
         done = len(self.shared.ledger().finished(budget))
-        values = ", ".join(f"{key}={_format_value(value)}" for key, value in trial.params.items())
+        values = ", ".join(
+            f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}"
+            for key, value in trial.params.items()
+        )
         console.print(f"trial {trial.number} ({values}): {what} [{done} of {budget}]", markup=False, soft_wrap=True)
 
 
@@ -160,7 +163,3 @@ def _read_score(record: Mapping[str, Any], metric: str) -> float | None:
     chosen = next(row for row in record["evaluations"] if row["step"] == record["result"]["chosen_step"])
     value = chosen.get(metric)
     return value if value is not None and math.isfinite(value) else None
-
-
-def _format_value(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -69,7 +69,7 @@ class Splits:
         for part in (self.train, self.validation):
             columns = sorted(part.column_names)
             digest.update(json.dumps([len(part), columns]).encode())
-            for batch in part.iter(_FINGERPRINT_ROWS):
+            for batch in part.iter(_FINGERPRINT_ROWS):  # in blocks: the whole split as one JSON text is too large
                 digest.update(json.dumps([batch[column] for column in columns]).encode())
         return digest.hexdigest()[:16]
 
@@ -225,6 +225,7 @@ def split_heldout(train: datasets.Dataset, share: float = 0.1) -> tuple[datasets
             f"{math.ceil(1 / share) if 0 < share < 1 else 2} rows are needed; raise data.max_train, or give more data"
         )
     order = _shuffle_rows(len(train))
+    # Sorted: each part keeps the order of the file.
     return train.select(np.sort(order[count:])), train.select(np.sort(order[:count]))
 
 

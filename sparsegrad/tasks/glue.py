@@ -34,11 +34,13 @@ def _read_hub(task: Task) -> Splits:
             found = datasets.load_dataset(HUB_NAME, task.name)
     except Exception as error:  # the hub's client raises many types; the remedy is the same for all
         raise _make_hub_error(task, error) from error
+    # MNLI has two validation splits; this is the one of the same genres as the training rows.
     validation = "validation_matched" if task.name == "mnli" else "validation"
     return Splits(_select_columns(task, found["train"]), _select_columns(task, found[validation]))
 
 
 def _select_columns(task: Task, rows: datasets.Dataset) -> datasets.Dataset:
+    """Keep the task's columns, with labels of the same type as from files."""
     return rows.select_columns([*task.columns, "label"]).cast_column("label", label_kind(task))
 
 

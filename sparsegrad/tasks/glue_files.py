@@ -112,7 +112,10 @@ def read_local(task: Task, folder: str) -> Splits:
     """
     root, official = Path(folder).expanduser(), OFFICIAL[task.name]
     jsonl, tsv = root / task.name, root / official.folder
-    train, validation = jsonl / "train.jsonl", _find_validation(task, jsonl)
+    train, validation = jsonl / "train.jsonl", jsonl / "validation.jsonl"
+    # The hub's name of MNLI's split; the plain name is allowed too.
+    if task.name == "mnli" and (jsonl / "validation_matched.jsonl").is_file():
+        validation = jsonl / "validation_matched.jsonl"
     if train.is_file() and validation.is_file():
         return Splits(_read_jsonl(task, train), _read_jsonl(task, validation))
     if (tsv / "train.tsv").is_file() and (tsv / official.dev).is_file():
@@ -121,11 +124,6 @@ def read_local(task: Task, folder: str) -> Splits:
         f"data.dir={folder} has no complete {task.name}: tried {train} with {validation.name}, and {tsv / 'train.tsv'} "
         f"with {official.dev}; put the files there, or use the hub with data.dir=null"
     )
-
-
-def _find_validation(task: Task, folder: Path) -> Path:
-    matched = folder / "validation_matched.jsonl"
-    return matched if task.name == "mnli" and matched.is_file() else folder / "validation.jsonl"
 
 
 def _read_jsonl(task: Task, path: Path) -> datasets.Dataset:

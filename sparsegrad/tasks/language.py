@@ -70,8 +70,9 @@ class LanguageTask(Task):
         found = self._read(data)
         for part, rows in (("train", found.train), ("validation", found.validation)):
             if not len(rows):
+                counts = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in found.counts.items())
                 raise UserError(
-                    f"task={self.name}: no conversation is left for the {part} split ({_format_counts(found.counts)}); "
+                    f"task={self.name}: no conversation is left for the {part} split ({counts or 'no counts'}); "
                     "give more data, or remove a filter such as task.langs"
                 )
         train, validation = subset(found.train, data.max_train), subset(found.validation, data.max_eval)
@@ -105,7 +106,9 @@ class LanguageTask(Task):
             UserError: if no token has a loss, or `data.max_length` is more than the tokenizer allows.
         """
         check_tokenizer(tokenizer, data)
-        packer = Packer(data.max_length, _pick_padding(tokenizer))
+        # LLaMA's tokenizer has no padding token. Padding is masked, so any id will do.
+        padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        packer = Packer(data.max_length, int(padding))
         turns = ([Turn(**turn) for turn in json.loads(text)] for text in rows["conversation"])
         while batch := list(islice(turns, _BATCH)):
             for ids, labels in self._encode(batch, tokenizer):
@@ -127,8 +130,10 @@ class LanguageTask(Task):
             ids = list(found["input_ids"][row])
             labels = list(ids)
             if self.mask_prompt:
-                starts = [start for start, _ in found["offset_mapping"][row]]
-                labels = [i if _is_inside(s, answers) else IGNORED for i, s in zip(ids, starts, strict=True)]
+                # A token belongs to the turn in which its first character is.
+                firsts = [first for first, _ in found["offset_mapping"][row]]
+                learned = [any(start <= first < end for start, end in answers) for first in firsts]
+                labels = [i if keep else IGNORED for i, keep in zip(ids, learned, strict=True)]
             yield self._add_ends(ids, labels, tokenizer)
 
     def _add_ends(self, ids: list[int], labels: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -192,16 +197,3 @@ def make_conversations(rows: list[tuple[str, list[Turn]]]) -> datasets.Dataset:
 def in_tenth(group: str, salt: str = "heldout") -> bool:
     """Whether a group belongs to a fixed tenth, the same on every machine; each `salt` selects another tenth."""
     return int(text_sha256(f"{salt} {group}"), 16) % _HELDOUT_SHARE == 0
-
-
-def _pick_padding(tokenizer: Any) -> int:
-    """Return a token id for padding; LLaMA has none, and any id will do because padding is masked."""
-    return int(next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0))
-
-
-def _is_inside(position: int, spans: list[tuple[int, int]]) -> bool:
-    return any(start <= position < end for start, end in spans)
-
-
-def _format_counts(counts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in counts.items()) or "no counts"

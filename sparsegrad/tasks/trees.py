@@ -61,7 +61,7 @@ def _build_message(row: Any, parent: str | None, where: str, depth: int = 1) -> 
         raise UserError(
             f"{where}: the replies of message {message.id} are a {type(replies).__name__}: give a list of messages"
         )
-    given = row.get("parent_id")
+    given = row.get("parent_id")  # optional here: the nesting already says it
     if given is not None and given != parent:
         raise UserError(
             f"{where}: message {message.id} answers {given}, which is missing: the message above it is {parent}; "
@@ -94,6 +94,7 @@ def flat_trees(rows: Iterable[Mapping[str, Any]], where: str) -> list[Tree]:
         if message.id in found:
             raise UserError(f"{where}: message {message.id} occurs twice: remove one of them")
         found[message.id] = (message, row)
+    # Replies are attached only now: a reply may come before the message that it answers.
     trees = []
     for message, row in found.values():
         parent = row.get("parent_id")
