@@ -1,4 +1,4 @@
-"""Modules that replace `nn.Linear`, and putting them into a model and out again."""
+"""Modules that replace `nn.Linear`, and how they are put into a model and removed again."""
 
 from sparsegrad.layers.block import BlockLinear
 from sparsegrad.layers.lean import LeanLinear

@@ -1,13 +1,14 @@
-"""Engine `block`: not exact. The kept entries are one fixed leading block of the rotated gradient, not its top-k.
+"""The layer of engine `fast`: it trains one fixed leading block of the rotated gradient, not its largest entries.
 
-HOSVD sorts directions by energy, so the leading r inputs and c outputs hold much of the gradient. If only the block
-of the rotated gradient at their crossing is wanted, it never has to be rotated as a whole: with U_r (in, r) and
-V_c (out, c)
+This is not the exact method. HOSVD sorts directions by energy, so the leading r input and c output directions hold much
+of the gradient. Their block of the rotated gradient can be computed without rotating the whole gradient. With the
+leading columns U_r (n, r) and V_c (m, c) of the bases of a linear with n inputs and m outputs,
 
     core gradient = (dy V_c)^T (x U_r)    (c, r)
 
-costs at most T (n r + m c + r c) multiplications instead of T n m, and back-propagation needs x U_r (T, r) instead of
-x (T, n). Where c is large, V_c^T (dy^T x U_r) is the same for T m r + m r c: then r alone decides.
+takes at most T (n r + m c + r c) multiplications for T tokens, instead of T n m. Back-propagation stores x U_r (T, r)
+instead of x (T, n). If c is large, V_c^T (dy^T (x U_r)) gives the same with T m r + m r c multiplications, a cost that
+only r keeps small.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from sparsegrad.targets import check_updated
 
 
 class _BlockLinear(torch.autograd.Function):
-    """y = x W^T + b with gradients for x, b, and the core: W holds V_c core U_r^T already."""
+    """y = x W^T + b with gradients for x, b and the core. W (out, in) already includes V_c core U_r^T."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, core: Tensor, U_r: Tensor, V_c: Tensor) -> Tensor:
+        # x (T, in) itself is not saved: its gradient needs only W, and that of the core only x U_r (T, r).
         ctx.save_for_backward(x @ U_r if ctx.needs_input_grad[3] else None, W, V_c)
         ctx.core_dtype = core.dtype
         return nn.functional.linear(x, W, bias)
@@ -45,24 +47,25 @@ class _BlockLinear(torch.autograd.Function):
 
 
 def _core_gradient(dy: Tensor, x_r: Tensor, V_c: Tensor) -> Tensor:
-    """V_c^T dy^T x_r (c, r) from dy (T, out) and x U_r (T, r), in the order that multiplies less."""
+    """V_c^T dy^T x_r (c, r) from dy (T, out) and x_r (T, r), in the order with fewer multiplications."""
     (T, r), (m, c) = x_r.shape, V_c.shape
     return V_c.T @ (dy.T @ x_r) if m * r * (T + c) < T * c * (m + r) else (dy @ V_c).T @ x_r
 
 
 class BlockLinear(nn.Module):
-    """A linear whose weight is W + V_c core U_r^T, of which the core (c, r) trains.
+    """A linear whose weight is W + V_c core U_r^T, of which only the core (c, r) trains.
 
-    The core is an ordinary parameter: accumulation, clipping, AMP and optimizers work as ever. Its change is merged
-    into W before the next forward pass, so that a pass costs one product; W itself has no gradient. A change is seen by
-    torch's count of in-place writes. Writes through `.data`, and those of torch's fused optimizers, are not counted:
-    after a fused step call `torch.autograd.graph.increment_version` on the cores, as `SparseGradAdamW` and
-    `methods.base.adamw` do.
+    The core is an ordinary parameter, so gradient accumulation, clipping, AMP and any optimizer work as usual. Its
+    change is merged into W before the next forward pass, which then costs one product. W itself has no gradient.
+
+    The layer detects a change of the core by torch's version counter of in-place writes. Writes through `.data` and
+    those of torch's fused optimizers do not increment it: after a fused step call
+    `torch.autograd.graph.increment_version` on the cores, as `SparseGradAdamW` and `methods.base.adamw` do.
 
     Args:
-        weight: W (out, in), merged in place.
+        weight: W (out, in); the layer keeps it and changes it in place.
         bias: (out,) or None.
-        basis: its leading columns are used; it needs both sides.
+        basis: basis of both sides, of which the leading columns are used.
         core_shape: (c, r), at most (out, in).
 
     Raises:
@@ -77,28 +80,29 @@ class BlockLinear(nn.Module):
         super().__init__()
         if not basis.fits(weight.shape):
             raise UserError(
-                f"a basis for {basis.shape} does not fit a linear of {tuple(weight.shape)}: calibrate it anew"
+                f"a basis for {basis.shape} does not fit a linear of {tuple(weight.shape)}: calibrate it again"
             )
         check_updated(weight, "the weight of a block")
         for name, size, most in zip(("out", "in"), core_shape, weight.shape, strict=True):
             check_integer(f"{name} directions", size, at_least=1, at_most=most)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias)
-        # In float32 at least, whatever the weight's dtype: small changes of the core must not round away.
+        # At least float32, whatever the weight's dtype, so that small changes of the core are not lost to rounding.
         core = torch.zeros(core_shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
         self.core = nn.Parameter(core)
-        self.register_buffer("merged", core.clone())
+        self.register_buffer("merged", core.clone())  # the part of the core that W includes already
         U, V = basis.to(weight.device, weight.dtype).both()
+        # Not persistent: bases are the same for all blocks, and `save_bases` stores them once.
         self.register_buffer("in_basis", U[:, : core_shape[1]].contiguous(), persistent=False)
         self.register_buffer("out_basis", V[:, : core_shape[0]].contiguous(), persistent=False)
         self._merged_version = self.core._version
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, basis: Basis, core_shape: tuple[int, int]) -> BlockLinear:
-        """Take over a linear (out, in); its own weight is left alone.
+        """Make a layer from copies of the weight (out, in) and bias of `linear`.
 
         Raises:
-            UserError: also for what is no `nn.Linear`, such as GPT-2's `Conv1D`.
+            UserError: as the class, and for a module that is not an `nn.Linear`, such as GPT-2's `Conv1D`.
         """
         check_linear(linear, "a block")
         bias = None if linear.bias is None else linear.bias.detach().clone()
@@ -106,9 +110,10 @@ class BlockLinear(nn.Module):
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """The ordinary linear with the same function."""
+        """An ordinary linear that computes the same function."""
         self.merge()
         out_features, in_features = self.weight.shape
+        # On `meta`, so that no weight is allocated and initialized just to be replaced.
         linear = nn.Linear(in_features, out_features, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.weight.detach().clone())
         linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())  # type: ignore[assignment]
@@ -117,11 +122,12 @@ class BlockLinear(nn.Module):
     @torch.no_grad()
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def merge(self) -> None:
-        """Bring what the core has changed since the last merge into W."""
-        if self.core._version == self._merged_version:  # counts in-place writes: no look at the values, no sync
+        """Add to W what has changed in the core since the last merge."""
+        # The version counts in-place writes. Comparing values instead would make the CPU wait for the GPU.
+        if self.core._version == self._merged_version:
             return
         change = self.core - self.merged  # (c, r)
-        left, right = self._factors(change)  # (out, k) and (k, in), k the shorter side of the core
+        left, right = self._factor_change(change)  # (out, k) and (k, in), with k the shorter side of the core
         if self.weight.dtype == torch.bfloat16:
             add_stochastic(self.weight, left @ right, self.core)
         else:
@@ -129,14 +135,14 @@ class BlockLinear(nn.Module):
         self.merged.copy_(self.core)
         self._merged_version = self.core._version
 
-    def _factors(self, change: Tensor) -> tuple[Tensor, Tensor]:
-        """V_c change U_r^T as a product of two; the longer side of the core (c, r) is multiplied first."""
+    def _factor_change(self, change: Tensor) -> tuple[Tensor, Tensor]:
+        """V_c change U_r^T as a product of two matrices; the longer side of the core (c, r) is multiplied first."""
         right = self.in_basis.to(change.dtype).T
         V_c = self.out_basis.to(change.dtype)
         return (V_c, change @ right) if change.shape[0] < change.shape[1] else (V_c @ change, right)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to y (..., out). Under autocast the products run in its dtype, as `nn.Linear`'s do."""
+        """x (..., in) to y (..., out). Under autocast the products use its dtype, as in `nn.Linear`."""
         self.merge()
         dtype = product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -149,7 +155,8 @@ class BlockLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._merged_version = -1  # a copy counts its writes anew, and may have been made between a step and its merge
+        # The version counter of a copied core starts again, and the copy may have been made between a step and its merge.
+        self._merged_version = -1
 
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape
@@ -157,13 +164,13 @@ class BlockLinear(nn.Module):
 
 
 def share_bases(layers: Sequence[BlockLinear]) -> None:
-    """Let layers that were made from one basis with one core shape read the same two matrices: one copy for all."""
+    """Let layers of one basis and one core shape share the same two matrices, which saves memory."""
     for layer in layers[1:]:
         layer.in_basis, layer.out_basis = layers[0].in_basis, layers[0].out_basis
 
 
 def core_shape(shape: tuple[int, int], density: float) -> tuple[int, int]:
-    """The block (c, r) of a weight (out, in) that has `density` of its entries: the same share of either side.
+    """The core shape (c, r) with the share `density` of the entries of a weight (out, in): sqrt(density) of each side.
 
     Raises:
         UserError: for a density outside (0, 1].

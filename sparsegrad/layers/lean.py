@@ -1,7 +1,7 @@
-"""A linear that spends less on its weight gradient: padding dropped (exact), inputs kept in bfloat16.
+"""A linear with a cheaper weight gradient: it drops padding tokens (exact), or saves its input in bfloat16.
 
-The products y = x W^T and dx = dy W stay as they are; only dW = dy^T x changes. It is made for engine `exact`, which
-needs dW as a whole, but gives any optimizer its gradient.
+Only dW = dy^T x changes; the products y = x W^T and dx = dy W do not. The layer is intended for engine `exact`, which
+needs the whole dW, but works with any optimizer.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from sparsegrad.layers.common import check_linear, product_dtype
 
 
 class _LeanLinear(torch.autograd.Function):
+    """y = x W^T + b with x (tokens, in) saved in `layer.save_dtype` and dW (out, in) by `layer.weight_gradient`."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, layer: LeanLinear) -> Tensor:
-        kept = x.to(layer.save_dtype or x.dtype) if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(kept, W)
+        saved = x.to(layer.save_dtype or x.dtype) if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(saved, W)
         ctx.layer = layer
         return nn.functional.linear(x, W.to(x.dtype), bias)
 
@@ -36,13 +38,13 @@ class LeanLinear(nn.Linear):
     """An `nn.Linear` with the same parameters whose weight gradient is cheaper.
 
     Args:
-        linear: whose weight (out, in) and bias it shares.
-        drop_padding: leave out tokens whose output gradient is zero, as that of padding is: the same sum, fewer terms.
-            It looks at the gradient on the host, which a GPU has to wait for.
-        save_dtype: dtype in which x is kept for dW, such as `torch.bfloat16`: half the memory, rounded products.
+        linear: the linear whose weight (out, in) and bias this layer shares.
+        drop_padding: leave out tokens whose output gradient is zero, as it is for padding. The sum is the same with
+            fewer terms. The number of such tokens is read on the host, which makes the CPU wait for a GPU.
+        save_dtype: dtype in which x is saved for dW, such as `torch.bfloat16`: half the memory, but rounded products.
 
     Raises:
-        UserError: for a dtype that is not floating, or what is no `nn.Linear`, such as GPT-2's `Conv1D`.
+        UserError: for a dtype that is not floating, or a module that is not an `nn.Linear`, such as GPT-2's `Conv1D`.
     """
 
     def __init__(
@@ -61,13 +63,13 @@ class LeanLinear(nn.Linear):
         self.save_dtype = save_dtype
 
     def to_linear(self) -> nn.Linear:
-        """The ordinary linear with the same parameters."""
+        """An ordinary linear that shares the parameters of this layer."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to y (..., out). Under autocast the products run in its dtype, as `nn.Linear`'s do."""
+        """x (..., in) to y (..., out). Under autocast the products use its dtype, as in `nn.Linear`."""
         dtype = product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             tokens = x.reshape(-1, x.shape[-1]).to(dtype)
@@ -76,10 +78,10 @@ class LeanLinear(nn.Linear):
         return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
-        """dW (out, in) from dy (tokens, out) and the kept x (tokens, in)."""
+        """dW (out, in) from dy (tokens, out) and the saved x (tokens, in)."""
         if self.drop_padding:
             rows = dy.any(1).nonzero().flatten()
             if len(rows) < len(dy):
                 dy, x = dy[rows], x[rows]
-        # In the kept dtype: casting x back would make the copy that keeping it in bfloat16 has saved.
+        # In the saved dtype: casting x back would allocate the copy that saving it in bfloat16 avoids.
         return dy.to(x.dtype).T @ x

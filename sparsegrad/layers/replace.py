@@ -1,4 +1,4 @@
-"""Engine `fast` in a model: `BlockLinear`s in the places of its MLP linears, and ordinary linears again."""
+"""Put `BlockLinear`s into a model for engine `fast`, and turn all layers of this package back into linears."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from sparsegrad.targets import Linears, weight_shapes
 
 Blocks = dict[str, dict[str, BlockLinear]]
 """Layer kind -> module name -> the layer, in the model's order."""
-LAYERS = (BlockLinear, SparseGradLinear)  # whose parameters are not those of a linear, as those of `LeanLinear` are
+LAYERS = (BlockLinear, SparseGradLinear)  # their parameters differ from those of a linear; `LeanLinear`'s do not
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def use_blocks(model: nn.Module, linears: Linears, bases: Mapping[str, Basis], density: float) -> Blocks:
-    """Put a `BlockLinear` in the place of each of `linears`; its weight is frozen, its bias trains if it did.
+    """Replace each of `linears` by a `BlockLinear`, whose weight is frozen and whose bias trains if it did before.
 
     Args:
         model: changed in place.
-        linears: of `model`, as `find_mlp` gives them.
+        linears: linears of `model`, as `find_mlp` returns them.
         bases: layer kind -> basis of both sides; the layers of a kind share its leading columns.
-        density: share of a weight's entries that its core (c, r) has, (0, 1].
+        density: share of a weight's entries that its core (c, r) has, in (0, 1].
+
+    Returns:
+        Layer kind -> module name -> the new layer.
 
     Raises:
-        UserError: for what `BlockLinear.from_linear` refuses, or a density out of range.
+        UserError: as `BlockLinear.from_linear`, or for a density out of range.
     """
     blocks: Blocks = {}
     for kind, shape in weight_shapes(linears).items():
@@ -44,10 +47,11 @@ def use_blocks(model: nn.Module, linears: Linears, bases: Mapping[str, Basis], d
 
 
 def to_linears(model: Model) -> Model:
-    """Turn every `BlockLinear`, `SparseGradLinear` and `LeanLinear` of `model` into the linear of the same function.
+    """Replace every `BlockLinear`, `SparseGradLinear` and `LeanLinear` by an `nn.Linear` with the same function.
 
-    So after training the model is saved, exported, and compared with its base like any other. A model without such
-    layers stays as it is. The optimizer goes on holding the layers that are gone: train on with a new `prepare`.
+    Call it after training: the model can then be saved, exported and compared with its base like any other. A model
+    without such layers is not changed. The optimizer still refers to the removed layers: to continue training, call
+    `prepare` again.
 
     Args:
         model: changed in place.
@@ -56,11 +60,11 @@ def to_linears(model: Model) -> Model:
         The same model.
 
     Raises:
-        UserError: for such a layer alone, which no model holds.
+        UserError: when `model` itself is such a layer, which cannot be replaced in place.
     """
     if isinstance(model, LAYERS):
-        raise UserError(f"the model is itself a {type(model).__name__}: take what its to_linear() gives")
-    made: dict[int, nn.Linear] = {}
+        raise UserError(f"the model is itself a {type(model).__name__}: use what its to_linear() returns")
+    made: dict[int, nn.Linear] = {}  # id of a layer -> its linear: a layer with two names stays one module
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, (*LAYERS, LeanLinear)):
             if id(module) not in made:
@@ -70,7 +74,7 @@ def to_linears(model: Model) -> Model:
 
 
 def refuse_layers(model: nn.Module) -> None:
-    """Raise `UserError` for a model with layers that `to_linears` would turn: no base has their parameters."""
+    """Raise `UserError` for a model with layers whose parameters no base model has; `to_linears` removes them."""
     for name, module in model.named_modules():
         if isinstance(module, LAYERS):
             raise UserError(
@@ -86,7 +90,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def replace_linear(model: nn.Module, name: str, linear: Any, layer: Any) -> None:
-    """Put `layer` in the place of `linear`; its bias trains if the linear's did."""
+    """Put `layer` in the place of `linear`; its bias trains if that of the linear did."""
     if layer.bias is not None and linear.bias is not None:
         layer.bias.requires_grad_(linear.bias.requires_grad)
     replace_module(model, name, layer)

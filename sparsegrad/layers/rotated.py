@@ -1,4 +1,4 @@
-"""Engine `layer`: the paper's linear layer, whose weight lives in the rotated space (paper, section 3.2, Table 2)."""
+"""Engine `layer`: the paper's linear layer, which stores its weight in the rotated space (section 3.2, Table 2)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ BACKWARDS = ("regular", "sparse_dense")
 class _RotatedLinear(torch.autograd.Function):
     """y = x U W~^T V^T, with the sparse weight gradient top-k(V^T dy^T x U).
 
-    Table 2 of the paper, except its row Grad Input, which is dimensionally wrong as printed: dx = (dy V) W~ U^T.
+    This is Table 2 of the paper, except for its row Grad Input, whose dimensions do not match as printed. The correct
+    product is dx = (dy V) W~ U^T.
     """
 
     @staticmethod
@@ -34,12 +35,15 @@ class _RotatedLinear(torch.autograd.Function):
         x_rotated, weight, U, V = ctx.saved_tensors
         dy_rotated = ctx.matmul(grads[0], V)  # (tokens, out)
         dx = ctx.matmul(dy_rotated, weight.to(U.dtype)) @ U.T if ctx.needs_input_grad[0] else None
-        # In the weight's dtype, which under autocast is not the products': autograd cannot cast a COO gradient.
-        dW = _kept(ctx.matmul(dy_rotated.T, x_rotated).to(weight.dtype), ctx.keep) if ctx.needs_input_grad[1] else None
+        dW = None
+        if ctx.needs_input_grad[1]:
+            gradient = ctx.matmul(dy_rotated.T, x_rotated)  # (out, in)
+            # Cast before selecting: under autocast the weight's dtype differs, and autograd cannot cast a COO gradient.
+            dW = _select_entries(gradient.to(weight.dtype), ctx.keep)
         return dx, dW, None, None, None, None
 
 
-def _kept(gradient: Tensor, keep: int) -> Tensor:
+def _select_entries(gradient: Tensor, keep: int) -> Tensor:
     """The `keep` largest entries of a matrix (out, in) as sparse COO."""
     index = top_k_index(gradient, keep)
     rows, columns = index // gradient.shape[1], index % gradient.shape[1]
@@ -48,20 +52,21 @@ def _kept(gradient: Tensor, keep: int) -> Tensor:
 
 
 class SparseGradLinear(nn.Module):
-    """A linear layer that computes what the wrapped `nn.Linear` does and gets a sparse gradient in the rotated space.
+    """A linear layer that computes the same function as an `nn.Linear`, with a sparse gradient in the rotated space.
 
-    Forward y = x U W~^T V^T + b with W~ = V^T W U; the gradient of `rotated_weight` is sparse COO with `keep`
-    entries: train it with `SparseGradAdamW` or `torch.optim.SparseAdam`.
+    The forward pass is y = x U W~^T V^T + b with W~ = V^T W U. The gradient of `rotated_weight` is a sparse COO tensor
+    with `keep` entries: train it with `SparseGradAdamW` or `torch.optim.SparseAdam`.
 
-    The bases are shared by all blocks and fixed, so they are not part of the state dict; the parameter is called
-    `rotated_weight` so that no plain linear loads it by mistake. `to_linear` gives the ordinary weight back.
+    All blocks share the bases, which are fixed, so they are not part of the state dict. The parameter is called
+    `rotated_weight`, so that no ordinary linear loads it by mistake. `to_linear` returns the ordinary linear.
 
     Args:
         rotated_weight: W~ (out, in).
         bias: (out,) or None.
         basis: U (in, in) and V (out, out).
         keep: number of kept entries of the gradient, 1 to out * in.
-        backward: `regular`, or `sparse_dense`: skip the zero rows and columns of dy (paper eq. 1-2; the same sums).
+        backward: `regular`; or `sparse_dense`, which skips the zero rows and columns of dy (paper, eq. 1-2) and
+            gives the same result.
 
     Raises:
         UserError: for a basis of another shape or of one side, `keep` out of range, or an unknown `backward`.
@@ -90,16 +95,23 @@ class SparseGradLinear(nn.Module):
         density: float | None = None,
         backward: str = "regular",
     ) -> SparseGradLinear:
-        """Wrap `linear` (out, in); give `keep` (entries) or `density` (share of entries, 0 to 1].
+        """Make a layer from copies of the weight (out, in) and bias of `linear`.
+
+        Args:
+            linear: stays unchanged.
+            basis: basis of both sides; moved to the weight's device and dtype.
+            keep: number of kept entries. Give either this or `density`.
+            density: share of kept entries, in (0, 1].
+            backward: as for the class.
 
         Raises:
-            UserError: also for what is no `nn.Linear`, such as GPT-2's `Conv1D`.
+            UserError: as the class, and for a module that is not an `nn.Linear`, such as GPT-2's `Conv1D`.
         """
         check_linear(linear, "engine layer")
         weight = linear.weight.detach()
         if not basis.fits(weight.shape):
             raise UserError(
-                f"a basis for {basis.shape} does not fit a linear of {tuple(weight.shape)}: calibrate it anew"
+                f"a basis for {basis.shape} does not fit a linear of {tuple(weight.shape)}: calibrate it again"
             )
         basis = basis.to(weight.device, weight.dtype)
         bias = None if linear.bias is None else linear.bias.detach().clone()
@@ -107,7 +119,7 @@ class SparseGradLinear(nn.Module):
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """The ordinary linear with the same function: W = V W~ U^T."""
+        """An ordinary linear that computes the same function: W = V W~ U^T."""
         out_features, in_features = self.rotated_weight.shape
         linear = nn.Linear(in_features, out_features, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.basis.unrotate(self.rotated_weight))
@@ -117,9 +129,9 @@ class SparseGradLinear(nn.Module):
     @property
     @torch.no_grad()
     def weight(self) -> Tensor:
-        """The plain weight W = V W~ U^T (out, in), for code that asks a linear for it, as T5's does for its dtype.
+        """The ordinary weight W = V W~ U^T (out, in), for code that reads a linear's weight, as T5 does for its dtype.
 
-        A copy, computed at each access by two products: changing it changes nothing.
+        It is a copy, computed by two products at each access. Writing to it does not change the layer.
         """
         return self.basis.unrotate(self.rotated_weight.detach())
 
@@ -129,7 +141,7 @@ class SparseGradLinear(nn.Module):
         return Basis(self.in_basis, self.out_basis)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to y (..., out). Under autocast the products run in its dtype, as `nn.Linear`'s do."""
+        """x (..., in) to y (..., out). Under autocast the products use its dtype, as in `nn.Linear`."""
         dtype = product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             tokens, U, V = x.reshape(-1, x.shape[-1]).to(dtype), self.in_basis.to(dtype), self.out_basis.to(dtype)

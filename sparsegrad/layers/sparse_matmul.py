@@ -1,4 +1,4 @@
-"""The product of a sparse and a dense matrix by way of small dense ones (paper, section 3.2, eq. 1-2)."""
+"""The product of a sparse and a dense matrix through small dense matrices (paper, section 3.2, eq. 1-2)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from sparsegrad.errors import UserError
 
 
 def sparse_dense_matmul(sparse: Tensor, dense: Tensor) -> Tensor:
-    """Multiply `sparse` (b, c), which has many all-zero rows or columns, by `dense` (c, o).
+    """Multiply `sparse` (b, c), in which many rows or columns are entirely zero, by `dense` (c, o).
 
-    The nonzero rows and columns are taken out (eq. 1), the small dense matrices are multiplied, and the product is
-    written back to its rows (eq. 2). The result (b, o) is strided and equals `sparse @ dense`: only products with zero
-    are left out, which may change the order of summation and so the last digit.
+    Extract the nonzero rows and columns (eq. 1), multiply the small dense matrices, and write the product back to its
+    rows (eq. 2). Only products with zero are left out. This may change the order of summation, and so the last digit.
 
     Args:
         sparse: (b, c), strided or sparse COO.
         dense: (c, o), strided, of the same dtype.
+
+    Returns:
+        `sparse @ dense` (b, o), strided.
 
     Raises:
         UserError: when the operands are not two matrices whose inner sizes agree.
@@ -32,7 +34,7 @@ def sparse_dense_matmul(sparse: Tensor, dense: Tensor) -> Tensor:
 
 
 def _compact(sparse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the nonzero rows, the nonzero columns, and the dense matrix that lies at their crossings."""
+    """Indices of the nonzero rows and columns, and the dense matrix (rows, columns) of the entries there."""
     if sparse.is_sparse:
         return _compact_coo(sparse.coalesce())
     nonzero = sparse != 0
@@ -41,6 +43,8 @@ def _compact(sparse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _compact_coo(sparse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_compact` for a coalesced COO tensor, without making it dense."""
+    # `row_of` is the position of each entry's row among the nonzero rows; likewise `column_of`.
     rows, row_of = sparse.indices()[0].unique(return_inverse=True)  # type: ignore[no-untyped-call]
     columns, column_of = sparse.indices()[1].unique(return_inverse=True)  # type: ignore[no-untyped-call]
     small = sparse.values().new_zeros(len(rows), len(columns))

@@ -136,5 +136,5 @@ def test_a_stopped_training_goes_on_to_the_bit_without_a_second_calibration(fuse
 
 def test_a_layer_that_is_no_part_of_a_model_has_its_own_way_out() -> None:
     layer = BlockLinear.from_linear(nn.Linear(8, 8), Basis.identity(8, 8), (2, 2))
-    with pytest.raises(UserError, match=r"the model is itself a BlockLinear: take what its to_linear\(\) gives"):
+    with pytest.raises(UserError, match=r"the model is itself a BlockLinear: use what its to_linear\(\) returns"):
         to_linears(layer)
