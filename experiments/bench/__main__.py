@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> None:
     if options.predict:
         print("\n".join(predictions()))
         return
+    # Everything is checked before the first measurement: a benchmark runs for hours.
     device = pick_device(options.device, "--device")
     schedule = _schedule(options, device)
     planned, apart = _choose(options, device)
@@ -167,10 +168,11 @@ def _choose(
     wanted = tuple(_split_names(options.arms))
     for arm in wanted:
         find_arm(arm)
-    if options.shape is None:
+    if options.shape is None:  # presets
         _refuse_lone_fields(options)
         presets = [check_choice("preset", name, PRESETS) for name in _split_names(options.presets)] or list(PRESETS)
         planned = [found for found in plan(device, options.quick) if found.preset in presets]
+        # Decompositions belong to no arm, so --arms excludes them.
         apart = decompositions(options.quick) if "decomposition" in presets and not wanted else []
     else:
         planned, apart = [Planned(preset="custom", setting=_setting(options))], []

@@ -30,6 +30,7 @@ class Linear:
 
 def _block(x: Linear, c: int, r: int) -> float:
     """Engine fast: x U_r, the core V_c^T dy^T x U_r in the cheaper order, and merging the core's change into W."""
+    # The core is a product of three matrices; which pair comes first decides the cost.
     outputs_first = c / (2 * x.n) + r * c / (2 * x.n * x.m)
     inputs_first = r / (2 * x.n) + r * c / (2 * x.n * x.T)
     return 1 + r / (2 * x.m) + min(outputs_first, inputs_first) + min(r, c) / (2 * x.T)
@@ -42,6 +43,7 @@ COSTS: dict[str, Cost] = {
     "frozen": lambda x: 1.0,
     "full": lambda x: 1.5,  # the weight gradient is a third product of the same size
     "lora": lambda x: 1 + 1.5 * x.s * (x.n + x.m) / (x.n * x.m),
+    # x U and y V^T forward, and the same two rotations of the gradient backward: (T n^2 + T m^2) each way.
     "layer": lambda x: 1.5 + x.n / x.m + x.m / x.n,
     # Rotate the gradient on both sides, then rotate the sparse update back: sparse by dense, then one dense product.
     "both_sides": lambda x: 1.5 + (x.n + x.m) / (2 * x.T) + min(x.n, x.m) / (2 * x.T),

@@ -16,7 +16,7 @@ def measured_bars(document: Document) -> list[dict[str, Any]]:
     for key, arms in summarise(document).items():
         tokens = document["settings"][key]["tokens"]
         for about, arm, of, reference, at_least, bound in _list_bars(gpu, tokens):
-            ratio = arms.get(arm, {}).get(of, {}).get(reference)
+            ratio = arms.get(arm, {}).get(of, {}).get(reference)  # absent where arm or reference was not measured
             if ratio is not None:
                 met = ratio["median"] >= bound if at_least else ratio["median"] <= bound
                 asked = {"at_least" if at_least else "at_most": bound}

@@ -47,6 +47,7 @@ def batch_lengths(task: str, batch: int, most: int, padding: str, count: int, se
         return [[most] * batch for _ in range(count)]
     check_choice("task", task, tuple(histograms()))
     generator = torch.Generator().manual_seed(seed)
+    # Sorting needs a full group of batches, even if fewer are asked for.
     lengths = _draw(task, batch * max(count, _GROUP if padding == "longest" else 0), generator).clamp(max=most)
     if padding == "longest":
         lengths = _grouped(lengths, batch, generator)
@@ -55,10 +56,11 @@ def batch_lengths(task: str, batch: int, most: int, padding: str, count: int, se
 
 def token_batch(lengths: list[int], width: int, vocabulary: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Random tokens: `input_ids` and `attention_mask` (rows, width), `labels` (rows,) of two classes."""
-    mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+    mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)  # (rows, width), True where a token is real
     first = min(4, vocabulary - 1)  # smaller ids are special tokens of BERT and RoBERTa, such as padding
     ids = torch.randint(first, vocabulary, mask.shape, generator=generator)
     labels = torch.randint(0, 2, (len(lengths),), generator=generator)
+    # 1 is the padding id of RoBERTa, which derives positions from it; BERT only looks at the mask.
     return {"input_ids": torch.where(mask, ids, 1), "attention_mask": mask.long(), "labels": labels}
 
 

@@ -59,6 +59,7 @@ def measure_arm(
         UserError: when the loss is not a number, or the arm does not fit the setting.
     """
     chosen, place = setting_from(setting), torch.device(device)
+    # Before anything runs: it changes how every matrix product is computed.
     _set_precision(chosen.precision)
     _prime(arm, chosen.precision, chosen.mode, place)
     model, source = _model(chosen, place, seed), batches(chosen, place, seed, warmup + steps)
@@ -102,7 +103,7 @@ def batches(setting: Setting, device: torch.device, seed: int, count: int) -> It
     """Endless batches on the device; the same for every arm."""
     shape, generator = setting.architecture, torch.Generator().manual_seed(seed)
     if shape.is_stack:
-        size = (setting.batch, setting.length, shape.hidden)
+        size = (setting.batch, setting.length, shape.hidden)  # (rows, tokens, hidden)
         dtype = _weight_dtype(setting)
         made = [
             {
@@ -153,7 +154,7 @@ class _Loop:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.last_loss = loss.detach()
+        self.last_loss = loss.detach()  # read once at the end: `.item()` here would synchronise every step
 
 
 def _prepare(
@@ -163,6 +164,7 @@ def _prepare(
     method = find_arm(arm).make(setting)
     method.check(linears)
     prepared = method.prepare(model, linears, _context(setting, source, device, bases))
+    # Compiled after `prepare`, which replaces modules or adds adapters.
     counts = {"trainable": prepared.trainable, "trainable_per_weight": prepared.trainable_per_weight}
     called = torch.compile(model) if setting.mode == "compiled" else model
     return _Loop(called, prepared.optimizer, source, _autocast(setting, device), counts)
@@ -272,6 +274,6 @@ def _peak(memory: PeakMemory) -> float:
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
+    if device.type == "cuda":  # kernels run asynchronously
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -55,6 +55,7 @@ def _longest(document: Mapping[str, Any], same: Any, axis: Any) -> Points:
     series: dict[tuple[Any, ...], Points] = defaultdict(dict)
     for key, setting in document["settings"].items():
         if find_shape(setting["shape"]).is_stack and document["summary"].get(key):
+            # Settings of one series agree in everything but the axis.
             series[(*same(setting), *(setting[name] for name in _SWEPT))][axis(setting)] = key
     return max(series.values(), key=len, default={})
 

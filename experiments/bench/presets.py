@@ -164,7 +164,7 @@ def _on_gpu(device: torch.device) -> list[Planned]:
     chosen += [*_padded(None, (16, 32)), *_dynamic(None)]
     chosen += _whole_models(base, [best, *half[-1:]])
     chosen += [Planned(preset="precision", setting=Setting(**base), arms=_BARS)]
-    sweep = {"precision": (half or [best])[-1]}
+    sweep = {"precision": (half or [best])[-1]}  # the lowest precision of the GPU
     chosen += [_stack("tokens", "mlp_768", batch, MAIN_ARMS, **sweep) for batch in (4, 8, 16, 64)]
     chosen += [_stack("width", f"mlp_{width}", 16, MAIN_ARMS, **sweep) for width in (384, 768, 1024, 2048, 4096)]
     if half and machine.gpu_memory_gib(device) >= _LLAMA_GIB:
@@ -197,4 +197,5 @@ def _llama(shape: str, blocks: int, batch: int, precision: str) -> Planned:
 
 def _without_repeats(chosen: list[Planned]) -> list[Planned]:
     """Of equal settings the first, in the order of `chosen`."""
+    # A later duplicate overwrites an earlier one in a dict, hence reversed twice.
     return list({planned.setting.key: planned for planned in reversed(chosen)}.values())[::-1]

@@ -123,6 +123,7 @@ def _pairs(document: Document, setting: str, arm: str, reference: str) -> Iterat
     others = {cell["repeat"]: cell for cell in complete(document, setting, reference)}
     for cell in complete(document, setting, arm):
         other = others.get(cell["repeat"])
+        # Fewer steps mean other batches, so such cells are not comparable.
         if other is not None and other["steps"] == cell["steps"]:
             yield cell, other
 

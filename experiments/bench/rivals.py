@@ -47,7 +47,7 @@ class LoraInModelDtype:
         """See `Method`."""
         prepared: Prepared = self._lora().prepare(model, linears, context)
         dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if ".lora_" not in name}
-        (dtype,) = set(dtypes.values())
+        (dtype,) = set(dtypes.values())  # a model of one dtype; anything else is a bug of the benchmark
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.to(dtype)
@@ -95,7 +95,7 @@ class FusedLoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to y (..., out); under autocast the products run in its dtype, as those of `nn.Linear` do."""
         dtype = product_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # the casts below are explicit, as in an autograd node
             W, A, B = (tensor.to(dtype) for tensor in (self.weight, self.A, self.B))
             bias = None if self.bias is None else self.bias.to(dtype)
             tokens = x.reshape(-1, x.shape[-1]).to(dtype)
@@ -114,6 +114,7 @@ class _FusedLora(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,), (x, down, W, A, B) = grads, ctx.saved_tensors  # dy (tokens, out), x (tokens, in)
         ddown = dy @ B  # (tokens, rank)
+        # dL/dx = dy W + (dy B) A; W is frozen, so its own gradient is never computed.
         dx = (dy @ W).addmm_(ddown, A) if ctx.needs_input_grad[0] else None
         db = dy.sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, db, ddown.T @ x, dy.T @ down

@@ -112,9 +112,10 @@ class Bench:
             return
         bases = self._bases(setting) if find_arm(arm).bases else None
         if isinstance(bases, str):
-            answer = {"status": "failed", "reason": bases}
+            answer = {"status": "failed", "reason": bases}  # no bases, so the arm cannot run
         else:
             answer = self._measure(chosen, arm, repeat, bases)
+        # Written after each measurement: an interrupted benchmark loses one process at most.
         cell = {"setting": setting.key, "arm": arm, "repeat": repeat, **answer, **self._stamp()}
         results.put_cell(self.document, cell)
         write_json(self.out, self.document)
@@ -208,7 +209,7 @@ def run_process(command: Iterable[str], answer: Path, env: dict[str, str]) -> di
         ended = subprocess.run(list(command), env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
         return {"status": "failed", "reason": f"took longer than {TIMEOUT} seconds"}
-    if answer.is_file():
+    if answer.is_file():  # also after a crash at exit, when the measurement itself was complete
         found: dict[str, Any] = json.loads(answer.read_text())
         return found
     if ended.returncode < 0:

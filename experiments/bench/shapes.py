@@ -75,6 +75,7 @@ def _bert(about: str, hidden: int, blocks: int, heads: int, words: int = 30522, 
 
 
 def _roberta(about: str, hidden: int, blocks: int, heads: int) -> Shape:
+    # RoBERTa's positions start at 2, hence 514 for 512 tokens.
     fields = {"model_type": "roberta", "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
     return _bert(about, hidden, blocks, heads, 50265, **fields)
 

@@ -81,6 +81,7 @@ def answer_questions(
     Batches do not depend on which answers exist, so a resumed run ends with the same answers as an uninterrupted one.
     Each answer is on disk before the next batch begins. `load` is called only if an answer is missing.
     """
+    # A batch with one missing answer runs as a whole: sampling depends on the composition of the batch.
     done = {row.get("question_id") for row in read_lines(path)}
     todo = [batch for batch in batches(questions, size) if any(q.question_id not in done for q in batch)]
     writer, added = load() if todo else None, 0
@@ -98,6 +99,7 @@ def answer_questions(
 def _answer_batch(batch: Sequence[Question], writer: Writer, name: str, seed: int) -> list[Answer]:
     conversations: list[list[str]] = [[] for _ in batch]
     for turn in range(max(len(question.turns) for question in batch)):
+        # Questions of one turn drop out of the batch before the second turn.
         asked = [index for index, question in enumerate(batch) if turn < len(question.turns)]
         for index in asked:
             conversations[index].append(batch[index].turns[turn])

@@ -114,6 +114,7 @@ class Pace:
         Raises:
             StoppedError: when the grading stops meanwhile.
         """
+        # Reserve a slot under the lock, but wait for it outside, so that other threads can reserve theirs.
         with self._lock:
             slot = self._next = max(self._next, time.monotonic())
             self._next += self._interval
@@ -198,7 +199,7 @@ class Client:
         if status in _TEMPORARY or status >= 500:
             self._hold(response.headers.get("retry-after"))
             raise _TemporaryError(said)
-        if status in (400, 413, 422):
+        if status in (400, 413, 422):  # this request is at fault, for example too long
             raise QuestionFailedError(said)
         raise UserError(f"the judge cannot be asked at {self._address} ({said}): check --base-url and --model")
 

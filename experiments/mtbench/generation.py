@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
-from sparsegrad.errors import UserError, check_choice
-from sparsegrad.runs.model_loading import _from_source
+from sparsegrad.errors import UserError, check_choice, first_line
+from sparsegrad.runs.model_source import find_source
 from sparsegrad.trainer.device import pick_device
 
 FORMATS = ("auto", "chat", "inst")
@@ -61,8 +60,12 @@ class Writer:
         place = pick_device(device, "--device")
         default = torch.bfloat16 if place.type == "cuda" else torch.float32
         number_type = DTYPES[check_choice("dtype", dtype, DTYPES)] or default
-        tokenizer = _from_source(source, partial(AutoTokenizer.from_pretrained, padding_side="left"))
-        model = _from_source(source, partial(AutoModelForCausalLM.from_pretrained, dtype=number_type))
+        folder = str(find_source(source).fetch())
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=number_type)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"model {source} cannot be read: {first_line(error)}") from None
         return cls(model.to(place).eval(), tokenizer, format, max_new_tokens)
 
     def __post_init__(self) -> None:

@@ -69,7 +69,7 @@ def make_tasks(
 
 
 def _task(answer: Answer, question: Question, turn: int, prompts: Mapping[str, JudgePrompt]) -> Task:
-    needs = question.category in WITH_REFERENCE
+    needs = question.category in WITH_REFERENCE  # MT-Bench grades these categories against a reference answer
     if needs and not question.reference:
         raise UserError(
             f"question {question.question_id}: category {question.category} is graded against a reference: "
@@ -77,6 +77,7 @@ def _task(answer: Answer, question: Question, turn: int, prompts: Mapping[str, J
         )
     name = f"single{'-math' * needs}-v1{'-multi-turn' * (turn == 2)}"
     prompt = prompts[name]
+    # The prompts for one turn use question and answer; those for two turns use the numbered fields.
     fields = {"question": question.turns[0], "answer": answer.turns[0]}
     for number in range(turn):
         fields[f"question_{number + 1}"] = question.turns[number]
@@ -90,7 +91,7 @@ def _task(answer: Answer, question: Question, turn: int, prompts: Mapping[str, J
 
 def parse_grade(verdict: str) -> float | None:
     """The grade in `[[...]]`; None if there is none, it is not from 1 to 10, or two grades differ."""
-    found = {float(text) for text in _GRADE.findall(verdict)}
+    found = {float(text) for text in _GRADE.findall(verdict)}  # a verdict may repeat its grade
     if len(found) != 1:
         return None
     grade = found.pop()
@@ -251,6 +252,7 @@ def _grade_one(task: Task, client: Client, grading: Grading) -> Outcome:
 
 
 def _count(tally: Tally, task: Task, outcome: Outcome) -> None:
+    # In a row, because a dead server fails every request, while a single bad question does not.
     if isinstance(outcome, str):
         where = f"question {task.answer.question_id}, turn {task.turn}"
         tally.failed.append(f"{where}: {outcome}")

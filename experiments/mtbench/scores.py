@@ -80,7 +80,7 @@ def _select_verdicts(rows: Iterable[Row], model: str, answers: Sequence[Answer])
 
 
 def _score(model: str, judge: str | None, rows: Sequence[Row], answers: Sequence[Answer]) -> ModelScores:
-    graded = [row for row in rows if row["score"] >= 1]
+    graded = [row for row in rows if row["score"] >= 1]  # -1 marks a verdict without a grade
     turns = sum(len(answer.turns) for answer in answers)
     names = sorted({row["category"] for row in graded})
     newest = max(rows, key=lambda row: float(row["tstamp"]), default=None)

@@ -93,7 +93,7 @@ def collect_cells(runs: Path) -> Store:
                 found = record.get("schema") if isinstance(record, dict) else type(record).__name__
                 store.skipped.append(f"{place}: record schema {found}, this version reads {SCHEMA}")
                 continue
-            found_runs = dict(_runs(place, record))
+            found_runs = dict(_runs(place, record))  # complete before the store changes
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             store.skipped.append(f"{place}: not a readable record ({type(error).__name__})")
             continue

@@ -130,7 +130,7 @@ def _draw_curves(curves: Sequence[Curve], label: str) -> Markup:
 
 def _line(curve: Curve, index: int, bounds: tuple[float, float, float]) -> str:
     last, low, high = bounds
-    every = -(-len(curve) // POINTS)
+    every = -(-len(curve) // POINTS)  # rounded up; the last point is always kept
     kept = [*curve[:-1:every], curve[-1]]
     span, tall = max(last, 1e-9), max(high - low, 1e-9)  # a constant curve has no height
     points = [f"{WIDTH * x / span:.0f},{3 + (HEIGHT - 6) * (1 - (y - low) / tall):.1f}" for x, y in kept]

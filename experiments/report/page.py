@@ -43,6 +43,7 @@ def write_page(context: Context, tables: Sequence[Table], figures: Mapping[str, 
     path = context.results / "report" / "index.html"
     images = [{"title": title, "name": image.stem, "image": _base64(image)} for title, image in figures.items()]
     inline = _template("figure1.svg.j2").render({name: f"var(--{name})" for name in THEMES["light"]})
+    # Images are embedded, so that the page works as a single file.
     facts = {"tables": [_describe_table(context, table, tables) for table in tables], "problems": problems(context)}
     facts |= {"figures": images, "figure1": Markup(inline), "failed": _failed(context), "counts": _counts(tables)}
     facts["answers"] = has_answers(context.results)

@@ -35,6 +35,7 @@ def welch_interval(a: Sequence[float], b: Sequence[float], level: float = 0.95) 
 
     None if a side has fewer than two values, or if neither side varies: then the variance cannot be estimated.
     """
+    # Equal constants on both sides would give an interval of width 0, which is no certainty.
     if min(len(a), len(b)) < 2 or len(set(a)) == len(set(b)) == 1:
         return None
     with warnings.catch_warnings():

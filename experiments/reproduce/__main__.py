@@ -162,7 +162,7 @@ def work(cells: Sequence[Cell], run: Runner, poll: float = POLL_SECONDS) -> Outc
     while waiting:
         busy = []
         for cell in waiting:
-            if cell.is_complete:
+            if cell.is_complete:  # another process has made it meanwhile
                 continue
             if _is_held(cell):
                 busy.append(cell)
@@ -170,7 +170,7 @@ def work(cells: Sequence[Cell], run: Runner, poll: float = POLL_SECONDS) -> Outc
                 outcome.failed[cell.label] = _reason(cell)
             else:
                 _make(cell, run, outcome, busy)
-        if len(busy) == len(waiting):
+        if len(busy) == len(waiting):  # nothing was left for this process: wait for the others
             time.sleep(poll)
         waiting = busy
     return outcome
@@ -179,6 +179,7 @@ def work(cells: Sequence[Cell], run: Runner, poll: float = POLL_SECONDS) -> Outc
 def _make(cell: Cell, run: Runner, outcome: Outcome, busy: list[Cell]) -> None:
     print(f"{cell.experiment}: {cell.label}", flush=True)
     began, reason = time.monotonic(), run(cell)
+    # Another process may take the lock between our check and the start of the run.
     if reason is not None and _BUSY in reason:
         busy.append(cell)
         return
@@ -199,7 +200,7 @@ def run_cell(cell: Cell) -> str | None:
         try:
             status = process.wait()
         finally:
-            process.kill()
+            process.kill()  # after Ctrl-C; without effect on a process that has ended
     if status == 0 and cell.is_complete:
         return None
     return _last_error(log) or f"ended with status {status}, see {log}"

@@ -128,6 +128,7 @@ def _points(experiment: str, extra: Iterable[str]) -> list[dict[str, str]]:
     composed = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
     params = {str(key): str(value) for key, value in (composed.hydra.sweeper.params or GRID).items()}
     params |= {key: value for key, _, value in (one.partition("=") for one in extra) if key in params}
+    # The first parameter varies slowest, as in a multirun of Hydra.
     axes = [[(key, value.strip()) for value in text.split(",")] for key, text in params.items()]
     return [dict(point) for point in itertools.product(*axes)]
 

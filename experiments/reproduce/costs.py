@@ -35,7 +35,7 @@ class Estimates:
         """(median hours or None, source) for a run with these `experiment`, `model`, `method` and `task`."""
         sources = ("records", "authors' logs, their GPU")
         for rows, likes, source in zip(self._rows, (_LIKE, _THEIRS), sources, strict=True):
-            for like in likes:
+            for like in likes:  # the first definition of "similar" that any run meets
                 found = [spent for row, spent in rows if all(row[name] == facts[name] for name in like)]
                 if found:
                     return median(found), source

@@ -78,6 +78,7 @@ def choose(found: Scores, tasks: Sequence[str] = TASKS, rates: Sequence[float] =
 
 
 def _choose(of: Mapping[float, Mapping[str, float | None]], tasks: Sequence[str], rates: Sequence[float]) -> Any:
+    # Nothing is chosen before the planned grid is complete; further rates are optional.
     missing = [f"{task} at {rate:g}" for rate in rates for task in tasks if task not in of.get(rate, {})]
     rates = sorted({*rates, *(rate for rate in of if all(task in of[rate] for task in tasks))})
     table = {f"{rate:g}": dict(sorted(of[rate].items())) for rate in rates if rate in of}

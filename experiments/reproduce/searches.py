@@ -73,7 +73,7 @@ class Search:
         where = self.plan.sweep.storage
         if "://" not in where and not Path(where.removeprefix(JOURNAL)).is_file():
             return 0
-        storage = open_store(where).storage
+        storage = open_store(where).storage  # only now: opening would create a missing file
         if self.study not in optuna.get_all_study_names(storage):
             return 0
         trials = optuna.load_study(study_name=self.study, storage=storage).get_trials(deepcopy=False)
@@ -125,7 +125,7 @@ def make(found: Sequence[Search], launcher: str, *, dry: bool) -> int:
     missing = [one for one in found if one.finished() < one.plan.budget]
     for group in _groups(missing, launcher):
         call(_command(group, launcher))
-    for one in found:
+    for one in found:  # also studies that others finished, but that have no summary yet
         if one.finished() and (one in missing or not one.summary.is_file()):
             call(_export(one))
     left = [one for one in found if one.finished() < one.plan.budget]

@@ -32,6 +32,7 @@ def _block(G: Tensor, basis: Basis) -> float:
 
 
 def _in_only(G: Tensor, basis: Basis) -> float:
+    # All outputs and the leading 1 % of the rotated inputs: the same number of entries as 1 % of the weight.
     return leading_energy(basis.only("in").rotate(G), G.shape[0], max(1, round(DENSITY * G.shape[1])))
 
 

@@ -62,6 +62,7 @@ class HeldSupport(SparseGradAdamW):
         if age % self.interval == 0:
             state["held"] = selection.index
         gradients = torch.stack([weight.grad for weight in selection.weights if weight.grad is not None])
+        # (weights, out, in) rotated and flattened, then the values at the held positions
         values = selection.group["basis"].rotate(gradients).flatten(1).gather(1, state["held"])
         return Selection(selection.group, selection.weights, state["held"], values)
 
@@ -154,7 +155,7 @@ def run_one(arm: str, lr: float, seed: int, glue: Path) -> dict[str, float]:
     losses: list[float] = []
     for half in range(halves):
         if half:
-            if arm.startswith("block"):
+            if arm.startswith("block"):  # merge the trained cores into plain linears, for calibration
                 to_linears(model)
                 linears = _trained_linears(model)
             renewed = _calibrate(model, linears, batches)  # in both arms, so that both train on the same batches

@@ -157,7 +157,7 @@ def energy(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
 
 def _train(probe: Probe, steps: int, every: int = 1, look: Callable[[int], None] | None = None) -> None:
     """Train `steps` steps; call `look(step)` before every `every`-th step and after the last."""
-    batches = probe.batches(2)
+    batches = probe.batches(2)  # stream 1 is calibration, 3 and 100 upwards are for measurements
     for step in range(steps + 1):
         if look is not None and (step % every == 0 or step == steps):
             look(step)

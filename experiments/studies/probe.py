@@ -100,6 +100,7 @@ class Probe:
 
     def _groups(self) -> list[dict[str, Any]]:
         weights = {kind: [linear.weight for linear in of] for kind, of in self.linears.items()}
+        # By identity, because == of tensors compares elements.
         sparse = {id(weight) for of in weights.values() for weight in of}
         rest = [parameter for parameter in self.model.parameters() if id(parameter) not in sparse]
         groups = [{"params": of, "basis": self.bases[kind], "density": 0.01} for kind, of in weights.items()]
@@ -119,7 +120,7 @@ def variants(basis: Basis, seed: int = 0) -> dict[str, Basis]:
     Raises:
         UserError: for a one-sided basis.
     """
-    U, V = basis.both()
+    U, V = basis.both()  # (in, in), (out, out)
     none = Basis.identity(len(V), len(U))
     generator = torch.Generator().manual_seed(seed)
     random = [torch.linalg.qr(torch.randn(n, n, generator=generator))[0] for n in (len(U), len(V))]

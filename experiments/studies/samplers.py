@@ -56,7 +56,7 @@ class Surrogate:
         """The score of the nearest trial, or of the other batch size if this one was never tried."""
         points = self._by_batch.get(batch_size) or next(iter(self._by_batch.values()))
         place = bisect_left(points, (log(lr), 0.0))
-        near = points[max(0, place - 1) : place + 1]
+        near = points[max(0, place - 1) : place + 1]  # the neighbours below and above
         return min(near, key=lambda point: abs(point[0] - log(lr)))[1]
 
 

@@ -72,6 +72,7 @@ def busy_in_the_middle(trials: list[FrozenTrial], workers: int) -> float:
     for start, _, pid in times:
         starts[pid] = min(start, starts.get(pid, start))
     begin, stop = max(starts.values()), max(start for start, _, _ in times)
+    # Time of each trial that falls into the window.
     inside = sum(max(0.0, min(end, stop) - max(start, begin)) for start, end, _ in times)
     return inside / (workers * (stop - begin))
 

@@ -57,6 +57,7 @@ def _row(grid: Grid, number: int, keep: int, task: str) -> dict[str, str]:
     method = f"sparsegrad@{keep}"
     line, ours = grid.line(method, task), summarise(grid.values(method, task))
     mark = contradicts(MAIN[number], "SparseGrad") if (row, column) == (ALL, "AVG") and copied(number) else ""
+    # Averages are not comparable: the printed ones include SST-2.
     comparable = ours is not None and published and task != AVERAGE
     return {
         "kept": _format_kept(keep),

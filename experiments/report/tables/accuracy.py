@@ -65,6 +65,7 @@ class Grid:
         if task != AVERAGE:
             return self.store.values(self.key(method, task))
         by_task = [self.store.by_seed(self.key(method, one)) for one in self.tasks]
+        # Averages of different task sets are not comparable, so a seed must have all tasks.
         seeds = set.intersection(*(set(of) for of in by_task)) if by_task else set()
         return [sum(of[seed] for of in by_task) / len(by_task) for seed in sorted(seeds)]
 
@@ -153,7 +154,7 @@ def logs(
     if task != AVERAGE:
         scores = authors_runs(model, method, task, seeds)["score"].dropna()
         return summarise([100 * float(score) for score in scores])
-    found = [logs(model, method, one, tasks, seeds) for one in tasks]
+    found = [logs(model, method, one, tasks, seeds) for one in tasks]  # tasks weigh the same, whatever their runs
     means = [one.mean for one in found if one is not None]
     return Summary(sum(means) / len(means), None, len(means)) if len(means) == len(tasks) else None
 

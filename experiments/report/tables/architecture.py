@@ -46,7 +46,7 @@ def counts(name: str) -> dict[str, int]:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     maker = AutoModelForCausalLM if name == "llama" else AutoModel
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without storage: LLaMA-2-7B would need 26 GB
         model = maker.from_config(AutoConfig.for_model(**architecture_facts(name)))
     found = dict.fromkeys(PARTS, 0)
     for parameter_name, parameter in model.named_parameters():

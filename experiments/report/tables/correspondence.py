@@ -88,6 +88,7 @@ class _Case:
 
     def grad_input(self, general: _Case) -> Check:
         """The misprinted row: its formula can only be evaluated on a square weight, and is wrong there too."""
+        # For a square weight only; the shapes of any other weight do not fit.
         printed = self.dy @ self.U @ self.W_rotated.T @ self.V.T
         right = (general.dy @ general.V) @ general.W_rotated @ general.U.T
         return Check(

@@ -173,6 +173,7 @@ def _score(grid: Grid, method: str, task: str) -> dict[str, str]:
 
 def losses(context: Context, method: str, task: str) -> Summary | None:
     """Training loss over seeds, each averaged over the steps that all runs of the task have, of any method."""
+    # A method with longer runs would otherwise have a lower mean loss.
     last = min((rows[-1]["step"] for one in ARMS for rows in _curves(context, one, task)), default=None)
     if last is None:
         return None

@@ -87,6 +87,7 @@ def measured(results: Path, shape: str = MODEL) -> list[dict[str, Any]]:
     rows = []
     for name, document in documents(results):
         for key, setting in document["settings"].items():
+            # As in the paper, the rest of the model trains too.
             if setting.get("shape") != shape or setting.get("rest") != "trained":
                 continue
             of: dict[str, list[Mapping[str, Any]]] = {}

@@ -59,7 +59,7 @@ def compare(context: Context, protocol: str, method: str, other: str) -> Compari
         return Comparison((), None, None, (), ())
     pairs = {task: (every.values(method, task), every.values(other, task)) for task in tasks}
     differences = {task: mean(a) - mean(b) for task, (a, b) in pairs.items()}
-    averages = _grid(context, protocol, tasks)
+    averages = _grid(context, protocol, tasks)  # its average counts only seeds that have all common tasks
     mine, theirs = averages.values(method, AVERAGE), averages.values(other, AVERAGE)
     difference = mean(mine) - mean(theirs) if mine and theirs else mean(differences.values())
     marked = {task: task + _star(welch_interval(a, b)) for task, (a, b) in pairs.items()}
