@@ -60,7 +60,7 @@ def measure_arm(
     """
     chosen, place = setting_from(setting), torch.device(device)
     # Before anything runs: it changes how every matrix product is computed.
-    _set_precision(chosen.precision)
+    torch.set_float32_matmul_precision("high" if chosen.precision == "tf32" else "highest")
     _prime(arm, chosen.precision, chosen.mode, place)
     model, source = _model(chosen, place, seed), batches(chosen, place, seed, warmup + steps)
     memory = PeakMemory(place)
@@ -193,10 +193,6 @@ def _model(setting: Setting, device: torch.device, seed: int) -> nn.Module:
 
 def _weight_dtype(setting: Setting) -> torch.dtype:
     return torch.bfloat16 if setting.precision == "bf16" else torch.float32
-
-
-def _set_precision(precision: str) -> None:
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
 def _autocast(setting: Setting, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,7 +137,9 @@ class Grading:
 
     def __init__(self, path: Path, judge: str, *, retry_gaps: bool = False) -> None:
         self.path, self.judge = path, judge
-        rows = [row for row in read_lines(path) if _keeps(row, retry_gaps)]
+        # Without a key a row is not ours, but FastChat's. Forgetting verdicts without a grade makes them asked again.
+        rows = [row for row in read_lines(path) if "key" in row]
+        rows = [row for row in rows if not (retry_gaps and row.get("score") == UNPARSABLE)]
         self._rows = {row["key"]: row for row in rows}
         self._seen = {(row["key"], row.get("answer_id"), row.get("model")) for row in rows}
 
@@ -183,10 +185,6 @@ class Grading:
         return grade
 
 
-def _keeps(row: Row, retry_gaps: bool) -> bool:
-    return "key" in row and not (retry_gaps and row.get("score") == UNPARSABLE)
-
-
 def grade(
     tasks: Sequence[Task],
     endpoint: Endpoint,
@@ -217,8 +215,10 @@ def grade(
                 client.stop.set()  # before this thread takes its next task
                 raise
 
+        # One task per prompt: equal answers are graded once, and `missing` copies the verdict to the others.
+        distinct = {task.key(grading.judge): task for task in reversed(tasks)}.values()
         # `stop` wakes threads that wait between two attempts; otherwise the pool could not shut down.
-        futures = [pool.submit(work, task) for task in _distinct(tasks, grading.judge)]
+        futures = [pool.submit(work, task) for task in distinct]
         try:
             finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in finished:
@@ -227,11 +227,6 @@ def grade(
             client.stop.set()
             pool.shutdown(cancel_futures=True)
     return tally
-
-
-def _distinct(tasks: Sequence[Task], judge: str) -> Iterator[Task]:
-    """The first task of each prompt: equal answers are graded once, and `missing` copies the verdict to the others."""
-    yield from {task.key(judge): task for task in reversed(tasks)}.values()
 
 
 Outcome = tuple[list[Reply], float | None] | str

@@ -45,18 +45,14 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
         with FileLock(f"{path}.lock"), path.open("ab+") as file:
             start = _repair_end(file)
             try:
-                _write(file, line)
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())  # a verdict costs money: it must survive a crash of the machine
             except OSError:
                 file.truncate(start)  # a full disk must not leave half a line
                 raise
     except OSError as error:
         raise unwritable(path, error) from None
-
-
-def _write(file: Any, line: bytes) -> None:
-    file.write(line)
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _repair_end(file: Any) -> int:

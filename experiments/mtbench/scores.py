@@ -95,12 +95,8 @@ def _score(model: str, judge: str | None, rows: Sequence[Row], answers: Sequence
         unparsable=len(rows) - len(graded),
         unjudged=turns - len(rows),
         judge_model=None if newest is None else newest["judge_model"],
-        date=None if newest is None else _day(newest["tstamp"]),
+        date=None if newest is None else datetime.fromtimestamp(newest["tstamp"], UTC).date().isoformat(),
     )
-
-
-def _day(tstamp: float) -> str:
-    return datetime.fromtimestamp(tstamp, UTC).date().isoformat()
 
 
 def _mean(rows: Iterable[Row]) -> float | None:

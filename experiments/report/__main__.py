@@ -56,14 +56,6 @@ def _searched(number: int) -> Maker:
     return make
 
 
-def _ablations(context: Context) -> Sequence[Table]:
-    return [ablation.table(context, 11), ablation.table(context, 12)]
-
-
-def _quality(context: Context) -> Sequence[Table]:
-    return [quality.table(context), quality.per_task(context), quality.energy(context)]
-
-
 # Name -> its tables at the paper's scale; `MINI` replaces some of them at the mini scale.
 MAKERS: dict[str, Maker] = {
     "table1": lambda context: [architecture.table(context)],
@@ -83,8 +75,8 @@ MAKERS: dict[str, Maker] = {
     "table15": _searched(15),
     "section8": lambda context: [calibration.table(context)],
     "basis": lambda context: [basis.table(context)],
-    "ablation": _ablations,
-    "quality": _quality,
+    "ablation": lambda context: [ablation.table(context, 11), ablation.table(context, 12)],
+    "quality": lambda context: [quality.table(context), quality.per_task(context), quality.energy(context)],
 }
 MINI: dict[str, Maker] = dict.fromkeys(("table4", "table5", "table9", "table10"), _mini_accuracy)
 MINI |= {name: lambda context: [ablation.mini(context)] for name in ("table11", "table12", "ablation")}

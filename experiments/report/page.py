@@ -41,11 +41,14 @@ def write_figure1(folder: Path) -> list[Path]:
 def write_page(context: Context, tables: Sequence[Table], figures: Mapping[str, Path]) -> Path:
     """Render and write the page; `figures` maps titles to PNGs. Returns its path."""
     path = context.results / "report" / "index.html"
-    images = [{"title": title, "name": image.stem, "image": _base64(image)} for title, image in figures.items()]
+    images = [
+        {"title": title, "name": image.stem, "image": base64.b64encode(image.read_bytes()).decode()}
+        for title, image in figures.items()
+    ]
     inline = _template("figure1.svg.j2").render({name: f"var(--{name})" for name in THEMES["light"]})
     # Images are embedded, so that the page works as a single file.
     facts = {"tables": [_describe_table(context, table, tables) for table in tables], "problems": problems(context)}
-    facts |= {"figures": images, "figure1": Markup(inline), "failed": _failed(context), "counts": _counts(tables)}
+    facts |= {"figures": images, "figure1": Markup(inline), "failed": _count_failed(context), "counts": _counts(tables)}
     facts["answers"] = has_answers(context.results)
     write_text(path, _template("page.html.j2").render(facts | _environment(context)) + "\n")
     return path
@@ -112,21 +115,15 @@ def _counts(tables: Sequence[Table]) -> list[tuple[str, int, int]]:
     return [(name, *numbers) for name, numbers in counted.items()]
 
 
-def _failed(context: Context) -> int:
-    return sum(record["status"] == "failed" and _is_failure(record) for record in context.store.records.values())
-
-
-def _is_failure(record: Mapping[str, Any]) -> bool:
-    return not str(record.get("reason", "")).startswith(PRUNED)
+def _count_failed(context: Context) -> int:
+    """Number of failed runs; trials that their sweep pruned do not count."""
+    failed = [record for record in context.store.records.values() if record["status"] == "failed"]
+    return sum(not str(record.get("reason", "")).startswith(PRUNED) for record in failed)
 
 
 def _template(name: str) -> Any:
     loader = FileSystemLoader(TEMPLATES)
     return Environment(loader=loader, autoescape=name.endswith("html.j2"), undefined=StrictUndefined).get_template(name)
-
-
-def _base64(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
 
 
 def _css(text: str) -> str:

@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results-dir", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
     try:
-        found = choose(scores(_records(options.results_dir / "runs" / "mini_grid")))
+        records = [read_record(path) for path in sorted((options.results_dir / "runs" / "mini_grid").glob("*.json"))]
+        found = choose(scores(records))
         write_json(options.results_dir / "mini_rates.json", found)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -43,10 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for method, one in found["methods"].items():
         print(f"{method:20} {'missing: ' + ', '.join(one['missing']) if one['lr'] is None else one['lr']}")
     return 1 if any(one["lr"] is None for one in found["methods"].values()) else 0
-
-
-def _records(folder: Path) -> list[dict[str, Any]]:
-    return [read_record(path) for path in sorted(folder.glob("*.json"))]
 
 
 def scores(records: Iterable[Mapping[str, Any]]) -> Scores:
@@ -95,8 +92,9 @@ def _choose(of: Mapping[float, Mapping[str, float | None]], tasks: Sequence[str]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    given = [value for value in values if value is not None]
-    return round(sum(given) / len(given), 6) if len(given) == len(values) else None
+    """The mean; None if a run diverged."""
+    finite = [value for value in values if value is not None]
+    return round(sum(finite) / len(finite), 6) if len(finite) == len(values) else None
 
 
 if __name__ == "__main__":

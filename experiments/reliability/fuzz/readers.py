@@ -211,13 +211,9 @@ def _good_configs() -> frozenset[bytes]:
         return frozenset(path.read_bytes() for path in Path(name).iterdir())
 
 
-def _is_good(path: Path) -> bool:
-    return path.stat().st_size < mutate.HUGE and path.read_bytes() in _good_configs()
-
-
 def _read_configs(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
-        if _is_good(path):
+        if path.stat().st_size < mutate.HUGE and path.read_bytes() in _good_configs():
             continue  # only one file of an input is damaged: composing the others again would dominate the run time
         check_yaml(path)
         try:

@@ -50,12 +50,9 @@ def counts(name: str) -> dict[str, int]:
         model = maker.from_config(AutoConfig.for_model(**architecture_facts(name)))
     found = dict.fromkeys(PARTS, 0)
     for parameter_name, parameter in model.named_parameters():
-        found[_part(parameter_name)] += parameter.numel()
+        part = next(part for part, pattern in PARTS.items() if re.fullmatch(pattern, parameter_name))
+        found[part] += parameter.numel()
     return found
-
-
-def _part(name: str) -> str:
-    return next(part for part, pattern in PARTS.items() if re.fullmatch(pattern, name))
 
 
 def table(context: Context) -> Table:
