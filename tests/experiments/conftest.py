@@ -1,4 +1,4 @@
-"""The fixtures of runs (the real configuration made small, tiny data, `run.py` as a process) and of the judge."""
+"""Fixtures of runs (the real configuration made small, tiny data, `run.py` as a process) and of the judge."""
 
 from judge_cases import folder, judge, own_prompts  # noqa: F401
 from run_fixtures import *  # noqa: F403

@@ -1,4 +1,4 @@
-"""What the tests of judge and client share: questions, answers, prompts, and the judge command on loopback."""
+"""Shared by the tests of judge and client: questions, answers, prompts, and the judge command on loopback."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PROMPTS = {
 
 @pytest.fixture
 def own_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The packaged prompts are an asset; these tests need none."""
+    """Replaces the packaged prompts, which are an asset."""
     monkeypatch.setattr("experiments.mtbench.cli.load_prompts", lambda: PROMPTS)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
@@ -46,7 +46,7 @@ def judge() -> Iterator[Judge]:
 
 
 def write_answers(folder: Path, name: str = "tiny", said: str = "said") -> Path:
-    """An answers file with one answer a question."""
+    """Write an answers file with one answer per question."""
     rows = []
     for question in QUESTIONS:
         turns = tuple(f"{said} {question['question_id']}.{turn}" for turn in range(len(question["turns"])))
@@ -66,7 +66,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, url: str, *more: str, name: str = "tiny") -> int:
-    """The judge command with short pauses; the exit status."""
+    """Run the judge command with short pauses; returns its exit status."""
     fixed = ("judge", "--yes", "--model", "j", "--backoff", "0.01", "--questions", str(folder / "questions.jsonl"))
     answers = str(folder / "model_answer" / f"{name}.jsonl")
     return main([*fixed, "--answers", answers, "--base-url", url, *more])

@@ -1,4 +1,4 @@
-"""Appendix E's page: every answer is on it as it was given, and no page is left without answers."""
+"""Appendix E's page: it shows every answer unchanged, and is removed when there are no answers."""
 
 from __future__ import annotations
 

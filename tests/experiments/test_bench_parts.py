@@ -1,4 +1,4 @@
-"""Parts of the benchmark that compute: costs by counting, the fused rival, shapes, lengths."""
+"""Parts of the benchmark: predicted costs, fused LoRA, shapes, token lengths."""
 
 from __future__ import annotations
 

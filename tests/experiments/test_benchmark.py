@@ -1,4 +1,4 @@
-"""The benchmark: what is compared with what, what is written, what is not measured twice. No time is tested."""
+"""The benchmark: pairing of measurements, results file, no repeated measurements. No timing is tested."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ CPU = torch.device("cpu")
 SETTING = Setting(shape="mlp_tiny", batch=2, length=8, padding="none", density=0.05)
 SPEEDS = {"full": 2.0, "lora_peft": 4.0, "exact": 1.0, "fast": 5.0}
 SCHEDULE = Schedule(repeats=2, warmup=2, steps=3, calibration_steps=2)
-# Not on the machines that the benchmark goes to, or not to be dragged in.
+# Packages that a GPU machine may lack, and that the benchmark must not import.
 BLOCKED = ("hydra", "omegaconf", "datasets", "evaluate", "optuna", "pandas", "sklearn", "tensorly")
 
 
 class Fake(Bench):
-    """Answers of a fixed speed by arm instead of processes; counts them, and fails where told."""
+    """Answers with a fixed speed per arm instead of starting processes; records requests, and fails for `failing`."""
 
     failing = ""
 
@@ -157,7 +157,7 @@ def test_the_bars_are_read_from_the_summary(tmp_path: Path) -> None:
     found = {bar["bar"]: bar for bar in measured_bars(run(fake(tmp_path)))}
     assert found["fast, speed over peft LoRA"]["met"] is True
     assert found["fast, memory over peft LoRA"]["met"] is False
-    assert "exact, speed over full fine-tuning" not in found  # asked at 4,096 tokens alone
+    assert "exact, speed over full fine-tuning" not in found  # has a bar only at 4,096 tokens
 
 
 def test_calibration_is_compared_at_the_same_count_or_extrapolated_and_says_so() -> None:
@@ -171,7 +171,7 @@ def test_calibration_is_compared_at_the_same_count_or_extrapolated_and_says_so()
     speed = [bar for bar in measured_bars(document) if "speed" in bar["bar"]]
     assert [(bar["measured"]["median"], bar["how"][:8]) for bar in speed] == [(6.0, "measured"), (7.0, "stacked:")]
     assert all(bar["met"] for bar in measured_bars(document))
-    document["decompositions"]["stacked4"]["seconds"] = 5.0  # less than of two gradients
+    document["decompositions"]["stacked4"]["seconds"] = 5.0  # less than for two gradients: not usable
     assert len([bar for bar in measured_bars(document) if "speed" in bar["bar"]]) == 1
 
 

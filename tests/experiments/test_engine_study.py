@@ -1,4 +1,4 @@
-"""The engines that the study tries beside the library's: each against the one that it must equal at an extreme."""
+"""The engines that only the study has: at an extreme setting, each must equal an engine of the library."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_support_chosen_anew_at_every_step_is_the_exact_engine() -> None:
 
 @pytest.mark.parametrize(("interval", "supports"), [(100, 1), (5, 2)])
 def test_a_held_support_is_chosen_once_an_interval(interval: int, supports: int) -> None:
-    """The change of the rotated weight touches no entry outside of the supports, and those entries all move."""
+    """The rotated weight changes in all held entries and in no others."""
     optimizer, model = held(interval)
     before, basis = model[0].weight.detach().clone(), random_basis()
     train(model, [optimizer], batches(10))

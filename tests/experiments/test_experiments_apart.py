@@ -1,4 +1,4 @@
-"""Tables that are not made of runs: the benchmark's presets and the sweeps are listed, made, and made only once."""
+"""Tables without runs of cells: benchmark presets and sweeps are listed, made, and not made twice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETTING = Setting(shape="minilm", blocks=1, batch=2, length=8, padding="none")
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A benchmark of two arms and three repeats that measures what is missing in no time; what it measured."""
+    """A fake benchmark of two arms and three repeats; returns the list of its calls and measurements."""
     asked: list[str] = []
 
     def call(preset: str, path: Path) -> None:
@@ -92,7 +92,7 @@ def test_the_benchmark_takes_no_overrides_of_runs(tmp_path: Path, capsys: pytest
 
 @pytest.fixture
 def small(tmp_path: Path) -> list[str]:
-    """Overrides that make a search three trials of a function that needs no model."""
+    """Overrides for a search of three trials on a function without a model."""
     fake = [one for one in FAKE_SWEEP if not one.startswith(("sweep=", "sweep.study=", "task="))]
     places = [f"results_dir={tmp_path / 'results'}", f"work_dir={tmp_path / 'work'}"]
     return [*fake, *places, "sweep.trials=3", "protocol.patience=null"]
@@ -100,7 +100,7 @@ def small(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What would be started; a sweep of one task runs here and now."""
+    """The commands that would be started."""
     asked: list[list[str]] = []
 
     def call(command: Sequence[str]) -> None:

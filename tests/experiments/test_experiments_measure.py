@@ -1,4 +1,4 @@
-"""What figures 2 and 3 and the basis study measure, on a tiny model."""
+"""The measurements of figures 2 and 3 and the basis study, on a tiny model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ours beside the figures of others, what is told of the mini tables, and what the page shows of a cell."""
+"""Our values next to those of others, comparisons and findings of the mini tables, and details of cells on the page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def results(tmp_path: Path) -> Path:
 
 
 def bench(results: Path, name: str, cells: list[dict[str, Any]], **setting: Any) -> None:
-    """A benchmark of one machine, one setting each for padded and dynamic batches."""
+    """Write a benchmark of one machine, with one setting for padded and one for dynamic batches."""
     about = {"shape": "roberta_base", "batch": 16, "precision": "fp32", "mode": "eager", "rest": "trained", **setting}
     settings = {
         "padded": {**about, "padding": "max_length", "task": "cola"},
@@ -160,7 +160,7 @@ def test_the_verdict_compares_on_the_tasks_that_both_have(results: Path) -> None
 
 
 def test_a_verdict_takes_difference_and_interval_from_the_same_seeds(results: Path) -> None:
-    """A third seed that lacks a task would turn the difference round, and has no part in it."""
+    """A third seed, which lacks a task and would reverse the difference, is not used."""
     for seed, gain in ((42, 0.05), (3705, 0.06)):
         for task in ("cola", "mrpc"):
             write(results, f"mini/f{task}{seed}", record("full", task, seed, 0.5))

@@ -1,4 +1,4 @@
-"""Tables and page from records on disk: what is shown, what is refused; the same input gives the same bytes."""
+"""Tables and page from records on disk: their contents, records that are refused, and reproducible bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sparsegrad.files import write_json
 
 
 def record(method: str, task: str, seed: int, value: float | None, **more: Any) -> dict[str, Any]:
-    """What tables read of a record; None: a failed run."""
+    """The fields of a record that tables read; `value` None: a failed run."""
     config = {
         "model": {"name": "minilm"},
         "method": {"name": method, "keep": more.pop("keep", None)},
@@ -177,7 +177,7 @@ def test_latex_and_markdown_are_whole(results: Path) -> None:
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of the committed records, built anew in another place."""
+    """The report of the committed records, made again in another folder."""
     results = tmp_path_factory.mktemp("report") / "results"
     wanted = shutil.ignore_patterns("studies.db*", "tables", "report", "*.png", "*.pdf", "*.svg", ".*")
     shutil.copytree(ROOT / "results", results, ignore=wanted)

@@ -1,4 +1,4 @@
-"""Tables as lists of runs: which cells there are, and that each is made once however often it is asked for."""
+"""Tables as lists of runs: their cells, and that each is made only once however often it is requested."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def cells(overrides: list[str]) -> list[Cell]:
 
 
 def complete(cell: Cell) -> None:
-    """Stand in for a run: the lock, some time, and a record."""
+    """Stands in for a run: takes the lock and some time, and writes a record."""
     with run_lock(cell.config):
         time.sleep(0.2)
         record = {"schema": 1, "status": "complete", "config": cell.config.resolved}

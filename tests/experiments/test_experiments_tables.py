@@ -1,4 +1,4 @@
-"""Single tables against what is known of them: printed figures, logs, counts, arithmetic, ablation, speed, LLaMA."""
+"""Single tables compared with known values: printed numbers, logs, counts, ablation, speed, LLaMA."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_a_wrong_column_is_one_error(tmp_path: Path) -> None:
 def test_printed_averages_that_their_cells_contradict_are_marked() -> None:
     assert published.contradicts(4, "LoRA") == " [its cells average 84.86]"
     assert published.contradicts(9, "MeProp") == " [its cells average 81.47]"
-    assert published.contradicts(4, "Regular FT") == ""  # 85.6 and 85.69: rounding may do that
+    assert published.contradicts(4, "Regular FT") == ""  # 85.6 and 85.69: rounding explains it
     assert published.contradicts(7, "Regular FT") == ""  # 4.11 and 4.075 of cells with one digit
     assert published.contradicts(8, "Regular FT") == " [its cells average 1346.12]"
     assert published.contradicts(8, "SparseGrad, Regular") == ""
-    assert "0.8% remained 99.0, 1% remained 94.8" in ablation.implied(12)  # of the column that is lost
+    assert "0.8% remained 99.0, 1% remained 94.8" in ablation.implied(12)  # of the SST-2 column, which is not printed
 
 
 def test_logs_give_the_averages_that_are_known_of_them(results: Path) -> None:
@@ -159,7 +159,7 @@ def test_table6_holds_the_losses_of_our_runs(results: Path) -> None:
 
 
 def test_runs_of_llama_fill_the_published_rows_of_table6(results: Path) -> None:
-    """A second record of one seed that disagrees counts for nothing, the authors' variant stands in rows of its own."""
+    """A seed with two records that disagree is not used, and the authors' variant has rows of its own."""
     of = {**record("lora", "oasst1", 42, 0.0)}
     of["config"]["model"]["name"] = "llama2_7b"
     for name, seed, loss in (
@@ -204,7 +204,7 @@ def test_table6_shows_share_loss_before_speed_memory_and_counts_of_our_runs(resu
 
 
 def test_table6_computes_the_papers_shares() -> None:
-    """22 % is up, down and gate of 11 blocks; 0.5 % is LoRA on all blocks: the authors' code, not the text."""
+    """22 % is up, down and gate of 11 blocks, and 0.5 % is LoRA on all blocks: the authors' code, not the text."""
     found = llama.paper_shares()
     assert (found["with_gate"], found["full"], found["lora_all"]) == ("22.1 %", "14.7 %", "0.459 %")
 

@@ -1,4 +1,4 @@
-"""A small part of `python -m experiments.reliability.fuzz`, and the files that it found: each refused, none run."""
+"""A short run of `python -m experiments.reliability.fuzz`, and files that it found earlier: all are refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_no_reader_has_a_defect(outcomes: dict[str, dict[str, object]]) -> None:
 
 
 def test_an_input_follows_from_its_seed(tmp_path: Path) -> None:
-    """So that a defect of a run can be looked at again."""
+    """So that a defect can be reproduced."""
     (tmp_path / mutate.OUTSIDE).mkdir()
     for change in (*mutate.ANY, *mutate.JSON):
         made = []
@@ -56,7 +56,7 @@ def test_an_input_follows_from_its_seed(tmp_path: Path) -> None:
 
 
 def test_the_guard_sees_what_a_reader_must_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that loads pickles, looks outside, or fills the memory is a defect."""
+    """A reader that loads pickles, reads outside its folder, or fills the memory is a defect."""
     import pickle
 
     def careless(folder: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_flipped_bit_in_a_stored_basis_is_found(tmp_path: Path) -> None:
 
 
 def test_a_small_adapter_cannot_ask_for_a_large_product(tmp_path: Path) -> None:
-    """Of two bases with 150,000 columns each, the core between them would take 180 GB."""
+    """The core between two bases with 150,000 columns each would need 180 GB."""
     all_readers()["adapters"].make(tmp_path)
     tensors = load_file(tmp_path / TENSORS)
     for part, rows in (("out", 12), ("in", 8)):

@@ -1,4 +1,4 @@
-"""Answers of a tiny random Llama with a tokenizer made here: batches, resuming, schema, custom questions."""
+"""Answers of a tiny random Llama: batches, resuming, schema, custom questions."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ Answering = Callable[..., int]
 
 @pytest.fixture
 def run(model: Path, questions: Path, tmp_path: Path) -> Answering:
-    """The answer command, on a CPU; the exit status."""
+    """Run the answer command on a CPU; returns its exit status."""
 
     def ran(*more: str, out: str = "out") -> int:
         fixed = ("answer", "--model", str(model), "--questions", str(questions), "--device", "cpu")

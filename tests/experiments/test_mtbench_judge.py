@@ -1,4 +1,4 @@
-"""Grading against a real server on loopback: prompts, grades, the cache of verdicts, and the scores made of them."""
+"""Grading against a real server on loopback: prompts, grades, the cache of verdicts, and scores."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_a_killed_grading_goes_on_where_it_was(folder: Path, judge: Judge) -> No
 
 
 def grade_here() -> None:
-    """Of the process that is killed."""
+    """Runs in the process that is killed."""
     import experiments.mtbench.cli as cli
 
     cli.load_prompts = lambda: PROMPTS

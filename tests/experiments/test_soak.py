@@ -1,4 +1,4 @@
-"""The soak's fit: a leak is found with its size, none where there is none, gaps or not; bad files are named."""
+"""The soak test's fit: it finds a leak and its size, and none where there is none; bad files are refused."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pytest
 from experiments.reliability.page import BLOCKS, MISSING, PAGE, RESULTS, fill_blocks, fuzz_section, kills
 from experiments.reliability.soak import COLUMNS, main, read_samples, report
 
-LEAK = 3.0  # MiB an hour
+LEAK = 3.0  # MiB per hour
 
 
 def write(path: Path, leak: float = 0.0, gap: bool = True) -> Path:
-    """Two hours, a sample in five seconds: a rise of 300 MiB in the first minutes, noise that lasts, and a leak."""
+    """Two hours, a sample every five seconds: a rise of 300 MiB in the first minutes, correlated noise, and a leak."""
     draw, seconds = np.random.default_rng(0), np.arange(0, 7200, 5.0)
     noise = np.convolve(draw.normal(size=len(seconds) + 59), np.ones(60) / 60, "valid")
     mib = 1000 + 300 * (1 - np.exp(-seconds / 200)) + leak * seconds / 3600 + noise
@@ -77,7 +77,7 @@ def test_a_process_is_sampled_until_it_ends(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.3)"]) as process:
         main(["sample", str(process.pid), "--out", str(tmp_path / "s.csv"), "--interval", "0.05"])
     samples = read_samples(tmp_path / "s.csv")
-    assert len(samples.seconds) > first > 3  # the second goes on where the first ended
+    assert len(samples.seconds) > first > 3  # the second call appends to the samples of the first
     assert samples.mib.max() < 1000
 
 
@@ -87,7 +87,7 @@ def test_no_process_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_the_page_says_what_the_files_hold(tmp_path: Path) -> None:
-    """The committed page is what the committed results make of it; a new result changes its block alone."""
+    """The committed page matches the committed results; a new result changes only its block."""
     page = PAGE.read_text()
     assert fill_blocks(page, RESULTS) == page
     assert page.count("<!-- /") == len(BLOCKS)
