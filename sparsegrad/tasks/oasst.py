@@ -94,7 +94,7 @@ def _parse_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path} line {number} is not valid JSON ({error}): correct or remove it") from None
+                raise UserError(f"{path} line {number} is no JSON ({error}): correct or remove it") from None
             if not isinstance(row, Mapping):
                 raise UserError(f"{path} line {number}: give one JSON object, a tree or a message")
             yield number, row
