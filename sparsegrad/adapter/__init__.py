@@ -1,4 +1,4 @@
-"""What fine-tuning changed, as files: saved, loaded, merged and taken out again."""
+"""Adapters: save what fine-tuning changed, load it, merge it into the base model and remove it again."""
 
 from sparsegrad.adapter.load import Adapter, load_adapter, set_adapter, switch
 from sparsegrad.adapter.save import save_adapter

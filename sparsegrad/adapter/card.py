@@ -1,4 +1,4 @@
-"""The model card of an adapter: written anew as long as nobody has touched it."""
+"""The model card of an adapter. It is rewritten at each save until somebody edits it."""
 
 from __future__ import annotations
 
@@ -18,48 +18,51 @@ tags: [sparsegrad, peft]
 
 # Adapter for {source}
 
-Fine-tuned with [SparseGrad](https://arxiv.org/abs/2410.07383). It holds the weights that differ from the base and gives
-the trained `{model}` {exact}. It refuses a base whose weights have another sha256.
+Fine-tuned with [SparseGrad](https://arxiv.org/abs/2410.07383). The adapter stores the weights that differ from the base
+and restores the trained `{model}` {exact}. Loading fails if the base weights have another SHA-256.
 
 ```python
 import sparsegrad
 
 adapter = sparsegrad.load_adapter(model, ".")  # model: the base, a {model}
-adapter.merge()  # and adapter.unmerge()
+adapter.merge()  # adapter.unmerge() restores the base
 ```
 
 Size: {size}.
 
-Data, training settings, results and limits: to be added by whoever trained it.
+Data, training settings, results and limitations: to be added by whoever trained it.
 """
-# Its last line has the sha256 of all above it: a card that somebody completed has another.
+# The last line contains the sha256 of all lines above it. A card that somebody edited no longer matches.
+# Existing cards contain this line as well: do not change its text.
 _MARK = "\n<!-- save_adapter wrote this card and replaces it as long as it is unchanged: {} -->\n"
 
 
 def write_card(folder: Path, source: str, model: str, size: str, tolerance: float) -> None:
-    """Write README.md, unless one lies there that is not as a call of this left it; then say so in the log.
+    """Write README.md, unless there is one that was written or edited by hand; in that case log a warning.
 
     Args:
-        folder: of the adapter.
-        source: what the base is called.
-        model: the class of the model.
-        size: what is stored in how many bytes, in words.
-        tolerance: of `save_adapter`.
+        folder: folder of the adapter.
+        source: name of the base.
+        model: class name of the model.
+        size: description of what is stored, in how many bytes.
+        tolerance: as given to `save_adapter`.
 
     Raises:
-        UserError: when it cannot be written.
+        UserError: when the file cannot be read or written.
     """
     path = folder / "README.md"
-    if not _is_ours(path):
-        logger.warning("%s stays as it is: it was written or edited by hand; its size and base may be old", path)
+    if not _is_unedited(path):
+        logger.warning(
+            "%s stays as it is, because it was written or edited by hand; its size and base may be outdated", path
+        )
         return
-    exact = "bit for bit" if not tolerance else f"but for {tolerance:g} of each MLP weight's change"
+    exact = "bit for bit" if not tolerance else f"up to {tolerance:g} of each MLP weight's change"
     text = _CARD.format(quoted=json.dumps(source), source=source, model=model, exact=exact, size=size)
     write_text(path, text + _MARK.format(text_sha256(text)))
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether nothing is lost by writing there: no file, or one whose last line fits all above it."""
+def _is_unedited(path: Path) -> bool:
+    """Whether there is no file at `path`, or one whose last line matches the text above it."""
     try:
         content = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -1,6 +1,7 @@
-"""The files of an adapter: one safetensors, and the JSON that tells what is in it. Names of files are fixed.
+"""The files of an adapter: one safetensors file, and a JSON file that describes it. File names are fixed.
 
-Where a folder is saved again, the new tensors wait under a name of their sha256 until the JSON tells of them.
+Saving must not damage an existing adapter. So new tensors are first stored under a temporary name that contains their
+sha256. Replacing the JSON, which holds the sha256 of its tensors, is the atomic switch from the old adapter to the new.
 """
 
 from __future__ import annotations
@@ -24,15 +25,13 @@ from sparsegrad.hashing import file_sha256, tensors_sha256
 
 FORMAT = "sparsegrad-adapter-1"
 TENSORS, FACTS = "sparsegrad_adapter.safetensors", "sparsegrad_adapter.json"
-_WAITING = (
-    "sparsegrad_adapter.{}.safetensors"  # of tensors that the JSON does not tell of yet; the name has their sha256
-)
+_WAITING = "sparsegrad_adapter.{}.safetensors"  # tensors of a save in progress; the name contains their sha256
 _SHA256 = re.compile("[0-9a-f]{64}")
-BASIS_PARTS = ("out_basis", "in_basis")  # of each kind, only the columns that kept entries need
+BASIS_PARTS = ("out_basis", "in_basis")  # stored per kind, only the columns that its kept entries need
 FORMS = ("whole", "sparse", "rotated")
-_MAX_FACTS = 64 * 2**20  # bytes of JSON; a model of 100,000 tensors has a third of it
+_MAX_FACTS = 64 * 2**20  # bytes of JSON; a model of 100,000 tensors needs a third of this
 DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
-# Of buffers that count.
+# Buffers that hold counts.
 DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}
 
 
@@ -41,12 +40,12 @@ class Entry:
     """One changed tensor as stored.
 
     Attributes:
-        form: see `sparsegrad.adapter.load`.
-        shape, dtype: of the model's tensor.
-        base_sha256: of the base's tensor, where the adapter was made against it; None for what is new, as a head.
-        values: new values, flat; or kept entries of the rotated change.
-        index: flat positions of `values`, or None for all.
-        kind: layer kind whose basis rotates, of form rotated.
+        form: `whole`, `sparse` or `rotated`; see `sparsegrad.adapter.load`.
+        shape, dtype: shape and dtype of the model's tensor.
+        base_sha256: hash of the tensor that the base must have; None if any is accepted, as for a new head.
+        values: new values (n,); or, of form `rotated`, kept entries (n,) of the rotated change.
+        index: flat positions (n,) of `values`; None if they are all entries.
+        kind: layer kind whose basis rotates the change; only of form `rotated`.
     """
 
     form: str
@@ -59,14 +58,14 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """Bytes of its tensors."""
+        """Size of its tensors in bytes."""
         return self.values.nbytes + (0 if self.index is None else self.index.nbytes)
 
     def resolve(self, base: Tensor, bases: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
-        """Positions (None: all) and new values for the tensor whose values are now `base`."""
+        """Flat positions (None: all) and new values for a tensor that now has the values `base` (out, in)."""
         if self.form != "rotated":
             return None if self.index is None else self.index.long(), self.values
-        V, U = (bases[f"{self.kind}.{part}"] for part in BASIS_PARTS)
+        V, U = (bases[f"{self.kind}.{part}"] for part in BASIS_PARTS)  # (out, c) and (in, r)
         core = torch.zeros(V.shape[1] * U.shape[1], dtype=torch.float64)
         core[self.index.long()] = self.values.double()  # type: ignore[union-attr]
         change = V.double() @ core.view(V.shape[1], U.shape[1]) @ U.double().T
@@ -75,19 +74,23 @@ class Entry:
 
 
 def digest(tensor: Tensor) -> str:
-    """sha256 of dtype, shape and bytes of a tensor."""
+    """Hex SHA-256 of dtype, shape and bytes of a tensor."""
     return tensors_sha256([(f"{tensor.dtype}{tuple(tensor.shape)}:", tensor)])
 
 
 def write_adapter(
     folder: Path, facts: Mapping[str, Any], entries: Mapping[str, Entry], bases: Mapping[str, Tensor]
 ) -> int:
-    """Write both files; whenever it ends, the folder holds the adapter of before or the new one, whole.
+    """Write both files. If the process is killed at any point, the folder holds the old or the new adapter, complete.
 
-    The JSON decides which: it holds the sha256 of its tensors, which wait under another name until it is there.
+    Args:
+        folder: created if needed.
+        facts: what the JSON holds beside the entries.
+        entries: tensor name -> entry.
+        bases: `kind.part` -> columns of a basis.
 
     Returns:
-        Bytes of the tensors' file.
+        Size of the tensors' file in bytes.
 
     Raises:
         UserError: when the folder cannot be written.
@@ -95,13 +98,14 @@ def write_adapter(
     tensors = {f"{name}::values": entry.values.contiguous() for name, entry in entries.items()}
     tensors |= {f"{name}::index": entry.index for name, entry in entries.items() if entry.index is not None}
     tensors |= {f"{name}::basis": tensor.contiguous() for name, tensor in bases.items()}
-    listed = {name: _facts(entry) for name, entry in entries.items()}
+    listed = {name: _describe_entry(entry) for name, entry in entries.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _settle(folder)
+        _finish_interrupted(folder)
         waiting, sha256 = _write_waiting(folder, tensors)
         size = waiting.stat().st_size
         try:
+            # From here on the new adapter is valid: `_tensors_path` finds its tensors under either name.
             write_json(folder / FACTS, {"format": FORMAT, **facts, "sha256": sha256, "tensors": listed})
         except UserError:
             waiting.unlink()
@@ -112,12 +116,12 @@ def write_adapter(
     return size
 
 
-def _settle(folder: Path) -> None:
-    """Finish what a save that was killed left: the tensors that the JSON tells of get their name, others go."""
+def _finish_interrupted(folder: Path) -> None:
+    """Complete or undo a save that was killed: rename the tensors that the JSON refers to, and delete others."""
     try:
         current = _WAITING.format(_read_facts(folder / FACTS)["sha256"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        current = None  # no adapter, or none that can be read
+        current = None  # no adapter, or one that cannot be read
     for path in folder.glob(_WAITING.format("*")):
         if path.name == current:
             path.replace(folder / TENSORS)
@@ -126,7 +130,7 @@ def _settle(folder: Path) -> None:
 
 
 def _write_waiting(folder: Path, tensors: dict[str, Tensor]) -> tuple[Path, str]:
-    """The tensors under the name of their sha256, on the disk before the JSON can tell of them."""
+    """Store the tensors under the name of their sha256, flushed to disk before the JSON can refer to them."""
     scratch = folder / f".{TENSORS}.{os.getpid()}.tmp"
     try:
         save_file(tensors, scratch, {"format": FORMAT})
@@ -139,33 +143,34 @@ def _write_waiting(folder: Path, tensors: dict[str, Tensor]) -> tuple[Path, str]
 
 
 def _tensors_path(folder: Path, sha256: Any) -> Path:
-    """Where the tensors lie; a value that is no sha256 names no file, so that no JSON leads out of the folder."""
+    """Path of the tensors; only a valid sha256 is used in a name, so that no JSON can point out of the folder."""
     waiting = folder / _WAITING.format(sha256)
     return waiting if _SHA256.fullmatch(str(sha256)) and waiting.is_file() else folder / TENSORS
 
 
-def _facts(entry: Entry) -> dict[str, Any]:
+def _describe_entry(entry: Entry) -> dict[str, Any]:
     plain = {"form": entry.form, "shape": list(entry.shape), "dtype": str(entry.dtype), "kind": entry.kind}
     return {**plain, "base_sha256": entry.base_sha256}
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[str, Tensor]]:
-    """The facts, the entries by name, and the parts of the bases; everything that does not need a model is checked.
+    """The facts, the entries by name, and the parts of the bases, after all checks that do not need a model.
 
     Raises:
-        UserError: for files that are missing, damaged, of another version, inconsistent or not finite.
+        UserError: for files that are missing, damaged, of another version or inconsistent, or hold values that are not
+            finite.
     """
     path = folder / FACTS
     try:
         facts = _read_facts(path)
         stored = _tensors_path(folder, facts["sha256"])
         if not _is_as_written(stored, facts["sha256"]):
-            raise UserError(f"{stored} is damaged or of another adapter (its sha256 differs): copy it anew")
+            raise UserError(f"{stored} is damaged or belongs to another adapter (its sha256 differs): copy it again")
         tensors = load_file(stored)
-        entries = {name: _entry(name, plain, tensors) for name, plain in facts["tensors"].items()}
+        entries = {name: _read_entry(name, plain, tensors) for name, plain in facts["tensors"].items()}
         bases = {key.removesuffix("::basis"): tensors.pop(key) for key in list(tensors) if key.endswith("::basis")}
         if tensors:
-            raise UserError(f"{stored} holds {len(tensors)} tensors that {FACTS} does not name: copy it anew")
+            raise UserError(f"{stored} holds {len(tensors)} tensors that {FACTS} does not name: copy it again")
         _check_rotated(entries, bases)
     except FileNotFoundError as error:
         raise UserError(
@@ -184,7 +189,9 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[s
         OverflowError,
         RecursionError,
     ) as error:
-        raise UserError(f"{folder} is not a readable adapter ({type(error).__name__}: {error}): save it anew") from None
+        raise UserError(
+            f"{folder} is not a readable adapter ({type(error).__name__}: {error}): save it again"
+        ) from None
     return facts, entries, bases
 
 
@@ -197,50 +204,52 @@ def _read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _entry(name: str, plain: Mapping[str, Any], tensors: dict[str, Tensor]) -> Entry:
-    """Take one entry's tensors out of `tensors` and check them against what the JSON says."""
+def _read_entry(name: str, plain: Mapping[str, Any], tensors: dict[str, Tensor]) -> Entry:
+    """Remove one entry's tensors from `tensors` and check them against what the JSON says."""
     shape, dtype = tuple(int(size) for size in plain["shape"]), DTYPES[plain["dtype"]]
     values, index = tensors.pop(f"{name}::values"), tensors.pop(f"{name}::index", None)
     entry = Entry(plain["form"], shape, dtype, plain["base_sha256"], values, index, plain["kind"])
     expected = torch.float32 if entry.form == "rotated" else dtype
     if entry.form not in FORMS or (entry.form == "whole") != (index is None) or values.dtype != expected:
-        raise UserError(f"the adapter's {name} is inconsistent (form {entry.form}, {values.dtype}): save it anew")
+        raise UserError(f"the adapter's {name} is inconsistent (form {entry.form}, {values.dtype}): save it again")
     size = torch.Size(shape).numel()
     wanted = (size,) if index is None else tuple(index.shape)
     if tuple(values.shape) != wanted or (index is not None and not _is_index(index, size)):
-        raise UserError(f"the adapter's {name} has positions or values that do not fit {shape}: save it anew")
+        raise UserError(f"the adapter's {name} has positions or values that do not fit {shape}: save it again")
     if not torch.isfinite(values).all():
-        raise UserError(f"the adapter's {name} holds values that are not finite: save one that was trained well")
+        raise UserError(f"the adapter's {name} holds values that are not finite: save a model whose weights are finite")
     return entry
 
 
 def _is_index(index: Tensor, size: int) -> bool:
-    """Whole numbers, rising, within the tensor."""
+    """Whether `index` holds increasing positions within a tensor of `size` entries."""
     if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
         return False
     return not len(index) or bool(index[0] >= 0 and index[-1] < size and (index.diff() > 0).all())
 
 
 def _check_rotated(entries: Mapping[str, Entry], bases: Mapping[str, Tensor]) -> None:
+    """Check that the stored columns of each basis fit the shapes and positions of the rotated entries."""
     for name, entry in entries.items():
         if entry.form != "rotated":
             continue
-        V, U = (bases[f"{entry.kind}.{part}"] for part in BASIS_PARTS)
+        V, U = (bases[f"{entry.kind}.{part}"] for part in BASIS_PARTS)  # (out, c) and (in, r)
         fits = V.dim() == U.dim() == 2 and (V.shape[0], U.shape[0]) == entry.shape
-        # Columns of square matrices: more would make a small file ask for a large product.
+        # A basis has no more columns than rows. Without this check a small file could require a huge product.
         fits = fits and V.shape[1] <= V.shape[0] and U.shape[1] <= U.shape[0] and V.dtype == U.dtype == torch.float32
         inside = (
             fits and entry.index is not None and (not len(entry.index) or entry.index[-1] < V.shape[1] * U.shape[1])
         )
         if not fits or not inside or not all(torch.isfinite(matrix).all() for matrix in (V, U)):
-            raise UserError(f"the adapter's basis of kind {entry.kind} does not fit {name}: save it anew")
+            raise UserError(f"the adapter's basis of kind {entry.kind} does not fit {name}: save it again")
 
 
 def _is_as_written(path: Path, sha256: Any) -> bool:
-    path.stat()  # names the file that is missing
+    """Whether a file of tensors has the sha256 that the JSON states; `FileNotFoundError` if it is missing."""
+    path.stat()
     try:
         with safe_open(path, framework="pt"):
-            pass  # its header fits its size: only then is all of it read
+            pass  # checks the header against the file size, before the whole file is read for its hash
     except SafetensorError:
         return False
     return bool(file_sha256(path) == sha256)

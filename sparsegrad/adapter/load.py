@@ -1,12 +1,12 @@
-"""Adapters: what fine-tuning changed, in a folder of its own, to be merged into the base model and taken out again.
+"""Adapters: what fine-tuning changed, stored in a folder, to be merged into the base model and removed again.
 
 A changed tensor is stored in the smallest of these forms:
     whole    its new values;
     sparse   flat positions and new values of the entries that differ;
     rotated  only with a tolerance: kept entries of V^T (W' - W) U, and the columns of U and V that they need.
 
-`whole` and `sparse` hold values, not differences: W + (W' - W) is in floating point not W'. So a loaded adapter gives
-the trained model bit for bit, and `unmerge` the base.
+`whole` and `sparse` hold values instead of differences, because in floating point W + (W' - W) is not W'. So a merged
+adapter restores the trained model bit for bit, and `unmerge` the base.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from torch import Tensor, nn
 from sparsegrad.adapter.format import Entry, digest, read_adapter
 from sparsegrad.errors import UserError, warn_renamed
 
-# Which adapter is merged into a model; a model that is gone takes its entry along.
+# Model -> the adapter that is merged into it. Weak keys: the entry is removed with its model.
 _MERGED: weakref.WeakKeyDictionary[nn.Module, Adapter] = weakref.WeakKeyDictionary()
-# Numbers whose bits are added up at a time: they stay in a CPU's cache, and a GPU needs no copy of the tensor.
+# Numbers whose bits are summed at a time: they fit into a CPU's cache, and a GPU needs no copy of the whole tensor.
 _TOGETHER = 2**16
-_ODD = 0x9E3779B97F4A7C15  # of 64 bits; any would do
+_ODD = 0x9E3779B97F4A7C15  # an arbitrary odd 64-bit number
 
 Mark = tuple[torch.dtype, torch.Size, int]
-"""Dtype, shape and weighted sum of the bits of a tensor: another mark means that somebody changed it."""
+"""Dtype, shape and weighted sum of the bits of a tensor; if it differs, the tensor was changed."""
 
 
 @dataclass
 class Patch:
-    """New values of one tensor of the model: of all of it, or at flat positions `index`.
+    """Values to exchange with one tensor of the model: all of them, or those at flat positions `index`.
 
     Attributes:
-        values: what the model shall have, or, while merged, what it had.
-        index: flat positions of `values`; None for all.
+        values: values (n,) of the trained model; while merged, those of the base.
+        index: flat positions (n,) of `values`; None if they are all entries.
         now: mark of the model's tensor as this adapter last left it.
-        other: its mark once `values` are in it; None until the first merge.
+        other: its mark after the next exchange; None before the first merge.
     """
 
     values: Tensor
@@ -51,23 +51,23 @@ class Patch:
 
     @torch.no_grad()
     def swap(self, target: Tensor) -> None:
-        """Exchange the values with those of `target`, bit for bit; each stays on its own device.
+        """Exchange the values with those of `target`, bit for bit; both stay on their devices.
 
-        All that needs memory comes before the first write, so that an error leaves both as they were.
+        All memory is allocated before the first write, so that an error leaves both unchanged.
         """
         flat = target.detach().view(-1)
         index = slice(None) if self.index is None else self.index.to(flat.device)
         old = flat[index].to(self.values.device, copy=True)
-        # A slice copies from any device by itself; positions want the values on theirs.
+        # Assignment to a slice copies between devices; assignment by positions needs the values on the same device.
         flat[index] = self.values if self.index is None else self.values.to(flat.device)
         self.values = old
 
 
 class Adapter:
-    """A checked adapter of one model in memory; `load_adapter` makes it. The model is unchanged until `merge`.
+    """An adapter of one model, loaded by `load_adapter` and checked. The model is unchanged until `merge`.
 
     Attributes:
-        folder: where it was read from.
+        folder: the folder from which it was loaded.
         facts: the JSON that describes it.
     """
 
@@ -88,61 +88,60 @@ class Adapter:
     def merge(self) -> None:
         """Give the model the trained weights, in place.
 
-        Where it fails halfway, as for want of memory, what was exchanged is first exchanged back.
+        If it fails halfway, e.g. for lack of memory, the tensors exchanged so far are restored first.
 
         Raises:
-            UserError: when this or another adapter is merged already, or the weights that the adapter changes are
-                others than when it was loaded or unmerged.
+            UserError: when this or another adapter is already merged, or the weights that the adapter changes were
+                modified since it was loaded or unmerged.
         """
-        model = self._living()
+        model = self._get_model()
         if model in _MERGED:
             which = "this adapter" if self.merged else f"the adapter of {_MERGED[model].folder}"
             raise UserError(
                 f"{which} is merged already: unmerge it first, or call sparsegrad.set_adapter(model, adapter)"
             )
-        self._swap(self._untouched(model, "load the base and the adapter again"))
+        self._swap(self._get_unmodified(model, "load the base and the adapter again"))
         _MERGED[model] = self
 
     def unmerge(self) -> None:
-        """Give the model its base weights back, bit for bit.
-
-        Where it fails halfway, the model stays merged.
+        """Restore the base weights of the model, bit for bit. If it fails halfway, the model stays merged.
 
         Raises:
-            UserError: when it is not merged, or the merged weights have been trained meanwhile.
+            UserError: when the adapter is not merged, or the merged weights were modified, e.g. by training.
         """
-        model = self._living()
+        model = self._get_model()
         if not self.merged:
             raise UserError(f"the adapter of {self.folder} is not merged: there is nothing to unmerge")
         remedy = "save what you trained as an adapter of its own, and load the base again"
-        self._swap(self._untouched(model, remedy))
+        self._swap(self._get_unmodified(model, remedy))
         del _MERGED[model]
 
     def _swap(self, targets: dict[str, Tensor]) -> None:
-        """Exchange all values, or on any error none."""
+        """Exchange all values, or none of them if there is an error."""
         done: list[str] = []
         try:
             for name, patch in self._patches.items():
                 patch.swap(targets[name])
                 done.append(name)
             marks = {name: patch.other or mark(targets[name]) for name, patch in self._patches.items()}
-        except BaseException:
+        except BaseException:  # KeyboardInterrupt too: half a merge must not remain
             for name in done:
                 self._patches[name].swap(targets[name])
             raise
         for name, patch in self._patches.items():
             patch.now, patch.other = marks[name], patch.now
 
-    def _living(self) -> nn.Module:
+    def _get_model(self) -> nn.Module:
         model = self._model()
         if model is None:
-            raise UserError("the model of this adapter is gone: load both again")
+            raise UserError("the model of this adapter no longer exists: load both again")
         return model
 
-    def _untouched(self, model: nn.Module, remedy: str) -> dict[str, Tensor]:
-        """The model's tensors of today by name, as `model.to(device)` may have put others in the place of those loaded.
+    def _get_unmodified(self, model: nn.Module, remedy: str) -> dict[str, Tensor]:
+        """The model's current tensors by name, after a check that nobody modified them.
 
-        By their bits: torch counts in-place writes (`_version`), but not those of its fused optimizers.
+        They are looked up by name, because `model.to(device)` may have replaced the tensors that were there at loading.
+        They are compared by their bits, because torch's version counter misses the writes of its fused optimizers.
         """
         tensors = named_tensors(model)
         for name, patch in self._patches.items():
@@ -155,27 +154,29 @@ class Adapter:
 def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
     """Read and check the adapter in `folder`; the model stays as it is until `Adapter.merge`.
 
-    Several adapters of one base may be loaded; `set_adapter` changes between them. Load them before any is merged. Each
-    holds its values in memory; form `rotated` as large as the weights themselves.
+    Several adapters of one base can be loaded, and `set_adapter` switches between them. Load all of them before the
+    first merge. Each holds its values in memory; those of form `rotated` are as large as the weights themselves.
 
     Args:
-        model: the base model: the same weights that the adapter was saved against.
-        folder: what `save_adapter` wrote.
+        model: the base model, with the weights against which the adapter was saved.
+        folder: a folder that `save_adapter` wrote.
 
     Raises:
         UserError: for a folder that is missing, damaged or of another version; a model with other names, shapes,
-            dtypes or base weights (by their sha256); values that are not finite; or when an adapter is merged.
+            dtypes or base weights (by their sha256); values that are not finite; or while an adapter is merged.
     """
     if model in _MERGED:
         raise UserError(f"the adapter of {_MERGED[model].folder} is merged: unmerge it before another is loaded")
     facts, entries, bases = read_adapter(Path(folder))
     targets = named_tensors(model)
-    patches = {name: _patch(name, entry, targets, bases) for name, entry in entries.items()}
+    patches = {name: _make_patch(name, entry, targets, bases) for name, entry in entries.items()}
     return Adapter(model, Path(folder), facts, patches)
 
 
 def set_adapter(model: nn.Module, adapter: Adapter | None) -> None:
-    """Make `adapter` the one that is merged into `model`; None: the base alone, as when `adapter` cannot be merged.
+    """Merge `adapter` into `model` in place of any other; None restores the base.
+
+    If `adapter` cannot be merged, the base is restored.
 
     Raises:
         UserError: see `Adapter.merge` and `Adapter.unmerge`.
@@ -196,20 +197,20 @@ def switch(model: nn.Module, adapter: Adapter | None) -> None:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, each once; tied ones under their first name."""
+    """Parameters and persistent buffers by name, each once; tied tensors under their first name."""
     saved = set(model.state_dict())
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor for name, tensor in tensors.items() if name in saved}
 
 
 def mark(tensor: Tensor) -> Mark:
-    """The mark of a tensor, the same on every device; it costs about as much as reading the tensor once.
+    """The mark of a tensor, equal on every device. It costs about as much as reading the tensor once.
 
-    Each number has a random weight of its own, so that changes that cancel out in a plain sum, as the first step of
-    Adam makes them (+lr here, -lr there), do not in this one. Against mistakes, not against malice: see `digest`.
+    Each number has a random weight, so that changes that cancel out in a plain sum, such as the +lr and -lr of Adam's
+    first step, do not cancel out here. It detects mistakes, but not deliberate changes: see `digest` for those.
     """
     whole = {1: torch.int8, 2: torch.int16}.get(tensor.element_size(), torch.int32)
-    weights = _weights(tensor.device)
+    weights = _draw_weights(tensor.device)
     parts = torch.split(tensor.detach().reshape(-1).view(whole), _TOGETHER)
     sums = torch.stack([(part.long() * weights[: len(part)]).sum() for part in parts])
     total = 0
@@ -219,8 +220,8 @@ def mark(tensor: Tensor) -> Mark:
 
 
 @cache
-def _weights(device: torch.device) -> Tensor:
-    """Random numbers of 64 bits, the same ones on every device and in every call."""
+def _draw_weights(device: torch.device) -> Tensor:
+    """Random 64-bit numbers, the same on every device and in every call: drawn on the CPU, then moved."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(-(2**63), 2**63 - 1, (_TOGETHER,), generator=generator, device="cpu").to(device)
 
@@ -230,7 +231,8 @@ def _check_contiguous(name: str, target: Tensor) -> None:
         raise UserError(f"{name} is not contiguous in memory: call .contiguous() on it before loading an adapter")
 
 
-def _patch(name: str, entry: Entry, targets: dict[str, Tensor], bases: dict[str, Tensor]) -> Patch:
+def _make_patch(name: str, entry: Entry, targets: dict[str, Tensor], bases: dict[str, Tensor]) -> Patch:
+    """Check that an entry fits the model and its base weights, and compute the new values."""
     if name not in targets:
         raise UserError(f"the model has no {name}, which the adapter changes: load the model it was made for")
     target = targets[name]

@@ -155,7 +155,7 @@ class BlockLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # The version counter of a copied core starts again, and the copy may have been made between a step and its merge.
+        # A copied core has a new version counter, and the copy may have been made between a step and its merge.
         self._merged_version = -1
 
     def extra_repr(self) -> str:

@@ -56,7 +56,7 @@ def test_a_folder_is_a_base_and_a_head_that_it_lacks_is_new(tmp_path: Path) -> N
 def test_a_folder_of_another_architecture_is_no_base(tmp_path: Path) -> None:
     """`from_pretrained` draws what the files lack and only warns."""
     tiny_model("llama", torch.float32).save_pretrained(tmp_path / "llama")
-    with pytest.raises(UserError, match=r"llama has not bert\..* and 1 more of the model: name the base"):
+    with pytest.raises(UserError, match=r"llama does not have bert\..* and 1 more of the model: name the base"):
         save_adapter(tiny_model("bert", torch.float32), tmp_path / "adapter", tmp_path / "llama")
     assert not (tmp_path / "adapter").exists()
 
