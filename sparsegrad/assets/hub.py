@@ -135,9 +135,9 @@ def explain(error: BaseException, name: str) -> UserError:
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         return UserError(f"model {name} cannot be stored in the cache ({first_line(cause)}): free space or set HF_HOME")
     return UserError(
-        f"model {name} is neither cached nor can the hub be reached ({_kind(error, cause)}{first_line(cause)}): download "
-        f"it where there is a network with `hf download {name}` (and set HF_HOME to the copied cache), give a folder as "
-        "model.source=, or use model=minilm, which needs no hub"
+        f"model {name} is neither cached nor can the hub be reached ({_kind(error, cause)}{first_line(cause)}): "
+        f"download it where there is a network with `hf download {name}` (and set HF_HOME to the copied cache), give a "
+        "folder as model.source=, or use model=minilm, which needs no hub"
     )
 
 

@@ -24,7 +24,7 @@ from sparsegrad.errors import (
 )
 from sparsegrad.methods.base import Method
 from sparsegrad.runs.keys import config_key
-from sparsegrad.runs.model_loading import ModelConfig
+from sparsegrad.runs.model_config import ModelConfig
 from sparsegrad.runs.names import with_current_names
 from sparsegrad.tasks.base import DataConfig, Task
 

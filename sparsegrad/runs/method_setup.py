@@ -11,6 +11,7 @@ from sparsegrad.distributed import world_size
 from sparsegrad.methods.base import Context, Prepared
 from sparsegrad.runs.basis_cache import BasisStore
 from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.model_loading import describe_tokenizer
 from sparsegrad.runs.parts import Parts
 from sparsegrad.runs.trainer_setup import training_batches
 from sparsegrad.tasks.base import Splits
@@ -53,7 +54,7 @@ def _basis_store(config: RunConfig, parts: Parts, splits: Splits, resuming: bool
     facts = {
         "linears": {kind: list(found) for kind, found in parts.linears.items()},
         "architecture": architecture,
-        "tokenizer": config.model.tokenizer or config.model.source,
+        "vocabulary": describe_tokenizer(parts.tokenizer),
         "data": splits.fingerprint,
         "protocol": config.protocol.select,
         "seed": config.seed,

@@ -1,11 +1,13 @@
-"""Load a model with its tokenizer: from the hub, a folder, a fetched asset, or as random weights."""
+"""Load a model with its tokenizer, and refuse what would train as something else than it claims to be.
+
+`transformers` fills what a checkpoint lacks with random numbers, and returns a tokenizer without words where its files
+are missing. Both would train to a complete record of garbage, so what was loaded is compared with what was asked for.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
+import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,106 +15,138 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from sparsegrad.assets.download import asset_path
-from sparsegrad.assets.hub import hub_answers
-from sparsegrad.errors import UserError, check_choice, check_number, check_text, fail, first_line
-from sparsegrad.runs.layer_choice import check_blocks
+from sparsegrad.errors import UserError, first_line
+from sparsegrad.hashing import SHORT, json_sha256
+from sparsegrad.runs.heads import draw_head, keep_head
+from sparsegrad.runs.model_config import ModelConfig
+from sparsegrad.runs.model_source import Source, find_sources
 from sparsegrad.tasks.base import Task
 
-ASSET = "asset:"
+log = logging.getLogger(__name__)
+_NAMES_SHOWN = 4  # of keys that do not fit; the rest is counted
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """One model, as its YAML in conf/model says.
-
-    Attributes:
-        name: what records and tables call it.
-        source: hub id, local folder, or `asset:NAME`.
-        weights: `pretrained`, or `random`: the architecture alone, which needs no hub.
-        architecture: fields of the model's configuration, used with random weights.
-        tokenizer: where the tokenizer comes from; null means from `source`.
-        mlp: layer kind -> pattern of module names, or the name of a known layout (`sparsegrad.targets`).
-        kinds: those of its layer kinds that are fine-tuned; null: all.
-        dense: those of its layer kinds that train densely beside them, whatever the method; null: none.
-        blocks: indices of the blocks whose MLP is fine-tuned, or a slice such as `0::3`; null: all.
-        head: pattern of the parameters that are new for each task.
-        lr: learning rate where none is given.
-        lora_rank, authors_keep: the paper's rank of LoRA and the authors' kept entries per weight at this size.
-        usual: what this model sets where conf/config.yaml and conf/method say `oc.select:model.usual...`.
-    """
-
-    name: str
-    source: str
-    mlp: Any
-    head: str
-    lr: float
-    lora_rank: int
-    authors_keep: int
-    kinds: Any = None
-    dense: Any = None
-    blocks: Any = None
-    usual: Mapping[str, Any] = field(default_factory=dict)
-    weights: str = "pretrained"
-    tokenizer: str | None = None
-    architecture: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_choice("model.weights", self.weights, ("pretrained", "random"))
-        for name in ("name", "source", "head"):
-            check_text(f"model.{name}", getattr(self, name))
-        if self.tokenizer is not None:
-            check_text("model.tokenizer", self.tokenizer)
-        check_number("model.lr", self.lr, above=0)
-        check_blocks(self.blocks)
-        if not isinstance(self.architecture, Mapping):
-            raise fail("model.architecture", self.architecture, "give fields of the model's configuration")
-        try:
-            re.compile(self.head)
-        except re.error as error:
-            raise UserError(f"model.head={self.head} is not a regular expression: {error}") from None
-
-    def is_head(self, name: str) -> bool:
-        """Whether a parameter of this name belongs to the head."""
-        return re.fullmatch(self.head, name) is not None
-
-
-def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer (`transformers`).
+def load_tokenizer(config: ModelConfig, source: Source | None = None) -> Any:
+    """The model's tokenizer (`transformers`), from its source where that was found already.
 
     Raises:
-        UserError: when it can be had neither from disk nor from the hub.
+        UserError: when it cannot be read, needs code that may not run, or knows no words.
     """
     from transformers import AutoTokenizer
 
-    source = config.tokenizer or config.source
-    return _from_source(source, AutoTokenizer.from_pretrained)
+    name = config.tokenizer or config.source
+    source = source or find_sources(config).tokenizer
+    options = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
+    tokenizer = _read(lambda: AutoTokenizer.from_pretrained(str(source.fetch()), **options), name)
+    words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens) - tokenizer.get_added_vocab().keys()
+    if not words:
+        raise UserError(
+            f"the tokenizer of {name} knows no words, only special tokens: its files (tokenizer.json, vocab.txt, ...) "
+            "are missing; download them again, or name a tokenizer with model.tokenizer="
+        )
+    return tokenizer
 
 
-def load_model(config: ModelConfig, task: Task, tokenizer: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """Size and hash of the vocabulary, for the record and for the fingerprint of bases."""
+    vocabulary = tokenizer.get_vocab()
+    return {"size": len(vocabulary), "sha256": json_sha256(vocabulary)[:SHORT]}
+
+
+def load_model(
+    config: ModelConfig,
+    task: Task,
+    tokenizer: Any,
+    dtype: torch.dtype = torch.float32,
+    source: Source | None = None,
+) -> nn.Module:
     """The model for `task`, with weights in `dtype`: a causal language model for a language task, else a classifier.
 
-    A classifier's head is drawn from torch's global generator.
+    A classifier's head is new, drawn from torch's global generator, unless `model.keep_head` asks for the source's.
+
+    Args:
+        config: the model.
+        task: says what head it gets.
+        tokenizer: the model's; its padding token goes into the configuration of random weights.
+        dtype: of the weights.
+        source: of the weights, where it was found already.
 
     Raises:
-        UserError: when the weights can be had neither from disk nor from the hub, or the model is no language model.
+        UserError: when the weights cannot be read or do not fit the model, or it is no causal language model.
     """
     import transformers
 
+    maker: Any = transformers.AutoModelForSequenceClassification
     if task.is_language:
-        maker: Any = transformers.AutoModelForCausalLM
-        heads: dict[str, Any] = {}
-    else:
-        maker = transformers.AutoModelForSequenceClassification
-        labels = dict(enumerate(task.labels)) or {0: task.name}
-        heads = {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
+        maker = transformers.AutoModelForCausalLM
+    heads = {} if task.is_language else _label_settings(task)
     if config.weights == "random":
         model = _random(config, tokenizer, heads, maker, dtype)
     else:
-        model = _from_source(config.source, partial(maker.from_pretrained, dtype=dtype, **heads))
+        source = source or find_sources(config, is_language=task.is_language).model
+        assert source is not None
+        model = _pretrained(config, task, heads, maker, source, dtype)
     if task.is_language:
         _check_causal(config, task, model)
     return model
+
+
+def _label_settings(task: Task) -> dict[str, Any]:
+    """What a classifier's configuration says of its labels; the source's own settings must not survive."""
+    labels = dict(enumerate(task.labels)) or {0: task.name}
+    names = {label: index for index, label in labels.items()}
+    return {"id2label": labels, "label2id": names, "num_labels": len(labels), "problem_type": None}
+
+
+def _pretrained(
+    config: ModelConfig, task: Task, heads: dict[str, Any], maker: Any, source: Source, dtype: torch.dtype
+) -> nn.Module:
+    options = {
+        "dtype": dtype,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # a head of another size; anything else of another size is refused below
+        "trust_remote_code": config.trust_remote_code,
+        "local_files_only": True,
+        "adapter_kwargs": {"local_files_only": True},
+    }
+    folder = str(source.fetch())
+    if config.keep_head and not task.is_language:
+        model, info = _read(lambda: maker.from_pretrained(folder, **options), config.source)
+        _check_fit(config, info, new=())
+        keep_head(model, config, task, heads)
+        return model  # type: ignore[no-any-return]
+    model, info = _read(lambda: maker.from_pretrained(folder, **options, **heads), config.source)
+    head = [] if task.is_language else [name for name, _ in model.named_parameters() if config.is_head(name)]
+    _check_fit(config, info, new=head)
+    drawn = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    if loaded := [name for name in head if name not in drawn]:
+        draw_head(model, loaded)
+    return model  # type: ignore[no-any-return]
+
+
+def _check_fit(config: ModelConfig, info: dict[str, Any], new: Iterable[str]) -> None:
+    """Every tensor of the model outside its new head came from the checkpoint, in its own shape."""
+    lacking = sorted(set(info["missing_keys"]) - set(new))
+    other = sorted({key for key, *_ in info["mismatched_keys"]} - set(new))
+    if lacking:
+        raise UserError(
+            f"model.source={config.source} does not fit: the checkpoint lacks {_list_names(lacking)}, which would be "
+            "random numbers; name a checkpoint of this architecture, or, if they are new for the task, name them in "
+            "model.head"
+        )
+    if other:
+        raise UserError(
+            f"model.source={config.source} does not fit: {_list_names(other)} of the checkpoint have other shapes than "
+            "its config.json says; name a folder whose files belong together"
+        )
+    if unused := sorted(info["unexpected_keys"]):
+        log.info("not used of %s: %s", config.source, _list_names(unused))
+
+
+def _list_names(names: list[str]) -> str:
+    """The first names and the count of all."""
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return f"{len(names)} tensors ({shown}{', ...' if len(names) > _NAMES_SHOWN else ''})"
 
 
 def _check_causal(config: ModelConfig, task: Task, model: Any) -> None:
@@ -128,11 +162,13 @@ def _check_causal(config: ModelConfig, task: Task, model: Any) -> None:
 
 
 def _random(config: ModelConfig, tokenizer: Any, heads: dict[str, Any], maker: Any, dtype: torch.dtype) -> nn.Module:
+    """A model of `model.architecture` with random weights."""
     from transformers import AutoConfig
 
     if not config.architecture:
         raise UserError(f"model.weights=random needs model.architecture, which {config.name} does not give")
-    fields = {**config.architecture, "pad_token_id": tokenizer.pad_token_id, **heads}
+    labels = {name: value for name, value in heads.items() if name in ("id2label", "label2id")}
+    fields = {**config.architecture, "pad_token_id": tokenizer.pad_token_id, **labels}
     try:
         fields["vocab_size"] = max(fields.get("vocab_size", 0), len(tokenizer))
         return maker.from_config(AutoConfig.for_model(**fields), dtype=dtype)  # type: ignore[no-any-return]
@@ -140,40 +176,17 @@ def _random(config: ModelConfig, tokenizer: Any, heads: dict[str, Any], maker: A
         raise UserError(f"model.architecture={dict(config.architecture)} makes no model: {first_line(error)}") from None
 
 
-def _from_source(source: str, load: Any) -> Any:
-    """Call `load` with a path or hub id; whatever keeps it from coming becomes one line with the remedy."""
-    if source.startswith(ASSET):
-        return load(asset_path(source.removeprefix(ASSET)))
-    local = Path(source).expanduser()
-    if source.startswith((".", "/", "~")) and not local.is_dir():
-        raise UserError(
-            f"model source {source} does not exist: name a folder with config.json and weights, or a hub id"
-        )
-    if local.is_dir() and not any(local.glob("*.json")):
-        raise UserError(f"folder {source} holds neither model nor tokenizer: name one that `save_pretrained` wrote")
+def _read(load: Callable[[], Any], name: str) -> Any:
+    """What `load` reads from a folder; whatever keeps it from loading becomes one line."""
     try:
-        if local.is_dir():
-            return load(str(local))
-        # Straight to the cache where the hub does not answer: its client would try for a minute.
-        return load(source, local_files_only=not hub_answers())
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if local.is_dir():
-            raise UserError(f"model folder {source} cannot be read: {first_line(error)}") from None
-        if _is_gated(error):
+        return load()
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
             raise UserError(
-                f"model {source} is gated: ask for access on https://huggingface.co/{source}, then `hf auth login` "
-                "with that account's token (or set HF_TOKEN), or give a folder that holds it as model.source="
+                f"{name} brings its own code, which does not run unasked: read that code, then set "
+                "model.trust_remote_code=true, or choose another model"
             ) from None
-        raise UserError(
-            f"model {source} is neither cached nor can the hub be reached ({first_line(error)}): download it where "
-            f"there is a network with `hf download {source}` (and set HF_HOME to the copied cache), give a folder as "
-            "model.source=, or use model=minilm, which needs no hub"
-        ) from None
-
-
-def _is_gated(error: Exception) -> bool:
-    """Whether the hub has the model but refuses it to this account; `transformers` keeps its error as the cause."""
-    from huggingface_hub.errors import GatedRepoError
-
-    causes = (error, error.__cause__, error.__context__)
-    return any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in str(error)
+        what = "model folder" if Path(name).expanduser().is_dir() else "model"
+        raise UserError(f"{what} {name} cannot be read: {first_line(error)}") from None

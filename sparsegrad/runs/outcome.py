@@ -6,12 +6,14 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from sparsegrad.distributed import is_main
+from sparsegrad.distributed import is_main, world_size
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
 from sparsegrad.methods.base import Prepared
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.environment import now
+from sparsegrad.runs.model_loading import describe_tokenizer
+from sparsegrad.runs.model_source import Sources
 from sparsegrad.runs.parts import Parts
 from sparsegrad.runs.records import SCHEMA
 from sparsegrad.tasks.base import Splits
@@ -22,7 +24,12 @@ from sparsegrad.trainer.trainer import RunTrainer
 
 
 def describe_run(
-    config: RunConfig, parts: Parts, splits: Splits, prepared: Prepared, labels: Mapping[str, Any]
+    config: RunConfig,
+    parts: Parts,
+    splits: Splits,
+    sources: Sources,
+    prepared: Prepared,
+    labels: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The part of a record that is known before training; its status is `failed` until the run is complete."""
     counts = {"counts": {**splits.counts, **parts.sets.counts}} if parts.sets.counts else {}
@@ -32,6 +39,13 @@ def describe_run(
         "status": "failed",
         **labels,
         "config": config.resolved,
+        "source": {**sources.as_json(), "vocabulary": describe_tokenizer(parts.tokenizer)},
+        "batch": {
+            "per_process": config.train.batch_size,
+            "accumulation": config.train.grad_accumulation,
+            "processes": world_size(),
+            "global": config.train.batch_size * config.train.grad_accumulation * world_size(),
+        },
         "data": {
             "fingerprint": splits.fingerprint,
             "train_rows": len(parts.sets.train),

@@ -14,6 +14,7 @@ from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.layer_choice import dense_weights, select_linears
 from sparsegrad.runs.memory_estimate import check_memory
 from sparsegrad.runs.model_loading import load_model, load_tokenizer
+from sparsegrad.runs.model_source import Sources
 from sparsegrad.runs.tokenized_splits import TokenSets, log_counts, token_sets
 from sparsegrad.targets import Linears, find_mlp
 from sparsegrad.tasks.base import Splits
@@ -40,7 +41,7 @@ class Parts:
     size: int
 
 
-def load_parts(config: RunConfig, splits: Splits, device: torch.device) -> Parts:
+def load_parts(config: RunConfig, splits: Splits, sources: Sources, device: torch.device) -> Parts:
     """Load everything that training needs, and check what could not be checked without it.
 
     Raises:
@@ -48,9 +49,9 @@ def load_parts(config: RunConfig, splits: Splits, device: torch.device) -> Parts
             into the device's memory.
     """
     set_seed(config.seed)  # before the model: heads and adapters are drawn from it
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, sources.tokenizer)
     dtype = torch.bfloat16 if config.train.precision == "bf16_weights" else torch.float32
-    model = load_model(config.model, config.task, tokenizer, dtype)
+    model = load_model(config.model, config.task, tokenizer, dtype, sources.model)
     found, chosen = _find_mlp(config, model), config.model
     linears = select_linears(found, chosen.kinds, chosen.blocks)
     dense = dense_weights(found, chosen.dense, chosen.blocks, linears)

@@ -21,6 +21,7 @@ from sparsegrad.files import check_writable
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.keys import config_key
 from sparsegrad.runs.main_process import on_main
+from sparsegrad.runs.model_source import Sources, find_sources
 from sparsegrad.runs.records import find_complete
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.checkpoints import MANIFEST, PREFIX
@@ -42,10 +43,12 @@ class Checked:
 
     Attributes:
         finished: the record of this very run, complete; None if it has to run.
+        sources: of model and tokenizer; None where a finished run's are not at hand.
         splits: the data; None where a finished run's data is not at hand.
     """
 
     finished: dict[str, Any] | None
+    sources: Sources | None
     splits: Splits | None
 
 
@@ -64,10 +67,11 @@ def preflight(config: RunConfig, device: torch.device) -> Checked:
     check_launcher()
     check_process_count(config)
     finished = None if config.force else find_finished(config)
+    sources = check_sources(config, finished)  # before the data: a gated model would be found out late
     splits = load_splits(config, finished)
     if finished is None:
         check_rows(config, splits)
-    return Checked(finished=finished, splits=splits)
+    return Checked(finished=finished, sources=sources, splits=splits)
 
 
 def check_tracker_package(config: RunConfig) -> None:
@@ -145,6 +149,32 @@ def _has_checkpoint(folder: Path) -> bool:
 def find_finished(config: RunConfig) -> dict[str, Any] | None:
     """The complete record of this run, if there is one."""
     return find_complete(config.record_path)
+
+
+def check_sources(config: RunConfig, finished: Mapping[str, Any] | None) -> Sources | None:
+    """The sources of model and tokenizer, which must have the content that a finished run's had.
+
+    Where a finished run's are not at hand, or its record is of a version that did not note them, it counts as it is.
+
+    Raises:
+        UserError: for a source that cannot be had, or one whose content has changed since the run finished.
+    """
+    if finished is None:
+        return find_sources(config.model, is_language=config.task.is_language)
+    before = finished.get("source")
+    if not isinstance(before, Mapping):
+        return None
+    try:
+        sources = find_sources(config.model, is_language=config.task.is_language)
+    except UserError:
+        return None
+    for part, identity in sources.as_json().items():
+        if before.get(part) != identity:
+            raise UserError(
+                f"{config.record_path} was made with another {part} of the same name ({before.get(part)}, now "
+                f"{identity}): choose another name=, or force=true to replace it"
+            )
+    return sources
 
 
 def load_splits(config: RunConfig, finished: Mapping[str, Any] | None) -> Splits | None:

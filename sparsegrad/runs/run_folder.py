@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from filelock import FileLock, Timeout
 from sparsegrad.errors import BusyError
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.main_process import on_main
+from sparsegrad.runs.model_source import Sources
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.checkpoints import last_checkpoint
 
@@ -42,18 +44,30 @@ def _acquire(lock: FileLock, key: str) -> None:
 
 
 @on_main
-def prepare_checkpoints(config: RunConfig, splits: Splits) -> str | None:
+def prepare_checkpoints(config: RunConfig, splits: Splits, sources: Sources) -> str | None:
     """The checkpoint to continue from, or None.
 
-    The folder of checkpoints is emptied when a new start was asked for, or when other data made what it holds.
+    The folder of checkpoints is emptied when a new start was asked for, or when other data or another model of the same
+    name made what it holds.
     """
-    marker = config.checkpoints / "data"
-    same_data = marker.is_file() and marker.read_bytes() == splits.fingerprint.encode()
-    if config.force or not config.resume or not same_data:
+    data, source = config.checkpoints / "data", config.checkpoints / "source"
+    same_data = _content(data) == splits.fingerprint
+    # Checkpoints of earlier versions do not say what model they began with.
+    same_source = not source.exists() or _content(source) == _as_text(sources)
+    if config.force or not config.resume or not same_data or not same_source:
         shutil.rmtree(config.checkpoints, ignore_errors=True)
         config.checkpoints.mkdir(parents=True, exist_ok=True)
-        marker.write_text(splits.fingerprint)
+        data.write_text(splits.fingerprint, encoding="utf-8")
+        source.write_text(_as_text(sources), encoding="utf-8")
     return last_checkpoint(config.checkpoints)
+
+
+def _content(path: Path) -> str | None:
+    return path.read_bytes().decode(errors="replace") if path.is_file() else None
+
+
+def _as_text(sources: Sources) -> str:
+    return json.dumps(sources.as_json(), sort_keys=True)
 
 
 @on_main

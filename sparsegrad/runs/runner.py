@@ -17,6 +17,7 @@ from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.environment import describe_environment, now
 from sparsegrad.runs.main_process import on_main
 from sparsegrad.runs.method_setup import prepare_method
+from sparsegrad.runs.model_source import Sources
 from sparsegrad.runs.outcome import describe_run, score_run, write_failed
 from sparsegrad.runs.parts import Parts, load_parts
 from sparsegrad.runs.preflight import preflight
@@ -57,7 +58,8 @@ def run(
                 remove_checkpoints(config)  # the run may have been killed just after its record was written
                 return checked.finished, False
             assert checked.splits is not None
-            record = _train(config, checked.splits, device, callbacks, labels or {})
+            assert checked.sources is not None
+            record = _train(config, checked.splits, checked.sources, device, callbacks, labels or {})
             write_record(config, record)
             remove_checkpoints(config)
             return record, True
@@ -81,6 +83,7 @@ def _explained_errors(config: RunConfig) -> Iterator[None]:
 def _train(
     config: RunConfig,
     splits: Splits,
+    sources: Sources,
     device: torch.device,
     callbacks: Sequence[TrainerCallback],
     labels: Mapping[str, Any],
@@ -89,8 +92,8 @@ def _train(
     environment = describe_environment(device)  # now: the checkout may change while the run lasts
     stop = StopOnSignal()
     with stop.listening():
-        checkpoint = prepare_checkpoints(config, splits)
-        parts = load_parts(config, splits, device)
+        checkpoint = prepare_checkpoints(config, splits, sources)
+        parts = load_parts(config, splits, sources, device)
         memory = PeakMemory(device)
         prepared = prepare_method(config, parts, splits, device, resuming=checkpoint is not None)
         trainer, stopwatch = make_trainer(
@@ -98,7 +101,7 @@ def _train(
         )
         for callback in callbacks:
             trainer.add_callback(callback)
-        record = describe_run(config, parts, splits, prepared, labels)
+        record = describe_run(config, parts, splits, sources, prepared, labels)
         try:
             _run_trainer(config, trainer, checkpoint)
             result = score_run(config, trainer, parts)

@@ -86,11 +86,24 @@ def make_trainer(
     return trainer, stopwatch
 
 
+class OneDeviceArguments(TrainingArguments):  # type: ignore[misc]
+    """Arguments of a process that uses one device, however many it sees.
+
+    With several visible GPUs and no launcher the Trainer would take `DataParallel`, and multiply the batch by their
+    number: another run under the same key.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: 0 or 1."""
+        return min(1, int(super().n_gpu))
+
+
 def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
     """The run's settings in the Trainer's words: no clipping, as in the paper."""
     train, protocol = config.train, config.protocol
     interval = protocol.steps_between_evaluations(config.task.eval_base, train.batch_size, total_steps(config, rows))
-    return TrainingArguments(
+    return OneDeviceArguments(
         output_dir=str(config.checkpoints),
         per_device_train_batch_size=train.batch_size,
         per_device_eval_batch_size=train.eval_batch_size,

@@ -236,18 +236,20 @@ def test_bf16_needs_hardware_that_has_it(llama: Any, monkeypatch: pytest.MonkeyP
 
 
 def test_a_gated_model_says_how_to_get_access(conf: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import AutoTokenizer
+    import httpx2
+    from huggingface_hub.errors import GatedRepoError
 
-    from sparsegrad.runs import model_loading as models
+    from sparsegrad.assets import hub
+    from sparsegrad.runs.model_loading import load_tokenizer
 
-    def refused(*_: Any, **__: Any) -> None:
-        raise OSError("You are trying to access a gated repo.")
+    def refuse(*_: Any, **__: Any) -> None:
+        raise GatedRepoError("Access is restricted", response=httpx2.Response(403, request=httpx2.Request("GET", "x:")))
 
-    monkeypatch.setattr(models, "hub_answers", lambda: True)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refused)
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
+    monkeypatch.setattr("huggingface_hub.model_info", refuse)
     config = build(conf("experiment=table6"))
     with pytest.raises(UserError, match=r"meta-llama/Llama-2-7b-hf is gated: ask for access .*hf auth login"):
-        models.load_tokenizer(config.model)
+        load_tokenizer(config.model)
 
 
 def test_a_missing_folder_of_weights_is_named(conf: Composer) -> None:

@@ -1,0 +1,116 @@
+"""Where a model or tokenizer comes from, and what its files are: an asset, a folder, or a commit of a hub repository.
+
+A name says little: a folder can be changed in place and a branch of the hub moves on. `Source.identity` stands for the
+content, and a record with another one is not taken for the same run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsegrad.assets.download import asset_path
+from sparsegrad.assets.hub import Repository, download, find_repository
+from sparsegrad.assets.table import ASSETS
+from sparsegrad.errors import UserError
+from sparsegrad.hashing import SHORT, file_sha256, json_sha256
+from sparsegrad.runs.model_config import ModelConfig
+
+ASSET = "asset:"
+_CONTENT = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")  # files that loading may read
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source that exists.
+
+    Attributes:
+        identity: `asset:...`, `files:...` or `commit:...` with a hash of the content.
+        folder: of the files, where they are on this machine already.
+        repository: of the hub, otherwise.
+    """
+
+    identity: str
+    folder: Path | None = None
+    repository: Repository | None = None
+
+    def fetch(self) -> Path:
+        """The folder of the files; from the hub, what is missing in the cache is downloaded."""
+        if self.folder is not None:
+            return self.folder
+        assert self.repository is not None
+        return download(self.repository)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The sources of one run; `model` is None for random weights."""
+
+    model: Source | None
+    tokenizer: Source
+
+    def as_json(self) -> dict[str, str]:
+        """Their identities, for the record."""
+        found = {} if self.model is None else {"model": self.model.identity}
+        return {**found, "tokenizer": self.tokenizer.identity}
+
+
+def find_sources(config: ModelConfig, *, is_language: bool = False) -> Sources:
+    """The sources of a model and its tokenizer; nothing large is downloaded.
+
+    Args:
+        config: the model.
+        is_language: whether it is loaded as a causal language model, for the remedy of an error.
+
+    Raises:
+        UserError: when one does not exist, is gated, or is an adapter instead of a model.
+    """
+    model = None if config.weights == "random" else find_source(config.source, config.revision)
+    if model is not None:
+        _refuse_adapter(config, model, is_language)
+    if config.tokenizer is not None:
+        return Sources(model, find_source(config.tokenizer))
+    return Sources(model, model or find_source(config.source, config.revision))
+
+
+def find_source(name: str, revision: str | None = None) -> Source:
+    """The source of that name: `asset:NAME`, a folder, or a hub repository."""
+    if name.startswith(ASSET):
+        asset = name.removeprefix(ASSET)
+        folder = asset_path(asset)
+        return Source(f"asset:{json_sha256([file.sha256 for file in ASSETS[asset].files])[:SHORT]}", folder)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Source(f"files:{_hash_folder(folder)}", folder)
+    if name.startswith((".", "/", "~")):
+        raise UserError(f"model source {name} does not exist: name a folder with config.json and weights, or a hub id")
+    repository = find_repository(name, revision)
+    return Source(f"commit:{repository.commit}", repository=repository)
+
+
+def _hash_folder(folder: Path) -> str:
+    files = sorted({path for pattern in _CONTENT for path in folder.glob(pattern)})
+    if not any(path.suffix == ".json" for path in files):
+        raise UserError(f"folder {folder} holds neither model nor tokenizer: name one that `save_pretrained` wrote")
+    try:
+        return json_sha256([[path.name, file_sha256(path)] for path in files])[:SHORT]
+    except OSError as error:
+        raise UserError(f"model folder {folder} cannot be read: {error.strerror}") from None
+
+
+def _refuse_adapter(config: ModelConfig, source: Source, is_language: bool) -> None:
+    """Refuse an adapter of peft: the run would train to its end and then have no whole model to save."""
+    here = source.folder is not None and (source.folder / "adapter_config.json").is_file()
+    there = source.repository is not None and "adapter_config.json" in source.repository.files
+    if not here and not there:
+        return
+    name, base = config.source, "<its base model>"
+    if source.folder is not None:
+        base = json.loads((source.folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or base
+    loader = "AutoPeftModelForCausalLM" if is_language else "AutoPeftModelForSequenceClassification"
+    raise UserError(
+        f"model.source={name} is a peft adapter, not a model: merge it first with "
+        f"python -c \"from peft import {loader} as M; M.from_pretrained('{name}').merge_and_unload()"
+        f".save_pretrained('merged')\", then set model.source=./merged model.tokenizer={base}"
+    )
