@@ -88,7 +88,7 @@ def prepare(
         engine = "exact"
     _check_options(batches, lr, sides, moments, bases)
     _check_engine(engine, model, keep=keep, sides=sides, moments=moments)
-    model = unwrapped(model)
+    model = unwrapped(model)  # names, and back-propagation without DDP's gradient averaging
     density = 0.01 if density is None and keep is None else density
     linears = _find_linears(model, target_modules, keep, density, engine)
     # Calibration may take minutes: construct a throwaway optimizer first, so that bad options fail before it.
@@ -98,7 +98,7 @@ def prepare(
         by_kind = {kind: found.values() for kind, found in linears.items()}
         bases = calibrate(model, batches, by_kind, calibration_steps, sides=sides, gram_device=gram_device)
     else:
-        check_same_weights(model)
+        check_same_weights(model)  # `calibrate` checks this in the other case
         bases = _fit_bases(bases, linears, sides)
     if engine == "fast":
         assert density is not None
@@ -106,6 +106,7 @@ def prepare(
     else:
         groups = param_groups(model, linears, bases, keep=keep, density=density, moments=moments)
     optimizer = SparseGradAdamW(groups, lr=lr, **adamw)
+    # Counted last: engine `fast` has added its cores to the model's parameters.
     optimizer.model_size = sum(parameter.numel() for parameter in model.parameters())
     logger.info("SparseGrad trains:\n%s", describe(optimizer))
     return optimizer

@@ -112,7 +112,7 @@ class Basis:
         """V^T G U for G (..., out, in): a weight or gradient in the rotated space (Table 2, Grad Weights)."""
         self._check_shape(matrix)
         if self.in_basis is not None:
-            matrix = matrix @ self.in_basis
+            matrix = matrix @ self.in_basis  # (..., out, in)
         return matrix if self.out_basis is None else self.out_basis.T @ matrix
 
     def unrotate(self, matrix: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class Basis:
         if _DENSE_FROM * values.shape[-1] >= out_features * in_features:
             whole = values.new_zeros(len(values), out_features * in_features).scatter_(1, index, values)
             return self.unrotate(whole.view(len(values), *shape))
-        rows, columns = index // in_features, index % in_features
+        rows, columns = index // in_features, index % in_features  # (count, k) each
         if self.in_basis is None or (self.out_basis is not None and out_features >= in_features):
             # V S = (S^T V^T)^T: the sparse factor has to be on the left.
             half = _multiply_sparse(columns, rows, values, in_features, self.out_basis.T)  # type: ignore[union-attr]
@@ -202,9 +202,10 @@ def save_bases(path: str | os.PathLike[str], bases: Mapping[str, Basis], fingerp
     for kind, basis in bases.items():
         for side in ("in_basis", "out_basis"):
             if (matrix := getattr(basis, side)) is not None:
-                tensors[f"{kind}.{side}"] = matrix.contiguous()
+                tensors[f"{kind}.{side}"] = matrix.contiguous()  # safetensors refuses other strides
     metadata = {"format": FORMAT, "fingerprint": fingerprint, "kinds": json.dumps(list(bases))}
     metadata["sha256"] = _hash_tensors(tensors)
+    # The process id keeps two processes that calibrate the same model from writing to the same scratch file.
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, scratch, metadata)
@@ -234,6 +235,7 @@ def load_bases(path: str | os.PathLike[str], fingerprint: str | None = None) -> 
         raise UserError(f"no basis file {path}: calibrate first, or name an existing file") from None
     except UserError:
         raise
+    # A damaged or hostile file can fail anywhere: in the header, in the JSON, or in the types of what it holds.
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a readable basis file ({error}): delete it and calibrate again") from None
 

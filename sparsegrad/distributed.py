@@ -50,6 +50,7 @@ def check_same_weights(model: nn.Module) -> None:
     """Raise `UserError` on every process unless all have the same parameters, bit for bit."""
     if not connected():
         return
+    # One integer per parameter is exchanged instead of the weights.
     sums: list[dict[str, int]] = [{}] * dist.get_world_size()
     dist.all_gather_object(sums, {name: _sum_bits(parameter) for name, parameter in model.named_parameters()})
     for name in sums[0]:
@@ -64,6 +65,7 @@ def check_same_weights(model: nn.Module) -> None:
 
 def refuse_shards(model: nn.Module) -> None:
     """Raise `UserError` for a model that FSDP has sharded: no process holds a whole weight to rotate."""
+    # FSDP1 wraps modules, recognized by the name of their class; FSDP2 replaces parameters.
     wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
     if wrapped or any(is_shard(parameter) for parameter in model.parameters()):
         raise shards_error(f"{type(model).__name__} is")
@@ -92,6 +94,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _sum_bits(tensor: Tensor) -> int:
     """A checksum that is equal on every device: integer addition, unlike float addition, is associative."""
+    # The bits are read as integers of the same size, so that NaN and -0.0 are compared too.
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return int(tensor.detach().contiguous().view(whole).sum(dtype=torch.int64))
 

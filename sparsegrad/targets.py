@@ -62,7 +62,7 @@ def find_mlp(model: nn.Module, target_modules: Names | None = None) -> Linears:
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}, not a torch.nn.Module: give the model itself")
-    refuse_shards(model)
+    refuse_shards(model)  # before the search: a shard's shape and type would give misleading errors
     named = _resolve_names(model, target_modules)
     _refuse_overlap(named)
     linears = {kind: _get_linears(model, kind, names) for kind, names in named.items()}
@@ -184,7 +184,7 @@ def _check_module(name: str, module: nn.Module) -> nn.Linear:
         raise UserError(
             f"{name} is wrapped by peft: call merge_and_unload() on the peft model first, and give its result"
         )
-    if hasattr(module, "to_linear"):
+    if hasattr(module, "to_linear"):  # a layer of this library, from an earlier `prepare`
         raise UserError(f"{name} is a {type(module).__name__} already: call sparsegrad.to_linears(model) first")
     raise UserError(f"{name} is a {type(module).__name__}, not a linear with a weight of its own: name only linears")
 
@@ -203,6 +203,7 @@ def _is_quantized(weight: Tensor) -> bool:
 def _refuse_shared(model: nn.Module, linears: Linears) -> None:
     """Raise `UserError` for a weight with several names: training it under one name would change all."""
     named: dict[int, list[str]] = {}
+    # With duplicates: by default torch lists a tied parameter only under its first name.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         named.setdefault(id(parameter), []).append(name)
     for found in linears.values():

@@ -128,6 +128,7 @@ class Adapter:
             for name in done:
                 self._patches[name].swap(targets[name])
             raise
+        # Only after everything has succeeded. The next exchange reverses this one, so the marks swap places.
         for name, patch in self._patches.items():
             patch.now, patch.other = marks[name], patch.now
 
@@ -198,7 +199,7 @@ def switch(model: nn.Module, adapter: Adapter | None) -> None:
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, each once; tied tensors under their first name."""
-    saved = set(model.state_dict())
+    saved = set(model.state_dict())  # buffers with persistent=False are not part of a model's files
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor for name, tensor in tensors.items() if name in saved}
 
@@ -212,6 +213,7 @@ def mark(tensor: Tensor) -> Mark:
     whole = {1: torch.int8, 2: torch.int16}.get(tensor.element_size(), torch.int32)
     weights = _draw_weights(tensor.device)
     parts = torch.split(tensor.detach().reshape(-1).view(whole), _TOGETHER)
+    # Products and sums wrap around at 64 bits, which is exact modulo 2^64 on every device.
     sums = torch.stack([(part.long() * weights[: len(part)]).sum() for part in parts])
     total = 0
     for part in sums.tolist():
@@ -244,5 +246,5 @@ def _make_patch(name: str, entry: Entry, targets: dict[str, Tensor], bases: dict
     _check_contiguous(name, target)
     if entry.base_sha256 is not None and digest(target) != entry.base_sha256:
         raise UserError(f"{name} is not the base's that this adapter was made for: load that base, unchanged")
-    index, values = entry.resolve(target, bases)
+    index, values = entry.resolve(target, bases)  # for form `rotated`, from the base's values
     return Patch(values, index, mark(target))

@@ -61,7 +61,7 @@ def save_adapter(
             its base; weights that are not finite or of an unsupported dtype; or a folder that cannot be written.
     """
     check_number("tolerance", tolerance, at_least=0, below=1)
-    model = _uncompiled(model)
+    model = _unwrap_compiled(model)
     _check_plain(model)
     if tolerance and optimizer is None:
         raise UserError(f"tolerance={tolerance} needs the bases: give optimizer=, what sparsegrad.prepare returned")
@@ -71,7 +71,7 @@ def save_adapter(
     if not entries:
         raise UserError("the model equals its base in every weight: train it first, or name the base it came from")
     bases: dict[str, Tensor] = {}
-    if tolerance:
+    if tolerance:  # 0 forbids the rotated form, which cannot restore a weight bit for bit
         for group in optimizer.param_groups:
             if group.get("kind") is not None and group["basis"] is not None:
                 _rotate_kind(group, named_tensors(model), before, entries, bases, tolerance)
@@ -82,7 +82,7 @@ def save_adapter(
     return saved
 
 
-def _uncompiled(model: nn.Module) -> nn.Module:
+def _unwrap_compiled(model: nn.Module) -> nn.Module:
     """The model that was compiled, which shares every weight; or `model` itself."""
     return getattr(model, "_orig_mod", model)
 
@@ -127,7 +127,7 @@ def _read_base(model: nn.Module, base: Base | None, mlp: Mapping[str, str]) -> t
         return _load_base(model, str(base), mlp)
     names = set(named_tensors(model))
     if isinstance(base, nn.Module):
-        tensors = named_tensors(_uncompiled(base))
+        tensors = named_tensors(_unwrap_compiled(base))
         if unknown := names ^ set(tensors):
             raise UserError(
                 f"model and base differ in the tensors {_format_names(unknown)}: give the plain model and its own base"
@@ -217,6 +217,7 @@ def _make_entry(tensor: Tensor, before: Tensor | None, is_mlp: bool) -> Entry:
 
 def _choose_form(after: Tensor, before: Tensor, index: Tensor, is_mlp: bool) -> Entry:
     """Form `sparse` if that saves bytes, otherwise `whole`. `after` is flat (n,), `before` has the tensor's shape."""
+    # Positions take as much space as the values of float32: int32 wherever it is enough.
     index = index.to(torch.int32 if after.numel() < 2**31 else torch.int64)
     sparse = Entry("sparse", tuple(before.shape), after.dtype, None, after[index.long()].clone(), index)
     if sparse.size < after.nbytes and (is_mlp or after.numel() > _SMALL):
@@ -259,7 +260,7 @@ def _rotate_kind(
 def _rotate_change(basis: Basis, after: Tensor, before: Tensor, tolerance: float) -> Tensor:
     """The rotated change (out, in), without its smallest entries, which are at most `tolerance` of its norm."""
     core = basis.rotate(after.detach().cpu().double() - before.detach().cpu().double())
-    energy, order = core.flatten().square().sort()
+    energy, order = core.flatten().square().sort()  # the basis is orthogonal: the same norm as the change of W
     dropped = order[energy.cumsum(0) <= tolerance**2 * energy.sum()]
     core.view(-1)[dropped] = 0
     return core

@@ -99,6 +99,7 @@ def _collect_gradients(
     model: nn.Module, weights: dict[str, list[Tensor]], grams: dict[str, Grams], freeze: bool
 ) -> Iterator[None]:
     """Inside the context, gradients of `weights` are added to `grams`; on exit all flags and gradients are restored."""
+    # The model's own gradients are set aside, as calibration needs `grad` for its sums.
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     wanted = {id(weight) for group in weights.values() for weight in group}
     # The hooks run during back-propagation, so that the gradients of all weights never exist at the same time.
@@ -109,6 +110,7 @@ def _collect_gradients(
     ]
     try:
         for parameter, flag, _ in before:
+            # Freezing the rest saves its weight gradients: back-propagation then computes only what the hooks need.
             parameter.requires_grad_(id(parameter) in wanted or (flag and not freeze))
             parameter.grad = None
         yield
@@ -125,7 +127,7 @@ def _make_hook(sums: Grams, release: bool) -> Callable[[Tensor], None]:
 
     def hook(weight: Tensor) -> None:
         assert weight.grad is not None
-        average_([weight.grad])
+        average_([weight.grad])  # before the product: the Gram matrix of a mean is not the mean of the Gram matrices
         sums.add(weight.grad)
         if release:
             weight.grad = None
@@ -174,7 +176,7 @@ def _find_loss(output: Any, labelled: bool) -> Tensor | None:
     """The loss, where transformers' Trainer looks for it. A tuple starts with it only if the batch had labels."""
     if isinstance(output, Mapping):
         found = output.get("loss")
-    elif isinstance(output, tuple) and not hasattr(output, "loss"):
+    elif isinstance(output, tuple) and not hasattr(output, "loss"):  # a named tuple may have its loss anywhere
         found = output[0] if labelled and output else None
     else:
         found = getattr(output, "loss", None)

@@ -58,6 +58,7 @@ class Grams:
             raise UserError(
                 f"gradients of {tuple(G.shape)} and {self.shape} are in one layer kind: name one kind per shape"
             )
+        # In place: no second matrix (out, out) or (in, in).
         if self.out_gram is not None:
             self.out_gram.addmm_(G, G.T)
         if self.in_gram is not None:

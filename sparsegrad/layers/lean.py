@@ -64,6 +64,7 @@ class LeanLinear(nn.Linear):
 
     def to_linear(self) -> nn.Linear:
         """An ordinary linear that shares the parameters of this layer."""
+        # On `meta`, so that no weight is allocated and initialized just to be replaced.
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear
@@ -80,8 +81,8 @@ class LeanLinear(nn.Linear):
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         """dW (out, in) from dy (tokens, out) and the saved x (tokens, in)."""
         if self.drop_padding:
-            rows = dy.any(1).nonzero().flatten()
-            if len(rows) < len(dy):
+            rows = dy.any(1).nonzero().flatten()  # tokens that contribute to the sum
+            if len(rows) < len(dy):  # otherwise indexing would only copy
                 dy, x = dy[rows], x[rows]
         # In the saved dtype: casting x back would allocate the copy that saving it in bfloat16 avoids.
         return dy.to(x.dtype).T @ x

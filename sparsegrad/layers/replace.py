@@ -65,6 +65,7 @@ def to_linears(model: Model) -> Model:
     if isinstance(model, LAYERS):
         raise UserError(f"the model is itself a {type(model).__name__}: use what its to_linear() returns")
     made: dict[int, nn.Linear] = {}  # id of a layer -> its linear: a layer with two names stays one module
+    # A list, since the loop changes the tree; with duplicates, so that every name of a shared layer is replaced.
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, (*LAYERS, LeanLinear)):
             if id(module) not in made:

@@ -46,7 +46,7 @@ class _RotatedLinear(torch.autograd.Function):
 def _select_entries(gradient: Tensor, keep: int) -> Tensor:
     """The `keep` largest entries of a matrix (out, in) as sparse COO."""
     index = top_k_index(gradient, keep)
-    rows, columns = index // gradient.shape[1], index % gradient.shape[1]
+    rows, columns = index // gradient.shape[1], index % gradient.shape[1]  # (keep,) each
     values = gradient.flatten()[index]
     return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, gradient.shape, check_invariants=False)
 
@@ -82,6 +82,7 @@ class SparseGradLinear(nn.Module):
         self.rotated_weight = nn.Parameter(rotated_weight)
         self.bias = None if bias is None else nn.Parameter(bias)
         U, V = basis.both()
+        # Buffers follow the model to its device.
         self.register_buffer("in_basis", U, persistent=False)
         self.register_buffer("out_basis", V, persistent=False)
 
@@ -148,6 +149,7 @@ class SparseGradLinear(nn.Module):
             y = _RotatedLinear.apply(  # type: ignore[no-untyped-call]
                 tokens, self.rotated_weight, U, V, self.keep, self.backward_mode
             )
+            # Outside the Function: the bias is not rotated, and autograd knows the gradient of a sum.
             y = y if self.bias is None else y + self.bias.to(dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 

@@ -28,7 +28,7 @@ def sparse_dense_matmul(sparse: Tensor, dense: Tensor) -> Tensor:
             f"sparse_dense_matmul of {tuple(sparse.shape)} by {tuple(dense.shape)} is not defined: "
             "give two matrices (b, c) and (c, o)"
         )
-    rows, columns, small = _compact(sparse)
+    rows, columns, small = _compact(sparse)  # (b',), (c',) and (b', c')
     product = dense.new_zeros(sparse.shape[0], dense.shape[1])
     return product.index_copy_(0, rows, small @ dense[columns])
 

@@ -61,6 +61,7 @@ class Plan:
         return self.rest + self.kept
 
     def __str__(self) -> str:
+        # A header and one row per layer kind, then padded to aligned columns.
         rows: list[tuple[str, ...]] = [("kind", "weights", "shape", "core", "kept of each", "density", "first")]
         for group in self.taken:
             size = group.shape[0] * group.shape[1]
