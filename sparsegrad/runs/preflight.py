@@ -52,7 +52,7 @@ class Checked:
     splits: Splits | None
 
 
-def preflight(config: RunConfig, device: torch.device) -> Checked:
+def check_run(config: RunConfig, device: torch.device) -> Checked:
     """Check everything about a run that needs no model, cheapest first. All processes call it, connected.
 
     Raises:

@@ -20,7 +20,7 @@ from sparsegrad.runs.method_setup import prepare_method
 from sparsegrad.runs.model_source import Sources
 from sparsegrad.runs.outcome import describe_run, score_run, write_failed
 from sparsegrad.runs.parts import Parts, load_parts
-from sparsegrad.runs.preflight import preflight
+from sparsegrad.runs.preflight import check_run
 from sparsegrad.runs.run_folder import prepare_checkpoints, remove_checkpoints, run_lock
 from sparsegrad.runs.trainer_setup import close_tracker, make_trainer
 from sparsegrad.tasks.base import Splits
@@ -53,7 +53,7 @@ def run(
     with _explained_errors(config):
         connect(device)
         with run_lock(config):
-            checked = preflight(config, device)
+            checked = check_run(config, device)
             if checked.finished is not None:
                 remove_checkpoints(config)  # the run may have been killed just after its record was written
                 return checked.finished, False

@@ -18,7 +18,7 @@ from sparsegrad.sweeps.ledger import DIED, FAILURE, REASON, REDO_OF, SURPLUS, Le
 from sparsegrad.sweeps.samplers import make_pruner, make_sampler
 from sparsegrad.sweeps.storage import Store, open_store
 
-IDENTITY, LABELS = "identity", "labels"
+IDENTITY, LABELS, CONTENT = "identity", "labels", "content"
 
 
 class SharedStudy:
@@ -66,6 +66,19 @@ class SharedStudy:
             except UpdateFinishedTrialError:
                 return False
 
+    def check_content(self, record: Mapping[str, Any]) -> None:
+        """Compare what a trial's record was made from with the other trials'; the first one's is stored in the study.
+
+        Raises:
+            UserError: for a record of other data, or of another model of the same name.
+        """
+        found = content_of(record)
+        stored = self.study.user_attrs.get(CONTENT)
+        if stored is None and found:
+            self.study.set_user_attr(CONTENT, found)
+        else:
+            _compare_content(self.study.study_name, stored or {}, found)
+
     def _recover_trials(self) -> None:
         """Fail the trials of dead workers, and queue every failed trial again."""
         for trial in self.ledger().trials:
@@ -104,6 +117,7 @@ def open_study(plan: Plan, *, overwrite: bool = False) -> SharedStudy:
     with store.claiming():
         study = _create_or_load(plan, store, options)
         _check_identity(plan, study)
+    _check_content(plan, study)
     return SharedStudy(plan, store, study)
 
 
@@ -177,6 +191,36 @@ def _check_identity(plan: Plan, study: Study) -> None:
             raise UserError(
                 f"study {study.study_name} exists with another {key}: there {there.get(key)}, here {here.get(key)}; "
                 f"{remedy}"
+            )
+
+
+def content_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """What a record says of the content it was made from: the data's fingerprint, the model's identity."""
+    found = {"data": record.get("data", {}).get("fingerprint"), "model": record.get("source", {}).get("model")}
+    return {part: str(value) for part, value in found.items() if value is not None}
+
+
+def _check_content(plan: Plan, study: Study) -> None:
+    """Refuse to continue a study with other data, before a trial starts; data that is not at hand is found out later.
+
+    Names say too little: `data.dir` is no part of a run's key, and a folder can be changed in place.
+    """
+    stored = study.user_attrs.get(CONTENT)
+    if stored is None:
+        return
+    try:
+        found = {"data": plan.base.task.load(plan.base.data).fingerprint}
+    except UserError:
+        return
+    _compare_content(study.study_name, stored, found)
+
+
+def _compare_content(name: str, stored: Mapping[str, str], found: Mapping[str, str]) -> None:
+    for part in stored.keys() & found.keys():
+        if stored[part] != found[part]:
+            raise UserError(
+                f"study {name} was searched with another {part} (there {stored[part]}, here {found[part]}): give the "
+                "same one, choose another sweep.study=, or sweep.overwrite=true to delete it and start again"
             )
 
 

@@ -96,6 +96,7 @@ class Worker:
             if reason is None:
                 raise
             return TrialState.PRUNED, _find_last_value(self.shared, trial), {REASON: reason}
+        self.shared.check_content(record)
         value = _read_score(record, self.shared.plan.metric)
         facts = {"record": str(config.record_path)}
         if value is None:

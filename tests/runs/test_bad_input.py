@@ -211,7 +211,8 @@ def test_missing_and_malformed_data_are_named(refused: Refused, tmp_path: Path) 
 def test_a_corrupt_asset_is_named_with_its_hash(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(assets_root() / "snippets", tmp_path / "assets" / "snippets")
+    for name in ("minilm", "snippets"):
+        shutil.copytree(assets_root() / name, tmp_path / "assets" / name)
     (damaged,) = (tmp_path / "assets" / "snippets").iterdir()
     damaged.write_bytes(damaged.read_bytes() + b"x")
     monkeypatch.setenv("SPARSEGRAD_ASSETS", str(tmp_path / "assets"))

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import DictConfig
 from optuna.study import Study
 from optuna.trial import TrialState
-from run_fixtures import ROOT, Composer, last_wins
+from run_fixtures import ROOT, Composer, last_wins, write_rows
 
 from experiments.report.tables import searched
 from sparsegrad import cli
@@ -380,3 +380,16 @@ def test_the_table_sets_found_beside_published(
     assert sum(line.startswith(("| 13 |", "| 14 |", "| 15 |")) for line in lines) == 24
     assert "| 13 | bert_base | sparsegrad | cola | 32 / 3.15e-05 | 32 / 3.15e-05 | 32 / 3.15e-05 |  |  |  |" in lines
     assert lines[-1].startswith("|  | minilm | sparsegrad | sst2 |")
+
+
+def test_a_study_is_not_continued_with_other_data(composed: Sweep, tmp_path: Path) -> None:
+    """`data.dir` is no part of a run's key: without this check one study would mix two data sets."""
+    real = "sweep.runner=sparsegrad.runs.run"
+    given = ("sweep.sampler=random", "sweep.objective=validation", real, "train.lr=1e-3")
+    space = "sweep.space={train.batch_size:{choice:[4,6]}}"
+    run_sweep(composed(*given, space, "sweep.trials=1"))
+    other = write_rows(tmp_path / "other", train=30)
+    with pytest.raises(UserError, match=r"study s was searched with another data .*sweep\.study="):
+        run_sweep(composed(*given, space, "sweep.trials=2", f"data.dir={other}"))
+    run_sweep(composed(*given, space, "sweep.trials=2"))
+    assert states(study_of(composed(*given, space))) == ["COMPLETE", "COMPLETE"]
