@@ -7,7 +7,7 @@ QUICKSTART := runs/quickstart
 
 .DEFAULT_GOAL := help
 .PHONY: bench bench-quick docs help install assets quickstart test check format clean dashboard sweep-table report
-.PHONY: test-lowest test-latest lock audit
+.PHONY: test-lowest test-latest test-wheel lock audit
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,12 @@ test-latest: ## the same with the newest versions that pip finds, in .venv-lates
 	.venv-latest/bin/python -m pip install --quiet --editable '.$(EXTRAS_LIST)' $(TORCH_PIN) pytest
 	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest $(TESTS)
 
+test-wheel: ## build the wheel and try it in a fresh environment, .venv-wheel, with its core dependencies alone
+	$(PYTHON) -m venv --clear .venv-wheel
+	.venv-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	.venv-wheel/bin/python -m pip install --quiet --find-links build/wheel $(TORCH_PIN) build/wheel/sparsegrad_peft-*.whl
+	cd build/wheel && ../../.venv-wheel/bin/python ../../scripts/smoke.py
+
 lock: $(INSTALLED) ## write constraints.txt anew: the newest versions that go together (TORCH=... holds torch back)
 	mkdir -p build
 	$(BIN)/python -m pip install --dry-run --ignore-installed --quiet --report build/lock.json \
@@ -78,7 +84,7 @@ format: $(INSTALLED) ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environment, assets and work folders; results stay
-	rm -rf $(VENV) .venv-lowest .venv-latest .venv-audit assets runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-lowest .venv-latest .venv-wheel .venv-audit assets runs .mypy_cache .ruff_cache .pytest_cache
 
 dashboard: $(INSTALLED) ## watch sweeps live in a browser; prints the address
 	$(BIN)/optuna-dashboard "$$($(BIN)/python -m sparsegrad.sweeps address)"

@@ -83,7 +83,9 @@ class Plan:
         mlp = f"MLP weights: {self.kept:,} of {self.mlp_size:,} ({self.kept / self.mlp_size:.2%})"
         if self.model_size is None:
             return [f"{mlp}; rest: {self.rest:,} by AdamW", f"trainable params: {self.trainable:,}"]
-        rest = f"rest: {self.rest:,} of {self.model_size - self.mlp_size:,} by AdamW"
+        # With engine fast the cores are parameters of the model too, beside the frozen weights.
+        cores = sum(len(group.names) * group.kept for group in self.taken if group.core)
+        rest = f"rest: {self.rest:,} of {self.model_size - self.mlp_size - cores:,} by AdamW"
         share = 100 * self.trainable / self.model_size
         total = f"trainable params: {self.trainable:,} || all params: {self.model_size:,} || trainable%: {share:.4f}"
         return [f"{mlp}; {rest}", total]

@@ -71,6 +71,14 @@ def test_describe_ends_with_the_line_that_peft_prints(small_bert: ToyBert) -> No
     assert total == f"trainable params: {20 + rest:,} || all params: {size:,} || trainable%: {share:.4f}"
 
 
+def test_describe_does_not_count_the_cores_of_engine_fast_with_the_rest(small_bert: ToyBert) -> None:
+    linears = find_mlp(small_bert)
+    mlp = sum(linear.weight.numel() for found in linears.values() for linear in found.values())
+    rest = sum(parameter.numel() for parameter in small_bert.parameters()) - mlp
+    optimizer = prepare(small_bert, batches(2), calibration_steps=2, engine="fast")
+    assert f"rest: {rest:,} of {rest:,} by AdamW" in str(describe(optimizer))
+
+
 def test_every_public_name_is_there() -> None:
     assert all(hasattr(sparsegrad, name) for name in sparsegrad.__all__)
     assert {"BlockLinear", "LeanLinear", "load_bases", "save_bases", "set_adapter", "prepare"} <= set(

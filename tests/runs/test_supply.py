@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -130,3 +135,26 @@ def test_every_file_of_the_package_that_is_not_python_is_package_data() -> None:
     }  # fmt: skip
     files = {path for path in (ROOT / "sparsegrad").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert declared == files
+
+
+def test_the_wheel_trains_saves_and_loads_without_the_checkout(tmp_path: Path) -> None:
+    """`make test-wheel` does the same in a fresh environment; here the extras are only kept from being imported."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "sparsegrad", source / "sparsegrad", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    build = ["wheel", str(source), "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([*pip, *build], check=True, capture_output=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("sparsegrad_peft-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "sparsegrad/sweeps/published/paper.csv" in names
+    assert not [name for name in names if name.startswith(("experiments", "tests", "conf"))]
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    code = "import runpy, sys; sys.modules.update(dict.fromkeys(('transformers', 'hydra', 'peft', 'datasets')))"
+    code += f"; runpy.run_path({str(ROOT / 'scripts' / 'smoke.py')!r}, run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "installed", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "both engines trained, saved and loaded" in done.stdout
