@@ -65,7 +65,7 @@ def _run(composed: DictConfig) -> None:
     from sparsegrad.runs.quiet import quiet_transformers
 
     composed = with_current_names(composed)
-    labels = _apply_hparams(composed)
+    labels = {**_label_plan(), **_apply_hparams(composed)}
     quiet_libraries()
     quiet_transformers()
     if composed.get("sweep") is None:
@@ -86,6 +86,14 @@ def _run_once(composed: DictConfig, labels: Mapping[str, Any]) -> None:
         kept = ", and keeps the model" if config.save_model else ""
         console.print(f"record {config.record_path} exists: skipped (force=true runs again{kept})")
     console.print(outcome(record))
+
+
+def _label_plan() -> dict[str, Any]:
+    """What the record says about the experiment that the command line names."""
+    from sparsegrad.runs.plan import current_plan
+
+    plan = current_plan()
+    return {} if plan is None else {"plan": plan}
 
 
 def _apply_hparams(composed: DictConfig) -> dict[str, Any]:

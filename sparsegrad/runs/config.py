@@ -29,7 +29,7 @@ from sparsegrad.runs.names import with_current_names
 from sparsegrad.tasks.base import DataConfig, Task
 
 # What a composed configuration may hold beside one run; `cli` has dealt with it before.
-BESIDE_RUN = ("sweep", "hparams")
+BESIDE_RUN = ("sweep", "hparams", "evidence")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,10 @@ class TrainConfig:
         train_rest: whether parameters outside the MLP weights and the head train.
         group_by_length: batches of rows of like length, which saves padding.
         device: `auto`, `cpu` or `cuda`.
-        schedule: of the learning rate, `constant` (GLUE) or `cosine` (the paper's LLaMA runs).
+        schedule: of the learning rate: `constant` (GLUE), `cosine` (the paper's LLaMA runs) or `linear`, both to 0.
         warmup_steps: optimizer steps in which the learning rate rises from 0.
+        warmup_ratio: the same as a share of all steps, instead.
+        rest_lr: learning rate of everything outside the MLP weights; null: `lr`, as in the paper.
         gradient_checkpointing: compute activations twice instead of storing them.
     """
 
@@ -61,6 +63,8 @@ class TrainConfig:
     device: str
     schedule: str = "constant"
     warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+    rest_lr: float | None = None
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -70,8 +74,13 @@ class TrainConfig:
         check_integer("train.grad_accumulation", self.grad_accumulation, at_least=1)
         check_number("train.weight_decay", self.weight_decay, at_least=0, below=1, remedy="the paper takes 0")
         check_choice("train.precision", self.precision, ("fp32", "bf16", "bf16_weights"))
-        check_choice("train.schedule", self.schedule, ("constant", "cosine"))
+        check_choice("train.schedule", self.schedule, ("constant", "cosine", "linear"))
         check_integer("train.warmup_steps", self.warmup_steps, at_least=0)
+        check_number("train.warmup_ratio", self.warmup_ratio, at_least=0, below=1)
+        if self.warmup_steps and self.warmup_ratio:
+            raise fail("train.warmup_ratio", self.warmup_ratio, "train.warmup_steps is set too", "give one of them")
+        if self.rest_lr is not None:
+            check_number("train.rest_lr", self.rest_lr, above=0, below=10, remedy="null takes train.lr")
         check_choice("train.gradient_checkpointing", self.gradient_checkpointing, (True, False))
         check_choice("train.train_rest", self.train_rest, (True, False))
         check_choice("train.group_by_length", self.group_by_length, (True, False))

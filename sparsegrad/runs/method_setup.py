@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sparsegrad.distributed import world_size
 from sparsegrad.methods.base import Context, Prepared
@@ -14,6 +15,7 @@ from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.model_loading import describe_tokenizer
 from sparsegrad.runs.parts import Parts
 from sparsegrad.runs.trainer_setup import training_batches
+from sparsegrad.targets import Linears, all_linears
 from sparsegrad.tasks.base import Splits
 
 
@@ -28,8 +30,35 @@ def prepare_method(
     context = _make_context(config, parts, _basis_store(config, parts, splits, resuming))
     # Weights of two precisions in one model need autocast, in the calibration too.
     mixed = config.train.precision == "bf16_weights"
+    rest = _outside_mlp(model, parts.linears)
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-        return config.method.prepare(model, parts.linears, context)
+        prepared = config.method.prepare(model, parts.linears, context)
+    if config.train.rest_lr is not None:
+        set_rest_rate(prepared.optimizer, rest, config.train.rest_lr)
+    return prepared
+
+
+def _outside_mlp(model: nn.Module, linears: Linears) -> set[int]:
+    """The parameters outside the MLP weights, by identity; what a method adds for the MLP is not among them."""
+    weights = {id(linear.weight) for linear in all_linears(linears)}
+    return {id(parameter) for parameter in model.parameters() if id(parameter) not in weights}
+
+
+def set_rest_rate(optimizer: torch.optim.Optimizer, rest: set[int], lr: float) -> None:
+    """Give the parameters of `rest` a learning rate of their own; groups that hold others too are split.
+
+    Call it before the first step and before a schedule is made.
+    """
+    for group in list(optimizer.param_groups):
+        mine = [parameter for parameter in group["params"] if id(parameter) in rest]
+        if not mine:
+            continue
+        if len(mine) == len(group["params"]):
+            group["lr"] = lr
+            continue
+        settings = {name: value for name, value in group.items() if name not in ("params", "param_names", "lr")}
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in rest]
+        optimizer.add_param_group({**settings, "params": mine, "lr": lr})
 
 
 def _make_context(config: RunConfig, parts: Parts, store: BasisStore) -> Context:

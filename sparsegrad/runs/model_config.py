@@ -20,6 +20,7 @@ class ModelConfig:
         source: hub id, local folder, or `asset:NAME`.
         revision: branch, tag or commit of a hub id; null: its default branch.
         keep_head: take over the head that a pretrained source has, rows ordered by label names; false: the head is new.
+        pooling: what a classifier's head sees: `mean` over the tokens or `cls`, the first one; null: the model's own.
         trust_remote_code: whether code that a hub repository brings may run.
         weights: `pretrained`, or `random`: the architecture alone, which needs no hub.
         architecture: fields of the model's configuration, used with random weights.
@@ -49,6 +50,7 @@ class ModelConfig:
     tokenizer: str | None = None
     revision: str | None = None
     keep_head: bool = False
+    pooling: str | None = None
     trust_remote_code: bool = False
     architecture: Mapping[str, Any] = field(default_factory=dict)
 
@@ -59,6 +61,7 @@ class ModelConfig:
         for name in ("tokenizer", "revision"):
             if getattr(self, name) is not None:
                 check_text(f"model.{name}", getattr(self, name))
+        check_choice("model.pooling", self.pooling, (None, "mean", "cls"))
         for name in ("keep_head", "trust_remote_code"):
             check_choice(f"model.{name}", getattr(self, name), (True, False))
         check_number("model.lr", self.lr, above=0)

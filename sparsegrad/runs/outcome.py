@@ -15,6 +15,7 @@ from sparsegrad.runs.environment import now
 from sparsegrad.runs.model_loading import describe_tokenizer
 from sparsegrad.runs.model_source import Sources
 from sparsegrad.runs.parts import Parts
+from sparsegrad.runs.predictions import Arrays, make_arrays
 from sparsegrad.runs.records import SCHEMA
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.callbacks import NonFiniteLossError
@@ -63,16 +64,21 @@ def describe_run(
     }
 
 
-def score_run(config: RunConfig, trainer: RunTrainer, parts: Parts) -> dict[str, Any]:
-    """The `result` of a record: the scores of the best checkpoint, which is the model when training has ended."""
+def score_run(config: RunConfig, trainer: RunTrainer, parts: Parts) -> tuple[dict[str, Any], Arrays]:
+    """The `result` of a record, and the predictions on the validation rows.
+
+    Both are of the best checkpoint, which is the model when training has ended.
+    """
     main, state = config.task.main_metric, trainer.state
     chosen = next(row for row in evaluations(state.log_history) if row["step"] == state.best_global_step)
     scores = {name: value for name, value in chosen.items() if name not in ("step", "epoch", "loss")}
+    # Not `evaluate`: its log would put this split's scores among those that choose.
+    validation = parts.sets.choose if parts.sets.report is None else parts.sets.report
+    predicted = trainer.predict(validation, metric_key_prefix="eval")
     if parts.sets.report is not None:
-        # Not `evaluate`: its log would put this split's scores among those that choose.
-        scores = scores_of(trainer.predict(parts.sets.report, metric_key_prefix="eval").metrics)
+        scores = scores_of(predicted.metrics)
         scores.pop("loss")
-    return {
+    result = {
         "metric": main,
         "value": scores[main],
         "split": "validation",
@@ -85,6 +91,7 @@ def score_run(config: RunConfig, trainer: RunTrainer, parts: Parts) -> dict[str,
         "weights": weights_fingerprint(parts.model),
         **best_on_validation(state.log_history, config.task),
     }
+    return result, make_arrays(config.task, predicted.predictions, predicted.label_ids)
 
 
 def write_failed(

@@ -15,6 +15,7 @@ from sparsegrad.runs.layer_choice import dense_weights, select_linears
 from sparsegrad.runs.memory_estimate import check_memory
 from sparsegrad.runs.model_loading import load_model, load_tokenizer
 from sparsegrad.runs.model_source import Sources
+from sparsegrad.runs.pooling import set_pooling
 from sparsegrad.runs.tokenized_splits import TokenSets, log_counts, token_sets
 from sparsegrad.targets import Linears, find_mlp
 from sparsegrad.tasks.base import Splits
@@ -52,6 +53,8 @@ def load_parts(config: RunConfig, splits: Splits, sources: Sources, device: torc
     tokenizer = load_tokenizer(config.model, sources.tokenizer)
     dtype = torch.bfloat16 if config.train.precision == "bf16_weights" else torch.float32
     model = load_model(config.model, config.task, tokenizer, dtype, sources.model)
+    if not config.task.is_language:
+        set_pooling(model, config.model.pooling)
     found, chosen = _find_mlp(config, model), config.model
     linears = select_linears(found, chosen.kinds, chosen.blocks)
     dense = dense_weights(found, chosen.dense, chosen.blocks, linears)

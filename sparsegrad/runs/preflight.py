@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sparsegrad.distributed import world_size
-from sparsegrad.errors import UserError, missing_package
+from sparsegrad.errors import UserError, fail, missing_package
 from sparsegrad.files import check_writable
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.keys import config_key
@@ -62,6 +62,7 @@ def check_run(config: RunConfig, device: torch.device) -> Checked:
     check_writable(config.record_path.parent)
     check_writable(config.run_folder.parent)
     check_tracker_package(config)
+    check_pooling(config)
     check_precision(config, device)
     check_method_for_processes(config)
     check_launcher()
@@ -79,6 +80,14 @@ def check_tracker_package(config: RunConfig) -> None:
     name = config.tracker.name
     if name != "none" and importlib.util.find_spec(name) is None:
         raise UserError(f"{missing_package(f'tracker={name}', name, name)}, or set tracker=none")
+
+
+def check_pooling(config: RunConfig) -> None:
+    """A saved model pools as it was trained: the configuration of `transformers` has no word for mean pooling."""
+    if config.model.pooling is not None and config.task.is_language:
+        raise fail("model.pooling", config.model.pooling, f"{config.task.name} has no head that pools", "use null")
+    if config.model.pooling == "mean" and config.save_model:
+        raise fail("save_model", True, "with model.pooling=mean the saved model would pool otherwise", "use false")
 
 
 def check_precision(config: RunConfig, device: torch.device) -> None:

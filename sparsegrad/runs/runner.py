@@ -20,6 +20,7 @@ from sparsegrad.runs.method_setup import prepare_method
 from sparsegrad.runs.model_source import Sources
 from sparsegrad.runs.outcome import describe_run, score_run, write_failed
 from sparsegrad.runs.parts import Parts, load_parts
+from sparsegrad.runs.predictions import Arrays, describe_arrays, write_predictions
 from sparsegrad.runs.preflight import check_run
 from sparsegrad.runs.run_folder import prepare_checkpoints, remove_checkpoints, run_lock
 from sparsegrad.runs.trainer_setup import close_tracker, make_trainer
@@ -59,8 +60,8 @@ def run(
                 return checked.finished, False
             assert checked.splits is not None
             assert checked.sources is not None
-            record = _train(config, checked.splits, checked.sources, device, callbacks, labels or {})
-            write_record(config, record)
+            record, arrays = _train(config, checked.splits, checked.sources, device, callbacks, labels or {})
+            write_record(config, record, arrays)
             remove_checkpoints(config)
             return record, True
 
@@ -87,8 +88,8 @@ def _train(
     device: torch.device,
     callbacks: Sequence[TrainerCallback],
     labels: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Load, calibrate, train and evaluate; the record."""
+) -> tuple[dict[str, Any], Arrays]:
+    """Load, calibrate, train and evaluate; the record and the predictions."""
     environment = describe_environment(device)  # now: the checkout may change while the run lasts
     stop = StopOnSignal()
     with stop.listening():
@@ -104,14 +105,15 @@ def _train(
         record = describe_run(config, parts, splits, sources, prepared, labels)
         try:
             _run_trainer(config, trainer, checkpoint)
-            result = score_run(config, trainer, parts)
+            result, arrays = score_run(config, trainer, parts)
         except (NonFiniteLossError, UserError) as error:
             raise write_failed(config, record, trainer, environment, error) from None
         record |= {"status": "complete", "result": result, "speed": stopwatch.report(), "memory": memory.report()}
         if config.save_model:
             save_model(config, parts, prepared)
     finished = {**environment, "finished": now()}
-    return {**record, **history(trainer.state.log_history), "environment": finished}
+    record |= {"predictions": describe_arrays(arrays)}
+    return {**record, **history(trainer.state.log_history), "environment": finished}, arrays
 
 
 def _run_trainer(config: RunConfig, trainer: RunTrainer, checkpoint: str | None) -> None:
@@ -131,6 +133,7 @@ def save_model(config: RunConfig, parts: Parts, prepared: Prepared) -> None:
 
 
 @on_main
-def write_record(config: RunConfig, record: dict[str, Any]) -> None:
-    """Write the record of a complete run."""
+def write_record(config: RunConfig, record: dict[str, Any], arrays: Arrays) -> None:
+    """Write the record of a complete run; its predictions first, so that no complete record lacks them."""
+    write_predictions(config.record_path, arrays)
     write_json(config.record_path, record)

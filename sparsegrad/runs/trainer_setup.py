@@ -112,7 +112,7 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
         max_steps=protocol.max_steps or -1,
         learning_rate=train.lr,
         lr_scheduler_type=_schedule(train),
-        warmup_steps=train.warmup_steps,
+        warmup_steps=_warmup_steps(config, rows),
         gradient_checkpointing=train.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         weight_decay=train.weight_decay,
@@ -143,9 +143,13 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
 
 def _schedule(train: TrainConfig) -> str:
     """The Trainer's name; its constant rate has no warm-up."""
-    if train.schedule == "constant" and train.warmup_steps:
+    if train.schedule == "constant" and (train.warmup_steps or train.warmup_ratio):
         return "constant_with_warmup"
     return train.schedule
+
+
+def _warmup_steps(config: RunConfig, rows: int) -> int:
+    return config.train.warmup_steps or round(config.train.warmup_ratio * total_steps(config, rows))
 
 
 def total_steps(config: RunConfig, rows: int) -> int:

@@ -1,0 +1,88 @@
+"""The predictions of a run on the validation rows, one per row, beside its record: what paired statistics need.
+
+`KEY.npz` beside `KEY.json` holds for a classification `predicted` and `label` (uint8), for a regression the same in
+float16, for a language model `nll` (float32, the sum over a row's tokens) and `tokens` (uint32). The record has the
+hash of these arrays, so that no file is taken for another run's.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsegrad.errors import UserError
+from sparsegrad.files import write_bytes
+from sparsegrad.hashing import SHORT, tensors_sha256
+from sparsegrad.tasks.base import Task
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def make_arrays(task: Task, predictions: Any, labels: Any) -> Arrays:
+    """The arrays of one split.
+
+    Args:
+        task: decides what is kept.
+        predictions: what the Trainer's `predict` gives: logits (rows, num_labels), or (rows, 2) of `token_losses`.
+        labels: (rows,); not used for a language task.
+    """
+    found = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
+    if task.is_language:
+        return {"nll": found[:, 0].astype(np.float32), "tokens": found[:, 1].astype(np.uint32)}
+    if task.is_regression:
+        return {"predicted": found.reshape(len(found)).astype(np.float16), "label": _flat(labels).astype(np.float16)}
+    return {"predicted": found.argmax(-1).astype(np.uint8), "label": _flat(labels).astype(np.uint8)}
+
+
+def _flat(labels: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(labels).reshape(-1)
+
+
+def predictions_path(record: Path) -> Path:
+    """The file of the predictions that belong to a record."""
+    return record.with_suffix(".npz")
+
+
+def describe_arrays(arrays: Arrays) -> dict[str, Any]:
+    """What the record says of them: rows and hash."""
+    return {"rows": len(next(iter(arrays.values()))), "sha256": _hash(arrays)}
+
+
+def write_predictions(record: Path, arrays: Arrays) -> None:
+    """Write the arrays beside a record, compressed; equal arrays give equal bytes."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    write_bytes(predictions_path(record), buffer.getvalue())
+
+
+def read_predictions(path: Path, record: Mapping[str, Any]) -> Arrays:
+    """The predictions that belong to the record at `path`.
+
+    Raises:
+        UserError: when there are none, they cannot be read, or they are another run's.
+    """
+    about, file = record.get("predictions"), predictions_path(path)
+    if not isinstance(about, Mapping):
+        raise UserError(f"{path} was made without predictions: run it again with force=true")
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            arrays = {name: found[name] for name in found.files}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} cannot be read ({error}): run it again with force=true") from None
+    if _hash(arrays) != about.get("sha256"):
+        raise UserError(f"{file} does not belong to {path.name}: run it again with force=true")
+    return arrays
+
+
+def _hash(arrays: Arrays) -> str:
+    named = sorted(arrays.items())
+    # As bytes: torch has no uint32 on every build.
+    return tensors_sha256(
+        (f"{name}{one.dtype}{one.shape}", torch.from_numpy(np.ascontiguousarray(one).view(np.uint8)))
+        for name, one in named
+    )[:SHORT]

@@ -1,0 +1,148 @@
+"""Predictions per row beside each record, the plan in the record, and the settings that healthy runs need."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from model_zoo import tiny_model
+from run_fixtures import Composer, RunPy, Tiny, last_wins
+
+from sparsegrad.errors import UserError
+from sparsegrad.runs.config import build
+from sparsegrad.runs.method_setup import set_rest_rate
+from sparsegrad.runs.plan import plan_hash
+from sparsegrad.runs.pooling import mean_of_tokens, set_pooling
+from sparsegrad.runs.predictions import describe_arrays, predictions_path, read_predictions, write_predictions
+from sparsegrad.runs.runner import run
+from sparsegrad.runs.trainer_setup import training_arguments
+
+
+@pytest.mark.parametrize("protocol", ["paper", "heldout", "both"])
+def test_the_predictions_have_the_score_of_the_record(tiny: Tiny, protocol: str) -> None:
+    config = tiny(f"protocol={protocol}", "protocol.max_steps=8", "protocol.eval_steps=2")
+    record, _ = run(config)
+    found = read_predictions(config.record_path, record)
+    assert found["predicted"].dtype == found["label"].dtype == np.uint8
+    assert len(found["label"]) == record["data"]["validation_rows"] == record["predictions"]["rows"]
+    assert (found["predicted"] == found["label"]).mean() == pytest.approx(record["result"]["value"])
+
+
+def test_predictions_of_another_run_are_refused(tiny: Tiny) -> None:
+    config = tiny()
+    record, _ = run(config)
+    write_predictions(config.record_path, {"predicted": np.zeros(10, np.uint8), "label": np.ones(10, np.uint8)})
+    with pytest.raises(UserError, match=r"does not belong to .*force=true"):
+        read_predictions(config.record_path, record)
+    predictions_path(config.record_path).write_bytes(b"not a file of arrays")
+    with pytest.raises(UserError, match=r"cannot be read .*force=true"):
+        read_predictions(config.record_path, record)
+    predictions_path(config.record_path).unlink()
+    with pytest.raises(UserError, match=r"cannot be read .*force=true"):
+        read_predictions(config.record_path, record)
+    with pytest.raises(UserError, match="made without predictions"):
+        read_predictions(config.record_path, {name: one for name, one in record.items() if name != "predictions"})
+
+
+def test_equal_arrays_give_equal_files(tmp_path: Path) -> None:
+    arrays = {"predicted": np.arange(5, dtype=np.float16), "label": np.arange(5, dtype=np.float16)}
+    for name in ("a", "b"):
+        write_predictions(tmp_path / f"{name}.json", arrays)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    assert describe_arrays(arrays) != describe_arrays({**arrays, "label": arrays["label"] + 1})
+
+
+def test_a_plan_is_known_by_what_it_says(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.yaml", "b.yaml", "c.yaml")]
+    for path, text in zip(paths, ("a: 1\nb: {c: 2}\n", "# why\nb:\n  c: 2\na: 1\n", "a: 1\nb: {c: 3}\n"), strict=True):
+        path.write_text(text)
+    assert plan_hash(paths[0]) == plan_hash(paths[1]) != plan_hash(paths[2])
+
+
+def test_the_record_names_its_plan(run_py: RunPy, small: tuple[str, ...], tmp_path: Path) -> None:
+    done = run_py(*last_wins("experiment=quickstart", *small, "name=planned"))
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "results" / "runs" / "planned").glob("*.json")
+    plan = json.loads(path.read_text())["plan"]
+    assert plan["experiment"] == "quickstart"
+    assert len(plan["sha256"]) == 16
+
+
+def test_warm_up_is_a_share_of_the_steps_and_a_linear_schedule_ends_at_zero(tiny: Tiny) -> None:
+    config = tiny("train.warmup_ratio=0.25", "train.schedule=linear", "protocol.max_steps=8")
+    arguments = training_arguments(config, 24)
+    assert (arguments.warmup_steps, arguments.lr_scheduler_type) == (2, "linear")
+    assert training_arguments(tiny("train.warmup_ratio=0.25"), 24).lr_scheduler_type == "constant_with_warmup"
+    with pytest.raises(UserError, match=r"train\.warmup_ratio=0\.1.*train\.warmup_steps"):
+        tiny("train.warmup_ratio=0.1", "train.warmup_steps=3")
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "meprop", "sparsegrad", "sparsegrad_fast"])
+def test_the_rest_has_a_rate_of_its_own(tiny: Tiny, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsegrad.runs import runner
+
+    rates: dict[str, float] = {}
+    make = runner.make_trainer
+
+    def spy(config: Any, model: Any, optimizer: Any, *rest: Any) -> Any:
+        by_id = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        rates.update({name: by_id[id(p)] for name, p in model.named_parameters() if id(p) in by_id})
+        return make(config, model, optimizer, *rest)
+
+    monkeypatch.setattr(runner, "make_trainer", spy)
+    run(tiny(f"method={method}", "train.rest_lr=1e-4"))
+    outside = {name: rate for name, rate in rates.items() if "embeddings" in name or "classifier" in name}
+    ends = (".dense.weight", "core", "lora_A.default.weight")
+    inside = {name: rate for name, rate in rates.items() if name.endswith(ends)}
+    mlp = {name: rate for name, rate in inside.items() if "attention" not in name and "pooler" not in name}
+    assert outside
+    assert set(outside.values()) == {1e-4}
+    assert mlp
+    assert set(mlp.values()) == {1e-2}
+
+
+def test_a_split_group_keeps_its_settings() -> None:
+    a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([a, b], lr=1e-2, weight_decay=0.5)
+    set_rest_rate(optimizer, {id(b)}, 1e-4)
+    assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in optimizer.param_groups] == [
+        (1e-2, 0.5, 1), (1e-4, 0.5, 1)
+    ]  # fmt: skip
+
+
+def test_mean_pooling_leaves_padding_out() -> None:
+    model = tiny_model("bert", torch.float64)
+    ids = torch.tensor([[5, 6, 7, 0, 0]])
+    mask = (ids > 0).long()
+    set_pooling(model, "mean")
+    padded = model(input_ids=ids, attention_mask=mask).logits
+    alone = model(input_ids=ids[:, :3], attention_mask=mask[:, :3]).logits
+    torch.testing.assert_close(padded, alone)
+    states = model.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+    by_hand = model.classifier(torch.tanh(model.bert.pooler.dense(mean_of_tokens(states, mask))))
+    torch.testing.assert_close(padded, by_hand)
+
+
+@pytest.mark.parametrize("layout", ["roberta", "mpnet", "electra"])
+def test_mean_pooling_reaches_the_head_of_every_layout(layout: str) -> None:
+    model = tiny_model(layout, torch.float64)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = model(input_ids=ids).logits
+    set_pooling(model, "mean")
+    assert not torch.allclose(before, model(input_ids=ids).logits)
+
+
+def test_pooling_that_cannot_be_is_refused(conf: Composer, tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"model\.pooling=mean.*DistilBert"):
+        set_pooling(tiny_model("distilbert"), "mean")
+    with pytest.raises(UserError, match=r"save_model=True.*model\.pooling=mean"):
+        run(tiny("model.pooling=mean", "save_model=true"))
+    assert build(conf("model.pooling=mean")).key != build(conf()).key
+
+
+def test_a_run_with_mean_pooling_ends_complete(tiny: Tiny) -> None:
+    assert run(tiny("model.pooling=mean"))[0]["status"] == "complete"
