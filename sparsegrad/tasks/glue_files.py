@@ -160,22 +160,30 @@ def _read_tsv(task: Task, path: Path) -> datasets.Dataset:
         )
     *texts, label = (header.index(name) for name in official.columns)
     for number, line in found:
+        if not line:  # such as at the end of a file that an editor saved; it holds no row
+            continue
         fields = line.split("\t")  # the files have no quoting: a quote is part of the text
-        if _check_fields(rows, number, fields, official.header, 1 + max(*texts, label)):
+        if _check_fields(rows, number, fields, header):
             rows.add(number, [fields[index] for index in texts], _parse_label(task, fields[label]))
     return rows.finish()
 
 
-def _check_fields(rows: Rows, number: int, fields: list[str], fixed: tuple[str, ...] | None, needed: int) -> bool:
-    """Whether the line has all its fields; a short line of a flawed file is counted, any other raises `UserError`."""
-    # In a file without a header the text is the last field, and a stray tab would cut it unnoticed: the count must be
-    # exact. In the others a stray tab moves another field to the label's position, and the label check finds it.
-    if len(fields) >= needed and not (fixed and len(fields) != len(fixed)):
+def _check_fields(rows: Rows, number: int, fields: list[str], header: tuple[str, ...]) -> bool:
+    """Whether the line has exactly the fields of the header.
+
+    A short line of a flawed file is counted; any other raises `UserError`.
+    """
+    if len(fields) == len(header):
         return True
-    if rows.task.name in FLAWED:
+    # A stray tab cuts a text and shifts what follows. Where the label comes first, no later check would notice.
+    if len(fields) < len(header) and rows.task.name in FLAWED:
         rows.skipped.append(number)
         return False
-    raise rows.error(number, f"{len(fields)} tab separated fields: give {needed}, or delete the line")
+    raise rows.error(
+        number,
+        f"{len(fields)} tab separated fields: give {len(header)} ({', '.join(header)}); replace a tab inside a text by "
+        "a space, or delete the line",
+    )
 
 
 def _parse_label(task: Task, text: str) -> Any:

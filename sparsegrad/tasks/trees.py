@@ -17,7 +17,7 @@ _MAX_DEPTH = 200  # messages from root to leaf: below Python's recursion limit; 
 
 @dataclass
 class Message:
-    """One message with its replies; `dropped` is the reason why it is left out, or None."""
+    """One message with its replies; `dropped` is the reason why it is left out (see `conversations`), or None."""
 
     id: str
     turn: Turn
@@ -43,15 +43,19 @@ def nested_tree(row: Mapping[str, Any], where: str) -> Tree:
         where: file and line, for error messages.
 
     Raises:
-        UserError: with `where` and the message, if the tree is malformed.
+        UserError: with `where` and the message, if the tree is malformed, or has neither a message_tree_id nor a
+            root with a message_id: without any id, two trees could not be told apart.
     """
-    root, tree_id = row.get("prompt"), str(row.get("message_tree_id"))
+    root = row.get("prompt")
     if not isinstance(root, Mapping):
         raise UserError(
             f"{where}: a conversation tree needs the field prompt, but this line has {', '.join(row)}: add it, or "
             "remove the line"
         )
-    return Tree(tree_id, _build_message(root, None, where), row.get("tree_state", _FINISHED) == _FINISHED)
+    tree_id = row.get("message_tree_id") or root.get("message_id")  # OpenAssistant gives both the same value
+    if tree_id in (None, ""):
+        raise UserError(f"{where}: the conversation tree has no message_tree_id: add one that no other tree has")
+    return Tree(str(tree_id), _build_message(root, None, where), row.get("tree_state", _FINISHED) == _FINISHED)
 
 
 def _build_message(row: Any, parent: str | None, where: str, depth: int = 1) -> Message:
@@ -91,6 +95,8 @@ def flat_trees(rows: Iterable[Mapping[str, Any]], where: str) -> list[Tree]:
     found: dict[str, tuple[Message, Mapping[str, Any]]] = {}
     for row in rows:
         message = _read_message(row, where)
+        if row.get("message_id") is None:
+            raise UserError(f"{where}: a message has no message_id ({message.turn.text[:40]!r}): add one")
         if message.id in found:
             raise UserError(f"{where}: message {message.id} occurs twice: remove one of them")
         found[message.id] = (message, row)
@@ -132,13 +138,14 @@ def _read_message(row: Any, where: str) -> Message:
         raise fail(f"{where}: role of message {name}", role, f"choose one of {', '.join(_ROLES)}")
     dropped, text = _find_reason_to_drop(row), row.get("text")
     for value in (name, text, row.get("lang"), row.get("message_tree_id")):
-        _check_unicode(value, f"{where}: message {name!a}")
+        check_unicode(value, f"{where}: message {name!a}")
     if dropped is None and (not isinstance(text, str) or not text.strip()):
         raise UserError(f"{where}: message {name} has no text: give one, or mark the message deleted")
     return Message(name, Turn(_ROLES[role], str(text)), str(row.get("lang")), dropped)
 
 
-def _check_unicode(value: Any, where: str) -> None:
+def check_unicode(value: Any, where: str) -> None:
+    """Raise `UserError` if the text has half a surrogate pair, which no file in UTF-8 can hold."""
     try:
         str(value).encode()
     except UnicodeEncodeError:
@@ -153,6 +160,19 @@ def _find_reason_to_drop(row: Mapping[str, Any]) -> str | None:
     return None if review is True else "unreviewed" if review is None else "spam"
 
 
+def drop_unanswered(message: Message) -> None:
+    """Mark as dropped, from `message` down, every user's message that no kept message answers."""
+    for reply in message.replies:  # leaves first: what is below decides
+        drop_unanswered(reply)
+    if message.dropped is None and message.turn.role == "user" and _ends_path(message):
+        message.dropped = "unanswered"
+
+
+def _ends_path(message: Message) -> bool:
+    """Whether no reply is kept: a message whose replies are all dropped ends a conversation, as a leaf does."""
+    return all(reply.dropped is not None for reply in message.replies)
+
+
 def conversations(
     trees: Iterable[Tree], langs: Iterable[str] | None, counts: Counter[str]
 ) -> Iterator[tuple[str, list[Turn]]]:
@@ -161,7 +181,7 @@ def conversations(
     Args:
         trees: any number.
         langs: languages to keep, by the tree's root; None keeps all.
-        counts: is filled with what was found and why something was left out.
+        counts: is filled with what was found, why something was left out, and how many paths end with a user's turn.
     """
     wanted = None if langs is None else frozenset(langs)
     for tree in trees:
@@ -173,6 +193,7 @@ def conversations(
         else:
             for turns in _walk_paths(tree.root, (), counts):
                 counts["conversations"] += 1
+                counts["conversations_ending_with_question"] += turns[-1].role == "user"
                 yield tree.id, list(turns)
 
 
@@ -182,8 +203,7 @@ def _walk_paths(message: Message, before: tuple[Turn, ...], counts: Counter[str]
         return
     counts["messages"] += 1
     here = (*before, message.turn)
-    # A message whose replies are all dropped ends a conversation, as a leaf does.
-    if all(reply.dropped is not None for reply in message.replies):
+    if _ends_path(message):
         yield here
     for reply in message.replies:
         yield from _walk_paths(reply, here, counts)

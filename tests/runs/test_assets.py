@@ -178,7 +178,7 @@ def test_leftovers_of_a_killed_fetch_are_removed_when_old(toy: Toy, tmp_path: Pa
 
 def test_a_missing_asset_names_the_command(toy: Toy) -> None:
     toy(wheel())
-    with pytest.raises(UserError, match=r"a\.txt is missing; run `make assets` or `python -m sparsegrad\.assets toy`"):
+    with pytest.raises(UserError, match=r"a\.txt is missing; run `python -m sparsegrad\.assets toy`"):
         assets.asset_path("toy")
 
 
