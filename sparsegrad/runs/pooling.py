@@ -30,13 +30,14 @@ def set_pooling(model: nn.Module, pooling: str | None) -> None:
     if pooling != "mean":
         return
     reader = _find_reader(model)
-    mask: dict[str, Tensor | None] = {"mask": None}
+    passed: list[Tensor | None] = []  # the attention mask of the forward pass at work
 
     def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask["mask"] = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        passed[:] = [kwargs.get("attention_mask", args[1] if len(args) > 1 else None)]
 
     def pool(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (mean_of_tokens(args[0], mask["mask"])[:, None], *args[1:])  # (rows, 1, width)
+        mask = passed.pop() if passed else None
+        return (mean_of_tokens(args[0], mask)[:, None], *args[1:])  # (rows, 1, width)
 
     model.register_forward_pre_hook(remember, with_kwargs=True)
     reader.register_forward_pre_hook(pool)

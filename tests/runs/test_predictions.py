@@ -118,11 +118,11 @@ def test_mean_pooling_leaves_padding_out() -> None:
     model = tiny_model("bert", torch.float64)
     ids = torch.tensor([[5, 6, 7, 0, 0]])
     mask = (ids > 0).long()
+    states = model.bert(input_ids=ids, attention_mask=mask).last_hidden_state
     set_pooling(model, "mean")
     padded = model(input_ids=ids, attention_mask=mask).logits
     alone = model(input_ids=ids[:, :3], attention_mask=mask[:, :3]).logits
     torch.testing.assert_close(padded, alone)
-    states = model.bert(input_ids=ids, attention_mask=mask).last_hidden_state
     by_hand = model.classifier(torch.tanh(model.bert.pooler.dense(mean_of_tokens(states, mask))))
     torch.testing.assert_close(padded, by_hand)
 
