@@ -1,6 +1,7 @@
 """SparseGrad: parameter-efficient fine-tuning of the MLP layers of transformers (arXiv 2410.07383)."""
 
 from sparsegrad.adapter.load import Adapter, load_adapter, set_adapter, switch
+from sparsegrad.adapter.lora import save_lora
 from sparsegrad.adapter.save import save_adapter
 from sparsegrad.api import create_sparsegrad_optimizer, prepare
 from sparsegrad.basis import Basis, load_bases, save_bases
@@ -35,6 +36,7 @@ __all__ = [
     "prepare",
     "save_adapter",
     "save_bases",
+    "save_lora",
     "set_adapter",
     "sparse_dense_matmul",
     "switch",

@@ -50,18 +50,31 @@ def write_card(folder: Path, source: str, model: str, size: str, tolerance: floa
     Raises:
         UserError: when the file cannot be read or written.
     """
-    path = folder / "README.md"
-    if not _is_unedited(path):
+    exact = "bit for bit" if not tolerance else f"up to {tolerance:g} of each MLP weight's change"
+    text = _CARD.format(quoted=json.dumps(source), source=source, model=model, exact=exact, size=size)
+    write_unless_edited(folder / "README.md", text, _MARK)
+
+
+def write_unless_edited(path: Path, text: str, mark: str) -> None:
+    """Write `text` and, below it, `mark` with its sha256, unless the file there was written or edited by hand.
+
+    Args:
+        path: the card.
+        text: its content.
+        mark: last line of the card, with {} for the sha256.
+
+    Raises:
+        UserError: when the file cannot be read or written.
+    """
+    if _is_unedited(path, mark):
+        write_text(path, text + mark.format(text_sha256(text)))
+    else:
         logger.warning(
             "%s stays as it is, because it was written or edited by hand; its size and base may be outdated", path
         )
-        return
-    exact = "bit for bit" if not tolerance else f"up to {tolerance:g} of each MLP weight's change"
-    text = _CARD.format(quoted=json.dumps(source), source=source, model=model, exact=exact, size=size)
-    write_text(path, text + _MARK.format(text_sha256(text)))
 
 
-def _is_unedited(path: Path) -> bool:
+def _is_unedited(path: Path, mark: str) -> bool:
     """Whether there is no file at `path`, or one whose last line matches the text above it."""
     try:
         content = path.read_text(encoding="utf-8")
@@ -71,5 +84,5 @@ def _is_unedited(path: Path) -> bool:
         return False
     except OSError as error:
         raise unwritable(path, error) from None
-    text = content.rpartition(_MARK.partition("{")[0])[0]
-    return content == text + _MARK.format(text_sha256(text))
+    text = content.rpartition(mark.partition("{")[0])[0]
+    return content == text + mark.format(text_sha256(text))
