@@ -1,4 +1,4 @@
-"""What `run.py` prints and how it ends."""
+"""The screen of `run.py`: what it prints and its exit status."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ KEPT_PRODUCTS = 64
 
 
 def run_command(composed: DictConfig) -> None:
-    """Run one composed configuration; a user's mistake ends with one line and status 2, Ctrl-C with 130.
+    """Run one composed configuration. A user's mistake is one line and status 2; Ctrl-C is status 130.
 
-    SIGTERM and SIGUSR1 end with 143 and 138, after a checkpoint.
+    SIGTERM and SIGUSR1 save a checkpoint and exit with 143 and 138.
     """
     try:
         _run(composed)
@@ -50,7 +50,7 @@ def run_command(composed: DictConfig) -> None:
 
 
 def _refuse(error: UserError) -> NoReturn:
-    """End with the error; one job of several through Hydra, which goes on with the others and then exits with 1."""
+    """Print the error and exit; in a multirun raise it, so that Hydra runs the other jobs and exits with 1."""
     if not error.silent:
         print(f"error: {error}", file=sys.stderr)
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -60,7 +60,7 @@ def _refuse(error: UserError) -> NoReturn:
 
 def _run(composed: DictConfig) -> None:
     cap_product_caches()
-    # `transformers` and `torch` take seconds to import: `--help` and a mistyped override should not wait for them.
+    # Importing transformers and torch takes seconds, which `--help` and a mistyped override should not cost.
     from sparsegrad.runs.names import with_current_names
     from sparsegrad.runs.quiet import quiet_transformers
 
@@ -97,7 +97,7 @@ def _label_plan() -> dict[str, Any]:
 
 
 def _apply_hparams(composed: DictConfig) -> dict[str, Any]:
-    """Put the values that `hparams=` names into `composed`; what the record says about them."""
+    """Put the values that `hparams=` names into `composed`; the labels of the record that say so."""
     return {} if composed.get("hparams") is None else {"hparams": _sweeps("hparams").apply(composed)}
 
 
@@ -109,9 +109,9 @@ def _sweeps(name: str) -> Any:
 
 
 def cap_product_caches() -> None:
-    """Keep memory flat over hours of batches of many lengths; to be called before the first product.
+    """Keep memory flat over hours of batches with many lengths. Call it before the first matrix product.
 
-    What the user set in the environment stays.
+    Values that the user set in the environment stay.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(KEPT_PRODUCTS))
@@ -133,16 +133,16 @@ def _grow(branch: Tree, node: Mapping[str, Any]) -> None:
 
 
 def outcome(record: Mapping[str, Any]) -> str:
-    """One line on what a run reached.
+    """One line on the result of a run.
 
     Raises:
-        UserError: for a record in which something of it is missing.
+        UserError: for a record that lacks a field.
     """
     try:
         return _outcome(record)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         key = record.get("key")
-        raise UserError(f"record {key} lacks what every record has ({error!r}): delete it and run again") from None
+        raise UserError(f"record {key} lacks a field ({error!r}): delete it and run again") from None
 
 
 def _outcome(record: Mapping[str, Any]) -> str:
@@ -156,12 +156,12 @@ def _outcome(record: Mapping[str, Any]) -> str:
     )
 
 
-# Columns of the table where they differ, part of its title where they do not; the engine stands by the method.
+# Columns of the table where they differ, else part of its title. The engine is shown beside the method.
 _SETTINGS = ("model", "task", "protocol", "seed", "lr", "batch_size", "device", "engine")
 
 
 def records_table(records: Any) -> Table:
-    """Records, as `records.load_records` gives them, as a table for the terminal; what all share is its title."""
+    """A table of records (as from `records.load_records`) for the terminal; shared settings are its title."""
     differ = [name for name in _SETTINGS if records[name].nunique() > 1]
     where = [name for name in differ if name != "engine"]
     shared = [f"{name.replace('_', ' ')} {records[name].iloc[0]}" for name in _SETTINGS[:-1] if name not in where]
@@ -175,24 +175,24 @@ def records_table(records: Any) -> Table:
 
 
 def _measured(row: Mapping[str, Any]) -> list[str]:
-    """The cells of one record that a run measured; a dash where it measured nothing."""
+    """The measured cells of one record; a dash where there is no value."""
     counts, done = row["per_weight"] or {}, row["status"] == "complete"
     speed, peak = row["steps_per_second"], row["peak_mib"]
     return [
         "-" if row["trainable"] is None else f"{row['trainable']:,}",
         " / ".join(f"{count:,}" for count in sorted(set(counts.values()))) or "-",
         f"{row['metric']} {row['value']:.4f}" if done else "failed",
-        f"{speed:.2f}" if _given(speed) else "-",
-        f"{peak - (row['baseline_mib'] if _given(row['baseline_mib']) else 0):.0f}" if _given(peak) else "-",
+        f"{speed:.2f}" if _is_number(speed) else "-",
+        f"{peak - (row['baseline_mib'] if _is_number(row['baseline_mib']) else 0):.0f}" if _is_number(peak) else "-",
     ]
 
 
-def _given(number: float | None) -> bool:
+def _is_number(number: float | None) -> bool:
     return number is not None and not math.isnan(number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m sparsegrad.cli FOLDER`: the records below a folder as a table; a damaged one is named and skipped."""
+    """`python -m sparsegrad.cli FOLDER`: print the records below a folder; a damaged one is named and skipped."""
     parser = argparse.ArgumentParser(prog="python -m sparsegrad.cli", description="Show the records below a folder.")
     parser.add_argument("folder", type=Path, help="for example results/runs/quickstart")
     folder = parser.parse_args(arguments).folder
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     console.print(records_table(found.sort_values(["task", "protocol", "seed", "model", "finished"])))
     console.print(
-        "Peak: of the training phase; on CUDA what was allocated, on a CPU what was resident above the model."
+        "Peak memory of training: allocated on CUDA; on a CPU, resident memory above that of the loaded model."
     )
     return 0
 

@@ -1,4 +1,4 @@
-"""Stored bases: a run reuses what an equal calibration left."""
+"""A store of bases: a run reuses the bases of an equal calibration."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from sparsegrad.trainer.peak_memory import PeakMemory
 
 @dataclass(frozen=True, kw_only=True)
 class BasisStore:
-    """Bases in `folder`, each named by the fingerprint of what it was made from.
+    """Bases in `folder`, each in a file named by the fingerprint of everything that it was computed from.
 
     Attributes:
-        folder: created when first written.
-        model: its weights are part of the fingerprint, as they are when a basis is asked for.
-        facts: what else the calibration gradients depend on: linears, architecture, data, settings.
-        own: file where this run keeps the bases it uses, so that it can be continued when the store is gone.
-        resuming: whether the run is continued, and therefore bound to the bases in `own`.
+        folder: created when the first bases are written.
+        model: its weights, as they are when bases are asked for, are part of the fingerprint.
+        facts: everything else that the calibration gradients depend on: linears, architecture, data, settings.
+        own: the file with the bases of this run, so that it can continue without the store.
+        resuming: whether the run continues from a checkpoint, and so must use the bases in `own`.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ class BasisStore:
             made, cost = self._measured(compute)
             facts = {} if fingerprint is None else {"fingerprint": fingerprint, "reused": False}
             found = self._keep(made, {**facts, **cost}, fingerprint)
-        # One layout, whether made now or read: products round otherwise in the last bit, and a continued run differs.
+        # One memory layout, whether computed or read: otherwise products round differently, and a resumed run differs.
         return {kind: basis.by_columns() for kind, basis in found[0].items()}, found[1]
 
     @property
@@ -56,7 +56,7 @@ class BasisStore:
 
     @on_main
     def _find(self, fingerprint: str | None) -> tuple[dict[str, Basis], dict[str, Any]] | None:
-        """What this run, or an equal calibration, left."""
+        """The bases of this run, or of an equal calibration."""
         if self.resuming and self.own.exists():
             return load_bases(self.own), self._read_cost()
         if fingerprint is None or not self._stored(fingerprint).exists():
@@ -77,7 +77,7 @@ class BasisStore:
     def _keep(
         self, bases: dict[str, Basis], cost: dict[str, Any], fingerprint: str | None
     ) -> tuple[dict[str, Basis], dict[str, Any]]:
-        """Write for this run, and under `fingerprint` for others."""
+        """Write the bases for this run, and under `fingerprint` for later ones."""
         return self._write(bases, cost, fingerprint)
 
     def _write(

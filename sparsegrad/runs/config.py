@@ -28,28 +28,28 @@ from sparsegrad.runs.model_config import ModelConfig
 from sparsegrad.runs.names import with_current_names
 from sparsegrad.tasks.base import DataConfig, Task
 
-# What a composed configuration may hold beside one run; `cli` has dealt with it before.
+# Nodes of a composed configuration that are no part of a run; `cli` and the report use them.
 BESIDE_RUN = ("sweep", "hparams", "evidence")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How one run trains.
+    """How a run trains.
 
     Attributes:
         lr: learning rate.
         batch_size: rows per process and backward pass; an optimizer step takes `grad_accumulation` of them.
         weight_decay: decoupled; 0 in the paper.
-        precision: `fp32`; `bf16` (autocast; weights and optimizer stay float32); or `bf16_weights`: autocast, and the
-            weights that do not train are bfloat16. Those that do stay float32, so that no small update rounds away.
+        precision: `fp32`; `bf16` (autocast; weights and optimizer stay float32); or `bf16_weights`: autocast, and
+            frozen weights in bfloat16. Weights that train stay float32, so that small updates are not rounded away.
         train_rest: whether parameters outside the MLP weights and the head train.
-        group_by_length: batches of rows of like length, which saves padding.
+        group_by_length: whether batches have rows of similar length, which saves padding.
         device: `auto`, `cpu` or `cuda`.
         schedule: of the learning rate: `constant` (GLUE), `cosine` (the paper's LLaMA runs) or `linear`, both to 0.
         warmup_steps: optimizer steps in which the learning rate rises from 0.
         warmup_ratio: the same as a share of all steps, instead.
         rest_lr: learning rate of everything outside the MLP weights; null: `lr`, as in the paper.
-        gradient_checkpointing: compute activations twice instead of storing them.
+        gradient_checkpointing: recompute activations in the backward pass instead of storing them.
     """
 
     lr: float
@@ -89,10 +89,10 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolConfig:
-    """How long a run trains, when it evaluates, and on what the best checkpoint is chosen.
+    """How long a run trains, when it evaluates, and which rows choose the best checkpoint.
 
     Attributes:
-        name: what records and tables call it.
+        name: its name in records and tables.
         select: `validation` (the paper) or `heldout`: a tenth of the training data; the validation split is then
             evaluated once, with the chosen checkpoint.
         epochs: at most.
@@ -179,22 +179,22 @@ class RunConfig:
 
     @property
     def key(self) -> str:
-        """16 hex digits of all that determines the result; places, tracker and device are left out."""
+        """16 hex digits of everything that determines the result, without folders, tracker and device."""
         return config_key(self.resolved)
 
     @property
     def record_path(self) -> Path:
-        """Where the record of this run lies."""
+        """The file of this run's record."""
         return Path(self.results_dir) / "runs" / self.name / f"{self.key}.json"
 
     @property
     def checkpoints(self) -> Path:
-        """What a stopped run is continued from; gone when it is done."""
+        """The folder of checkpoints, deleted when the run is complete."""
         return self.run_folder / "checkpoints"
 
     @property
     def run_folder(self) -> Path:
-        """Where checkpoints and trackers write while the run lasts."""
+        """The folder for checkpoints and trackers during the run."""
         return Path(self.work_dir) / self.key
 
 
@@ -220,7 +220,7 @@ def build(config: DictConfig) -> RunConfig:
 
 
 def _make_target(node: Any, where: str) -> Any:
-    """The object that a YAML names with `_target_: module.Class`."""
+    """Create the object that a YAML names with `_target_: module.Class`."""
     node = _mapping(node, where)
     module, _, name = str(node.get("_target_", "")).rpartition(".")
     try:
@@ -229,7 +229,7 @@ def _make_target(node: Any, where: str) -> Any:
         raise UserError(f"{where}._target_={module}.{name} cannot be imported: {error}") from None
     needed = _PARTS[where]
     if not isinstance(maker, type) or not all(hasattr(maker, part) for part in needed):  # never call anything else
-        raise UserError(f"{where}._target_={module}.{name} is no {where}: name a class with {' and '.join(needed)}")
+        raise UserError(f"{where}._target_={module}.{name} is not a {where}: name a class with {' and '.join(needed)}")
     return _make(maker, {key: value for key, value in node.items() if key != "_target_"}, where)
 
 

@@ -21,7 +21,7 @@ _PACKAGES = (
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Versions, git state, hardware and the time now: what a reader needs to judge or repeat a run."""
+    """Versions, git state, hardware and the current time, for the record."""
     return {
         "versions": {"python": platform.python_version(), **_versions(_PACKAGES)},
         "git": _git(),
@@ -62,7 +62,7 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def _git() -> dict[str, Any]:
-    """Commit and dirty flag of the checkout this file lies in; empty outside one."""
+    """Commit and dirty flag of the checkout that contains this file; empty outside a checkout."""
     root = Path(__file__).parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)

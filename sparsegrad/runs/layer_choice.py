@@ -29,7 +29,7 @@ def block_indices(blocks: Any, depth: int) -> list[int]:
     """The chosen ones of `depth` blocks, ascending.
 
     Raises:
-        UserError: for an index beyond the model, or a slice that holds no block.
+        UserError: for a block that the model does not have, or a slice that selects none.
     """
     check_blocks(blocks)
     if blocks is None:
@@ -37,7 +37,7 @@ def block_indices(blocks: Any, depth: int) -> list[int]:
     chosen = list(range(depth))[_slice(blocks)] if isinstance(blocks, str) else sorted(blocks)
     beyond = [index for index in chosen if index >= depth]
     if beyond or not chosen:
-        what = f"block {beyond[0]} is beyond the model, which has" if beyond else "it holds none of the model's"
+        what = f"block {beyond[0]} does not exist: the model has" if beyond else "it selects none of the model's"
         raise fail("model.blocks", blocks, f"{what} {depth} blocks, 0 to {depth - 1}", _ALLOWED)
     return chosen
 
@@ -48,7 +48,7 @@ def select_linears(linears: Linears, kinds: Sequence[str] | None, blocks: Any) -
     A block's index is the first number in a module's name, as in `model.layers.3.mlp.up_proj`.
 
     Raises:
-        UserError: for a kind that `linears` has not, or a block beyond the model.
+        UserError: for a kind or a block that the model does not have.
     """
     if kinds is not None and (isinstance(kinds, str) or not kinds):
         raise fail("model.kinds", kinds, f"give a list of {', '.join(linears)}, or null for all")
@@ -69,7 +69,7 @@ def dense_weights(linears: Linears, kinds: Sequence[str] | None, blocks: Any, sp
     """Names of the weights that train densely beside those of `sparse`: the kinds `kinds` in the chosen blocks.
 
     Raises:
-        UserError: for a kind that `linears` has not, or that `sparse` has.
+        UserError: for a kind that `linears` does not have, or that `sparse` has too.
     """
     if not kinds:
         return frozenset()

@@ -1,4 +1,4 @@
-"""What a fine-tuning of a language model will need, estimated before anything is computed.
+"""Estimate the memory that fine-tuning a language model needs, before anything is computed.
 
 Weights, gradients, optimizer state and bases are exact to a few percent. Activations are an estimate: per token and
 block 14 vectors as wide as the model and 5 as wide as the MLP, and per token 3 rows of logits in float32.
@@ -30,10 +30,19 @@ PUBLISHED_SHARE = {"full": "22 %", "lora": "0.5 %", "meprop": "0.5 %", "sparsegr
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """All that a plan depends on.
+    """Everything that the estimate depends on.
 
-    parameters: of the model.  selected: entries of the weights that are fine-tuned.  shapes: kind -> (out, in).
-    linears: number of these weights.  width, mlp_width, depth, vocabulary: of the model.  tokens: of a micro-batch.
+    Attributes:
+        method: name of the method.
+        parameters: number of the model's parameters.
+        selected: entries of the weights that are fine-tuned.
+        shapes: layer kind -> (out, in).
+        linears: number of fine-tuned weights.
+        width, mlp_width, depth, vocabulary: sizes of the model.
+        tokens: tokens of a micro-batch.
+        precision, checkpointing: as in `train`.
+        rank: of LoRA.
+        density: of engine fast.
     """
 
     method: str
@@ -72,7 +81,7 @@ def plan(setup: Setup) -> dict[str, int]:
 
 
 def _bases(setup: Setup) -> int:
-    """U and V of each kind, and as much again for the Grams they are made from."""
+    """U and V of each kind, and as much again for the Grams that they are computed from."""
     if not setup.method.startswith("sparsegrad"):
         return 0
     return sum(2 * 4 * (rows**2 + columns**2) for rows, columns in setup.shapes.values())
@@ -86,15 +95,15 @@ def _activations(setup: Setup) -> int:
 
 
 def check_memory(config: RunConfig, model: nn.Module, linears: Linears, device: torch.device) -> None:
-    """Show the plan beside what `device` has.
+    """Log the estimate beside the memory of `device`.
 
     Raises:
-        UserError: when it does not fit; the message says what would.
+        UserError: when it does not fit; the message names settings that would.
     """
     setup, available = make_setup(config, model, linears), memory_of(device)
     need = plan(setup)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in need.items())
-    log.info("memory plan in GiB: %s; in all %.2f of %.1f", parts, sum(need.values()) / GIB, available / GIB)
+    log.info("estimated memory in GiB: %s; total %.2f of %.1f", parts, sum(need.values()) / GIB, available / GIB)
     share = 100 * setup.selected / setup.parameters
     published = PUBLISHED_SHARE.get(setup.method, "none")
     log.info("selected weights are %.1f %% of the model; the paper says of %s: %s", share, setup.method, published)
@@ -102,7 +111,7 @@ def check_memory(config: RunConfig, model: nn.Module, linears: Linears, device: 
 
 
 def check_fits(setup: Setup, available: int) -> None:
-    """Raise `UserError` when the plan exceeds `available` bytes, naming what would fit."""
+    """Raise `UserError` when the estimate exceeds `available` bytes, and name settings that fit."""
     need = sum(plan(setup).values())
     if need <= available:
         return
@@ -116,7 +125,7 @@ def check_fits(setup: Setup, available: int) -> None:
 
 
 def _smaller(setup: Setup) -> Iterator[tuple[str, Setup]]:
-    """Cheaper setups, each with the overrides that make it; first those that change the result least."""
+    """Cheaper setups with the overrides that give them; those that change the result least come first."""
     checkpointed = replace(setup, checkpointing=True)
     yield "train.gradient_checkpointing=true", checkpointed
     light = replace(checkpointed, precision="bf16_weights")
@@ -151,12 +160,12 @@ def make_setup(config: RunConfig, model: nn.Module, linears: Linears) -> Setup:
 
 
 def _mlp_width(shape: tuple[int, int], width: int) -> int:
-    """The side of a weight that is not the model's: not every configuration names it, such as GPT-2's."""
+    """The side of a weight that is not the model's width; not every configuration names it (GPT-2)."""
     return next((side for side in shape if side != width), width)
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes that the device has in all."""
+    """Total memory of the device in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total)

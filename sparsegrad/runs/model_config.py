@@ -16,7 +16,7 @@ class ModelConfig:
     """One model, as its YAML in conf/model says.
 
     Attributes:
-        name: what records and tables call it.
+        name: its name in records and tables.
         source: hub id, local folder, or `asset:NAME`.
         revision: branch, tag or commit of a hub id; null: its default branch.
         keep_head: take over the head that a pretrained source has, rows ordered by label names; false: the head is new.

@@ -1,4 +1,4 @@
-"""The record: the JSON that one run leaves. Written atomically, read back as a table."""
+"""The record: the JSON file that one run writes. Reading, checking, and turning records into a table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """Read one record.
 
     Raises:
-        UserError: when it is damaged, of another schema, or without what tables need of it.
+        UserError: when it is damaged, has another schema, or lacks a field that tables need.
     """
     try:
         record = read_json(path)
@@ -35,12 +35,12 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _wrong_field(record: Mapping[str, Any]) -> str | None:
-    """The first field of `summary` that is not what it must be; None if all are."""
+    """The first field of `summary` with a value of the wrong type; None if there is none."""
     try:
         row = summary(record)
     except (KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__} {error}"
-    # A score may be missing, that of a constant prediction is not defined; what it would be has a name.
+    # A score may be missing (Pearson of a constant prediction is undefined), but its name is always there.
     always = (*_ALWAYS, "metric") if row["status"] == "complete" and "result" in record else _ALWAYS
     for name, value in row.items():
         optional = name not in always
@@ -51,7 +51,7 @@ def _wrong_field(record: Mapping[str, Any]) -> str | None:
 
 
 def find_complete(path: Path) -> dict[str, Any] | None:
-    """The record at `path` if it is of a run that ended well, else None."""
+    """The record at `path` if its run is complete, else None."""
     if not path.exists():
         return None
     record = read_record(path)

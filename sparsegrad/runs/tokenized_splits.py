@@ -27,7 +27,7 @@ class TokenSets:
 
 
 def token_sets(config: RunConfig, splits: Splits, tokenizer: Any) -> TokenSets:
-    """What trains, what chooses and what is reported under the run's protocol, as tokens.
+    """Tokenize the rows that train, choose the checkpoint and are reported under the run's protocol.
 
     Raises:
         UserError: when packing leaves too few rows for one batch.
@@ -58,6 +58,6 @@ def token_sets(config: RunConfig, splits: Splits, tokenizer: Any) -> TokenSets:
 
 
 def log_counts(*counts: Mapping[str, Any]) -> None:
-    """Show what the data holds."""
+    """Log the counts of the data."""
     for found in counts:
         log.info("data: %s", ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in found.items()))

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer put together for one run."""
+"""Build the Hugging Face Trainer of one run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LOGGING_STEPS = 10
 def training_batches(rows: datasets.Dataset, config: RunConfig, tokenizer: Any) -> Iterator[dict[str, torch.Tensor]]:
     """An endless stream of shuffled training batches, the same for the same seed: for calibration.
 
-    Of several processes each gets its own rows of a batch of all.
+    With several processes, each gets its own rows of the common batch.
     """
     generator, size = torch.Generator().manual_seed(config.seed), config.train.batch_size
     loader = DataLoader(
@@ -62,7 +62,7 @@ def make_trainer(
     memory: PeakMemory,
     stop: StopOnSignal | None = None,
 ) -> tuple[RunTrainer, Stopwatch]:
-    """The Trainer of one run and the stopwatch that measures it."""
+    """Build the Trainer of one run, and the stopwatch that measures it."""
     stopwatch = Stopwatch(memory)
     callbacks: list[Any] = [stopwatch, EvaluationSteps(), stop or StopOnSignal()]
     if config.protocol.patience is not None:
@@ -100,7 +100,7 @@ class OneDeviceArguments(TrainingArguments):  # type: ignore[misc]
 
 
 def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
-    """The run's settings in the Trainer's words: no clipping, as in the paper."""
+    """Translate the run's settings for the Trainer. There is no clipping, as in the paper."""
     train, protocol = config.train, config.protocol
     interval = protocol.steps_between_evaluations(config.task.eval_base, train.batch_size, total_steps(config, rows))
     return OneDeviceArguments(
@@ -133,16 +133,16 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
         disable_tqdm=not is_main(),
         dataloader_pin_memory=pick_device(train.device).type == "cuda",
         use_cpu=pick_device(train.device).type == "cpu",
-        ddp_broadcast_buffers=False,  # none of them is trained: only gradients travel
+        ddp_broadcast_buffers=False,  # no buffer is trained, so only gradients need to be sent
         seed=config.seed,
-        data_seed=config.seed,  # of several processes each draws its dropout from another seed, but rows from one
+        data_seed=config.seed,  # processes differ in the seed of dropout, not in that of the order of rows
         report_to=_tracker(config),
         run_name=f"{config.name}/{config.model.name}/{config.method.name}/{config.task.name}/{config.seed}",
     )
 
 
 def _schedule(train: TrainConfig) -> str:
-    """The Trainer's name; its constant rate has no warm-up."""
+    """The Trainer's name of the schedule; its `constant` has no warm-up."""
     if train.schedule == "constant" and (train.warmup_steps or train.warmup_ratio):
         return "constant_with_warmup"
     return train.schedule
@@ -153,7 +153,7 @@ def _warmup_steps(config: RunConfig, rows: int) -> int:
 
 
 def total_steps(config: RunConfig, rows: int) -> int:
-    """Optimizer steps that the run may take at most."""
+    """The largest number of optimizer steps that the run can take."""
     if config.protocol.max_steps is not None:
         return config.protocol.max_steps
     micro_batches = -(-rows // (config.train.batch_size * world_size()))
@@ -162,13 +162,13 @@ def total_steps(config: RunConfig, rows: int) -> int:
 
 
 def close_tracker(config: RunConfig) -> None:
-    """End the run of Weights & Biases: the next one in this process is another."""
+    """End the run of Weights & Biases; the next run of this process starts its own."""
     if config.tracker.name == "wandb" and (wandb := sys.modules.get("wandb")) is not None:
         wandb.finish()
 
 
 def _tracker(config: RunConfig) -> list[str]:
-    """Set what the Trainer's trackers read from the environment, and name the tracker."""
+    """Set the environment variables that the Trainer's trackers read; the tracker's name."""
     tracker = config.tracker
     if tracker.name == "wandb":
         folder = Path(config.work_dir)

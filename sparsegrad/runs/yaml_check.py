@@ -1,4 +1,8 @@
-"""YAML files, checked before Hydra reads them: for a broken one it has a traceback, where one line will do."""
+"""Check YAML files before Hydra reads them, for which a broken file is a traceback of 40 lines.
+
+Users add models, tasks and experiments of their own to conf/, so its files come from outside as well. Checking all of
+them takes about 10 ms.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ _PLAIN = "tag:yaml.org,2002:"
 
 
 def or_exit(folder: Path) -> None:
-    """Check every YAML below `folder`; end with one line and status 2 for the first that cannot be read."""
+    """Check every YAML file below `folder`; exit with one line and status 2 for the first that cannot be read."""
     try:
         for path in sorted(folder.rglob("*.yaml")):
             check_yaml(path)
@@ -28,11 +32,11 @@ def or_exit(folder: Path) -> None:
 
 
 def check_yaml(path: Path) -> None:
-    """Check one file; only plain data is made of it: no tag of Python is followed.
+    """Check one file. It is loaded as plain data: no Python tag is followed.
 
     Raises:
-        UserError: when it is not UTF-8, not YAML, names a key twice, has tags that are not plain data, or aliases that
-            would fill the memory.
+        UserError: when it is not UTF-8, not YAML, repeats a key, has tags that are not plain data, or has aliases that
+            would exhaust memory.
     """
     try:
         if path.stat().st_size > MAX_NODES * 10:
@@ -41,17 +45,17 @@ def check_yaml(path: Path) -> None:
         _check_depth(text)
         root = yaml.compose(text, Loader=_LOADER)
         if root is not None and not isinstance(root, yaml.MappingNode):
-            raise ValueError("it holds no names with values")
+            raise ValueError("it is not a mapping")
         if root is not None and _count(root, {}) > MAX_NODES:
-            raise ValueError("its aliases make it too large")
+            raise ValueError("expanded, its aliases are too large")
         yaml.load(text, Loader=_LOADER)  # of plain data alone: numbers and dates that are none
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} cannot be read ({reason}): mend it, or take it from a fresh checkout") from None
+        raise UserError(f"{path} cannot be read ({reason}): correct it, or restore it from the repository") from None
 
 
 def _check_depth(text: str) -> None:
-    """The C composer calls itself for every level and ends the process where the stack does; events come one by one."""
+    """Refuse deep nesting by counting events: the C composer recurses, and a stack overflow would end the process."""
     depth = 0
     for event in yaml.parse(text, Loader=_LOADER):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -60,10 +64,10 @@ def _check_depth(text: str) -> None:
 
 
 def _count(node: Any, known: dict[int, int | None]) -> int:
-    """Nodes below and with `node`, each alias as often as it is used; `known` holds those counted, None: at work."""
+    """Number of nodes with aliases expanded. `known` caches counts; None marks a node that is being counted."""
     if id(node) in known:
         if (found := known[id(node)]) is None:
-            raise ValueError("an alias holds itself")
+            raise ValueError("an alias contains itself")
         return found
     known[id(node)] = None
     _check_plain(node)
@@ -89,4 +93,4 @@ def _check_plain(node: Any) -> None:
         if len(keys) < len(node.value):
             raise ValueError(f"{place}: a key is not a text")
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise ValueError(f"{place}: key {twice[0]} is there twice")
+            raise ValueError(f"{place}: key {twice[0]} is repeated")

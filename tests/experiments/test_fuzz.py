@@ -136,7 +136,7 @@ def test_a_small_adapter_cannot_ask_for_a_large_product(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("a: [1, {", "parsing"),
-        ("a: 1\na: 2", "there twice"),
+        ("a: 1\na: 2", "repeated"),
         ("a: !!python/object/apply:os.mkdir [x]", "not plain data"),
         ("a: &x [*x]", "holds itself|recursive"),
         ("a: " + "[" * 60 + "]" * 60, "nested deeper"),

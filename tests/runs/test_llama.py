@@ -182,7 +182,7 @@ def test_plan_and_counts_are_shown_before_training(llama: Any, caplog: pytest.Lo
         run(llama("method=lora", "protocol.max_steps=1", "protocol.eval_steps=1"))
     shown = caplog.text
     for part in ("weights", "gradients", "optimizer", "bases", "activations"):
-        assert re.search(rf"memory plan in GiB:.*{part} \d", shown)
+        assert re.search(rf"estimated memory in GiB:.*{part} \d", shown)
     assert "the paper says of lora: 0.5 %" in shown
     assert "train conversations authors 44,042" in shown
     assert "validation conversations authors 2,241" in shown
@@ -207,7 +207,7 @@ def test_table6_is_section_5_2(conf: Composer) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (("model.blocks=[0,9]",), "block 9 is beyond the model, which has 4 blocks"),
+        (("model.blocks=[0,9]",), "block 9 does not exist: the model has 4 blocks"),
         (("model.usual.keep=100000",), "has 2048 entries"),
         (("task.langs=[fr]",), "no conversation is left"),
         (("train.batch_size=20", "data.max_length=128"), "windows"),
