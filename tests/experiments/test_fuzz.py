@@ -138,7 +138,7 @@ def test_a_small_adapter_cannot_ask_for_a_large_product(tmp_path: Path) -> None:
         ("a: [1, {", "parsing"),
         ("a: 1\na: 2", "repeated"),
         ("a: !!python/object/apply:os.mkdir [x]", "not plain data"),
-        ("a: &x [*x]", "holds itself|recursive"),
+        ("a: &x [*x]", "contains itself|recursive"),
         ("a: " + "[" * 60 + "]" * 60, "nested deeper"),
         ("a: " + "[" * 100_000, "nested deeper|parsing"),
         ("a: " + "9" * 5000, "digits"),
