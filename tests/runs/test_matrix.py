@@ -132,7 +132,7 @@ def test_authors_leave_layer_norms_alone_after_a_calibration_that_does_not_train
 
 
 def test_lora_leaves_the_base_weights_alone(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsegrad.methods.lora._merge", lambda model, names: None)
+    monkeypatch.setattr("sparsegrad.methods.lora._merge_adapters", lambda model, names: None)
     _, before, after = trained(tiny("model=minilm", "method=lora"), monkeypatch)
     found = dict(after.named_parameters())
     bases = [name for name in before if is_mlp_weight(name)]
