@@ -2,6 +2,7 @@
 
 from sparsegrad.adapter.load import Adapter, load_adapter, set_adapter, switch
 from sparsegrad.adapter.lora import save_lora
+from sparsegrad.adapter.lora_card import SavedLora
 from sparsegrad.adapter.save import save_adapter
 from sparsegrad.api import create_sparsegrad_optimizer, prepare
 from sparsegrad.basis import Basis, load_bases, save_bases
@@ -23,6 +24,7 @@ __all__ = [
     "BlockLinear",
     "LeanLinear",
     "Plan",
+    "SavedLora",
     "SparseGradAdamW",
     "SparseGradLinear",
     "UserError",

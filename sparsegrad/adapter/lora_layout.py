@@ -79,7 +79,16 @@ def plan_layout(model: nn.Module, changed: Collection[str], targets: Iterable[st
     Raises:
         UserError: for a tensor that peft can store neither way.
     """
-    targets = _drop_biased(model, changed, list(targets), fixed)
+    # Linears that are stored whole for another reason must not count when targets with and without bias are mixed.
+    _, _, found = _store_whole(model, changed, list(targets), fixed)
+    asked, whole, found = _store_whole(model, changed, _drop_mixed(model, changed, found, fixed), fixed)
+    return Layout(found, whole, asked, any(f"{name}.bias" in changed for name in found))
+
+
+def _store_whole(
+    model: nn.Module, changed: Collection[str], targets: list[str], fixed: Collection[str]
+) -> tuple[list[str], list[str], list[str]]:
+    """Entries of `modules_to_save`, the modules that they select, and the targets that are not inside them."""
     stored = {f"{name}.{part}" for name in targets for part in ("weight", "bias")}
     owners = {name: name.rpartition(".")[0] for name in changed if name not in stored}
     for tensor, owner in owners.items():
@@ -95,8 +104,7 @@ def plan_layout(model: nn.Module, changed: Collection[str], targets: Iterable[st
             f"{inside} is stored whole in peft, by its task type or because it changed outside the LoRA targets, and "
             f"contains the target {lost[0]}: leave {lost[0]} out of target_modules=, or {REMEDY}"
         )
-    targets = [name for name in targets if name not in covered]
-    return Layout(targets, whole, asked, any(f"{name}.bias" in changed for name in targets))
+    return asked, whole, [name for name in targets if name not in covered]
 
 
 def _find_heads(model: nn.Module) -> list[str]:
@@ -117,18 +125,22 @@ def _select_whole(model: nn.Module, wanted: Collection[str]) -> tuple[list[str],
     return entries, selected
 
 
-def _drop_biased(model: nn.Module, changed: Collection[str], targets: list[str], fixed: Collection[str]) -> list[str]:
-    """Leave out linears with a changed bias if others have no bias: peft's `lora_bias` is for all targets or none."""
-    biased = {name for name in targets if f"{name}.bias" in changed}
-    without = [name for name in targets if getattr(model.get_submodule(name), "bias", None) is None]
+def _drop_mixed(model: nn.Module, changed: Collection[str], targets: list[str], fixed: Collection[str]) -> list[str]:
+    """Leave out linears with a changed bias or those without bias: peft's `lora_bias` is for all targets or none."""
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in targets}
+    biased = [name for name in targets if f"{name}.bias" in changed]
+    without = [name for name, module in modules.items() if module.bias is None]
     if not biased or not without:
         return targets
-    if both := [name for name in targets if name in biased and name in fixed]:
+    droppable = [names for names in (biased, without) if not any(name in fixed for name in names)]
+    if not droppable:
         raise UserError(
-            f"{both[0]}.bias changed, and {without[0]} has no bias: peft has LoRA biases for all targets or for none; "
+            f"{biased[0]}.bias changed, and {without[0]} has no bias: peft has LoRA biases for all targets or none; "
             f"leave one of the two out of target_modules=, or {REMEDY}"
         )
-    return [name for name in targets if name not in biased]
+    # Stored whole, the group with fewer entries costs less.
+    dropped = min(droppable, key=lambda names: sum(modules[name].weight.numel() for name in names))
+    return [name for name in targets if name not in dropped]
 
 
 def _contains(outer: str, name: str) -> bool:
