@@ -13,6 +13,7 @@ from sparsegrad.errors import UserError
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.layer_choice import dense_weights, select_linears
 from sparsegrad.runs.memory_estimate import check_memory
+from sparsegrad.runs.model_checks import check_lists, check_model_and_tokenizer, check_positions, check_tokenizer
 from sparsegrad.runs.model_loading import load_model, load_tokenizer
 from sparsegrad.runs.model_source import Sources
 from sparsegrad.runs.pooling import set_pooling
@@ -46,13 +47,16 @@ def load_parts(config: RunConfig, splits: Splits, sources: Sources, device: torc
     """Load everything that training needs, and check what could not be checked without it.
 
     Raises:
-        UserError: when the model cannot be had, has not the named linears, does not suit the method, or does not fit
-            into the device's memory.
+        UserError: when the model cannot be had, does not fit its tokenizer, has not the named linears, does not suit
+            the method, or does not fit into the device's memory.
     """
     set_seed(config.seed)  # before the model: heads and adapters are drawn from it
+    check_lists(config.model)
     tokenizer = load_tokenizer(config.model, sources.tokenizer)
+    check_tokenizer(config, tokenizer)
     dtype = torch.bfloat16 if config.train.precision == "bf16_weights" else torch.float32
     model = load_model(config.model, config.task, tokenizer, dtype, sources.model)
+    check_model_and_tokenizer(config, model, tokenizer)
     if not config.task.is_language:
         set_pooling(model, config.model.pooling)
     found, chosen = _find_mlp(config, model), config.model
@@ -61,6 +65,7 @@ def load_parts(config: RunConfig, splits: Splits, sources: Sources, device: torc
     config.method.check(linears)
     size = sum(parameter.numel() for parameter in model.parameters())
     sets = token_sets(config, splits, tokenizer)
+    check_positions(config, model, sets)
     if config.task.is_language:
         log_counts(splits.counts, sets.counts)
         check_memory(config, model, linears, device)
