@@ -38,7 +38,8 @@ def _print_table() -> None:
     for asset in ASSETS.values():
         state = problem(asset, assets_root()) or f"in {assets_root() / asset.name}"
         print(f"{asset.name}: {asset.about}")
-        print(f"  {asset.package}=={asset.version}, {asset.source}, {asset.licence}\n  {state}")
+        parts = f" and {len(asset.parts) - 1} further parts" if asset.parts else ""
+        print(f"  {asset.package}=={asset.version}{parts}, {asset.source}, {asset.licence}\n  {state}")
 
 
 if __name__ == "__main__":

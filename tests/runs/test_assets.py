@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import stat
 import subprocess
 import tarfile
@@ -17,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from sparsegrad.assets import __main__ as command
+from sparsegrad.assets import disk
 from sparsegrad.assets import download as assets
-from sparsegrad.assets.table import ASSETS, Asset, AssetFile
+from sparsegrad.assets.table import ASSETS, Asset, AssetFile, Part
 from sparsegrad.errors import UserError
 
 CONTENT = {"a.txt": b"first", "b.bin": b"\x00second"}
@@ -348,3 +350,82 @@ def test_the_table_is_pinned() -> None:
         assert all(len(digest) == 64 for digest in (asset.sha256, *(file.sha256 for file in asset.files)))
         assert len({file.name for file in asset.files}) == len(asset.files)
         assert asset.licence
+
+
+def in_pieces(monkeypatch: pytest.MonkeyPatch, toy: Toy, disk: int = 0) -> assets.Download:
+    """Make the toy an asset whose archive comes in three packages; what downloads them."""
+    archive = wheel()
+    cuts = (archive[:50], archive[50:90], archive[90:])
+    packages = {f"toy-{n}": tarball({f"deep/piece.{n}": cut}) for n, cut in enumerate(cuts)}
+    parts = tuple(Part(name, sha(data), f"deep/piece.{n}") for n, (name, data) in enumerate(packages.items()))
+    asset = toy(b"", inner=None)
+    monkeypatch.setitem(ASSETS, "toy", replace(asset, package="toy-0", sha256=parts[0].sha256, parts=parts, disk=disk))
+
+    def download(asset: Asset, folder: Path) -> Path:
+        (folder / "part.tar.gz").write_bytes(packages[asset.package])
+        return folder / "part.tar.gz"
+
+    return download
+
+
+def test_an_archive_in_pieces_is_joined_byte_by_byte(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    download = in_pieces(monkeypatch, toy)
+    assets.fetch(["toy"], download=download)
+    assert contents(tmp_path / "root") == {f"toy/{name}": data for name, data in CONTENT.items()}
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["toy"], "no piece is left behind"
+
+
+def test_a_piece_that_is_not_the_pinned_one_is_refused(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    download = in_pieces(monkeypatch, toy)
+
+    def other(asset: Asset, folder: Path) -> Path:
+        path = download(asset, folder)
+        if asset.package == "toy-1":
+            path.write_bytes(b"something else")
+        return path
+
+    with pytest.raises(UserError, match=r"package part\.tar\.gz is not the pinned one"):
+        assets.fetch(["toy"], download=other)
+    assert contents(tmp_path / "root") == {}
+
+
+def test_a_disk_that_cannot_hold_an_asset_is_refused_before_the_download(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    download = in_pieces(monkeypatch, toy, disk=1_300_000_000)
+    said: list[str] = []
+    for free, fits in ((400_000_000, False), (1_400_000_000, True)):
+        usage = shutil._ntuple_diskusage(2_000_000_000, 0, free)  # type: ignore[attr-defined]
+        monkeypatch.setattr(disk.shutil, "disk_usage", lambda path, usage=usage: usage)
+        if fits:
+            assets.fetch(["toy"], download=download, say=said.append)
+        else:
+            with pytest.raises(UserError, match=r"toy: needs 1\.3 GB in .*0\.4 GB are free.*SPARSEGRAD_ASSETS"):
+                assets.fetch(["toy"], download=offline, say=said.append)
+            assert not (tmp_path / "root").exists()
+    assert "needs 1.3 GB of disk while it is fetched, 1.4 GB are free" in said[-2]
+    said.clear()
+    assets.fetch(["toy"], download=offline, say=said.append)
+    assert "already in" in said[0], "what is there needs no room"
+
+
+def test_mpnet_is_a_model_of_base_size_in_five_parts() -> None:
+    asset = ASSETS["mpnet_base"]
+    assert [part.package[-3:] for part in asset.parts] == ["001", "002", "003", "004", "005"]
+    assert all(part.member.endswith(part.package[-3:]) for part in asset.parts)
+    assert (asset.package, asset.sha256) == (asset.parts[0].package, asset.parts[0].sha256)
+    assert asset.disk > 1e9
+
+
+def test_mpnet_loads_with_only_its_head_missing() -> None:
+    asset = ASSETS["mpnet_base"]
+    if assets.problem(asset, assets.assets_root()):
+        pytest.skip("mpnet_base is not there (python -m sparsegrad.assets mpnet_base, 405 MB)")
+    from transformers import MPNetForSequenceClassification
+
+    where = assets.assets_root() / asset.name
+    model, loaded = MPNetForSequenceClassification.from_pretrained(where, output_loading_info=True)
+    assert {name.partition(".")[0] for name in loaded["missing_keys"]} == {"classifier"}
+    assert model.config.hidden_size == 768
