@@ -65,7 +65,7 @@ class Guard:
     def watching(self) -> Iterator[None]:
         """Apply the limits inside the block; raise `AssertionError` at its end for anything forbidden that was seen."""
         self.seen.clear()
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        size = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, hard))
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -144,7 +144,7 @@ def fuzz_all(inputs: int, seed: int, only: Sequence[str] = ()) -> dict[str, dict
         warnings.simplefilter("ignore")
         place = Path(name).resolve()
         (place / mutate.OUTSIDE).mkdir()
-        (place / mutate.OUTSIDE / "secret").write_text("{}")
+        (place / mutate.OUTSIDE / "secret").write_text("{}", encoding="utf-8")
         guard = Guard(place / mutate.OUTSIDE)
         for reader, parts in all_readers().items():
             if not only or reader in only:

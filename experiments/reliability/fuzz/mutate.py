@@ -113,14 +113,14 @@ def _on_a_line(
     path: Path, draw: random.Random, change: Callable[[Any], Any], after: Callable[[str], str] = lambda text: text
 ) -> None:
     """Change the JSON of a file, or of a random line of JSON lines."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     parts = text.splitlines() if path.suffix == ".jsonl" else [text]
     number = draw.randrange(len(parts))
     content = json.loads(parts[number])
     for _ in range(draw.choice([1, 1, 2, 3])):
         content = change(content)
     parts[number] = after(json.dumps(content))
-    path.write_text("\n".join(parts) + "\n")
+    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _change(content: Any, draw: random.Random, values: tuple[Any, ...]) -> Any:
@@ -192,6 +192,6 @@ def yaml_code(path: Path, draw: random.Random) -> None:
         "name: ${oc.decode:'${oc.env:HOME}'}", "name: ${name}", "name: &a [*a]", "name: ${oc.create:{a:1}}", bomb,
         "name: !!binary 'x'", "? [a]\n: b", "name: !!timestamp 2020-01-01", "1: 2", "null: 3", "name: 0x1F",
     ])  # fmt: skip
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if line.split(":")[0] not in ("name", "_target_", "path")]
-    path.write_text("\n".join([*kept, evil]) + "\n")
+    path.write_text("\n".join([*kept, evil]) + "\n", encoding="utf-8")

@@ -33,7 +33,7 @@ from sparsegrad.runs.basis_cache import BasisStore
 from sparsegrad.runs.config import build
 from sparsegrad.runs.records import find_complete, load_records
 from sparsegrad.runs.yaml_check import check_yaml
-from sparsegrad.tasks import DataConfig, Glue, Oasst, Snippets, Task
+from sparsegrad.tasks import DataConfig, Glue, Instructions, Oasst, Snippets, Task
 
 
 def _make_record(folder: Path) -> None:
@@ -119,13 +119,15 @@ _COLA = Glue(name="cola", columns=("sentence",), **_CLASSES)
 _STSB = Glue(
     name="stsb", columns=("sentence1", "sentence2"), main_metric="pearson", eval_base=500, label_range=(0.0, 5.0)
 )
+_MRPC = Glue(name="mrpc", columns=("sentence1", "sentence2"), **_CLASSES)
 _SNIPPETS = Snippets(name="snippets", columns=("sentence",), **_CLASSES)
 _OASST = Oasst(name="oasst1", eval_base=100)
+_ALPACA = Instructions(name="alpaca", eval_base=100)
 
 
 def _write(path: Path, rows: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{row}\n" for row in rows))
+    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
 
 
 def _make_jsonl(folder: Path) -> None:
@@ -141,6 +143,8 @@ def _make_tsv(folder: Path) -> None:
         _write(folder / "CoLA" / f"{part}.tsv", [f"gj04\t{i % 2}\t*\tA film {part} {i}." for i in range(6)])
         rows = [f"{i}\tfirst {i}\tsecond é\t{i / 2}" for i in range(6)]
         _write(folder / "STS-B" / f"{part}.tsv", ["index\tsentence1\tsentence2\tscore", *rows])
+        rows = [f"{i % 2}\t{i}\t{i}\tfirst {i}\tsecond é" for i in range(6)]  # the label first: a tab shifts the texts
+        _write(folder / "MRPC" / f"{part}.tsv", ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", *rows])
 
 
 def _make_snippets(folder: Path) -> None:
@@ -167,6 +171,18 @@ def _make_messages(folder: Path) -> None:
         rows.append(_message(str(i), "prompter", parent_id=None, message_tree_id=str(i)))
         rows.append(_message(f"{i}a", "assistant", parent_id=str(i), message_tree_id=str(i)))
     _write(folder / "messages.jsonl", [json.dumps(row) for row in rows])
+
+
+def _instructions() -> list[dict[str, str]]:
+    return [{"instruction": f"add {i} and two", "input": "é" * (i % 2), "output": f"it is {i + 2}"} for i in range(40)]
+
+
+def _make_instructions(folder: Path) -> None:
+    (folder / "rows.json").write_text(json.dumps(_instructions(), ensure_ascii=False), encoding="utf-8")
+
+
+def _make_instruction_lines(folder: Path) -> None:
+    _write(folder / "rows.jsonl", [json.dumps(row, ensure_ascii=False) for row in _instructions()])
 
 
 def _load(*tasks: Task) -> Callable[[Path], None]:
@@ -200,7 +216,7 @@ def _make_json(folder: Path) -> None:
     """The same configurations as JSON, which is valid YAML and whose values can be changed one by one."""
     for group, choice in _GROUPS.items():
         content = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{choice}.yaml"))
-        (folder / f"{group}.json").write_text(json.dumps(content))
+        (folder / f"{group}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 @cache
@@ -228,7 +244,7 @@ def all_readers() -> dict[str, Reader]:
     """All readers by name."""
     both = ("train", "validation")
     jsonl = {f"{task}/{part}.jsonl": LINES for task in ("sst2", "stsb") for part in both}
-    tsv = {f"{task}/{part}.tsv": TEXT for task in ("CoLA", "STS-B") for part in ("train", "dev")}
+    tsv = {f"{task}/{part}.tsv": TEXT for task in ("CoLA", "STS-B", "MRPC") for part in ("train", "dev")}
     yaml = {f"{group}.yaml": (*TEXT, *[mutate.yaml_code] * 4) for group in _GROUPS}
     json_files = [f"{group}.json" for group in _GROUPS]
     return {
@@ -237,10 +253,12 @@ def all_readers() -> dict[str, Reader]:
         "bases": Reader(_make_bases, {"bases.safetensors": TENSOR_FILE, "bases.json": LINES}, _read_bases),
         "adapters": Reader(_make_adapter, {TENSORS: TENSOR_FILE, FACTS: LINES}, _read_adapter, _repair_adapter),
         "GLUE, JSON lines": Reader(_make_jsonl, jsonl, _load(_SST2, _STSB)),
-        "GLUE, official files": Reader(_make_tsv, tsv, _load(_COLA, _STSB)),
+        "GLUE, official files": Reader(_make_tsv, tsv, _load(_COLA, _STSB, _MRPC)),
         "snippets": Reader(_make_snippets, {"movieReviewSnippets_GroundTruth.txt": TEXT}, _load(_SNIPPETS)),
         "conversation trees": Reader(_make_trees, {"trees.jsonl": LINES}, _load(_OASST)),
         "conversation messages": Reader(_make_messages, {"messages.jsonl": LINES}, _load(_OASST)),
+        "instructions": Reader(_make_instructions, {"rows.json": LINES}, _load(_ALPACA)),
+        "instruction lines": Reader(_make_instruction_lines, {"rows.jsonl": LINES}, _load(_ALPACA)),
         "configurations": Reader(_make_yaml, yaml, _read_configs),
         "configurations, by value": Reader(_make_json, dict.fromkeys(json_files, mutate.JSON), _read_configs),
         "checkpoints": CHECKPOINTS,
