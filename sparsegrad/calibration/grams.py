@@ -146,9 +146,16 @@ def _hosvd_stacked(gradients: list[Tensor]) -> Basis:
         raise missing_package('hosvd(method="stacked")', error.name, "dev") from None
     tensor = torch.stack(gradients).double().numpy(force=True)  # (count, out, in)
     # Mode 1 unfolds to (out, count * in), mode 2 to (in, count * out).
-    factors = [
-        tensorly.tenalg.svd_interface(tensorly.unfold(tensor, mode), n_eigenvecs=tensor.shape[mode])[0]
-        for mode in (1, 2)
-    ]
-    out_basis, in_basis = (torch.from_numpy(factor.copy()).to(gradients[0]) for factor in factors)
+    unfolded = [tensorly.unfold(tensor, mode) for mode in (1, 2)]
+    factors = [tensorly.tenalg.svd_interface(one, n_eigenvecs=min(one.shape))[0] for one in unfolded]
+    out_basis, in_basis = (_complete(torch.from_numpy(factor.copy())).to(gradients[0]) for factor in factors)
     return Basis(in_basis, out_basis)
+
+
+def _complete(factor: Tensor) -> Tensor:
+    """Append orthogonal columns to (side, count) until it is square; few gradients span fewer directions than a side.
+
+    These directions hold no energy: as with `gram`, their vectors are arbitrary.
+    """
+    rest = torch.linalg.qr(factor, mode="complete").Q[:, factor.shape[1] :]
+    return torch.cat([factor, rest], dim=1)
