@@ -14,10 +14,11 @@ from sparsegrad.calibration.gradients import Batch, calibrate
 from sparsegrad.distributed import check_same_weights, unwrapped
 from sparsegrad.errors import UserError, check_choice, check_number, renamed_arguments, warn_renamed
 from sparsegrad.layers.common import check_linear
-from sparsegrad.layers.replace import use_blocks
+from sparsegrad.layers.replace import rotate_gradients, use_blocks
 from sparsegrad.optim.adamw import SparseGradAdamW
 from sparsegrad.optim.groups import core_groups, param_groups
 from sparsegrad.optim.moments import MOMENTS
+from sparsegrad.optim.orders import ORDERS
 from sparsegrad.optim.selection import count_kept
 from sparsegrad.optim.summary import describe
 from sparsegrad.targets import Linears, Names, check_trainable, find_mlp
@@ -42,6 +43,7 @@ def prepare(
     bases: Mapping[str, Basis] | None = None,
     gram_device: torch.device | str | None = None,
     engine: str = "exact",
+    rotation_order: str = "auto",
     **adamw: Any,
 ) -> SparseGradAdamW:
     """Calibrate `model` and return the optimizer that fine-tunes it with SparseGrad.
@@ -51,9 +53,10 @@ def prepare(
     `print(describe(optimizer))` lists the weights that were found.
 
     Args:
-        model: called as `model(**batch)`; its result must have a `loss` (see `calibrate`). Only engine `fast` changes
-            the model. The model may be wrapped in `DistributedDataParallel`, except with engine `fast`, where DDP has
-            to wrap the prepared model. Several connected processes calibrate together.
+        model: called as `model(**batch)`; its result must have a `loss` (see `calibrate`). With engine `exact` its
+            function and state dict stay the same, but `weight.grad` of the linears that train becomes a rotated
+            gradient, see `rotation_order`. The model may be wrapped in `DistributedDataParallel`, except with engine
+            `fast`, where DDP has to wrap the prepared model. Several connected processes calibrate together.
         batches: at least `calibration_steps` mappings of tensors with labels, used for calibration only; None with
             `bases`.
         target_modules: the linears to train: names or ends of names, as in `peft`; a mapping from layer kind to a
@@ -75,6 +78,12 @@ def prepare(
             frozen and whose core trains. `density` sets the size of the core, and `weight_decay` acts on the core
             instead of the weight. Move the model to its device before the call, and call `to_linears(model)` after
             training, before saving.
+        rotation_order: how engine `exact` computes rotated gradients. With `auto` the linears do it during
+            back-propagation, in the cheapest order of products for the number of tokens, and leave the result in
+            `weight.grad`. Accumulation, DDP, clipping by norm and `GradScaler` mean the same as before. Clipping by
+            value and penalties on the weights in the loss do not, and raise an error; no optimizer but the returned one
+            must read these gradients. With `gradient` the gradients stay plain, and the optimizer rotates them, as it
+            does for `Conv1D` in any case. `tokens`, `inputs` and `outputs` are the other orders, for measurements.
         **adamw: `betas`, `eps`, `weight_decay`, `fused`, `foreach` of `SparseGradAdamW`.
 
     Raises:
@@ -87,7 +96,8 @@ def prepare(
         warn_renamed('engine="merged"', 'engine="exact"')
         engine = "exact"
     _check_options(batches, lr, sides, moments, bases)
-    _check_engine(engine, model, keep=keep, sides=sides, moments=moments)
+    check_choice("rotation_order", rotation_order, ORDERS)
+    _check_engine(engine, model, keep=keep, sides=sides, moments=moments, rotation_order=rotation_order)
     model = unwrapped(model)  # names, and back-propagation without DDP's gradient averaging
     density = 0.01 if density is None and keep is None else density
     linears = _find_linears(model, target_modules, keep, density, engine)
@@ -104,7 +114,8 @@ def prepare(
         assert density is not None
         groups = core_groups(model, use_blocks(model, linears, bases, density))
     else:
-        groups = param_groups(model, linears, bases, keep=keep, density=density, moments=moments)
+        rotations = rotate_gradients(linears, bases, order=rotation_order)
+        groups = param_groups(model, linears, bases, keep=keep, density=density, moments=moments, rotations=rotations)
     optimizer = SparseGradAdamW(groups, lr=lr, **adamw)
     # Counted last: engine `fast` has added its cores to the model's parameters.
     optimizer.model_size = sum(parameter.numel() for parameter in model.parameters())
@@ -128,7 +139,7 @@ def _check_engine(engine: Any, model: Any, **options: Any) -> None:
     """Check that the engine is known and supports the given options."""
     if check_choice("engine", engine, ENGINES) == "exact":
         return
-    defaults = {"keep": None, "sides": "both", "moments": "dense"}
+    defaults = {"keep": None, "sides": "both", "moments": "dense", "rotation_order": "auto"}
     if other := [f"{name}={options[name]}" for name in defaults if options[name] != defaults[name]]:
         raise UserError(
             f'engine="fast" does not take {", ".join(other)}: density alone sets its block, and sides="both", '

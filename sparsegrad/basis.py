@@ -64,6 +64,11 @@ class Basis:
         U, V = self.in_basis, self.out_basis
         return None if V is None else len(V), None if U is None else len(U)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the matrices."""
+        return next(matrix.dtype for matrix in (self.in_basis, self.out_basis) if matrix is not None)
+
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether this basis can rotate weights of `shape` (out, in)."""
         return all(own in (None, given) for own, given in zip(self.shape, shape, strict=True))

@@ -64,10 +64,11 @@ def calibrate(
     model = unwrapped(model)
     refuse_shards(model)
     check_same_weights(model)
-    weights = {kind: [linear.weight for linear in linears] for kind, linears in mlp.items()}
+    found = {kind: list(linears) for kind, linears in mlp.items()}
+    weights = {kind: [linear.weight for linear in linears] for kind, linears in found.items()}
     grams = {kind: Grams(sides=sides, device=gram_device) for kind in weights}
     device = next(model.parameters()).device
-    with _collect_gradients(model, weights, grams, freeze=update is None):
+    with _plain_gradients(found), _collect_gradients(model, weights, grams, freeze=update is None):
         source = iter(batches)
         for step in progress(range(steps)):
             _compute_loss(model, _read_batch(source, step, steps), device).backward()  # type: ignore[no-untyped-call]
@@ -92,6 +93,20 @@ def _check_device(device: torch.device | str | None) -> None:
         raise UserError(
             f"gram_device={device} cannot be used ({first_line(error)}): give cpu, or None for that of the weights"
         ) from None
+
+
+@contextmanager
+def _plain_gradients(linears: Mapping[str, list[nn.Linear]]) -> Iterator[None]:
+    """Inside the context, layers that an earlier `prepare` lets compute rotated gradients compute plain ones."""
+    rotating: list[Any] = [one for of in linears.values() for one in of if getattr(one, "rotation", None) is not None]
+    rotations = [layer.rotation for layer in rotating]
+    try:
+        for layer in rotating:
+            layer.rotation = None
+        yield
+    finally:
+        for layer, rotation in zip(rotating, rotations, strict=True):
+            layer.rotation = rotation
 
 
 @contextmanager

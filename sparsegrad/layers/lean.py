@@ -1,7 +1,7 @@
-"""A linear with a cheaper weight gradient: it drops padding tokens (exact), or saves its input in bfloat16.
+"""A linear with a cheaper weight gradient: rotated by the cheapest order of products, without padding, or in bfloat16.
 
-Only dW = dy^T x changes; the products y = x W^T and dx = dy W do not. The layer is intended for engine `exact`, which
-needs the whole dW, but works with any optimizer.
+Only dW changes; the products y = x W^T and dx = dy W do not. Engine `exact` uses it: with a rotation, `weight.grad`
+holds the rotated gradient V^T dy^T x U instead of dW = dy^T x (see `sparsegrad.optim.rotation`).
 """
 
 from __future__ import annotations
@@ -13,39 +13,63 @@ from torch import Tensor, nn
 
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.layers.common import check_linear, product_dtype
+from sparsegrad.optim.orders import rotated_gradient
+from sparsegrad.optim.rotation import Rotation
 
 
 class _LeanLinear(torch.autograd.Function):
-    """y = x W^T + b with x (tokens, in) saved in `layer.save_dtype` and dW (out, in) by `layer.weight_gradient`."""
+    """y = x W^T + b with x (tokens, in) saved in `layer.save_dtype` and the gradient of W by `layer.weight_gradient`.
+
+    U and V are None without a rotation. They are arguments, so that `torch.compile` sees them as tensors.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, layer: LeanLinear) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, U: Tensor | None, V: Tensor | None, layer: LeanLinear
+    ) -> Tensor:
         saved = x.to(layer.save_dtype or x.dtype) if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(saved, W)
-        ctx.layer = layer
-        return nn.functional.linear(x, W.to(x.dtype), bias)
+        cast = W.to(x.dtype)  # saved, as autocast does: one cast per pass serves both products
+        ctx.save_for_backward(saved, cast, U, V)
+        ctx.layer, ctx.weight_dtype = layer, W.dtype
+        return nn.functional.linear(x, cast, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,), (x, W) = grads, ctx.saved_tensors
-        dx = dy @ W.to(dy.dtype) if ctx.needs_input_grad[0] else None
-        db = dy.sum(0) if ctx.needs_input_grad[2] else None
-        dW = ctx.layer.weight_gradient(dy, x).to(W.dtype) if ctx.needs_input_grad[1] else None
-        return dx, dW, db, None
+        (dy,), (x, W, U, V) = grads, ctx.saved_tensors
+        needs, tokens, dx, dW = ctx.needs_input_grad, len(dy), None, None
+        rows = ctx.layer.find_rows(dy)
+        if rows is not None:  # the other rows of dy are zero, and so are their rows of dx
+            dy = dy[rows]
+        if needs[0]:
+            dx = dy @ W
+            dx = dx if rows is None else dx.new_zeros(tokens, dx.shape[1]).index_copy_(0, rows, dx)
+        if needs[1]:
+            dW = ctx.layer.weight_gradient(dy, x if rows is None else x[rows], U, V).to(ctx.weight_dtype)
+            ctx.layer.note(dW)
+        return dx, dW, dy.sum(0) if needs[2] else None, None, None, None
 
 
 class LeanLinear(nn.Linear):
-    """An `nn.Linear` with the same parameters whose weight gradient is cheaper.
+    """An `nn.Linear` with the same parameters and the same function whose weight gradient is cheaper.
 
     Args:
         linear: the linear whose weight (out, in) and bias this layer shares.
-        drop_padding: leave out tokens whose output gradient is zero, as it is for padding. The sum is the same with
-            fewer terms. The number of such tokens is read on the host, which makes the CPU wait for a GPU.
+        drop_padding: leave out tokens whose output gradient is zero, as it is for padding. The sums are the same with
+            fewer terms. The number of such tokens is read on the host, which makes the CPU wait for a GPU. On a CPU a
+            layer with a rotation always does this.
         save_dtype: dtype in which x is saved for dW, such as `torch.bfloat16`: half the memory, but rounded products.
 
     Raises:
         UserError: for a dtype that is not floating, or a module that is not an `nn.Linear`, such as GPT-2's `Conv1D`.
     """
+
+    # Defaults on the class, because `convert` does not call `__init__`.
+    drop_padding: bool = False
+    save_dtype: torch.dtype | None = None
+    rotation: Rotation | None = None
+    _guard: Any = None  # handle of the hook that checks gradients
+    _noted: tuple[Tensor, ...] = ()  # gradients of W that this backward pass has computed so far
+    _traced: bool = False  # compiled code does not note its gradients
 
     def __init__(
         self,
@@ -57,6 +81,45 @@ class LeanLinear(nn.Linear):
         check_linear(linear, "a lean linear", "leave drop_padding and save_dtype off")
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
+        self._configure(drop_padding, save_dtype)
+
+    @classmethod
+    def convert(
+        cls,
+        linear: nn.Linear,
+        *,
+        rotation: Rotation | None = None,
+        drop_padding: bool = False,
+        save_dtype: torch.dtype | None = None,
+    ) -> LeanLinear:
+        """Turn `linear` itself into a `LeanLinear`: it keeps its place in the model, its names and its hooks.
+
+        Args:
+            linear: an `nn.Linear` or a `LeanLinear`.
+            rotation: leave rotated gradients in `weight.grad`; None: plain gradients.
+            drop_padding, save_dtype: as for the class.
+        """
+        linear.__class__ = cls
+        assert isinstance(linear, LeanLinear)
+        linear._configure(drop_padding, save_dtype)
+        if linear.rotation is not None and linear.rotation is not rotation:
+            linear.rotation.replaced = True  # the earlier optimizer must not take these gradients for its own
+        linear.rotation = rotation
+        if linear._guard is None and rotation is not None:
+            linear._guard = linear.weight.register_hook(linear._check_gradient)  # type: ignore[no-untyped-call]
+        return linear
+
+    def restore(self) -> None:
+        """Turn this layer itself back into an `nn.Linear`. The optimizer then rotates its gradients."""
+        if self.rotation is not None:
+            self.rotation.in_layers = False
+        if self._guard is not None:
+            self._guard.remove()
+        for name in ("drop_padding", "save_dtype", "rotation", "_guard", "_noted", "_traced"):
+            self.__dict__.pop(name, None)
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+
+    def _configure(self, drop_padding: bool, save_dtype: torch.dtype | None) -> None:
         self.drop_padding = check_choice("drop_padding", drop_padding, (True, False))
         if save_dtype is not None and not save_dtype.is_floating_point:
             raise UserError(f"save_dtype={save_dtype} is not allowed: give a floating dtype, e.g. torch.bfloat16")
@@ -71,18 +134,57 @@ class LeanLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to y (..., out). Under autocast the products use its dtype, as in `nn.Linear`."""
-        dtype = product_dtype(x)
+        dtype, U, V = product_dtype(x), None, None
+        if self.rotation is not None and torch.is_grad_enabled() and self.weight.requires_grad:
+            basis = self.rotation.for_gradients(self.weight)
+            U, V = basis.in_basis, basis.out_basis
+            self._traced = torch.compiler.is_compiling()
         with torch.autocast(x.device.type, enabled=False):
             tokens = x.reshape(-1, x.shape[-1]).to(dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
-            y = _LeanLinear.apply(tokens, self.weight, bias, self)  # type: ignore[no-untyped-call]
+            y = _LeanLinear.apply(tokens, self.weight, bias, U, V, self)  # type: ignore[no-untyped-call]
         return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
-    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
-        """dW (out, in) from dy (tokens, out) and the saved x (tokens, in)."""
-        if self.drop_padding:
-            rows = dy.any(1).nonzero().flatten()  # tokens that contribute to the sum
-            if len(rows) < len(dy):  # otherwise indexing would only copy
-                dy, x = dy[rows], x[rows]
+    def find_rows(self, dy: Tensor) -> Tensor | None:
+        """Indices of the tokens whose output gradient dy (tokens, out) is not zero; None for all of them."""
+        # On a CPU the count is at hand and always pays. Compiled code cannot have a shape that depends on it.
+        at_hand = self.rotation is not None and dy.is_cpu and not torch.compiler.is_compiling()
+        if not (self.drop_padding or at_hand):
+            return None
+        rows = dy.any(1).nonzero().flatten()
+        return rows if len(rows) < len(dy) else None  # otherwise indexing would only copy
+
+    def weight_gradient(self, dy: Tensor, x: Tensor, U: Tensor | None, V: Tensor | None) -> Tensor:
+        """dW (out, in), rotated by U and V if given, from dy (tokens, out) and the saved x (tokens, in)."""
         # In the saved dtype: casting x back would allocate the copy that saving it in bfloat16 avoids.
-        return dy.to(x.dtype).T @ x
+        dy = dy.to(x.dtype)
+        if self.rotation is None:
+            return dy.T @ x
+        return rotated_gradient(dy, x, U, V, self.rotation.choose(dy, x.shape[1]))
+
+    def note(self, gradient: Tensor) -> None:
+        """Remember a gradient of this backward pass for `_check_gradient`."""
+        if self._guard is not None and not torch.compiler.is_compiling():
+            # An alias: while it exists, autograd adds other gradients into a new tensor instead of this one. Two are
+            # enough to know that there were several.
+            self._noted = (*self._noted, gradient.detach())[:2]
+
+    def _check_gradient(self, gradient: Tensor) -> None:
+        """Hook on the weight: raise `UserError` if `gradient` (out, in) has a part that this layer did not compute.
+
+        Such a part is not rotated, so the sum would be meaningless. With several calls of the layer in one backward
+        pass autograd has already added them up, and nothing is checked.
+        """
+        noted, self._noted = self._noted, ()
+        if len(noted) > 1 or self._traced or self.rotation is None:
+            return
+        if not noted or noted[0].data_ptr() != gradient.data_ptr():
+            raise UserError(
+                f"a weight {tuple(self.weight.shape)} has a gradient that its linear did not compute, such as of a "
+                "penalty on the weight in the loss, or changed by a hook; it cannot be added to a rotated one: use "
+                "weight_decay=, or give rotation_order='gradient'"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hook, which neither a copy nor a file can have."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_guard", "_noted")}

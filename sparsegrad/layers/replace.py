@@ -1,17 +1,20 @@
-"""Put `BlockLinear`s into a model for engine `fast`, and turn all layers of this package back into linears."""
+"""Put this package's layers into a model for an engine, and turn all of them back into linears."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError
 from sparsegrad.layers.block import BlockLinear, core_shape, share_bases
+from sparsegrad.layers.common import check_linear
 from sparsegrad.layers.lean import LeanLinear
 from sparsegrad.layers.rotated import SparseGradLinear
+from sparsegrad.optim.rotation import Rotation
 from sparsegrad.targets import Linears, weight_shapes
 
 Blocks = dict[str, dict[str, BlockLinear]]
@@ -46,12 +49,66 @@ def use_blocks(model: nn.Module, linears: Linears, bases: Mapping[str, Basis], d
     return blocks
 
 
+def rotate_gradients(
+    linears: Linears,
+    bases: Mapping[str, Basis],
+    *,
+    order: str = "auto",
+    dtype: torch.dtype | None = None,
+    drop_padding: bool = False,
+    save_dtype: torch.dtype | None = None,
+) -> dict[str, Rotation]:
+    """Let the linears of engine `exact` compute rotated gradients, in the cheapest order of products.
+
+    Each linear becomes a `LeanLinear` in place. With `order="gradient"`, and for a kind with a module that cannot
+    compute its own gradient (GPT-2's `Conv1D`, a subclass or a patched `forward`), the optimizer rotates plain
+    gradients.
+
+    Args:
+        linears: linears of one model, as `find_mlp` returns them; changed in place.
+        bases: layer kind -> basis of both sides or one.
+        order: one of `sparsegrad.optim.orders.ORDERS`.
+        dtype: see `Rotation`.
+        drop_padding, save_dtype: see `LeanLinear`.
+
+    Returns:
+        Layer kind -> its rotation, for `param_groups`.
+
+    Raises:
+        UserError: for an unknown order, or as `LeanLinear`.
+    """
+    rotations = {}
+    for kind, found in linears.items():
+        rotation = rotations[kind] = _find_rotation(found.values(), Rotation(bases[kind], order, dtype))
+        rotation.in_layers = order != "gradient" and all(map(_computes_gradient, found.values()))
+        for linear in found.values():
+            if rotation.in_layers or drop_padding or save_dtype is not None:
+                check_linear(linear, "a lean linear", "leave drop_padding and save_dtype off")
+                own = rotation if rotation.in_layers else None
+                LeanLinear.convert(linear, rotation=own, drop_padding=drop_padding, save_dtype=save_dtype)
+            elif isinstance(linear, LeanLinear):  # of an earlier call
+                linear.restore()
+    return rotations
+
+
+def _find_rotation(linears: Collection[nn.Module], wanted: Rotation) -> Rotation:
+    """`wanted`, or the equal rotation of an earlier call: then the optimizer of that call stays valid, too."""
+    earlier = {id(rotation): rotation for one in linears if (rotation := getattr(one, "rotation", None)) is not None}
+    return next((rotation for rotation in earlier.values() if rotation.equals(wanted)), wanted)
+
+
+def _computes_gradient(linear: nn.Module) -> bool:
+    """Whether a module's function is that of its class, and the class an `nn.Linear`, so that `LeanLinear` fits."""
+    return type(linear) in (nn.Linear, LeanLinear) and "forward" not in vars(linear)
+
+
 def to_linears(model: Model) -> Model:
     """Replace every `BlockLinear`, `SparseGradLinear` and `LeanLinear` by an `nn.Linear` with the same function.
 
     Call it after training: the model can then be saved, exported and compared with its base like any other. A model
-    without such layers is not changed. The optimizer still refers to the removed layers: to continue training, call
-    `prepare` again.
+    without such layers is not changed. After engine `fast` the optimizer still refers to the removed layers: to
+    continue training, call `prepare` again. After engine `exact` the same optimizer can continue, and rotates the
+    gradients itself.
 
     Args:
         model: changed in place.
@@ -67,7 +124,9 @@ def to_linears(model: Model) -> Model:
     made: dict[int, nn.Linear] = {}  # id of a layer -> its linear: a layer with two names stays one module
     # A list, since the loop changes the tree; with duplicates, so that every name of a shared layer is replaced.
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, (*LAYERS, LeanLinear)):
+        if isinstance(module, LeanLinear):
+            module.restore()  # in place: its names and hooks stay
+        elif isinstance(module, LAYERS):
             if id(module) not in made:
                 made[id(module)] = module.to_linear()
             replace_linear(model, name, module, made[id(module)])

@@ -15,8 +15,7 @@ from tqdm.auto import tqdm
 from sparsegrad.basis import SIDES, Basis, load_bases
 from sparsegrad.calibration.gradients import calibrate
 from sparsegrad.errors import UserError, check_choice, check_integer
-from sparsegrad.layers.lean import LeanLinear
-from sparsegrad.layers.replace import replace_linear, replace_module, to_linears
+from sparsegrad.layers.replace import replace_linear, rotate_gradients, to_linears
 from sparsegrad.layers.rotated import BACKWARDS, SparseGradLinear
 from sparsegrad.methods.base import (
     Context,
@@ -29,6 +28,7 @@ from sparsegrad.methods.base import (
 from sparsegrad.optim.adamw import SparseGradAdamW
 from sparsegrad.optim.groups import param_groups
 from sparsegrad.optim.moments import MOMENTS
+from sparsegrad.optim.orders import ORDERS
 from sparsegrad.targets import Linears, weight_shapes
 
 ENGINES = ("exact", "layer")
@@ -37,7 +37,8 @@ _DTYPES = {None: None, "bf16": torch.bfloat16}
 _ENGINE_SETTINGS: dict[str, dict[str, Any]] = {
     "layer": {"backward": "regular"},
     "exact": {
-        "sides": "both", "moments": "dense", "release_gradients": False, "drop_padding": False, "save_dtype": None
+        "sides": "both", "moments": "dense", "release_gradients": False, "drop_padding": False, "save_dtype": None,
+        "rotation_order": "auto",
     },
 }  # fmt: skip
 
@@ -90,9 +91,12 @@ class SparseGrad:
         release_gradients: for engine `exact`: update each MLP weight as soon as its gradient is computed, then free
             the gradient. Changes rounding at most.
         drop_padding: for engine `exact`: leave padding, which contributes zero, out of the gradients of the MLP
-            weights. Changes rounding at most.
+            weights, also on a GPU, where the CPU waits for the count. Changes rounding at most.
         save_dtype: for engine `exact`: `bf16` stores the inputs of the MLP linears rounded until their weight
             gradient is computed; None: as they are.
+        rotation_order: for engine `exact`: `auto`, the cheapest order of products for the tokens at hand; `gradient`,
+            the optimizer rotates plain gradients; or one of the others in `sparsegrad.optim.orders`. Changes rounding
+            at most.
         basis: file with stored bases to use instead of a calibration.
     """
 
@@ -106,6 +110,7 @@ class SparseGrad:
     release_gradients: bool = False
     drop_padding: bool = False
     save_dtype: str | None = None
+    rotation_order: str = "auto"
     basis: str | None = None
     name: str = "sparsegrad"
 
@@ -118,6 +123,7 @@ class SparseGrad:
         check_choice("method.moments", self.moments, tuple(MOMENTS))
         check_choice("method.release_gradients", self.release_gradients, (True, False))
         check_choice("method.drop_padding", self.drop_padding, (True, False))
+        check_choice("method.rotation_order", self.rotation_order, ORDERS)
         check_choice("method.save_dtype", self.save_dtype, tuple(_DTYPES), "null keeps them as they are")
         for name, value in _ENGINE_SETTINGS["layer" if self.engine == "exact" else "exact"].items():
             if getattr(self, name) != value:
@@ -182,14 +188,16 @@ class SparseGrad:
     def _make_groups(self, model: nn.Module, linears: Linears, bases: Mapping[str, Basis]) -> list[dict[str, Any]]:
         if self.engine == "layer":
             return self._insert_layers(model, linears, bases)
-        groups = param_groups(model, linears, bases, keep=self.keep, density=self.density, moments=self.moments)
-        if self.drop_padding or self.save_dtype is not None:
-            # The weights stay the same tensors, so the groups remain valid.
-            for found in linears.values():
-                for name, linear in found.items():
-                    lean = LeanLinear(linear, drop_padding=self.drop_padding, save_dtype=_DTYPES[self.save_dtype])
-                    replace_module(model, name, lean)
-        return groups
+        rotations = rotate_gradients(
+            linears,
+            bases,
+            order=self.rotation_order,
+            drop_padding=self.drop_padding,
+            save_dtype=_DTYPES[self.save_dtype],
+        )
+        return param_groups(
+            model, linears, bases, keep=self.keep, density=self.density, moments=self.moments, rotations=rotations
+        )
 
     def _insert_layers(self, model: nn.Module, linears: Linears, bases: Mapping[str, Basis]) -> list[dict[str, Any]]:
         rotated = []

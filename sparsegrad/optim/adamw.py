@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from sparsegrad.basis import Basis
-from sparsegrad.distributed import is_shard, shards_error
-from sparsegrad.errors import UserError, check_choice, check_number, warn_renamed
+from sparsegrad.errors import UserError, warn_renamed
+from sparsegrad.optim.group_checks import check_group, check_hyperparameters, check_saved, is_sparse
 from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.optim.rounding import add_stochastic, decay_
-from sparsegrad.optim.selection import Selection, count_kept, select, together
-from sparsegrad.targets import check_updated
+from sparsegrad.optim.selection import Selection, select, together
 
 
 class SparseGradAdamW(torch.optim.AdamW):
@@ -37,7 +36,8 @@ class SparseGradAdamW(torch.optim.AdamW):
 
     Args:
         params: parameters or groups. A group may hold `basis: Basis`, `keep: int` or `density: float`, and `moments`:
-            `dense` (the method) or `support` (compact, not exact; see `sparsegrad.optim.moments`).
+            `dense` (the method) or `support` (compact, not exact; see `sparsegrad.optim.moments`); and `rotation`, from
+            `rotate_gradients`, if the layers compute rotated gradients.
         lr, betas, eps, weight_decay: as for `torch.optim.AdamW`, but with the paper's default weight decay of 0.
         fused, foreach: implementation of AdamW for the plain groups.
 
@@ -63,17 +63,17 @@ class SparseGradAdamW(torch.optim.AdamW):
         fused: bool | None = None,
         foreach: bool | None = None,
     ) -> None:
-        _check_hyperparameters(lr, betas, eps, weight_decay)
+        check_hyperparameters(lr, betas, eps, weight_decay)
         super().__init__(params, lr, betas, eps, weight_decay, fused=fused, foreach=foreach)
         # With fused=True GradScaler would leave unscaling to the optimizer; SparseGrad groups need unscaled gradients.
         self._step_supports_amp_scaling = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking it; see the class for its keys."""
-        group = {"basis": None, "keep": None, "density": None, "moments": "dense", **param_group}
+        group = {"basis": None, "keep": None, "density": None, "moments": "dense", "rotation": None, **param_group}
         super().add_param_group(group)
-        if _is_sparse(group):
-            _check_group(group)
+        if is_sparse(group):
+            check_group(group)
         elif group["basis"] is not None:
             raise UserError("a group with a basis needs keep or density: give one of them, e.g. density=0.01")
 
@@ -116,7 +116,7 @@ class SparseGradAdamW(torch.optim.AdamW):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise UserError("gradients of several processes are averaged after back-propagation: do not release them")
         self._released = set()
-        for group in filter(_is_sparse, self.param_groups):
+        for group in filter(is_sparse, self.param_groups):
             for weight in group["params"]:
                 weight.register_post_accumulate_grad_hook(self._make_release_hook(group))
 
@@ -145,7 +145,7 @@ class SparseGradAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        sparse = [group for group in self.param_groups if _is_sparse(group)]
+        sparse = [group for group in self.param_groups if is_sparse(group)]
         # Select everything first: a value that is not finite anywhere must stop the update of every weight.
         self._update([select(group, weights) for group in sparse for weights in together(group["params"])])
         self._step_plain()
@@ -175,7 +175,7 @@ class SparseGradAdamW(torch.optim.AdamW):
         """
         groups, finite, step = self.param_groups, self._finite, _unwrap_step(torch.optim.AdamW.step)
         # AdamW's step processes all of `param_groups`: hide the SparseGrad groups for the duration of the call.
-        self.param_groups = [group for group in groups if not _is_sparse(group)]
+        self.param_groups = [group for group in groups if not is_sparse(group)]
         try:
             if finite is None or all(group["fused"] for group in self.param_groups):
                 self.found_inf = None if finite is None else (~finite).float()
@@ -195,7 +195,8 @@ class SparseGradAdamW(torch.optim.AdamW):
         for group in state["param_groups"]:
             basis: Basis | None = group["basis"]
             packed = None if basis is None else {"in_basis": basis.in_basis, "out_basis": basis.out_basis}
-            groups.append({**group, "basis": packed})
+            kept = {name: value for name, value in group.items() if name != "rotation"}
+            groups.append({**kept, "basis": packed})
         return {**state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -204,69 +205,26 @@ class SparseGradAdamW(torch.optim.AdamW):
         Raises:
             UserError: when a saved basis does not fit the group's weights, or was saved with other moments or engine.
         """
-        _check_saved(self.param_groups, state_dict["param_groups"])
+        check_saved(self.param_groups, state_dict["param_groups"])
+        rotations = [group["rotation"] for group in self.param_groups]
         groups = []
         for group in state_dict["param_groups"]:
             basis = group.get("basis")
             groups.append({**group, "basis": Basis(**basis) if isinstance(basis, dict) else basis})
         super().load_state_dict({**state_dict, "param_groups": groups})
-        for group, saved in zip(self.param_groups, groups, strict=True):
-            if not _is_sparse(group):
+        for group, saved, rotation in zip(self.param_groups, groups, rotations, strict=True):
+            # Who rotates is a matter of this model's layers, not of the saved state: its moments are of the rotated
+            # space in either case. The layers rotate by the saved basis from now on.
+            group["rotation"] = rotation
+            if not is_sparse(group):
                 continue
-            _check_group(group)
+            check_group(group)
+            if rotation is not None:
+                rotation.load(group["basis"])
             # torch has cast the state to the weight's dtype, which rounds moments and corrupts positions: undo that.
             for weight, index in zip(group["params"], saved["params"], strict=True):
                 for name, value in state_dict["state"].get(index, {}).items():
                     self.state[weight][name] = value.to(weight.device, copy=True)
-
-
-def _is_sparse(group: dict[str, Any]) -> bool:
-    return group.get("keep") is not None or group.get("density") is not None
-
-
-def _check_hyperparameters(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
-    check_number("lr", lr, above=0)
-    check_number("eps", eps, at_least=0)
-    check_number("weight_decay", weight_decay, at_least=0)
-    for beta in betas:
-        check_number("betas", beta, at_least=0, below=1)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Check that every weight is a matrix, fits the basis and has enough entries."""
-    check_choice("moments", group["moments"], tuple(MOMENTS))
-    for weight in group["params"]:
-        if is_shard(weight):
-            raise shards_error(f"a parameter {tuple(weight.shape)} is")
-        if weight.dim() != 2:
-            raise UserError(f"a parameter {tuple(weight.shape)} cannot be SparseGrad: put only weights (out, in) there")
-        check_updated(weight, "a SparseGrad weight")
-        count_kept(weight.shape, keep=group["keep"], density=group["density"])
-        basis = group["basis"]
-        if basis is not None and not basis.fits(weight.shape):
-            raise UserError(
-                f"a basis for {basis.shape} does not fit a weight {tuple(weight.shape)}: calibrate it again"
-            )
-
-
-def _check_saved(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
-    """Check that a saved state has the engine and the moments of this optimizer."""
-    for mine, theirs in zip(groups, saved, strict=False):  # torch itself refuses another number of groups
-        if (engine := _get_engine(theirs)) != _get_engine(mine):
-            raise UserError(
-                f"the saved state is of engine={engine}, this optimizer of engine={_get_engine(mine)}: "
-                f"make it with engine={engine}, or start without that state"
-            )
-        if (kind := theirs.get("moments", "dense")) != mine["moments"]:
-            raise UserError(
-                f"the saved state has moments={kind}, this optimizer moments={mine['moments']}: "
-                f"make it with moments={kind}, or start without that state"
-            )
-
-
-def _get_engine(group: dict[str, Any]) -> str:
-    """The engine that made a group: only that of `fast` records the shape of the weight beside its core."""
-    return "fast" if group.get("weight_shape") else "exact"
 
 
 def _apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor) -> None:

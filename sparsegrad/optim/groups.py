@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sparsegrad.basis import Basis
+from sparsegrad.optim.rotation import Rotation
 from sparsegrad.targets import Linears
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -22,6 +23,7 @@ def param_groups(
     keep: int | None = None,
     density: float | None = None,
     moments: str = "dense",
+    rotations: Mapping[str, Rotation] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for `SparseGradAdamW`: one per layer kind, and one for everything else that requires a gradient.
 
@@ -32,6 +34,7 @@ def param_groups(
         linears: as `find_mlp` returns them.
         bases: layer kind -> basis; None for no rotation.
         keep, density, moments: as for `SparseGradAdamW`.
+        rotations: layer kind -> how its gradients are rotated, from `rotate_gradients`; None: by the optimizer.
     """
     named, rest = _split_parameters(
         model, {kind: [one.weight for one in found.values()] for kind, found in linears.items()}
@@ -44,6 +47,7 @@ def param_groups(
             "keep": keep,
             "density": density,
             "moments": moments,
+            "rotation": None if rotations is None else rotations[kind],
         }
         for kind in linears
     ]

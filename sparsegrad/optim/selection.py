@@ -81,10 +81,10 @@ def together(weights: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def select(group: dict[str, Any], weights: list[Tensor]) -> Selection:
-    """Rotate the gradients of weights by the group's basis and select the kept entries of each.
+    """Select the kept entries of the gradients of weights, rotated by the group's basis.
 
     Args:
-        group: with `basis`, `keep` and `density`.
+        group: with `basis`, `keep` and `density`; and `rotation`, if the layers have rotated the gradients already.
         weights: of one shape (out, in), all with a gradient.
     """
     first = weights[0]
@@ -93,16 +93,34 @@ def select(group: dict[str, Any], weights: list[Tensor]) -> Selection:
     dtype = torch.promote_types(first.dtype, torch.float32)
     if first.grad.is_sparse:  # type: ignore[union-attr]
         return Selection(group, weights, *_read_sparse(first.grad, dtype))  # type: ignore[arg-type]
-    if group["basis"] is not None:
-        # The model may have moved since the optimizer was created. After the first step this changes nothing.
-        group["basis"] = group["basis"].to(first.device, dtype).by_columns()
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     # (count, out, in); a single gradient is not copied.
-    rotated = (gradients[0][None] if len(gradients) == 1 else torch.stack(gradients)).to(dtype)
-    if group["basis"] is not None:
-        rotated = group["basis"].rotate(rotated)
+    rotated = _rotate(group, first, gradients[0][None] if len(gradients) == 1 else torch.stack(gradients)).to(dtype)
     index = top_k_index(rotated, count_kept(first.shape, keep=group["keep"], density=group["density"]))
-    return Selection(group, weights, index, rotated.flatten(1).gather(1, index))
+    values = rotated.flatten(1).gather(1, index)
+    if group["rotation"] is not None:
+        group["rotation"].check_gradients(values)
+    return Selection(group, weights, index, values)
+
+
+def _rotate(group: dict[str, Any], weight: Tensor, gradients: Tensor) -> Tensor:
+    """Rotate gradients (count, out, in) of weights like `weight`, unless their layers have done so.
+
+    The model may have moved since the optimizer was created: `group["basis"]` follows it. After the first step this
+    changes nothing.
+    """
+    dtype, rotation = torch.promote_types(weight.dtype, torch.float32), group["rotation"]
+    if rotation is None:
+        if group["basis"] is None:
+            return gradients
+        basis = group["basis"] = group["basis"].to(weight.device, dtype).by_columns()
+    else:
+        group["basis"] = rotation.place(weight.device, dtype)
+        if rotation.in_layers:
+            return gradients
+        basis = rotation.for_gradients(weight)
+    rotated: Tensor = basis.rotate(gradients.to(basis.dtype))
+    return rotated
 
 
 def _read_sparse(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

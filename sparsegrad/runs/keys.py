@@ -8,7 +8,9 @@ from typing import Any
 from sparsegrad.hashing import SHORT, json_sha256
 
 # What decides where things go or how they are watched, but not the result.
-_OUTSIDE_KEY = ("name", "results_dir", "work_dir", "force", "resume", "save_model", "tracker")
+_OUTSIDE_KEY = (
+    "name", "results_dir", "work_dir", "force", "resume", "save_model", "save_adapter", "adapter_rank", "tracker",
+)  # fmt: skip
 _OUTSIDE_KEY_NESTED = (("data", "dir"), ("train", "device"), ("train", "eval_batch_size"))
 # Settings that came after the first records, with the value that means "as before": left out of the key there, so
 # that older records keep theirs.
@@ -18,6 +20,7 @@ _LATER: dict[tuple[str, str], Any] = {
     ("method", "release_gradients"): False,
     ("method", "drop_padding"): False,
     ("method", "save_dtype"): None,
+    ("method", "rotation_order"): "auto",  # the optimizer rotated before: equal up to rounding
     ("model", "revision"): None,
     ("model", "keep_head"): False,
     ("model", "trust_remote_code"): False,

@@ -48,7 +48,7 @@ def block(x: Tensor, bias: Tensor, core: Tensor) -> Tensor:
 
 def lean(x: Tensor, weight: Tensor, bias: Tensor, drop_padding: bool) -> Tensor:
     layer = LeanLinear(nn.Linear(IN, OUT).double(), drop_padding=drop_padding)
-    return _LeanLinear.apply(x, weight, bias, layer).sin()
+    return _LeanLinear.apply(x, weight, bias, None, None, layer).sin()
 
 
 CHECKS: dict[str, tuple[type, Callable[..., Tensor], list[tuple[int, ...]]]] = {

@@ -1,0 +1,62 @@
+"""Checks of `SparseGradAdamW`: hyperparameters, parameter groups and saved states. Each raises `UserError`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsegrad.distributed import is_shard, shards_error
+from sparsegrad.errors import UserError, check_choice, check_number
+from sparsegrad.optim.moments import MOMENTS
+from sparsegrad.optim.selection import count_kept
+from sparsegrad.targets import check_updated
+
+
+def is_sparse(group: dict[str, Any]) -> bool:
+    """Whether SparseGrad trains a group; plain AdamW trains the others."""
+    return group.get("keep") is not None or group.get("density") is not None
+
+
+def check_hyperparameters(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+    """Check that the hyperparameters are in range."""
+    check_number("lr", lr, above=0)
+    check_number("eps", eps, at_least=0)
+    check_number("weight_decay", weight_decay, at_least=0)
+    for beta in betas:
+        check_number("betas", beta, at_least=0, below=1)
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Check that every weight is a matrix, fits the basis and has enough entries."""
+    check_choice("moments", group["moments"], tuple(MOMENTS))
+    for weight in group["params"]:
+        if is_shard(weight):
+            raise shards_error(f"a parameter {tuple(weight.shape)} is")
+        if weight.dim() != 2:
+            raise UserError(f"a parameter {tuple(weight.shape)} cannot be SparseGrad: put only weights (out, in) there")
+        check_updated(weight, "a SparseGrad weight")
+        count_kept(weight.shape, keep=group["keep"], density=group["density"])
+        basis = group["basis"]
+        if basis is not None and not basis.fits(weight.shape):
+            raise UserError(
+                f"a basis for {basis.shape} does not fit a weight {tuple(weight.shape)}: calibrate it again"
+            )
+
+
+def check_saved(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    """Check that a saved state has the engine and the moments of this optimizer."""
+    for mine, theirs in zip(groups, saved, strict=False):  # torch itself refuses another number of groups
+        if (engine := _get_engine(theirs)) != _get_engine(mine):
+            raise UserError(
+                f"the saved state is of engine={engine}, this optimizer of engine={_get_engine(mine)}: "
+                f"make it with engine={engine}, or start without that state"
+            )
+        if (kind := theirs.get("moments", "dense")) != mine["moments"]:
+            raise UserError(
+                f"the saved state has moments={kind}, this optimizer moments={mine['moments']}: "
+                f"make it with moments={kind}, or start without that state"
+            )
+
+
+def _get_engine(group: dict[str, Any]) -> str:
+    """The engine that made a group: only that of `fast` records the shape of the weight beside its core."""
+    return "fast" if group.get("weight_shape") else "exact"

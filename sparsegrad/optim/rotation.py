@@ -1,0 +1,99 @@
+"""How the weights of one layer kind get their rotated gradients; shared by its layers and its parameter group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsegrad.basis import Basis
+from sparsegrad.errors import UserError, check_choice
+from sparsegrad.optim.orders import FIXED_ORDERS, ORDERS, Order, cheapest_order
+
+_TIES = 8  # equal largest entries by which clipping by value is recognized; 8 are possible by chance only in bfloat16
+
+
+class Rotation:
+    """A basis, and who rotates by it: the layers during back-propagation, or the optimizer in its step.
+
+    Layers can choose the order of the products, because they have the tokens. They leave the rotated gradient in
+    `weight.grad`. Rotation is linear and orthogonal, so accumulation, averaging over processes, unscaling and the norm
+    of clipping mean the same there. What is not linear or reads single entries, such as clipping by value, does not.
+
+    Attributes:
+        basis: of one side or both. The optimizer replaces it when a state is loaded.
+        order: `auto` (cheapest), or one of `FIXED_ORDERS`.
+        dtype: dtype of the rotations of the gradient; None: that of the weights, at least float32. The update is
+            rotated back in the latter.
+        in_layers: whether the layers rotate. If not, the optimizer rotates plain gradients.
+        replaced: whether the layers now rotate for another optimizer.
+    """
+
+    def __init__(self, basis: Basis, order: str = "auto", dtype: torch.dtype | None = None) -> None:
+        self.basis = basis
+        self.order = check_choice("rotation_order", order, ORDERS)
+        self.dtype = dtype
+        self.in_layers = self.replaced = False
+        self._steps = 0
+        self._cast: Basis | None = None  # the basis in `dtype`
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> Basis:
+        """The basis on `device` in `dtype`; only the first call after a change copies."""
+        matrices = (self.basis.in_basis, self.basis.out_basis)
+        if not all(M is None or (M.device == device and M.dtype == dtype and M.T.is_contiguous()) for M in matrices):
+            self.load(self.basis.to(device, dtype).by_columns())
+        return self.basis
+
+    def load(self, basis: Basis) -> None:
+        """Replace the basis."""
+        self.basis, self._cast = basis, None
+
+    def equals(self, other: Rotation) -> bool:
+        """Whether both give the same gradients."""
+        pairs = [(getattr(self.basis, side), getattr(other.basis, side)) for side in ("in_basis", "out_basis")]
+        return (self.order, self.dtype) == (other.order, other.dtype) and all(
+            mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs.to(mine)))
+            for mine, theirs in pairs
+        )
+
+    def for_gradients(self, weight: Tensor) -> Basis:
+        """The basis that rotates the gradients of `weight`, in `dtype`."""
+        basis = self.place(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        if self.dtype is None:
+            return basis
+        if self._cast is None:
+            self._cast = basis.to(dtype=self.dtype)
+        return self._cast
+
+    def choose(self, dy: Tensor, features: int) -> Order:
+        """The order for output gradients dy (tokens, out) of a linear with `features` inputs."""
+        if self.order != "auto":
+            return FIXED_ORDERS[self.order]
+        U, V = self.basis.in_basis, self.basis.out_basis
+        sides = "out" if U is None else "in" if V is None else "both"
+        return cheapest_order(len(dy), features, dy.shape[1], sides, dy.device.type)
+
+    def check_gradients(self, values: Tensor) -> None:
+        """Check the kept entries (count, k) of rotated gradients.
+
+        Clipping by value leaves many entries of exactly the bound, which a rotated gradient never has. Reading that
+        makes the CPU wait for a GPU, so only calls 1, 2, 4, 8, ... are checked.
+
+        Raises:
+            UserError: for gradients clipped by value, or an optimizer whose layers belong to another one.
+        """
+        if self.replaced:
+            raise UserError(
+                "the layers rotate for the optimizer of a later prepare: use that one, or give prepare "
+                "rotation_order='gradient'"
+            )
+        self._steps += 1
+        if not self.in_layers or self._steps & (self._steps - 1):
+            return
+        magnitudes = values.abs()
+        largest = magnitudes.amax(1, keepdim=True)
+        ties = ((magnitudes == largest) & (largest > 0) & largest.isfinite()).sum(1)
+        if bool((ties >= _TIES).any()):
+            raise UserError(
+                f"{int(ties.max())} entries of a rotated gradient are equal, as after clipping by value, which means "
+                "something else in the rotated space: clip by norm, or give rotation_order='gradient'"
+            )
