@@ -14,6 +14,7 @@ from sparsegrad.adapter.lora_files import write_lora
 from sparsegrad.adapter.lora_layout import Layout, is_linear, is_transposed, make_config, plan_layout
 from sparsegrad.adapter.low_rank import Factors, factor_block, subtract, truncate
 from sparsegrad.adapter.save import Base, _check_plain, _check_storable, _read_base, _unwrap_compiled, _view_bytes
+from sparsegrad.distributed import refuse_shards
 from sparsegrad.errors import UserError, check_integer, check_number, renamed_arguments
 from sparsegrad.layers.block import BlockLinear
 from sparsegrad.layers.replace import replace_module
@@ -62,10 +63,11 @@ def save_lora(
 
     Raises:
         UserError: for `rank` or `max_error` out of range; a base that cannot be loaded or is of another model; a model
-            that equals its base or is wrapped; weights that are tied, quantized or not finite; a change that peft
-            cannot store; or a folder that cannot be written, which keeps its old adapter.
+            that equals its base, is wrapped or sharded; weights that are tied, quantized or not finite; a change that
+            peft cannot store; or a folder that cannot be written, which keeps its old adapter.
     """
     model = _unwrap_compiled(model)
+    refuse_shards(model)
     with _plain_linears(model) as blocks:
         _check_options(blocks, rank, max_error, target_modules)
         _check_plain(model)

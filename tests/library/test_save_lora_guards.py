@@ -101,6 +101,17 @@ def test_unchanged_and_diverged_models_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_wrapped_models_are_refused(tmp_path: Path) -> None:
+    class FullyShardedDataParallel(nn.Sequential):
+        """FSDP1 is recognized by this name."""
+
+    base = toy_bert()
+    for wrapper, remedy in ((FullyShardedDataParallel, "shard"), (nn.DataParallel, r"model\.module")):
+        with pytest.raises(UserError, match=remedy):
+            save_lora(wrapper(perturbed(base)), tmp_path, base, rank=2)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_base_that_the_cores_do_not_explain_is_refused_and_the_layers_come_back(tmp_path: Path) -> None:
     base = toy_bert()
     model = copy.deepcopy(base)
