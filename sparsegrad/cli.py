@@ -83,7 +83,8 @@ def _run_once(composed: DictConfig, labels: Mapping[str, Any]) -> None:
     console.print(tree("run " + config.key, config.resolved))
     record, is_new = run(config, labels=labels)
     if not is_new:
-        kept = ", and keeps the model" if config.save_model else ""
+        wanted = [what for what, asked in (("model", config.save_model), ("adapter", config.save_adapter)) if asked]
+        kept = f", and keeps the {' and the '.join(wanted)}" if wanted else ""
         console.print(f"record {config.record_path} exists: skipped (force=true runs again{kept})")
     console.print(outcome(record))
 

@@ -165,6 +165,8 @@ class RunConfig:
     force: bool
     resume: bool
     save_model: bool
+    save_adapter: str | None
+    adapter_rank: int | None
     resolved: dict[str, Any]
 
     def __post_init__(self) -> None:
@@ -174,6 +176,11 @@ class RunConfig:
             raise fail("name", self.name, "give one folder name, such as quickstart")
         check_text("results_dir", self.results_dir)
         check_text("work_dir", self.work_dir)
+        check_choice("save_adapter", self.save_adapter, (None, "lora", "sparsegrad"))
+        if self.adapter_rank is not None:
+            check_integer("adapter_rank", self.adapter_rank, at_least=1)
+            if self.save_adapter != "lora":
+                raise fail("adapter_rank", self.adapter_rank, "only a LoRA has a rank", "set save_adapter=lora too")
         for name in ("force", "resume", "save_model"):
             check_choice(name, getattr(self, name), (True, False))
 
@@ -191,6 +198,11 @@ class RunConfig:
     def checkpoints(self) -> Path:
         """The folder of checkpoints, deleted when the run is complete."""
         return self.run_folder / "checkpoints"
+
+    @property
+    def adapter_folder(self) -> Path:
+        """The folder of the adapter that `save_adapter` asks for; it stays, as a result."""
+        return Path(self.results_dir) / "adapters" / self.name / self.key
 
     @property
     def run_folder(self) -> Path:

@@ -23,6 +23,7 @@ from sparsegrad.runs.keys import config_key
 from sparsegrad.runs.main_process import on_main
 from sparsegrad.runs.model_source import Sources, find_sources
 from sparsegrad.runs.records import find_complete
+from sparsegrad.runs.saving import check_saving
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.checkpoints import MANIFEST, PREFIX
 from sparsegrad.trainer.processes import check_same
@@ -63,6 +64,7 @@ def check_run(config: RunConfig, device: torch.device) -> Checked:
     check_writable(config.run_folder.parent)
     check_tracker_package(config)
     check_pooling(config)
+    check_saving(config)
     check_precision(config, device)
     check_method_for_processes(config)
     check_launcher()
@@ -83,11 +85,9 @@ def check_tracker_package(config: RunConfig) -> None:
 
 
 def check_pooling(config: RunConfig) -> None:
-    """A saved model pools as it was trained: the configuration of `transformers` has no word for mean pooling."""
+    """Only a classifier's head pools."""
     if config.model.pooling is not None and config.task.is_language:
         raise fail("model.pooling", config.model.pooling, f"{config.task.name} has no head that pools", "use null")
-    if config.model.pooling == "mean" and config.save_model:
-        raise fail("save_model", True, "with model.pooling=mean the saved model would pool otherwise", "use false")
 
 
 def check_precision(config: RunConfig, device: torch.device) -> None:

@@ -12,17 +12,17 @@ from transformers import TrainerCallback
 from sparsegrad.distributed import is_main, rank
 from sparsegrad.errors import UserError
 from sparsegrad.files import is_of_writing, unwritable, write_json
-from sparsegrad.methods.base import Prepared
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.environment import describe_environment, now
 from sparsegrad.runs.main_process import on_main
 from sparsegrad.runs.method_setup import prepare_method
 from sparsegrad.runs.model_source import Sources
 from sparsegrad.runs.outcome import describe_run, score_run, write_failed
-from sparsegrad.runs.parts import Parts, load_parts
+from sparsegrad.runs.parts import load_parts
 from sparsegrad.runs.predictions import Arrays, describe_arrays, write_predictions
 from sparsegrad.runs.preflight import check_run
 from sparsegrad.runs.run_folder import prepare_checkpoints, remove_checkpoints, run_lock
+from sparsegrad.runs.saving import save_results
 from sparsegrad.runs.trainer_setup import close_tracker, make_trainer
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.callbacks import NonFiniteLossError
@@ -109,8 +109,8 @@ def _train(
         except (NonFiniteLossError, UserError) as error:
             raise write_failed(config, record, trainer, environment, error) from None
         record |= {"status": "complete", "result": result, "speed": stopwatch.report(), "memory": memory.report()}
-        if config.save_model:
-            save_model(config, parts, prepared)
+        if config.save_model or config.save_adapter:
+            save_results(config, parts, prepared, sources)
     finished = {**environment, "finished": now()}
     record |= {"predictions": describe_arrays(arrays)}
     return {**record, **history(trainer.state.log_history), "environment": finished}, arrays
@@ -120,16 +120,6 @@ def _run_trainer(config: RunConfig, trainer: RunTrainer, checkpoint: str | None)
     if not is_main():
         torch.manual_seed(config.seed + rank())  # rows of one batch must not share their dropout
     trainer.train(resume_from_checkpoint=checkpoint)
-
-
-@on_main
-def save_model(config: RunConfig, parts: Parts, prepared: Prepared) -> None:
-    """Write the fine-tuned model, as ordinary linears, and its tokenizer to `<run folder>/model`."""
-    prepared.finish()
-    folder = config.run_folder / "model"
-    model: Any = parts.model
-    model.save_pretrained(folder)
-    parts.tokenizer.save_pretrained(folder)
 
 
 @on_main

@@ -93,7 +93,8 @@ def test_a_run_leaves_its_record_and_nothing_else(tiny: Tiny) -> None:
     config = tiny()
     record, _ = run(config)
     assert json.loads(config.record_path.read_text()) == record
-    assert [path for path in Path(config.results_dir).rglob("*") if path.is_file()] == [config.record_path]
+    found = [path for path in Path(config.results_dir).rglob("*") if path.is_file()]
+    assert sorted(found) == [config.record_path, config.record_path.with_suffix(".npz")]
     assert not config.run_folder.exists()
 
 
@@ -269,13 +270,13 @@ def test_a_saved_model_is_an_ordinary_one_with_the_trained_answers(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     texts, caught = ["a good film", "awful and dull, really"], []
-    save = runs.save_model
+    save = runs.save_results
 
-    def saved(config: RunConfig, parts: Any, prepared: Any) -> None:
+    def saved(config: RunConfig, parts: Any, *more: Any) -> None:
         caught.append(answer(parts.model, parts.tokenizer, texts))
-        save(config, parts, prepared)
+        save(config, parts, *more)
 
-    monkeypatch.setattr(runs, "save_model", saved)
+    monkeypatch.setattr(runs, "save_results", saved)
     config = tiny(*method(name), "model=roberta_base", "save_model=true")
     run(config)
     folder = config.run_folder / "model"
@@ -371,4 +372,5 @@ def test_multirun_leaves_one_record_each(run_py: RunPy, small: tuple[str, ...], 
     assert done.returncode == 0, done.stderr
     records = [tiny(f"seed={seed}").record_path for seed in (1, 2)]
     assert all(path.is_file() for path in records)
-    assert set(records[0].parent.iterdir()) == set(records)
+    assert set(records[0].parent.glob("*.json")) == set(records)
+    assert len(list(records[0].parent.iterdir())) == 4  # each with its predictions

@@ -1,0 +1,87 @@
+"""What a finished run keeps besides its record: the whole model, or what training changed in it as an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsegrad.adapter.lora import save_lora
+from sparsegrad.adapter.save import save_adapter
+from sparsegrad.errors import fail
+from sparsegrad.methods.base import Prepared
+from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.main_process import on_main
+from sparsegrad.runs.model_loading import load_model
+from sparsegrad.runs.model_source import Sources
+from sparsegrad.runs.parts import Parts
+
+MAX_ERROR = 0.05  # of a LoRA whose rank is not given: relative, per weight
+
+
+def check_saving(config: RunConfig) -> None:
+    """What is asked to be saved can be: an adapter needs a base that others have too."""
+    if config.save_adapter is not None and config.model.weights == "random":
+        raise fail("save_adapter", config.save_adapter, "a model of random weights has no base", "use null")
+    if config.model.pooling == "mean" and (config.save_model or config.save_adapter is not None):
+        what = "save_model" if config.save_model else "save_adapter"
+        value = config.save_model if config.save_model else config.save_adapter
+        raise fail(what, value, "with model.pooling=mean the saved model would pool otherwise", "use false or null")
+
+
+@on_main
+def save_results(config: RunConfig, parts: Parts, prepared: Prepared, sources: Sources) -> None:
+    """Save what `save_model` and `save_adapter` ask for; the model has ordinary linears afterwards."""
+    # The layers of engine fast hold the factors of their change, so they leave as LoRA before they become linears.
+    exact = config.method.name == "sparsegrad_fast"
+    if config.save_adapter == "lora" and exact:
+        _save_lora(config, parts, sources, max_error=None)
+    prepared.finish()
+    if config.save_adapter == "lora" and not exact:
+        _save_lora(config, parts, sources, max_error=MAX_ERROR if config.adapter_rank is None else None)
+    if config.save_adapter == "sparsegrad":
+        base = _base_tensors(config, parts, sources)
+        save_adapter(_named(config, parts), config.adapter_folder, base, target_modules=config.model.mlp)
+    if config.save_model:
+        _save_model(config, parts)
+
+
+def _save_lora(config: RunConfig, parts: Parts, sources: Sources, max_error: float | None) -> None:
+    base, model = _base_tensors(config, parts, sources), _named(config, parts)
+    save_lora(model, config.adapter_folder, base, rank=config.adapter_rank, max_error=max_error)
+
+
+def _named(config: RunConfig, parts: Parts) -> Any:
+    """The model, which names its source: cards and configurations of adapters name their base by it."""
+    model: Any = parts.model
+    model.config._name_or_path = config.model.source.removeprefix("asset:")
+    return model
+
+
+def _base_tensors(config: RunConfig, parts: Parts, sources: Sources) -> dict[str, Tensor]:
+    """The model's tensors before training, without those of its head, which no base has."""
+    dtype = torch.bfloat16 if config.train.precision == "bf16_weights" else torch.float32
+    with torch.random.fork_rng():
+        fresh = load_model(config.model, config.task, parts.tokenizer, dtype, sources.model).to(_device(parts))
+    has_head = not config.task.is_language and not config.model.keep_head
+    trained = parts.model.state_dict()
+    return {
+        # What trains is float32, also where the model was loaded in bfloat16.
+        name: tensor.to(trained[name].dtype)
+        for name, tensor in fresh.state_dict().items()
+        if not (has_head and config.model.is_head(name))
+    }
+
+
+def _device(parts: Parts) -> torch.device:
+    return next(parts.model.parameters()).device
+
+
+def _save_model(config: RunConfig, parts: Parts) -> None:
+    """Write the fine-tuned model, as ordinary linears, and its tokenizer to `<run folder>/model`."""
+    folder: Path = config.run_folder / "model"
+    model: Any = parts.model
+    model.save_pretrained(folder)
+    parts.tokenizer.save_pretrained(folder)

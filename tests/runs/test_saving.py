@@ -1,0 +1,73 @@
+"""`save_adapter=lora|sparsegrad`: what a run leaves as an adapter gives the trained model back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from run_fixtures import Tiny
+from test_model_sources import Made
+from test_model_sources import checkpoint as checkpoint  # fixtures
+from test_model_sources import made as made
+from test_model_sources import source as source
+from transformers import AutoTokenizer, BertForSequenceClassification
+
+from sparsegrad import load_adapter
+from sparsegrad.errors import UserError
+from sparsegrad.runs.runner import run
+
+TEXTS = ["good film number 3", "bad dull film", "fine"]
+
+
+def answers(model: Any, source: Path) -> torch.Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(**tokenizer(TEXTS, return_tensors="pt", padding=True)).logits
+    return logits
+
+
+def base(source: Path) -> BertForSequenceClassification:
+    return BertForSequenceClassification.from_pretrained(source)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tolerance"),
+    [
+        (["method=sparsegrad_fast"], 1e-5),
+        (["method=sparsegrad", "adapter_rank=32"], 1e-4),
+        (["method=lora"], 1e-3),
+        (["method=full"], 0.2),
+    ],
+)
+def test_a_lora_of_a_run_serves_in_peft(made: Made, source: Path, overrides: list[str], tolerance: float) -> None:
+    config = made(*overrides, "save_adapter=lora", "save_model=true")
+    run(config)
+    trained = answers(BertForSequenceClassification.from_pretrained(config.run_folder / "model"), source)
+    served = PeftModel.from_pretrained(base(source), config.adapter_folder)
+    torch.testing.assert_close(answers(served, source), trained, rtol=0, atol=tolerance)
+    assert (config.adapter_folder / "README.md").is_file()
+
+
+def test_an_adapter_of_a_run_gives_the_trained_model(made: Made, source: Path) -> None:
+    config = made("method=sparsegrad", "save_adapter=sparsegrad", "save_model=true")
+    run(config)
+    model = base(source)
+    load_adapter(model, config.adapter_folder).merge()
+    trained = BertForSequenceClassification.from_pretrained(config.run_folder / "model")
+    assert torch.equal(answers(model, source), answers(trained, source))
+
+
+def test_the_adapter_is_no_part_of_the_key(made: Made) -> None:
+    assert made("save_adapter=lora").key == made().key
+
+
+def test_what_cannot_be_saved_is_refused_before_anything_is_loaded(tiny: Tiny, made: Made) -> None:
+    with pytest.raises(UserError, match=r"save_adapter=lora.*random weights"):
+        run(tiny("save_adapter=lora"))
+    with pytest.raises(UserError, match=r"save_adapter=sparsegrad.*model\.pooling=mean"):
+        run(made("save_adapter=sparsegrad", "model.pooling=mean"))
+    with pytest.raises(UserError, match=r"adapter_rank=4.*save_adapter=lora"):
+        made("adapter_rank=4")
