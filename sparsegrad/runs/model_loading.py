@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from sparsegrad.errors import UserError, first_line
@@ -86,6 +85,11 @@ def load_model(
         source = source or find_sources(config, is_language=task.is_language).model
         assert source is not None
         model = _pretrained(config, task, heads, maker, source, dtype)
+        # Old names in a checkpoint (LayerNorm.gamma) are translated. Saving would translate back, and the Trainer,
+        # which loads its checkpoints by the model's own names, would silently leave these weights out.
+        model._weight_conversions = []
+        if source.repository is not None:  # adapters name their base model, which is not a folder of this machine
+            model.name_or_path = model.config._name_or_path = config.source
     if task.is_language:
         _check_causal(config, task, model)
     return model
@@ -100,7 +104,7 @@ def _label_settings(task: Task) -> dict[str, Any]:
 
 def _pretrained(
     config: ModelConfig, task: Task, heads: dict[str, Any], maker: Any, source: Source, dtype: torch.dtype
-) -> nn.Module:
+) -> Any:
     options = {
         "dtype": dtype,
         "output_loading_info": True,
@@ -114,14 +118,14 @@ def _pretrained(
         model, info = _read(lambda: maker.from_pretrained(folder, **options), config.source)
         _check_fit(config, info, new=())
         keep_head(model, config, task, heads)
-        return model  # type: ignore[no-any-return]
+        return model
     model, info = _read(lambda: maker.from_pretrained(folder, **options, **heads), config.source)
     head = [] if task.is_language else [name for name, _ in model.named_parameters() if config.is_head(name)]
     _check_fit(config, info, new=head)
     drawn = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if loaded := [name for name in head if name not in drawn]:
         draw_head(model, loaded)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _check_fit(config: ModelConfig, info: dict[str, Any], new: Iterable[str]) -> None:
@@ -182,11 +186,11 @@ def _read(load: Callable[[], Any], name: str) -> Any:
         return load()
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # whatever a damaged file or a repository's own code leads to
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"{name} brings its own code, which does not run unasked: read that code, then set "
                 "model.trust_remote_code=true, or choose another model"
             ) from None
         what = "model folder" if Path(name).expanduser().is_dir() else "model"
-        raise UserError(f"{what} {name} cannot be read: {first_line(error)}") from None
+        raise UserError(f"{what} {name} cannot be read: {type(error).__name__}: {first_line(error)}") from None

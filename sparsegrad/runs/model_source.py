@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsegrad.assets.download import asset_path
-from sparsegrad.assets.hub import Repository, download, find_repository
+from sparsegrad.assets.hub import Repository, fetch_files, find_model
 from sparsegrad.assets.table import ASSETS
 from sparsegrad.errors import UserError
 from sparsegrad.hashing import SHORT, file_sha256, json_sha256
+from sparsegrad.runs.main_process import on_main
 from sparsegrad.runs.model_config import ModelConfig
+from sparsegrad.trainer.processes import from_main
 
 ASSET = "asset:"
 _CONTENT = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")  # files that loading may read
@@ -36,11 +38,16 @@ class Source:
     repository: Repository | None = None
 
     def fetch(self) -> Path:
-        """The folder of the files; from the hub, what is missing in the cache is downloaded."""
+        """The folder of the files; from the hub, what is missing in the cache is downloaded.
+
+        All processes must call it. The main one downloads, the others then find the files in the cache.
+        """
         if self.folder is not None:
             return self.folder
-        assert self.repository is not None
-        return download(self.repository)
+        repository = self.repository
+        assert repository is not None
+        from_main(lambda: fetch_files(repository))
+        return fetch_files(repository)  # on another machine, which may have a cache of its own, this downloads too
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,9 @@ class Sources:
         return {**found, "tokenizer": self.tokenizer.identity}
 
 
+@on_main
 def find_sources(config: ModelConfig, *, is_language: bool = False) -> Sources:
-    """The sources of a model and its tokenizer; nothing large is downloaded.
+    """The sources of a model and its tokenizer, as the main process finds them; nothing large is downloaded.
 
     Args:
         config: the model.
@@ -70,12 +78,12 @@ def find_sources(config: ModelConfig, *, is_language: bool = False) -> Sources:
     if model is not None:
         _refuse_adapter(config, model, is_language)
     if config.tokenizer is not None:
-        return Sources(model, find_source(config.tokenizer))
-    return Sources(model, model or find_source(config.source, config.revision))
+        return Sources(model, find_source(config.tokenizer, weights=False))
+    return Sources(model, model or find_source(config.source, config.revision, weights=False))
 
 
-def find_source(name: str, revision: str | None = None) -> Source:
-    """The source of that name: `asset:NAME`, a folder, or a hub repository."""
+def find_source(name: str, revision: str | None = None, *, weights: bool = True) -> Source:
+    """The source of that name: `asset:NAME`, a folder, or a hub repository, with or without its `weights`."""
     if name.startswith(ASSET):
         asset = name.removeprefix(ASSET)
         folder = asset_path(asset)
@@ -85,7 +93,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
         return Source(f"files:{_hash_folder(folder)}", folder)
     if name.startswith((".", "/", "~")):
         raise UserError(f"model source {name} does not exist: name a folder with config.json and weights, or a hub id")
-    repository = find_repository(name, revision)
+    repository = find_model(name, revision, weights=weights)
     return Source(f"commit:{repository.commit}", repository=repository)
 
 

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 
 from sparsegrad.distributed import is_main
 
+# They log every request at INFO, with the signed addresses of the hub's files.
+_HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "filelock", "fsspec")
+
 
 def quiet_transformers() -> None:
     """Keep `transformers`' remarks about new heads and its loading bars out of the progress display."""
-    from transformers.utils import logging
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None:
+        enable_progress_bars()  # of downloads, which `transformers` has just disabled too
+    hub = logging.getLogger("huggingface_hub")  # prints its warnings to stderr itself; the root logger has stdout
+    hub.propagate = False
+    for handler in hub.handlers:
+        handler.addFilter(_hide_signatures)
 
 
 def quiet_libraries() -> None:
@@ -24,5 +35,13 @@ def quiet_libraries() -> None:
     if not is_main():
         os.environ["TQDM_DISABLE"] = "1"
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    for client in _HTTP_CLIENTS:
+        logging.getLogger(client).setLevel(logging.WARNING)
     for module in ("torch", "peft", "transformers", "accelerate"):
         warnings.filterwarnings("ignore", module=rf"{module}\..*")
+
+
+def _hide_signatures(record: logging.LogRecord) -> bool:
+    """Cut what follows a `?` in an address: with the signature of the hub's storage, anyone can read the file."""
+    record.msg, record.args = re.sub(r"(https?://[^\s?]+)\?[^\s'\"]*", r"\1", record.getMessage()), ()
+    return True

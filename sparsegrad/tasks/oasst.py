@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-
-from sparsegrad.assets.hub import hub_answers
-from sparsegrad.errors import UserError, fail, first_line
+from sparsegrad.assets import hub_data as hub
+from sparsegrad.errors import UserError, fail
 from sparsegrad.tasks.base import DataConfig, Splits
 from sparsegrad.tasks.dialogue import Turn
 from sparsegrad.tasks.glue_files import lines
@@ -101,18 +99,8 @@ def _parse_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _read_hub() -> tuple[list[Tree], list[Tree]]:
-    before = datasets.config.HF_HUB_OFFLINE
-    # Without a network the client would retry for about a minute before it reads its cache.
-    datasets.config.HF_HUB_OFFLINE = before or not hub_answers()
-    try:
-        found = datasets.load_dataset(HUB_NAME)
-    except Exception as error:  # the hub's client raises many types; the remedy is the same for all
-        raise UserError(
-            f"task=oasst1: {HUB_NAME} could not be loaded from the hub or its cache ({first_line(error)}); "
-            f"with a network, fill the cache: hf download --repo-type dataset {HUB_NAME}; without one, set "
-            "data.dir=<exported trees>"
-        ) from None
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
-    train, validation = (flat_trees(found[part], f"{HUB_NAME} {part}") for part in ("train", "validation"))
+    parts = ("train", "validation")
+    otherwise = "set data.dir=<exported trees>"
+    found = hub.read_dataset(HUB_NAME, {part: f"data/{part}-*.parquet" for part in parts}, otherwise)
+    train, validation = (flat_trees(found[part], f"{HUB_NAME} {part}") for part in parts)
     return train, validation

@@ -235,7 +235,7 @@ def test_bf16_needs_hardware_that_has_it(llama: Any, monkeypatch: pytest.MonkeyP
     check_precision(llama("train.precision=fp32"), torch.device("cuda"))
 
 
-def test_a_gated_model_says_how_to_get_access(conf: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gated_model_says_how_to_get_access(conf: Composer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import httpx2
     from huggingface_hub.errors import GatedRepoError
 
@@ -245,8 +245,9 @@ def test_a_gated_model_says_how_to_get_access(conf: Composer, monkeypatch: pytes
     def refuse(*_: Any, **__: Any) -> None:
         raise GatedRepoError("Access is restricted", response=httpx2.Response(403, request=httpx2.Request("GET", "x:")))
 
-    monkeypatch.setattr(hub, "hub_answers", lambda: True)
-    monkeypatch.setattr("huggingface_hub.model_info", refuse)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", refuse)
     config = build(conf("experiment=table6"))
     with pytest.raises(UserError, match=r"meta-llama/Llama-2-7b-hf is gated: ask for access .*hf auth login"):
         load_tokenizer(config.model)
