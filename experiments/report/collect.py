@@ -45,6 +45,7 @@ class Store:
     runs: dict[Key, list[Run]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     records: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict, compare=False)  # what is computed once from these records
 
     def values(self, key: Key) -> list[float]:
         """The scores of a cell in order of seeds; seeds whose records disagree are left out."""
@@ -118,9 +119,9 @@ def _runs(place: Path, record: dict[str, Any]) -> Iterator[tuple[Key, Run]]:
 
 def _variant(folder: str, method: dict[str, Any]) -> str:
     """The method's name in a key; in the ablation and the basis study, with the option that varies there."""
-    if "ablation" in folder:
+    if folder.startswith("ablation") or folder == "mini_ablation":
         return f"{method['name']}@{method['keep']}"
-    if "basis" in folder:
+    if folder == "mini_basis":
         return "authors" if method["transposed_in_basis"] else "both"
     return str(method["name"])
 

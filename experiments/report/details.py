@@ -156,9 +156,9 @@ def _variant(folder: str, method: Mapping[str, Any]) -> Iterator[str]:
     """Overrides for the option of the method that the experiment of a folder varies."""
     if folder.startswith("table6"):
         return  # two experiments with different methods share this folder: the command makes all of them
-    if "ablation" in folder:
+    if folder.startswith("ablation") or folder == "mini_ablation":
         yield f"method.keep={method['keep']}"
-    elif "basis" in folder:
+    elif folder == "mini_basis":
         yield f"method.transposed_in_basis={str(method['transposed_in_basis']).lower()}"
     else:
         yield f"method={method['name']}"

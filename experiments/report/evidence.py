@@ -1,0 +1,242 @@
+"""The evidence runs on disk, by plan, arm, task and seed; and what is apart from them, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from experiments.report.arms import arm_of
+from experiments.report.collect import PRUNED, hours
+from experiments.report.palette import order_of
+from experiments.report.plans import Plan, read_plan
+from experiments.report.resampling import LOWER_IS_BETTER, POINTS, is_constant
+from experiments.report.stats import Difference, Seeded, compare
+from experiments.report.tables.base import Context
+from sparsegrad.errors import UserError
+from sparsegrad.runs.predictions import Arrays, read_predictions
+
+# Folder below results/runs, which is the name of its plan -> (title of its table, block of `make evidence`).
+BLOCKS = {
+    "evidence_paper": ("All methods, the paper's regime, MiniLM", "2a"),
+    "evidence_mlp_only": ("All methods, MLP weights and head alone, MiniLM", "3"),
+    "evidence_base": ("Base size, the paper's regime, MPNet-base", "5"),
+    "evidence_density": ("Number of kept entries, MLP weights and head alone, MiniLM", "4"),
+    "evidence_basis": ("HOSVD's basis and the authors' basis, MLP weights and head alone, MiniLM", "4"),
+    "evidence_smollm2": ("Language model, validation loss, SmolLM2", "6"),
+    "evidence_gates": ("Health gates: full fine-tuning at several rates, MiniLM", "0"),
+}
+
+
+@dataclass(frozen=True)
+class EvidenceRun:
+    """One complete run of a plan; `score` in points (nll: as it is)."""
+
+    path: Path
+    record: Mapping[str, Any]
+    arm: str
+    task: str
+    seed: int
+    score: float
+    arrays: Arrays
+
+    @property
+    def metric(self) -> str:
+        """The task's main metric."""
+        return str(self.record["result"]["metric"])
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it predicts the same for all rows."""
+        return is_constant(self.metric, self.arrays)
+
+    @property
+    def hours(self) -> float | None:
+        """Training hours: its steps at its own steps/s, or the wall clock without them."""
+        rate = self.record.get("speed", {}).get("steps_per_second")
+        return self.record["result"]["steps"] / rate / 3600 if rate else hours(self.record)
+
+    @property
+    def still_improving(self) -> bool:
+        """Whether its best evaluation is the last one, so that more training might help."""
+        rows = self._evaluations()
+        return len(rows) > 1 and self.record["result"].get("chosen_step") == rows[-1][0]
+
+    @property
+    def chosen_score(self) -> float:
+        """The best score on the rows that choose the checkpoint."""
+        best = min if self.metric in LOWER_IS_BETTER else max
+        return best((score for _, score in self._evaluations()), default=float("nan"))
+
+    def hours_until(self, target: float) -> float | None:
+        """Hours until an evaluation first reaches a score; None if none does."""
+        rate = self.record.get("speed", {}).get("steps_per_second")
+        reached = (step for step, score in self._evaluations() if score >= target)
+        step = next(reached, None)
+        return None if step is None or not rate else step / rate / 3600
+
+    def _evaluations(self) -> list[tuple[int, float]]:
+        """(step, points) of each evaluation on the rows that choose the checkpoint."""
+        scale = 1.0 if self.metric in LOWER_IS_BETTER else POINTS
+        rows = self.record.get("evaluations", [])
+        return [(row["step"], scale * row[self.metric]) for row in rows if row.get(self.metric) is not None]
+
+
+@dataclass
+class Block:
+    """The runs of one folder.
+
+    Attributes:
+        folder: its name.
+        plan: the plan of the same name; None without one.
+        runs: (arm, task) -> seed -> run, of plans as they are now.
+        apart: one line for each record that does not count, with the reason.
+        failed: (arm, task) -> reasons of runs that failed.
+    """
+
+    folder: str
+    plan: Plan | None
+    runs: dict[tuple[str, str], dict[int, EvidenceRun]] = field(default_factory=dict)
+    apart: list[str] = field(default_factory=list)
+    failed: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    @property
+    def arms(self) -> list[str]:
+        """Arms with runs, in the order of figures and tables."""
+        return sorted({arm for arm, _ in self.runs}, key=order_of)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks with runs, those of the plan first."""
+        found = {task for _, task in self.runs}
+        planned = [task for task in (self.plan.tasks if self.plan else ()) if task in found]
+        return [*planned, *sorted(found - set(planned))]
+
+    def of(self, arm: str, task: str) -> dict[int, EvidenceRun]:
+        """Seed -> run."""
+        return self.runs.get((arm, task), {})
+
+    def metric(self, task: str) -> str:
+        """The metric of a task that has runs."""
+        return next(run.metric for (_, of), runs in self.runs.items() if of == task for run in runs.values())
+
+    def all_runs(self, task: str | None = None) -> Iterator[EvidenceRun]:
+        """Every run, or those of one task."""
+        for (_, of), runs in sorted(self.runs.items()):
+            if task in (None, of):
+                yield from (runs[seed] for seed in sorted(runs))
+
+    def scores(self, arm: str, task: str) -> list[float]:
+        """Scores in order of seeds."""
+        return [run.score for _, run in sorted(self.of(arm, task).items())]
+
+    def averages(self, arm: str, tasks: Sequence[str]) -> list[float]:
+        """Mean over tasks for each seed that has all of them."""
+        common = set.intersection(*(set(self.of(arm, task)) for task in tasks)) if tasks else set()
+        return [mean(self.of(arm, task)[seed].score for task in tasks) for seed in sorted(common)]
+
+    def seeded(self, arm: str, tasks: Sequence[str]) -> dict[str, Seeded]:
+        """Task -> seed -> predictions."""
+        return {task: {seed: run.arrays for seed, run in self.of(arm, task).items()} for task in tasks}
+
+
+@dataclass
+class Evidence:
+    """All blocks, and the comparisons made so far, which tables, figures and claims share."""
+
+    blocks: dict[str, Block]
+    compared: dict[tuple[Any, ...], Difference | None] = field(default_factory=dict)
+
+    def compare(self, folder: str, a: str, b: str | None, tasks: Sequence[str]) -> Difference | None:
+        """The paired difference of two arms over tasks, or the score of one arm."""
+        key = (folder, a, b, tuple(tasks))
+        if key not in self.compared:
+            block = self.blocks[folder]
+            metrics = {task: block.metric(task) for task in tasks}
+            other = None if b is None else block.seeded(b, tasks)
+            self.compared[key] = compare(metrics, block.seeded(a, tasks), other) if metrics else None
+        return self.compared[key]
+
+
+def load_evidence(context: Context) -> Evidence:
+    """The evidence runs below results/runs; read once for each context.
+
+    Raises:
+        UserError: for a plan whose `evidence` is not allowed.
+    """
+    cache = context.store.cache
+    if "evidence" not in cache:
+        cache["evidence"] = Evidence({folder: _load_block(context, folder) for folder in BLOCKS})
+    found: Evidence = cache["evidence"]
+    return found
+
+
+def _load_block(context: Context, folder: str) -> Block:
+    block = Block(folder, read_plan(folder))
+    plans: dict[str, Plan | None] = {folder: block.plan}
+    for place, record in sorted(context.store.records.items()):
+        if place.parts[0] == folder:
+            _add_record(context, block, plans, place, record)
+    for key, runs in block.runs.items():
+        if not runs:
+            block.apart.append(f"{' '.join(key)}: no run counts")
+    block.runs = {key: runs for key, runs in block.runs.items() if runs}
+    return block
+
+
+def _add_record(
+    context: Context, block: Block, plans: dict[str, Plan | None], place: Path, record: Mapping[str, Any]
+) -> None:
+    """Sort one record into `runs`, `failed` or `apart`."""
+    plan = _find_plan(record, plans)
+    arm, task = arm_of(record["config"], plan or block.plan), str(record["config"]["task"]["name"])
+    seed = int(record["config"]["seed"])
+    if record["status"] != "complete":
+        if not (reason := str(record.get("reason", ""))).startswith(PRUNED):
+            block.failed.setdefault((arm, task), []).append(f"seed {seed}: {reason}")
+        return
+    if why := _why_exploratory(record, plan):
+        block.apart.append(f"{place}: exploratory, {why}")
+        return
+    try:
+        arrays = read_predictions(context.results / "runs" / place, record)
+    except UserError as error:
+        block.apart.append(f"{place}: left out, {error}")
+        return
+    value = record["result"]["value"]
+    score = float(value or 0.0) * (1.0 if record["result"]["metric"] in LOWER_IS_BETTER else POINTS)
+    _put_run(block, EvidenceRun(place, record, arm, task, seed, round(score, 6), arrays))
+
+
+def _put_run(block: Block, run: EvidenceRun) -> None:
+    """Add a run; two runs of one seed contradict each other, so neither counts."""
+    runs = block.runs.setdefault((run.arm, run.task), {})
+    twice = f"{run.arm} {run.task} seed {run.seed}: two records"
+    if any(line.startswith(twice) for line in block.apart):
+        return
+    if (other := runs.pop(run.seed, None)) is not None:
+        block.apart.append(f"{twice} ({other.path.name}, {run.path.name}): delete the wrong one")
+        return
+    runs[run.seed] = run
+
+
+def _find_plan(record: Mapping[str, Any], plans: dict[str, Plan | None]) -> Plan | None:
+    """The plan that a record names, as it is now."""
+    name = (record.get("plan") or {}).get("experiment")
+    if name and name not in plans:
+        plans[name] = read_plan(str(name))
+    return plans.get(name) if name else None
+
+
+def _why_exploratory(record: Mapping[str, Any], plan: Plan | None) -> str:
+    """Why a record is no evidence; empty if it is."""
+    about = record.get("plan") or {}
+    if not about.get("experiment"):
+        return "made without a plan"
+    if plan is None:
+        return f"its plan {about['experiment']} no longer exists"
+    if plan.sha256 != about.get("sha256"):
+        return f"its plan {plan.experiment} was edited afterwards"
+    return f"its plan {plan.experiment} says so" if plan.exploratory else ""

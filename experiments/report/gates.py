@@ -1,0 +1,143 @@
+"""Health of a table's runs: whether its arms can be compared on a task, and if not, why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import mean
+
+from experiments.report.evidence import Block, Evidence, EvidenceRun
+from experiments.report.palette import style_of
+from experiments.report.resampling import LOWER_IS_BETTER
+from experiments.report.searches import Searches
+
+GATES = "evidence_gates"  # the block of gates alone
+
+
+@dataclass(frozen=True)
+class Health:
+    """What is known of one task of a block.
+
+    Attributes:
+        reasons: why differences on this task mean nothing; empty if they do.
+        gate: points that full fine-tuning must reach; None without a gate.
+        reached: points that it reaches, mean over report seeds; None without runs.
+        improving: runs that still improve at their last evaluation, and all runs.
+        missing: one text per arm that lacks seeds.
+    """
+
+    reasons: tuple[str, ...]
+    gate: float | None
+    reached: float | None
+    improving: tuple[int, int]
+    missing: tuple[str, ...]
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether the arms can be compared."""
+        return not self.reasons
+
+    @property
+    def verdict(self) -> str:
+        """`ok`, or the first reason."""
+        return f"not comparable: {self.reasons[0]}" if self.reasons else "ok"
+
+
+def check_task(evidence: Evidence, folder: str, task: str, searches: Searches) -> Health:
+    """The health of one task of a block with runs."""
+    block = evidence.blocks[folder]
+    runs = list(block.all_runs(task))
+    improving = sum(run.still_improving for run in runs), len(runs)
+    gate = None if block.plan is None else block.plan.gates.get(task)
+    method = "full" if block.plan is None else block.plan.gate_method
+    references = reference_runs(evidence, folder, task, method)
+    reached = mean(run.score for run in references) if references else None
+    reasons = [
+        *_check_gate(block, task, gate, reached),
+        *_check_constant(runs),
+        *_check_improving(block, improving),
+        *_check_data(runs),
+        *_check_budget(block, runs, searches),
+    ]
+    return Health(tuple(reasons), gate, reached, improving, tuple(_missing_seeds(block, task)))
+
+
+def comparable_tasks(evidence: Evidence, folder: str, searches: Searches) -> list[str]:
+    """Tasks of a block whose arms can be compared."""
+    tasks = evidence.blocks[folder].tasks
+    return [task for task in tasks if check_task(evidence, folder, task, searches).is_comparable]
+
+
+def reference_runs(evidence: Evidence, folder: str, task: str, method: str = "full") -> list[EvidenceRun]:
+    """Runs of the gate's method: of this block, else of another block with the same model.
+
+    The block of gates has several rates with one seed each: there the run counts that is best on held-out rows.
+    """
+    own = evidence.blocks[folder]
+    elsewhere = own.plan.gate_experiment if own.plan else None
+    models = {_model(run) for run in own.all_runs(task)}
+    for name in dict.fromkeys((folder, *([elsewhere] if elsewhere in evidence.blocks else []), GATES)):
+        block = evidence.blocks[name]
+        arms = [arm for arm in block.arms if arm.partition(" ")[0] == method]
+        found = [run for arm in arms for run in block.of(arm, task).values() if _model(run) in models]
+        if found:
+            return found if name != GATES else [max(found, key=lambda run: run.chosen_score)]
+    return []
+
+
+def _model(run: EvidenceRun) -> str:
+    return str(run.record["config"]["model"]["name"])
+
+
+def _check_gate(block: Block, task: str, gate: float | None, reached: float | None) -> Iterator[str]:
+    """A plan with gates needs one for every task; a plan without any, such as a language model's, has none to fail."""
+    name = style_of(block.plan.gate_method if block.plan else "full").name
+    is_loss = block.metric(task) in LOWER_IS_BETTER
+    if gate is None:
+        if block.plan is None or block.plan.gates:
+            yield f"the plan has no gate for {task}"
+    elif reached is None:
+        yield f"{name} has no runs on {task}, so its gate of {gate:g} is not checked"
+    elif (reached > gate) if is_loss else (reached < gate):
+        yield f"{name} reached {reached:.2f} of {gate:g} on {task}"
+
+
+def _check_constant(runs: list[EvidenceRun]) -> Iterator[str]:
+    constant = [f"{run.arm} seed {run.seed}" for run in runs if run.is_constant]
+    if constant:
+        yield f"{', '.join(constant)} predict{'s' * (len(constant) == 1)} one class for all rows of {runs[0].task}"
+
+
+def _check_improving(block: Block, improving: tuple[int, int]) -> Iterator[str]:
+    count, runs = improving
+    limit = block.plan.max_improving if block.plan else 0.2
+    if count > limit * runs:
+        yield f"{count} of {runs} runs still improve at their last evaluation, more than {limit:.0%}".replace("%", " %")
+
+
+def _check_data(runs: list[EvidenceRun]) -> Iterator[str]:
+    arms: dict[str, list[str]] = {}
+    for run in runs:
+        names = arms.setdefault(str(run.record.get("data", {}).get("fingerprint")), [])
+        names.extend([run.arm] if run.arm not in names else [])
+    if len(arms) > 1:
+        groups = " and ".join(", ".join(names) for names in arms.values())
+        yield f"arms have different data: {groups}"
+
+
+def _check_budget(block: Block, runs: list[EvidenceRun], searches: Searches) -> Iterator[str]:
+    """Arms whose search had another number of trials than the plan's budget; runs without a search are not known."""
+    wanted = block.plan.budget if block.plan else None
+    if wanted is None:
+        return
+    found = {run.arm: search.trials for run in runs if (search := searches.of_run(run)) is not None}
+    other = [f"{arm} {trials}" for arm, trials in sorted(found.items()) if trials != wanted]
+    if other:
+        yield f"searches have another budget than {wanted} trials: {', '.join(other)}"
+
+
+def _missing_seeds(block: Block, task: str) -> Iterator[str]:
+    wanted = set(block.plan.seeds) if block.plan else set()
+    for arm in block.arms:
+        if missing := sorted(wanted - set(block.of(arm, task))):
+            yield f"{arm}: {', '.join(map(str, missing))}"
