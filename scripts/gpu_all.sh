@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# All GPU checks in one call of at most 25 minutes: tests/gpu, the first settings of the benchmark, one archive.
+#
+#   scripts/gpu_all.sh OUT_FOLDER          # on a machine with CUDA; needs torch, transformers, peft, pytest
+#   scripts/gpu_all.sh OUT_FOLDER --dry    # rehearsal on a CPU: the same steps in miniature
+#
+# Every step has a limit of its own, and one that fails does not stop the rest: its log is in the archive. PYTHON names
+# the interpreter, MINUTES the limit of the benchmark.
+set -uo pipefail
+
+out=${1:?usage: scripts/gpu_all.sh OUT_FOLDER [--dry]}
+dry=${2:-}
+python=${PYTHON:-python3}
+minutes=${MINUTES:-14}
+cd "$(dirname "$0")/.."
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+failed=0
+
+step() { # step NAME SECONDS COMMAND...: run with a limit, keep the log, note the result
+  local name=$1 limit=$2
+  shift 2
+  echo "== $name (at most $limit s): $*"
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  local status=$?
+  tail -n 5 "$out/$name.log"
+  echo "$name: exit status $status" | tee -a "$out/summary.txt"
+  [ $status -eq 0 ] || failed=1
+}
+
+: >"$out/summary.txt"
+step versions 60 "$python" -c "
+import sys, torch, transformers
+print(sys.version.split()[0], 'torch', torch.__version__, 'transformers', transformers.__version__)
+print('CUDA', torch.version.cuda, [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])
+sys.exit(0 if torch.cuda.is_available() or '$dry' == '--dry' else 'no CUDA device: use --dry for a rehearsal')"
+[ $failed -eq 0 ] || exit 1
+
+if [ "$dry" = --dry ]; then
+  step tests 300 "$python" -m pytest -q -p no:cacheprovider tests/gpu
+  step bench 600 "$python" -m experiments.bench --quick --out "$out/bench.json" --work "$out/work"
+else
+  step tests 480 "$python" -m pytest -q -p no:cacheprovider tests/gpu
+  step bench $((minutes * 60 + 120)) "$python" -m experiments.bench --presets core,model,tokens,precision \
+    --bases reflections --minutes "$minutes" --out "$out/bench.json" --work "$out/work"
+fi
+rm -rf "$out/work"
+tar -C "$out" -czf "$out.tar.gz" .
+mv "$out.tar.gz" "$out/gpu_all.tar.gz"
+echo "archive: $out/gpu_all.tar.gz"
+exit $failed
