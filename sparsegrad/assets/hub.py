@@ -6,17 +6,15 @@ from the folder of that commit, every file of which is checked against its hash.
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import hashlib
-import json
 import logging
 import os
 import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -24,9 +22,9 @@ from typing import Any, TypeVar
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionNotFoundError
-from huggingface_hub.file_download import repo_folder_name
 
-from sparsegrad.assets.hub_errors import describe, explain, is_away
+from sparsegrad.assets.hub_errors import describe, is_away
+from sparsegrad.assets.hub_repository import COMMIT, Repository, find_cached
 from sparsegrad.distributed import is_main
 from sparsegrad.errors import UserError
 from sparsegrad.hashing import file_sha256
@@ -37,90 +35,12 @@ Value = TypeVar("Value")
 _QUICK = 5.0  # seconds for the hub to answer where the cache has all files
 _PATIENT = 30.0  # and where it has not
 _REMEMBERED = 600.0  # seconds for which a hub that did not answer is not asked again, if the cache has all files
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_SETTINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")  # endings of files beside the weights
-MODEL_OTHERWISE = "give a folder as model.source=, or use model=minilm, which needs no hub"
 _trouble: tuple[float, Exception] | None = None  # when the hub did not answer, and why
 
 # Xet, the hub's storage of large files, has servers of its own. Where a firewall blocks them, its client retries for
 # minutes without a word; plain HTTPS goes to the hosts that have just answered. HF_HUB_DISABLE_XET=0 allows it.
 if "HF_HUB_DISABLE_XET" not in os.environ:
     constants.HF_HUB_DISABLE_XET = True
-
-
-@dataclass(frozen=True)
-class Repository:
-    """One state of a repository, and which of its files are wanted.
-
-    Attributes:
-        name: such as `org/name`.
-        kind: `model` or `dataset`.
-        revision: branch, tag or commit that was asked for; None: the default branch.
-        patterns: of the wanted files of a data set.
-        weights: whether a model's weights are wanted; otherwise only configuration and tokenizer.
-        otherwise: how to do without the hub, for error messages.
-        commit: the full hash that the revision stands for; empty: not known yet.
-        files: names of the wanted files.
-        size: bytes of all wanted files; 0: not known.
-    """
-
-    name: str
-    kind: str = "model"
-    revision: str | None = None
-    patterns: tuple[str, ...] = ()
-    weights: bool = True
-    otherwise: str = MODEL_OTHERWISE
-    commit: str = ""
-    files: tuple[str, ...] = ()
-    size: int = 0
-
-    @property
-    def storage(self) -> Path:
-        """Folder of all its commits in the cache."""
-        return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type=self.kind)
-
-    @property
-    def folder(self) -> Path:
-        """Folder of this commit in the cache."""
-        return self.storage / "snapshots" / self.commit
-
-    @property
-    def prefetch(self) -> str:
-        """The command that downloads it."""
-        kind = " --repo-type dataset" if self.kind == "dataset" else ""
-        revision = f" --revision {self.revision}" if self.revision else ""
-        return f"hf download{kind} {self.name}{revision}"
-
-    def missing(self) -> list[str]:
-        """The wanted files that the cache lacks."""
-        return [file for file in self.files if not (self.folder / file).is_file()]
-
-    def select(self, files: Iterable[str]) -> tuple[str, ...]:
-        """The wanted ones of the repository's files; none at all if some kind of them is not among these."""
-        files = list(files)
-        if self.kind == "model":
-            return _select_model_files(files, self.weights)
-        found = [fnmatch.filter(files, pattern) for pattern in self.patterns]
-        return tuple(sorted({file for group in found for file in group})) if all(found) else ()
-
-    def fail(self, error: BaseException) -> UserError:
-        """The error for the user, with its cause and remedy."""
-        partial = _read_cached(self)
-        missing = partial.missing() if partial is not None else []
-        state = f"incomplete in the cache ({missing[0]} is missing)" if missing else "not in the cache"
-        return explain(error, self.name, self.kind, state=state, prefetch=self.prefetch, otherwise=self.otherwise)
-
-
-def _select_model_files(files: list[str], weights: bool) -> tuple[str, ...]:
-    """The files that a model is loaded from; pickles only where there is nothing else."""
-    top = [file for file in files if "/" not in file]
-    wanted = [file for file in top if file.endswith(_SETTINGS)]
-    # `consolidated` files are the same weights once more, in another layout.
-    safe = [file for file in top if file.endswith(".safetensors") and not file.startswith("consolidated")]
-    pickles = [file for file in top if file.startswith(("pytorch_model", "adapter_model")) and file.endswith(".bin")]
-    if not weights:
-        return tuple(wanted)
-    return tuple(wanted + (safe or pickles)) if safe or pickles else ()
 
 
 def find_model(name: str, revision: str | None = None, *, weights: bool = True) -> Repository:
@@ -150,7 +70,7 @@ def fetch_dataset(name: str, patterns: Iterable[str], otherwise: str) -> tuple[P
 def _find(wanted: Repository) -> Repository:
     """The commit and files: from the hub where it answers in time, else from the cache."""
     global _trouble
-    cached = _find_cached(wanted)
+    cached = find_cached(wanted)
     if cached is not None and (wanted.revision == cached.commit or constants.HF_HUB_OFFLINE):
         return cached
     if cached is not None and _trouble is not None and time.monotonic() - _trouble[0] < _REMEMBERED:
@@ -201,7 +121,7 @@ def _ask(wanted: Repository) -> Repository:
     info: Any = api.repo_info(
         wanted.name, repo_type=wanted.kind, revision=wanted.revision, timeout=_PATIENT, files_metadata=True
     )
-    if not _COMMIT.fullmatch(str(info.sha)):
+    if not COMMIT.fullmatch(str(info.sha)):
         raise ValueError(f"commit {info.sha!r}")
     sizes = {one.rfilename: one.size or 0 for one in info.siblings or []}
     files = wanted.select(sizes)
@@ -221,37 +141,6 @@ def _explain_no_files(wanted: Repository, files: list[str]) -> UserError:
         f"{wanted.name} on the hub has no files {looked} among its {len(files)}: name another repository, or "
         f"{wanted.otherwise}"
     )
-
-
-def _find_cached(wanted: Repository) -> Repository | None:
-    """The state in the cache if it is complete, as far as the cache tells."""
-    found = _read_cached(wanted)
-    return None if found is None or not found.files or found.missing() else found
-
-
-def _read_cached(wanted: Repository) -> Repository | None:
-    """The state that the cache has of a revision, complete or not."""
-    try:
-        commit = wanted.revision or constants.DEFAULT_REVISION
-        if not _COMMIT.fullmatch(commit):
-            commit = (wanted.storage / "refs" / commit).read_text().strip()
-        found = replace(wanted, commit=commit)
-        return replace(found, files=found.select(_list_cached(found))) if found.folder.is_dir() else None
-    except (OSError, ValueError):
-        return None
-
-
-def _list_cached(found: Repository) -> list[str]:
-    """The repository's files: all of them where the hub's client has stored the list, else the cached ones."""
-    stored = found.storage / "trees" / f"{found.commit}.json"
-    if stored.is_file():
-        return list(json.loads(stored.read_text())["files"])
-    # Links whose target is gone count as files, so that they are found missing.
-    files = [path for path in found.folder.rglob("*") if path.is_symlink() or path.is_file()]
-    names = {str(path.relative_to(found.folder)) for path in files}
-    for path in found.folder.glob("*.index.json"):
-        names |= set(json.loads(path.read_text())["weight_map"].values())
-    return sorted(names)
 
 
 def fetch_files(repository: Repository) -> Path:

@@ -6,6 +6,8 @@ import errno
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -124,13 +126,24 @@ def describe(error: BaseException) -> str:
         return f"the hub refuses it (status {status})"
     if any(_MIXED_UP in str(one) for one in chain):
         return f"the download broke off ({_find_sizes(chain)})"
-    if "ProxyError" in names or "proxy" in text.lower():
+    if "ProxyError" in names:
         return f"the proxy does not let the request through ({text}; see HTTPS_PROXY)"
-    if "SSL" in names or "CERTIFICATE" in text.upper():
+    if "SSL" in names + text or "CERTIFICATE" in text.upper():
         return f"the TLS connection to the hub fails ({text}; see SSL_CERT_FILE)"
     if isinstance(error, ValueError) and not isinstance(error, OSError):
         return f"{constants.ENDPOINT} answers, but not as a hub does ({text}; see HF_ENDPOINT)"
+    if (proxy := _find_proxy()) is not None:
+        return f"the hub cannot be reached through the proxy {proxy} ({text}; see HTTPS_PROXY)"
     return f"the hub cannot be reached ({text})"
+
+
+def _find_proxy() -> str | None:
+    """Host and port of the proxy that requests to the hub go through, without its password."""
+    hub, proxies = urlsplit(constants.ENDPOINT), getproxies()
+    proxy = proxies.get(hub.scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(hub.hostname or ""):
+        return None
+    return urlsplit(proxy).netloc.rpartition("@")[2] or proxy
 
 
 def _find_sizes(chain: list[BaseException]) -> str:

@@ -205,6 +205,13 @@ def test_with_a_full_cache_a_hub_that_is_away_costs_one_short_wait(
     assert again["source"] == first["source"]
 
 
+def test_large_files_come_by_https_from_the_hub_and_not_from_xet(hub: Hub, hub_run: Any, site: Site) -> None:
+    """Where Xet's servers are blocked, its client retries for minutes in silence."""
+    hub.repos[f"models/{made.BERT}"].xet = True
+    assert_same(load(hub_run()), site.tensors[made.BERT], "bert.")
+    assert not any("xet" in request for request in hub.asked)
+
+
 def test_hf_hub_offline_asks_nothing_and_says_nothing(
     hub: Hub, hub_run: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
