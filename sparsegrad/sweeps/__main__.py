@@ -74,16 +74,13 @@ def _open_existing_store(options: argparse.Namespace) -> Store:
 
 
 def _show_study(options: argparse.Namespace) -> None:
-    from sparsegrad.sweeps.show import summary, write_plots, write_trials
+    from sparsegrad.sweeps.show import export, write_plots
     from sparsegrad.sweeps.study import load_study
 
     _open_existing_store(options)
     study = load_study(_find_storage(options), options.study)
     folder = options.out or Path(options.results_dir) / "studies" / options.study
-    figures = summary(study)
-    console.print_json(json.dumps(figures))
-    write_trials(study, folder / "trials.csv")
-    (folder / "summary.json").write_text(json.dumps(figures, indent=1) + "\n")
+    console.print_json(json.dumps(export(study, folder)))
     for path in write_plots(study, folder):
         console.print(str(path), markup=False, soft_wrap=True)
 

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from optuna.distributions import BaseDistribution
 
 from sparsegrad.errors import UserError, check_choice, check_integer, check_number, fail, first_line
 from sparsegrad.metrics import metric_config
@@ -18,9 +19,10 @@ from sparsegrad.metrics.text_classification.text_classification import CONFIGS
 from sparsegrad.runs.config import BESIDE_RUN, RunConfig, build
 from sparsegrad.runs.keys import determining
 from sparsegrad.runs.names import with_current_names
+from sparsegrad.sweeps import adaptive_grid
 from sparsegrad.sweeps.space import Space, flatten, parse_space
 
-SAMPLERS = ("tpe", "gp", "qmc", "random", "grid")
+SAMPLERS = ("tpe", "gp", "qmc", "random", "grid", adaptive_grid.NAME)
 PRUNERS = ("none", "median", "hyperband", "patience")
 OBJECTIVES = ("heldout", "validation")
 
@@ -108,6 +110,21 @@ class Plan:
         """Number of trials to finish: `sweep.trials`, or the points of the grid if they are fewer."""
         return min(self.sweep.trials, len(self.space.grid())) if self.sweep.sampler == "grid" else self.sweep.trials
 
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the trials after the grid depend on all those before them."""
+        return self.sweep.sampler == adaptive_grid.NAME
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Key -> Optuna's distribution, of which every trial's value is a part."""
+        return adaptive_grid.distributions(self.space) if self.is_adaptive else self.space.distributions
+
+    @property
+    def ordered_from(self) -> int | None:
+        """The first slot that is given only when all earlier ones are finished; None: there is none."""
+        return self.space.dimensions[0].points if self.is_adaptive else None
+
     def trial_config(self, parameters: Mapping[str, Any]) -> RunConfig:
         """Build the run of one trial.
 
@@ -127,6 +144,8 @@ class Plan:
             "metric": self.metric,
             "objective": self.sweep.objective,
             "fixed": fixed,
+            # The budget decides what an adaptive grid tries; other samplers can be given more trials later.
+            **({"budget": self.budget} if self.is_adaptive else {}),
         }
 
 
@@ -140,6 +159,8 @@ def make_plan(composed: DictConfig) -> Plan:
     sweep = _make_sweep_config(composed)
     base = build(_set_values(composed, sweep, {}))
     space = parse_space(sweep.space, base.resolved)
+    if sweep.sampler == adaptive_grid.NAME:
+        adaptive_grid.check_space(space)
     _check_overrides(space)
     _check_metric(sweep, base)
     plan = Plan(sweep=sweep, space=space, composed=composed, base=base)
@@ -185,7 +206,7 @@ def _set_values(composed: DictConfig, sweep: SweepConfig, parameters: Mapping[st
     config = composed.copy()
     # A copy may drop the nodes that are no part of a run, such as `sweep`.
     OmegaConf.set_struct(config, False)
-    for name in BESIDE_RUN:
+    for name in set(BESIDE_RUN) - {"evidence"}:  # the protocol of a plan refers to `evidence`; `build` drops it
         config.pop(name, None)
     for key, value in parameters.items():
         OmegaConf.update(config, key, value)

@@ -1,4 +1,4 @@
-"""`hparams=paper|authors|mini|study:NAME`: hyperparameters from a table or a study, instead of by hand."""
+"""`hparams=paper|authors|search|mini|study:NAME`: hyperparameters from a table or a study, instead of by hand."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sparsegrad.errors import UserError, fail
+from sparsegrad.sweeps.search_results import read_search
 
 FOLDER = Path(__file__).parent / "published"
 STUDY = "study:"
@@ -26,7 +27,7 @@ COLUMNS = {
 FAMILY = {"sparsegrad_authors": "sparsegrad", "sparsegrad_fast": "sparsegrad"}
 # The authors did not search for MeProp: their BERT runs use the values of SparseGrad, and so do ours for RoBERTa.
 STAND_IN = {"meprop": "sparsegrad"}
-MINI = "mini"
+MINI, SEARCH = "mini", "search"
 
 
 def apply(composed: DictConfig, by_hand: Collection[str] | None = None) -> dict[str, Any]:
@@ -42,8 +43,10 @@ def apply(composed: DictConfig, by_hand: Collection[str] | None = None) -> dict[
     Raises:
         UserError: if there are no values for this model, method and task.
     """
-    name = str(composed.hparams)
-    if name.startswith(STUDY):
+    name, facts = str(composed.hparams), dict[str, Any]()
+    if name == SEARCH:
+        values, facts = read_search(composed)
+    elif name.startswith(STUDY):
         values = _read_study(composed, name.removeprefix(STUDY))
     elif name == MINI:
         values = _read_mini_rate(composed)
@@ -53,7 +56,7 @@ def apply(composed: DictConfig, by_hand: Collection[str] | None = None) -> dict[
     taken = {key: value for key, value in values.items() if key not in kept}
     for key, value in taken.items():
         OmegaConf.update(composed, key, value)
-    return {"from": name, **taken}
+    return {"from": name, **facts, **taken}
 
 
 def default_storage(results_dir: str) -> str:
@@ -92,7 +95,7 @@ def _name_cell(composed: DictConfig) -> tuple[str, str, str]:
 
 def _read_file(composed: DictConfig, name: str) -> dict[str, Any]:
     if name not in COLUMNS:
-        raise fail("hparams", name, "choose paper, authors, mini or study:NAME")
+        raise fail("hparams", name, "choose paper, authors, search, mini or study:NAME")
     rows, (model, method, task) = read_rows(name), _name_cell(composed)
     row = find(rows, model, method, task) or find(rows, model, STAND_IN.get(method, method), task)
     if row is None:

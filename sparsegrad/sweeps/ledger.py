@@ -82,7 +82,15 @@ class Ledger:
         """Count the attempts, this one included, whose worker died or crashed."""
         return sum(one.user_attrs.get(FAILURE) in (DIED, CRASHED) for one in self.history(number))
 
-    def has_work(self, budget: int) -> bool:
-        """Whether a worker that asks now gets a trial that counts: a waiting redo, or a free slot."""
-        waiting = any(one.state == TrialState.WAITING and self.counts(one.number, budget) for one in self.trials)
-        return waiting or len(self.fresh) < budget
+    def has_work(self, budget: int, ordered_from: int | None = None) -> bool:
+        """Whether a worker that asks now gets a trial that counts: a waiting redo, or a free slot.
+
+        Args:
+            budget: number of slots.
+            ordered_from: from this slot on, a slot is free only when all earlier ones are finished.
+        """
+        if any(one.state == TrialState.WAITING and self.counts(one.number, budget) for one in self.trials):
+            return True
+        taken = len(self.fresh)
+        early = ordered_from is not None and taken >= ordered_from and len(self.finished(taken)) < taken
+        return taken < budget and not early

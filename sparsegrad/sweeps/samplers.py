@@ -12,6 +12,7 @@ from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, T
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+from sparsegrad.sweeps import adaptive_grid
 from sparsegrad.sweeps.config import Plan, SweepConfig
 from sparsegrad.sweeps.ledger import Ledger
 from sparsegrad.sweeps.space import Space
@@ -108,6 +109,7 @@ def sampler(name: str, space: Space, seed: int, startup_trials: int) -> BaseSamp
         # The study's seed, not the trial's: all trials are points of one scrambled sequence.
         "qmc": lambda own: _Sobol(space, seed, RandomSampler(seed=own)),
         "grid": lambda _: GridBySlot(space),
+        adaptive_grid.NAME: lambda _: adaptive_grid.AdaptiveGrid(space),
     }
     return PerTrial(makers[name], seed)
 

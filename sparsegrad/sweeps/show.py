@@ -14,9 +14,10 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from sparsegrad.errors import UserError, missing_package
+from sparsegrad.files import write_json
 from sparsegrad.sweeps.ledger import FINISHED, REASON, SURPLUS
 from sparsegrad.sweeps.reporter import PROGRESS
-from sparsegrad.sweeps.study import IDENTITY, LABELS
+from sparsegrad.sweeps.study import CONTENT, IDENTITY, LABELS
 
 # File name -> name of the function in `optuna.visualization` and `optuna.visualization.matplotlib`.
 PLOTS = {
@@ -46,13 +47,25 @@ def summary(study: Study) -> dict[str, Any]:
         "labels": study.user_attrs.get(LABELS, {}),
         "metric": identity.get("metric"),
         "objective": identity.get("objective"),
+        "budget": identity.get("budget"),
+        "train_rest": identity.get("fixed", {}).get("train.train_rest"),
+        "seed": identity.get("fixed", {}).get("seed"),
+        "content": study.user_attrs.get(CONTENT, {}),
         "best": {"trial": best.number, "value": best.value, "values": best.params},
+        "at_edge": _is_at_edge(best, trials) if "budget" in identity else None,
         "trials": {state.name.lower(): states.count(state) for state in TrialState},
         "attempts_of_dead_workers": sum(trial.state == TrialState.FAIL for trial in trials),
         "seconds": round(seconds, 1),
         "seconds_saved_by_pruning": round(saved, 1),
         "reasons": {str(trial.number): trial.user_attrs[REASON] for trial in trials if REASON in trial.user_attrs},
     }
+
+
+def _is_at_edge(best: FrozenTrial, trials: list[FrozenTrial]) -> bool:
+    """Whether the best value of an adaptive grid is the smallest or largest tried: a better one may be beyond."""
+    ((key, value),) = best.params.items()
+    tried = [one.params[key] for one in trials if key in one.params]
+    return value in (min(tried), max(tried))
 
 
 def _measure_seconds(trials: list[FrozenTrial]) -> tuple[float, float]:
@@ -67,6 +80,18 @@ def _measure_seconds(trials: list[FrozenTrial]) -> tuple[float, float]:
         if trial.state == TrialState.PRUNED and step:
             saved += seconds * (total / step - 1)
     return spent, saved
+
+
+def export(study: Study, folder: Path) -> dict[str, Any]:
+    """Write `trials.csv` and `summary.json` of a study, all that `hparams=search` and tables need of it; the summary.
+
+    Raises:
+        UserError: if no trial is complete.
+    """
+    figures = summary(study)
+    write_trials(study, folder / "trials.csv")
+    write_json(folder / "summary.json", figures)
+    return figures
 
 
 def write_trials(study: Study, path: Path) -> None:

@@ -42,9 +42,9 @@ class SharedStudy:
         with self.store.claiming():
             # Recover first: a failed trial queued again comes before a new one.
             self._recover_trials()
-            if not self.ledger().has_work(self.plan.budget):
+            if not self.ledger().has_work(self.plan.budget, self.plan.ordered_from):
                 return None
-            trial = self.study.ask(self.plan.space.distributions)
+            trial = self.study.ask(self.plan.distributions)
             trial.set_user_attr(WORKER, self._me)
         # Storages without a lock may have given more trials than are left: this one may be surplus.
         if self.ledger().counts(trial.number, self.plan.budget):
@@ -179,11 +179,11 @@ def _check_identity(plan: Plan, study: Study) -> None:
     remedy = "choose another sweep.study=, or sweep.overwrite=true to delete it and start again"
     if found is None:
         raise UserError(f"study {study.study_name} was not made by a sweep of this project: {remedy}")
-    for part in ("space", "direction", "metric", "objective"):
-        if found[part] != wanted[part]:
+    for part in ("space", "direction", "metric", "objective", "budget"):
+        if found.get(part) != wanted.get(part):
             raise UserError(
-                f"study {study.study_name} exists with another {part}: there {_format_value(found[part])}, "
-                f"here {_format_value(wanted[part])}; {remedy}"
+                f"study {study.study_name} exists with another {part}: there {_format_value(found.get(part))}, "
+                f"here {_format_value(wanted.get(part))}; {remedy}"
             )
     here, there = wanted["fixed"], found["fixed"]
     for key in sorted(here.keys() | there.keys()):

@@ -187,7 +187,9 @@ def test_real_runs_are_pruned_and_leave_their_records(composed: Sweep, tmp_path:
     pruned = next(trial for trial in study.trials if trial.params["train.lr"] == 1e-2)
     assert pruned.state == TrialState.PRUNED
     assert 1 < len(pruned.intermediate_values) < 6
-    records = {one["sweep"]["trial"]: one for one in map(read_record, (tmp_path / "results" / "runs" / "s").iterdir())}
+    records = {
+        one["sweep"]["trial"]: one for one in map(read_record, (tmp_path / "results" / "runs" / "s").glob("*.json"))
+    }
     record = records[pruned.number]
     assert record["status"] == "failed"
     assert record["reason"] == pruned.user_attrs["reason"]
@@ -348,7 +350,7 @@ def test_published_and_authors_values(conf: Composer) -> None:
         assert (options.train.batch_size, options.train.lr) == (batch, lr)
     with pytest.raises(UserError, match="hparams=paper has nothing for minilm / sparsegrad / snippets"):
         cli._apply_hparams(conf("hparams=paper"))
-    with pytest.raises(UserError, match="choose paper, authors, mini or study:NAME"):
+    with pytest.raises(UserError, match="choose paper, authors, search, mini or study:NAME"):
         cli._apply_hparams(conf("hparams=mine"))
 
 

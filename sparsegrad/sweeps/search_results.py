@@ -1,0 +1,93 @@
+"""`hparams=search`: the learning rate that a method's search of an evidence plan found (conf/sweep/evidence.yaml).
+
+The exported summaries in results/studies are enough: neither Optuna nor the storage is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from sparsegrad.errors import UserError, check_integer
+
+KEY = "train.lr"
+# Name of the sweep by whether the parameters outside the MLP weights train: each regime has searches of its own.
+SWEEPS = {True: "evidence", False: "evidence_mlp_only"}
+
+
+def read_search(composed: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the rate for a composed configuration.
+
+    A plan may say `evidence.budget`, the number of trials that the search must have; `evidence.rates_of`, a mapping of
+    methods that use another method's search; and `evidence.carry`, for a model without searches: its `full_lr` times
+    the ratio of the method's rate to full fine-tuning's on `model`.
+
+    Returns:
+        The values to set, and facts on the search for the record.
+
+    Raises:
+        UserError: if the search is missing, damaged, unfinished, of another regime, or has another budget.
+    """
+    plan: Mapping[str, Any] = composed.get("evidence") or {}
+    if "budget" in plan:
+        check_integer("evidence.budget", plan["budget"], at_least=1)
+    method = str((plan.get("rates_of") or {}).get(composed.method.name, composed.method.name))
+    carry = plan.get("carry")
+    if carry is None:
+        found = _read_summary(composed, composed.model.name, method, plan.get("budget"))
+        return {KEY: float(found["best"]["values"][KEY])}, _make_facts(found)
+    found, full = (_read_summary(composed, str(carry["model"]), one, plan.get("budget")) for one in (method, "full"))
+    ratio = float(found["best"]["values"][KEY]) / float(full["best"]["values"][KEY])
+    facts = {**_make_facts(found), "ratio_to_full": round(ratio, 4)}
+    return {KEY: float(f"{float(carry['full_lr']) * ratio:.3g}")}, facts
+
+
+def study_name(model: str, method: str, task: str, train_rest: bool) -> str:
+    """Return the name of a search, as conf/sweep/evidence*.yaml compose it."""
+    return f"{SWEEPS[train_rest]}-{model}-{method}-{task}"
+
+
+def _make_facts(summary: Mapping[str, Any]) -> dict[str, Any]:
+    return {"study": summary["study"], "budget": summary["budget"], "at_edge": summary["at_edge"]}
+
+
+def _read_summary(composed: DictConfig, model: str, method: str, budget: int | None) -> dict[str, Any]:
+    """Read the summary of one search and check that it is the one that this run needs."""
+    task, train_rest = composed.task.name, bool(composed.train.train_rest)
+    name = study_name(model, method, task, train_rest)
+    path = Path(composed.results_dir) / "studies" / name / "summary.json"
+    remedy = f"make search SCALE=mini METHODS={method} TASKS={task} fills what is missing"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        labels = tuple(found["labels"][key] for key in ("model", "method", "task"))
+        finished = found["trials"]["complete"] + found["trials"]["pruned"]
+        facts = found["budget"], found["train_rest"], found["objective"], float(found["best"]["values"][KEY])
+    except FileNotFoundError:
+        raise UserError(f"hparams=search: the search {name} is missing ({path}): {remedy}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"hparams=search: {path} is not a summary of a search ({error!r}): {remedy}") from None
+    if labels != (model, method, task):
+        raise UserError(f"hparams=search: {path} is of {' / '.join(map(str, labels))}, not {name}: {remedy}")
+    if facts[1] is not train_rest:
+        raise UserError(
+            f"hparams=search: {name} searched another regime (train.train_rest={facts[1]}, this run has {train_rest}): "
+            f"{remedy}"
+        )
+    if facts[2] != "heldout":
+        raise UserError(f"hparams=search: {name} was chosen on {facts[2]} rows, a table needs heldout: {remedy}")
+    _check_budget(name, facts[0], finished, budget, remedy)
+    return found
+
+
+def _check_budget(name: str, spent: Any, finished: int, budget: int | None, remedy: str) -> None:
+    if budget is not None and spent != budget:
+        raise UserError(
+            f"hparams=search: {name} has a budget of {spent} trials, this plan one of {budget}: all methods need the "
+            f"same; delete its folder, then {remedy} with ARGS=sweep.overwrite=true"
+        )
+    if not isinstance(spent, int) or finished < spent:
+        raise UserError(f"hparams=search: {name} has {finished} of {spent} trials: {remedy}")
