@@ -17,9 +17,8 @@ from torch import Tensor
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, warn_renamed
 from sparsegrad.optim.group_checks import check_group, check_hyperparameters, check_saved, is_sparse
-from sparsegrad.optim.moments import MOMENTS
-from sparsegrad.optim.rounding import add_stochastic, decay_
 from sparsegrad.optim.selection import Selection, select, together
+from sparsegrad.optim.updates import Scratch, apply
 
 
 class SparseGradAdamW(torch.optim.AdamW):
@@ -49,6 +48,7 @@ class SparseGradAdamW(torch.optim.AdamW):
     # Defaults on the class, because torch restores a copied or unpickled optimizer without these attributes.
     _skipped: Tensor | int = 0
     _finite: Tensor | None = None  # whether all kept entries of the current step so far are finite
+    _scratch: Scratch | None = None  # buffers of the current step
     _released: set[Tensor] | None = None  # weights updated during back-propagation, with `release_gradients`
     model_size: int | None = None  # number of parameters of the whole model, frozen ones included; set by `prepare`
 
@@ -151,7 +151,7 @@ class SparseGradAdamW(torch.optim.AdamW):
         self._step_plain()
         if self._finite is not None:
             self._skipped = self._skipped + (~self._finite).int()
-        self._finite = None
+        self._finite = self._scratch = None
         if self._released is not None:
             self._released.clear()
         return loss
@@ -164,9 +164,11 @@ class SparseGradAdamW(torch.optim.AdamW):
         for selection in selections:
             finite = selection.values.isfinite().all()
             self._finite = finite if self._finite is None else self._finite & finite.to(self._finite.device)
+        if self._scratch is None:
+            self._scratch = Scratch()
         for selection in selections:
             states = [self.state[weight] for weight in selection.weights]
-            _apply(selection, states, self._finite.to(selection.values.device))  # type: ignore[union-attr]
+            apply(selection, states, self._finite.to(selection.values.device), self._scratch)  # type: ignore[union-attr]
 
     def _step_plain(self) -> None:
         """AdamW's own step for the plain groups, skipped if a kept entry was not finite.
@@ -225,24 +227,6 @@ class SparseGradAdamW(torch.optim.AdamW):
             for weight, index in zip(group["params"], saved["params"], strict=True):
                 for name, value in state_dict["state"].get(index, {}).items():
                     self.state[weight][name] = value.to(weight.device, copy=True)
-
-
-def _apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor) -> None:
-    """Update the moments and weights of one selection in place, or leave them unchanged where `finite` is False."""
-    group, weights = selection.group, selection.weights
-    count, shape = len(weights), weights[0].shape
-    update = MOMENTS[group["moments"]]
-    change = update(states, selection.index, selection.values, shape.numel(), group, finite)  # (count, k)
-    if group["basis"] is None:
-        whole = torch.zeros(count, shape.numel(), dtype=change.dtype, device=change.device)
-        change = whole.scatter_(1, selection.index, change)
-    else:
-        change = group["basis"].unrotate_sparse(selection.index, change, shape)
-    change = change.view(count, *shape)  # (count, out, in)
-    if group["weight_decay"]:
-        decay_(weights, change, group["lr"] * group["weight_decay"] * finite)
-    for weight, own, values in zip(weights, change, selection.values, strict=True):
-        add_stochastic(weight, own, values)
 
 
 def _unwrap_step(step: Callable[..., Any]) -> Callable[..., Any]:

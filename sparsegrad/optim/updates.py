@@ -1,0 +1,111 @@
+"""From the kept entries of one step to changed weights: moments, rotation back, weight decay, rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsegrad.basis import Basis
+from sparsegrad.optim.moments import MOMENTS
+from sparsegrad.optim.rounding import add_stochastic, decay_
+from sparsegrad.optim.selection import Selection
+
+# A product with a sparse matrix is slower than a dense one when more than one in so many of its entries is kept.
+_DENSE_FROM = 16
+
+
+class Scratch:
+    """Buffers that the weights of a step share; on a CPU touching fresh memory costs more than the products."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
+        """An uninitialized buffer of `shape`; the same memory for every call with this name and size."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() != shape[0] * shape[1] or buffer.dtype != like.dtype:
+            buffer = self._buffers[name] = like.new_empty(shape)
+        return buffer.view(shape)
+
+
+def apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor, scratch: Scratch) -> None:
+    """Update the moments and weights of one selection in place, or leave them unchanged where `finite` is False.
+
+    Args:
+        selection: the kept entries of `count` weights (out, in).
+        states: the optimizer's state of each weight.
+        finite: bool tensor on the weights' device; False skips the step.
+        scratch: buffers of this step.
+    """
+    group, weights = selection.group, selection.weights
+    count, shape = len(weights), weights[0].shape
+    update = MOMENTS[group["moments"]]
+    change = update(states, selection.index, selection.values, shape.numel(), group, finite)  # (count, k)
+    rate = group["lr"] * group["weight_decay"] * finite if group["weight_decay"] else None
+    if count == 1 and _adds_in_place(weights[0], change):
+        if rate is not None:
+            decay_(weights, change, rate)
+        add_sparse_(weights[0], group["basis"], selection.index[0], change[0], scratch)
+        return
+    if group["basis"] is None:
+        whole = torch.zeros(count, shape.numel(), dtype=change.dtype, device=change.device)
+        change = whole.scatter_(1, selection.index, change)
+    else:
+        change = group["basis"].unrotate_sparse(selection.index, change, shape)
+    change = change.view(count, *shape)  # (count, out, in)
+    if rate is not None:
+        decay_(weights, change, rate)
+    for weight, own, values in zip(weights, change, selection.values, strict=True):
+        add_stochastic(weight, own, values)
+
+
+def _adds_in_place(weight: Tensor, change: Tensor) -> bool:
+    """Whether `add_sparse_` is allowed (no stochastic rounding) and faster than the products of whole matrices."""
+    sparse = _DENSE_FROM * change.shape[1] < weight.numel()
+    return weight.is_cpu and weight.dtype == change.dtype and weight.is_contiguous() and sparse
+
+
+def add_sparse_(weight: Tensor, basis: Basis | None, index: Tensor, values: Tensor, scratch: Scratch) -> None:
+    """Add V S U^T to `weight` (out, in) in place, for a sparse S with `values` (k,) at flat positions `index` (k,).
+
+    The products are added to the weight directly, without a matrix of the change. The longer side of S is multiplied
+    first, in O(k n) operations for n features of that side; then the other one, as a dense product or not at all.
+
+    Args:
+        weight: contiguous, on a CPU, of the dtype of `values`.
+        basis: of both sides, of one, or None; its columns are contiguous.
+        index: distinct positions.
+        values: the entries.
+        scratch: buffers of this step.
+    """
+    m, n = weight.shape
+    U, V = (None, None) if basis is None else (basis.in_basis, basis.out_basis)
+    if U is None and V is None:
+        weight.view(-1).index_add_(0, index, values)
+        return
+    rows, columns = index // n, index % n
+    if V is None:
+        assert U is not None
+        weight.addmm_(_make_sparse(rows, columns, values, (m, n)), U.T)
+    elif U is None:
+        turned = scratch.get("half", (n, m), weight).zero_()
+        turned.addmm_(_make_sparse(columns, rows, values, (n, m)), V.T)  # (V S)^T (in, out)
+        # Copying a transpose is blocked in torch, adding one is not.
+        weight.add_(scratch.get("turned", (m, n), weight).copy_(turned.T))
+    elif m >= n:
+        turned = scratch.get("half", (n, m), weight).zero_()
+        turned.addmm_(_make_sparse(columns, rows, values, (n, m)), V.T)
+        weight.addmm_(turned.T, U.T)
+    else:
+        half = scratch.get("half", (m, n), weight).zero_()
+        half.addmm_(_make_sparse(rows, columns, values, (m, n)), U.T)  # S U^T
+        weight.addmm_(V, half)
+
+
+def _make_sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A coalesced COO matrix; sorted here, because torch's own coalescing takes ten times as long."""
+    order = (rows * shape[1] + columns).argsort()
+    index = torch.stack([rows[order], columns[order]])
+    return torch.sparse_coo_tensor(index, values[order], shape, check_invariants=False, is_coalesced=True)

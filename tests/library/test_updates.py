@@ -1,0 +1,59 @@
+"""The sparse update rotated back into the weight without a matrix of the change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_checks import basis_of, draw
+from torch import Tensor, nn
+
+from sparsegrad import Basis, SparseGradAdamW
+from sparsegrad.optim import updates
+from sparsegrad.optim.selection import _find_true
+from sparsegrad.optim.updates import Scratch, add_sparse_
+
+SHAPES = [(48, 40), (40, 48), (44, 44)]
+SIDES = ["both", "in", "out", None]
+
+
+def part_of(shape: tuple[int, int], sides: str | None) -> Basis | None:
+    return None if sides is None else basis_of(*shape).only(sides).by_columns()
+
+
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_the_rotated_sparse_matrix(shape: tuple[int, int], sides: str | None) -> None:
+    basis, scratch = part_of(shape, sides), Scratch()
+    for seed in range(2):  # the second call finds used buffers
+        weight, values = draw(*shape, seed=seed), draw(30, seed=seed + 5)
+        index = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(seed))[:30]
+        sparse = torch.zeros(weight.numel()).double().scatter_(0, index, values).view(shape)
+        expected = weight + (sparse if basis is None else basis.unrotate(sparse))
+        add_sparse_(weight, basis, index, values, scratch)
+        assert torch.allclose(weight, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_is_that_of_whole_matrices(
+    shape: tuple[int, int], sides: str | None, weight_decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Tensor] = []
+    for in_place in (True, False):
+        monkeypatch.setattr(updates, "_adds_in_place", lambda *_, in_place=in_place: in_place)
+        weight = nn.Parameter(draw(*shape))
+        group = {"params": [weight], "keep": 30, "basis": part_of(shape, sides)}
+        optimizer = SparseGradAdamW([group], lr=1e-2, weight_decay=weight_decay)
+        for seed in range(3):
+            weight.grad = draw(*shape, seed=seed + 1)
+            optimizer.step()
+        found.append(weight.detach())
+    assert torch.allclose(*found, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 64, 1000, 1001])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
+def test_true_entries_are_found_in_order(size: int, share: float) -> None:
+    mask = torch.rand(size, generator=torch.Generator().manual_seed(size)) < share
+    assert torch.equal(_find_true(mask), mask.nonzero().flatten())
