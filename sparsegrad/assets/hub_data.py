@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import datasets
-import pyarrow
+import pyarrow  # type: ignore[import-untyped]
 from datasets.table import InMemoryTable
 from pyarrow import parquet
 

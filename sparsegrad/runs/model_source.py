@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsegrad.assets.download import asset_path
-from sparsegrad.assets.hub import Repository, fetch_files, find_model
+from sparsegrad.assets.hub import fetch_files, find_model
+from sparsegrad.assets.hub_repository import Repository
 from sparsegrad.assets.table import ASSETS
 from sparsegrad.errors import UserError
 from sparsegrad.hashing import SHORT, file_sha256, json_sha256

@@ -15,7 +15,7 @@ _HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "fileloc
 
 def quiet_transformers() -> None:
     """Keep `transformers`' remarks about new heads and its loading bars out of the progress display."""
-    from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -24,13 +24,16 @@ import pytest
 import torch
 from hub_fixtures import Site, point_at
 from hub_server import Hub, Rule
+from hydra import compose, initialize_config_dir
+from process_group import together
 from run_fixtures import ROOT, SHORT, environment
 from safetensors.torch import load_file
 from test_tasks import make, sample, write_jsonl
 
 from sparsegrad.assets import hub as client
 from sparsegrad.errors import UserError
-from sparsegrad.runs.config import RunConfig
+from sparsegrad.hashing import tensors_sha256
+from sparsegrad.runs.config import RunConfig, build
 from sparsegrad.runs.model_loading import load_model, load_tokenizer
 from sparsegrad.runs.model_source import find_sources
 from sparsegrad.runs.runner import run
@@ -210,6 +213,27 @@ def test_large_files_come_by_https_from_the_hub_and_not_from_xet(hub: Hub, hub_r
     hub.repos[f"models/{made.BERT}"].xet = True
     assert_same(load(hub_run()), site.tensors[made.BERT], "bert.")
     assert not any("xet" in request for request in hub.asked)
+
+
+def fetch_in_process(url: str, home: str, overrides: tuple[str, ...]) -> tuple[str, str]:
+    """Identity of the model and hash of its encoder, as one of several processes finds them."""
+    with pytest.MonkeyPatch.context() as patch, initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        point_at(url, Path(home), patch)
+        config = build(compose("config", list(overrides)))
+        sources = find_sources(config.model)
+        assert sources.model is not None
+        tokenizer = load_tokenizer(config.model, sources.tokenizer)
+        model: Any = load_model(config.model, config.task, tokenizer, source=sources.model)
+    return sources.model.identity, tensors_sha256(model.bert.state_dict().items())
+
+
+def test_of_several_processes_the_main_one_asks_and_downloads(hub: Hub, tmp_path: Path) -> None:
+    overrides = ("model=bert_base", "task=sst2")
+    first, second = together(2, fetch_in_process, hub.url, str(tmp_path / "shared"), overrides)
+    assert first == second
+    assert len([request for request in hub.asked if request.startswith("GET /api/models/")]) == 1
+    assert len([request for request in hub.asked if request.startswith("GET /storage/")]) == 1
+    assert len([request for request in hub.asked if "GET" in request and "tokenizer.json" in request]) == 1
 
 
 def test_hf_hub_offline_asks_nothing_and_says_nothing(
