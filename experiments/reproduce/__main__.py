@@ -20,9 +20,9 @@ from experiments.paths import ROOT, SCALES
 from experiments.reproduce import benchmarks, searches
 from experiments.reproduce.cells import ELSEWHERE, EXPERIMENTS, MEASURED, Cell, experiments_of, list_cells
 from experiments.reproduce.dry_run import show
+from experiments.reproduce.processes import cell_job, is_held, last_error
 from experiments.studies import gradients as measure
-from sparsegrad.errors import BusyError, UserError, check_choice
-from sparsegrad.runs.run_folder import run_lock
+from sparsegrad.errors import UserError, check_choice
 
 LAUNCHERS = ("local", "joblib", "slurm", "ray")
 FIGURE_KEYS = ("block", "step", "steps")  # options of figures 2 and 3 and the basis study, such as block=2 step=40
@@ -164,7 +164,7 @@ def work(cells: Sequence[Cell], run: Runner, poll: float = POLL_SECONDS) -> Outc
         for cell in waiting:
             if cell.is_complete:  # another process has made it meanwhile
                 continue
-            if _is_held(cell):
+            if is_held(cell):
                 busy.append(cell)
             elif _failed_since(cell, began):
                 outcome.failed[cell.label] = _reason(cell)
@@ -191,34 +191,17 @@ def _make(cell: Cell, run: Runner, outcome: Outcome, busy: list[Cell]) -> None:
 
 def run_cell(cell: Cell) -> str | None:
     """Make one cell in a process of its own, which frees its memory at the end; its output is written to a log file."""
-    log = Path(cell.config.work_dir) / "logs" / f"{cell.config.key}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    own = [one for one in cell.overrides if not one.startswith("hydra.")]
-    command = [sys.executable, str(ROOT / "run.py"), f"experiment={cell.experiment}", *own]
-    with log.open("w") as output:
-        process = subprocess.Popen([*command, "hydra.mode=RUN"], stdout=output, stderr=subprocess.STDOUT)
+    job = cell_job(cell)
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("w") as output:
+        process = subprocess.Popen(job.command, stdout=output, stderr=subprocess.STDOUT)
         try:
             status = process.wait()
         finally:
             process.kill()  # after Ctrl-C; without effect on a process that has ended
     if status == 0 and cell.is_complete:
         return None
-    return _last_error(log) or f"ended with status {status}, see {log}"
-
-
-def _last_error(log: Path) -> str:
-    """The last error message of a log, else its last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines()]
-    errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or [line for line in lines if line] or [""])[-1].removeprefix("error: ")
-
-
-def _is_held(cell: Cell) -> bool:
-    try:
-        with run_lock(cell.config):
-            return False
-    except BusyError:
-        return True
+    return last_error(job.log) or f"ended with status {status}, see {job.log}"
 
 
 def _failed_since(cell: Cell, began: float) -> bool:

@@ -65,6 +65,11 @@ class Search:
         """The file that `python -m sparsegrad.sweeps show` writes."""
         return self.results / "studies" / self.study / "summary.json"
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all its trials are finished."""
+        return self.finished() >= self.plan.budget
+
     def finished(self) -> int:
         """Number of finished trials, from the storage or, where that is gone, from the summary."""
         return min(self.plan.budget, max(self._stored(), self._summarised()))
@@ -99,7 +104,7 @@ def planned_searches(table: str, scale: str, data: str | None, overrides: Sequen
     rest = [one for one in overrides if not one.startswith("task=")]
     sweep = "paper" if scale == "paper" else "quick"
     about = [f"sweep={sweep}", f"model={model}", f"method={method}"]
-    return [_search([*about, f"task={task}", *rest], task, data) for task in tasks]
+    return [make_search([*about, f"task={task}", *rest], task, data) for task in tasks]
 
 
 def compose_sweep(overrides: Sequence[str]) -> DictConfig:
@@ -108,7 +113,12 @@ def compose_sweep(overrides: Sequence[str]) -> DictConfig:
         return compose("config", [one for one in overrides if not one.startswith("hydra.")])
 
 
-def _search(overrides: list[str], task: str, data: str | None) -> Search:
+def make_search(overrides: list[str], task: str, data: str | None) -> Search:
+    """Compose and check one search; `data` is the folder of every task but the snippets.
+
+    Raises:
+        UserError: for a value that is not allowed.
+    """
     given = [*overrides, f"data.dir={data}"] if data and task != "snippets" else overrides
     try:
         return Search(tuple(given), make_plan(compose_sweep(given)))
@@ -120,15 +130,15 @@ def make(found: Sequence[Search], launcher: str, *, dry: bool) -> int:
     """Finish the studies, or list what they lack if `dry`; status 1 if trials are left."""
     quiet()
     if dry:
-        _show(found)
+        show(found)
         return 0
-    missing = [one for one in found if one.finished() < one.plan.budget]
+    missing = [one for one in found if not one.is_finished]
     for group in _groups(missing, launcher):
         call(_command(group, launcher))
     for one in found:  # also studies that others finished, but that have no summary yet
         if one.finished() and (one in missing or not one.summary.is_file()):
             call(_export(one))
-    left = [one for one in found if one.finished() < one.plan.budget]
+    left = [one for one in found if not one.is_finished]
     for one in left:
         print(f"failed: study {one.study}: {one.finished()} of {one.plan.budget} trials; the next call continues it")
     return 1 if left else 0
@@ -165,7 +175,8 @@ def _export(search: Search) -> list[str]:
     return [*show, "--storage", search.plan.sweep.storage, "--results-dir", str(search.results)]
 
 
-def _show(found: Sequence[Search]) -> None:
+def show(found: Sequence[Search]) -> None:
+    """Print one line per study, and the total hours that are left."""
     estimates = Estimates(found[0].results / "runs")
     table = Table("study", "trials finished", "missing", "hours left", "estimated from")
     total, unknown = 0.0, 0
@@ -177,7 +188,7 @@ def _show(found: Sequence[Search]) -> None:
         hours = "" if not left else "?" if each is None else f"{left * each:.2f}"
         table.add_row(one.study, f"{done} of {budget}", str(left), hours, source if left else "")
     console.print(table)
-    complete = sum(one.finished() >= one.plan.budget for one in found)
+    complete = sum(one.is_finished for one in found)
     console.print(
         f"{complete} of {len(found)} studies complete; about {total:.1f} hours left, one trial at a time", end=""
     )

@@ -61,7 +61,7 @@ class Setup:
     density: float = 0.01
 
 
-def plan(setup: Setup) -> dict[str, int]:
+def estimate_memory(setup: Setup) -> dict[str, int]:
     """Bytes of weights, gradients, optimizer state, bases and activations."""
     frozen_size = 2 if setup.precision == "bf16_weights" else 4
     adapters = setup.rank * sum(map(sum, setup.shapes.values())) * (setup.linears // len(setup.shapes))
@@ -101,7 +101,7 @@ def check_memory(config: RunConfig, model: nn.Module, linears: Linears, device: 
         UserError: when it does not fit; the message names settings that would.
     """
     setup, available = make_setup(config, model, linears), memory_of(device)
-    need = plan(setup)
+    need = estimate_memory(setup)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in need.items())
     log.info("estimated memory in GiB: %s; total %.2f of %.1f", parts, sum(need.values()) / GIB, available / GIB)
     share = 100 * setup.selected / setup.parameters
@@ -112,10 +112,10 @@ def check_memory(config: RunConfig, model: nn.Module, linears: Linears, device: 
 
 def check_fits(setup: Setup, available: int) -> None:
     """Raise `UserError` when the estimate exceeds `available` bytes, and name settings that fit."""
-    need = sum(plan(setup).values())
+    need = sum(estimate_memory(setup).values())
     if need <= available:
         return
-    fits = [text for text, other in _smaller(setup) if sum(plan(other).values()) <= available]
+    fits = [text for text, other in _smaller(setup) if sum(estimate_memory(other).values()) <= available]
     remedy = (
         f"this would fit: {'; or '.join(fits[:3])}" if fits else "no setting of this model fits: use a smaller model"
     )

@@ -9,7 +9,7 @@ import pytest
 from model_zoo import tiny_model
 
 from sparsegrad.errors import UserError
-from sparsegrad.runs.memory_estimate import GIB, Setup, check_fits, make_setup, plan
+from sparsegrad.runs.memory_estimate import GIB, Setup, check_fits, make_setup, estimate_memory
 from sparsegrad.targets import find_mlp
 
 SEVEN_B = Setup(
@@ -20,11 +20,11 @@ SEVEN_B = Setup(
 
 
 def test_the_plan_counts_weights_gradients_and_moments() -> None:
-    need, full = plan(SEVEN_B), plan(replace(SEVEN_B, method="full"))
+    need, full = estimate_memory(SEVEN_B), estimate_memory(replace(SEVEN_B, method="full"))
     assert need["weights"] == 2 * SEVEN_B.parameters + 2 * SEVEN_B.selected
     assert (need["gradients"], need["optimizer"]) == (4 * SEVEN_B.selected, 8 * SEVEN_B.selected)
     assert (full["bases"], need["bases"]) == (0, 2 * 2 * 4 * (4096**2 + 11008**2))
-    assert plan(replace(SEVEN_B, method="lora", rank=32))["optimizer"] == 8 * 32 * (11008 + 4096) * 22
+    assert estimate_memory(replace(SEVEN_B, method="lora", rank=32))["optimizer"] == 8 * 32 * (11008 + 4096) * 22
 
 
 def test_the_papers_model_fits_80_gb_and_not_24() -> None:
