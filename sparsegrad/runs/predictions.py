@@ -56,7 +56,7 @@ def describe_arrays(arrays: Arrays) -> dict[str, Any]:
 def write_predictions(record: Path, arrays: Arrays) -> None:
     """Write the arrays beside a record, compressed; equal arrays give equal bytes."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_bytes(predictions_path(record), buffer.getvalue())
 
 

@@ -9,7 +9,7 @@ import pytest
 from model_zoo import tiny_model
 
 from sparsegrad.errors import UserError
-from sparsegrad.runs.memory_estimate import GIB, Setup, check_fits, make_setup, estimate_memory
+from sparsegrad.runs.memory_estimate import GIB, Setup, check_fits, estimate_memory, make_setup
 from sparsegrad.targets import find_mlp
 
 SEVEN_B = Setup(
