@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import signal
@@ -37,6 +38,7 @@ def run_command(composed: DictConfig) -> None:
 
     SIGTERM and SIGUSR1 save a checkpoint and exit with 143 and 138.
     """
+    replace_unprintable()
     try:
         _run(composed)
     except UserError as error:
@@ -47,6 +49,13 @@ def run_command(composed: DictConfig) -> None:
         if is_main():
             print(f"\n{how}: the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(128 + number)
+
+
+def replace_unprintable() -> None:
+    """Print characters that the console's encoding lacks as escapes, such as \\xe9, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook or a test has its own kind
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _refuse(error: UserError) -> NoReturn:
@@ -197,6 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sparsegrad.cli", description="Show the records below a folder.")
     parser.add_argument("folder", type=Path, help="for example results/runs/quickstart")
     folder = parser.parse_args(arguments).folder
+    replace_unprintable()
     from sparsegrad.runs.records import load_records
 
     found = load_records(folder, on_bad=lambda error: print(f"skipped: {error}", file=sys.stderr))

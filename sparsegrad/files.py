@@ -94,6 +94,6 @@ def load_json(path: Path) -> Any:
     if (size := path.stat().st_size) > MAX_JSON:
         raise ValueError(f"{size} bytes are too many")
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError(str(error)) from None

@@ -32,6 +32,7 @@ from experiments.report.tables import (
     verdict,
 )
 from experiments.report.tables.base import Context, Table
+from sparsegrad.cli import replace_unprintable
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.files import check_writable
 
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", default="paper", help=", ".join(SCALES))
     parser.add_argument("--results-dir", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
+    replace_unprintable()
     try:
         check_choice("table", options.name, [*MAKERS, *FIGURES, "all"])
         check_choice("scale", options.scale, SCALES)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import datasets
 
 from sparsegrad.assets import hub_data as hub
-from sparsegrad.errors import check_choice
+from sparsegrad.errors import UserError, check_choice
 from sparsegrad.tasks.base import DataConfig, Splits, Task, label_kind
 from sparsegrad.tasks.glue_files import OFFICIAL, read_local
 
@@ -38,5 +38,22 @@ def _read_hub(task: Task) -> Splits:
 
 
 def _select_columns(task: Task, rows: datasets.Dataset) -> datasets.Dataset:
-    """Keep the task's columns, with labels of the same type as from files."""
+    """Keep the task's columns, with labels of the same type as from files.
+
+    Raises:
+        UserError: if a column is missing, or the data set names its labels otherwise or in another order.
+    """
+    missing = [name for name in (*task.columns, "label") if name not in rows.column_names]
+    if missing:
+        raise UserError(
+            f"task={task.name}: the data set {HUB_NAME} has no column {', '.join(missing)}, only "
+            f"{', '.join(rows.column_names)}; correct task.columns, or use data.dir=<folder>"
+        )
+    names = getattr(rows.features["label"], "names", None)  # of a ClassLabel; plain integers have none
+    if names is not None and tuple(names) != task.labels:
+        raise UserError(
+            f"task={task.name}: the data set {HUB_NAME} has the labels {', '.join(names)}, and task.labels is "
+            f"{', '.join(task.labels) or 'empty, a regression'}: every label would be another one; set "
+            f"task.labels=[{','.join(names)}]"
+        )
     return rows.select_columns([*task.columns, "label"]).cast_column("label", label_kind(task))

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_fixtures import message, tree, write_trees
+from llama_fixtures import LLAMA, message, tree, write_trees
+from run_fixtures import Composer, last_wins
 
 from sparsegrad.assets.download import asset_path
 from sparsegrad.errors import UserError
+from sparsegrad.runs.config import build
+from sparsegrad.runs.keys import determining
 from sparsegrad.tasks import DataConfig, Oasst
 from sparsegrad.tasks.dialogue import Turn, write_chat, write_inst
 from sparsegrad.tasks.language import IGNORED, Packer, make_conversations
@@ -204,3 +207,45 @@ def test_no_answer_to_learn_is_refused(tokenizer: Any) -> None:
 def test_bad_settings_are_named(fields: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"task\.{next(iter(fields))}"):
         oasst(**fields)
+
+
+def test_conversations_that_end_with_a_question_are_counted(tmp_path: Path) -> None:
+    write_trees(tmp_path / "train.jsonl", [tree(i) for i in range(3)])
+    write_trees(tmp_path / "validation.jsonl", [tree(9)])
+    counts = read(tmp_path).counts
+    assert (counts["train_conversations"], counts["train_conversations_ending_with_question"]) == (6, 3)
+    assert counts["validation_conversations_ending_with_question"] == 1
+
+
+def test_questions_without_an_answer_can_be_left_out(tmp_path: Path, tokenizer: Any) -> None:
+    alone = {"message_tree_id": "alone", "prompt": message("r", "prompter", "nobody answers")}
+    write_trees(tmp_path / "train.jsonl", [tree(1), alone])
+    write_trees(tmp_path / "validation.jsonl", [tree(9)])
+    found = read(tmp_path, drop_last_question=True)
+    kept = [[turn["role"] for turn in json.loads(row)] for row in found.train["conversation"]]
+    assert kept == [["user", "assistant"], ["user", "assistant"]]
+    assert found.counts["train_messages_unanswered"] == 2
+    assert found.counts["train_conversations_ending_with_question"] == 0
+    windows, _ = oasst().tokens(found.train, tokenizer, DataConfig(max_length=32))
+    ids, end = windows["input_ids"][0], tokenizer.eos_token_id
+    assert end is None or tokenizer.decode(ids).count("[/inst]") == 2
+
+
+def test_a_question_with_an_answer_stays_when_its_other_answers_are_dropped(tmp_path: Path) -> None:
+    spam = message("s", "assistant", "buy this", message("t", "prompter", "no"), review_result=False)
+    root = message("r", "prompter", "hello", spam, message("u", "assistant", "hi"))
+    write_trees(tmp_path / "train.jsonl", [{"message_tree_id": "t", "prompt": root}])
+    write_trees(tmp_path / "validation.jsonl", [tree(9)])
+    found = read(tmp_path, drop_last_question=True)
+    assert [[turn["text"] for turn in json.loads(row)] for row in found.train["conversation"]] == [["hello", "hi"]]
+
+
+def test_the_default_keeps_key_and_conversations_of_earlier_records(conf: Composer) -> None:
+    """The switch came after the first records: its default must leave their keys as they are."""
+    given = last_wins(*LLAMA)
+    before, off, on = (
+        build(conf(*given, *more)) for more in ((), ["task.drop_last_question=false"], ["task.drop_last_question=true"])
+    )
+    assert before.key == off.key
+    assert before.key != on.key
+    assert "drop_last_question" not in determining(before.resolved)["task"]
