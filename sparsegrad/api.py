@@ -19,9 +19,10 @@ from sparsegrad.optim.adamw import SparseGradAdamW
 from sparsegrad.optim.groups import core_groups, param_groups
 from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.optim.orders import ORDERS
+from sparsegrad.optim.rotation import check_rotation_dtype
 from sparsegrad.optim.selection import count_kept
 from sparsegrad.optim.summary import describe
-from sparsegrad.targets import Linears, Names, check_trainable, find_mlp
+from sparsegrad.targets import Linears, Names, all_linears, check_trainable, find_mlp
 
 ENGINES = ("exact", "fast")
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def prepare(
     gram_device: torch.device | str | None = None,
     engine: str = "exact",
     rotation_order: str = "auto",
+    rotation_dtype: torch.dtype | None = None,
     **adamw: Any,
 ) -> SparseGradAdamW:
     """Calibrate `model` and return the optimizer that fine-tunes it with SparseGrad.
@@ -84,6 +86,8 @@ def prepare(
             value and penalties on the weights in the loss do not, and raise an error; no optimizer but the returned one
             must read these gradients. With `gradient` the gradients stay plain, and the optimizer rotates them, as it
             does for `Conv1D` in any case. `tokens`, `inputs` and `outputs` are the other orders, for measurements.
+        rotation_dtype: `torch.bfloat16` rotates gradients in bfloat16 with sums in float32, on hardware that has it. It
+            rounds, so that a few of the kept entries differ. None: the dtype of the weights, at least float32.
         **adamw: `betas`, `eps`, `weight_decay`, `fused`, `foreach` of `SparseGradAdamW`.
 
     Raises:
@@ -97,10 +101,19 @@ def prepare(
         engine = "exact"
     _check_options(batches, lr, sides, moments, bases)
     check_choice("rotation_order", rotation_order, ORDERS)
-    _check_engine(engine, model, keep=keep, sides=sides, moments=moments, rotation_order=rotation_order)
+    _check_engine(
+        engine,
+        model,
+        keep=keep,
+        sides=sides,
+        moments=moments,
+        rotation_order=rotation_order,
+        rotation_dtype=rotation_dtype,
+    )
     model = unwrapped(model)  # names, and back-propagation without DDP's gradient averaging
     density = 0.01 if density is None and keep is None else density
     linears = _find_linears(model, target_modules, keep, density, engine)
+    check_rotation_dtype(rotation_dtype, next(all_linears(linears)).weight.device)
     # Calibration may take minutes: construct a throwaway optimizer first, so that bad options fail before it.
     SparseGradAdamW(model.parameters(), lr=lr, **adamw)
     if bases is None:
@@ -114,7 +127,7 @@ def prepare(
         assert density is not None
         groups = core_groups(model, use_blocks(model, linears, bases, density))
     else:
-        rotations = rotate_gradients(linears, bases, order=rotation_order)
+        rotations = rotate_gradients(linears, bases, order=rotation_order, dtype=rotation_dtype)
         groups = param_groups(model, linears, bases, keep=keep, density=density, moments=moments, rotations=rotations)
     optimizer = SparseGradAdamW(groups, lr=lr, **adamw)
     # Counted last: engine `fast` has added its cores to the model's parameters.
@@ -139,7 +152,7 @@ def _check_engine(engine: Any, model: Any, **options: Any) -> None:
     """Check that the engine is known and supports the given options."""
     if check_choice("engine", engine, ENGINES) == "exact":
         return
-    defaults = {"keep": None, "sides": "both", "moments": "dense", "rotation_order": "auto"}
+    defaults = {"keep": None, "sides": "both", "moments": "dense", "rotation_order": "auto", "rotation_dtype": None}
     if other := [f"{name}={options[name]}" for name in defaults if options[name] != defaults[name]]:
         raise UserError(
             f'engine="fast" does not take {", ".join(other)}: density alone sets its block, and sides="both", '

@@ -14,8 +14,8 @@ from sparsegrad.layers.block import BlockLinear, core_shape, share_bases
 from sparsegrad.layers.common import check_linear
 from sparsegrad.layers.lean import LeanLinear
 from sparsegrad.layers.rotated import SparseGradLinear
-from sparsegrad.optim.rotation import Rotation
-from sparsegrad.targets import Linears, weight_shapes
+from sparsegrad.optim.rotation import Rotation, check_rotation_dtype
+from sparsegrad.targets import Linears, all_linears, weight_shapes
 
 Blocks = dict[str, dict[str, BlockLinear]]
 """Layer kind -> module name -> the layer, in the model's order."""
@@ -75,8 +75,9 @@ def rotate_gradients(
         Layer kind -> its rotation, for `param_groups`.
 
     Raises:
-        UserError: for an unknown order, or as `LeanLinear`.
+        UserError: for an unknown order, a dtype that the device lacks, or as `LeanLinear`.
     """
+    check_rotation_dtype(dtype, next(all_linears(linears)).weight.device)
     rotations = {}
     for kind, found in linears.items():
         rotation = rotations[kind] = _find_rotation(found.values(), Rotation(bases[kind], order, dtype))

@@ -29,7 +29,8 @@ from sparsegrad.optim.adamw import SparseGradAdamW
 from sparsegrad.optim.groups import param_groups
 from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.optim.orders import ORDERS
-from sparsegrad.targets import Linears, weight_shapes
+from sparsegrad.optim.rotation import check_rotation_dtype
+from sparsegrad.targets import Linears, all_linears, weight_shapes
 
 ENGINES = ("exact", "layer")
 _DTYPES = {None: None, "bf16": torch.bfloat16}
@@ -38,7 +39,7 @@ _ENGINE_SETTINGS: dict[str, dict[str, Any]] = {
     "layer": {"backward": "regular"},
     "exact": {
         "sides": "both", "moments": "dense", "release_gradients": False, "drop_padding": False, "save_dtype": None,
-        "rotation_order": "auto",
+        "rotation_order": "auto", "rotation_dtype": None,
     },
 }  # fmt: skip
 
@@ -97,6 +98,8 @@ class SparseGrad:
         rotation_order: for engine `exact`: `auto`, the cheapest order of products for the tokens at hand; `gradient`,
             the optimizer rotates plain gradients; or one of the others in `sparsegrad.optim.orders`. Changes rounding
             at most.
+        rotation_dtype: for engine `exact`: `bf16` rotates gradients in bfloat16 with sums in float32, on hardware that
+            has it; None: in the dtype of the weights.
         basis: file with stored bases to use instead of a calibration.
     """
 
@@ -111,6 +114,7 @@ class SparseGrad:
     drop_padding: bool = False
     save_dtype: str | None = None
     rotation_order: str = "auto"
+    rotation_dtype: str | None = None
     basis: str | None = None
     name: str = "sparsegrad"
 
@@ -125,6 +129,9 @@ class SparseGrad:
         check_choice("method.drop_padding", self.drop_padding, (True, False))
         check_choice("method.rotation_order", self.rotation_order, ORDERS)
         check_choice("method.save_dtype", self.save_dtype, tuple(_DTYPES), "null keeps them as they are")
+        check_choice(
+            "method.rotation_dtype", self.rotation_dtype, tuple(_DTYPES), "null rotates in that of the weights"
+        )
         for name, value in _ENGINE_SETTINGS["layer" if self.engine == "exact" else "exact"].items():
             if getattr(self, name) != value:
                 default = "null" if value is None else str(value).lower()  # as in YAML
@@ -146,6 +153,7 @@ class SparseGrad:
                 f"method.release_gradients=true does not go with train.grad_accumulation={context.accumulation}, which "
                 "adds up the gradients of several passes: set the first to false, or the second to 1"
             )
+        check_rotation_dtype(_DTYPES[self.rotation_dtype], next(all_linears(linears)).weight.device)
         freeze(model, linears, context, mlp_weights=True)
         bases, cost = self.find_bases(model, linears, context)
         return self.build(model, linears, context, bases, cost)
@@ -192,6 +200,7 @@ class SparseGrad:
             linears,
             bases,
             order=self.rotation_order,
+            dtype=_DTYPES[self.rotation_dtype],
             drop_padding=self.drop_padding,
             save_dtype=_DTYPES[self.save_dtype],
         )

@@ -9,6 +9,7 @@ from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.optim.orders import FIXED_ORDERS, ORDERS, Order, cheapest_order
 
+DTYPES = (None, torch.bfloat16)  # of `Rotation`
 _TIES = 8  # equal largest entries by which clipping by value is recognized; 8 are possible by chance only in bfloat16
 
 
@@ -22,8 +23,8 @@ class Rotation:
     Attributes:
         basis: of one side or both. The optimizer replaces it when a state is loaded.
         order: `auto` (cheapest), or one of `FIXED_ORDERS`.
-        dtype: dtype of the rotations of the gradient; None: that of the weights, at least float32. The update is
-            rotated back in the latter.
+        dtype: dtype of the rotations of the gradient: None, that of the weights but at least float32; or
+            `torch.bfloat16`, with sums in float32. The update is rotated back in the former in any case.
         in_layers: whether the layers rotate. If not, the optimizer rotates plain gradients.
         replaced: whether the layers now rotate for another optimizer.
     """
@@ -31,7 +32,7 @@ class Rotation:
     def __init__(self, basis: Basis, order: str = "auto", dtype: torch.dtype | None = None) -> None:
         self.basis = basis
         self.order = check_choice("rotation_order", order, ORDERS)
-        self.dtype = dtype
+        self.dtype = check_choice("rotation_dtype", dtype, DTYPES, "None keeps that of the weights")
         self.in_layers = self.replaced = False
         self._steps = 0
         self._cast: Basis | None = None  # the basis in `dtype`
@@ -97,3 +98,24 @@ class Rotation:
                 f"{int(ties.max())} entries of a rotated gradient are equal, as after clipping by value, which means "
                 "something else in the rotated space: clip by norm, or give rotation_order='gradient'"
             )
+
+
+def check_rotation_dtype(dtype: torch.dtype | None, device: torch.device) -> None:
+    """Check that `dtype` is one of `DTYPES`, and that the device multiplies in it and sums in float32.
+
+    Without such instructions a product in bfloat16 is emulated, and slower than one in float32.
+    """
+    check_choice("rotation_dtype", dtype, DTYPES, "None keeps that of the weights")
+    if dtype is None:
+        return
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        supported = device.type == "cpu" and bool(
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+    if not supported:
+        raise UserError(
+            f"rotation_dtype={dtype} needs a device with bfloat16 products, which this {device.type} lacks "
+            "(AVX512-BF16 or AMX on a CPU, compute capability 8.0 on an NVIDIA GPU): leave it at None"
+        )

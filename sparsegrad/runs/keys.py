@@ -21,6 +21,7 @@ _LATER: dict[tuple[str, str], Any] = {
     ("method", "drop_padding"): False,
     ("method", "save_dtype"): None,
     ("method", "rotation_order"): "auto",  # the optimizer rotated before: equal up to rounding
+    ("method", "rotation_dtype"): None,
     ("model", "revision"): None,
     ("model", "keep_head"): False,
     ("model", "trust_remote_code"): False,
