@@ -7,7 +7,7 @@ content, and a record with another one is not taken for the same run.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparsegrad.assets.download import asset_path
@@ -110,13 +110,14 @@ def _hash_folder(folder: Path) -> str:
 
 def _refuse_adapter(config: ModelConfig, source: Source, is_language: bool) -> None:
     """Refuse an adapter of peft: the run would train to its end and then have no whole model to save."""
-    here = source.folder is not None and (source.folder / "adapter_config.json").is_file()
-    there = source.repository is not None and "adapter_config.json" in source.repository.files
-    if not here and not there:
+    repository, about = source.repository, "adapter_config.json"
+    folder = source.folder
+    if repository is not None and about in repository.files:
+        folder = fetch_files(replace(repository, files=(about,)))
+    if folder is None or not (folder / about).is_file():
         return
-    name, base = config.source, "<its base model>"
-    if source.folder is not None:
-        base = json.loads((source.folder / "adapter_config.json").read_text()).get("base_model_name_or_path") or base
+    name = config.source
+    base = json.loads((folder / about).read_text()).get("base_model_name_or_path") or "<its base model>"
     loader = "AutoPeftModelForCausalLM" if is_language else "AutoPeftModelForSequenceClassification"
     raise UserError(
         f"model.source={name} is a peft adapter, not a model: merge it first with "

@@ -316,6 +316,16 @@ def test_code_of_a_repository_runs_only_when_asked(
     assert marker.exists()
 
 
+def test_an_adapter_on_the_hub_is_refused_before_its_weights_are_downloaded(hub: Hub, hub_run: Any) -> None:
+    about = {"peft_type": "LORA", "base_model_name_or_path": made.BERT}
+    hub.add(
+        "models/org/adapter", {"adapter_config.json": json.dumps(about).encode(), "adapter_model.safetensors": b"x"}
+    )
+    with pytest.raises(UserError, match=rf"org/adapter is a peft adapter.*model\.tokenizer={made.BERT}"):
+        find_sources(hub_run("model.source=org/adapter").model)
+    assert not any("/storage/" in request for request in hub.asked)
+
+
 def test_stdout_is_quiet_and_downloads_show_a_bar_on_stderr(hub: Hub, tmp_path: Path) -> None:
     hub.rules.append(Rule("GET /storage/", cut=0.5, times=1))  # the client then warns, with the address
     main, side = pty.openpty()
