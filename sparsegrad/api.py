@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsegrad.basis import SIDES, Basis
-from sparsegrad.calibration.gradients import Batch, calibrate
+from sparsegrad.calibration.gradients import Batch, Progress, calibrate
 from sparsegrad.distributed import check_same_weights, unwrapped
 from sparsegrad.errors import UserError, check_choice, check_number, renamed_arguments, warn_renamed
 from sparsegrad.layers.common import check_linear
@@ -46,6 +46,7 @@ def prepare(
     engine: str = "exact",
     rotation_order: str = "auto",
     rotation_dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
     **adamw: Any,
 ) -> SparseGradAdamW:
     """Calibrate `model` and return the optimizer that fine-tunes it with SparseGrad.
@@ -88,6 +89,7 @@ def prepare(
             does for `Conv1D` in any case. `tokens`, `inputs` and `outputs` are the other orders, for measurements.
         rotation_dtype: `torch.bfloat16` rotates gradients in bfloat16 with sums in float32, on hardware that has it. It
             rounds, so that a few of the kept entries differ. None: the dtype of the weights, at least float32.
+        progress: shows the progress of the calibration with the remaining time, e.g. `tqdm`; see `calibrate`.
         **adamw: `betas`, `eps`, `weight_decay`, `fused`, `foreach` of `SparseGradAdamW`.
 
     Raises:
@@ -119,7 +121,9 @@ def prepare(
     if bases is None:
         assert batches is not None
         by_kind = {kind: found.values() for kind, found in linears.items()}
-        bases = calibrate(model, batches, by_kind, calibration_steps, sides=sides, gram_device=gram_device)
+        bases = calibrate(
+            model, batches, by_kind, calibration_steps, sides=sides, gram_device=gram_device, progress=progress
+        )
     else:
         check_same_weights(model)  # `calibrate` checks this in the other case
         bases = _fit_bases(bases, linears, sides)

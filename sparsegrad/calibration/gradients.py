@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,22 @@ from sparsegrad.basis import SIDES, Basis
 from sparsegrad.calibration.grams import Grams
 from sparsegrad.distributed import average_, check_same_weights, refuse_shards, unwrapped
 from sparsegrad.errors import UserError, check_choice, check_integer, first_line
+from sparsegrad.layers.lean import LeanLinear
+from sparsegrad.layers.replace import computes_gradient
+from sparsegrad.optim.rotation import Rotation
 
 Batch = Mapping[str, Any]
+
+
+class Progress(Protocol):
+    """What shows progress, such as `tqdm.auto.tqdm`."""
+
+    def __call__(self, items: Any, /, *, desc: str) -> Iterable[Any]:
+        """Yield each of `items`, a sequence, and show how many have been processed and how long the rest takes."""
+
+
+def _show_nothing(items: Any, /, *, desc: str) -> Iterable[Any]:
+    return items  # type: ignore[no-any-return]
 
 
 def calibrate(
@@ -26,7 +40,7 @@ def calibrate(
     sides: str = "both",
     gram_device: torch.device | str | None = None,
     update: Callable[[], None] | None = None,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    progress: Progress | None = None,
 ) -> dict[str, Basis]:
     """Collect gradients of the MLP weights over `steps` batches and decompose them (paper, section 3.1).
 
@@ -49,7 +63,8 @@ def calibrate(
             one kind occupy 0.55 GB.
         update: called after each batch, e.g. to take an optimizer step as the authors' code does. The other parameters
             are then not frozen.
-        progress: wraps the iterator of steps, e.g. `tqdm`.
+        progress: called as `progress(items, desc=...)` for the batches, and again for the decompositions; `tqdm` fits,
+            and shows the remaining time. None shows nothing.
 
     Returns:
         Layer kind -> `Basis`, in the weights' dtype (float32 for lower precisions) and on the model's device.
@@ -58,6 +73,7 @@ def calibrate(
         UserError: for too few batches, a batch without loss, a weight without gradient, a gradient that is not finite,
             a sharded model, a model that differs between processes, or a device that does not exist.
     """
+    progress = progress or _show_nothing
     check_integer("steps", steps, at_least=1, remedy="the paper uses 30")
     check_choice("sides", sides, SIDES)
     _check_device(gram_device)
@@ -68,9 +84,9 @@ def calibrate(
     weights = {kind: [linear.weight for linear in linears] for kind, linears in found.items()}
     grams = {kind: Grams(sides=sides, device=gram_device) for kind in weights}
     device = next(model.parameters()).device
-    with _plain_gradients(found), _collect_gradients(model, weights, grams, freeze=update is None):
+    with _lean_gradients(found), _collect_gradients(model, weights, grams, freeze=update is None):
         source = iter(batches)
-        for step in progress(range(steps)):
+        for step in progress(range(steps), desc="calibration"):
             _compute_loss(model, _read_batch(source, step, steps), device).backward()  # type: ignore[no-untyped-call]
             if update is not None:
                 average_(_other_gradients(model, weights))
@@ -83,7 +99,7 @@ def calibrate(
                 f"{len(weights[kind])} weights: name only linears that the model's forward pass uses"
             )
     # `pop` frees the sums of a kind before the next is decomposed.
-    return {kind: grams.pop(kind).basis().to(device) for kind in list(grams)}
+    return {kind: grams.pop(kind).basis().to(device) for kind in progress(list(grams), desc="decomposition")}
 
 
 def _check_device(device: torch.device | str | None) -> None:
@@ -96,17 +112,27 @@ def _check_device(device: torch.device | str | None) -> None:
 
 
 @contextmanager
-def _plain_gradients(linears: Mapping[str, list[nn.Linear]]) -> Iterator[None]:
-    """Inside the context, layers that an earlier `prepare` lets compute rotated gradients compute plain ones."""
-    rotating: list[Any] = [one for of in linears.values() for one in of if getattr(one, "rotation", None) is not None]
-    rotations = [layer.rotation for layer in rotating]
+def _lean_gradients(linears: Mapping[str, list[nn.Linear]]) -> Iterator[None]:
+    """Inside the context, the linears compute plain gradients, and on a CPU they leave out padding.
+
+    Padding costs a third of the weight gradients of short texts and nearly all of those of the last block, of which a
+    classifier reads one token. Layers that an earlier `prepare` lets compute rotated gradients are set back meanwhile.
+    """
+    converted: list[LeanLinear] = []
+    before: list[tuple[LeanLinear, Rotation | None, bool]] = []
     try:
-        for layer in rotating:
-            layer.rotation = None
+        for linear in (linear for found in linears.values() for linear in found):
+            if isinstance(linear, LeanLinear):
+                before.append((linear, linear.rotation, linear.drop_padding))
+                linear.rotation, linear.drop_padding = None, linear.drop_padding or linear.weight.is_cpu
+            elif linear.weight.is_cpu and computes_gradient(linear):
+                converted.append(LeanLinear.convert(linear, drop_padding=True))
         yield
     finally:
-        for layer, rotation in zip(rotating, rotations, strict=True):
-            layer.rotation = rotation
+        for layer, rotation, drop_padding in before:
+            layer.rotation, layer.drop_padding = rotation, drop_padding
+        for layer in converted:
+            layer.restore()
 
 
 @contextmanager

@@ -27,6 +27,8 @@ from sparsegrad.errors import UserError, check_choice, missing_package
 class Grams:
     """Running sums of G G^T (out, out) and G^T G (in, in) over the gradients of one layer kind.
 
+    Above the diagonal blocks the sums are written by `basis` only.
+
     The sums are float64 for float64 gradients and float32 otherwise.
 
     Attributes:
@@ -60,9 +62,9 @@ class Grams:
             )
         # In place: no second matrix (out, out) or (in, in).
         if self.out_gram is not None:
-            self.out_gram.addmm_(G, G.T)
+            _add_product(self.out_gram, G)
         if self.in_gram is not None:
-            self.in_gram.addmm_(G.T, G)
+            _add_product(self.in_gram, G.T)
         self.count += 1
 
     def _begin(self, G: Tensor) -> None:
@@ -90,9 +92,36 @@ class Grams:
     def _take_gram(self, name: str) -> Tensor | None:
         """Return a sum, and drop it from this object if the sums are used up."""
         gram: Tensor | None = getattr(self, name)
+        if gram is not None:
+            _mirror(gram)
         if self.shape is None:
             setattr(self, name, None)
         return gram
+
+
+def _blocks(size: int, device: torch.device) -> range:
+    """First rows of the blocks in which a symmetric matrix of `size` rows is summed: 8 of a large one on a CPU."""
+    width = max(128, -(-size // 8)) if device.type == "cpu" else size
+    return range(0, size, width)
+
+
+def _add_product(gram: Tensor, A: Tensor) -> None:
+    """Add A A^T to `gram` (n, n) in place, on and below the blocks of the diagonal; A is (n, o).
+
+    The product is symmetric, and torch has no routine that uses it. Eight blocks need 9/16 of the operations.
+    """
+    starts = _blocks(len(gram), gram.device)
+    for start in starts:
+        stop = start + starts.step
+        gram[start:, start:stop].addmm_(A[start:], A[start:stop].T)
+
+
+def _mirror(gram: Tensor) -> None:
+    """Copy what `_add_product` has summed below the diagonal to above it, in place."""
+    starts = _blocks(len(gram), gram.device)
+    for start in starts:
+        stop = start + starts.step
+        gram[start:stop, stop:] = gram[stop:, start:stop].T
 
 
 def _decompose(gram: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:

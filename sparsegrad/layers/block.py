@@ -75,6 +75,7 @@ class BlockLinear(nn.Module):
     merged: Tensor
     in_basis: Tensor
     out_basis: Tensor
+    _cast: tuple[tuple[Any, ...], Tensor] | None = None  # state of W, and W in another dtype
 
     def __init__(self, weight: Tensor, bias: Tensor | None, basis: Basis, core_shape: tuple[int, int]) -> None:
         super().__init__()
@@ -135,6 +136,20 @@ class BlockLinear(nn.Module):
         self.merged.copy_(self.core)
         self._merged_version = self.core._version
 
+    @torch.no_grad()
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _cast_weight(self, dtype: torch.dtype) -> Tensor:
+        """W in `dtype`, cast once after each merge instead of in each forward pass, as under autocast."""
+        W = self.weight
+        if W.dtype == dtype:
+            return W
+        # Any write increments the version, except those through `.data`; a move to another device changes the address.
+        state = (dtype, W._version, W.data_ptr())
+        if self._cast is None or self._cast[0] != state:
+            self._cast = None  # frees the old copy first
+            self._cast = (state, W.detach().to(dtype))
+        return self._cast[1]
+
     def _factor_change(self, change: Tensor) -> tuple[Tensor, Tensor]:
         """V_c change U_r^T as a product of two matrices; the longer side of the core (c, r) is multiplied first."""
         right = self.in_basis.to(change.dtype).T
@@ -146,12 +161,15 @@ class BlockLinear(nn.Module):
         self.merge()
         dtype = product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
-            W, U_r = self.weight.to(dtype), self.in_basis.to(dtype)
-            V_c = self.out_basis.to(dtype)
+            W, U_r, V_c = self._cast_weight(dtype), self.in_basis.to(dtype), self.out_basis.to(dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
             tokens = x.reshape(-1, x.shape[-1]).to(dtype)
             y = _BlockLinear.apply(tokens, W, bias, self.core, U_r, V_c)  # type: ignore[no-untyped-call]
         return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the cast weight, which the copy makes for itself."""
+        return {name: value for name, value in vars(self).items() if name != "_cast"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

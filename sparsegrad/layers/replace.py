@@ -81,7 +81,7 @@ def rotate_gradients(
     rotations = {}
     for kind, found in linears.items():
         rotation = rotations[kind] = _find_rotation(found.values(), Rotation(bases[kind], order, dtype))
-        rotation.in_layers = order != "gradient" and all(map(_computes_gradient, found.values()))
+        rotation.in_layers = order != "gradient" and all(map(computes_gradient, found.values()))
         for linear in found.values():
             if rotation.in_layers or drop_padding or save_dtype is not None:
                 check_linear(linear, "a lean linear", "leave drop_padding and save_dtype off")
@@ -98,7 +98,7 @@ def _find_rotation(linears: Collection[nn.Module], wanted: Rotation) -> Rotation
     return next((rotation for rotation in earlier.values() if rotation.equals(wanted)), wanted)
 
 
-def _computes_gradient(linear: nn.Module) -> bool:
+def computes_gradient(linear: nn.Module) -> bool:
     """Whether a module's function is that of its class, and the class an `nn.Linear`, so that `LeanLinear` fits."""
     return type(linear) in (nn.Linear, LeanLinear) and "forward" not in vars(linear)
 

@@ -65,7 +65,7 @@ def calibrated_bases(
             the store, because its updates would be missing.
     """
     mlp = {kind: list(found.values()) for kind, found in linears.items()}
-    batches, progress = islice(context.batches(), steps), partial(tqdm, desc="calibration", leave=False)
+    batches, progress = islice(context.batches(), steps), partial(tqdm, leave=False)
     # Settings name the stored basis; `both`, the default, is left out of the name.
     settings = {"steps": steps, **({} if sides == "both" else {"sides": sides})} if update is None else None
     return context.calibrated(
