@@ -7,7 +7,7 @@ QUICKSTART := runs/quickstart
 
 .DEFAULT_GOAL := help
 .PHONY: bench bench-quick docs help install assets quickstart test check format clean dashboard sweep-table report
-.PHONY: test-lowest test-latest test-wheel lock audit
+.PHONY: test-lowest test-latest test-wheel lock audit search evidence
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,6 +109,20 @@ reproduce-%: $(INSTALLED) # table1 ... table15, ablation, basis, quality, sectio
 	@$(CELLS) $* $(ARGS); status=$$?; \
 	if [ $$status -le 1 ] && [ -z "$(DRY)" ]; then $(BIN)/python -m experiments.report $* --scale $(SCALE) || exit $$?; fi; \
 	exit $$status
+
+# The evidence of the small models: searches with equal budgets, then the blocks of conf/experiment/evidence_*.yaml.
+# DATA=<glue folder>, TREES=<file of conversation trees>, WORKERS=2 (processes of one thread each), DRY=1; METHODS=a,b
+# and TASKS=a,b narrow the searches, ARGS="task=stsb" a block. Both continue where they stopped and repeat nothing.
+WORKERS ?= 2
+BLOCK ?= all
+GIVEN = $(if $(DATA),--data $(DATA)) $(if $(TREES),--trees $(TREES)) --workers $(WORKERS) $(if $(DRY),--dry)
+NARROWED = $(if $(METHODS),--methods $(METHODS)) $(if $(TASKS),--tasks $(TASKS))
+
+search: $(INSTALLED) ## SCALE=mini DATA=<glue>: what the searches of the evidence lack, with equal budgets
+	@$(BIN)/python -m experiments.reproduce.search_all --scale $(SCALE) $(GIVEN) $(NARROWED) $(ARGS)
+
+evidence: $(INSTALLED) ## BLOCK=0..6|all DATA=<glue>: what the runs of a block lack, into results/
+	@$(BIN)/python -m experiments.reproduce.evidence $(BLOCK) $(GIVEN) $(ARGS)
 
 report: $(INSTALLED) ## rebuild every table, figure and results/report/index.html from the records; runs nothing
 	@$(BIN)/python -m experiments.report all

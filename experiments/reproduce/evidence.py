@@ -1,0 +1,162 @@
+"""Make the runs of the evidence plans: `python -m experiments.reproduce.evidence 2a --data <glue folder>`.
+
+A block is a plan of conf/experiment (experiments/reproduce/plans.py has their order); `all` makes them one after the
+other. Every cell is a process of its own with one thread. Cells with a complete record are never repeated, so the same
+command continues after a kill, and several calls share the work. The records go to results/, with the plan's hash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from experiments.reproduce import dry_run, search_all
+from experiments.reproduce.cells import Cell, list_cells
+from experiments.reproduce.costs import Estimates, facts_of
+from experiments.reproduce.plans import Block, list_blocks, read_plan
+from experiments.reproduce.processes import Ended, Job, cell_job, is_held, last_error, run_jobs
+from sparsegrad.errors import UserError, check_integer
+
+POLL_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Where the data is, the number of processes, further overrides of run.py, and whether to list only."""
+
+    data: str | None
+    trees: str | None
+    workers: int
+    overrides: tuple[str, ...]
+    dry: bool = False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: status 0 if all cells are complete, 1 if some failed, 2 after bad input, 130 after Ctrl-C."""
+    options = _parser().parse_intermixed_args(arguments)
+    # This command makes the committed evidence, so it names its place.
+    overrides = ("results_dir=results", *options.overrides)
+    request = Request(
+        data=options.data, trees=options.trees, workers=options.workers, overrides=overrides, dry=options.dry
+    )
+    try:
+        check_integer("WORKERS", options.workers, at_least=1)
+        return max(_make_block(block, request, is_only=options.block != "all") for block in list_blocks(options.block))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
+        return 130
+
+
+def _make_block(block: Block, request: Request, *, is_only: bool) -> int:
+    print(f"block {block.name}: {', '.join(block.plans) or 'searches'}", flush=True)
+    if block.takes_trees and request.trees is None:
+        reason = f"block {block.name} needs TREES=<file of conversation trees>"
+        if is_only:
+            raise UserError(reason)
+        print(f"left out: {reason}", flush=True)
+        return 0
+    if not block.plans:
+        wanted = search_all.Request(data=request.data, trees=request.trees, overrides=_last_wins(request.overrides))
+        return search_all.make(search_all.plan_searches(wanted), request.workers, dry=request.dry)
+    return max(_make_plan(name, block, request) for name in block.plans)
+
+
+def _make_plan(name: str, block: Block, request: Request) -> int:
+    read_plan(name)  # checks it
+    overrides = _last_wins((*block.overrides, *request.overrides))
+    try:
+        cells = list_cells(name, overrides, request.trees if block.takes_trees else request.data)
+    except UserError as error:
+        if not request.dry:
+            raise
+        print(f"{name}: waits for its searches ({error})", flush=True)
+        return 0
+    if request.dry:
+        dry_run.show(cells)
+        return 0
+    return make(cells, request.workers)
+
+
+def _last_wins(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Drop overrides that a later one repeats, which Hydra refuses for groups."""
+    return tuple({one.partition("=")[0]: one for one in overrides}.values())
+
+
+def make(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS) -> int:
+    """Make every cell without a complete record, `workers` at a time; status 1 if some failed.
+
+    A cell that another call is running is left to it, and looked at again at the end.
+    """
+    jobs = {cell_job(cell): cell for cell in cells if not cell.is_complete}
+    failed: dict[str, str] = {}
+    minutes: list[float] = []
+
+    def is_needed(job: Job) -> bool:
+        return not jobs[job].is_complete and job.label not in failed and not is_held(jobs[job])
+
+    while any(not cell.is_complete and job.label not in failed for job, cell in jobs.items()):
+        started = 0
+        with closing(run_jobs(jobs, workers, is_needed)) as ended:
+            for one in ended:
+                started += 1
+                _note(one, jobs[one.job], failed, minutes)
+                _print_progress(one, cells, failed, minutes, workers)
+        if not started:  # the rest is in the hands of another call
+            time.sleep(poll)
+    complete = sum(cell.is_complete for cell in cells)
+    print(f"{complete} of {len(cells)} cells complete, {len(minutes)} of them by this call", flush=True)
+    for label, reason in failed.items():
+        print(f"failed: {label}: {reason}; the next call tries it again", flush=True)
+    return 1 if failed else 0
+
+
+def _note(ended: Ended, cell: Cell, failed: dict[str, str], minutes: list[float]) -> None:
+    if cell.is_complete:
+        minutes.append(ended.minutes)
+    elif not is_held(cell):  # held: another call took it between the check and the start
+        failed[ended.job.label] = last_error(ended.job.log) or f"ended with status {ended.status}, see {ended.job.log}"
+
+
+def _print_progress(
+    ended: Ended, cells: Sequence[Cell], failed: dict[str, str], minutes: Sequence[float], workers: int
+) -> None:
+    """One line for a cell that has ended, with the hours that are left."""
+    left = [cell for cell in cells if not cell.is_complete]
+    estimates = Estimates(Path(cells[0].config.results_dir) / "runs")  # anew: this cell's record is one of them
+    usual = median(minutes) / 60 if minutes else 0.0
+    hours = 0.0
+    for cell in left:
+        known, source = estimates.of(facts_of(cell.config.resolved))
+        hours += known if known is not None and source == "records" else usual
+    what = failed.get(ended.job.label, "done")
+    print(
+        f"{ended.job.label}: {what} ({ended.minutes:.1f} min); {len(left)} cells left, "
+        f"about {hours / workers:.1f} hours, {workers} at a time",
+        flush=True,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.reproduce.evidence", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("block", help="0 to 6, 2a, 2b, or all")
+    parser.add_argument("--data", help="folder with GLUE (default: download from the hub)")
+    parser.add_argument("--trees", help="file of OpenAssistant conversation trees, for block 6 and its searches")
+    parser.add_argument("--workers", type=int, default=2, help="processes at a time, one thread each (default: 2)")
+    parser.add_argument("--dry", action="store_true", help="list the cells and their cost without running anything")
+    parser.add_argument("overrides", nargs="*", help="overrides as for run.py, for example task=stsb")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

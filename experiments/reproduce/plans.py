@@ -1,0 +1,118 @@
+"""The plans of the evidence: conf/experiment/evidence_*.yaml, their `evidence` node, and the order of their blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.paths import CONF
+from sparsegrad.errors import UserError, check_choice, check_integer, fail, first_line
+
+REGIMES = {"paper": True, "mlp_only": False}  # -> train.train_rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One step of the evidence, complete by itself.
+
+    Attributes:
+        name: as on the command line.
+        plans: its experiment YAMLs; empty: the searches of all plans.
+        overrides: which part of the plans it runs.
+        takes_trees: whether its data are conversation trees instead of GLUE.
+    """
+
+    name: str
+    plans: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    takes_trees: bool = False
+
+
+BLOCKS = (
+    Block(name="0", plans=("evidence_gates",)),
+    Block(name="1"),
+    Block(name="2a", plans=("evidence_paper",), overrides=("seed=42,3705,2023",)),
+    Block(name="3", plans=("evidence_mlp_only",)),
+    Block(name="4", plans=("evidence_density", "evidence_basis")),
+    Block(name="5", plans=("evidence_base",)),
+    Block(name="6", plans=("evidence_smollm2",), takes_trees=True),
+    Block(name="2b", plans=("evidence_paper",), overrides=("seed=37,7777",)),
+)
+SEARCHED = ("evidence_paper", "evidence_mlp_only", "evidence_smollm2")  # plans with searches of their own
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvidencePlan:
+    """What the code needs of one plan.
+
+    Attributes:
+        name: of its YAML.
+        params: the sweeper parameters, key -> values.
+        budget: number of search trials for each method and task.
+        regime: `paper` or `mlp_only`.
+        takes_trees: whether its task reads conversation trees instead of GLUE.
+    """
+
+    name: str
+    params: dict[str, list[str]]
+    budget: int
+    regime: str
+    takes_trees: bool
+
+
+def list_blocks(name: str) -> list[Block]:
+    """The blocks that a name stands for, in the order of execution: one, both of `2`, or `all`.
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    check_choice("BLOCK", name, [*(block.name for block in BLOCKS), "2", "all"])
+    return [block for block in BLOCKS if name in ("all", block.name, block.name[0])]
+
+
+def read_plan(name: str) -> EvidencePlan:
+    """Read a plan and check its `evidence` node.
+
+    Raises:
+        UserError: if the YAML cannot be composed, or a value of `evidence` is missing or not allowed.
+    """
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("config", [f"experiment={name}"], return_hydra_config=True)
+        node: Any = OmegaConf.to_container(composed.evidence, resolve=False) if composed.evidence else None
+        train_rest = composed.train.train_rest
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"plan {name}: {first_line(error)}") from None
+    if not isinstance(node, Mapping):
+        raise UserError(f"plan {name} has no evidence node: conf/experiment/evidence_paper.yaml shows one")
+    params = {
+        str(key): [one.strip() for one in str(text).split(",")] for key, text in composed.hydra.sweeper.params.items()
+    }
+    _check_evidence(name, node, params, train_rest)
+    return EvidencePlan(
+        name=name,
+        params=params,
+        budget=node["budget"],
+        regime=node["regime"],
+        takes_trees=composed.task.name == "oasst1",
+    )
+
+
+def _check_evidence(name: str, node: Mapping[str, Any], params: Mapping[str, list[str]], train_rest: bool) -> None:
+    for key in ("regime", "gates", "budget", "seeds", "min_seeds", "max_improving"):
+        if key not in node:
+            raise UserError(f"plan {name} lacks evidence.{key}: conf/experiment/evidence_paper.yaml shows it")
+    check_integer(f"plan {name}: evidence.budget", node["budget"], at_least=1)
+    check_choice(f"plan {name}: evidence.regime", node["regime"], tuple(REGIMES))
+    if REGIMES[node["regime"]] is not train_rest:
+        reason = f"train.train_rest is {str(train_rest).lower()}"
+        raise fail(f"plan {name}: evidence.regime", node["regime"], reason, "make both of one regime")
+    if [str(seed) for seed in node["seeds"]] != params.get("seed"):
+        seeds = ",".join(params.get("seed", []))
+        raise fail(f"plan {name}: evidence.seeds", node["seeds"], f"its runs have {seeds}", "make both the same")

@@ -1,0 +1,123 @@
+"""Cells and searches as processes of their own: their commands and logs, several at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.paths import ROOT
+from experiments.reproduce.cells import Cell
+from sparsegrad.errors import BusyError
+from sparsegrad.runs.run_folder import run_lock
+
+POLL_SECONDS = 0.2
+_PATIENCE = 60.0  # seconds for a stopped run to write its checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One process to start: its name in messages, its command, and the file that its output goes to."""
+
+    label: str
+    command: tuple[str, ...]
+    log: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """A job that has ended: its exit status, and the minutes it took."""
+
+    job: Job
+    status: int
+    minutes: float
+
+
+def cell_job(cell: Cell) -> Job:
+    """The process that makes one cell; `experiment=` lets its record name the plan."""
+    own = [one for one in cell.overrides if not one.startswith("hydra.")]
+    command = [sys.executable, str(ROOT / "run.py"), f"experiment={cell.experiment}", *own, "hydra.mode=RUN"]
+    log = Path(cell.config.work_dir) / "logs" / f"{cell.config.key}.log"
+    return Job(label=f"{cell.experiment} {cell.label}", command=tuple(command), log=log)
+
+
+def is_held(cell: Cell) -> bool:
+    """Whether another process is running the cell."""
+    try:
+        with run_lock(cell.config):
+            return False
+    except BusyError:
+        return True
+
+
+def last_error(log: Path) -> str:
+    """The last error message of a log, else its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or [line for line in lines if line] or [""])[-1].removeprefix("error: ")
+
+
+def run_jobs(jobs: Iterable[Job], workers: int, is_needed: Callable[[Job], bool] = lambda job: True) -> Iterator[Ended]:
+    """Run jobs, `workers` at a time and each with one thread; yield each as it ends.
+
+    Args:
+        jobs: in the order of their start.
+        workers: number of processes at a time.
+        is_needed: asked just before a job starts, as another process may have done it meanwhile.
+    """
+    waiting, running = iter(jobs), dict[Job, tuple[subprocess.Popen[bytes], float]]()
+    with _stop_on_signal():
+        try:
+            while True:
+                while len(running) < workers and (job := next(filter(is_needed, waiting), None)) is not None:
+                    running[job] = _start(job), time.monotonic()
+                ended = [job for job, (process, _) in running.items() if process.poll() is not None]
+                for job in ended:
+                    process, began = running.pop(job)
+                    yield Ended(job=job, status=process.returncode, minutes=(time.monotonic() - began) / 60)
+                if not running and not ended:
+                    return
+                if not ended:
+                    time.sleep(POLL_SECONDS)
+        finally:
+            _stop([process for process, _ in running.values()])
+
+
+def _start(job: Job) -> subprocess.Popen[bytes]:
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("w") as output:
+        # One thread each: two pools of threads that compete for the cores slow both down tenfold.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(job.command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Let runs write a checkpoint and end, and kill those that do not."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[None]:
+    """Treat SIGTERM as Ctrl-C, so that the processes started here are stopped too."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

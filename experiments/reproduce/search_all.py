@@ -1,0 +1,175 @@
+"""Fill the searches of the evidence plans: `python -m experiments.reproduce.search_all --data <glue folder>`.
+
+Every method and task of a plan has one study with the plan's number of trials (`evidence.budget`), so that all methods
+are tuned alike. Finished studies are left alone; the same command continues a stopped one. Several calls can share the
+work: two workers of one study never run the same trial. The summaries in results/studies are what `hparams=search`
+reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.paths import ROOT, SCALES
+from experiments.reproduce import searches
+from experiments.reproduce.plans import SEARCHED, EvidencePlan, read_plan
+from experiments.reproduce.processes import Ended, Job, last_error, run_jobs
+from experiments.reproduce.searches import Search
+from sparsegrad.errors import UserError, check_choice, check_integer
+from sparsegrad.sweeps.search_results import SWEEPS
+from sparsegrad.sweeps.show import export
+from sparsegrad.sweeps.study import load_study, quiet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is searched: methods and tasks (empty: all), the data, further overrides of run.py."""
+
+    methods: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    data: str | None = None
+    trees: str | None = None
+    overrides: tuple[str, ...] = ()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: status 0 if all searches are finished, 1 if not, 2 after bad input, 130 after Ctrl-C."""
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        check_choice("SCALE", options.scale, SCALES)
+        check_integer("WORKERS", options.workers, at_least=1)
+        if options.scale != "mini":
+            raise UserError(
+                "the searches of the paper's models are Tables 13-15: make reproduce-table13; give SCALE=mini"
+            )
+        request = Request(
+            methods=_split(options.methods),
+            tasks=_split(options.tasks),
+            data=options.data,
+            trees=options.trees,
+            overrides=tuple(options.overrides),
+        )
+        return make(plan_searches(request), options.workers, dry=options.dry)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
+        return 130
+
+
+def plan_searches(request: Request) -> list[Search]:
+    """The searches of all plans, checked before anything runs; SmolLM2's only where there are trees.
+
+    Raises:
+        UserError: for a method or task that no plan has, or a plan that is not in order.
+    """
+    plans = [read_plan(name) for name in SEARCHED]
+    for key, chosen in (("method", request.methods), ("task", request.tasks)):
+        known = list(dict.fromkeys(value for plan in plans for value in plan.params[key]))
+        for one in chosen:
+            check_choice(f"{key.upper()}S", one, known)
+    if request.trees is None:
+        plans = [plan for plan in plans if not plan.takes_trees]
+        print("SmolLM2's searches are left out: they need TREES=<file of conversation trees>", flush=True)
+    found = [search for plan in plans for search in _searches_of(plan, request)]
+    for search in found:
+        _check_budget(search)
+    return found
+
+
+def _check_budget(search: Search) -> None:
+    """Refuse a summary of another budget: its search would count as finished here."""
+    try:
+        spent = json.loads(search.summary.read_text())["budget"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if spent != search.plan.budget:
+        raise UserError(
+            f"search {search.study} has a budget of {spent} trials, its plan one of {search.plan.budget}: all methods "
+            f"need the same; delete {search.summary.parent} and call again with ARGS=sweep.overwrite=true"
+        )
+
+
+def _searches_of(plan: EvidencePlan, request: Request) -> list[Search]:
+    data = request.trees if plan.takes_trees else request.data
+    found = []
+    for task in plan.params["task"]:
+        for method in plan.params["method"]:
+            if task in (request.tasks or [task]) and method in (request.methods or [method]):
+                sweep = SWEEPS[plan.regime == "paper"]
+                about = [f"experiment={plan.name}", f"sweep={sweep}", f"task={task}", f"method={method}"]
+                found.append(searches.make_search([*about, *request.overrides, "hydra.mode=RUN"], task, data))
+    return found
+
+
+def make(found: Sequence[Search], workers: int, *, dry: bool) -> int:
+    """Finish the searches, `workers` at a time, or list what they lack if `dry`; status 1 if trials are left."""
+    quiet()
+    if dry:
+        searches.show(found)
+        return 0
+    jobs = {search_job(one): one for one in found}
+    for one in found:  # also those that others finished, but that have no summary yet
+        export_finished(one)
+    with closing(run_jobs(jobs, workers, lambda job: not jobs[job].is_finished)) as ended:
+        for job in ended:
+            _report(job, jobs[job.job], found)
+    left = [one for one in found if not one.is_finished]
+    for one in left:
+        print(f"left: search {one.study}: {one.finished()} of {one.plan.budget} trials; the next call continues it")
+    return 1 if left else 0
+
+
+def search_job(search: Search) -> Job:
+    """The process that adds a worker to a search."""
+    log = Path(search.plan.base.work_dir) / "logs" / f"{search.study}.log"
+    return Job(label=search.study, command=(sys.executable, str(ROOT / "run.py"), *search.overrides), log=log)
+
+
+def export_finished(search: Search) -> None:
+    """Write the summary of a finished search that has none yet."""
+    if not search.summary.is_file() and search.is_finished:
+        try:
+            export(load_study(search.plan.sweep.storage, search.study), search.summary.parent)
+        except UserError as error:  # every trial diverged: there is nothing to use, and the others go on
+            print(f"search {search.study}: {error}", flush=True)
+
+
+def _report(ended: Ended, search: Search, found: Sequence[Search]) -> None:
+    """One line on a search whose worker has ended."""
+    export_finished(search)
+    left = sum(one.plan.budget - one.finished() for one in found)
+    what = "finished" if search.is_finished else last_error(ended.job.log) or f"ended with status {ended.status}"
+    print(f"search {search.study}: {what} in {ended.minutes:.1f} min; {left} trials left", flush=True)
+
+
+def _split(text: str | None) -> tuple[str, ...]:
+    return tuple(one.strip() for one in text.split(",") if one.strip()) if text else ()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.reproduce.search_all", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--scale", default="mini", help="mini: the plans are of the small models")
+    parser.add_argument("--methods", help="only these, comma-separated")
+    parser.add_argument("--tasks", help="only these, comma-separated")
+    parser.add_argument("--data", help="folder with GLUE (default: download from the hub)")
+    parser.add_argument("--trees", help="file of OpenAssistant conversation trees, for SmolLM2")
+    parser.add_argument("--workers", type=int, default=2, help="processes at a time, one thread each (default: 2)")
+    parser.add_argument(
+        "--dry", action="store_true", help="list the searches and what they lack without running anything"
+    )
+    parser.add_argument("overrides", nargs="*", help="overrides as for run.py, for example results_dir=elsewhere")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,335 @@
+"""Searches and runs of the evidence as commands: complete, equal, resumable, and nothing twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_fixtures import ROOT, SHORT, TINY, environment
+
+from experiments.reproduce import evidence, search_all
+from experiments.reproduce.cells import Cell, list_cells
+from experiments.reproduce.processes import Job, run_jobs
+from sparsegrad.errors import UserError
+from sparsegrad.files import write_json
+from sparsegrad.runs.plan import plan_hash
+from sparsegrad.runs.run_folder import run_lock
+from sparsegrad.sweeps.search_results import study_name
+
+FAKE = (*TINY, "sweep.runner=sweep_fakes.run", "sweep.heartbeat=0.5")
+PLAN = ROOT / "conf" / "experiment" / "evidence_paper.yaml"
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A results folder; processes find the stand-in runner."""
+    path = os.pathsep.join([str(ROOT / "tests" / "support"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    for name, value in environment(PYTHONPATH=path).items():
+        monkeypatch.setenv(name, value)
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def places(results: Path, tmp_path: Path) -> list[str]:
+    return [f"results_dir={results}", f"work_dir={tmp_path / 'work'}"]
+
+
+def summary(method: str, lr: float, **other: Any) -> dict[str, Any]:
+    """The exported summary of a finished search on MiniLM and CoLA."""
+    name = study_name("minilm", method, "cola", other.get("train_rest", True))
+    return {
+        "study": name,
+        "labels": {"model": "minilm", "method": method, "task": "cola"},
+        "objective": "heldout",
+        "budget": 8,
+        "train_rest": True,
+        "at_edge": False,
+        "best": {"values": {"train.lr": lr}},
+        "trials": {"complete": 5, "pruned": 3},
+        **other,
+    }
+
+
+def store(results: Path, found: dict[str, Any], name: str | None = None) -> Path:
+    path = results / "studies" / (name or found["study"]) / "summary.json"
+    write_json(path, found)
+    return path
+
+
+def test_a_search_runs_with_equal_budgets_and_its_rates_are_used(
+    results: Path, places: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--methods", "lora,meprop", "--tasks", "mrpc", "--data", "glue", *FAKE, *places]
+    assert search_all.main([*given, "--dry"]) == 0
+    assert "0 of 2 studies complete" in capsys.readouterr().out
+    assert search_all.main(given) == 0
+    said = capsys.readouterr().out
+    assert "search evidence-minilm-lora-mrpc: finished in" in said
+    for method in ("lora", "meprop"):
+        found = json.loads((results / "studies" / f"evidence-minilm-{method}-mrpc" / "summary.json").read_text())
+        assert found["budget"] == 8 == found["trials"]["complete"] + found["trials"]["pruned"]
+        assert (found["train_rest"], found["at_edge"]) == (True, False)
+    record = json.loads(next((results / "runs" / "evidence-minilm-lora-mrpc").glob("*.json")).read_text())
+    assert record["plan"] == {"experiment": "evidence_paper", "sha256": plan_hash(PLAN)}
+    assert search_all.main(given) == 0
+    assert "finished in" not in capsys.readouterr().out, "a finished search is left alone"
+    (results / "studies" / "studies.db").unlink()
+    assert search_all.main(given) == 0
+    assert "finished in" not in capsys.readouterr().out, "its summary is enough"
+    cells = list_cells("evidence_paper", [places[0], "task=mrpc", "method=lora,meprop", "seed=42"])
+    assert [cell.config.train.lr for cell in cells] == [1e-3, 1e-3], "the stand-in is best there"
+
+
+def test_a_killed_search_continues_where_it_stopped(results: Path, places: list[str], tmp_path: Path) -> None:
+    slow = ["protocol.patience=400", "sweep.pruner=none"]  # milliseconds of a run of the stand-in
+    command = [sys.executable, "-m", "experiments.reproduce.search_all", "--methods", "full,lora", "--tasks", "mrpc"]
+    command += ["--data", "glue", *FAKE, *places, *slow]
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL)
+    runs = results / "runs"
+    end = time.monotonic() + 90
+    while len(list(runs.rglob("*.json"))) < 4 and time.monotonic() < end:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.json")}
+    assert 4 <= len(before) < 16
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = {path: path.stat().st_mtime_ns for path in runs.rglob("*.json")}
+    assert len(after) == 16, "eight trials of each search"
+    assert all(after[path] == stamp for path, stamp in before.items()), "no finished trial is repeated"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scale", "paper"], "make reproduce-table13"),
+        (["--methods", "magic"], "METHODS=magic is not allowed: choose one of full, lora"),
+        (["--tasks", "rte"], "TASKS=rte is not allowed: choose one of stsb"),
+        (["--workers", "0"], "WORKERS=0"),
+        (["sweep.trials=0"], "sweep.trials=0"),
+    ],
+)
+def test_bad_input_of_a_search_is_one_line(
+    arguments: list[str], message: str, places: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert search_all.main([*arguments, *places]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_search_of_another_budget_is_refused(
+    results: Path, places: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store(results, summary("lora", 1e-4, budget=6, trials={"complete": 6, "pruned": 0}))
+    assert search_all.main(["--methods", "lora", "--tasks", "cola", *places]) == 2
+    assert "evidence-minilm-lora-cola has a budget of 6 trials, its plan one of 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": 6}, "has a budget of 6 trials, this plan one of 8"),
+        ({"trials": {"complete": 5, "pruned": 1}}, "has 6 of 8 trials"),
+        ({"train_rest": False}, r"another regime \(train\.train_rest=False, this run has True\)"),
+        ({"objective": "validation"}, "chosen on validation rows"),
+        ({"labels": {"model": "minilm", "method": "full", "task": "cola"}}, "is of minilm / full / cola"),
+        ({"best": {}}, "is not a summary of a search"),
+        ({"budget": None}, "has a budget of None trials"),
+    ],
+)
+def test_a_search_that_does_not_fit_is_refused_by_name(
+    change: dict[str, Any], message: str, results: Path, places: list[str]
+) -> None:
+    store(results, {**summary("lora", 1e-4), **change}, "evidence-minilm-lora-cola")
+    one = ["method=lora", "task=cola", "seed=42", places[0]]
+    with pytest.raises(UserError, match=f"(?s)evidence-minilm-lora-cola.*{message}.*make search"):
+        list_cells("evidence_paper", one)
+
+
+def test_a_missing_search_and_a_budget_of_zero_are_refused(results: Path, places: list[str]) -> None:
+    one = ["method=lora", "task=cola", "seed=42", places[0]]
+    with pytest.raises(UserError, match=r"evidence-minilm-lora-cola is missing.*METHODS=lora TASKS=cola"):
+        list_cells("evidence_paper", one)
+    store(results, summary("lora", 1e-4))
+    with pytest.raises(UserError, match=r"evidence\.budget=0"):
+        list_cells("evidence_paper", [*one, "evidence.budget=0"])
+    with pytest.raises(UserError, match="evidence_mlp_only-minilm-lora_tuned-cola is missing"):
+        list_cells("evidence_mlp_only", ["method=lora_tuned", "task=cola", "seed=42", places[0]])
+
+
+def test_a_rate_is_carried_to_a_larger_model_as_a_multiple_of_fulls(results: Path, places: list[str]) -> None:
+    store(results, summary("full", 1e-4))
+    store(results, summary("meprop", 3.16e-4))
+    cells = list_cells("evidence_base", ["method=full,meprop", "task=cola", "seed=42", places[0]])
+    assert [cell.config.train.lr for cell in cells] == [3e-5, 9.48e-5]
+
+
+def test_a_method_may_use_the_rate_of_another(results: Path, places: list[str]) -> None:
+    store(results, summary("sparsegrad", 5e-4, train_rest=False))
+    cells = list_cells("evidence_basis", ["task=cola", "seed=42", places[0]])
+    assert {cell.config.method.name for cell in cells} == {"sparsegrad_authors"}
+    assert {cell.config.train.lr for cell in cells} == {5e-4}
+
+
+def test_the_rates_need_no_optuna(results: Path, places: list[str]) -> None:
+    store(results, summary("lora", 1e-4))
+    code = (
+        "import sys; sys.modules['optuna'] = None\n"
+        "from hydra import compose, initialize_config_dir\n"
+        "from sparsegrad.sweeps import hparams\n"
+        f"with initialize_config_dir({str(ROOT / 'conf')!r}, version_base='1.3'):\n"
+        f"    composed = compose('config', ['experiment=evidence_paper', 'method=lora', 'task=cola', {places[0]!r}])\n"
+        "print(hparams.apply(composed))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = (
+        "{'from': 'search', 'study': 'evidence-minilm-lora-cola', 'budget': 8, 'at_edge': False, 'train.lr': 0.0001}"
+    )
+    assert done.stdout.strip() == found
+
+
+@pytest.fixture
+def cells(places: list[str], glue: Path) -> list[Cell]:
+    """Four tiny cells of block 0."""
+    small = [one for one in SHORT if not one.startswith("train.lr")]
+    given = [*TINY, *small, *places, "train.lr=1e-3,2e-3,3e-3,4e-3", "train.precision=fp32"]
+    return list_cells("evidence_gates", given, str(glue))
+
+
+@pytest.fixture
+def quick(cells: list[Cell], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Cells that only take half a second and write their record; a folder with a note of each start."""
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    script = tmp_path / "cell.py"
+    script.write_text(
+        "import pathlib, sys, time\n"
+        "number, record, text, notes = sys.argv[1:]\n"
+        "(pathlib.Path(notes) / f'{number}-{time.monotonic_ns()}').touch()\n"
+        "time.sleep(0.5)\n"
+        "if (pathlib.Path(notes) / f'broken{number}').exists(): sys.exit('error: the loss is not a finite number')\n"
+        "path = pathlib.Path(record); path.parent.mkdir(parents=True, exist_ok=True); path.write_text(text)\n"
+    )
+    numbers = {cell.label: number for number, cell in enumerate(cells)}
+
+    def job(cell: Cell) -> Job:
+        stamps = {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T01:00:00+00:00"}
+        record = {"schema": 1, "status": "complete", "config": cell.config.resolved, "environment": stamps}
+        command = [sys.executable, str(script), str(numbers[cell.label]), str(cell.config.record_path)]
+        command += [json.dumps(record), str(notes)]
+        return Job(label=cell.label, command=tuple(command), log=tmp_path / f"{numbers[cell.label]}.log")
+
+    monkeypatch.setattr(evidence, "cell_job", job)
+    return notes
+
+
+def starts(notes: Path) -> list[str]:
+    return sorted(path.name[0] for path in notes.glob("?-*"))
+
+
+def test_each_cell_is_made_once_with_a_line_and_the_remaining_hours(
+    cells: list[Cell], quick: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evidence.make(cells, workers=1) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert lines[0].endswith(" min); 3 cells left, about 3.0 hours, 1 at a time")  # each record says one hour
+    assert lines[-1] == "4 of 4 cells complete, 4 of them by this call"
+    assert starts(quick) == ["0", "1", "2", "3"]
+    assert evidence.make(cells, workers=2) == 0
+    assert starts(quick) == ["0", "1", "2", "3"]
+
+
+def test_a_failed_cell_is_named_and_tried_again_by_the_next_call(
+    cells: list[Cell], quick: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (quick / "broken1").touch()
+    assert evidence.make(cells, workers=2) == 1
+    assert f"failed: {cells[1].label}: the loss is not a finite number" in capsys.readouterr().out
+    (quick / "broken1").unlink()
+    assert evidence.make(cells, workers=2) == 0
+    assert starts(quick) == ["0", "1", "1", "2", "3"]
+
+
+def test_a_cell_in_the_hands_of_another_call_is_waited_for(cells: list[Cell], quick: Path) -> None:
+    record = {"schema": 1, "status": "complete", "config": cells[0].config.resolved}
+    program = (
+        "import sys, time\nfrom filelock import FileLock\n"
+        "with FileLock(sys.argv[1]):\n    print('held', flush=True); time.sleep(4)\n"
+        "    import pathlib; p = pathlib.Path(sys.argv[2]); p.parent.mkdir(parents=True, exist_ok=True)\n"
+        "    p.write_text(sys.argv[3])\n"
+    )
+    with run_lock(cells[0].config):
+        lock = next(Path(cells[0].config.work_dir).rglob("*.lock"))
+    arguments = [str(lock), str(cells[0].config.record_path), json.dumps(record)]
+    other = subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"held\n"
+    assert evidence.make(cells, workers=3, poll=0.1) == 0
+    assert starts(quick) == ["1", "2", "3"], "the other call made the first"
+    assert other.wait() == 0
+
+
+def test_a_stop_ends_the_processes(tmp_path: Path) -> None:
+    jobs = [
+        Job(label=str(n), command=(sys.executable, "-c", "import time; time.sleep(60)"), log=tmp_path / f"{n}.log")
+        for n in range(3)
+    ]
+    done = Job(label="done", command=(sys.executable, "-c", ""), log=tmp_path / "done.log")
+    began = time.monotonic()
+    running = run_jobs([done, *jobs], workers=3)
+    assert next(running).job == done
+    with pytest.raises(KeyboardInterrupt):
+        running.throw(KeyboardInterrupt())
+    assert time.monotonic() - began < 30
+
+
+def test_a_real_cell_names_its_plan(
+    places: list[str], results: Path, glue: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*TINY, *SHORT, *places, "train.precision=fp32"]
+    assert evidence.main(["0", "--data", str(glue), *given]) == 0
+    assert "1 of 1 cells complete, 1 of them by this call" in capsys.readouterr().out
+    (path,) = (results / "runs" / "evidence_gates").glob("*.json")
+    record = json.loads(path.read_text())
+    plan = ROOT / "conf" / "experiment" / "evidence_gates.yaml"
+    assert record["plan"] == {"experiment": "evidence_gates", "sha256": plan_hash(plan)}
+    assert "evidence" not in record["config"]
+    assert evidence.main(["0", "--data", str(glue), *given]) == 0
+    assert "1 of 1 cells complete, 0 of them by this call" in capsys.readouterr().out
+
+
+def test_dry_lists_what_can_run_and_what_waits(places: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert evidence.main(["all", "--data", "glue", "--dry", *places]) == 0
+    said = capsys.readouterr().out
+    assert "0 of 12 cells complete" in said
+    assert "evidence_paper: waits for its searches" in said
+    assert "left out: block 6 needs TREES=" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["9"], "BLOCK=9 is not allowed: choose one of 0, 1, 2a"),
+        (["6"], "block 6 needs TREES="),
+        (["0", "--workers", "0"], "WORKERS=0"),
+        (["2a"], "evidence-minilm-full-stsb is missing"),
+    ],
+)
+def test_bad_input_of_the_runs_is_one_line(
+    arguments: list[str], message: str, places: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evidence.main([*arguments, *places]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
