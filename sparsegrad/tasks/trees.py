@@ -52,10 +52,11 @@ def nested_tree(row: Mapping[str, Any], where: str) -> Tree:
             f"{where}: a conversation tree needs the field prompt, but this line has {', '.join(row)}: add it, or "
             "remove the line"
         )
+    message = _build_message(root, None, where)
     tree_id = row.get("message_tree_id") or root.get("message_id")  # OpenAssistant gives both the same value
     if tree_id in (None, ""):
         raise UserError(f"{where}: the conversation tree has no message_tree_id: add one that no other tree has")
-    return Tree(str(tree_id), _build_message(root, None, where), row.get("tree_state", _FINISHED) == _FINISHED)
+    return Tree(str(tree_id), message, row.get("tree_state", _FINISHED) == _FINISHED)
 
 
 def _build_message(row: Any, parent: str | None, where: str, depth: int = 1) -> Message:

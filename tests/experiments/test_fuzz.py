@@ -142,7 +142,7 @@ def test_a_small_adapter_cannot_ask_for_a_large_product(tmp_path: Path) -> None:
         ("a: " + "[" * 60 + "]" * 60, "nested deeper"),
         ("a: " + "[" * 100_000, "nested deeper|parsing"),
         ("a: " + "9" * 5000, "digits"),
-        ("- 1", "no names"),
+        ("- 1", "not a mapping"),
         ("? [a]\n: b", "not a text"),
         (BOMB, "aliases"),
         ("\x00", "character|unacceptable"),

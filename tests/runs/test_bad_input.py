@@ -219,7 +219,9 @@ def test_a_corrupt_asset_is_named_with_its_hash(
     assets._verified.cache_clear()
     line = refused("task=snippets", "data.dir=null")
     assert re.search(
-        rf"{damaged.name} is corrupt: expected sha256 [0-9a-f]{{64}}, found [0-9a-f]{{64}}; run `make", line
+        rf"{damaged.name} is corrupt: expected sha256 [0-9a-f]{{64}}, found [0-9a-f]{{64}}; "
+        "run `python -m sparsegrad.assets snippets`",
+        line,
     )
 
 
