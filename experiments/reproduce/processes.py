@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,9 @@ def last_error(log: Path) -> str:
     return (errors or [line for line in lines if line] or [""])[-1].removeprefix("error: ")
 
 
-def run_jobs(jobs: Iterable[Job], workers: int, is_needed: Callable[[Job], bool] = lambda job: True) -> Iterator[Ended]:
+def run_jobs(
+    jobs: Iterable[Job], workers: int, is_needed: Callable[[Job], bool] = lambda job: True
+) -> Generator[Ended, None, None]:
     """Run jobs, `workers` at a time and each with one thread; yield each as it ends.
 
     Args:

@@ -30,15 +30,26 @@ SEEDS = 4
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """A results folder with a rate for every method."""
+    """A results folder with a rate for every method, and the search of full fine-tuning on SST-2."""
     chosen = {method: {"lr": 1e-3 * (index + 1)} for index, method in enumerate(rates.METHODS)}
     write_json(tmp_path / "results" / "mini_rates.json", {"methods": chosen})
+    search = {
+        "study": "evidence-minilm-full-sst2",
+        "labels": {"model": "minilm", "method": "full", "task": "sst2"},
+        "objective": "heldout",
+        "budget": 8,
+        "train_rest": True,
+        "at_edge": False,
+        "best": {"values": {"train.lr": 1e-3}},
+        "trials": {"complete": 5, "pruned": 3},
+    }
+    write_json(tmp_path / "results" / "studies" / search["study"] / "summary.json", search)
     return tmp_path / "results"
 
 
 @pytest.fixture
 def overrides(results: Path, tmp_path: Path) -> list[str]:
-    """Overrides that make the cells of table5_mini tiny, and keep them in the test's folder."""
+    """Overrides that make the cells of evidence_paper tiny, and keep them in the test's folder."""
     small = [one for one in SHORT if not one.startswith("train.lr")]
     places = [f"results_dir={results}", f"work_dir={tmp_path / 'work'}"]
     return [*TINY, *small, *places, "train.precision=fp32", "protocol=paper", "method=full"]
@@ -47,7 +58,7 @@ def overrides(results: Path, tmp_path: Path) -> list[str]:
 @pytest.fixture
 def cells(overrides: list[str]) -> list[Cell]:
     """Four tiny cells that differ in the seed."""
-    return list_cells("table5_mini", [*overrides, f"seed={','.join(map(str, range(SEEDS)))}"])
+    return list_cells("evidence_paper", [*overrides, f"seed={','.join(map(str, range(SEEDS)))}"])
 
 
 def complete(cell: Cell) -> None:
@@ -79,7 +90,8 @@ def test_every_table_of_runs_composes(results: Path) -> None:
     every = {one for scale, names in EXPERIMENTS.items() for name in names for one in experiments_of(name, scale)}
     assert len(every) >= 9
     for experiment in every - {"table6", "table6_mini", "table6_mini_bases"}:  # on a task of their own
-        narrow = ["seed=42", "task=stsb", *([f"results_dir={results}"] if "mini" in experiment else [])]
+        searched = ["hparams=null"] if "evidence" in experiment else []  # their searches are made before
+        narrow = ["seed=42", "task=stsb", *([f"results_dir={results}"] if "mini" in experiment else []), *searched]
         found = list_cells(experiment, narrow)
         assert len({cell.config.key for cell in found}) == len(found) >= 2, experiment
         models = {"table4": ["roberta_large"], "table9": ["bert_base"], "table5": ["bert_base", "roberta_base"]}
