@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sparsegrad.optim.orders import FIXED_ORDERS, Order, cheapest_order
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -36,6 +38,25 @@ def _block(x: Linear, c: int, r: int) -> float:
     return 1 + r / (2 * x.m) + min(outputs_first, inputs_first) + min(r, c) / (2 * x.T)
 
 
+def _rotation(x: Linear, sides: str, order: Order) -> float:
+    """Rotating the gradient: each side token by token, or as part of the gradient (`sparsegrad.optim.orders`)."""
+    inputs = (x.T if order.inputs else x.m) * x.n**2 if sides != "out" else 0
+    outputs = (x.T if order.outputs else x.n) * x.m**2 if sides != "in" else 0
+    return 2 * (inputs + outputs) / x.product
+
+
+def _exact(x: Linear, sides: str, order: str = "auto") -> float:
+    """Engine exact: the gradient rotated in `order`, and the sparse update rotated back.
+
+    The longer side of the update is a sparse product, which is not counted. With both sides, a dense one follows.
+    """
+    small = "in" if x.n <= x.m else "out"
+    sides = small if sides == "small" else sides
+    chosen = cheapest_order(round(x.T), x.n, x.m, sides) if order == "auto" else FIXED_ORDERS[order]
+    back = min(x.n, x.m) / (2 * x.T) if sides == "both" else 0.0
+    return 1.5 + _rotation(x, sides, chosen) + back
+
+
 Cost = Callable[[Linear], float]
 """Cost of a linear as a multiple of F."""
 
@@ -45,9 +66,9 @@ COSTS: dict[str, Cost] = {
     "lora": lambda x: 1 + 1.5 * x.s * (x.n + x.m) / (x.n * x.m),
     # x U and y V^T forward, and the same two rotations of the gradient backward: (T n^2 + T m^2) each way.
     "layer": lambda x: 1.5 + x.n / x.m + x.m / x.n,
-    # Rotate the gradient on both sides, then rotate the sparse update back: sparse by dense, then one dense product.
-    "both_sides": lambda x: 1.5 + (x.n + x.m) / (2 * x.T) + min(x.n, x.m) / (2 * x.T),
-    "small_side": lambda x: 1.5 + min(x.n, x.m) / (2 * x.T),
+    "both_sides": lambda x: _exact(x, "both"),
+    "both_sides_gradient": lambda x: _exact(x, "both", "gradient"),
+    "small_side": lambda x: _exact(x, "small"),
     "block": lambda x: _block(x, x.c, x.r),
 }
 

@@ -99,10 +99,20 @@ ARMS: dict[str, Arm] = {
         bases=True,
     ),
     "exact": _sparsegrad("SparseGrad, engine exact", "both_sides"),
+    "exact_gradient": _sparsegrad(
+        "exact, the optimizer rotates finished gradients", "both_sides_gradient", rotation_order="gradient"
+    ),
+    "exact_rotation_bf16": _sparsegrad(
+        "exact, gradients rotated in bf16",
+        "both_sides",
+        lambda s: s.precision not in ("fp32", "tf32"),
+        rotation_dtype="bf16",
+    ),
     "exact_release": _sparsegrad("exact, gradients released", "both_sides", release_gradients=True),
-    # Without padding there is nothing to drop, and in bf16 the inputs are bf16 anyway: `only` leaves these arms out.
+    # On a CPU padding is dropped anyway, without padding there is nothing to drop, and in bf16 the inputs are bf16
+    # already: `only` leaves these arms out.
     "exact_drop": _sparsegrad(
-        "exact, padding dropped", "both_sides", lambda s: s.padding == "max_length", drop_padding=True
+        "exact, padding dropped on a GPU, too", "both_sides", lambda s: s.padding == "max_length", drop_padding=True
     ),
     "exact_bf16": _sparsegrad(
         "exact, inputs saved in bf16", "both_sides", lambda s: s.precision in ("fp32", "tf32"), save_dtype="bf16"

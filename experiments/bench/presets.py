@@ -25,7 +25,7 @@ _BARS = (
     "exact_lean",
     "fast",
 )
-_FEW_BARS = ("full", "lora_peft", "layer_regular", "exact", "exact_small", "fast")
+_FEW_BARS = ("full", "lora_peft", "layer_regular", "exact", "exact_gradient", "exact_small", "exact_lean", "fast")
 # The arms of the mini accuracy runs: the quality table shows their speed.
 _QUALITY = (*_FLOOR_AND_MAIN, "exact_release", "meprop", "authors")
 _LLAMA_GIB = 24  # needed for two full-size blocks in float32 with moments and bases
@@ -144,13 +144,14 @@ def _on_cpu(device: torch.device) -> list[Planned]:
         Planned(preset="model", setting=snippets, arms=_QUALITY),
         _stack("core", "mlp_768", 32, _FEW_BARS),
         *_padded(1, (16, 32)),
-        *(_stack("tokens", "mlp_768", batch, MAIN_ARMS) for batch in (4, 8)),
+        *(_stack("tokens", "mlp_768", batch, _FEW_BARS) for batch in (4, 8)),
+        _stack("tokens", "mlp_768", 1, _FEW_BARS, length=180),
         *(_stack("width", f"mlp_{hidden}", 16, MAIN_ARMS) for hidden in (384, 1024)),
-        *(_stack("precision", "mlp_768", 16, MAIN_ARMS, precision=name) for name in half),
+        *(_stack("precision", "mlp_768", 16, (*MAIN_ARMS, "exact_rotation_bf16"), precision=name) for name in half),
         _llama("llama_quarter", 1, 2, "fp32"),
         *_padded(None, (16,)),
         *_dynamic(1),
-        _stack("tokens", "mlp_768", 64, MAIN_ARMS),
+        _stack("tokens", "mlp_768", 64, _FEW_BARS),
     ]
 
 

@@ -194,3 +194,26 @@ def test_small_steps_reach_a_bfloat16_weight(linear, basis) -> None:
     lost = ((nearest.float() - before) * wanted).sum() / wanted.square().sum()
     assert kept == pytest.approx(1, abs=0.1)
     assert lost < 0.5
+
+
+def test_under_autocast_the_frozen_weight_is_cast_once_after_each_merge(linear, basis) -> None:
+    layer = BlockLinear.from_linear(linear, basis, CORE).float()
+    x = data()[0].detach().float()
+
+    def forward() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        return layer._cast[1]
+
+    first = forward()
+    assert first.dtype == torch.bfloat16
+    assert forward() is first
+    assert "_cast" not in vars(copy.deepcopy(layer))
+    with torch.no_grad():
+        layer.core.add_(1)
+    assert torch.equal(forward(), layer.weight.bfloat16())
+    assert not torch.equal(forward(), first)
+    layer.load_state_dict({name: torch.zeros_like(value) for name, value in layer.state_dict().items()})
+    assert not forward().any()
+    layer(x)  # without autocast nothing is cast
+    assert layer._cast[1] is not None
