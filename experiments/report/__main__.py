@@ -16,6 +16,7 @@ from experiments.paths import SCALES
 from experiments.report import figures, findings
 from experiments.report.answers_page import write_answers_page
 from experiments.report.collect import collect_cells
+from experiments.report.evidence import BLOCKS
 from experiments.report.page import problems, write_figure1, write_page
 from experiments.report.render import markdown, write_table
 from experiments.report.tables import (
@@ -24,7 +25,9 @@ from experiments.report.tables import (
     architecture,
     basis,
     calibration,
+    claims,
     correspondence,
+    evidence,
     hyperparams,
     llama,
     quality,
@@ -33,7 +36,7 @@ from experiments.report.tables import (
 )
 from experiments.report.tables.base import Context, Table
 from sparsegrad.cli import replace_unprintable
-from sparsegrad.errors import UserError, check_choice
+from sparsegrad.errors import UserError, check_choice, check_integer, fail
 from sparsegrad.files import check_writable
 
 Maker = Callable[[Context], Sequence[Table]]
@@ -57,6 +60,10 @@ def _searched(number: int) -> Maker:
     return make
 
 
+def _block(folder: str) -> Maker:
+    return lambda context: evidence.block_tables(context, folder)
+
+
 # Name -> its tables at the paper's scale; `MINI` replaces some of them at the mini scale.
 MAKERS: dict[str, Maker] = {
     "table1": lambda context: [architecture.table(context)],
@@ -78,9 +85,13 @@ MAKERS: dict[str, Maker] = {
     "basis": lambda context: [basis.table(context)],
     "ablation": lambda context: [ablation.table(context, 11), ablation.table(context, 12)],
     "quality": lambda context: [quality.table(context), quality.per_task(context), quality.energy(context)],
+    "claims": lambda context: [claims.table(context)],
+    "evidence": evidence.tables,
+    **{folder: _block(folder) for folder in BLOCKS},
 }
-MINI: dict[str, Maker] = dict.fromkeys(("table4", "table5", "table9", "table10"), _mini_accuracy)
-MINI |= {name: lambda context: [ablation.mini(context)] for name in ("table11", "table12", "ablation")}
+MINI: dict[str, Maker] = dict.fromkeys(("table4", "table5", "table9", "table10", "quality"), _block("evidence_paper"))
+MINI |= dict.fromkeys(("table11", "table12", "ablation"), _block("evidence_density"))
+MINI |= {"basis": _block("evidence_basis")}
 FIGURES = ("figure1", "figure2", "figure3")
 CURVES = dict.fromkeys(("ablation", "table11", "table12"), "ablation") | {
     "basis": "basis"
@@ -93,16 +104,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name", help=", ".join([*MAKERS, *FIGURES, "all"]))
     parser.add_argument("--scale", default="paper", help=", ".join(SCALES))
     parser.add_argument("--results-dir", type=Path, default=Path("results"))
+    parser.add_argument("--lines", type=int, help="of claims: print the ledger's first lines for the README, up to 3")
     options = parser.parse_args(arguments)
     replace_unprintable()
     try:
         check_choice("table", options.name, [*MAKERS, *FIGURES, "all"])
         check_choice("scale", options.scale, SCALES)
-        write_report(options.name, options.scale, options.results_dir)
+        if options.lines is not None:
+            _print_lines(options.name, options.lines, options.results_dir)
+        else:
+            write_report(options.name, options.scale, options.results_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _print_lines(name: str, count: int, results: Path) -> None:
+    """Print what holds, what does not, and what is open."""
+    if name != "claims":
+        raise fail("--lines", count, "only claims has lines", "run python -m experiments.report claims --lines 3")
+    check_integer("--lines", count, at_least=1)
+    print("\n".join(claims.lines(Context(results, collect_cells(results / "runs"), "mini"))[:count]))
 
 
 def write_report(name: str, scale: str, results: Path) -> None:
@@ -139,10 +162,11 @@ def make(context: Context, name: str) -> Sequence[Table]:
 
 
 def everything(context: Context) -> list[Table]:
-    """Every table once, the mini tables first: they are the ones with runs."""
-    found = [findings.table(context), *_mini_accuracy(context), ablation.mini(context), basis.table(context)]
+    """Every table once: the ledger, the evidence, the findings, the paper's tables, and the superseded ones last."""
+    found = [claims.table(context), *evidence.tables(context), findings.table(context)]
     for name in MAKERS:
         found += MAKERS[name](context)
+    found += [*_mini_accuracy(context), ablation.mini(context)]
     return list({table.name: table for table in found}.values())  # some names share a table
 
 

@@ -18,15 +18,25 @@ from experiments.report.tables.base import Context
 from sparsegrad.errors import UserError
 from sparsegrad.runs.predictions import Arrays, read_predictions
 
-# Folder below results/runs, which is the name of its plan -> (title of its table, block of `make evidence`).
+
+@dataclass(frozen=True)
+class About:
+    """How a block is named: title of its table, short name, and its number for `make evidence`."""
+
+    title: str
+    short: str
+    number: str
+
+
+# Folder below results/runs, which is the name of its plan, too.
 BLOCKS = {
-    "evidence_paper": ("All methods, the paper's regime, MiniLM", "2a"),
-    "evidence_mlp_only": ("All methods, MLP weights and head alone, MiniLM", "3"),
-    "evidence_base": ("Base size, the paper's regime, MPNet-base", "5"),
-    "evidence_density": ("Number of kept entries, MLP weights and head alone, MiniLM", "4"),
-    "evidence_basis": ("HOSVD's basis and the authors' basis, MLP weights and head alone, MiniLM", "4"),
-    "evidence_smollm2": ("Language model, validation loss, SmolLM2", "6"),
-    "evidence_gates": ("Health gates: full fine-tuning at several rates, MiniLM", "0"),
+    "evidence_paper": About("All methods, the paper's regime, MiniLM", "MiniLM", "2a"),
+    "evidence_mlp_only": About("All methods, MLP weights and head alone, MiniLM", "MiniLM, MLP only", "3"),
+    "evidence_base": About("Base size, the paper's regime, MPNet-base", "MPNet-base", "5"),
+    "evidence_density": About("Number of kept entries, MLP weights and head alone, MiniLM", "kept entries", "4"),
+    "evidence_basis": About("HOSVD's and the authors' basis, MLP weights and head alone, MiniLM", "bases", "4"),
+    "evidence_smollm2": About("Language model, validation loss, SmolLM2", "SmolLM2", "6"),
+    "evidence_gates": About("Health gates: full fine-tuning at several rates, MiniLM", "gates", "0"),
 }
 
 

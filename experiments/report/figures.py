@@ -15,7 +15,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from experiments.report import score_hours
 from experiments.report.collect import Store
+from experiments.report.palette import MARKERS, SERIES, label_points, style_of
 from experiments.report.render import write_bytes
 from experiments.report.tables import ablation, basis, quality
 from experiments.report.tables.accuracy import MINI_METHODS, MINI_TASKS
@@ -152,10 +154,10 @@ def basis_study(context: Context) -> Figure | None:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), sharey=True, layout="constrained")
     for axis, kind in zip(axes, KINDS, strict=True):
-        for name, label in basis.NAMES.items():
+        for (name, label), colour, marker in zip(basis.NAMES.items(), SERIES, MARKERS, strict=False):
             line = basis.energy(data, name, kind)
-            axis.plot(list(line), list(line.values()), marker=".", label=label)
-        axis.set(title=kind, xlabel="training step", ylim=(0, 1))
+            axis.plot(list(line), list(line.values()), marker=marker, markersize=4, color=colour, label=label)
+        axis.set(title=f"{kind} layers", xlabel="training step", ylim=(0, 1))
     axes[0].set_ylabel("energy in the largest 1 %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
@@ -164,31 +166,32 @@ def basis_study(context: Context) -> Figure | None:
 def ablation_curve(context: Context) -> Figure | None:
     """Score over density: published and ours for the paper's models, ours for MiniLM; ours with an error band."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    for number, model in ablation.MODELS.items():
-        axes[0].plot(*zip(*ablation.published_curve(number), strict=True), marker="o", label=f"published, {model}")
-        _band(axes[0], ablation.curve(context, number), f"ours, {model}")
-    points = ablation.mini_curve(context)
-    _band(axes[1], points, "MiniLM, mean ± sample std over seeds")
+    for (number, model), colour, marker in zip(ablation.MODELS.items(), SERIES, MARKERS, strict=False):
+        line = zip(*ablation.published_curve(number), strict=True)
+        axes[0].plot(*line, marker=marker, color=colour, label=f"published, {model}")
+        _band(axes[0], ablation.curve(context, number), f"ours, {model}", SERIES[number - 9])
+    points = ablation.evidence_curve(context)
+    _band(axes[1], points, "MiniLM, mean ± sample std over seeds", style_of("sparsegrad").colour)
     for axis in axes:
-        axis.set(xscale="log", xlim=(0.5, 150), xlabel="kept entries, %", ylabel="average score")
+        axis.set(xscale="log", xlim=(0.5, 150), xlabel="kept entries, %", ylabel="average score, points")
     axes[0].legend(fontsize=8)
     if points:
         axes[1].legend(fontsize=8)
     else:
-        axes[1].text(0.5, 0.5, "missing: no runs yet", ha="center", transform=axes[1].transAxes)
+        axes[1].text(0.5, 0.5, "not run yet: evidence_density", ha="center", transform=axes[1].transAxes)
         axes[1].set(yticks=[])
     return figure
 
 
-def _band(axis: Any, points: list[ablation.Point], label: str) -> None:
+def _band(axis: Any, points: list[ablation.Point], label: str, colour: str) -> None:
     """A line of means with a band of one sample standard deviation on each side."""
     if not points:
         return
     shares, means = [point.share for point in points], [point.value.mean for point in points]
     spread = [point.value.std or 0.0 for point in points]
     low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
-    (line,) = axis.plot(shares, means, marker="o", label=label)
-    axis.fill_between(shares, low, high, alpha=0.25, color=line.get_color())
+    axis.plot(shares, means, marker="D", color=colour, label=label)
+    axis.fill_between(shares, low, high, alpha=0.25, color=colour)
 
 
 def curves(context: Context) -> Figure | None:
@@ -201,7 +204,9 @@ def curves(context: Context) -> Figure | None:
                 steps = _mean_curve(context.store, method, task, group, field)
                 if steps:
                     any_line = True
-                    axes[line][column].plot(list(steps), list(steps.values()), linewidth=1, label=method)
+                    style = style_of(method)
+                    look: Any = {"color": style.colour, "marker": style.marker, "markersize": 3, "linewidth": 1}
+                    axes[line][column].plot(list(steps), list(steps.values()), label=style.name, **look)
         axes[0][column].set_title(task)
         axes[1][column].set_xlabel("step")
     axes[0][0].set_ylabel("training loss")
@@ -210,7 +215,7 @@ def curves(context: Context) -> Figure | None:
         plt.close(figure)
         return None
     labels = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=len(labels), fontsize=8)
+    figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
@@ -222,10 +227,9 @@ def quality_speed(context: Context) -> Figure | None:
     write_json(context.results / "figures" / "quality.json", {"schema": 1, "points": points})
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for point in points:
-        axis.errorbar(
-            point["steps_per_second"], point["score"], yerr=point["std"], fmt="o" if point["front"] else "x", capsize=2
-        )
-        axis.annotate(point["method"], (point["steps_per_second"], point["score"]), (5, 4), textcoords="offset points")
+        style, place = style_of(point["method"]), (point["steps_per_second"], point["score"])
+        axis.errorbar(*place, yerr=point["std"], fmt=style.marker, color=style.colour, capsize=2)
+    label_points(axis, [(one["steps_per_second"], one["score"], style_of(one["method"]).name) for one in points])
     front = sorted((point["steps_per_second"], point["score"]) for point in points if point["front"])
     axis.plot(*zip(*front, strict=True), color="gray", linewidth=1, zorder=0, label="Pareto front")
     axis.set(xlabel="steps/s in the benchmark", ylabel="average score, points (± sample std)")
@@ -246,6 +250,7 @@ def _mean_curve(store: Store, method: str, task: str, group: str, field: str | N
 
 
 FIGURES: dict[str, tuple[str, Callable[[Context], Figure | None]]] = {
+    "score_hours": ("Score over hours to full fine-tuning's score minus one point", score_hours.draw),
     "figure2": ("Figure 2: gradients before and after rotation", figure2),
     "figure3": ("Figure 3: the stripes of dL/dY are padding", figure3),
     "basis": ("Basis study: energy in the largest 1 % during training", basis_study),

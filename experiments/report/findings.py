@@ -10,9 +10,9 @@ import pandas as pd
 
 from experiments.published import contradictions
 from experiments.report import figures
-from experiments.report.tables import ablation, basis, calibration, correspondence, speed, verdict
-from experiments.report.tables.accuracy import MODELS, PROTOCOLS, SIGNIFICANCE
-from experiments.report.tables.base import Context, Table, interval_text
+from experiments.report.tables import ablation, basis, calibration, correspondence, speed
+from experiments.report.tables.accuracy import MODELS
+from experiments.report.tables.base import Context, Table
 
 Finding = tuple[str, str, str]
 """(question, answer, table or figure that the answer is based on)."""
@@ -21,40 +21,17 @@ Finding = tuple[str, str, str]
 def table(context: Context) -> Table:
     """All findings that the available data allows."""
     rows = [
-        *_mini(context),
         *_basis(context),
-        *_ablation(context),
         *_stripes(context),
         *_speed(context),
         *_paper(context),
     ]
     frame = pd.DataFrame(rows, columns=["question", "answer", "based on"])
     notes = [
-        "All numbers are computed from records, the authors' logs or printed cells. Questions without data are "
-        "omitted.",
-        "Intervals: two-sided 95 % Welch. " + SIGNIFICANCE,
+        "All numbers are computed from measurements, the authors' logs or printed cells. Questions without data are "
+        "omitted. Comparisons of methods are in the ledger.",
     ]
     return Table("findings", "Findings", frame, notes)
-
-
-def _mini(context: Context) -> Iterator[Finding]:
-    for protocol in PROTOCOLS:
-        for method in ("sparsegrad", "sparsegrad_fast", "sparsegrad_authors"):
-            said = [text for other in verdict.REFERENCES if (text := _against(context, protocol, method, other))]
-            if said:
-                question = f"MiniLM, protocol {protocol}: how does {method} compare?"
-                yield question, "; ".join(said), "Mini tables: comparison"
-
-
-def _against(context: Context, protocol: str, method: str, other: str) -> str:
-    found = verdict.compare(context, protocol, method, other)
-    if (
-        found.difference is None or found.interval is None
-    ):  # no interval without two seeds; the tables show the difference
-        return ""
-    low_high = f", 95 % interval {interval_text(found.interval)}"
-    count = f"{len(found.tasks)} task{'s' * (len(found.tasks) > 1)}, {found.seeds[0]} and {found.seeds[1]} seeds"
-    return f"{found.difference:+.2f} points against {other} over {count}{low_high}: {found.verdict}"
 
 
 def _basis(context: Context) -> Iterator[Finding]:
@@ -72,15 +49,8 @@ def _basis(context: Context) -> Iterator[Finding]:
         yield (
             f"What share of the gradient energy is in the largest 1 % of entries ({_measured_on(found)})?",
             said,
-            "Basis study",
+            "basis",
         )
-    for said in basis.differences(context):
-        yield "Is HOSVD as defined better than the basis in the authors' code (MiniLM, points)?", said, "Basis study"
-
-
-def _ablation(context: Context) -> Iterator[Finding]:
-    for said in ablation.whole_against_one_percent(context):
-        yield "Does keeping all entries help (MiniLM, points)?", said, "Tables 11 and 12 on MiniLM"
 
 
 def _stripes(context: Context) -> Iterator[Finding]:
@@ -101,7 +71,7 @@ def _stripes(context: Context) -> Iterator[Finding]:
     yield (
         f"What causes the stripes of dL/dY (all blocks but the last; {_measured_on(found)})?",
         "; ".join(said),
-        "Figure 3",
+        "figure3",
     )
 
 
@@ -124,28 +94,28 @@ def _speed(context: Context) -> Iterator[Finding]:
             yield (
                 f"How fast are the engines on {machine} ({label or 'whole model'})?",
                 "; ".join(said),
-                "Tables 3, 7 and 8: measured",
+                "table3_measured",
             )
 
 
 def _paper(context: Context) -> Iterator[Finding]:
     wrong = [one for one in correspondence.checks() if one.printed is not None and one.printed > correspondence.TINY]
     names = ", ".join(one.row for one in wrong)
-    yield "Do the rows of Table 2 hold numerically?", f"corrected, all do; as printed, all but {names}", "Table 2"
+    yield "Do the rows of Table 2 hold numerically?", f"corrected, all do; as printed, all but {names}", "table2"
     yield from _averages((*sorted(MODELS), *speed.PER_TASK))
     lines = [f"Table {number}: {line}" for number in ablation.MODELS for line in ablation.copied(number)]
     if lines:
-        yield "Are the 100 % rows of the ablation separate runs?", " ".join(lines), "Tables 11, 12"
+        yield "Are the 100 % rows of the ablation separate runs?", " ".join(lines), "table11, table12"
     for one in calibration.PRINTED:
         numbers, printed = calibration.arithmetic(one), float(one.memory.split()[0])
         printed *= 1000 if one.memory.endswith("GB") else 1
         closest = min(numbers, key=lambda name: abs(numbers[name] - printed))
         said = f"the closest candidate is {closest}: {numbers[closest]:,.0f} MB"
-        yield f"What do the {one.memory} of section 8 measure ({one.model})?", said, "Section 8"
+        yield f"What do the {one.memory} of section 8 measure ({one.model})?", said, "section8"
 
 
 def _averages(tables: Sequence[int]) -> Iterator[Finding]:
     said = [f"Table {number}, {line}" for number in tables for line in contradictions(number)]
     if said:
-        places = "Tables " + ", ".join(map(str, tables))
+        places = ", ".join(f"table{number}" for number in tables)
         yield "Which printed averages contradict their cells?", "; ".join(said), places

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,21 @@ from markupsafe import Markup
 from experiments.report.answers_page import has_answers
 from experiments.report.collect import PRUNED, skipped_summary
 from experiments.report.details import anchor, cell_details, environment_line
+from experiments.report.evidence import BLOCKS
 from experiments.report.render import write_text
 from experiments.report.tables import hyperparams, speed
-from experiments.report.tables.base import MISSING, OURS, Context, Table, is_measured
+from experiments.report.tables.base import MISSING, OURS, Context, Table
+from experiments.report.tables.evidence import command, progress
 
 TEMPLATES = Path(__file__).parent / "templates"
 LONG = 48  # characters; longer cells wrap
-_DERIVED = ("table5", "table5_mini_overview", "mini_verdict", "table3_measured")  # made from cells of other tables
+# Tables and figures of runs of one epoch, which stop in the middle of the rise: apart, until the evidence runs are in.
+SUPERSEDED = (
+    "mini_verdict", "table5_mini_overview", "table5_mini", "table11_mini", "basis_study", "quality", "quality_per_task",
+)  # fmt: skip
+SUPERSEDED_FIGURES = ("quality", "curves")
+LEDGER, FINDINGS, BASED_ON = "claims", "findings", "based on"
+NUMBER = re.compile(r"(< )?[+-]?\d[\d,]*(\.\d+)?( ± [\d.]+)?( to [+-]?[\d.]+)?( \(\d+\))?( %| MiB| MB| s| h)?")
 _CELLS_OF = {"table5_mini_overview": "table5_mini"}  # table -> table with the details of the same cells
 THEMES = {
     "light": {"ink": "#1c1e21", "soft": "#5d646e", "box": "#f3f5f8", "new": "#dfeaf8", "grad": "#b3401f"},
@@ -47,11 +55,34 @@ def write_page(context: Context, tables: Sequence[Table], figures: Mapping[str, 
     ]
     inline = _template("figure1.svg.j2").render({name: f"var(--{name})" for name in THEMES["light"]})
     # Images are embedded, so that the page works as a single file.
-    facts = {"tables": [_describe_table(context, table, tables) for table in tables], "problems": problems(context)}
-    facts |= {"figures": images, "figure1": Markup(inline), "failed": _count_failed(context), "counts": _counts(tables)}
-    facts["answers"] = has_answers(context.results)
+    described = [_describe_table(context, table, tables, {*figures_by_name(figures)}) for table in tables]
+    facts = {**_sort_sections(described, images), "problems": problems(context), "figure1": Markup(inline)}
+    facts |= {"failed": _count_failed(context), "progress": progress(context), "answers": has_answers(context.results)}
     write_text(path, _template("page.html.j2").render(facts | _environment(context)) + "\n")
     return path
+
+
+def figures_by_name(figures: Mapping[str, Path]) -> dict[str, str]:
+    """File name without suffix -> title."""
+    return {path.stem: title for title, path in figures.items()}
+
+
+def _sort_sections(tables: Sequence[dict[str, Any]], images: Sequence[dict[str, str]]) -> dict[str, Any]:
+    """The parts of the page in their order; tables without anything of ours are folded away."""
+    by_name = {table["name"]: table for table in tables}
+    first = [name for name in by_name if name in (LEDGER, FINDINGS) or name.startswith("evidence_")]
+    old = [name for name in by_name if name in SUPERSEDED]
+    others = [table for name, table in by_name.items() if name not in (*first, *old)]
+    return {
+        "ledger": by_name.get(LEDGER),
+        "evidence": [by_name[name] for name in first if name not in (LEDGER, FINDINGS)],
+        "findings": by_name.get(FINDINGS),
+        "paper": [table for table in others if not table["is_bare"]],
+        "bare": [table for table in others if table["is_bare"]],
+        "superseded": [by_name[name] for name in old],
+        "figures": [image for image in images if image["name"] not in SUPERSEDED_FIGURES],
+        "old_figures": [image for image in images if image["name"] in SUPERSEDED_FIGURES],
+    }
 
 
 def problems(context: Context) -> list[str]:
@@ -62,36 +93,65 @@ def problems(context: Context) -> list[str]:
     return [*lines, *store.skipped, *store.disagreements(), *others]
 
 
-def _describe_table(context: Context, table: Table, tables: Sequence[Table]) -> dict[str, Any]:
+def _describe_table(
+    context: Context, table: Table, tables: Sequence[Table], figures: Collection[str]
+) -> dict[str, Any]:
     """A table in the form that the template expects."""
-    measured, cells = table.coverage
     source = next((one for one in tables if one.name == _CELLS_OF.get(table.name)), table)
     known = {label: anchor(source.name, label) for label in source.records}
     records = [{str(name): str(cell) for name, cell in row.items()} for row in table.frame.to_dict("records")]
+    titles = {one.name: one.title.split(":")[0] for one in tables} | {name: _name_figure(name) for name in figures}
+    titles |= {folder: about.short for folder, about in BLOCKS.items() if folder in titles}
+    numeric = {name for name in table.frame.columns if _is_numeric([row[name] for row in records])}
     return {
         "name": table.name,
         "title": table.title,
         "notes": table.notes,
-        "columns": list(table.frame.columns),
-        "rows": [[_cell(table, row, name, known) for name in table.frame.columns] for row in records],
+        "columns": [{"name": name, "css": "num" if name in numeric else ""} for name in table.frame.columns],
+        "rows": [
+            [_cell(table, row, name, known, titles, name in numeric) for name in table.frame.columns] for row in records
+        ],
         "details": cell_details(context, table),
-        "measured": measured,
-        "cells": cells,
-        "share": round(100 * measured / cells) if cells else 0,
         "is_bare": table.is_bare,
+        "is_detail": table.name.startswith("evidence_") and table.name.endswith("_tasks"),
+        "missing": table.coverage[1] - table.coverage[0],
         "command": _command(table.name),
     }
 
 
-def _cell(table: Table, row: Mapping[str, str], name: str, known: Mapping[str, str]) -> dict[str, str]:
-    """One cell: text, CSS class, and the anchor of its details, if it has records."""
-    label = table.label_of(row) if name.startswith(OURS) else f"{row.get('method')} {name} {row.get('protocol')}"
+def _name_figure(name: str) -> str:
+    return re.sub(r"figure(\d)", r"Figure \1", name) if name.startswith("figure") else f"figure: {name}"
+
+
+def _is_numeric(texts: Sequence[str]) -> bool:
+    """Whether a column holds numbers; empty and missing cells do not matter, one in five may be a word."""
+    filled = [text for text in texts if text and text != MISSING]
+    return bool(filled) and sum(bool(NUMBER.fullmatch(text)) for text in filled) >= 0.8 * len(filled)
+
+
+def _cell(
+    table: Table, row: Mapping[str, str], name: str, known: Mapping[str, str], titles: Mapping[str, str], numeric: bool
+) -> dict[str, Any]:
+    """One cell: text, CSS class, the anchor of its details if it has records, and links if it names tables."""
     text = row[name]
-    return {"text": text, "css": _css(text), "href": known.get(label, "") if text != MISSING else ""}
+    href = known.get(_label(table, row, name), "") if text != MISSING else ""
+    css = " ".join(part for part in (_css(text), "num" if numeric and NUMBER.fullmatch(text) else "") if part)
+    names = text.split(", ") if name == BASED_ON else []
+    links = [{"href": one if one in titles else "", "text": titles.get(one, one)} for one in names]
+    return {"text": text, "css": css, "href": href, "links": links}
+
+
+def _label(table: Table, row: Mapping[str, str], name: str) -> str:
+    """The label in `records` of a cell."""
+    if table.name.startswith("evidence_"):
+        return f"{row.get('method')} {row['task'] if name == 'score' else name}"
+    return table.label_of(row) if name.startswith(OURS) else f"{row.get('method')} {name} {row.get('protocol')}"
 
 
 def _command(name: str) -> str:
     """The command that makes the runs of a table."""
+    if (folder := name.removesuffix("_tasks")) in BLOCKS:
+        return command(folder)
     known = {
         "table5_mini_overview": "table5 SCALE=mini DATA=glue",
         "table5_mini": "table5 SCALE=mini DATA=glue",
@@ -103,16 +163,6 @@ def _command(name: str) -> str:
     }
     target = known.get(name) or (name if re.fullmatch(r"table\d+|section8", name) else "")
     return f"make reproduce-{target}" if target else "make report"
-
-
-def _counts(tables: Sequence[Table]) -> list[tuple[str, int, int]]:
-    """(description, measured cells, all cells) for the paper's models and for others, without derived tables."""
-    counted = {"cells of the paper's models": (0, 0), "cells of small or cut models": (0, 0)}
-    for table in (one for one in tables if one.name not in _DERIVED):
-        for cells, is_small in table.cells:
-            name = list(counted)[is_small]
-            counted[name] = (counted[name][0] + is_measured(cells), counted[name][1] + 1)
-    return [(name, *numbers) for name, numbers in counted.items()]
 
 
 def _count_failed(context: Context) -> int:

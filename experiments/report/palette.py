@@ -6,7 +6,9 @@ the same information without colour.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,22 @@ def order_of(arm: str) -> tuple[int, str]:
     known = list(STYLES)
     method = ALIASES.get(arm, arm.partition(" ")[0])
     return (known.index(method) if method in known else len(known), arm)
+
+
+def label_points(axis: Any, labels: Sequence[tuple[float, float, str]], gap: float = 11.0) -> None:
+    """Write the labels (x, y, text) beside their points; labels that would overlap move apart, `gap` points at least.
+
+    Call it when all points are drawn, because it uses the limits of the axis.
+    """
+    axis.autoscale_view()
+    to_points = 72.0 / axis.figure.dpi
+    placed: list[tuple[float, float]] = []
+    for x, y, text in sorted(labels, key=lambda label: label[1]):
+        across, up = (to_points * part for part in axis.transData.transform((x, y)))
+        near = [top for left, top in placed if abs(left - across) < LABEL_WIDTH]
+        height = max([up, *(top + gap for top in near)])
+        placed.append((across, height))
+        axis.annotate(text, (x, y), (7, 3 + height - up), textcoords="offset points", fontsize=8)
+
+
+LABEL_WIDTH = 130.0  # points, of the longest name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ class Cases:
         every run.
         """
         label = np.random.default_rng(0).integers(0, 2, ROWS).astype(np.uint8)
-        hard = np.random.default_rng(1).random(ROWS) + 0.2 * np.random.default_rng(seed + len(method)).random(ROWS)
+        hard = np.random.default_rng(1).random(ROWS) + 0.2 * np.random.default_rng(
+            seed + zlib.crc32(method.encode())
+        ).random(ROWS)
         wrong = np.argsort(hard)[round(accuracy * ROWS) :]
         predicted = label.copy()
         predicted[wrong] = 1 - label[wrong]

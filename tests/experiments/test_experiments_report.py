@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -20,6 +21,7 @@ from test_sweep_dashboard import BROWSER
 from experiments.report import __main__ as report
 from experiments.report import figures, render
 from experiments.report.collect import collect_cells
+from experiments.report.evidence import BLOCKS
 from experiments.report.tables import accuracy
 from experiments.report.tables.base import MINI_MARK, Context
 from sparsegrad.files import write_json
@@ -212,9 +214,10 @@ def test_the_same_records_give_the_same_bytes(committed: Path) -> None:
 def test_the_page_has_every_table_and_live_links(committed: Path) -> None:
     page = (committed / "report" / "index.html").read_text()
     names = [f"table{number}" for number in range(1, 16)] + ["section8", "basis_study", "table5_mini", "table11_mini"]
-    names += ["findings", "mini_verdict"]
+    names += ["claims", "findings", "mini_verdict", *BLOCKS]
     assert all(f'data-name="{name}"' in page for name in names)
-    assert "http" not in page.replace("http://www.w3.org", "").replace("https://arxiv.org", "")
+    text = re.sub(r'base64,[^"]+', "", page)  # an image may contain these four letters
+    assert "http" not in text.replace("http://www.w3.org", "").replace("https://arxiv.org", "")
     links = [part.split('"')[0] for part in page.split('href="../')[1:]]
     assert links
     assert all((committed / link).is_file() for link in links)
@@ -229,6 +232,9 @@ setTimeout(() => { document.title = JSON.stringify({opened: !folded || folded.op
 inner: page.defaultView.innerWidth,
 dark: page.defaultView.matchMedia("(prefers-color-scheme: dark)").matches,
 paper: getComputedStyle(page.body).backgroundColor, drawn: [...page.images].every(image => image.naturalWidth > 0),
+keyboard: [...page.querySelectorAll(".scroll")].every(box => box.tabIndex === 0),
+hinted: [...page.querySelectorAll(".scroll")].every(box => !box.clientWidth ||
+(box.scrollWidth > box.clientWidth + 1) === box.classList.contains("wide")),
 tables: [...page.querySelectorAll("table")].filter(table => table.rows.length > 1).length}) }, 200) })</script>"""
 
 
@@ -260,7 +266,9 @@ def test_a_browser_shows_the_page_on_a_phone(served: str, committed: Path, tmp_p
     shown = subprocess.run([*command, "--dump-dom", served], capture_output=True, text=True, timeout=120, check=True)
     found = json.loads(shown.stdout.split("<title>")[1].split("</title>")[0].replace("&quot;", '"'))
     assert found["width"] <= found["inner"] <= 400, "the page is wider than a phone"
-    assert found["tables"] == len(list((committed / "tables").glob("*.csv"))) + 2  # and contents and environment
+    assert found["tables"] == len(list((committed / "tables").glob("*.csv"))) + 1  # and environment
+    assert found["keyboard"], "a table that scrolls cannot be focused"
+    assert found["hinted"], "a table is cut without a hint"
     assert found["drawn"], "a figure was not drawn"
     assert found["opened"], "a link to a folded table did not open it"
     assert found["dark"] is dark

@@ -102,7 +102,6 @@ def test_the_ablation_counts_what_is_kept_and_sees_the_copied_row(results: Path)
     table = ablation.mini(context(results))
     assert cell(table, "ours", kept="5,500", task="average") == "50.00 ± 0.00"
     assert cell(table, "share", kept="5,500", task="average") == "0.93 %"
-    assert [round(point.share, 2) for point in ablation.mini_curve(context(results))] == [0.93]
     assert any("equals the SparseGrad row of Table 9 in all 7 cells" in note for note in ablation.table(
         context(results), 11).notes)  # fmt: skip
 
@@ -132,9 +131,9 @@ def test_speed_takes_medians_and_ratios_within_a_setting(results: Path) -> None:
 def test_section8_finds_what_the_printed_megabytes_count() -> None:
     for one in calibration.PRINTED:
         numbers = calibration.arithmetic(one)
-        closest = min(numbers, key=lambda name: abs(numbers[name] - calibration._in_mb(one.memory)))
+        closest = min(numbers, key=lambda name: abs(numbers[name] - calibration.in_mb(one.memory)))
         assert closest == "gradients of 1 weight, 30 steps"
-        assert numbers[closest] == pytest.approx(calibration._in_mb(one.memory), rel=0.05)
+        assert numbers[closest] == pytest.approx(calibration.in_mb(one.memory), rel=0.05)
 
 
 def test_section8_scales_a_measurement_that_tells_its_parts_apart(results: Path) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.published import METHODS, TASKS, cells, contradicts
+from experiments.report.evidence import load_evidence
 from experiments.report.stats import Summary, summarise
 from experiments.report.tables.accuracy import AVERAGE, COLLAPSED, MINI_RUNS, SCORES, Grid
 from experiments.report.tables.base import MINI_MARK, Context, Table, signed
+from experiments.report.tables.evidence import comparable
 
 SIZE = 768 * 3072
 KEPT = (18000, 22000, 28000, 30000, 100000, SIZE)
@@ -133,9 +135,13 @@ def whole_against_one_percent(context: Context) -> list[str]:
     return [f"All entries minus {few:,} entries, 95 % Welch intervals: {said}."] if said else []
 
 
-def mini_curve(context: Context) -> list[Point]:
-    """Averages over tasks in the mini ablation; points without runs are left out."""
-    return _curve(_mini_grid(context), MINI_SCALE)
+def evidence_curve(context: Context) -> list[Point]:
+    """Averages over the comparable tasks of the runs of evidence_density; empty without such a task."""
+    folder = "evidence_density"
+    tasks, block = comparable(context, folder), load_evidence(context).blocks[folder]
+    arms = {f"sparsegrad keep={keep // MINI_SCALE}": 100 * keep / SIZE for keep in KEPT}
+    found = [(share, summarise(block.averages(arm, tasks))) for arm, share in arms.items() if tasks]
+    return [Point(share, value) for share, value in found if value is not None]
 
 
 def curve(context: Context, number: int) -> list[Point]:

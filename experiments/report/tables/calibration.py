@@ -66,7 +66,7 @@ def _notes() -> list[str]:
     lines = []
     for one in PRINTED:
         numbers = arithmetic(one)
-        closest = min(numbers, key=lambda name: abs(numbers[name] - _in_mb(one.memory)))
+        closest = min(numbers, key=lambda name: abs(numbers[name] - in_mb(one.memory)))
         binary = numbers[closest] * MB / 2**20
         lines.append(
             f"{one.model}: the closest to the printed {one.memory} is '{closest}': {numbers[closest]:,.0f} MB, "
@@ -80,7 +80,8 @@ def _notes() -> list[str]:
     ]
 
 
-def _in_mb(text: str) -> float:
+def in_mb(text: str) -> float:
+    """Megabytes of a printed size such as `5.2 GB`."""
     number, unit = text.split()
     return float(number) * {"MB": 1, "GB": 1000}[unit]
 

@@ -1,0 +1,215 @@
+"""How a claim is decided from results: each kind of decision returns what was measured and what follows from it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from experiments.mtbench.scores import compute_scores
+from experiments.report import figures
+from experiments.report.bench_ratios import ON_CPU, repeat_ratios
+from experiments.report.evidence import BLOCKS, load_evidence
+from experiments.report.gates import check_task
+from experiments.report.palette import style_of
+from experiments.report.resampling import LOWER_IS_BETTER
+from experiments.report.searches import Searches
+from experiments.report.stats import MIN_SEEDS, Difference
+from experiments.report.tables import basis, calibration
+from experiments.report.tables.base import Context
+from experiments.report.tables.grades import grade
+from sparsegrad.errors import UserError
+
+SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED = "supported", "contradicted", "undecided", "not tested here"
+FINAL_SEEDS = 5  # a verdict from fewer is provisional
+Spec = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows from one part of a claim in one place.
+
+    Attributes:
+        verdict: SUPPORTED, CONTRADICTED, UNDECIDED or NOT_TESTED.
+        measured: what was measured, or why nothing was.
+        bound: of an undecided part: the largest difference that is not excluded.
+        unit: of `bound`.
+        seeds: paired seeds; 0 where the part has none.
+        see: tables that it rests on.
+        place: limit of a verdict, such as a kind of machine.
+    """
+
+    verdict: str
+    measured: str
+    bound: float = 0.0
+    unit: str = "points"
+    seeds: int = 0
+    see: tuple[str, ...] = ()
+    place: str = ""
+
+
+def decide(context: Context, spec: Spec) -> list[Decision]:
+    """The decisions of one part of a claim, one for each place where it can be tested.
+
+    Raises:
+        UserError: for an unknown kind.
+    """
+    kind = spec.get("kind")
+    if kind not in KINDS:
+        raise UserError(f"claims.yaml: kind={kind} is not allowed: choose one of {', '.join(KINDS)}")
+    return list(KINDS[kind](context, spec))
+
+
+def _decide_pairs(context: Context, spec: Spec, rule: Callable[[Difference, bool], str]) -> Iterable[Decision]:
+    for folder in spec["blocks"]:
+        yield _decide_pair(context, spec, folder, rule)
+
+
+def _decide_pair(context: Context, spec: Spec, folder: str, rule: Callable[[Difference, bool], str]) -> Decision:
+    """Two arms of one block, over its comparable tasks that both have."""
+    evidence, searches = load_evidence(context), Searches(context.results)
+    block, see = evidence.blocks[folder], (folder,)
+    a, b = str(spec["a"]), str(spec["b"])
+    where = BLOCKS[folder].short
+    both = [task for task in block.tasks if block.of(a, task) and block.of(b, task)]
+    if not both:
+        missing = " and ".join(_name(arm) for arm in (a, b) if arm not in block.arms) if block.runs else ""
+        return Decision(NOT_TESTED, f"{where}: {missing + ' ' if missing else ''}not run yet", see=see)
+    health = {task: check_task(evidence, folder, task, searches) for task in both}
+    tasks = [task for task in both if health[task].is_comparable]
+    if not tasks:
+        return Decision(NOT_TESTED, f"{where}: {next(iter(health.values())).verdict}", see=see)
+    found = evidence.compare(folder, a, b, tasks)
+    if found is None or found.interval is None:
+        equal = found is not None and found.seeds >= MIN_SEEDS
+        why = "equal in every run" if equal else f"fewer than {MIN_SEEDS} paired seeds"
+        return Decision(NOT_TESTED, f"{where}: {why} on {', '.join(tasks)}", see=see)
+    is_loss = block.metric(tasks[0]) in LOWER_IS_BETTER
+    digits = 3 if is_loss else 2
+    low, high = found.interval
+    measured = (
+        f"{where}: {_name(a)} minus {_name(b)} {found.value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}), "
+        f"{', '.join(tasks)}, {found.seeds} seeds"
+    )
+    unit = "in loss" if is_loss else "points"
+    return Decision(rule(found, spec.get("expect") == "lower"), measured, found.bound or 0.0, unit, found.seeds, see)
+
+
+def _name(arm: str) -> str:
+    return style_of(arm).name
+
+
+def _rule_difference(found: Difference, lower: bool) -> str:
+    """Supported or contradicted if the interval is on one side of 0."""
+    assert found.interval is not None
+    low, high = (-found.interval[1], -found.interval[0]) if lower else found.interval
+    return SUPPORTED if low > 0 else CONTRADICTED if high < 0 else UNDECIDED
+
+
+def _rule_margin(found: Difference, lower: bool, bound: float) -> str:
+    """Supported if the interval excludes a loss of `bound` or more; contradicted if it lies beyond it."""
+    assert found.interval is not None
+    low, high = (-found.interval[1], -found.interval[0]) if lower else found.interval
+    return SUPPORTED if low > -bound else CONTRADICTED if high < -bound else UNDECIDED
+
+
+def _decide_difference(context: Context, spec: Spec) -> Iterable[Decision]:
+    return _decide_pairs(context, spec, _rule_difference)
+
+
+def _decide_margin(context: Context, spec: Spec) -> Iterable[Decision]:
+    return _decide_pairs(context, spec, functools.partial(_rule_margin, bound=float(spec["bound"])))
+
+
+def _decide_bench(context: Context, spec: Spec) -> Iterable[Decision]:
+    """A ratio of two arms of the benchmark in the setting of Table 3; every repeat must be on one side of the bound."""
+    found = repeat_ratios(context.results, spec["arm"], spec["over"], spec["field"])
+    what = "steps/s" if spec["field"] == "steps_per_second" else "peak memory"
+    if not found:
+        yield Decision(
+            NOT_TESTED, f"{what} of {spec['arm']} over {spec['over']}: not measured in 3 repeats", see=("table3",)
+        )
+    lower = "at_most" in spec
+    bound = float(spec["at_most"] if lower else spec["at_least"])
+    for machine, ratios in found.items():
+        holds = [ratio <= bound if lower else ratio >= bound for ratio in ratios]
+        verdict = SUPPORTED if all(holds) else UNDECIDED if any(holds) else CONTRADICTED
+        times = f"{mean(ratios):.2f} times that of {spec['over']} ({machine})"
+        place = f"on {ON_CPU}" if ON_CPU in machine else ""
+        off = 100 * max(abs(ratio - bound) for ratio in ratios)
+        yield Decision(verdict, f"{what} of {spec['arm']} {times}", off, "percent", see=("table3",), place=place)
+
+
+def _decide_energy(context: Context, spec: Spec) -> Iterable[Decision]:
+    """Energy of the largest 1 % of entries in two bases, for both kinds of layer at every measured step."""
+    found, see = basis.read(context.results), tuple(spec["see"])
+    if found is None:
+        yield Decision(NOT_TESTED, "no gradients measured", see=see)
+        return
+    for kind in figures.KINDS:
+        a, b = (basis.energy(found, str(spec[name]), kind) for name in ("a", "b"))
+        above = [a[step] > b[step] for step in sorted(a)]
+        first, last = min(a), max(a)
+        shown = (
+            f"{kind} layers of {found['model']}: the largest 1 % hold {100 * a[first]:.0f} % of the energy in HOSVD's "
+            f"basis, {100 * b[first]:.0f} % in the plain one; after {last} steps {100 * a[last]:.0f} % and "
+            f"{100 * b[last]:.0f} %"
+        )
+        verdict = SUPPORTED if all(above) else UNDECIDED if any(above) else CONTRADICTED
+        yield Decision(
+            verdict, shown, 100 * max(abs(a[step] - b[step]) for step in a), "percentage points of the energy", see=see
+        )
+
+
+def _decide_padding(context: Context, spec: Spec) -> Iterable[Decision]:
+    """Contradicted if nearly all zeros of dL/dY are on padding."""
+    found, see = figures.read_data(context, "figure3"), tuple(spec["see"])
+    if found is None:
+        yield Decision(NOT_TESTED, "no gradients measured", see=see)
+        return
+    rows = [row for row in found["shares"] if row["pad"] == "max_length"]
+    real = mean(row["real_tokens"] for row in rows)
+    # The last block is special: only its first token reaches the classifier.
+    nonzero = mean(share for row in rows for kind in figures.KINDS for share in row["nonzero"][kind][:-1])
+    share = (1 - real) / (1 - nonzero)
+    shown = f"{found['model']}, padded to 128: {100 * share:.1f} % of the zero entries of dL/dY are on padding tokens"
+    verdict = CONTRADICTED if share >= float(spec["bound"]) else SUPPORTED
+    yield Decision(verdict, shown, see=see)
+
+
+def _decide_calibration(context: Context, spec: Spec) -> Iterable[Decision]:
+    """The printed memory against that of the stack of section 3.1, which has the gradients of all blocks and steps."""
+    for one in calibration.PRINTED:
+        numbers = calibration.arithmetic(one)
+        printed, stack = calibration.in_mb(one.memory), numbers["gradients of all blocks, 30 steps"]
+        closest = min(numbers, key=lambda name: abs(numbers[name] - printed))
+        shown = (
+            f"{one.model}: the stack of section 3.1 takes {stack:,.0f} MB; the printed {one.memory} are closest to "
+            f"'{closest}', {numbers[closest]:,.0f} MB"
+        )
+        verdict = CONTRADICTED if stack > float(spec["bound"]) * printed else SUPPORTED
+        yield Decision(verdict, shown, see=tuple(spec["see"]))
+
+
+def _decide_grade(context: Context, spec: Spec) -> Iterable[Decision]:
+    """Mean grades of two arms by a judge."""
+    graded, see = compute_scores(context.results / "mtbench"), tuple(spec["see"])
+    scores = [grade(graded, str(spec["model"]), str(spec[name]))["judge's score"] for name in ("a", "b")]
+    if not all(scores):
+        yield Decision(NOT_TESTED, f"{spec['model']}: no judged answers", see=see)
+        return
+    a, b = (float(score.split(";")[0]) for score in scores)
+    yield Decision(SUPPORTED if a > b else CONTRADICTED, f"{spec['model']}: grades {a:.2f} and {b:.2f}", see=see)
+
+
+KINDS: dict[str, Callable[[Context, Spec], Iterable[Decision]]] = {
+    "difference": _decide_difference,
+    "margin": _decide_margin,
+    "bench": _decide_bench,
+    "energy": _decide_energy,
+    "padding": _decide_padding,
+    "calibration": _decide_calibration,
+    "grade": _decide_grade,
+}

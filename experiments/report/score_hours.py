@@ -1,0 +1,85 @@
+"""Score over hours to a common target, one panel per regime, with intervals and the Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from experiments.report.evidence import BLOCKS, load_evidence
+from experiments.report.palette import label_points, style_of
+from experiments.report.tables.base import Context
+from experiments.report.tables.evidence import comparable
+from experiments.report.tables.evidence_cells import hours_to_target, training_hours
+
+PANELS = ("evidence_paper", "evidence_mlp_only")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One arm: hours over all comparable tasks, average score with its interval, and whether it reaches the target."""
+
+    arm: str
+    hours: float
+    score: float
+    interval: tuple[float, float] | None
+    reaches: bool
+
+
+def points(context: Context, folder: str) -> list[Point]:
+    """The arms of a block that have every comparable task; empty without such a task."""
+    evidence, tasks = load_evidence(context), comparable(context, folder)
+    block, found = evidence.blocks[folder], []
+    for arm in block.arms if tasks else ():
+        score = evidence.compare(folder, arm, None, tasks)
+        reached, _ = hours_to_target(evidence, block, arm, tasks)
+        spent = training_hours(block, arm, tasks) if reached is None else reached
+        if score is not None and spent is not None:
+            found.append(Point(arm, spent, score.value, score.interval, reached is not None))
+    return found
+
+
+def front(found: Sequence[Point]) -> list[Point]:
+    """The points that no other one beats in both score and hours, among those that reach the target."""
+    able = [one for one in found if one.reaches]
+    return sorted((one for one in able if not any(_beats(other, one) for other in able)), key=lambda point: point.hours)
+
+
+def _beats(a: Point, b: Point) -> bool:
+    return a.hours <= b.hours and a.score >= b.score and (a.hours, a.score) != (b.hours, b.score)
+
+
+def draw(context: Context) -> Figure | None:
+    """One panel per regime with runs; None without any."""
+    panels = {folder: found for folder in PANELS if (found := points(context, folder))}
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.2 * len(panels), 4.4), layout="constrained", squeeze=False)
+    for axis, (folder, found) in zip(axes[0], panels.items(), strict=True):
+        for point in found:
+            _draw_point(axis, point)
+        best = front(found)
+        line = [one.hours for one in best], [one.score for one in best]
+        axis.plot(*line, color="gray", linewidth=1, zorder=0, label="Pareto front")
+        axis.margins(x=0.3, y=0.12)
+        label_points(axis, [(one.hours, one.score, style_of(one.arm).name) for one in found])
+        axis.legend(loc="lower left", fontsize=8)
+        tasks = ", ".join(comparable(context, folder))
+        axis.set(title=f"{BLOCKS[folder].title}\n{tasks}", xlabel="hours to the target, all tasks")
+    axes[0][0].set_ylabel("average score, points, with 95 % interval")
+    said = "hollow: target not reached on every task, at its training hours; paired differences are in the table"
+    figure.supxlabel(said, fontsize=8)
+    return figure
+
+
+def _draw_point(axis: Any, point: Point) -> None:
+    style = style_of(point.arm)
+    low, high = point.interval or (point.score, point.score)
+    face = style.colour if point.reaches else "none"
+    axis.errorbar(
+        point.hours, point.score, yerr=[[point.score - low], [high - point.score]], fmt=style.marker,
+        color=style.colour, markerfacecolor=face, markersize=8, capsize=2,
+    )  # fmt: skip

@@ -1,0 +1,183 @@
+"""The claims ledger: what the paper claims, what its authors' logs say, and a verdict computed from results here."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from experiments.paths import DATA
+from experiments.published import TASKS, authors_runs, cells
+from experiments.report.decisions import (
+    CONTRADICTED,
+    FINAL_SEEDS,
+    NOT_TESTED,
+    SUPPORTED,
+    UNDECIDED,
+    Decision,
+    decide,
+)
+from experiments.report.tables.accuracy import AVERAGE, LOGGED_SEEDS, logs
+from experiments.report.tables.base import Context, Table
+from sparsegrad.errors import UserError
+
+FILE = "claims.yaml"
+FIELDS = {"id", "name", "claim", "section", "cells", "published", "logs", "decide"}
+REQUIRED = FIELDS - {"cells", "published"}
+BATCH = 16  # the logs' batch sizes differ by method and task; all methods have runs of this one
+LOGGED = {"speed": ("true_steps_per_second", "steps/s", 2), "memory": ("train_peak_mb", "MB", 0)}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim with its decisions."""
+
+    claim: Mapping[str, Any]
+    decisions: Sequence[Decision]
+    others: Sequence[Decision]
+
+    @property
+    def kind(self) -> str:
+        """SUPPORTED, CONTRADICTED, UNDECIDED or NOT_TESTED."""
+        tested = {one.verdict for one in self.decisions} - {NOT_TESTED}
+        if CONTRADICTED in tested:
+            return CONTRADICTED  # a claim says all of its parts
+        return NOT_TESTED if not tested else SUPPORTED if tested == {SUPPORTED} else UNDECIDED
+
+    @property
+    def text(self) -> str:
+        """The verdict in words; one from few seeds is provisional."""
+        words = self.kind
+        if self.kind == UNDECIDED:
+            open_ones = [one for one in self.decisions if one.verdict == UNDECIDED]
+            largest = max(open_ones, key=lambda one: one.bound)
+            digits = 3 if largest.unit == "in loss" else 1
+            words = f"no difference larger than {largest.bound:.{digits}f} {largest.unit}"
+        words = " ".join([words, *dict.fromkeys(one.place for one in self.decisions if one.place)])
+        seeds = [one.seeds for one in self.decisions if one.seeds]
+        is_provisional = self.kind != NOT_TESTED and seeds and min(seeds) < FINAL_SEEDS
+        return f"{words} (provisional: {min(seeds)} of {FINAL_SEEDS} seeds)" if is_provisional else words
+
+
+def read_claims(folder: Path = DATA) -> list[dict[str, Any]]:
+    """The claims of claims.yaml.
+
+    Raises:
+        UserError: when the file cannot be read, or a claim lacks a field.
+    """
+    path = folder / FILE
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it from the repository") from None
+    for claim in found:
+        missing = sorted(REQUIRED - set(claim))
+        if missing or not ({"cells", "published"} & set(claim)) or set(claim) - FIELDS:
+            wrong = ", ".join(missing or sorted(set(claim) - FIELDS) or ["cells or published"])
+            raise UserError(f"{path}: claim {claim.get('id')} has wrong fields ({wrong}): see the head of the file")
+    return list(found)
+
+
+def judge(context: Context) -> list[Verdict]:
+    """Every claim with its verdict; computed once for each context."""
+    cache = context.store.cache
+    if "claims" not in cache:
+        cache["claims"] = [_judge_claim(context, claim) for claim in read_claims()]
+    found: list[Verdict] = cache["claims"]
+    return found
+
+
+def _judge_claim(context: Context, claim: Mapping[str, Any]) -> Verdict:
+    decisions: list[Decision] = []
+    others: list[Decision] = []
+    for spec in claim["decide"]:
+        (decisions if spec.get("decides", True) else others).extend(decide(context, spec))
+    return Verdict(claim, decisions, others)
+
+
+def table(context: Context) -> Table:
+    """One row per claim."""
+    rows = [_row(one) for one in judge(context)]
+    notes = [
+        "A verdict is computed from the results (experiments/data/claims.yaml says how). Supported: every tested part "
+        "holds, with a 95 % interval or in every repeat. Contradicted: a part is refuted in that way. No difference "
+        "larger than x: neither, and x is the end of the interval that is farthest from 0. Not tested here: its runs "
+        "are missing, or full fine-tuning did not reach its gate.",
+        "All runs here are of small models (MiniLM, MPNet-base, SmolLM2), not the paper's; the benchmark has "
+        "RoBERTa-base's shape with random weights.",
+        "Provisional: from fewer than 5 seeds. Intervals are not corrected for the number of claims; those of the "
+        "tables are corrected within a table.",
+    ]
+    return Table("claims", "The paper's claims, and what holds", pd.DataFrame(rows), notes)
+
+
+def lines(context: Context) -> list[str]:
+    """Three lines for the README: what holds, what does not, and what is open."""
+    kinds: dict[str, list[str]] = {}
+    for one in judge(context):
+        kinds.setdefault(one.kind, []).append(str(one.claim["name"]))
+    open_ones = [
+        f"{heading}: {'; '.join(kinds[kind])}"
+        for kind, heading in ((UNDECIDED, "no significant difference"), (NOT_TESTED, "not tested here"))
+        if kind in kinds
+    ]
+    return [
+        f"Holds: {'; '.join(kinds.get(SUPPORTED, ['nothing yet']))}.",
+        f"Does not hold: {'; '.join(kinds.get(CONTRADICTED, ['nothing yet']))}.",
+        f"Open: {' | '.join(open_ones) or 'nothing'}.",
+    ]
+
+
+def _row(one: Verdict) -> dict[str, str]:
+    claim = one.claim
+    see = dict.fromkeys(name for decision in (*one.decisions, *one.others) for name in decision.see)
+    also = [f"Also: {other.measured}" for other in one.others if other.verdict != NOT_TESTED]
+    return {
+        "#": str(claim["id"]),
+        "claim": f"{claim['claim']} ({claim['section']})",
+        "verdict": one.text,
+        "measured here": "; ".join(dict.fromkeys([*(decision.measured for decision in one.decisions), *also])),
+        "published": _format_published(claim),
+        "authors' logs": _format_logs(claim["logs"]),
+        "based on": ", ".join(see),
+    }
+
+
+def _format_published(claim: Mapping[str, Any]) -> str:
+    """The printed cells with their names, or the figure in words."""
+    if "cells" not in claim:
+        return str(claim["published"])
+    return ", ".join(f"{one['as']} {cells(one['table'])[one['row'], one['column']][0]}" for one in claim["cells"])
+
+
+def _format_logs(about: str | Mapping[str, Any]) -> str:
+    """What the authors' logs say, computed where they have runs."""
+    if isinstance(about, str):
+        return about
+    measure = next(name for name in about if name != "models")
+    format_one = _format_scores if measure == "score" else functools.partial(_format_logged, measure)
+    return "; ".join(f"{model}: {format_one(model, about[measure])}" for model in about["models"])
+
+
+def _format_scores(model: str, methods: Sequence[str]) -> str:
+    """Averages over the tasks that the logs have of all these methods."""
+    tasks = [task for task in TASKS.values() if all(logs(model, method, task, (), LOGGED_SEEDS) for method in methods)]
+    found = [logs(model, method, AVERAGE, tasks, LOGGED_SEEDS) for method in methods]
+    shown = ", ".join(f"{method} {one.mean:.1f}" for method, one in zip(methods, found, strict=True) if one)
+    return shown + (f" over {len(tasks)} tasks" if len(tasks) < len(TASKS) else "")
+
+
+def _format_logged(measure: str, model: str, methods: Sequence[str]) -> str:
+    """Means over tasks of a column of the logs, at the batch size that all methods have."""
+    column, unit, digits = LOGGED[measure]
+    shown = []
+    for method in methods:
+        frame = pd.concat([authors_runs(model, method, task) for task in TASKS.values()])
+        value = frame[frame["batch_size"] == BATCH][column].mean()
+        shown.append(f"{method} {value:.{digits}f} {unit}")
+    return f"{', '.join(shown)} (batch size {BATCH})"

@@ -1,0 +1,215 @@
+"""The main tables: scores, paired differences and costs of the evidence runs, one table per plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.report.evidence import BLOCKS, Block, Evidence, load_evidence
+from experiments.report.gates import GATES, Health, check_task, comparable_tasks
+from experiments.report.palette import style_of
+from experiments.report.searches import Searches
+from experiments.report.stats import Difference, holm
+from experiments.report.tables.base import Context, Table
+from experiments.report.tables.evidence_cells import (
+    describe_machine,
+    format_averages,
+    format_costs,
+    format_difference,
+    format_rates,
+    format_score,
+    format_speed,
+)
+from experiments.report.tables.quality import measured
+
+NOT_RUN = "not run yet"
+SHOWN = 5  # records that do not count are listed up to this number
+# Arms that a table compares with, if its plan names none.
+REFERENCES = {
+    "evidence_density": "sparsegrad keep=589824",
+    "evidence_basis": "sparsegrad_authors transposed_in_basis=false",
+    "evidence_smollm2": "lora",
+}
+REFERENCE = "lora_tuned"
+RULES = (
+    "Scores in points (Matthews for CoLA, Pearson for STS-B, accuracy otherwise): mean ± sample std over seeds (number "
+    "of seeds), checkpoint chosen on held-out training rows. IQM: interquartile mean of the average over seeds.",
+    "Difference: of the average over comparable tasks, paired by seed and validation row; 95 % interval from 10,000 "
+    "draws of the rows and the variance between seeds; p adjusted by Holm over this table. Detectable: the smallest "
+    "true difference that this comparison finds in 80 % of repetitions. No interval from fewer than 3 seeds.",
+    "Search h, training h: hours on the machine of the runs; training h is the mean of one seed over all comparable "
+    "tasks. Hours to target: until full fine-tuning's held-out score minus one point is first reached, summed over "
+    "these tasks, mean over seeds. Accuracy runs share their machine, so their hours are rough.",
+)
+
+
+def tables(context: Context) -> list[Table]:
+    """The main table and the table per task of each plan, in the order of `BLOCKS`."""
+    return [table for folder in BLOCKS for table in block_tables(context, folder)]
+
+
+def block_tables(context: Context, folder: str) -> list[Table]:
+    """The tables of one plan; one table that says so if it has no runs."""
+    evidence, searches = load_evidence(context), Searches(context.results)
+    block = evidence.blocks[folder]
+    if not block.runs:
+        return [_empty_table(block)]
+    health = {task: check_task(evidence, folder, task, searches) for task in block.tasks}
+    return [_main_table(context, evidence, block, health, searches), _task_table(evidence, block, health)]
+
+
+def reference_of(block: Block) -> str | None:
+    """The arm that a block's table compares with: the plan's, the usual one, or its first arm; the gates have none."""
+    if block.folder == GATES:
+        return None
+    planned = block.plan.reference if block.plan else None
+    wanted = planned or REFERENCES.get(block.folder, REFERENCE)
+    return wanted if wanted in block.arms else next(iter(block.arms), None)
+
+
+def command(folder: str) -> str:
+    """The command that makes the runs of a block."""
+    data = "TREES=<file of trees>" if folder == "evidence_smollm2" else "DATA=<glue folder>"
+    return f"make evidence BLOCK={BLOCKS[folder].number} {data}"
+
+
+def _empty_table(block: Block) -> Table:
+    planned = block.plan.planned if block.plan else 0
+    text = f"{NOT_RUN} ({planned} runs planned): {command(block.folder)}"
+    frame = pd.DataFrame([{"method": text}])
+    return Table(block.folder, BLOCKS[block.folder].title, frame, _apart_notes(block))
+
+
+def _main_table(
+    context: Context, evidence: Evidence, block: Block, health: Mapping[str, Health], searches: Searches
+) -> Table:
+    """One row per arm."""
+    reference = reference_of(block)
+    tasks = [task for task, found in health.items() if found.is_comparable]
+    machine, costs = measured(context.results)
+    found = {arm: _difference(evidence, block, arm, reference, tasks) for arm in block.arms}
+    adjusted = _adjust(found)
+    rows = []
+    for arm in block.arms:
+        scores = {task: format_score(block.scores(arm, task), block.metric(task)) for task in block.tasks}
+        difference = (
+            {} if reference is None else format_difference(found[arm], adjusted.get(arm), arm == reference, health)
+        )
+        expense = {**format_costs(evidence, block, arm, tasks, searches), **format_speed(block, arm, costs)}
+        average = format_averages(block, arm, tasks)
+        rows.append({"method": style_of(arm).name, **scores, **average, **difference, **expense})
+    notes = [*_health_notes(health), *RULES, _describe_reference(reference, tasks), describe_machine(block, machine)]
+    notes += [*_left_out_notes(found), *_apart_notes(block)]
+    return Table(block.folder, BLOCKS[block.folder].title, _name_difference(rows, reference), notes, _records(block))
+
+
+def _difference(
+    evidence: Evidence, block: Block, arm: str, reference: str | None, tasks: Sequence[str]
+) -> Difference | None:
+    if reference is None or arm == reference or not tasks:
+        return None
+    return evidence.compare(block.folder, arm, reference, tasks)
+
+
+def _adjust(found: Mapping[str, Difference | None]) -> dict[str, float]:
+    """Key -> p-value adjusted for all comparisons of a table."""
+    p_values = {name: one.p for name, one in found.items() if one is not None and one.p is not None}
+    return dict(zip(p_values, holm([p for p in p_values.values() if p is not None]), strict=True))
+
+
+def _task_table(evidence: Evidence, block: Block, health: Mapping[str, Health]) -> Table:
+    """One row per task and arm."""
+    reference = reference_of(block)
+    found = {
+        (task, arm): _difference(evidence, block, arm, reference, [task]) if health[task].is_comparable else None
+        for task in block.tasks
+        for arm in block.arms
+    }
+    adjusted = _adjust({" ".join(key): one for key, one in found.items()})
+    rows = [
+        _task_row(block, arm, task, one, adjusted.get(f"{task} {arm}"), reference, health)
+        for (task, arm), one in found.items()
+    ]
+    notes = [*_health_notes(health), *RULES[:2], "Still improving: runs whose best evaluation is the last one."]
+    title = f"{BLOCKS[block.folder].title}: per task"
+    return Table(f"{block.folder}_tasks", title, _name_difference(rows, reference), notes, _records(block))
+
+
+def _task_row(
+    block: Block, arm: str, task: str, found: Difference | None, p: float | None, reference: str | None,
+    health: Mapping[str, Health],
+) -> dict[str, str]:  # fmt: skip
+    runs = block.of(arm, task).values()
+    difference = {} if reference is None else format_difference(found, p, arm == reference, {task: health[task]})
+    return {
+        "method": style_of(arm).name,
+        "task": task,
+        "score": format_score(block.scores(arm, task), block.metric(task)),
+        **difference,
+        "still improving": f"{sum(run.still_improving for run in runs)} of {len(runs)}",
+        "learning rate": format_rates(block, arm, task),
+    }
+
+
+def _name_difference(rows: Sequence[Mapping[str, str]], reference: str | None) -> pd.DataFrame:
+    """The rows as a frame whose column of differences names the reference."""
+    name = "" if reference is None else f"minus {style_of(reference).name}"
+    return pd.DataFrame(rows).rename(columns={"difference": name})
+
+
+def _records(block: Block) -> dict[str, list[Path]]:
+    """Label of a score cell -> its records; the label is the row's name and the column's."""
+    return {
+        f"{style_of(arm).name} {task}": [run.path for run in runs.values()] for (arm, task), runs in block.runs.items()
+    }
+
+
+def _health_notes(health: Mapping[str, Health]) -> list[str]:
+    """One note per task: gate, share of runs that still improve, missing seeds, and why it is not comparable."""
+    lines = []
+    for task, found in health.items():
+        reached = "no runs" if found.reached is None else f"{found.reached:.2f}"
+        gate = "no gate" if found.gate is None else f"full fine-tuning {reached}, gate {found.gate:g}"
+        parts = [gate, f"{found.improving[0]} of {found.improving[1]} runs still improving at the end"]
+        parts += [f"seeds not run yet: {'; '.join(found.missing)}"] if found.missing else []
+        parts += [f"not comparable: {reason}" for reason in found.reasons]
+        lines.append(f"{task}: {'; '.join(parts)}.")
+    return lines
+
+
+def _describe_reference(reference: str | None, tasks: Sequence[str]) -> str:
+    if reference is None:
+        return "These runs decide whether a task can be compared at all; they are not compared with each other."
+    if not tasks:
+        return "No task is comparable, so there are no differences."
+    return f"Average, differences and hours are over {', '.join(tasks)}; reference: {style_of(reference).name}."
+
+
+def _left_out_notes(found: Mapping[str, Difference | None]) -> list[str]:
+    left = [f"{style_of(arm).name} {one.left_out}" for arm, one in found.items() if one is not None and one.left_out]
+    return [f"Seeds that only one of the two arms has are left out of differences: {', '.join(left)}."] if left else []
+
+
+def _apart_notes(block: Block) -> list[str]:
+    """Records that do not count, by reason, and runs that failed."""
+    lines = [f"Not counted: {line}." for line in block.apart[:SHOWN]]
+    if len(block.apart) > SHOWN:
+        lines.append(f"Not counted: {len(block.apart) - SHOWN} more records for such reasons.")
+    failed = [f"{' '.join(key)}: {', '.join(reasons)}" for key, reasons in sorted(block.failed.items())]
+    return [*lines, *([f"Failed runs: {'; '.join(failed)}."] if failed else [])]
+
+
+def progress(context: Context) -> list[tuple[str, int, int]]:
+    """(short name, runs that count, planned runs) of each block."""
+    evidence = load_evidence(context)
+    return [
+        (BLOCKS[folder].short, len(list(block.all_runs())), block.plan.planned if block.plan else 0)
+        for folder, block in evidence.blocks.items()
+    ]
+
+
+def comparable(context: Context, folder: str) -> list[str]:
+    """The comparable tasks of a block."""
+    return comparable_tasks(load_evidence(context), folder, Searches(context.results))

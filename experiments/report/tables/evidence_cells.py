@@ -1,0 +1,154 @@
+"""Cells of the evidence tables: scores, differences, hours, speed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+
+from experiments.report.evidence import Block, Evidence
+from experiments.report.gates import Health, reference_runs
+from experiments.report.resampling import LOWER_IS_BETTER
+from experiments.report.searches import Searches
+from experiments.report.stats import MIN_SEEDS, Difference, interquartile_mean, summarise
+from experiments.report.tables.base import MISSING, interval_text
+from experiments.report.tables.quality import Cost
+
+# Arm -> arm of the benchmark.
+BENCHED = {
+    "full": "full",
+    "lora": "lora_peft",
+    "lora_tuned": "lora_peft",
+    "meprop": "meprop",
+    "sparsegrad": "exact",
+    "sparsegrad_small": "exact_small",
+    "sparsegrad_authors": "authors",
+    "sparsegrad_fast": "fast",
+}
+BENCHED_MODEL = "minilm"
+TARGET = 1.0  # points below full fine-tuning's score
+
+
+def format_score(scores: Sequence[float], metric: str) -> str:
+    found = summarise(scores)
+    if found is None:
+        return MISSING
+    digits = 3 if metric in LOWER_IS_BETTER else 2
+    spread = "" if found.std is None else f" ± {found.std:.{digits}f}"
+    return f"{found.mean:.{digits}f}{spread} ({found.n})"
+
+
+def format_averages(block: Block, arm: str, tasks: Sequence[str]) -> dict[str, str]:
+    """The average over comparable tasks and its interquartile mean."""
+    if not tasks:
+        return {"average": "", "IQM": ""}
+    values, metric = block.averages(arm, tasks), block.metric(tasks[0])
+    middle = interquartile_mean(values)
+    digits = 3 if metric in LOWER_IS_BETTER else 2
+    return {"average": format_score(values, metric), "IQM": MISSING if middle is None else f"{middle:.{digits}f}"}
+
+
+def format_difference(
+    found: Difference | None, p: float | None, is_reference: bool, health: Mapping[str, Health]
+) -> dict[str, str]:
+    """The columns of a comparison; the reason where there is none."""
+    blank = dict.fromkeys(("difference", "95 %", "p (Holm)", "detectable"), "")
+    if is_reference:
+        return {**blank, "difference": "reference"}
+    failed = [one for one in health.values() if not one.is_comparable]
+    if len(failed) == len(health):
+        return {**blank, "difference": failed[0].verdict}
+    if found is None:
+        return {**blank, "difference": MISSING}
+    if found.seeds < MIN_SEEDS:
+        return {**blank, "difference": f"{found.value:+.2f}", "95 %": f"too few seeds ({found.seeds} paired)"}
+    if found.interval is None:
+        return {**blank, "difference": f"{found.value:+.2f}", "95 %": "equal in every run"}
+    digits = 3 if abs(found.value) < 0.1 and (found.detectable or 0.0) < 0.1 else 2
+    low, high = found.interval
+    return {
+        "difference": f"{found.value:+.{digits}f}",
+        "95 %": interval_text(found.interval) if digits == 2 else f"{low:+.3f} to {high:+.3f}",
+        "p (Holm)": "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
+        "detectable": f"{found.detectable:.{digits}f}",
+    }
+
+
+def format_costs(
+    evidence: Evidence, block: Block, arm: str, tasks: Sequence[str], searches: Searches
+) -> dict[str, str]:
+    """Trials and hours of the searches, hours of training, and hours to the target."""
+    behind = searches.of_runs(run for task in block.tasks for run in block.of(arm, task).values())
+    trials = sorted({search.trials for search in behind})
+    return {
+        "trials per search": " / ".join(map(str, trials)) or "none",
+        "search h": f"{sum(search.hours for search in behind):.2f}" if behind else "",
+        "training h": _format_hours(training_hours(block, arm, tasks)),
+        "h to target": _format_target(evidence, block, arm, tasks),
+    }
+
+
+def training_hours(block: Block, arm: str, tasks: Sequence[str]) -> float | None:
+    """Hours of one seed over these tasks: the sum of the means over seeds; None if a task has no times."""
+    total = 0.0
+    for task in tasks:
+        spent = [run.hours for run in block.of(arm, task).values() if run.hours is not None]
+        if not spent:
+            return None
+        total += mean(spent)
+    return total if tasks else None
+
+
+def hours_to_target(
+    evidence: Evidence, block: Block, arm: str, tasks: Sequence[str]
+) -> tuple[float | None, tuple[str, ...]]:
+    """Hours over these tasks until full fine-tuning's held-out score minus one point is first reached.
+
+    Returns:
+        (sum of the means over seeds, or None; tasks on which some seed does not reach it).
+    """
+    total, missed = 0.0, []
+    method = block.plan.gate_method if block.plan else "full"
+    for task in tasks:
+        references = reference_runs(evidence, block.folder, task, method)
+        if not references or block.metric(task) in LOWER_IS_BETTER:
+            return None, ()
+        target = mean(run.chosen_score for run in references) - TARGET
+        times = [run.hours_until(target) for run in block.of(arm, task).values()]
+        if not times or None in times:
+            missed.append(task)
+        total += mean(time for time in times if time is not None) if any(times) else 0.0
+    return (None if missed or not tasks else total), tuple(missed)
+
+
+def _format_hours(number: float | None) -> str:
+    return "" if number is None else f"{number:.2f}"
+
+
+def _format_target(evidence: Evidence, block: Block, arm: str, tasks: Sequence[str]) -> str:
+    spent, missed = hours_to_target(evidence, block, arm, tasks)
+    return f"not reached on {', '.join(missed)}" if missed else _format_hours(spent)
+
+
+def format_speed(block: Block, arm: str, costs: Mapping[str, Cost]) -> dict[str, str]:
+    """Steps/s and peak memory of the benchmark, which has MiniLM alone."""
+    models = {run.record["config"]["model"]["name"] for run in block.all_runs()}
+    cost = costs.get(BENCHED.get(arm, "")) if models == {BENCHED_MODEL} else None
+    return {
+        "steps/s": "" if cost is None else f"{cost.speed:.2f}",
+        "peak MiB": "" if cost is None else f"{cost.peak_mib:.0f}",
+    }
+
+
+def format_rates(block: Block, arm: str, task: str) -> str:
+    rates = {run.record["config"].get("train", {}).get("lr") for run in block.of(arm, task).values()}
+    return ", ".join(f"{rate:g}" for rate in sorted(rate for rate in rates if rate is not None))
+
+
+def describe_machine(block: Block, machine: str) -> str:
+    models = {run.record["config"]["model"]["name"] for run in block.all_runs()}
+    if models != {BENCHED_MODEL} or not machine:
+        return "steps/s and peak memory: not measured by the benchmark for this model."
+    return (
+        f"steps/s, peak: results/bench/{machine}, MiniLM on snippets, everything trains; medians. Both LoRA rows have "
+        "the same arm there."
+    )
