@@ -23,7 +23,7 @@ from rich.tree import Tree
 
 from sparsegrad.distributed import is_main
 from sparsegrad.errors import UserError, missing_package
-from sparsegrad.runs.quiet import quiet_libraries
+from sparsegrad.trainer.quiet import quiet_libraries
 
 console = Console()
 
@@ -71,7 +71,7 @@ def _run(composed: DictConfig) -> None:
     cap_product_caches()
     # Importing transformers and torch takes seconds, which `--help` and a mistyped override should not cost.
     from sparsegrad.runs.names import with_current_names
-    from sparsegrad.runs.quiet import quiet_transformers
+    from sparsegrad.trainer.quiet import quiet_transformers
 
     composed = with_current_names(composed)
     labels = {**_label_plan(), **_apply_hparams(composed)}

@@ -92,7 +92,7 @@ def _judge_options(parser: argparse.ArgumentParser) -> None:
 def _answer(options: argparse.Namespace) -> int:
     from experiments.mtbench.answer import answer_questions, answers_path, check_settings, describe
     from experiments.mtbench.generation import FORMATS, Writer
-    from sparsegrad.runs.quiet import quiet_transformers
+    from sparsegrad.trainer.quiet import quiet_transformers
 
     path = answers_path(options.out, options.name)
     check_choice("format", options.format, FORMATS)

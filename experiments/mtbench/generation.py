@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sparsegrad.errors import UserError, check_choice, first_line
-from sparsegrad.runs.model_source import find_source
+from sparsegrad.models.source import find_source
 from sparsegrad.trainer.device import pick_device
 
 FORMATS = ("auto", "chat", "inst")

@@ -17,12 +17,12 @@ from experiments.paths import ROOT
 from sparsegrad.basis import Basis
 from sparsegrad.calibration.gradients import calibrate
 from sparsegrad.errors import UserError, first_line
+from sparsegrad.models.loading import load_model, load_tokenizer
 from sparsegrad.optim.adamw import SparseGradAdamW
 from sparsegrad.runs.config import RunConfig, build
-from sparsegrad.runs.model_loading import load_model, load_tokenizer
-from sparsegrad.runs.quiet import quiet_transformers
 from sparsegrad.targets import find_mlp
 from sparsegrad.tasks.base import tokenize
+from sparsegrad.trainer.quiet import quiet_transformers
 
 Batch = Mapping[str, Any]
 

@@ -15,7 +15,7 @@ from sparsegrad.basis import Basis, load_bases, save_bases
 from sparsegrad.errors import UserError
 from sparsegrad.files import read_json, write_json
 from sparsegrad.hashing import SHORT, tensors_sha256
-from sparsegrad.runs.main_process import on_main
+from sparsegrad.trainer.main_process import on_main
 from sparsegrad.trainer.peak_memory import PeakMemory
 
 

@@ -23,8 +23,8 @@ from sparsegrad.errors import (
     first_line,
 )
 from sparsegrad.methods.base import Method
+from sparsegrad.models.config import ModelConfig
 from sparsegrad.runs.keys import config_key
-from sparsegrad.runs.model_config import ModelConfig
 from sparsegrad.runs.names import with_current_names
 from sparsegrad.tasks.base import DataConfig, Task
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from sparsegrad.distributed import world_size
 from sparsegrad.methods.base import Context, Prepared
+from sparsegrad.models.loading import describe_tokenizer
 from sparsegrad.runs.basis_cache import BasisStore
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.runs.model_loading import describe_tokenizer
 from sparsegrad.runs.parts import Parts
 from sparsegrad.runs.trainer_setup import training_batches
 from sparsegrad.targets import Linears, all_linears

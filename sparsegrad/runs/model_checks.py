@@ -13,8 +13,8 @@ from torch import nn
 
 from sparsegrad.distributed import is_main
 from sparsegrad.errors import UserError, fail
+from sparsegrad.models.config import ModelConfig
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.runs.model_config import ModelConfig
 from sparsegrad.runs.tokenized_splits import TokenSets
 from sparsegrad.tasks.base import check_texts
 

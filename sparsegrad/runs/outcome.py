@@ -10,10 +10,10 @@ from sparsegrad.distributed import is_main, world_size
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
 from sparsegrad.methods.base import Prepared
+from sparsegrad.models.loading import describe_tokenizer
+from sparsegrad.models.source import Sources
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.environment import now
-from sparsegrad.runs.model_loading import describe_tokenizer
-from sparsegrad.runs.model_source import Sources
 from sparsegrad.runs.parts import Parts
 from sparsegrad.runs.predictions import Arrays, make_arrays
 from sparsegrad.runs.records import SCHEMA

@@ -10,13 +10,13 @@ from torch import nn
 from transformers import set_seed
 
 from sparsegrad.errors import UserError
+from sparsegrad.models.layer_choice import dense_weights, select_linears
+from sparsegrad.models.loading import load_model, load_tokenizer
+from sparsegrad.models.pooling import set_pooling
+from sparsegrad.models.source import Sources
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.runs.layer_choice import dense_weights, select_linears
 from sparsegrad.runs.memory_estimate import check_memory
 from sparsegrad.runs.model_checks import check_lists, check_model_and_tokenizer, check_positions, check_tokenizer
-from sparsegrad.runs.model_loading import load_model, load_tokenizer
-from sparsegrad.runs.model_source import Sources
-from sparsegrad.runs.pooling import set_pooling
 from sparsegrad.runs.tokenized_splits import TokenSets, log_counts, token_sets
 from sparsegrad.targets import Linears, find_mlp
 from sparsegrad.tasks.base import Splits

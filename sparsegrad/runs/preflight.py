@@ -18,14 +18,14 @@ import torch
 from sparsegrad.distributed import world_size
 from sparsegrad.errors import UserError, fail, missing_package
 from sparsegrad.files import check_writable
+from sparsegrad.models.source import Sources, find_sources
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.keys import config_key
-from sparsegrad.runs.main_process import on_main
-from sparsegrad.runs.model_source import Sources, find_sources
 from sparsegrad.runs.records import find_complete
 from sparsegrad.runs.saving import check_saving
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.checkpoints import MANIFEST, PREFIX
+from sparsegrad.trainer.main_process import on_main
 from sparsegrad.trainer.processes import check_same
 
 # What `accelerate launch` sets for engines that do not keep every weight whole, or bring an optimizer of their own.
@@ -193,9 +193,9 @@ def load_splits(config: RunConfig, finished: Mapping[str, Any] | None) -> Splits
         UserError: for data that a new run cannot read, or other data than the finished run's.
     """
     if finished is None:
-        return config.task.load(config.data)
+        return _load_in_turn(config)
     try:
-        splits = config.task.load(config.data)
+        splits = _load_in_turn(config)
     except UserError:
         return None
     found = finished.get("data", {}).get("fingerprint")
@@ -205,6 +205,24 @@ def load_splits(config: RunConfig, finished: Mapping[str, Any] | None) -> Splits
             "choose another name=, or force=true to replace it"
         )
     return splits
+
+
+def _load_in_turn(config: RunConfig) -> Splits:
+    """The data: the main process reads it first, from the hub if need be; the others then find it in the cache.
+
+    A branch of the hub can move in between, so all must have read the same rows.
+    """
+    if world_size() == 1:
+        return config.task.load(config.data)
+    _load_on_main(config)
+    splits = config.task.load(config.data)
+    check_same("the data", splits.fingerprint)
+    return splits
+
+
+@on_main
+def _load_on_main(config: RunConfig) -> None:
+    config.task.load(config.data)
 
 
 def check_rows(config: RunConfig, splits: Splits | None) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sparsegrad.errors import BusyError
+from sparsegrad.models.source import Sources
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.runs.main_process import on_main
-from sparsegrad.runs.model_source import Sources
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.checkpoints import last_checkpoint
+from sparsegrad.trainer.main_process import on_main
 
 
 @contextmanager

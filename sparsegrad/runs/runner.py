@@ -12,11 +12,10 @@ from transformers import TrainerCallback
 from sparsegrad.distributed import is_main, rank
 from sparsegrad.errors import UserError
 from sparsegrad.files import is_of_writing, unwritable, write_json
+from sparsegrad.models.source import Sources
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.environment import describe_environment, now
-from sparsegrad.runs.main_process import on_main
 from sparsegrad.runs.method_setup import prepare_method
-from sparsegrad.runs.model_source import Sources
 from sparsegrad.runs.outcome import describe_run, score_run, write_failed
 from sparsegrad.runs.parts import load_parts
 from sparsegrad.runs.predictions import Arrays, describe_arrays, write_predictions
@@ -28,6 +27,7 @@ from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.callbacks import NonFiniteLossError
 from sparsegrad.trainer.device import pick_device
 from sparsegrad.trainer.log_history import history
+from sparsegrad.trainer.main_process import on_main
 from sparsegrad.trainer.peak_memory import PeakMemory
 from sparsegrad.trainer.processes import connect, lost_process
 from sparsegrad.trainer.signals import StopOnSignal

@@ -12,11 +12,11 @@ from sparsegrad.adapter.lora import save_lora
 from sparsegrad.adapter.save import save_adapter
 from sparsegrad.errors import fail
 from sparsegrad.methods.base import Prepared
+from sparsegrad.models.loading import load_model
+from sparsegrad.models.source import Sources
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.runs.main_process import on_main
-from sparsegrad.runs.model_loading import load_model
-from sparsegrad.runs.model_source import Sources
 from sparsegrad.runs.parts import Parts
+from sparsegrad.trainer.main_process import on_main
 
 MAX_ERROR = 0.05  # of a LoRA whose rank is not given: relative, per weight
 

@@ -105,7 +105,7 @@ def _stop_workers(processes: list[BaseProcess]) -> None:
 
 def _run_worker(content: Any, index: int, count: int, labels: Mapping[str, Any] | None) -> None:
     """Run one worker process on its share of the machine."""
-    from sparsegrad.runs.quiet import quiet_libraries, quiet_transformers
+    from sparsegrad.trainer.quiet import quiet_libraries, quiet_transformers
 
     if "OMP_NUM_THREADS" not in os.environ:  # otherwise every worker uses all cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))

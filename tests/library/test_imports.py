@@ -25,6 +25,7 @@ ORDER = (
     ("tasks", "metrics"),
     ("methods",),
     ("trainer",),
+    ("models",),
     ("runs",),
     ("sweeps",),
     ("cli",),

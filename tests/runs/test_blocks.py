@@ -8,7 +8,7 @@ import pytest
 from llama_fixtures import tiny_llama
 
 from sparsegrad.errors import UserError
-from sparsegrad.runs.layer_choice import block_indices, check_blocks, dense_weights, select_linears
+from sparsegrad.models.layer_choice import block_indices, check_blocks, dense_weights, select_linears
 from sparsegrad.targets import find_mlp
 
 

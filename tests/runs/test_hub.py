@@ -33,9 +33,9 @@ from test_tasks import make, sample, write_jsonl
 from sparsegrad.assets import hub as client
 from sparsegrad.errors import UserError
 from sparsegrad.hashing import tensors_sha256
+from sparsegrad.models.loading import load_model, load_tokenizer
+from sparsegrad.models.source import find_sources
 from sparsegrad.runs.config import RunConfig, build
-from sparsegrad.runs.model_loading import load_model, load_tokenizer
-from sparsegrad.runs.model_source import find_sources
 from sparsegrad.runs.runner import run
 from sparsegrad.tasks.base import DataConfig
 

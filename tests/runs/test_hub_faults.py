@@ -29,8 +29,8 @@ from run_fixtures import Composer, last_wins
 from sparsegrad.assets import hub as client
 from sparsegrad.cli import run_command
 from sparsegrad.errors import UserError
+from sparsegrad.models.loading import load_model, load_tokenizer
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.runs.model_loading import load_model, load_tokenizer
 from sparsegrad.runs.runner import run
 from sparsegrad.tasks.base import DataConfig
 

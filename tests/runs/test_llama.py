@@ -61,7 +61,7 @@ def _check_moved(config: RunConfig) -> None:
     """Of all parameters only up and down of blocks 0 and 3 differ from the fresh model's."""
     from transformers import AutoModelForCausalLM, set_seed
 
-    from sparsegrad.runs.model_loading import load_model, load_tokenizer
+    from sparsegrad.models.loading import load_model, load_tokenizer
 
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
@@ -240,7 +240,7 @@ def test_a_gated_model_says_how_to_get_access(conf: Composer, monkeypatch: pytes
     from huggingface_hub.errors import GatedRepoError
 
     from sparsegrad.assets import hub
-    from sparsegrad.runs.model_loading import load_tokenizer
+    from sparsegrad.models.loading import load_tokenizer
 
     def refuse(*_: Any, **__: Any) -> None:
         raise GatedRepoError("Access is restricted", response=httpx2.Response(403, request=httpx2.Request("GET", "x:")))
@@ -254,14 +254,14 @@ def test_a_gated_model_says_how_to_get_access(conf: Composer, monkeypatch: pytes
 
 
 def test_a_missing_folder_of_weights_is_named(conf: Composer) -> None:
-    from sparsegrad.runs.model_loading import load_tokenizer
+    from sparsegrad.models.loading import load_tokenizer
 
     with pytest.raises(UserError, match="does not exist"):
         load_tokenizer(build(conf("experiment=table6", "model.source=./none")).model)
 
 
 def test_damaged_or_missing_weights_in_a_folder_are_named(conf: Composer, tmp_path: Path) -> None:
-    from sparsegrad.runs.model_loading import load_model, load_tokenizer
+    from sparsegrad.models.loading import load_model, load_tokenizer
 
     config = build(conf("experiment=table6", f"model.source={tmp_path}"))
     with pytest.raises(UserError, match="holds neither model nor tokenizer"):

@@ -11,9 +11,9 @@ from run_fixtures import Tiny
 from torch import Tensor, nn
 from transformers import set_seed
 
+from sparsegrad.models.loading import load_model, load_tokenizer
 from sparsegrad.runs import runner as runs
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.runs.model_loading import load_model, load_tokenizer
 
 MODELS = ("minilm", "bert_base", "roberta_base", "roberta_large")
 METHODS = {

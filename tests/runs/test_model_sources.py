@@ -22,9 +22,9 @@ from test_runs import Stop
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 from sparsegrad.errors import UserError
+from sparsegrad.models.loading import load_model, load_tokenizer
+from sparsegrad.models.source import find_sources
 from sparsegrad.runs.config import RunConfig, build
-from sparsegrad.runs.model_loading import load_model, load_tokenizer
-from sparsegrad.runs.model_source import find_sources
 from sparsegrad.runs.runner import run
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

@@ -13,10 +13,10 @@ from model_zoo import tiny_model
 from run_fixtures import Composer, RunPy, Tiny, last_wins
 
 from sparsegrad.errors import UserError
+from sparsegrad.models.pooling import mean_of_tokens, set_pooling
 from sparsegrad.runs.config import build
 from sparsegrad.runs.method_setup import set_rest_rate
 from sparsegrad.runs.plan import plan_hash
-from sparsegrad.runs.pooling import mean_of_tokens, set_pooling
 from sparsegrad.runs.predictions import describe_arrays, predictions_path, read_predictions, write_predictions
 from sparsegrad.runs.runner import run
 from sparsegrad.runs.trainer_setup import training_arguments

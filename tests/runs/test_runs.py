@@ -19,9 +19,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from sparsegrad import cli
 from sparsegrad.errors import UserError
+from sparsegrad.models.loading import load_tokenizer
 from sparsegrad.runs import runner as runs
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.runs.model_loading import load_tokenizer
 from sparsegrad.runs.runner import run
 from sparsegrad.runs.tokenized_splits import token_sets
 from sparsegrad.trainer.checkpoints import last_checkpoint

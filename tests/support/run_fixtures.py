@@ -64,7 +64,7 @@ def _quiet_and_quick() -> None:
     import peft  # noqa: F401
 
     import sparsegrad.runs.runner  # noqa: F401
-    from sparsegrad.runs.quiet import quiet_transformers
+    from sparsegrad.trainer.quiet import quiet_transformers
 
     quiet_transformers()
     gc.collect()

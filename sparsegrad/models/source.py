@@ -16,8 +16,8 @@ from sparsegrad.assets.hub_repository import Repository
 from sparsegrad.assets.table import ASSETS
 from sparsegrad.errors import UserError
 from sparsegrad.hashing import SHORT, file_sha256, json_sha256
-from sparsegrad.runs.main_process import on_main
-from sparsegrad.runs.model_config import ModelConfig
+from sparsegrad.models.config import ModelConfig
+from sparsegrad.trainer.main_process import on_main
 from sparsegrad.trainer.processes import from_main
 
 ASSET = "asset:"

@@ -16,9 +16,9 @@ from torch import nn
 
 from sparsegrad.errors import UserError, first_line
 from sparsegrad.hashing import SHORT, json_sha256
-from sparsegrad.runs.heads import draw_head, keep_head
-from sparsegrad.runs.model_config import ModelConfig
-from sparsegrad.runs.model_source import Source, find_sources
+from sparsegrad.models.config import ModelConfig
+from sparsegrad.models.heads import draw_head, keep_head
+from sparsegrad.models.source import Source, find_sources
 from sparsegrad.tasks.base import Task
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsegrad.errors import UserError
-from sparsegrad.runs.model_config import ModelConfig
+from sparsegrad.models.config import ModelConfig
 from sparsegrad.tasks.base import Task
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparsegrad.errors import UserError, check_choice, check_number, check_text, fail
-from sparsegrad.runs.layer_choice import check_blocks
+from sparsegrad.models.layer_choice import check_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
