@@ -21,4 +21,4 @@ def lock(report: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(lock(json.loads(Path(sys.argv[1]).read_text()))))
+    print("\n".join(lock(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))))

@@ -41,7 +41,9 @@ def main(glue: Path) -> None:
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> list[list[str]]:
-    return [[row[column] for column in columns] for row in map(json.loads, path.read_text().splitlines())]
+    return [
+        [row[column] for column in columns] for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    ]
 
 
 def _histogram(tokenizer: object, rows: list[list[str]]) -> dict[str, int]:

@@ -62,7 +62,7 @@ def gpu_memory_gib(device: torch.device) -> float:
 
 def _cpu_has_bf16() -> bool:
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
     return "avx512_bf16" in text or "amx_bf16" in text

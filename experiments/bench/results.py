@@ -37,7 +37,7 @@ def read(path: Path) -> Document:
     if not path.exists():
         return empty()
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is not a readable results file ({error}): delete it, or choose another --out"

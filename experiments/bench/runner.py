@@ -210,7 +210,7 @@ def run_process(command: Iterable[str], answer: Path, env: dict[str, str]) -> di
     except subprocess.TimeoutExpired:
         return {"status": "failed", "reason": f"took longer than {TIMEOUT} seconds"}
     if answer.is_file():  # also after a crash at exit, when the measurement itself was complete
-        found: dict[str, Any] = json.loads(answer.read_text())
+        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         return found
     if ended.returncode < 0:
         hint = ", probably out of memory" if ended.returncode == -signal.SIGKILL else ""

@@ -29,7 +29,7 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
 def main(request_path: str, answer_path: str) -> None:
     """Run the requested job and write its answer."""
     warnings.filterwarnings("ignore")
-    request = json.loads(Path(request_path).read_text())
+    request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     torch.set_num_threads(request.pop("threads"))
     job = JOBS[request.pop("job")]
     try:

@@ -56,7 +56,7 @@ def sample(pid: int, out: Path, interval: float) -> None:
     new = not out.exists()
     # An existing file is continued at its last time.
     seconds, last = 0.0 if new else float(max(read_samples(out).seconds, default=0.0)), time.monotonic()
-    with out.open("a", newline="") as file:
+    with out.open("a", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         if new:
             rows.writerow(COLUMNS)
@@ -86,7 +86,7 @@ def read_samples(path: Path) -> Samples:
             time.
     """
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             table = csv.DictReader(file)
             if tuple(table.fieldnames or ()) != COLUMNS:
                 raise UserError(f"{path} has the columns {table.fieldnames}: give {','.join(COLUMNS)}")

@@ -195,7 +195,7 @@ def _train(
 
 
 def _batches(tokenizer: Any, path: Path, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     for start in range(0, len(order), BATCH):
         yield _tensors(tokenizer, [rows[number] for number in order[start : start + BATCH]])
@@ -210,7 +210,7 @@ def _tensors(tokenizer: Any, rows: list[dict[str, Any]]) -> dict[str, torch.Tens
 @torch.no_grad()
 def _accuracy(model: nn.Module, tokenizer: Any, path: Path) -> float:
     model.eval()
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     right = 0
     for start in range(0, len(rows), 64):
         batch = _tensors(tokenizer, rows[start : start + 64])
@@ -245,7 +245,7 @@ def _run_missing(out: Path, arm: str, lr: float, seed: int, glue: Path) -> None:
 
 
 def _rows(out: Path) -> list[dict[str, Any]]:
-    return json.loads(out.read_text())["rows"] if out.exists() else []
+    return json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[s
 def _read_facts(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_FACTS:
         raise UserError(f"{path} has {path.stat().st_size} bytes, more than any adapter's: name another folder")
-    facts: dict[str, Any] = json.loads(path.read_text())
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if facts.get("format") != FORMAT:
         raise UserError(f"{path} has format {facts.get('format')}, not {FORMAT}: save it with this version")
     return facts

@@ -154,6 +154,11 @@ def _load_base(model: nn.Module, source: str, mlp: Mapping[str, str]) -> tuple[s
             dtype = next(model.parameters()).dtype
             loaded, info = load(source, config=getattr(model, "config", None), dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise UserError(
+                f"base={source} has tensors of other shapes than the model, as after resizing its embeddings: give "
+                "base= as a copy of the model from after the resizing and before training"
+            ) from None
         raise UserError(
             f"base={source} cannot be loaded ({first_line(error)}): give base= as a folder or a copy of it"
         ) from None

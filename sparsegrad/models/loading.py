@@ -7,6 +7,7 @@ are missing. Both would train to a complete record of garbage, so what was loade
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,11 @@ def _read(load: Callable[[], Any], name: str) -> Any:
             raise UserError(
                 f"{name} brings its own code, which does not run unasked: read that code, then set "
                 "model.trust_remote_code=true, or choose another model"
+            ) from None
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            raise UserError(
+                f"the weights of {name} are a pickle that would run code when it is loaded: get the model as "
+                "safetensors, or choose another model"
             ) from None
         what = "model folder" if Path(name).expanduser().is_dir() else "model"
         raise UserError(f"{what} {name} cannot be read: {type(error).__name__}: {first_line(error)}") from None

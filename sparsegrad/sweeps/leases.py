@@ -26,7 +26,7 @@ def _identify_machine() -> str:
     """Identify host, boot and process namespace: process numbers are comparable only within all three."""
     parts = [platform.node()]
     try:
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8])
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()[:8])
         parts.append(os.readlink("/proc/self/ns/pid"))
     except OSError:
         pass  # not Linux: the name of the host alone

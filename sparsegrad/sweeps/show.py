@@ -99,7 +99,7 @@ def write_trials(study: Study, path: Path) -> None:
     trials = study.get_trials(deepcopy=False)
     keys = sorted({key for trial in trials for key in trial.params})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["trial", "state", "value", "seconds", "evaluations", *keys, "reason"])
         writer.writerows(_make_row(trial, keys) for trial in trials)

@@ -83,12 +83,12 @@ def _return_freed_memory() -> None:
 def _reset_high_water_mark() -> bool:
     """Reset the kernel's high-water mark to the current resident set; False if the kernel cannot."""
     try:
-        _CLEAR_REFS.write_text("5")
+        _CLEAR_REFS.write_text("5", encoding="utf-8")
     except OSError:
         return False
     return _STATUS.is_file()
 
 
 def _read_high_water_mark() -> float:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
     return float(line.split()[1]) / 1024  # KiB to MiB

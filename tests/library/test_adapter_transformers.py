@@ -84,3 +84,16 @@ def test_a_peft_model_is_refused_with_the_remedy() -> None:
     wrapped = peft.get_peft_model(tiny_model("bert"), peft.LoraConfig(target_modules=["intermediate.dense"]))
     with pytest.raises(UserError, match=r"intermediate\.dense is wrapped by peft: call merge_and_unload"):
         prepare(wrapped, tiny_batches("bert", 2), calibration_steps=2)
+
+
+def test_a_base_folder_from_before_the_embeddings_were_resized_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    base = tiny_model("bert", torch.float32)
+    base.save_pretrained(tmp_path / "base")
+    model = copy.deepcopy(base)
+    model.resize_token_embeddings(54)
+    resized = copy.deepcopy(model)
+    with torch.no_grad():
+        model.classifier.bias += 1
+    with pytest.raises(UserError, match=r"other shapes .*base= as a copy"):
+        save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter", resized)

@@ -279,7 +279,7 @@ def test_weights_that_would_run_code_are_refused_in_one_line(
         torch.save({"a": Payload(proof)}, weights)
     else:
         weights.write_bytes(pickle.dumps(Payload(proof)))
-    refusal(made(), "cannot be read", str(tmp_path / "source"))
+    refusal(made(), "would run code", str(tmp_path / "source"))
     if form == "archive":
         done = run_py(
             f"model.source={tmp_path / 'source'}", "task=sst2", f"data.dir={glue}", "train.device=cpu", "method=full"
