@@ -115,7 +115,7 @@ def _measure(name: str, options: argparse.Namespace) -> int:
 def _is_of(path: Path, chosen: Mapping[str, str]) -> bool:
     """Whether the stored data was measured at these values; the number of steps is not stored."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return all(str(found.get(key)) == value for key, value in chosen.items())
     except (OSError, ValueError, AttributeError):
         return False

@@ -59,7 +59,9 @@ def is_held(cell: Cell) -> bool:
 
 def last_error(log: Path) -> str:
     """The last error message of a log, else its last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines()]
+    lines = [
+        line.strip() for line in log.read_text(errors="replace", encoding="utf-8").replace("\r", "\n").splitlines()
+    ]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or [line for line in lines if line] or [""])[-1].removeprefix("error: ")
 

@@ -1,7 +1,8 @@
 """Tables 13-15: list the trials that each task's study lacks, and start workers that finish it.
 
-At the paper's scale the search is the one of its text (sweep=paper); at the mini scale a short one on MiniLM
-(sweep=quick). Results and plots of a finished study are stored in results/studies.
+At the paper's scale the search is the one of its text (sweep=paper); at the mini scale those of the evidence plan on
+MiniLM (sweep=evidence, which `make search` makes for all methods). Results and plots of a finished study are stored in
+results/studies.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from experiments.paths import CONF, ROOT
 from experiments.published import TASKS
 from experiments.reproduce.costs import Estimates, facts_of
 from experiments.reproduce.dry_run import console
+from experiments.reproduce.plans import read_plan
 from sparsegrad.errors import UserError, first_line
 from sparsegrad.sweeps.config import Plan, make_plan
 from sparsegrad.sweeps.ledger import Ledger
@@ -34,8 +36,7 @@ TABLES = {
     "table14": ("bert_base", "full"),
     "table15": ("roberta_base", "full"),
 }
-MINI_MODEL = "minilm"
-MINI_TASKS = {False: ("snippets",), True: ("snippets", "cola", "stsb", "mrpc")}  # without and with a GLUE folder
+MINI_PLAN = "evidence_paper"  # its model and tasks stand for those of the paper
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,15 @@ def planned_searches(table: str, scale: str, data: str | None, overrides: Sequen
     Raises:
         UserError: for a value that is not allowed.
     """
-    model, method = TABLES[table] if scale == "paper" else (MINI_MODEL, TABLES[table][1])
+    model, method = TABLES[table]
     narrowed = [one.partition("=")[2].split(",") for one in overrides if one.startswith("task=")]
-    tasks = narrowed[-1] if narrowed else TASKS.values() if scale == "paper" else MINI_TASKS[data is not None]
     rest = [one for one in overrides if not one.startswith("task=")]
-    sweep = "paper" if scale == "paper" else "quick"
-    about = [f"sweep={sweep}", f"model={model}", f"method={method}"]
+    if scale == "paper":
+        tasks, about = list(TASKS.values()), ["sweep=paper", f"model={model}", f"method={method}"]
+    else:
+        tasks = read_plan(MINI_PLAN).params["task"]
+        about = [f"experiment={MINI_PLAN}", "sweep=evidence", f"method={method}", "hydra.mode=RUN"]
+    tasks = narrowed[-1] if narrowed else tasks
     return [make_search([*about, f"task={task}", *rest], task, data) for task in tasks]
 
 
@@ -165,8 +169,9 @@ def _command(group: Sequence[Search], launcher: str) -> list[str]:
     if launcher == "local":
         return [*run, *group[0].overrides]
     tasks = ",".join(one.plan.base.task.name for one in group)
-    rest = [one for one in group[-1].overrides if not one.startswith("task=")]
-    return [*run, "-m", *rest, f"task={tasks}", f"hydra/launcher={launcher}"]
+    rest = [one for one in group[-1].overrides if not one.startswith(("task=", "hydra.mode="))]
+    # Without the sweeper parameters of a plan, its seeds among them: one job per study.
+    return [*run, "-m", *rest, f"task={tasks}", "hydra.sweeper.params=null", f"hydra/launcher={launcher}"]
 
 
 def _export(search: Search) -> list[str]:

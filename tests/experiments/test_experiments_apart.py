@@ -93,7 +93,7 @@ def test_the_benchmark_takes_no_overrides_of_runs(tmp_path: Path, capsys: pytest
 @pytest.fixture
 def small(tmp_path: Path) -> list[str]:
     """Overrides for a search of three trials on a function without a model."""
-    fake = [one for one in FAKE_SWEEP if not one.startswith(("sweep=", "sweep.study=", "task="))]
+    fake = [one for one in FAKE_SWEEP if not one.startswith(("sweep=", "sweep.study=", "sweep.space=", "task="))]
     places = [f"results_dir={tmp_path / 'results'}", f"work_dir={tmp_path / 'work'}"]
     return [*fake, *places, "sweep.trials=3", "protocol.patience=null"]
 
@@ -116,21 +116,23 @@ def test_tables_13_to_15_are_one_study_a_task(tmp_path: Path) -> None:
     assert len(found) == 8
     assert all(one.plan.budget == 40 for one in found)
     mini = searches.planned_searches("table13", "mini", "somewhere", [f"results_dir={tmp_path}"])
-    assert [one.plan.base.task.name for one in mini] == ["snippets", "cola", "stsb", "mrpc"]
-    assert ["data.dir=somewhere" in one.overrides for one in mini] == [False, True, True, True]
-    assert {one.plan.base.model.name for one in mini} == {"minilm"}
+    assert [one.study for one in mini] == [
+        f"evidence-minilm-sparsegrad-{task}" for task in ("stsb", "mrpc", "sst2", "cola")
+    ]
+    assert all("data.dir=somewhere" in one.overrides for one in mini)
+    assert {one.plan.budget for one in mini} == {8}
 
 
 def test_a_search_is_listed_run_exported_and_not_repeated(
     small: list[str], commands: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    arguments = ["table13", "--scale", "mini", *small]
+    arguments = ["table13", "--scale", "mini", "--data", "glue", "task=mrpc", *small]
     assert runner.main([*arguments, "--dry"]) == 0
     assert "0 of 1 studies complete" in capsys.readouterr().out
     assert commands == []
     assert runner.main(arguments) == 1
-    assert "study quick-minilm-sparsegrad-snippets: 0 of 3 trials" in capsys.readouterr().out
+    assert "study evidence-minilm-sparsegrad-mrpc: 0 of 3 trials" in capsys.readouterr().out
     assert [Path(one[1]).name for one in commands] == ["run.py"], "without a trial there is nothing to export"
 
     def call(command: Sequence[str]) -> None:
@@ -146,7 +148,7 @@ def test_a_search_is_listed_run_exported_and_not_repeated(
     commands.clear()
     assert runner.main(arguments) == 0
     assert len(commands) == 2
-    summary = tmp_path / "results" / "studies" / "quick-minilm-sparsegrad-snippets" / "summary.json"
+    summary = tmp_path / "results" / "studies" / "evidence-minilm-sparsegrad-mrpc" / "summary.json"
     assert json.loads(summary.read_text())["labels"]["method"] == "sparsegrad"
     assert runner.main(arguments) == 0
     assert len(commands) == 2, "a finished study is left alone"
@@ -159,8 +161,9 @@ def test_a_launcher_gets_one_job_a_study(commands: list[list[str]], tmp_path: Pa
     arguments = ["table14", "--scale", "mini", "--data", "glue", "--launcher", "joblib", f"results_dir={tmp_path}"]
     assert runner.main(arguments) == 1
     assert all(one[1:3] == [str(ROOT / "run.py"), "-m"] and "hydra/launcher=joblib" in one for one in commands)
-    assert [("task=snippets" in one, "data.dir=glue" in one) for one in commands] == [(True, False), (False, True)]
-    assert "task=cola,stsb,mrpc" in commands[1]
+    (command,) = commands
+    assert {"data.dir=glue", "task=stsb,mrpc,sst2,cola", "hydra.sweeper.params=null"} <= set(command)
+    assert "hydra.mode=RUN" not in command, "a launcher needs a multirun"
 
 
 def test_tasks_can_be_narrowed_and_a_wrong_one_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
