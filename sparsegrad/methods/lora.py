@@ -8,7 +8,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from sparsegrad.errors import check_integer, check_number
+from sparsegrad.errors import check_choice, check_integer, check_number
 from sparsegrad.layers.replace import replace_module
 from sparsegrad.methods.base import (
     Context,
@@ -29,11 +29,15 @@ class Lora:
         rank: of B A; at least 1, at most the smaller side of every weight.
         alpha: numerator of the scale; alpha = 1 is the paper's scale 1 / rank. None: 2 * rank, common practice today.
         dropout: on the input of A; 0 <= dropout < 1.
+        authors_init: draw A as the authors' code does. It stores A as (in, rank) and takes the second axis for the
+            inputs, so that A's standard deviation is 1 / sqrt(3 rank) instead of 1 / sqrt(3 in): 10 times as large for
+            768 inputs and rank 7, 21 times for 3,072.
     """
 
     rank: int
     alpha: int | None = 1
     dropout: float = 0.0
+    authors_init: bool = False
     name: str = "lora"
 
     def __post_init__(self) -> None:
@@ -41,6 +45,7 @@ class Lora:
         if self.alpha is not None:
             check_integer("method.alpha", self.alpha, at_least=1, remedy="the paper uses 1; null is 2 * rank")
         check_number("method.dropout", self.dropout, at_least=0, below=1)
+        check_choice("method.authors_init", self.authors_init, (True, False))
 
     def check(self, linears: Linears) -> None:
         """Raise `UserError` if the rank exceeds the smaller side of a weight."""
@@ -56,6 +61,8 @@ class Lora:
         # peft has frozen everything but the adapters; the paper trains everything outside the MLP weights.
         freeze(model, linears, context, mlp_weights=False)
         for name, parameter in model.named_parameters():
+            if self.authors_init and ".lora_A." in name:
+                nn.init.uniform_(parameter, -(self.rank**-0.5), self.rank**-0.5)  # kaiming_uniform_ with fan_in = rank
             if ".lora_" in name:  # the adapters too: `freeze` treats them like any other parameter
                 train_only(parameter, True)
         parameters = trainable_parameters(model)

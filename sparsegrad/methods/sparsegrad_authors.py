@@ -17,6 +17,8 @@ from sparsegrad.methods.base import Context, Prepared, adamw, freeze, trainable_
 from sparsegrad.methods.sparsegrad import SparseGrad, calibrated_bases
 from sparsegrad.targets import Linears
 
+MAX_NORM = 1.0  # of the Trainer's clipping
+
 
 @dataclass(frozen=True, kw_only=True)
 class SparseGradAuthors(SparseGrad):
@@ -27,6 +29,7 @@ class SparseGradAuthors(SparseGrad):
         rotated_bias_gradient: the gradient of the MLP biases is V^T db instead of db.
         frozen_layer_norm: LayerNorm parameters do not train.
         training_calibration: the calibration trains the whole model with AdamW, and its updates are kept.
+        clipped_calibration: the steps of that calibration are clipped to a gradient norm of 1.
     """
 
     density: float | None = None
@@ -34,6 +37,7 @@ class SparseGradAuthors(SparseGrad):
     rotated_bias_gradient: bool = True
     frozen_layer_norm: bool = True
     training_calibration: bool = True
+    clipped_calibration: bool = True
     name: str = "sparsegrad_authors"
 
     def __post_init__(self) -> None:
@@ -66,9 +70,13 @@ class SparseGradAuthors(SparseGrad):
         if not self.training_calibration:
             return super().find_bases(model, linears, context)
         # An optimizer of its own: its moments are discarded after the calibration.
-        optimizer = adamw(trainable_parameters(model), context)
+        parameters = trainable_parameters(model)
+        optimizer = adamw(parameters, context)
 
         def update() -> None:
+            if self.clipped_calibration:
+                # The code keeps the Trainer's default there; the gradients were collected before.
+                nn.utils.clip_grad_norm_(parameters, MAX_NORM)
             optimizer.step()
             optimizer.zero_grad()
 

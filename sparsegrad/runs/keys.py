@@ -20,6 +20,8 @@ _LATER: dict[tuple[str, str], Any] = {
     ("method", "release_gradients"): False,
     ("method", "drop_padding"): False,
     ("method", "save_dtype"): None,
+    ("method", "authors_init"): False,
+    ("method", "clipped_calibration"): False,
     ("method", "rotation_order"): "auto",  # the optimizer rotated before: equal up to rounding
     ("method", "rotation_dtype"): None,
     ("model", "revision"): None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,3 +195,30 @@ def test_a_fused_step_counts_as_a_write() -> None:
     before = parameter._version
     optimizer.step()
     assert parameter._version > before
+
+
+def test_lora_of_the_authors_draws_a_as_if_its_fan_in_were_the_rank(model: nn.Module) -> None:
+    spread = {}
+    for init in (False, True):
+        fresh = copy.deepcopy(model)
+        torch.manual_seed(0)
+        Lora(rank=2, authors_init=init).prepare(fresh, find_mlp(fresh), context())
+        drawn = [p.detach() for name, p in fresh.named_parameters() if ".lora_A." in name]
+        spread[init] = torch.cat([one.flatten() for one in drawn]).std().item()
+        zero = [p for name, p in fresh.named_parameters() if ".lora_B." in name]
+        assert all(torch.count_nonzero(p) == 0 for p in zero)
+    assert spread[True] == pytest.approx((3 * 2) ** -0.5, rel=0.2)
+    assert spread[False] == pytest.approx((3 * 22) ** -0.5, rel=0.2)  # between 16 and 32 inputs
+
+
+def test_the_authors_calibration_is_clipped(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsegrad.methods.sparsegrad_authors.MAX_NORM", 1e-2)  # this model's gradients are small
+    moved = {}
+    for clipped in (False, True):
+        fresh = copy.deepcopy(model)
+        before = [parameter.detach().clone() for parameter in fresh.parameters()]
+        method = SparseGradAuthors(keep=9, steps=3, clipped_calibration=clipped)
+        method.prepare(fresh, find_mlp(fresh), context())
+        change = zip(fresh.parameters(), before, strict=True)
+        moved[clipped] = torch.stack([(now - old).norm() for now, old in change if now.shape == old.shape])
+    assert not torch.equal(moved[False], moved[True])

@@ -37,7 +37,7 @@ ARMS = {
     EXACT: ("SparseGrad, engine exact (default)", "exact"),
     "sparsegrad_fast": ("SparseGrad, engine fast (not exact)", "fast"),
     "sparsegrad_authors": ("SparseGrad as in the authors' code", "authors"),
-    LORA: ("LoRA, peft's default alpha", LORA_ARM),
+    LORA: ("LoRA, alpha = 1", LORA_ARM),
     TUNED: ("LoRA, alpha = 2 rank", LORA_ARM),
     "meprop": ("MeProp", "meprop"),
 }
