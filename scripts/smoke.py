@@ -52,7 +52,9 @@ def main() -> None:
             loaded = copy.deepcopy(base)
             sparsegrad.load_adapter(loaded, folder).merge()
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-    extras = [name for name in ("transformers", "hydra", "datasets", "peft", "pandas", "scipy") if sys.modules.get(name)]
+    extras = [
+        name for name in ("transformers", "hydra", "datasets", "peft", "pandas", "scipy") if sys.modules.get(name)
+    ]
     assert not extras, f"the library loaded {extras}"
     print(f"sparsegrad {sparsegrad.__version__}: both engines trained, saved and loaded")
 

@@ -46,7 +46,7 @@ def _read(results: Path) -> list[tuple[Path, dict[str, Any] | str]]:
 
 def _summary(path: Path) -> dict[str, Any] | str:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         float(found["best"]["value"]), found["best"]["values"], found["trials"]["complete"], found["study"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"not a readable summary ({type(error).__name__})"

@@ -70,7 +70,7 @@ def unread(results: Path) -> list[str]:
 def _document(path: Path) -> dict[str, Any] | str:
     """The content of a benchmark file, or the reason why it cannot be used."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"not a readable benchmark ({type(error).__name__})"
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
