@@ -227,3 +227,11 @@ def graded(name: str, mean: float | None) -> ModelScores:
 def test_table6_and_basis_study_say_what_is_missing(results: Path) -> None:
     assert any(note.startswith("Missing: runs of task oasst1") for note in llama.table(context(results)).notes)
     assert cell(basis.table(context(results)), "energy, output", basis="random") == "missing"
+
+
+def test_printed_trainable_parameters_are_shown_with_the_one_that_the_log_contradicts(tmp_path: Path) -> None:
+    notes = {number: " ".join(accuracy.per_task(context(tmp_path), number).notes) for number in (4, 9, 10)}
+    assert "LoRA 168 mln / 0.05 mln" in notes[4]
+    assert "contradicts the authors' own log: 156,492,802" in notes[4]
+    assert "LoRA 53 mln / 0.03 mln" in notes[9]
+    assert "own log" not in notes[9] + notes[10]

@@ -124,9 +124,24 @@ def per_task(context: Context, number: int) -> Table:
         f"table{number}",
         f"Table {number}: {TITLES[number]}",
         pd.DataFrame(rows),
-        [SCORES, WELCH, *_logged(number), *contradicted(number), *EDITIONS.get(number, ())],
+        [SCORES, WELCH, *_logged(number), *contradicted(number), *EDITIONS.get(number, ()), *_trainable(number)],
         dict(grid.records(PAPER_METHODS)),
     )
+
+
+def _trainable(number: int) -> list[str]:
+    """Notes on the trainable parameters as printed, beside those that the authors logged for LoRA."""
+    printed, of = cells(number), "#Trainable params: "
+    counts = [f"{row} {printed[row, of + 'Model'][0]} / {printed[row, of + 'MLP layer'][0]}" for row in METHODS]
+    notes = [f"Trainable parameters as printed, of the model / of an MLP layer: {'; '.join(counts)}."]
+    logged = sorted(set(authors_runs(MODELS[number], "lora", "cola")["trainable"].dropna().astype(int)))
+    millions = float(printed["LoRA", of + "Model"][0].split()[0])
+    if len(logged) == 1 and abs(logged[0] / 1e6 - millions) >= 1:  # more than rounding or cutting off explains
+        notes.append(
+            f"The printed count of LoRA contradicts the authors' own log: {logged[0]:,} parameters "
+            "(GitHub sayankotor/sparse_grads)."
+        )
+    return notes
 
 
 def _row(grid: Grid, number: int, method: str, task: str) -> dict[str, str]:
