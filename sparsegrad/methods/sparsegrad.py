@@ -39,7 +39,7 @@ _ENGINE_SETTINGS: dict[str, dict[str, Any]] = {
     "layer": {"backward": "regular"},
     "exact": {
         "sides": "both", "moments": "dense", "release_gradients": False, "drop_padding": False, "save_dtype": None,
-        "rotation_order": "auto", "rotation_dtype": None,
+        "rotation_order": "auto", "rotation_dtype": None, "error_feedback": False,
     },
 }  # fmt: skip
 
@@ -100,6 +100,8 @@ class SparseGrad:
             at most.
         rotation_dtype: for engine `exact`: `bf16` rotates gradients in bfloat16 with sums in float32, on hardware that
             has it; None: in the dtype of the weights.
+        error_feedback: for engine `exact`: add what a step does not keep to the next rotated gradient (MicroAdam, arXiv
+            2405.15593), in a dense buffer. Not the paper's method.
         basis: file with stored bases to use instead of a calibration.
     """
 
@@ -115,6 +117,7 @@ class SparseGrad:
     save_dtype: str | None = None
     rotation_order: str = "auto"
     rotation_dtype: str | None = None
+    error_feedback: bool = False
     basis: str | None = None
     name: str = "sparsegrad"
 
@@ -132,6 +135,7 @@ class SparseGrad:
         check_choice(
             "method.rotation_dtype", self.rotation_dtype, tuple(_DTYPES), "null rotates in that of the weights"
         )
+        check_choice("method.error_feedback", self.error_feedback, (True, False))
         for name, value in _ENGINE_SETTINGS["layer" if self.engine == "exact" else "exact"].items():
             if getattr(self, name) != value:
                 default = "null" if value is None else str(value).lower()  # as in YAML
@@ -139,6 +143,11 @@ class SparseGrad:
                     f"method.{name}={getattr(self, name)} does not belong to method.engine={self.engine}: "
                     f"set method.{name}={default}, or use the other engine"
                 )
+
+        if self.error_feedback and self.rotation_order == "gradient":
+            raise UserError(
+                "method.error_feedback=true needs linears that rotate: set method.rotation_order=auto, not gradient"
+            )
 
     def check(self, linears: Linears) -> None:
         """Raise `UserError` if `keep` exceeds the size of a weight, or a given basis file does not fit the shapes."""
@@ -205,7 +214,14 @@ class SparseGrad:
             save_dtype=_DTYPES[self.save_dtype],
         )
         return param_groups(
-            model, linears, bases, keep=self.keep, density=self.density, moments=self.moments, rotations=rotations
+            model,
+            linears,
+            bases,
+            keep=self.keep,
+            density=self.density,
+            moments=self.moments,
+            rotations=rotations,
+            error_feedback=self.error_feedback,
         )
 
     def _insert_layers(self, model: nn.Module, linears: Linears, bases: Mapping[str, Basis]) -> list[dict[str, Any]]:

@@ -36,7 +36,8 @@ class SparseGradAdamW(torch.optim.AdamW):
     Args:
         params: parameters or groups. A group may hold `basis: Basis`, `keep: int` or `density: float`, and `moments`:
             `dense` (the method) or `support` (compact, not exact; see `sparsegrad.optim.moments`); and `rotation`, from
-            `rotate_gradients`, if the layers compute rotated gradients.
+            `rotate_gradients`, if the layers compute rotated gradients. With `error_feedback`, which needs such
+            layers, what a step does not keep is added to the next rotated gradient; not the paper's method.
         lr, betas, eps, weight_decay: as for `torch.optim.AdamW`, but with the paper's default weight decay of 0.
         fused, foreach: implementation of AdamW for the plain groups.
 
@@ -71,6 +72,7 @@ class SparseGradAdamW(torch.optim.AdamW):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking it; see the class for its keys."""
         group = {"basis": None, "keep": None, "density": None, "moments": "dense", "rotation": None, **param_group}
+        group.setdefault("error_feedback", False)
         super().add_param_group(group)
         if is_sparse(group):
             check_group(group)
@@ -133,7 +135,7 @@ class SparseGradAdamW(torch.optim.AdamW):
                     "weights by scaled gradients: train in bfloat16 without one"
                 )
             self._released.add(weight)
-            self._update([select(group, [weight])])
+            self._update([select(group, [weight], self.state)])
             weight.grad = None
 
         return hook
@@ -147,7 +149,8 @@ class SparseGradAdamW(torch.optim.AdamW):
                 loss = closure()
         sparse = [group for group in self.param_groups if is_sparse(group)]
         # Select everything first: a value that is not finite anywhere must stop the update of every weight.
-        self._update([select(group, weights) for group in sparse for weights in together(group["params"])])
+        batches = [(group, weights) for group in sparse for weights in together(group["params"])]
+        self._update([select(group, weights, self.state) for group, weights in batches])
         self._step_plain()
         if self._finite is not None:
             self._skipped = self._skipped + (~self._finite).int()

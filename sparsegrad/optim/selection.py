@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +80,13 @@ def together(weights: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield batch
 
 
-def select(group: dict[str, Any], weights: list[Tensor]) -> Selection:
+def select(group: dict[str, Any], weights: list[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> Selection:
     """Select the kept entries of the gradients of weights, rotated by the group's basis.
 
     Args:
         group: with `basis`, `keep` and `density`; and `rotation`, if the layers have rotated the gradients already.
         weights: of one shape (out, in), all with a gradient.
+        states: the optimizer's state of each weight, of which `error` is added to the gradient with `error_feedback`.
     """
     first = weights[0]
     if is_shard(first):  # sharded after the optimizer was created, as Accelerate's FSDP does
@@ -96,11 +97,30 @@ def select(group: dict[str, Any], weights: list[Tensor]) -> Selection:
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     # (count, out, in); a single gradient is not copied.
     rotated = _rotate(group, first, gradients[0][None] if len(gradients) == 1 else torch.stack(gradients)).to(dtype)
+    if group.get("error_feedback"):
+        rotated = rotated + torch.stack([get_error(group, weight, states[weight]) for weight in weights])
     index = top_k_index(rotated, count_kept(first.shape, keep=group["keep"], density=group["density"]))
     values = rotated.flatten(1).gather(1, index)
     if group["rotation"] is not None:
         group["rotation"].check_gradients(values)
     return Selection(group, weights, index, values)
+
+
+def get_error(group: dict[str, Any], weight: Tensor, state: dict[str, Any]) -> Tensor:
+    """The part (out, in) of the rotated gradients of a weight that no step has kept so far; created if missing.
+
+    Raises:
+        UserError: if `weight.grad` is not a rotated gradient, as after `to_linears`: the error would be of another
+            space.
+    """
+    if group["rotation"] is None or not group["rotation"].in_layers:
+        raise UserError(
+            "error_feedback needs linears that compute rotated gradients: leave rotation_order at auto, do not train "
+            "Conv1D, and call to_linears after the training"
+        )
+    if "error" not in state:
+        state["error"] = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return state["error"]  # type: ignore[no-any-return]
 
 
 def _rotate(group: dict[str, Any], weight: Tensor, gradients: Tensor) -> Tensor:

@@ -43,6 +43,9 @@ def apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor, sc
     count, shape = len(weights), weights[0].shape
     update = MOMENTS[group["moments"]]
     change = update(states, selection.index, selection.values, shape.numel(), group, finite)  # (count, k)
+    if group.get("error_feedback"):
+        for weight, state, index in zip(weights, states, selection.index, strict=True):
+            _keep_error(weight, state["error"], index, finite)
     rate = group["lr"] * group["weight_decay"] * finite if group["weight_decay"] else None
     if count == 1 and _adds_in_place(weights[0], change):
         if rate is not None:
@@ -59,6 +62,17 @@ def apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor, sc
         decay_(weights, change, rate)
     for weight, own, values in zip(weights, change, selection.values, strict=True):
         add_stochastic(weight, own, values)
+
+
+def _keep_error(weight: Tensor, error: Tensor, index: Tensor, finite: Tensor) -> None:
+    """Add to `error` (out, in) what this step does not keep of the rotated gradient (MicroAdam, arXiv 2405.15593).
+
+    What it keeps, at positions `index` (k,), is used up. A skipped step changes nothing.
+    """
+    assert weight.grad is not None
+    error.add_(torch.where(finite, weight.grad, 0))
+    flat = error.view(-1)
+    flat.scatter_(0, index, torch.where(finite, 0, flat[index]))
 
 
 def _adds_in_place(weight: Tensor, change: Tensor) -> bool:

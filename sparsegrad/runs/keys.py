@@ -24,6 +24,7 @@ _LATER: dict[tuple[str, str], Any] = {
     ("method", "clipped_calibration"): False,
     ("method", "rotation_order"): "auto",  # the optimizer rotated before: equal up to rounding
     ("method", "rotation_dtype"): None,
+    ("method", "error_feedback"): False,
     ("model", "revision"): None,
     ("model", "keep_head"): False,
     ("model", "trust_remote_code"): False,
