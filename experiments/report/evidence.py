@@ -10,9 +10,10 @@ from typing import Any
 
 from experiments.report.arms import arm_of
 from experiments.report.collect import PRUNED, hours
+from experiments.report.departures import departures
 from experiments.report.palette import order_of
 from experiments.report.plans import Plan, read_plan
-from experiments.report.resampling import LOWER_IS_BETTER, POINTS, is_constant
+from experiments.report.resampling import LOWER_IS_BETTER, POINTS, Remembered, is_constant
 from experiments.report.stats import Difference, Seeded, compare
 from experiments.report.tables.base import Context
 from sparsegrad.errors import UserError
@@ -211,7 +212,7 @@ def _add_record(
         block.apart.append(f"{place}: exploratory, {why}")
         return
     try:
-        arrays = read_predictions(context.results / "runs" / place, record)
+        arrays = Remembered(read_predictions(context.results / "runs" / place, record))
     except UserError as error:
         block.apart.append(f"{place}: left out, {error}")
         return
@@ -249,4 +250,7 @@ def _why_exploratory(record: Mapping[str, Any], plan: Plan | None) -> str:
         return f"its plan {about['experiment']} no longer exists"
     if plan.sha256 != about.get("sha256"):
         return f"its plan {plan.experiment} was edited afterwards"
-    return f"its plan {plan.experiment} says so" if plan.exploratory else ""
+    if plan.exploratory:
+        return f"its plan {plan.experiment} says so"
+    other = departures(record, plan)
+    return f"not as its plan {plan.experiment} says: {', '.join(other)}" if other else ""

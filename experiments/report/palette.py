@@ -22,7 +22,7 @@ class Style:
 
 STYLES = {
     "full": Style("#000000", "o", "full fine-tuning"),
-    "lora": Style("#56B4E9", "v", "LoRA, scale 1/rank"),
+    "lora": Style("#56B4E9", "v", "LoRA as in the paper"),
     "lora_authors": Style("#56B4E9", "<", "LoRA as in the authors' code"),
     "lora_tuned": Style("#0072B2", "^", "LoRA, alpha = 2 rank"),
     "meprop": Style("#E69F00", "s", "MeProp"),

@@ -36,6 +36,7 @@ class Plan:
         experiment: name of the YAML.
         folder: folder of its records below results/runs.
         sha256: hash of its content.
+        path: its file.
         gates: task -> points that tuned `gate_method` must reach.
         budget: trials of each search; None without searches.
         regime: what trains besides the MLP weights: everything (paper), or the head alone (mlp_only).
@@ -47,11 +48,13 @@ class Plan:
         exploratory: whether its results are apart from the evidence.
         grid: sweeper parameter -> values.
         method: options that all its arms share.
+        hparams: where learning rates come from.
     """
 
     experiment: str
     folder: str
     sha256: str
+    path: Path
     gates: Mapping[str, float] = field(default_factory=dict)
     gate_method: str = "full"
     gate_experiment: str | None = None
@@ -64,6 +67,7 @@ class Plan:
     exploratory: bool = False
     grid: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     method: Mapping[str, Any] = field(default_factory=dict)
+    hparams: str | None = None
 
     @property
     def planned(self) -> int:
@@ -86,7 +90,7 @@ def read_plan(experiment: str, conf: Path = CONF) -> Plan | None:
     if not path.is_file():
         return None
     try:
-        node = _load(path)
+        node = load_node(path)
         content: dict[str, Any] = OmegaConf.to_container(node, resolve=False)  # type: ignore[assignment]
     except (OmegaConfBaseException, ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}): correct it") from None
@@ -97,18 +101,20 @@ def read_plan(experiment: str, conf: Path = CONF) -> Plan | None:
     known: dict[str, Any] = {
         "folder": str(content.get("name", experiment)),
         "sha256": plan_hash(path),
+        "path": path,
         "grid": grid,
         "seeds": seeds,
     }
-    return Plan(experiment=experiment, method=content.get("method") or {}, **known, **rules)
+    known |= {"method": content.get("method") or {}, "hparams": content.get("hparams")}
+    return Plan(experiment=experiment, **known, **rules)
 
 
-def _load(path: Path) -> DictConfig:
-    """The YAML over the experiments that its defaults name; other groups do not matter here."""
+def load_node(path: Path) -> DictConfig:
+    """A YAML over the experiments that its defaults name; its choices of other groups stay as they are."""
     node = OmegaConf.load(path)
     assert isinstance(node, DictConfig)
     bases = [path.with_name(f"{one}.yaml") for one in node.get("defaults", []) if isinstance(one, str)]
-    parents = [_load(base) for base in bases if base.is_file() and base != path]
+    parents = [load_node(base) for base in bases if base.is_file() and base != path]
     merged = OmegaConf.merge(*parents, node)
     assert isinstance(merged, DictConfig)
     return merged

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import yaml
 from evidence_cases import SEEDS, Cases
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from test_experiments_report import context
 
 from experiments.paths import CONF
 from experiments.report.arms import arm_of
+from experiments.report.departures import departures
 from experiments.report.evidence import BLOCKS, Evidence, load_evidence
 from experiments.report.gates import Health, check_task, comparable_tasks
 from experiments.report.plans import read_plan
@@ -152,6 +155,24 @@ def test_a_record_without_its_plan_is_exploratory(cases: Cases, plan: Any, why: 
     assert why in block.apart[0]
 
 
+def test_a_record_that_departs_from_its_plan_is_exploratory(cases: Cases) -> None:
+    protocol = {"epochs": "${evidence.epochs.${task.name}}"}
+    rules = {"epochs": {"sst2": 3}}
+    cases.plan(rules=rules, hparams="search", train={"batch_size": 16, "lr": 1e-3}, protocol=protocol)
+    cases.run("full", "sst2", 42, 0.9)
+    cases.run("lora", "sst2", 5, 0.9)
+    found = load(cases).blocks["evidence_paper"].apart
+    said = "train.batch_size=32, protocol.epochs=None, "
+    assert found[0].endswith(f"not as its plan evidence_paper says: {said}train.lr=0.0001 by hand")
+    assert found[1].endswith(f"{said}seed=5, method=lora, train.lr=0.0001 by hand")
+
+
+def test_a_record_of_the_search_and_the_protocol_follows_its_plan(cases: Cases) -> None:
+    cases.plan(hparams="search", train={"batch_size": 32})
+    cases.run("full", "sst2", 42, 0.9, hparams={"from": "search", "train.lr": 1e-4, "study": "s"})
+    assert load(cases).blocks["evidence_paper"].apart == []
+
+
 def test_predictions_of_another_record_are_left_out(cases: Cases) -> None:
     cases.healthy()
     path = cases.results / "runs" / "evidence_paper" / "full-sst2-42.npz"
@@ -197,6 +218,21 @@ def test_the_plans_of_the_repository_are_readable() -> None:
             assert plan.planned > 0
             assert plan.gates or name == "evidence_smollm2"
     assert read_plan("no_such_plan") is None
+
+
+@pytest.mark.parametrize("name", list(BLOCKS))
+def test_a_run_of_a_plan_follows_it(name: str) -> None:
+    plan = read_plan(name)
+    assert plan is not None
+    others = {key: values[-1] for key, values in plan.grid.items() if key != "seed"}
+    overrides = [f"experiment={name}", f"seed={plan.seeds[0]}", *(f"{key}={value}" for key, value in others.items())]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("config", overrides)
+    config: Any = OmegaConf.to_container(composed, resolve=True)
+    record = {"config": config, "hparams": {"from": "search", "train.lr": 1e-4}}
+    assert departures(record, plan) == []
+    config["protocol"]["max_steps"] = 4
+    assert departures(record, plan) == ["protocol.max_steps=4"]
 
 
 def test_an_arm_is_named_by_what_differs_from_its_yaml() -> None:

@@ -165,6 +165,16 @@ def test_draws_are_the_metric_on_the_drawn_rows(metric: str) -> None:
             assert drawn[line, 0] == pytest.approx(100 * matthews_corrcoef(sample["label"], sample["predicted"]))
 
 
+def test_remembered_draws_are_the_same_draws() -> None:
+    a, b = classified(np.random.default_rng(1), (1.0, 0.8), 2, 0.0)
+    plain = [a["task"][0], a["task"][1], b["task"][0]]
+    kept = [resampling.Remembered(one) for one in plain]
+    expected = score_draws("accuracy", plain, 50)
+    for order in ([0], [1, 0], [2, 1, 0]):  # some are new, some are known
+        found = score_draws("accuracy", [kept[one] for one in order], 50)
+        assert (found == expected[:, order]).all()
+
+
 def test_the_rows_part_is_the_error_of_scipys_bootstrap() -> None:
     a, b = classified(np.random.default_rng(1), (1.0, 0.8), 1, 0.0)
     runs = [a["task"][0], b["task"][0]]
