@@ -13,6 +13,7 @@ only r keeps small.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,6 +80,7 @@ class BlockLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, basis: Basis, core_shape: tuple[int, int]) -> None:
         super().__init__()
+        _keep_out_of_compiler()
         if not basis.fits(weight.shape):
             raise UserError(
                 f"a basis for {basis.shape} does not fit a linear of {tuple(weight.shape)}: calibrate it again"
@@ -121,7 +123,6 @@ class BlockLinear(nn.Module):
         return linear
 
     @torch.no_grad()
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def merge(self) -> None:
         """Add to W what has changed in the core since the last merge."""
         # The version counts in-place writes. Comparing values instead would make the CPU wait for the GPU.
@@ -137,7 +138,6 @@ class BlockLinear(nn.Module):
         self._merged_version = self.core._version
 
     @torch.no_grad()
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _cast_weight(self, dtype: torch.dtype) -> Tensor:
         """W in `dtype`, cast once after each merge instead of in each forward pass, as under autocast."""
         W = self.weight
@@ -173,6 +173,7 @@ class BlockLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _keep_out_of_compiler()
         # A copied core has a new version counter, and the copy may have been made between a step and its merge.
         self._merged_version = -1
 
@@ -196,3 +197,13 @@ def core_shape(shape: tuple[int, int], density: float) -> tuple[int, int]:
     check_density(density)
     rows, columns = (max(1, round(density**0.5 * size)) for size in shape)
     return rows, columns
+
+
+@functools.cache
+def _keep_out_of_compiler() -> None:
+    """Exclude from torch.compile what writes to W by a counter of versions, which the compiler does not trace.
+
+    Not as decorators: they import the compiler, which takes longer than importing the rest of this library and torch.
+    """
+    for name in ("merge", "_cast_weight"):
+        setattr(BlockLinear, name, torch.compiler.disable(getattr(BlockLinear, name)))  # type: ignore[no-untyped-call]

@@ -11,7 +11,8 @@ from sparsegrad.errors import fail, warn_renamed
 # What engine `fast` does not have, with the value that leaves it out.
 _NOT_FAST: dict[str, Any] = {
     "keep": None, "backward": "regular", "sides": "both", "moments": "dense", "release_gradients": False,
-    "drop_padding": False, "save_dtype": None, "basis": None,
+    "drop_padding": False, "save_dtype": None, "basis": None, "rotation_order": "auto", "rotation_dtype": None,
+    "error_feedback": False,
 }  # fmt: skip
 
 

@@ -37,7 +37,10 @@ ORDER = (
     ("experiments.reliability",),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}
-NEVER = ("psutil", "hydra", "omegaconf", "transformers", "datasets", "peft", "pandas", "scipy", "optuna", "tensorly")
+NEVER = (
+    "torch._dynamo", "psutil", "hydra", "omegaconf", "transformers", "datasets", "peft", "pandas", "scipy", "optuna",
+    "tensorly",
+)  # fmt: skip
 
 
 def package_of(module: str) -> str:
