@@ -11,13 +11,12 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from experiments.report.collect import hours
+from experiments.report.evidence import BLOCKS
 from experiments.report.tables.base import Context, Table
+from experiments.report.tables.evidence import command as block_command
 
 # Folder of the records -> target of `make reproduce-` that makes them.
 COMMANDS = {
-    "mini": "table5 SCALE=mini",
-    "mini_ablation": "ablation SCALE=mini",
-    "mini_basis": "basis SCALE=mini",
     "glue_bert_base": "table9",
     "glue_roberta_base": "table10",
     "glue_roberta_large": "table4",
@@ -26,6 +25,8 @@ COMMANDS = {
     "table6": "table6",
     "table6_mini": "table6 SCALE=mini",
 }
+# Folder of superseded records -> experiment that made them.
+SUPERSEDED = {"mini": "table5_mini", "mini_ablation": "table11_mini", "mini_basis": "basis_mini"}
 WIDTH, HEIGHT, POINTS = 240, 72, 48  # size of a curve in SVG units, and its maximum number of points
 
 Curve = list[tuple[float, float]]
@@ -144,11 +145,16 @@ def _command(records: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
     """The command that makes these records again after they are deleted."""
     path, config = records[0][0], records[0][1]["config"]
     name, needs_data = COMMANDS.get(path.parts[0]), config["task"]["name"] not in ("snippets", "snippets_rating")
-    if name is None:
+    if path.parts[0] in BLOCKS:
+        return block_command(path.parts[0])
+    if name is None and path.parts[0] not in SUPERSEDED:
         return f"python -m sparsegrad.cli results/runs/{path.parts[0]}"
     data = " DATA=<folder>" if needs_data and "SCALE=mini" in name else ""
     seeds = ",".join(dict.fromkeys(str(record["config"]["seed"]) for _, record in records))
     chosen = [*_variant(path.parts[0], config["method"]), f"task={config['task']['name']}", f"seed={seeds}"]
+    if name is None:
+        data = " data.dir=<folder>" if needs_data else ""
+        return f"python run.py -m experiment={SUPERSEDED[path.parts[0]]} {' '.join(chosen)}{data}"
     return f'make reproduce-{name}{data} ARGS="{" ".join(chosen)}"'
 
 

@@ -220,7 +220,7 @@ def test_a_cell_of_the_page_leads_to_records_curves_environment_and_rerun(result
     assert "<polyline" in detail
     assert "<circle" in detail, "one evaluation is a point"
     assert "a processor, 2 cores, 1 threads" in detail
-    assert "make reproduce-table5 SCALE=mini ARGS=&#34;method=full task=snippets seed=2023,3705,42&#34;" in detail
+    assert "python run.py -m experiment=table5_mini method=full task=snippets seed=2023,3705,42<" in detail
 
 
 def test_a_table_without_anything_of_ours_is_folded_away(results: Path) -> None:

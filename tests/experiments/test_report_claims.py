@@ -288,6 +288,9 @@ def test_the_page_opens_with_the_ledger_and_links_its_evidence(cases: Cases) -> 
     assert text.index('id="claims"') < text.index('id="evidence_paper"') < text.index('id="environment"')
     assert '<a href="#evidence_paper">MiniLM</a>' in text
     assert 'href="#evidence_paper--sparsegrad-exact-sst2">86.00 ± 0.33 (3)</a>' in text
+    assert (
+        "make evidence BLOCK=2a DATA=&lt;glue folder&gt;" in text.split('id="evidence_paper--full-fine-tuning-sst2"')[1]
+    )
     assert "<b>Evidence runs: 18 of 18 planned.</b>" in text
     assert text.count('class="scroll"') + text.count('class="scroll tall"') == text.count('tabindex="0" role="region"')
     targets = set(re.findall(r'href="#([^"]+)"', text))
