@@ -149,12 +149,12 @@ def _command(records: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
         return block_command(path.parts[0])
     if name is None and path.parts[0] not in SUPERSEDED:
         return f"python -m sparsegrad.cli results/runs/{path.parts[0]}"
-    data = " DATA=<folder>" if needs_data and "SCALE=mini" in name else ""
     seeds = ",".join(dict.fromkeys(str(record["config"]["seed"]) for _, record in records))
     chosen = [*_variant(path.parts[0], config["method"]), f"task={config['task']['name']}", f"seed={seeds}"]
     if name is None:
         data = " data.dir=<folder>" if needs_data else ""
         return f"python run.py -m experiment={SUPERSEDED[path.parts[0]]} {' '.join(chosen)}{data}"
+    data = " DATA=<folder>" if needs_data and "SCALE=mini" in name else ""
     return f'make reproduce-{name}{data} ARGS="{" ".join(chosen)}"'
 
 
