@@ -20,7 +20,7 @@ FREE = {"data.dir", "train.device", "train.eval_batch_size", "train.lr"}
 OF_MODEL = re.compile(r"oc\.select:(task|model)\.|\$\{model\.|\$\{task\.(?!name\})")
 
 
-def departures(record: Mapping[str, Any], plan: Plan) -> list[str]:
+def find_departures(record: Mapping[str, Any], plan: Plan) -> list[str]:
     """What differs from the plan in a record, as `key=value`; empty if it follows it.
 
     The learning rate counts as planned if it comes from the plan's search.

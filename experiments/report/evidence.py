@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.report.arms import arm_of
 from experiments.report.collect import PRUNED, hours
-from experiments.report.departures import departures
+from experiments.report.departures import find_departures
 from experiments.report.palette import order_of
 from experiments.report.plans import Plan, read_plan
 from experiments.report.resampling import LOWER_IS_BETTER, POINTS, Remembered, is_constant
@@ -252,5 +252,5 @@ def _why_exploratory(record: Mapping[str, Any], plan: Plan | None) -> str:
         return f"its plan {plan.experiment} was edited afterwards"
     if plan.exploratory:
         return f"its plan {plan.experiment} says so"
-    other = departures(record, plan)
+    other = find_departures(record, plan)
     return f"not as its plan {plan.experiment} says: {', '.join(other)}" if other else ""

@@ -15,7 +15,7 @@ from test_experiments_report import context
 
 from experiments.paths import CONF
 from experiments.report.arms import arm_of
-from experiments.report.departures import departures
+from experiments.report.departures import find_departures
 from experiments.report.evidence import BLOCKS, Evidence, load_evidence
 from experiments.report.gates import Health, check_task, comparable_tasks
 from experiments.report.plans import read_plan
@@ -230,9 +230,9 @@ def test_a_run_of_a_plan_follows_it(name: str) -> None:
         composed = compose("config", overrides)
     config: Any = OmegaConf.to_container(composed, resolve=True)
     record = {"config": config, "hparams": {"from": "search", "train.lr": 1e-4}}
-    assert departures(record, plan) == []
+    assert find_departures(record, plan) == []
     config["protocol"]["max_steps"] = 4
-    assert departures(record, plan) == ["protocol.max_steps=4"]
+    assert find_departures(record, plan) == ["protocol.max_steps=4"]
 
 
 def test_an_arm_is_named_by_what_differs_from_its_yaml() -> None:
