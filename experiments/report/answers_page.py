@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.mtbench.schema import load_questions
 from experiments.mtbench.scores import ModelScores, compute_scores, side_by_side
-from experiments.report.render import write_text
+from sparsegrad.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 NAME = "answers.html"

@@ -18,12 +18,11 @@ from matplotlib.figure import Figure
 from experiments.report import score_hours
 from experiments.report.collect import Store
 from experiments.report.palette import MARKERS, SERIES, label_points, style_of
-from experiments.report.render import write_bytes
 from experiments.report.tables import ablation, basis, quality
 from experiments.report.tables.accuracy import MINI_METHODS, MINI_TASKS
 from experiments.report.tables.base import MINI_MARK, Context
 from sparsegrad.errors import UserError
-from sparsegrad.files import write_json
+from sparsegrad.files import write_bytes, write_json
 
 VIEWS = {"untouched": "unrotated", "rotated": "rotated (HOSVD)", "authors": "authors' basis"}
 KINDS = ("intermediate", "output")

@@ -16,10 +16,10 @@ from experiments.report.answers_page import has_answers
 from experiments.report.collect import PRUNED, skipped_summary
 from experiments.report.details import anchor, cell_details, environment_line
 from experiments.report.evidence import BLOCKS
-from experiments.report.render import write_text
 from experiments.report.tables import hyperparams, speed
 from experiments.report.tables.base import MISSING, OURS, Context, Table
 from experiments.report.tables.evidence import command, progress
+from sparsegrad.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 LONG = 48  # characters; longer cells wrap

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from experiments.report.tables.base import Table
-from sparsegrad.files import unwritable
+from sparsegrad.files import write_text
 
 _LATEX = {"±": r"$\pm$", "%": r"\%", "_": r"\_", "^": r"\^{}", "~": r"\~{}", "#": r"\#", "&": r"\&", "<": "$<$"}
 
@@ -40,26 +39,3 @@ def latex(table: Table) -> str:
 
 def _escape(text: object) -> str:
     return "".join(_LATEX.get(character, character) for character in str(text))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically.
-
-    Raises:
-        UserError: when it cannot be written.
-    """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(content)
-        scratch.replace(path)
-    except OSError as error:
-        raise unwritable(path, error) from None
-    finally:
-        if scratch.parent.is_dir():
-            scratch.unlink(missing_ok=True)

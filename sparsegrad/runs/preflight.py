@@ -26,7 +26,7 @@ from sparsegrad.runs.saving import check_saving
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.checkpoints import MANIFEST, PREFIX
 from sparsegrad.trainer.main_process import on_main
-from sparsegrad.trainer.processes import check_same
+from sparsegrad.trainer.processes import check_same, from_main
 
 # What `accelerate launch` sets for engines that do not keep every weight whole, or bring an optimizer of their own.
 _SHARDING_ENGINES = {
@@ -212,17 +212,11 @@ def _load_in_turn(config: RunConfig) -> Splits:
 
     A branch of the hub can move in between, so all must have read the same rows.
     """
-    if world_size() == 1:
-        return config.task.load(config.data)
-    _load_on_main(config)
-    splits = config.task.load(config.data)
+    loaded: list[Splits] = []  # in the main process only
+    from_main(lambda: loaded.append(config.task.load(config.data)))
+    splits = loaded[0] if loaded else config.task.load(config.data)
     check_same("the data", splits.fingerprint)
     return splits
-
-
-@on_main
-def _load_on_main(config: RunConfig) -> None:
-    config.task.load(config.data)
 
 
 def check_rows(config: RunConfig, splits: Splits | None) -> None:
