@@ -17,8 +17,9 @@ from torch import Tensor
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, warn_renamed
 from sparsegrad.optim.group_checks import check_group, check_hyperparameters, check_saved, is_sparse
+from sparsegrad.optim.scratch import Scratch
 from sparsegrad.optim.selection import Selection, select, together
-from sparsegrad.optim.updates import Scratch, apply
+from sparsegrad.optim.updates import apply
 
 
 class SparseGradAdamW(torch.optim.AdamW):
@@ -135,7 +136,7 @@ class SparseGradAdamW(torch.optim.AdamW):
                     "weights by scaled gradients: train in bfloat16 without one"
                 )
             self._released.add(weight)
-            self._update([select(group, [weight], self.state)])
+            self._update([select(group, [weight], self.state, self._buffers())])
             weight.grad = None
 
         return hook
@@ -150,7 +151,7 @@ class SparseGradAdamW(torch.optim.AdamW):
         sparse = [group for group in self.param_groups if is_sparse(group)]
         # Select everything first: a value that is not finite anywhere must stop the update of every weight.
         batches = [(group, weights) for group in sparse for weights in together(group["params"])]
-        self._update([select(group, weights, self.state) for group, weights in batches])
+        self._update([select(group, weights, self.state, self._buffers()) for group, weights in batches])
         self._step_plain()
         if self._finite is not None:
             self._skipped = self._skipped + (~self._finite).int()
@@ -167,11 +168,15 @@ class SparseGradAdamW(torch.optim.AdamW):
         for selection in selections:
             finite = selection.values.isfinite().all()
             self._finite = finite if self._finite is None else self._finite & finite.to(self._finite.device)
-        if self._scratch is None:
-            self._scratch = Scratch()
         for selection in selections:
             states = [self.state[weight] for weight in selection.weights]
-            apply(selection, states, self._finite.to(selection.values.device), self._scratch)  # type: ignore[union-attr]
+            apply(selection, states, self._finite.to(selection.values.device), self._buffers())  # type: ignore[union-attr]
+
+    def _buffers(self) -> Scratch:
+        """The buffers of this step, made when the first weight needs them."""
+        if self._scratch is None:
+            self._scratch = Scratch()
+        return self._scratch
 
     def _step_plain(self) -> None:
         """AdamW's own step for the plain groups, skipped if a kept entry was not finite.

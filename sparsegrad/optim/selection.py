@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsegrad.distributed import is_shard, shards_error
 from sparsegrad.errors import UserError, check_integer, check_number
+from sparsegrad.optim.scratch import Scratch
 
 # Largest number of entries of all weights that are rotated together. On a GPU: few enough that the temporary copies of
 # a step stay below the peak of back-propagation, many enough to hide the kernel launches. On a CPU: what fits into the
@@ -80,13 +81,16 @@ def together(weights: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield batch
 
 
-def select(group: dict[str, Any], weights: list[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> Selection:
+def select(
+    group: dict[str, Any], weights: list[Tensor], states: Mapping[Tensor, dict[str, Any]], scratch: Scratch
+) -> Selection:
     """Select the kept entries of the gradients of weights, rotated by the group's basis.
 
     Args:
         group: with `basis`, `keep` and `density`; and `rotation`, if the layers have rotated the gradients already.
         weights: of one shape (out, in), all with a gradient.
         states: the optimizer's state of each weight, of which `error` is added to the gradient with `error_feedback`.
+        scratch: buffers of this step.
     """
     first = weights[0]
     if is_shard(first):  # sharded after the optimizer was created, as Accelerate's FSDP does
@@ -99,7 +103,7 @@ def select(group: dict[str, Any], weights: list[Tensor], states: Mapping[Tensor,
     rotated = _rotate(group, first, gradients[0][None] if len(gradients) == 1 else torch.stack(gradients)).to(dtype)
     if group.get("error_feedback"):
         rotated = rotated + torch.stack([get_error(group, weight, states[weight]) for weight in weights])
-    index = top_k_index(rotated, count_kept(first.shape, keep=group["keep"], density=group["density"]))
+    index = top_k_index(rotated, count_kept(first.shape, keep=group["keep"], density=group["density"]), scratch)
     values = rotated.flatten(1).gather(1, index)
     if group["rotation"] is not None:
         group["rotation"].check_gradients(values)
@@ -150,26 +154,38 @@ def _read_sparse(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (rows * gradient.shape[1] + columns)[None], gradient.values().to(dtype)[None]
 
 
-def top_k_index(gradient: Tensor, keep: int) -> Tensor:
-    """Flat positions (..., keep) of the entries with the largest magnitude in each matrix (..., out, in), unordered."""
-    magnitudes = gradient.abs().flatten(-2)
-    if not magnitudes.is_cpu or magnitudes.shape[-1] < _SAMPLE_FROM:
-        return magnitudes.topk(keep, sorted=False).indices
-    # On a CPU `topk` of a large matrix is slow: see `_find_candidates`.
-    rows = [_top_k_by_sample(row, keep) for row in magnitudes.view(-1, magnitudes.shape[-1])]
-    return torch.stack(rows).view(*magnitudes.shape[:-1], keep)
+def top_k_index(gradient: Tensor, keep: int, scratch: Scratch | None = None) -> Tensor:
+    """Flat positions (..., keep) of the entries with the largest magnitude in each matrix (..., out, in).
+
+    They are ascending on a CPU, where later steps need them sorted, and unordered elsewhere.
+    """
+    if not gradient.is_cpu:
+        return gradient.abs().flatten(-2).topk(keep, sorted=False).indices
+    size = gradient.shape[-2] * gradient.shape[-1]
+    scratch = Scratch() if scratch is None else scratch
+    magnitudes = torch.abs(gradient, out=scratch.get("magnitudes", gradient.shape, gradient)).view(-1, size)
+    if size < _SAMPLE_FROM:
+        index = magnitudes.topk(keep, sorted=False).indices.sort().values
+    else:  # on a CPU `topk` of a large matrix is slow: see `_find_candidates`
+        index = torch.stack([_top_k_by_sample(row, keep) for row in magnitudes])
+    return index.view(*gradient.shape[:-2], keep)
 
 
 def _top_k_by_sample(magnitudes: Tensor, keep: int) -> Tensor:
-    """Positions (keep,) of the largest of `magnitudes` (n,), by `topk` of the candidates if they are enough."""
+    """Ascending positions (keep,) of the largest of `magnitudes` (n,); of the candidates if they are enough."""
     candidates = _find_candidates(magnitudes, keep)
     if len(candidates) < keep:
-        return magnitudes.topk(keep, sorted=False).indices
-    return candidates[magnitudes[candidates].topk(keep, sorted=False).indices]
+        return magnitudes.topk(keep, sorted=False).indices.sort().values
+    values = magnitudes[candidates]
+    # As in `_find_candidates`, entries that are not below the smallest kept one, so that NaN is kept.
+    kept = _find_true((values < values.topk(keep, sorted=False).values.min()).logical_not_())
+    if len(kept) > keep:  # equal entries at the limit
+        kept = values.topk(keep, sorted=False).indices.sort().values
+    return candidates[kept]
 
 
 def _find_candidates(magnitudes: Tensor, keep: int) -> Tensor:
-    """Positions of all entries of `magnitudes` (n,) above a threshold slightly below the `keep`-th largest.
+    """Ascending positions of all entries of `magnitudes` (n,) above a threshold slightly below the `keep`-th largest.
 
     The threshold is estimated from every 31st entry. If at least `keep` entries are above it, they include the `keep`
     largest, so the result of `topk` on them is exact. On a CPU `topk` of all entries takes 4 to 9 times as long.
@@ -180,7 +196,7 @@ def _find_candidates(magnitudes: Tensor, keep: int) -> Tensor:
     sample = magnitudes[::_SAMPLE_STRIDE]
     # The share of the sample that `keep` is of all, plus a quarter and 32 entries of margin for its random error.
     wanted = min(len(sample), keep * 5 // (4 * _SAMPLE_STRIDE) + 32)
-    threshold = sample.topk(wanted, sorted=False).values.min()
+    threshold = sample.kthvalue(len(sample) - wanted + 1).values  # the `wanted`-th largest
     return _find_true((magnitudes < threshold).logical_not_())
 
 

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparsegrad.basis import Basis
 from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.optim.rounding import add_stochastic, decay_
+from sparsegrad.optim.scratch import Scratch
 from sparsegrad.optim.selection import Selection
 
 # A product with a sparse matrix is slower than a dense one when more than one in so many of its entries is kept.
 _DENSE_FROM = 16
-
-
-class Scratch:
-    """Buffers that the weights of a step share; on a CPU touching fresh memory costs more than the products."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    def get(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
-        """An uninitialized buffer of `shape`; the same memory for every call with this name and size."""
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() != shape[0] * shape[1] or buffer.dtype != like.dtype:
-            buffer = self._buffers[name] = like.new_empty(shape)
-        return buffer.view(shape)
+_BLOCK = 256  # rows of a matrix that is added transposed
 
 
 def apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor, scratch: Scratch) -> None:
@@ -90,7 +80,7 @@ def add_sparse_(weight: Tensor, basis: Basis | None, index: Tensor, values: Tens
     Args:
         weight: contiguous, on a CPU, of the dtype of `values`.
         basis: of both sides, of one, or None; its columns are contiguous.
-        index: distinct positions.
+        index: distinct positions, ascending.
         values: the entries.
         scratch: buffers of this step.
     """
@@ -99,27 +89,43 @@ def add_sparse_(weight: Tensor, basis: Basis | None, index: Tensor, values: Tens
     if U is None and V is None:
         weight.view(-1).index_add_(0, index, values)
         return
-    rows, columns = index // n, index % n
     if V is None:
         assert U is not None
-        weight.addmm_(_make_sparse(rows, columns, values, (m, n)), U.T)
+        weight.addmm_(_make_sparse(index, values, (m, n)), U.T)
     elif U is None:
-        turned = scratch.get("half", (n, m), weight).zero_()
-        turned.addmm_(_make_sparse(columns, rows, values, (n, m)), V.T)  # (V S)^T (in, out)
-        # Copying a transpose is blocked in torch, adding one is not.
-        weight.add_(scratch.get("turned", (m, n), weight).copy_(turned.T))
+        _add_transposed(weight, _multiply_transposed(index, values, (m, n), V, scratch))
     elif m >= n:
-        turned = scratch.get("half", (n, m), weight).zero_()
-        turned.addmm_(_make_sparse(columns, rows, values, (n, m)), V.T)
-        weight.addmm_(turned.T, U.T)
+        weight.addmm_(_multiply_transposed(index, values, (m, n), V, scratch).T, U.T)
     else:
         half = scratch.get("half", (m, n), weight).zero_()
-        half.addmm_(_make_sparse(rows, columns, values, (m, n)), U.T)  # S U^T
+        half.addmm_(_make_sparse(index, values, (m, n)), U.T)  # S U^T
         weight.addmm_(V, half)
 
 
-def _make_sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A coalesced COO matrix; sorted here, because torch's own coalescing takes ten times as long."""
-    order = (rows * shape[1] + columns).argsort()
-    index = torch.stack([rows[order], columns[order]])
-    return torch.sparse_coo_tensor(index, values[order], shape, check_invariants=False, is_coalesced=True)
+def _multiply_transposed(index: Tensor, values: Tensor, shape: tuple[int, int], V: Tensor, scratch: Scratch) -> Tensor:
+    """(V S)^T (in, out), for S as in `add_sparse_` and V (out, out)."""
+    m, n = shape
+    rows, columns = index // n, index % n
+    # The positions are ascending, so the transpose needs a sort by column only. numpy's stable sort of 16 bits is a
+    # radix sort, nine times as fast as `torch.sort`.
+    keys = columns.numpy().astype(np.uint16) if n <= 2**16 else columns.numpy()
+    order = torch.from_numpy(np.argsort(keys, kind="stable"))
+    half = scratch.get("half", (n, m), V).zero_()
+    return half.addmm_(_make_sparse((columns * m + rows)[order], values[order], (n, m)), V.T)
+
+
+def _add_transposed(weight: Tensor, other: Tensor) -> None:
+    """Add the transpose of `other` (in, out) to `weight` (out, in), in blocks that fit into the cache."""
+    for start in range(0, len(other), _BLOCK):
+        block = other[start : start + _BLOCK]
+        weight[:, start : start + len(block)].add_(block.T)
+
+
+def _make_sparse(index: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A matrix in CSR, which torch multiplies twice as fast as COO, from ascending flat positions."""
+    rows = index // shape[1]
+    starts = torch.zeros(shape[0] + 1, dtype=index.dtype)
+    starts[1:] = torch.bincount(rows, minlength=shape[0]).cumsum(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
+        return torch.sparse_csr_tensor(starts, index % shape[1], values, shape, check_invariants=False)
