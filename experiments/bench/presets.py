@@ -25,6 +25,7 @@ _BARS = (
     "exact_lean",
     "fast",
 )
+_DYNAMIC_ARMS = (*PAPER_ARMS, "exact_small")
 _FEW_BARS = ("full", "lora_peft", "layer_regular", "exact", "exact_gradient", "exact_small", "exact_lean", "fast")
 # The arms of the mini accuracy runs: the quality table shows their speed.
 _QUALITY = (*_FLOOR_AND_MAIN, "exact_release", "meprop", "authors")
@@ -129,29 +130,31 @@ def _padded(blocks: int | None, batches: tuple[int, ...]) -> list[Planned]:
 def _dynamic(blocks: int | None) -> list[Planned]:
     """Tables 7 and 8 padded to the longest row: cost differs by task. MNLI, QNLI and QQP have no token lengths here."""
     tasks = [task for task in histograms() if task != "snippets"]
-    return [_paper(blocks=blocks, padding="longest", task=task) for task in tasks]
+    return [_paper(_DYNAMIC_ARMS, blocks=blocks, padding="longest", task=task) for task in tasks]
 
 
-def _paper(**fields: Any) -> Planned:
-    return Planned(preset="paper", setting=Setting(shape="roberta_base", **fields), arms=PAPER_ARMS)
+def _paper(arms: tuple[str, ...] = PAPER_ARMS, **fields: Any) -> Planned:
+    return Planned(preset="paper", setting=Setting(shape="roberta_base", **fields), arms=arms)
 
 
 def _on_cpu(device: torch.device) -> list[Planned]:
     snippets = Setting(shape="minilm", padding="longest", task="snippets")
     half = [name for name in machine.precisions(device) if name == "bf16_autocast"]
     return [
-        _stack("core", "mlp_768", 16),
-        Planned(preset="model", setting=snippets, arms=_QUALITY),
-        _stack("core", "mlp_768", 32, _FEW_BARS),
-        *_padded(1, (16, 32)),
-        *(_stack("tokens", "mlp_768", batch, _FEW_BARS) for batch in (4, 8)),
         _stack("tokens", "mlp_768", 1, _FEW_BARS, length=180),
-        *(_stack("width", f"mlp_{hidden}", 16, MAIN_ARMS) for hidden in (384, 1024)),
-        *(_stack("precision", "mlp_768", 16, (*MAIN_ARMS, "exact_rotation_bf16"), precision=name) for name in half),
-        _llama("llama_quarter", 1, 2, "fp32"),
-        *_padded(None, (16,)),
+        _stack("tokens", "mlp_768", 4, _FEW_BARS),
+        _stack("core", "mlp_768", 16),
         *_dynamic(1),
+        Planned(preset="model", setting=snippets, arms=_QUALITY),
+        _stack("tokens", "mlp_768", 32, _FEW_BARS),
+        *(_stack("precision", "mlp_768", 16, (*MAIN_ARMS, "exact_rotation_bf16"), precision=name) for name in half),
         _stack("tokens", "mlp_768", 64, _FEW_BARS),
+        *_padded(1, (16,)),
+        _stack("tokens", "mlp_768", 8, _FEW_BARS),
+        *_padded(1, (32,)),
+        _llama("llama_quarter", 1, 2, "fp32"),
+        *(_stack("width", f"mlp_{hidden}", 16, MAIN_ARMS) for hidden in (384, 1024)),
+        *_padded(None, (16,)),
     ]
 
 
