@@ -22,7 +22,8 @@ from sparsegrad.runs.predictions import Arrays, describe_arrays, write_predictio
 from sparsegrad.runs.preflight import check_run
 from sparsegrad.runs.run_folder import prepare_checkpoints, remove_checkpoints, run_lock
 from sparsegrad.runs.saving import save_results
-from sparsegrad.runs.trainer_setup import close_tracker, make_trainer
+from sparsegrad.runs.tracking import tracked
+from sparsegrad.runs.trainer_setup import make_trainer
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.callbacks import NonFiniteLossError
 from sparsegrad.trainer.device import pick_device
@@ -68,7 +69,7 @@ def run(
 
 @contextmanager
 def _explained_errors(config: RunConfig) -> Iterator[None]:
-    """Within: a full disk and a lost process become errors for the user; at the end the tracker is closed."""
+    """Within: a full disk and a lost process become errors for the user."""
     try:
         yield
     except Exception as error:
@@ -77,8 +78,6 @@ def _explained_errors(config: RunConfig) -> Iterator[None]:
         if (lost := lost_process(error)) is not None:
             raise lost from error
         raise
-    finally:
-        close_tracker(config)
 
 
 def _train(
@@ -103,12 +102,13 @@ def _train(
         for callback in callbacks:
             trainer.add_callback(callback)
         record = describe_run(config, parts, splits, sources, prepared, labels)
-        try:
-            _run_trainer(config, trainer, checkpoint)
-            result, arrays = score_run(config, trainer, parts)
-        except (NonFiniteLossError, UserError) as error:
-            raise write_failed(config, record, trainer, environment, error) from None
-        record |= {"status": "complete", "result": result, "speed": stopwatch.report(), "memory": memory.report()}
+        with tracked(config, trainer, record, stopwatch):
+            try:
+                _run_trainer(config, trainer, checkpoint)
+                result, arrays = score_run(config, trainer, parts)
+            except (NonFiniteLossError, UserError) as error:
+                raise write_failed(config, record, trainer, environment, error) from None
+            record |= {"status": "complete", "result": result, "speed": stopwatch.report(), "memory": memory.report()}
         if config.save_model or config.save_adapter:
             save_results(config, parts, prepared, sources)
     finished = {**environment, "finished": now()}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -136,8 +133,7 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
         ddp_broadcast_buffers=False,  # no buffer is trained, so only gradients need to be sent
         seed=config.seed,
         data_seed=config.seed,  # processes differ in the seed of dropout, not in that of the order of rows
-        report_to=_tracker(config),
-        run_name=f"{config.name}/{config.model.name}/{config.method.name}/{config.task.name}/{config.seed}",
+        report_to="none",  # `sparsegrad.runs.tracking` knows more of the run than the Trainer's own trackers
     )
 
 
@@ -159,27 +155,3 @@ def total_steps(config: RunConfig, rows: int) -> int:
     micro_batches = -(-rows // (config.train.batch_size * world_size()))
     per_epoch = max(1, -(-micro_batches // config.train.grad_accumulation))
     return max(1, int(-(-per_epoch * config.protocol.epochs // 1)))
-
-
-def close_tracker(config: RunConfig) -> None:
-    """End the run of Weights & Biases; the next run of this process starts its own."""
-    if config.tracker.name == "wandb" and (wandb := sys.modules.get("wandb")) is not None:
-        wandb.finish()
-
-
-def _tracker(config: RunConfig) -> list[str]:
-    """Set the environment variables that the Trainer's trackers read; the tracker's name."""
-    tracker = config.tracker
-    if tracker.name == "wandb":
-        folder = Path(config.work_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ |= {
-            "WANDB_PROJECT": tracker.project or "sparsegrad",
-            "WANDB_MODE": tracker.mode or "offline",
-            "WANDB_RUN_GROUP": config.name,
-            "WANDB_DIR": str(folder),
-            "WANDB_SILENT": "true",
-        }
-    if tracker.name == "tensorboard":
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.work_dir) / "tensorboard" / config.key)
-    return [] if tracker.name == "none" else [tracker.name]
