@@ -1,0 +1,62 @@
+"""scripts/gpu_evidence.sh, run by bash in a copy of the checkout's layout with a stand-in for Python."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+from run_fixtures import ROOT
+
+# Answers the script's calls: versions, the check of an asset, and a block that leaves a record. Block 2a fails.
+PYTHON = """#!/bin/bash
+case "$*" in
+  -) cat >/dev/null; echo "3.11 torch" ;;
+  "-m sparsegrad.assets"*) echo "checked $3" >>checked ;;
+  *evidence*) mkdir -p results/runs/new; echo "$*" >"results/runs/new/$3.json"; [ "$3" != 2a ] ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "gpu_evidence.sh", tmp_path / "scripts")
+    for name in ("glue", "results/studies", "results/runs/old", "parts/minilm"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "results" / "runs" / "old" / "record.json").write_text("{}")
+    os.utime(tmp_path / "results" / "runs" / "old" / "record.json", (1, 1))
+    for number in range(12):
+        (tmp_path / "parts" / "minilm" / f"part{number:02}").write_text(f"{number},")
+    python = tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    return tmp_path
+
+
+def call(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "scripts/gpu_evidence.sh", "out", "glue", *arguments]
+    env = {**os.environ, "PYTHON": str(checkout / "python"), **environment}
+    return subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, check=False)
+
+
+def test_a_failed_block_ends_it_and_the_archive_has_what_is_new(checkout: Path) -> None:
+    done = call(checkout, BLOCKS="0 1 2a 3", WORKERS="5")
+    assert done.returncode == 1, done.stderr
+    with tarfile.open(checkout / "out" / "records.tar.gz") as archive:
+        assert sorted(archive.getnames()) == [f"results/runs/new/{block}.json" for block in ("0", "1", "2a")]
+    asked = (checkout / "results" / "runs" / "new" / "1.json").read_text()
+    assert "--workers 5" in asked
+    assert f"--data {checkout / 'glue'}" in asked
+    assert "--dry" not in asked
+
+
+def test_the_parts_of_a_model_are_joined_in_order_and_checked(checkout: Path) -> None:
+    assert call(checkout, "--dry", BLOCKS="0", PARTS=str(checkout / "parts")).returncode == 0
+    joined = (checkout / "assets" / "minilm" / "model.safetensors").read_text()
+    assert joined == "".join(f"{number}," for number in range(12))
+    assert (checkout / "checked").read_text() == "checked minilm\n"
+    assert "--dry" in (checkout / "results" / "runs" / "new" / "0.json").read_text()
