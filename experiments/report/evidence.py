@@ -19,6 +19,8 @@ from experiments.report.tables.base import Context
 from sparsegrad.errors import UserError
 from sparsegrad.runs.predictions import Arrays, read_predictions
 
+_RISE = 0.5  # points that a run must gain in its last three evaluations to count as still improving; of a loss, percent
+
 
 @dataclass(frozen=True)
 class About:
@@ -71,9 +73,16 @@ class EvidenceRun:
 
     @property
     def still_improving(self) -> bool:
-        """Whether its best evaluation is the last one, so that more training might help."""
+        """Whether its best evaluation is the last one, and better than those before the last three by `_RISE`.
+
+        On a plateau the last evaluation is sometimes the best by a hair, which more training would not change.
+        """
         rows = self._evaluations()
-        return len(rows) > 1 and self.record["result"].get("chosen_step") == rows[-1][0]
+        if len(rows) < 2 or self.record["result"].get("chosen_step") != rows[-1][0]:
+            return False
+        best = min if self.metric in LOWER_IS_BETTER else max
+        earlier, last = best(score for _, score in rows[:-3] or rows[:-1]), rows[-1][1]
+        return abs(last - earlier) > (_RISE * last / POINTS if self.metric in LOWER_IS_BETTER else _RISE)
 
     @property
     def chosen_score(self) -> float:

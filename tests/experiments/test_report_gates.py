@@ -112,6 +112,12 @@ def test_runs_that_still_improve_fail_above_a_fifth(cases: Cases) -> None:
     assert "2 of 9 runs still improve at their last evaluation, more than 20 %" in health(cases).verdict
 
 
+def test_a_best_score_at_the_end_of_a_plateau_is_no_improvement(cases: Cases) -> None:
+    cases.healthy()
+    cases.run("full", "sst2", 42, 0.85, steps=((10, 0.5), (20, 0.845), (30, 0.846), (40, 0.847), (50, 0.849)))
+    assert health(cases).improving == (0, 9)
+
+
 def test_arms_with_different_data_are_named(cases: Cases) -> None:
     cases.healthy()
     for seed in SEEDS:
