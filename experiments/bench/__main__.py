@@ -16,7 +16,8 @@ Schema of `results/bench/HARDWARE.json` (schema 1):
                 measured step), steps_per_second (from their median), warmup_steps, first_step_seconds, peak_mib (GPU:
                 allocated; CPU: resident above the loaded model), memory (raw), trainable, trainable_per_weight,
                 last_loss, commit, time. All arms of a setting run the same number of steps on the same batches
-    calibrations    shape-blocks -> seconds, peak_mib, steps, tokens: cost of the bases, which no cell includes
+    calibrations    shape-blocks -> seconds, peak_mib, steps, tokens: cost of the bases, which no cell includes; and
+                shape-task-bBATCH-REPEAT, calibrations as long as the paper's
     decompositions  method-OUTxIN-COUNT -> seconds, peak_mib of the HOSVD of random gradients; stacked_tensor_mib is
                 computed: the size of that tensor in float64
     summary     setting -> arm -> steps_per_second, peak_mib, and speed, memory: reference -> ratio to it (speed
@@ -39,7 +40,17 @@ import torch
 
 from experiments.bench import machine
 from experiments.bench.arms import ARMS, arms_of, find_arm
-from experiments.bench.presets import PRESETS, Decomposition, Planned, Schedule, decompositions, default_schedule, plan
+from experiments.bench.presets import (
+    PRESETS,
+    Calibration,
+    Decomposition,
+    Planned,
+    Schedule,
+    calibrations,
+    decompositions,
+    default_schedule,
+    plan,
+)
 from experiments.bench.reflections import BASES
 from experiments.bench.render import predictions
 from experiments.bench.results import read
@@ -75,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
     # Everything is checked before the first measurement: a benchmark runs for hours.
     device = pick_device(options.device, "--device")
     schedule = _schedule(options, device)
-    planned, apart = _choose(options, device)
+    planned, apart = _choose(options, device, schedule)
     for chosen, _ in planned:
         machine.check_precision(chosen.setting.precision, device)
     if options.list:
@@ -162,9 +173,9 @@ def _schedule(options: argparse.Namespace, device: torch.device) -> Schedule:
 
 
 def _choose(
-    options: argparse.Namespace, device: torch.device
-) -> tuple[list[tuple[Planned, list[str]]], list[Decomposition]]:
-    """The settings to measure, each with its arms, and the decompositions."""
+    options: argparse.Namespace, device: torch.device, schedule: Schedule
+) -> tuple[list[tuple[Planned, list[str]]], list[Decomposition | Calibration]]:
+    """The settings to measure, each with its arms, and the decompositions and calibrations."""
     wanted = tuple(_split_names(options.arms))
     for arm in wanted:
         find_arm(arm)
@@ -172,12 +183,20 @@ def _choose(
         _refuse_lone_fields(options)
         presets = [check_choice("preset", name, PRESETS) for name in _split_names(options.presets)] or list(PRESETS)
         planned = [found for found in plan(device, options.quick) if found.preset in presets]
-        # Decompositions belong to no arm, so --arms excludes them.
-        apart = decompositions(options.quick) if "decomposition" in presets and not wanted else []
+        apart = [] if wanted else _list_apart(presets, options.quick, schedule)  # they belong to no arm
     else:
         planned, apart = [Planned(preset="custom", setting=_setting(options))], []
     pairs = [(found, _select_arms(found, wanted)) for found in planned]
     return [(found, arms) for found, arms in pairs if arms], apart
+
+
+def _list_apart(presets: list[str], quick: bool, schedule: Schedule) -> list[Decomposition | Calibration]:
+    apart: list[Decomposition | Calibration] = []
+    if "decomposition" in presets:
+        apart += decompositions(quick)
+    if "calibration" in presets:
+        apart += calibrations(quick, schedule.repeats)
+    return apart
 
 
 def _select_arms(found: Planned, wanted: tuple[str, ...]) -> list[str]:
@@ -208,11 +227,11 @@ def _out(options: argparse.Namespace, device: torch.device, threads: int) -> Pat
     return Path(f"runs/bench/{name}-quick.json") if options.quick else Path(f"results/bench/{name}.json")
 
 
-def _list(planned: list[tuple[Planned, list[str]]], apart: list[Decomposition]) -> None:
+def _list(planned: list[tuple[Planned, list[str]]], apart: list[Decomposition | Calibration]) -> None:
     for found, arms in planned:
         print(f"{found.preset:10} {found.setting.key}: {', '.join(arms)}")
-    for decomposition in apart:
-        print(f"decomposition {decomposition.key}")
+    for one in apart:
+        print(f"{type(one).__name__.lower()} {one.key}")
 
 
 def _split_names(text: str | None) -> list[str]:

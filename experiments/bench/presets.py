@@ -12,7 +12,18 @@ from experiments.bench.arms import MAIN_ARMS, PAPER_ARMS
 from experiments.bench.lengths import histograms
 from experiments.bench.settings import Setting
 
-PRESETS = ("core", "paper", "model", "precision", "tokens", "width", "llama", "compiled", "decomposition")
+PRESETS = (
+    "core",
+    "paper",
+    "model",
+    "precision",
+    "tokens",
+    "width",
+    "llama",
+    "compiled",
+    "decomposition",
+    "calibration",
+)
 _FLOOR_AND_MAIN = ("frozen", *MAIN_ARMS)
 _BARS = (
     "frozen",
@@ -62,6 +73,22 @@ class Decomposition:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """One whole calibration to be measured, as long as the paper's: gradients of `steps` batches and HOSVD."""
+
+    shape: str
+    task: str
+    batch: int
+    steps: int
+    repeat: int
+
+    @property
+    def key(self) -> str:
+        """A readable name."""
+        return f"{self.shape}-{self.task}-b{self.batch}-{self.repeat}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """How often and how long to measure.
 
@@ -107,6 +134,12 @@ def decompositions(quick: bool) -> list[Decomposition]:
         return [_decomposition(method, 768, 192, 12) for method in ("gram", "stacked")]
     counts = [("gram", 12), ("gram", 360), ("stacked", 6), ("stacked", 12)]
     return [_decomposition(method, 3072, 768, count) for method, count in counts]
+
+
+def calibrations(quick: bool, repeats: int) -> list[Calibration]:
+    """The whole calibrations to measure: MiniLM, 30 batches of 32 snippets."""
+    sizes = {"batch": 4, "steps": 2} if quick else {"batch": 32, "steps": 30}
+    return [Calibration(shape="minilm", task="snippets", **sizes, repeat=repeat) for repeat in range(repeats)]
 
 
 def _decomposition(method: str, out_features: int, in_features: int, count: int) -> Decomposition:

@@ -21,7 +21,7 @@ from experiments.bench.arms import find_arm
 from experiments.bench.bars import measured_bars
 from experiments.bench.decompose import stacked_mib
 from experiments.bench.plot import write_plot
-from experiments.bench.presets import Decomposition, Planned, Schedule
+from experiments.bench.presets import Calibration, Decomposition, Planned, Schedule
 from experiments.bench.settings import Setting
 from experiments.paths import ROOT
 from sparsegrad.errors import UserError
@@ -57,11 +57,14 @@ class Bench:
     document: results.Document = field(default_factory=results.empty)
     _start: float = field(default_factory=time.monotonic)
 
-    def run(self, planned: list[tuple[Planned, list[str]]], decompositions: list[Decomposition]) -> None:
+    def run(self, planned: list[tuple[Planned, list[str]]], apart: list[Decomposition | Calibration]) -> None:
         """Measure what the results lack. A failed measurement is recorded like any other and not repeated."""
         self.document = {**results.read(self.out), **self._head()}
-        for decomposition in decompositions:
-            self._decomposition(decomposition)
+        for one in apart:
+            if isinstance(one, Decomposition):
+                self._decomposition(one)
+            else:
+                self._calibration(one)
         left = 0
         for chosen, arms in planned:
             self._note(chosen)
@@ -174,6 +177,17 @@ class Bench:
         found[wanted.key] = {"method": wanted.method, **sizes, **arithmetic, **answer, **self._stamp()}
         write_json(self.out, self.document)
         self.tell(f"decomposition {wanted.key}: {_format_answer(answer)}")
+
+    def _calibration(self, wanted: Calibration) -> None:
+        found = self.document["calibrations"]
+        if wanted.key in found and not self.force:
+            return
+        setting = Setting(shape=wanted.shape, task=wanted.task, batch=wanted.batch, padding="longest").as_json()
+        arguments = {"device": self.device.type, "bases": str(self.work / "unused.safetensors"), "seed": wanted.repeat}
+        answer = self._process("calibrate", setting=setting, **arguments, steps=wanted.steps)
+        found[wanted.key] = {**answer, **self._stamp()}
+        write_json(self.out, self.document)
+        self.tell(f"calibration {wanted.key}: {_format_answer(answer)}")
 
     def _process(self, job: str, **arguments: Any) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
