@@ -27,7 +27,7 @@ quickstart: assets ## fine-tune MiniLM on movie snippets with four methods, and 
 	@for method in full lora meprop sparsegrad; do \
 		$(BIN)/python run.py experiment=quickstart method=$$method results_dir=$(QUICKSTART) || exit $$?; \
 	done
-	@$(BIN)/python -m sparsegrad.cli $(QUICKSTART)/runs/quickstart
+	@$(BIN)/python -m sparsegrad.cli records $(QUICKSTART)
 
 test: assets ## install what is needed and run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
+import os
 import sys
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
 from sparsegrad import namesake as namesake  # imported for its check: every module imports this one
@@ -30,6 +32,50 @@ class BusyError(UserError):
 def fail(name: str, value: object, allowed: str, remedy: str = "") -> UserError:
     """Build the error for `name=value`; the caller raises it."""
     return UserError(f"{name}={value} is not allowed: {allowed}" + (f"; {remedy}" if remedy else ""))
+
+
+def run_as_command(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Run the main function of a command line; a user's mistake and Ctrl-C end in one line instead of a traceback.
+
+    Args:
+        command: returns the exit status; None means 0.
+        interrupted: the line after Ctrl-C, which says what is kept.
+
+    Returns:
+        The exit status: that of `command`, 2 after a `UserError`, 130 after Ctrl-C, 141 after `command | head`.
+    """
+    try:
+        status = command() or 0
+        sys.stdout.flush()  # here, where a closed pipe can still be handled
+        return status
+    except UserError as error:
+        if not error.silent and os.environ.get("RANK", "0") == "0":  # torchrun starts several of the same process
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python flushes stdout again at exit; without this it would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def closest(name: object, known: Iterable[object]) -> str | None:
+    """The entry of `known` that `name` is probably a misspelling of; upper case and separators do not count."""
+    plain = {_letters(one): str(one) for one in reversed(list(known))}
+    found = difflib.get_close_matches(_letters(name), plain, n=1, cutoff=0.6)
+    return plain[found[0]] if found else None
+
+
+def did_you_mean(name: object, known: Iterable[object], prefix: str = "") -> str:
+    """`did you mean PREFIX...?` for the closest entry of `known`; empty without one."""
+    found = closest(name, known)
+    return "" if found is None else f"did you mean {prefix}{found}?"
+
+
+def _letters(name: object) -> str:
+    return "".join(letter for letter in str(name).lower() if letter not in "_-. ")
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
@@ -109,6 +155,8 @@ def check_integer(
 def check_choice(name: str, value: Any, choices: Collection[Any], remedy: str = "") -> Any:
     """Return `value` if it is one of `choices`, or raise `UserError` that lists them."""
     if value not in choices:
+        hint = did_you_mean(value, choices) if isinstance(value, str) else ""
+        remedy = "; ".join(filter(None, (hint, remedy)))
         raise fail(name, value, "choose one of " + ", ".join(map(str, choices)), remedy)
     return value
 

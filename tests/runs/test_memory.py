@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from sparsegrad.cli import KEPT_PRODUCTS
+from sparsegrad.cli.running import KEPT_PRODUCTS
 from sparsegrad.trainer import peak_memory as memory
 from sparsegrad.trainer.peak_memory import PeakMemory
 
@@ -63,7 +63,7 @@ def test_without_a_high_water_mark_samples_count(monkeypatch: pytest.MonkeyPatch
 # Prints the MiB that malloc holds more after products of 150 lengths than after 50, under autocast.
 GROWTH = """
 import ctypes, sys, torch
-from sparsegrad.cli import cap_product_caches
+from sparsegrad.cli.running import cap_product_caches
 
 class Held(ctypes.Structure):
     _fields_ = [(str(place), ctypes.c_size_t) for place in range(10)]

@@ -318,7 +318,7 @@ def test_a_console_without_unicode_shows_escapes(name: str, tmp_path: Path) -> N
         content = json.loads(record.read_text(encoding="utf-8"))
         content["config"]["model"]["name"] = "mod\xe8le"
         record.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    shown = start("-m", "sparsegrad.cli", str(records), folder=tmp_path, **ENCODINGS[name])
+    shown = start("-m", "sparsegrad.cli", "records", str(records), folder=tmp_path, **ENCODINGS[name])
     assert (shown.returncode, shown.stderr) == (0, b"")
     assert ("mod\xe8le".encode() if name == "C" else b"mod\\xe8le") in shown.stdout
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from sparsegrad import cli
+from sparsegrad.cli.console import main
+from sparsegrad.cli.record_rows import read_rows
+from sparsegrad.cli.records_command import make_text
 from sparsegrad.errors import UserError
 from sparsegrad.files import is_of_writing, write_json
 from sparsegrad.runs.environment import describe_environment
@@ -105,7 +107,7 @@ def test_the_command_shows_what_there_is(
     for number, content in enumerate(written):
         write_json(tmp_path / f"{number}.json", content)
     (tmp_path / "bad.json").write_text("{")
-    assert cli.main([str(tmp_path)]) == 0
+    assert main(["records", str(tmp_path)]) == 0
     shown = capsys.readouterr()
     assert "bad.json" in shown.err
     for content in written:
@@ -113,8 +115,67 @@ def test_the_command_shows_what_there_is(
 
 
 def test_the_command_says_where_nothing_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([str(tmp_path)]) == 2
+    assert main(["records", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: no records below")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Records of two methods with three seeds each, and of one more with another density."""
+    cases = [("lora", seed, {"rank": 7}, 0.70 + 0.01 * seed) for seed in (1, 2, 3)]
+    cases += [("sparsegrad", seed, {"density": 0.01}, 0.80 + 0.01 * seed) for seed in (1, 2, 3)]
+    cases += [("sparsegrad", 1, {"density": 0.05}, 0.95)]
+    for number, (method, seed, settings, value) in enumerate(cases):
+        content = record(result={"metric": "matthews_correlation", "value": value}, key=f"{number:016x}")
+        content["config"] = {**content["config"], "seed": seed, "method": {"name": method, **settings}}
+        write_json(tmp_path / "runs" / f"{number}.json", content)
+    return tmp_path
+
+
+def show(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert main(["records", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def test_records_are_narrowed_sorted_and_averaged(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert show(capsys, runs, "--filter", "density=0.05").count("0.9500") == 1
+    assert "lora" not in show(capsys, runs, "--filter", "method=sparsegrad", "--filter", "seed=1,2")
+    scores = [line.split(",") for line in show(capsys, runs, "--sort", "score", "--reverse", "--csv").splitlines()]
+    column = scores[0].index("value")
+    assert [float(row[column]) for row in scores[1:]] == pytest.approx([0.95, 0.83, 0.82, 0.81, 0.73, 0.72, 0.71])
+    means = [line for line in show(capsys, runs, "--mean").splitlines() if "±" in line]
+    assert sum("0.7200 ± 0.0100" in line for line in means) == 1
+    assert sum("0.8200 ± 0.0100" in line for line in means) == 1  # the run of another density is not part of it
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--filter", "metod=lora"), "did you mean method"),
+        (("--sort", "scor"), "did you mean score"),
+        (("--filter", "lora"), "key=value"),
+        (("--filter", "method=full"), "no record"),
+    ],
+)
+def test_what_no_record_has_is_named(
+    runs: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    assert main(["records", str(runs), *words]) == 2
+    line = capsys.readouterr().err
+    assert said in line
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_narrow_table_leaves_columns_out_but_cuts_nothing(runs: Path, width: int) -> None:
+    rows = read_rows(runs, on_bad=lambda error: pytest.fail(str(error)))
+    narrow, note, _ = make_text(rows, width).partition("Not shown")
+    assert max(map(len, (narrow + note).splitlines())) <= width
+    whole = make_text(rows, None)
+    words = {word for word in narrow.split() if set(word) != {"-"}}
+    assert words <= set(whole.replace(",", "").split()) | set(whole.split())
+    assert {"lora", "sparsegrad", "0.7100", "0.05"} <= words | ({"0.05"} if width == 60 else set())
+    assert bool(note) == (width < len(max(whole.splitlines(), key=len)))
 
 
 def test_the_environment_names_versions_commit_and_hardware() -> None:

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from run_fixtures import ROOT, Composer, last_wins, write_rows
 
 from experiments.report.tables import searched
-from sparsegrad import cli
+from sparsegrad.cli import running
 from sparsegrad.errors import UserError
 from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps import __main__ as sweep
@@ -300,7 +300,7 @@ def test_bad_input_is_one_clear_line(
     composed: Sweep, override: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.run_command(composed(override))
+        running.run_command(composed(override))
     assert ended.value.code == 2
     shown = capsys.readouterr().err.strip()
     assert said in shown
@@ -330,12 +330,12 @@ def test_the_best_feeds_back(composed: Sweep, conf: Composer, small: tuple[str, 
     run_sweep(composed())
     best = study_of(composed()).best_params
     options = conf(*[one for one in small if not one.startswith("train.lr")], "hparams=study:s")
-    assert cli._apply_hparams(options) == {"hparams": {"from": "study:s", **best}}
+    assert running.apply_hparams(options) == {"hparams": {"from": "study:s", **best}}
     assert options.train.lr == best["train.lr"]
     with pytest.raises(UserError, match=r"has no study t; it has: s"):
-        cli._apply_hparams(conf(*small, "hparams=study:t"))
+        running.apply_hparams(conf(*small, "hparams=study:t"))
     with pytest.raises(UserError, match="searched minilm / sparsegrad / sst2, this run is minilm / lora / sst2"):
-        cli._apply_hparams(conf(*small, "hparams=study:s", "method=lora"))
+        running.apply_hparams(conf(*small, "hparams=study:s", "method=lora"))
 
 
 def test_published_and_authors_values(conf: Composer) -> None:
@@ -346,12 +346,12 @@ def test_published_and_authors_values(conf: Composer) -> None:
         ("authors", "roberta_large", "sparsegrad_authors", "stsb", 16, 2.11e-5),
     ):
         options = conf(f"model={model}", f"method={method}", f"task={task}", f"hparams={name}")
-        cli._apply_hparams(options)
+        running.apply_hparams(options)
         assert (options.train.batch_size, options.train.lr) == (batch, lr)
     with pytest.raises(UserError, match="hparams=paper has nothing for minilm / sparsegrad / snippets"):
-        cli._apply_hparams(conf("hparams=paper"))
+        running.apply_hparams(conf("hparams=paper"))
     with pytest.raises(UserError, match="choose paper, authors, search, mini or study:NAME"):
-        cli._apply_hparams(conf("hparams=mine"))
+        running.apply_hparams(conf("hparams=mine"))
 
 
 def test_show_writes_figures_trials_and_plots(

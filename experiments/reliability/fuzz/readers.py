@@ -23,9 +23,12 @@ from experiments.reliability.fuzz.base import LINES, TENSOR_FILE, TEXT, Reader
 from experiments.reliability.fuzz.checkpoints import CHECKPOINTS
 from experiments.report.collect import collect_cells
 from sparsegrad.adapter.format import FACTS, TENSORS, Entry, digest, write_adapter
-from sparsegrad.adapter.load import load_adapter, named_tensors
+from sparsegrad.adapter.load import load_adapter
+from sparsegrad.adapter.merge import named_tensors
 from sparsegrad.basis import Basis, save_bases
-from sparsegrad.cli import outcome, records_table
+from sparsegrad.cli.record_rows import read_rows
+from sparsegrad.cli.records_command import make_text
+from sparsegrad.cli.running import outcome
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
 from sparsegrad.hashing import file_sha256
@@ -44,7 +47,12 @@ def _make_record(folder: Path) -> None:
 def _read_record(folder: Path) -> None:
     if (record := find_complete(folder / "record.json")) is not None:
         outcome(record)
-    records_table(load_records(folder).sort_values(["task", "protocol", "seed", "model", "finished"]))
+    load_records(folder)
+    make_text(read_rows(folder, on_bad=_raise), width=80)
+
+
+def _raise(error: UserError) -> None:
+    raise error
 
 
 def _make_collected(folder: Path) -> None:

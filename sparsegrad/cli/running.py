@@ -1,31 +1,24 @@
-"""The screen of `run.py`: what it prints and its exit status."""
+"""Run one composed configuration for `run.py`: what it prints and its exit status."""
 
 from __future__ import annotations
 
-import argparse
-import io
-import math
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 from rich.tree import Tree
 
+from sparsegrad.cli.screen import console, replace_unprintable
 from sparsegrad.distributed import is_main
 from sparsegrad.errors import UserError, missing_package
 from sparsegrad.trainer.quiet import quiet_libraries
-
-console = Console()
 
 # Products that each of torch's two caches for bfloat16 on a CPU (oneDNN's and ideep's) keeps, one for every shape.
 # Batches of many lengths meet hundreds of shapes: with 1024, the default of both, one linear of 384 x 1536 held 670 MiB
@@ -51,13 +44,6 @@ def run_command(composed: DictConfig) -> None:
         sys.exit(128 + number)
 
 
-def replace_unprintable() -> None:
-    """Print characters that the console's encoding lacks as escapes, such as \\xe9, instead of failing."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a notebook or a test has its own kind
-            stream.reconfigure(errors="backslashreplace")
-
-
 def _refuse(error: UserError) -> NoReturn:
     """Print the error and exit; in a multirun raise it, so that Hydra runs the other jobs and exits with 1."""
     if not error.silent:
@@ -74,7 +60,7 @@ def _run(composed: DictConfig) -> None:
     from sparsegrad.trainer.quiet import quiet_transformers
 
     composed = with_current_names(composed)
-    labels = {**_label_plan(), **_apply_hparams(composed)}
+    labels = {**_label_plan(), **apply_hparams(composed)}
     quiet_libraries()
     quiet_transformers()
     if composed.get("sweep") is None:
@@ -106,7 +92,7 @@ def _label_plan() -> dict[str, Any]:
     return {} if plan is None else {"plan": plan}
 
 
-def _apply_hparams(composed: DictConfig) -> dict[str, Any]:
+def apply_hparams(composed: DictConfig) -> dict[str, Any]:
     """Put the values that `hparams=` names into `composed`; the labels of the record that say so."""
     return {} if composed.get("hparams") is None else {"hparams": _sweeps("hparams").apply(composed)}
 
@@ -164,61 +150,3 @@ def _outcome(record: Mapping[str, Any]) -> str:
         f"(chosen on {result['chosen_on']} at step {result['chosen_step']} of {result['steps']}), "
         f"{record['trainable']['total']:,} trainable, " + ("no speed" if speed is None else f"{speed:.2f} steps/s")
     )
-
-
-# Columns of the table where they differ, else part of its title. The engine is shown beside the method.
-_SETTINGS = ("model", "task", "protocol", "seed", "lr", "batch_size", "device", "engine")
-
-
-def records_table(records: Any) -> Table:
-    """A table of records (as from `records.load_records`) for the terminal; shared settings are its title."""
-    differ = [name for name in _SETTINGS if records[name].nunique() > 1]
-    where = [name for name in differ if name != "engine"]
-    shared = [f"{name.replace('_', ' ')} {records[name].iloc[0]}" for name in _SETTINGS[:-1] if name not in where]
-    table = Table(
-        "method", *where, "trainable", "per MLP\nweight", "metric", "steps/s", "peak\nMiB", title=", ".join(shared)
-    )
-    for row in records.to_dict("records"):
-        engine = f" ({row['engine']})" if "engine" in differ and isinstance(row["engine"], str) else ""
-        table.add_row(row["method"] + engine, *(str(row[name]) for name in where), *_measured(row))
-    return table
-
-
-def _measured(row: Mapping[str, Any]) -> list[str]:
-    """The measured cells of one record; a dash where there is no value."""
-    counts, done = row["per_weight"] or {}, row["status"] == "complete"
-    speed, peak = row["steps_per_second"], row["peak_mib"]
-    return [
-        "-" if row["trainable"] is None else f"{row['trainable']:,}",
-        " / ".join(f"{count:,}" for count in sorted(set(counts.values()))) or "-",
-        f"{row['metric']} {row['value']:.4f}" if done else "failed",
-        f"{speed:.2f}" if _is_number(speed) else "-",
-        f"{peak - (row['baseline_mib'] if _is_number(row['baseline_mib']) else 0):.0f}" if _is_number(peak) else "-",
-    ]
-
-
-def _is_number(number: float | None) -> bool:
-    return number is not None and not math.isnan(number)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m sparsegrad.cli FOLDER`: print the records below a folder; a damaged one is named and skipped."""
-    parser = argparse.ArgumentParser(prog="python -m sparsegrad.cli", description="Show the records below a folder.")
-    parser.add_argument("folder", type=Path, help="for example results/runs/quickstart")
-    folder = parser.parse_args(arguments).folder
-    replace_unprintable()
-    from sparsegrad.runs.records import load_records
-
-    found = load_records(folder, on_bad=lambda error: print(f"skipped: {error}", file=sys.stderr))
-    if found.empty:
-        print(f"error: no records below {folder}: run something first, e.g. make quickstart", file=sys.stderr)
-        return 2
-    console.print(records_table(found.sort_values(["task", "protocol", "seed", "model", "finished"])))
-    console.print(
-        "Peak memory of training: allocated on CUDA; on a CPU, resident memory above that of the loaded model."
-    )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Ctrl-C while a command of this project is still importing torch ends it with one line, not with a traceback.
+
+`sparsegrad/__init__.py` imports this module first. In a program of a user's own it does nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+
+def is_command(words: Sequence[str]) -> bool:
+    """Whether the words of a process, as in `sys.orig_argv`, start a command of this project."""
+    if "-m" in words[:-1]:
+        module = words[words.index("-m") + 1]
+        return module.split(".")[0] in ("sparsegrad", "experiments")
+    return any(Path(word).stem == "sparsegrad" for word in words[:2])  # the console script, with or without Python
+
+
+def _end_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if is_command(sys.orig_argv):
+    sys.excepthook = _end_in_one_line
