@@ -101,17 +101,17 @@ def _count_step(states: Sequence[State], finite: Tensor) -> Tensor:
     return steps
 
 
-def _stack_rows(states: Sequence[State], name: str, size: int, like: Tensor) -> Tensor:
+def _stack_rows(states: Sequence[State], name: str, size: int, like: Tensor, fill: int = 0) -> Tensor:
     """The states' tensors `name` as one tensor (count, size), of which each is a row, so that one kernel updates all.
 
     If they are rows of one storage already, no data is copied. That fails on the first step, after loading a state,
-    and when the weights that have a gradient change.
+    and when the weights that have a gradient change. A new state starts with `fill`, in the dtype of `like`.
     """
     parts: list[Tensor | None] = [state.get(name) for state in states]
     first = parts[0]
     if first is not None and _are_rows(parts, size, like.device):
         return first.as_strided((len(parts), size), (size, 1))
-    whole = like.new_zeros(len(parts), size)
+    whole = like.new_full((len(parts), size), fill)
     for row, part, state in zip(whole, parts, states, strict=True):
         if part is not None:
             row.copy_(part.flatten())
@@ -135,15 +135,10 @@ def _are_rows(parts: Sequence[Tensor | None], size: int, device: torch.device) -
 
 def _load_slots(states: Sequence[State], slots: int, like: Tensor) -> dict[str, Tensor]:
     """The slots of all states as tensors (count, slots); those of a new state are empty."""
-
-    def tensor(state: State, name: str) -> Tensor:
-        if name in state:
-            return state[name]  # type: ignore[no-any-return]
-        dtype = like.dtype if name.startswith("exp") else torch.int32
-        return torch.full((slots,), _EMPTY if name == "index" else 0, dtype=dtype, device=like.device)
-
-    names = ("index", "exp_avg", "exp_avg_sq", "age", "used")
-    return {name: torch.stack([tensor(state, name) for state in states]) for name in names}
+    whole = like.new_empty(0, dtype=torch.int32)
+    moments = {name: _stack_rows(states, name, slots, like) for name in ("exp_avg", "exp_avg_sq")}
+    counts = {name: _stack_rows(states, name, slots, whole) for name in ("age", "used")}
+    return {"index": _stack_rows(states, "index", slots, whole, _EMPTY), **moments, **counts}
 
 
 def _store_latest(
@@ -164,4 +159,4 @@ def _store_latest(
     order = merged["index"].argsort(1)
     for name, tensor in merged.items():
         for state, row in zip(states, tensor.gather(1, order), strict=True):
-            state[name] = row.clone()
+            state[name] = row  # of one storage, see `_stack_rows`

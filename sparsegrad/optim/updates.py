@@ -50,6 +50,9 @@ def apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor, sc
     change = change.view(count, *shape)  # (count, out, in)
     if rate is not None:
         decay_(weights, change, rate)
+    if weights[0].dtype == change.dtype:
+        torch._foreach_add_(weights, list(change))  # one kernel for all weights
+        return
     for weight, own, values in zip(weights, change, selection.values, strict=True):
         add_stochastic(weight, own, values)
 
