@@ -13,8 +13,8 @@ from sparsegrad.distributed import is_shard, shards_error
 from sparsegrad.errors import UserError, check_integer, check_number
 from sparsegrad.optim.scratch import Scratch
 
-# Largest number of entries of all weights that are rotated together. On a GPU: all blocks of a base-size model, so that a
-# layer kind is one batched product; the temporary copies of a step, four times 128 MiB in float32, exist when the
+# Largest number of entries of all weights that are rotated together. On a GPU: all blocks of a base-size model, so that
+# a layer kind is one batched product; the temporary copies of a step, four times 128 MiB in float32, exist when the
 # activations are gone. On a CPU: what fits into the cache; processing large weights together was up to a third slower
 # than one by one (3072 x 768, one thread).
 _TOGETHER = {"cpu": 2**18, "elsewhere": 2**25}
