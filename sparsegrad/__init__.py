@@ -1,10 +1,21 @@
 """SparseGrad: parameter-efficient fine-tuning of the MLP layers of transformers (arXiv 2410.07383)."""
 
-from sparsegrad.adapter.load import Adapter, load_adapter, set_adapter, switch
+from sparsegrad import interrupt as interrupt  # first, before torch is imported
+from sparsegrad.adapter.hub import push_to_hub
+from sparsegrad.adapter.load import (
+    active_adapter,
+    delete_adapter,
+    disable_adapter,
+    get_adapters,
+    load_adapter,
+    set_adapter,
+    switch,
+)
 from sparsegrad.adapter.lora import save_lora
 from sparsegrad.adapter.lora_card import SavedLora
+from sparsegrad.adapter.merge import Adapter
 from sparsegrad.adapter.save import save_adapter
-from sparsegrad.api import create_sparsegrad_optimizer, prepare
+from sparsegrad.api import create_sparsegrad_optimizer, prepare, print_trainable_parameters
 from sparsegrad.basis import Basis, load_bases, save_bases
 from sparsegrad.calibration.gradients import calibrate
 from sparsegrad.calibration.grams import hosvd
@@ -28,14 +39,20 @@ __all__ = [
     "SparseGradAdamW",
     "SparseGradLinear",
     "UserError",
+    "active_adapter",
     "calibrate",
     "create_sparsegrad_optimizer",
+    "delete_adapter",
     "describe",
+    "disable_adapter",
     "find_mlp",
+    "get_adapters",
     "hosvd",
     "load_adapter",
     "load_bases",
     "prepare",
+    "print_trainable_parameters",
+    "push_to_hub",
     "save_adapter",
     "save_bases",
     "save_lora",

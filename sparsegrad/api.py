@@ -11,10 +11,11 @@ from torch import nn
 
 from sparsegrad.basis import SIDES, Basis
 from sparsegrad.calibration.gradients import Batch, Progress, calibrate
-from sparsegrad.distributed import check_same_weights, unwrapped
+from sparsegrad.distributed import check_same_weights, is_managed, is_shard, refuse_shards, reshard, unwrapped
 from sparsegrad.errors import UserError, check_choice, check_number, renamed_arguments, warn_renamed
 from sparsegrad.layers.common import check_linear
 from sparsegrad.layers.replace import computes_gradient, rotate_gradients, use_blocks
+from sparsegrad.layers.shards import check_shards
 from sparsegrad.optim.adamw import SparseGradAdamW
 from sparsegrad.optim.groups import core_groups, param_groups
 from sparsegrad.optim.moments import MOMENTS
@@ -60,7 +61,8 @@ def prepare(
         model: called as `model(**batch)`; its result must have a `loss` (see `calibrate`). With engine `exact` its
             function and state dict stay the same, but `weight.grad` of the linears that train becomes a rotated
             gradient, see `rotation_order`. The model may be wrapped in `DistributedDataParallel`, except with engine
-            `fast`, where DDP has to wrap the prepared model. Several connected processes calibrate together.
+            `fast`, where DDP has to wrap the prepared model. With engine `fast` it may be sharded by FSDP2, before or
+            after the call. Several connected processes calibrate together.
         batches: at least `calibration_steps` mappings of tensors with labels, used for calibration only; None with
             `bases`.
         target_modules: the linears to train: names or ends of names, as in `peft`; a mapping from layer kind to a
@@ -117,6 +119,9 @@ def prepare(
         error_feedback=error_feedback,
     )
     model = unwrapped(model)  # names, and back-propagation without DDP's gradient averaging
+    reshard(model)
+    if engine != "fast":
+        refuse_shards(model)
     density = 0.01 if density is None and keep is None else density
     linears = _find_linears(model, target_modules, keep, density, engine)
     check_rotation_dtype(rotation_dtype, next(all_linears(linears)).weight.device)
@@ -204,6 +209,8 @@ def _find_linears(
             count_kept(linear.weight.shape, keep=keep, density=density)  # for its check: keep must fit every weight
             if engine == "fast":
                 check_linear(linear, 'engine="fast"', 'give engine="exact"')
+            if is_managed(linear) or is_shard(linear.weight):
+                check_shards(linear)
     return linears
 
 
@@ -222,6 +229,35 @@ def _fit_bases(bases: Mapping[str, Basis], linears: Linears, sides: str) -> dict
                     f"{kind}: give the bases of this model, or calibrate again"
                 )
     return {kind: bases[kind].only(sides) for kind in linears}
+
+
+def print_trainable_parameters(optimizer: Any) -> None:
+    """Print one line with what trains and how it is counted, as `peft`'s method of this name does.
+
+    The MLP weights and everything else are counted apart. Of an MLP weight, engine `exact` changes a few rotated
+    entries per step, which it selects again in each step; engine `fast` trains a core beside the frozen weight.
+
+    Args:
+        optimizer: what `prepare` returned; it may be wrapped by Accelerate or a Trainer.
+
+    Raises:
+        UserError: for another optimizer.
+    """
+    plan = describe(optimizer)
+    cores = sum(len(group.names) * group.kept for group in plan.taken if group.core)
+    counted = "in cores beside the frozen weights" if cores else "selected again in each step"
+    parts = [f"MLP weights {_format_share(plan.kept, plan.mlp_size)}, {counted}"]
+    if plan.model_size is None:
+        parts += [f"rest {plan.rest:,} by AdamW", f"together {plan.trainable:,}"]
+    else:
+        size = plan.model_size - cores  # the model's own parameters
+        parts.append(f"rest {_format_share(plan.rest, size - plan.mlp_size)} by AdamW")
+        parts.append(f"together {_format_share(plan.trainable, size)}")
+    print("trainable: " + "; ".join(parts))
+
+
+def _format_share(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,}" + (f" ({part / whole:.2%})" if whole else "")
 
 
 # The same function under the form of name that peft's LoRA variants have (`create_loraplus_optimizer`).

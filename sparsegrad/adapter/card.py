@@ -24,7 +24,7 @@ and restores the trained `{model}` {exact}. Loading fails if the base weights ha
 ```python
 import sparsegrad
 
-adapter = sparsegrad.load_adapter(model, ".")  # model: the base, a {model}
+adapter = sparsegrad.load_adapter(model, ".")  # or the name of a repository; model: the base, a {model}
 adapter.merge()  # adapter.unmerge() restores the base
 ```
 

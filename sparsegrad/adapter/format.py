@@ -40,7 +40,7 @@ class Entry:
     """One changed tensor as stored.
 
     Attributes:
-        form: `whole`, `sparse` or `rotated`; see `sparsegrad.adapter.load`.
+        form: `whole`, `sparse` or `rotated`; see `sparsegrad.adapter.merge`.
         shape, dtype: shape and dtype of the model's tensor.
         base_sha256: hash of the tensor that the base must have; None if any is accepted, as for a new head.
         values: new values (n,); or, of form `rotated`, kept entries (n,) of the rotated change.
@@ -105,7 +105,7 @@ def write_adapter(
         waiting, sha256 = _write_waiting(folder, tensors)
         size = waiting.stat().st_size
         try:
-            # From here on the new adapter is valid: `_tensors_path` finds its tensors under either name.
+            # From here on the new adapter is valid: `tensors_path` finds its tensors under either name.
             write_json(folder / FACTS, {"format": FORMAT, **facts, "sha256": sha256, "tensors": listed})
         except UserError:
             waiting.unlink()
@@ -142,7 +142,7 @@ def _write_waiting(folder: Path, tensors: dict[str, Tensor]) -> tuple[Path, str]
         scratch.unlink(missing_ok=True)
 
 
-def _tensors_path(folder: Path, sha256: Any) -> Path:
+def tensors_path(folder: Path, sha256: Any) -> Path:
     """Path of the tensors; only a valid sha256 is used in a name, so that no JSON can point out of the folder."""
     waiting = folder / _WAITING.format(sha256)
     return waiting if _SHA256.fullmatch(str(sha256)) and waiting.is_file() else folder / TENSORS
@@ -163,7 +163,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[s
     path = folder / FACTS
     try:
         facts = _read_facts(path)
-        stored = _tensors_path(folder, facts["sha256"])
+        stored = tensors_path(folder, facts["sha256"])
         if not _is_as_written(stored, facts["sha256"]):
             raise UserError(f"{stored} is damaged or belongs to another adapter (its sha256 differs): copy it again")
         tensors = load_file(stored)

@@ -1,188 +1,92 @@
-"""Adapters: what fine-tuning changed, stored in a folder, to be merged into the base model and removed again.
-
-A changed tensor is stored in the smallest of these forms:
-    whole    its new values;
-    sparse   flat positions and new values of the entries that differ;
-    rotated  only with a tolerance: kept entries of V^T (W' - W) U, and the columns of U and V that they need.
-
-`whole` and `sparse` hold values instead of differences, because in floating point W + (W' - W) is not W'. So a merged
-adapter restores the trained model bit for bit, and `unmerge` the base.
-"""
+"""Adapters of one model: load them from folders or the hub, keep them by name, and switch between them."""
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparsegrad.adapter.format import Entry, digest, read_adapter
+from sparsegrad.adapter.hub import find_folder
+from sparsegrad.adapter.merge import MERGED, Adapter, Patch, check_contiguous, mark, named_tensors
 from sparsegrad.errors import UserError, warn_renamed
 
-# Model -> the adapter that is merged into it. Weak keys: the entry is removed with its model.
-_MERGED: weakref.WeakKeyDictionary[nn.Module, Adapter] = weakref.WeakKeyDictionary()
-# Numbers whose bits are summed at a time: they fit into a CPU's cache, and a GPU needs no copy of the whole tensor.
-_TOGETHER = 2**16
-_ODD = 0x9E3779B97F4A7C15  # an arbitrary odd 64-bit number
-
-Mark = tuple[torch.dtype, torch.Size, int]
-"""Dtype, shape and weighted sum of the bits of a tensor; if it differs, the tensor was changed."""
+# Model -> its adapters by name. Weak keys: they are removed with their model, which they refer to only weakly.
+_NAMED: weakref.WeakKeyDictionary[nn.Module, dict[str, Adapter]] = weakref.WeakKeyDictionary()
 
 
-@dataclass
-class Patch:
-    """Values to exchange with one tensor of the model: all of them, or those at flat positions `index`.
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    adapter_name: str | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Adapter:
+    """Read and check an adapter; the model stays as it is until `Adapter.merge` or `set_adapter`.
 
-    Attributes:
-        values: values (n,) of the trained model; while merged, those of the base.
-        index: flat positions (n,) of `values`; None if they are all entries.
-        now: mark of the model's tensor as this adapter last left it.
-        other: its mark after the next exchange; None before the first merge.
-    """
-
-    values: Tensor
-    index: Tensor | None
-    now: Mark
-    other: Mark | None = None
-
-    @torch.no_grad()
-    def swap(self, target: Tensor) -> None:
-        """Exchange the values with those of `target`, bit for bit; both stay on their devices.
-
-        All memory is allocated before the first write, so that an error leaves both unchanged.
-        """
-        flat = target.detach().view(-1)
-        index = slice(None) if self.index is None else self.index.to(flat.device)
-        old = flat[index].to(self.values.device, copy=True)
-        # Assignment to a slice copies between devices; assignment by positions needs the values on the same device.
-        flat[index] = self.values if self.index is None else self.values.to(flat.device)
-        self.values = old
-
-
-class Adapter:
-    """An adapter of one model, loaded by `load_adapter` and checked. The model is unchanged until `merge`.
-
-    Attributes:
-        folder: the folder from which it was loaded.
-        facts: the JSON that describes it.
-    """
-
-    def __init__(self, model: nn.Module, folder: Path, facts: dict[str, Any], patches: dict[str, Patch]) -> None:
-        self.folder, self.facts = folder, facts
-        self._model, self._patches = weakref.ref(model), patches
-
-    def __repr__(self) -> str:
-        state = "merged" if self.merged else "not merged"
-        return f"Adapter({str(self.folder)!r}, base={self.facts.get('base')!r}, {len(self._patches)} tensors, {state})"
-
-    @property
-    def merged(self) -> bool:
-        """Whether the model now has this adapter's weights."""
-        model = self._model()
-        return model is not None and _MERGED.get(model) is self
-
-    def merge(self) -> None:
-        """Give the model the trained weights, in place.
-
-        If it fails halfway, e.g. for lack of memory, the tensors exchanged so far are restored first.
-
-        Raises:
-            UserError: when this or another adapter is already merged, or the weights that the adapter changes were
-                modified since it was loaded or unmerged.
-        """
-        model = self._get_model()
-        if model in _MERGED:
-            which = "this adapter" if self.merged else f"the adapter of {_MERGED[model].folder}"
-            raise UserError(
-                f"{which} is merged already: unmerge it first, or call sparsegrad.set_adapter(model, adapter)"
-            )
-        self._swap(self._get_unmodified(model, "load the base and the adapter again"))
-        _MERGED[model] = self
-
-    def unmerge(self) -> None:
-        """Restore the base weights of the model, bit for bit. If it fails halfway, the model stays merged.
-
-        Raises:
-            UserError: when the adapter is not merged, or the merged weights were modified, e.g. by training.
-        """
-        model = self._get_model()
-        if not self.merged:
-            raise UserError(f"the adapter of {self.folder} is not merged: there is nothing to unmerge")
-        remedy = "save what you trained as an adapter of its own, and load the base again"
-        self._swap(self._get_unmodified(model, remedy))
-        del _MERGED[model]
-
-    def _swap(self, targets: dict[str, Tensor]) -> None:
-        """Exchange all values, or none of them if there is an error."""
-        done: list[str] = []
-        try:
-            for name, patch in self._patches.items():
-                patch.swap(targets[name])
-                done.append(name)
-            marks = {name: patch.other or mark(targets[name]) for name, patch in self._patches.items()}
-        except BaseException:  # KeyboardInterrupt too: half a merge must not remain
-            for name in done:
-                self._patches[name].swap(targets[name])
-            raise
-        # Only after everything has succeeded. The next exchange reverses this one, so the marks swap places.
-        for name, patch in self._patches.items():
-            patch.now, patch.other = marks[name], patch.now
-
-    def _get_model(self) -> nn.Module:
-        model = self._model()
-        if model is None:
-            raise UserError("the model of this adapter no longer exists: load both again")
-        return model
-
-    def _get_unmodified(self, model: nn.Module, remedy: str) -> dict[str, Tensor]:
-        """The model's current tensors by name, after a check that nobody modified them.
-
-        They are looked up by name, because `model.to(device)` may have replaced the tensors that were there at loading.
-        They are compared by their bits, because torch's version counter misses the writes of its fused optimizers.
-        """
-        tensors = named_tensors(model)
-        for name, patch in self._patches.items():
-            if name not in tensors or mark(tensors[name]) != patch.now:
-                raise UserError(f"{name} was changed since this adapter was loaded, merged or unmerged: {remedy}")
-            _check_contiguous(name, tensors[name])
-        return {name: tensors[name] for name in self._patches}
-
-
-def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
-    """Read and check the adapter in `folder`; the model stays as it is until `Adapter.merge`.
-
-    Several adapters of one base can be loaded, and `set_adapter` switches between them. Load all of them before the
-    first merge. Each holds its values in memory; those of form `rotated` are as large as the weights themselves.
+    Any number of adapters of one base can be loaded, and `set_adapter` switches between them. If one is merged, it is
+    unmerged for the time of the checks. Each adapter holds its values in memory; those of form `rotated` are as large
+    as the weights themselves.
 
     Args:
         model: the base model, with the weights against which the adapter was saved.
-        folder: a folder that `save_adapter` wrote.
+        folder: a folder that `save_adapter` wrote, or a model repository of the Hugging Face hub (`org/name`), which
+            needs the package `huggingface_hub`. If there is a folder of that name, it is used.
+        adapter_name: a name by which `set_adapter` and `delete_adapter` find the adapter. None: the model does not
+            keep it.
+        revision: branch, tag or commit of the repository; only for the hub.
+        token: access token for the hub; None uses the one that `hf auth login` stored.
 
     Raises:
-        UserError: for a folder that is missing, damaged or of another version; a model with other names, shapes,
-            dtypes or base weights (by their sha256); values that are not finite; or while an adapter is merged.
+        UserError: for a folder or repository that is missing, damaged or of another version; a model with other names,
+            shapes, dtypes or base weights (by their sha256); values that are not finite; a name that is in use; or a
+            merged adapter whose weights were trained.
     """
-    if model in _MERGED:
-        raise UserError(f"the adapter of {_MERGED[model].folder} is merged: unmerge it before another is loaded")
-    facts, entries, bases = read_adapter(Path(folder))
-    targets = named_tensors(model)
-    patches = {name: _make_patch(name, entry, targets, bases) for name, entry in entries.items()}
-    return Adapter(model, Path(folder), facts, patches)
+    if adapter_name is not None:
+        _check_new_name(model, adapter_name)
+    found = find_folder(folder, revision, token)
+    facts, entries, bases = read_adapter(found)
+    with disable_adapter(model):
+        targets = named_tensors(model)
+        patches = {name: _make_patch(name, entry, targets, bases) for name, entry in entries.items()}
+    adapter = Adapter(model, found, facts, patches, str(folder), adapter_name)
+    if adapter_name is not None:
+        _NAMED.setdefault(model, {})[adapter_name] = adapter
+    return adapter
 
 
-def set_adapter(model: nn.Module, adapter: Adapter | None) -> None:
+def _check_new_name(model: nn.Module, name: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise UserError(f"adapter_name={name!r} is not allowed: give a text, such as 'film'")
+    if name in get_adapters(model):
+        raise UserError(
+            f"adapter_name={name} is in use: give another name, or call sparsegrad.delete_adapter(model, {name!r})"
+        )
+
+
+def set_adapter(model: nn.Module, adapter: Adapter | str | None) -> None:
     """Merge `adapter` into `model` in place of any other; None restores the base.
 
-    If `adapter` cannot be merged, the base is restored.
+    Args:
+        model: the model for which the adapter was loaded.
+        adapter: the adapter, or the `adapter_name` under which it was loaded. One at a time: changes are not added up.
 
     Raises:
-        UserError: see `Adapter.merge` and `Adapter.unmerge`.
+        UserError: for an unknown name or an adapter of another model, before anything changes; if the merged weights
+            were trained, which keeps them; if `adapter` cannot be merged, which leaves the base. See `Adapter.merge`
+            and `Adapter.unmerge`.
     """
-    merged = _MERGED.get(model)
+    if isinstance(adapter, str):
+        adapter = _find(model, adapter)
+    elif adapter is not None and not isinstance(adapter, Adapter):
+        raise UserError(f"adapter={adapter!r} is not allowed: give one adapter, its name, or None for the base")
+    if adapter is not None and not adapter.belongs_to(model):
+        raise UserError(f"the adapter of {adapter.source} was loaded for another model: load it for this one")
+    merged = MERGED.get(model)
     if merged is adapter:
         return
     if merged is not None:
@@ -191,46 +95,63 @@ def set_adapter(model: nn.Module, adapter: Adapter | None) -> None:
         adapter.merge()
 
 
+def get_adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters that were loaded with an `adapter_name`, by name, in the order of loading."""
+    return dict(_NAMED.get(model, {}))
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """The name of the merged adapter, or its source if it was loaded without a name; None if the model is the base."""
+    merged = MERGED.get(model)
+    if merged is None:
+        return None
+    return merged.source if merged.name is None else merged.name
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Forget an adapter and free its memory; if it is merged, the base is restored first. Its files stay.
+
+    Raises:
+        UserError: for an unknown name; or if the adapter is merged and its weights were trained, which keeps both.
+    """
+    adapter = _find(model, adapter_name)
+    if adapter.merged:
+        adapter.unmerge()
+    del _NAMED[model][adapter_name]
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Restore the base for the time of a `with` block, then merge the same adapter again.
+
+    Raises:
+        UserError: if the merged weights were trained, before the block; after it, if the block changed weights that
+            the adapter changes, or merged another adapter.
+    """
+    merged = MERGED.get(model)
+    if merged is not None:
+        merged.unmerge()
+    try:
+        yield
+    finally:
+        if merged is not None:
+            merged.merge()
+
+
 def switch(model: nn.Module, adapter: Adapter | None) -> None:
     """The earlier name of `set_adapter`."""
     warn_renamed("sparsegrad.switch", "sparsegrad.set_adapter")
     set_adapter(model, adapter)
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, each once; tied tensors under their first name."""
-    saved = set(model.state_dict())  # buffers with persistent=False are not part of a model's files
-    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor for name, tensor in tensors.items() if name in saved}
-
-
-def mark(tensor: Tensor) -> Mark:
-    """The mark of a tensor, equal on every device. It costs about as much as reading the tensor once.
-
-    Each number has a random weight, so that changes that cancel out in a plain sum, such as the +lr and -lr of Adam's
-    first step, do not cancel out here. It detects mistakes, but not deliberate changes: see `digest` for those.
-    """
-    whole = {1: torch.int8, 2: torch.int16}.get(tensor.element_size(), torch.int32)
-    weights = _draw_weights(tensor.device)
-    parts = torch.split(tensor.detach().reshape(-1).view(whole), _TOGETHER)
-    # Products and sums wrap around at 64 bits, which is exact modulo 2^64 on every device.
-    sums = torch.stack([(part.long() * weights[: len(part)]).sum() for part in parts])
-    total = 0
-    for part in sums.tolist():
-        total = (total * _ODD + part) % 2**64
-    return tensor.dtype, tensor.shape, total
-
-
-@cache
-def _draw_weights(device: torch.device) -> Tensor:
-    """Random 64-bit numbers, the same on every device and in every call: drawn on the CPU, then moved."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(-(2**63), 2**63 - 1, (_TOGETHER,), generator=generator, device="cpu").to(device)
-
-
-def _check_contiguous(name: str, target: Tensor) -> None:
-    if not target.is_contiguous():
-        raise UserError(f"{name} is not contiguous in memory: call .contiguous() on it before loading an adapter")
+def _find(model: nn.Module, name: str) -> Adapter:
+    named = get_adapters(model)
+    if name not in named:
+        raise UserError(
+            f"the model has no adapter {name}, only {', '.join(named) or 'none'}: load it with "
+            f"sparsegrad.load_adapter(model, folder, adapter_name={name!r})"
+        )
+    return named[name]
 
 
 def _make_patch(name: str, entry: Entry, targets: dict[str, Tensor], bases: dict[str, Tensor]) -> Patch:
@@ -243,7 +164,7 @@ def _make_patch(name: str, entry: Entry, targets: dict[str, Tensor], bases: dict
             f"{name} is {tuple(target.shape)} {target.dtype} in the model and {entry.shape} {entry.dtype} in the "
             "adapter: load the model as it was trained (labels, dtype)"
         )
-    _check_contiguous(name, target)
+    check_contiguous(name, target)
     if entry.base_sha256 is not None and digest(target) != entry.base_sha256:
         raise UserError(f"{name} is not the base's that this adapter was made for: load that base, unchanged")
     index, values = entry.resolve(target, bases)  # for form `rotated`, from the base's values

@@ -13,7 +13,7 @@ from model_states import bits, has_bits
 from torch import Tensor, nn
 
 from sparsegrad import UserError, load_adapter, save_adapter, set_adapter
-from sparsegrad.adapter.load import Patch, mark
+from sparsegrad.adapter.merge import Patch, mark
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import hub_uploads
+
 LARGE = (".safetensors", ".bin", ".parquet", ".h5", ".gz")
 
 
@@ -52,6 +54,8 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gated: bool = False
     xet: bool = False
+    private: bool = False
+    message: str = ""  # of the newest commit
 
     @property
     def head(self) -> str:
@@ -79,6 +83,7 @@ class Hub:
     rules: list[Rule] = field(default_factory=list)
     tokens: tuple[str, ...] = ("hf_good",)
     asked: list[str] = field(default_factory=list)
+    stored: dict[str, bytes] = field(default_factory=dict)  # large files that were uploaded, before their commit
     lock: Any = field(default_factory=threading.Lock)
 
     def add(self, name: str, files: dict[str, bytes], **fields: Any) -> Repo:
@@ -201,11 +206,25 @@ def serve() -> Iterator[Hub]:
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(body if rule.cut is None else body[: int(len(body) * rule.cut)])
                 self.close_connection = rule.cut is not None
 
         do_HEAD = do_GET  # noqa: N815
+
+        def do_POST(self) -> None:
+            rule = hub.fault(f"{self.command} {self.path}")
+            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if rule.drop:
+                self.close_connection = True
+                return
+            token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+            status, headers, body = hub_uploads.accept(hub, self.path, content, token)
+            if rule.status is not None:
+                status, headers, body = rule.status, rule.headers, rule.body
+            self._send(rule, status, headers, body)
+
+        do_PUT = do_POST  # noqa: N815
 
         def log_message(self, *_: object) -> None:
             pass

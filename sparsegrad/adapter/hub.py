@@ -1,0 +1,125 @@
+"""Adapters on the Hugging Face hub: download one by the name of its repository, upload the folder of one.
+
+`huggingface_hub` is imported only when a name or an upload needs it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sparsegrad.adapter import lora_files
+from sparsegrad.adapter.format import FACTS, TENSORS, read_adapter, tensors_path
+from sparsegrad.errors import UserError, first_line
+
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # org/name
+_CARD = "README.md"
+_INSTALL = "install huggingface_hub (`pip install huggingface_hub`)"
+_LOGIN = "log in with `hf auth login` or give token="
+
+
+def find_folder(source: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The folder of an adapter's files, downloaded into the hub's cache if `source` names a repository.
+
+    Raises:
+        UserError: for a repository that is unknown, gated or no adapter; a hub that cannot be reached, unless the
+            cache has the files; or a `revision` of a folder.
+    """
+    folder = Path(source)
+    if folder.exists() or isinstance(source, Path) or not _NAME.fullmatch(source):
+        if revision is not None:
+            raise UserError(
+                f"revision={revision} is for repositories of the hub, but {source} is a folder: leave it out"
+            )
+        return folder
+    hub = _import_hub(f"there is no folder {source} here; to look for it on the hub, {_INSTALL}")
+    try:
+        patterns = [FACTS, TENSORS, _CARD]
+        found = Path(hub.snapshot_download(source, revision=revision, token=token, allow_patterns=patterns))
+    except Exception as error:  # of the HTTP client, of its parser, of the operating system
+        raise _explain(error, source, "or name a folder of save_adapter") from None
+    if not (found / FACTS).is_file():
+        raise UserError(
+            f"{source} on the hub has no {FACTS}: name a repository with an adapter of save_adapter; load a LoRA "
+            "adapter with peft"
+        )
+    return found
+
+
+def push_to_hub(
+    folder: Any,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload adapter",
+) -> str:
+    """Upload an adapter to a model repository of the Hugging Face hub, in one commit.
+
+    Its files and its model card are uploaded, and nothing else of the folder. The files are checked first, so that a
+    damaged adapter is not published. Needs the package `huggingface_hub`.
+
+    Args:
+        folder: a folder of `save_adapter` or `save_lora`, what these functions returned, or a loaded `Adapter`.
+        repo_id: the repository, `org/name`; created if needed.
+        private: whether a new repository is private; None uses the account's or organization's default.
+        token: access token with write permission; None uses the one that `hf auth login` stored.
+        commit_message: message of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UserError: for a folder without a valid adapter; a name, token or permission that the hub refuses; or a hub that
+            cannot be reached.
+    """
+    files = _find_files(Path(getattr(folder, "folder", folder)))
+    hub = _import_hub(f"to upload an adapter, {_INSTALL}")
+    operations = [hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+    try:
+        api = hub.HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.create_commit(repo_id, operations, commit_message=commit_message).commit_url)
+    except Exception as error:  # see `find_folder`
+        raise _explain(error, repo_id, "with a token that may write there") from None
+
+
+def _find_files(folder: Path) -> dict[str, Path]:
+    """Name in the repository -> path, of the adapter in `folder`, SparseGrad's or LoRA's."""
+    if (folder / lora_files.CONFIG).is_file() and not (folder / FACTS).is_file():
+        files = {name: folder / name for name in (lora_files.CONFIG, lora_files.TENSORS, _CARD)}
+    else:
+        facts, _, _ = read_adapter(folder)
+        # A save that was interrupted has left the tensors under another name.
+        files = {FACTS: folder / FACTS, TENSORS: tensors_path(folder, facts["sha256"]), _CARD: folder / _CARD}
+    return {name: path for name, path in files.items() if path.is_file() or name != _CARD}
+
+
+def _import_hub(remedy: str) -> Any:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(remedy) from None
+    return huggingface_hub
+
+
+def _explain(error: Exception, name: str, otherwise: str) -> UserError:
+    """The error for the user: what the hub refuses, or that it cannot be reached."""
+    from huggingface_hub import errors
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.HFValidationError):
+        return UserError(f"{name} is not a name on the hub: give org/name, {otherwise}")
+    if isinstance(error, errors.GatedRepoError):
+        return UserError(f"{name} is gated: ask for access on its page, then {_LOGIN}")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return UserError(f"{name} has no such revision: give revision= as a branch, tag or commit of it")
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403, 404):
+        return UserError(
+            f"{name} is not on the hub, or this account may not use it: check the name, {_LOGIN}, {otherwise}"
+        )
+    reason = first_line(error.__cause__ or error)
+    return UserError(
+        f"{name}: the hub cannot be reached or refuses the request ({reason}): try again later, {otherwise}"
+    )
