@@ -16,6 +16,8 @@ from sparsegrad.layers.common import check_linear, product_dtype
 from sparsegrad.optim.orders import rotated_gradient
 from sparsegrad.optim.rotation import Rotation
 
+_PROBE = 16  # leading columns of dy that tell most rows that are not zero; the others are read whole
+
 
 class _LeanLinear(torch.autograd.Function):
     """y = x W^T + b with x (tokens, in) saved in `layer.save_dtype` and the gradient of W by `layer.weight_gradient`.
@@ -151,8 +153,13 @@ class LeanLinear(nn.Linear):
         at_hand = self.rotation is not None and dy.is_cpu and not torch.compiler.is_compiling()
         if not (self.drop_padding or at_hand):
             return None
-        rows = dy.any(1).nonzero().flatten()
-        return rows if len(rows) < len(dy) else None  # otherwise indexing would only copy
+        found = dy[:, :_PROBE].any(1)
+        if bool(found.all()):
+            return None  # indexing would only copy
+        unsure = found.logical_not().nonzero().flatten()
+        found[unsure] = dy[unsure].any(1)
+        rows = found.nonzero().flatten()
+        return rows if len(rows) < len(dy) else None
 
     def weight_gradient(self, dy: Tensor, x: Tensor, U: Tensor | None, V: Tensor | None) -> Tensor:
         """dW (out, in), rotated by U and V if given, from dy (tokens, out) and the saved x (tokens, in)."""
