@@ -198,7 +198,7 @@ def _load_block(context: Context, folder: str) -> Block:
     plans: dict[str, Plan | None] = {folder: block.plan}
     for place, record in sorted(context.store.records.items()):
         if place.parts[0] == folder:
-            _add_record(context, block, plans, place, record)
+            add_record(context, block, plans, place, record)
     for key, runs in block.runs.items():
         if not runs:
             block.apart.append(f"{' '.join(key)}: no run counts")
@@ -206,7 +206,7 @@ def _load_block(context: Context, folder: str) -> Block:
     return block
 
 
-def _add_record(
+def add_record(
     context: Context, block: Block, plans: dict[str, Plan | None], place: Path, record: Mapping[str, Any]
 ) -> None:
     """Sort one record into `runs`, `failed` or `apart`."""

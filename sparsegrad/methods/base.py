@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -53,7 +54,10 @@ class Prepared:
             MLP weights of SparseGrad and MeProp only the kept entries.
         trainable_per_weight: layer kind -> the same count per MLP weight.
         calibration: cost of the calibration, for the record; empty without one.
-        finish: turns the model in place into an ordinary one that computes the same function.
+        finish: turns the model in place into an ordinary one that computes the same function; does nothing where
+            `notes` say that the method does not merge.
+        save: writes an adapter in peft's own format to a folder; None where there is none.
+        notes: what the record says of the method's settings, such as the size that a budget gave.
     """
 
     optimizer: torch.optim.Optimizer
@@ -61,6 +65,8 @@ class Prepared:
     trainable_per_weight: dict[str, int]
     calibration: dict[str, Any] = field(default_factory=dict)
     finish: Callable[[], object] = lambda: None
+    save: Callable[[Path], object] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 class Method(Protocol):

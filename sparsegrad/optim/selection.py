@@ -90,7 +90,8 @@ def select(
     Args:
         group: with `basis`, `keep` and `density`; and `rotation`, if the layers have rotated the gradients already.
         weights: of one shape (out, in), all with a gradient.
-        states: the optimizer's state of each weight, of which `error` is added to the gradient with `error_feedback`.
+        states: the optimizer's state of each weight, of which `error` is added to the gradient with `error_feedback`,
+            and `positions` (k,), if there are any, are the entries instead of the largest.
         scratch: buffers of this step.
     """
     first = weights[0]
@@ -104,7 +105,10 @@ def select(
     rotated = _rotate(group, first, gradients[0][None] if len(gradients) == 1 else torch.stack(gradients)).to(dtype)
     if group.get("error_feedback"):
         rotated = rotated + torch.stack([get_error(group, weight, states[weight]) for weight in weights])
-    index = top_k_index(rotated, count_kept(first.shape, keep=group["keep"], density=group["density"]), scratch)
+    if "positions" in states.get(first, {}):  # chosen once, by `methods.static_mask.fix_positions`
+        index = torch.stack([states[weight]["positions"] for weight in weights])
+    else:
+        index = top_k_index(rotated, count_kept(first.shape, keep=group["keep"], density=group["density"]), scratch)
     values = rotated.flatten(1).gather(1, index)
     if group["rotation"] is not None:
         group["rotation"].check_gradients(values)

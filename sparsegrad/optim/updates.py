@@ -32,7 +32,10 @@ def apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor, sc
     group, weights = selection.group, selection.weights
     count, shape = len(weights), weights[0].shape
     update = MOMENTS[group["moments"]]
-    change = update(states, selection.index, selection.values, shape.numel(), group, finite)  # (count, k)
+    index, size = selection.index, shape.numel()
+    if "positions" in states[0]:  # always the same entries: only they have moments, in their own order
+        index, size = torch.arange(index.shape[1], device=index.device).expand_as(index), index.shape[1]
+    change = update(states, index, selection.values, size, group, finite)  # (count, k)
     if group.get("error_feedback"):
         for weight, state, index in zip(weights, states, selection.index, strict=True):
             _keep_error(weight, state["error"], index, finite)

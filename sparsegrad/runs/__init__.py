@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparsegrad.runs.open_nodes import register
+
+register()  # before Hydra composes: run.py imports this package first
+
 
 def __getattr__(name: str) -> Any:
     """`sparsegrad.runs.run`; imported when it is asked for, since it brings in transformers and datasets."""

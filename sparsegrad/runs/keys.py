@@ -25,6 +25,7 @@ _LATER: dict[tuple[str, str], Any] = {
     ("method", "rotation_order"): "auto",  # the optimizer rotated before: equal up to rounding
     ("method", "rotation_dtype"): None,
     ("method", "error_feedback"): False,
+    ("method", "static"): False,
     ("model", "revision"): None,
     ("model", "keep_head"): False,
     ("model", "trust_remote_code"): False,
@@ -35,6 +36,7 @@ _LATER: dict[tuple[str, str], Any] = {
     ("train", "rest_lr"): None,
     ("model", "pooling"): None,
     ("train", "gradient_checkpointing"): False,
+    ("train", "parallel"): "ddp",
     ("protocol", "eval_at_start"): False,
     ("protocol", "watch_validation"): False,
 }

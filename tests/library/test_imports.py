@@ -34,6 +34,7 @@ ORDER = (
     ("experiments.bench", "experiments.mtbench", "experiments.studies"),
     ("experiments.report",),
     ("experiments.reproduce",),
+    ("experiments.compare",),
     ("experiments.reliability",),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}

@@ -1,0 +1,54 @@
+"""What every comparison needs below its methods: the head alone, and the biases with it (BitFit, arXiv 2106.10199)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from sparsegrad.errors import UserError
+from sparsegrad.methods.base import Context, Prepared, adamw, train_only, trainable_parameters
+from sparsegrad.targets import Linears
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """Only the head trains, whatever `train.train_rest` says."""
+
+    name: str = "frozen"
+
+    def check(self, linears: Linears) -> None:
+        """Nothing to check."""
+
+    def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
+        """See `Method`."""
+        for name, parameter in model.named_parameters():
+            train_only(parameter, context.is_head(name))
+        return _prepare(model, linears, context, "a model without a new head has nothing to train: use method=bitfit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitFit:
+    """The biases of the whole model and the head train, whatever `train.train_rest` says."""
+
+    name: str = "bitfit"
+
+    def check(self, linears: Linears) -> None:
+        """Nothing to check before the model is there."""
+
+    def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
+        """See `Method`."""
+        for name, parameter in model.named_parameters():
+            train_only(parameter, name.rpartition(".")[2] == "bias" or context.is_head(name))
+        return _prepare(model, linears, context, "this model has no bias: use method=lora")
+
+
+def _prepare(model: nn.Module, linears: Linears, context: Context, reason: str) -> Prepared:
+    parameters = trainable_parameters(model)
+    if not parameters:
+        raise UserError(reason)
+    return Prepared(
+        optimizer=adamw(parameters, context),
+        trainable=sum(parameter.numel() for parameter in parameters),
+        trainable_per_weight=dict.fromkeys(linears, 0),  # of the weights themselves nothing trains
+    )

@@ -1,0 +1,63 @@
+"""Gradients of the MLP weights over calibration batches, for methods that choose once what they train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad.distributed import average_
+from sparsegrad.methods.base import Context
+from sparsegrad.targets import Linears
+
+
+def compute_loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+    """The loss of one batch, which is moved to `device`."""
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    loss: Tensor = model(**moved).loss
+    return loss
+
+
+def mean_gradients(
+    model: nn.Module,
+    linears: Linears,
+    context: Context,
+    steps: int,
+    transform: Callable[[str, Tensor], Tensor] = lambda kind, gradient: gradient,
+) -> dict[str, Tensor]:
+    """The mean over calibration batches of the gradient of each MLP weight.
+
+    The weights themselves do not change, nor do gradients and flags of other parameters. Several processes get the
+    mean over the batches of all.
+
+    Args:
+        model: the model, with the linears that are to be measured.
+        linears: layer kind -> name -> linear.
+        context: opens the batches.
+        steps: number of batches.
+        transform: kind and gradient (out, in) of one batch -> what is averaged, such as its squares.
+
+    Returns:
+        Name of the linear -> mean (out, in), in float32.
+    """
+    kinds = {name: kind for kind, found in linears.items() for name in found}
+    weights = {name: linear.weight for found in linears.values() for name, linear in found.items()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    wanted = {id(weight) for weight in weights.values()}
+    means: dict[str, Tensor] = {}
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(id(parameter) in wanted)
+        for batch in islice(context.batches(), steps):
+            loss = compute_loss(model, batch, next(model.parameters()).device)
+            for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+                average_([gradient])  # before the transform: the square of a mean is not the mean of the squares
+                value = transform(kinds[name], gradient.float()) / steps
+                means[name] = means[name].add_(value) if name in means else value
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+    return means

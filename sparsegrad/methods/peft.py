@@ -1,0 +1,206 @@
+"""Any method of the installed `peft` on the MLP linears: `method=peft` and the ready ones in conf/method/peft."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from sparsegrad.distributed import average_
+from sparsegrad.errors import UserError, check_integer, fail
+from sparsegrad.methods.base import Context, Prepared, adamw, freeze, train_only, trainable_parameters
+from sparsegrad.methods.gradients import compute_loss
+from sparsegrad.methods.peft_config import (
+    FROM_DATA,
+    find_config_class,
+    fit_budget,
+    make_config,
+    measure_size,
+    quiet,
+    wrap,
+)
+from sparsegrad.methods.peft_save import save_peft
+from sparsegrad.optim.selection import check_density
+from sparsegrad.targets import Linears, all_linears, weight_shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peft:
+    """One method of peft on the linears that SparseGrad trains; W is frozen, and the rest trains as in every method.
+
+    Attributes:
+        config: peft's own fields for the method, with `peft_type`. Those that name targets are left out.
+        budget: `density:SHARE`: the size (rank, number of entries, block size) with which the trainable count is
+            closest to this share of the weights; None: as in `config`.
+        steps: calibration batches of an initialisation from data (`lora_ga`, `corda`).
+    """
+
+    config: Mapping[str, Any]
+    budget: str | None = None
+    steps: int | None = 8
+    name: str = "peft"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, Mapping):
+            raise fail("method.config", self.config, "give peft's fields", "such as method.config.peft_type=LORA")
+        find_config_class(self.config)  # for its checks
+        density = self._read_budget()
+        if density is not None and (field := self._size_field()) in self.config:
+            raise UserError(
+                f"method.config.{field}={self.config[field]} and method.budget={self.budget}: both set the size; "
+                "leave one out, the budget with null"
+            )
+        self._check_data()
+
+    def _read_budget(self) -> float | None:
+        """The share of `density:SHARE`."""
+        if self.budget is None:
+            return None
+        kind, _, share = str(self.budget).partition(":")
+        try:
+            density = float(share)
+        except ValueError:
+            density = 0.0
+        if kind != "density" or not 0 < density <= 1:
+            raise fail(
+                "method.budget", self.budget, "give density:SHARE with a share in (0, 1]", "such as density:0.01"
+            )
+        check_density(density)
+        return density
+
+    def _size_field(self) -> str | None:
+        from sparsegrad.methods.peft_config import size_field
+
+        return size_field(str(self.config["peft_type"]).upper())
+
+    def _check_data(self) -> None:
+        init = self.config.get("init_lora_weights")
+        if init == "eva":
+            raise fail("method.config.init_lora_weights", init, "peft's EVA brings a loop of its own", "use lora_ga")
+        if init in FROM_DATA and self.steps is None:
+            raise fail("method.steps", "null", f"{init} initialises from data", "give calibration batches, such as 8")
+        if self.steps is not None:
+            check_integer("method.steps", self.steps, at_least=1)
+
+    def check(self, linears: Linears) -> None:
+        """Raise `UserError` if peft cannot wrap these linears with these settings, or no size fits the budget."""
+        for linear in all_linears(linears):
+            if not isinstance(linear, nn.Linear):
+                raise UserError(
+                    f"method={self.name} wraps nn.Linear, not {type(linear).__name__}: use method=sparsegrad"
+                )
+        self._resolve(linears)
+
+    def _resolve(self, linears: Linears) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All fields of the method, with the size that the budget gives; and what the record says of them."""
+        shapes, layers = weight_shapes(linears), {kind: len(found) for kind, found in linears.items()}
+        fields, notes = dict(self.config), dict[str, Any]()
+        density = self._read_budget()
+        if density is not None:
+            notes["budget"] = _fit_once(_freeze(self.config), _freeze(shapes), _freeze(layers), density)
+            fields[notes["budget"]["field"]] = notes["budget"]["value"]
+        return fields, notes | {"peft": peft.__version__, "merges": measure_size(fields, shapes).merges}
+
+    def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
+        """See `Method`."""
+        fields, notes = self._resolve(linears)
+        named = {name: linear for found in linears.values() for name, linear in found.items()}
+        shapes = {name: (linear.out_features, linear.in_features) for name, linear in named.items()}
+        config = make_config(fields, shapes)
+        _read_data(model, config, named, context, self.steps)
+        before = next(iter(named.values())).weight.detach().clone()
+        tuner = wrap(model, config)
+        adapters = {id(parameter) for parameter in tuner.parameters() if parameter.requires_grad}
+        freeze(model, linears, context, mlp_weights=False)
+        layers = {kind: [model.get_submodule(name) for name in found] for kind, found in linears.items()}
+        for layer in (layer for found in layers.values() for layer in found):
+            _train_adapter(layer, adapters)
+        parameters = trainable_parameters(model)
+        # An initialisation such as PiSSA's takes its part out of W, so the adapter does not fit the model as published.
+        changes_base = not torch.equal(before, _base_weight(layers))
+        save = None if context.train_rest or changes_base else functools.partial(_save, model, tuner)
+        return Prepared(
+            optimizer=adamw(parameters, context),
+            trainable=sum(parameter.numel() for parameter in parameters),
+            trainable_per_weight={kind: _count_adapter(found[0]) for kind, found in layers.items()},
+            finish=functools.partial(_merge, tuner) if notes["merges"] else lambda: None,
+            save=save,
+            notes=notes,
+        )
+
+
+def _freeze(mapping: Mapping[str, Any]) -> str:
+    return repr(dict(mapping))
+
+
+@functools.lru_cache(maxsize=16)
+def _fit_once(config: str, shapes: str, layers: str, density: float) -> dict[str, Any]:
+    """`fit_budget`, whose result `check` and `prepare` both need; of texts, which can be keys."""
+    from ast import literal_eval
+
+    return fit_budget(literal_eval(config), literal_eval(shapes), literal_eval(layers), density)
+
+
+def _read_data(
+    model: nn.Module, config: Any, linears: Mapping[str, nn.Linear], context: Context, steps: int | None
+) -> None:
+    """Let peft look at calibration batches, if its initialisation asks for them."""
+    init = getattr(config, "init_lora_weights", None)
+    if init not in FROM_DATA:
+        return
+    device = next(model.parameters()).device
+
+    def backward() -> None:
+        for batch in islice(context.batches(), steps):
+            compute_loss(model, batch, device).backward()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def forward() -> None:
+        for batch in islice(context.batches(), steps):
+            compute_loss(model, batch, device)
+
+    with quiet():
+        if init == "corda":
+            preprocess_corda(model, config, run_model=forward)
+            return
+        from peft.tuners.lora.loraga import preprocess_loraga  # of peft 0.19 and later; `make_config` has refused it
+
+        preprocess_loraga(model, config, train_step=backward)
+    average_([linear._peft_loraga_grad for linear in linears.values()])  # of all processes
+
+
+def _train_adapter(layer: nn.Module, adapters: set[int]) -> None:
+    """Set what trains in one wrapped linear: what peft chose. The bias of the linear itself was set with the rest."""
+    assert isinstance(layer, BaseTunerLayer)
+    own = getattr(layer.get_base_layer(), "bias", None)
+    for parameter in layer.parameters():
+        if parameter is not own:
+            train_only(parameter, id(parameter) in adapters)
+
+
+def _count_adapter(layer: nn.Module) -> int:
+    own = getattr(layer.get_base_layer(), "bias", None)
+    return sum(p.numel() for p in layer.parameters() if p.requires_grad and p is not own)
+
+
+def _base_weight(layers: Mapping[str, list[Any]]) -> torch.Tensor:
+    weight: torch.Tensor = next(iter(layers.values()))[0].get_base_layer().weight
+    return weight
+
+
+def _merge(tuner: BaseTuner) -> None:
+    with quiet():
+        tuner.merge_and_unload()
+
+
+def _save(model: nn.Module, tuner: BaseTuner, folder: Path) -> None:
+    save_peft(model, tuner, folder)

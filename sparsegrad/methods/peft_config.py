@@ -1,0 +1,292 @@
+"""Settings of a peft method, checked by peft's own configuration class, and the size that a budget asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from sparsegrad.errors import UserError, fail, first_line
+
+Shapes = Mapping[str, tuple[int, int]]
+_WHERE = "model.mlp, model.kinds and model.blocks choose the weights"
+# Fields that the run sets, with what sets them.
+_OURS = {
+    **dict.fromkeys(("target_modules", "exclude_modules", "target_parameters", "modules_to_save"), _WHERE),
+    **dict.fromkeys(("layers_to_transform", "layers_pattern", "layer_replication", "trainable_token_indices"), _WHERE),
+    "bias": "train.train_rest decides whether biases train",
+    **dict.fromkeys(
+        ("task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
+         "fan_in_fan_out", "runtime_config", "megatron_config", "megatron_core"),
+        "the run sets it",
+    ),
+}  # fmt: skip
+# Types that do not train linears, or need more than a model and an optimizer.
+_ELSEWHERE = {
+    "ADALORA": "it changes its ranks by calls of its own after each step",
+    "ADAPTION_PROMPT": "it trains prompts in the attention",
+    "LN_TUNING": "it trains norms; method=bitfit is the nearest here",
+    "POLY": "it needs the number of a task with each row",
+    "SHADOW": "it trains a second model beside the first",
+    "TRAINABLE_TOKENS": "it trains embeddings",
+    "XLORA": "it mixes adapters that are trained already",
+}
+# Version of peft in which a type appeared, for the message where the installed one lacks it.
+_SINCE = {
+    "VERA": "0.11", "BOFT": "0.11", "FOURIERFT": "0.12", "HRA": "0.12", "RANDLORA": "0.16", "C3A": "0.16",
+    "SHIRA": "0.17", "MISS": "0.17", "WAVEFT": "0.18", "DELORA": "0.18", "ROAD": "0.18", "OSF": "0.18",
+    "GRALORA": "0.19", "PSOFT": "0.19", "TINYLORA": "0.19", "UNILORA": "0.19", "LILY": "0.19", "PEANUT": "0.19",
+}  # fmt: skip
+# Initialisations of a LoRA that read batches: this project hands in its calibration batches.
+FROM_DATA = ("lora_ga", "corda")
+# The field that sets the size of a type, where it is not `r`; None: the size is fixed.
+_SIZE_FIELDS = {
+    "BOFT": "boft_block_size", "OFT": "oft_block_size", "C3A": "block_size", "FOURIERFT": "n_frequency",
+    "WAVEFT": "n_frequency", "OSF": "effective_rank", "UNILORA": "theta_d_length", "VBLORA": "num_vectors",
+    "TINYLORA": "u", "IA3": None, "BEFT": None, "ROAD": None, "FROD": None, "SUPERTUNING": None,
+}  # fmt: skip
+
+
+def list_types() -> list[str]:
+    """The types of the installed peft that train linears."""
+    names = {kind.value: tuner for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if kind.value not in _ELSEWHERE}
+    return sorted(name for name, tuner in names.items() if isinstance(tuner, type) and issubclass(tuner, BaseTuner))
+
+
+def find_config_class(node: Mapping[str, Any]) -> type[Any]:
+    """peft's configuration class for `peft_type`, which has all fields of `node`.
+
+    Raises:
+        UserError: for a type that is unknown, too new for the installed peft or not for linears; or an unknown field.
+    """
+    kind, known = str(node.get("peft_type")).upper(), list_types()
+    where = "method.config.peft_type"
+    if kind not in known:
+        if kind in _ELSEWHERE:
+            raise fail(
+                where, kind, f"{_ELSEWHERE[kind]}, and this project trains linears", f"choose one of {', '.join(known)}"
+            )
+        if kind in _SINCE:
+            raise UserError(
+                f"{where}={kind} is not in peft {peft.__version__}: it came with peft {_SINCE[kind]}; "
+                f"run pip install -U 'peft>={_SINCE[kind]}'"
+            )
+        if any(one.value == kind for one in PEFT_TYPE_TO_CONFIG_MAPPING):
+            raise fail(where, kind, "it trains prompts, not linears", f"choose one of {', '.join(known)}")
+        raise fail(where, node.get("peft_type"), f"choose one of {', '.join(known)}", _suggest(kind, known))
+    found: type[Any] = next(value for one, value in PEFT_TYPE_TO_CONFIG_MAPPING.items() if one.value == kind)
+    _check_fields(kind, node, [field.name for field in dataclasses.fields(found) if field.init])
+    return found
+
+
+def _check_fields(kind: str, node: Mapping[str, Any], fields: Sequence[str]) -> None:
+    allowed = sorted(set(fields) - {*_OURS, "peft_type"})
+    for name, value in node.items():
+        if name in _OURS:
+            raise fail(f"method.config.{name}", value, _OURS[name], "leave it out")
+        if name not in (*allowed, "peft_type"):
+            about = f"{kind} of peft {peft.__version__} has no such field; it has {', '.join(allowed)}"
+            raise fail(f"method.config.{name}", value, about, _suggest(name, allowed))
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def make_config(node: Mapping[str, Any], targets: Mapping[str, tuple[int, int]]) -> Any:
+    """peft's configuration for linears, name -> shape (out, in).
+
+    Raises:
+        UserError: for a value that peft's class refuses, in its words.
+    """
+    kind, config_class = str(node["peft_type"]).upper(), find_config_class(node)
+    given = {name: value for name, value in node.items() if name != "peft_type"}
+    if kind == "IA3":
+        # As in its paper, the factors of an MLP's output linear are on its inputs: it has more inputs than outputs.
+        wide = [name for name, (rows, columns) in targets.items() if columns > rows]
+        given = {"feedforward_modules": wide, **given}
+    if given.get("init_lora_weights") == "lora_ga":
+        given = {"lora_ga_config": {}, **given}  # its defaults; without it peft does not start
+    with quiet():
+        return _call_peft(kind, lambda: config_class(target_modules=list(targets), **given))
+
+
+def wrap(model: nn.Module, config: Any) -> BaseTuner:
+    """Put the adapters of `config` into `model`, in place.
+
+    Unlike `inject_adapter_in_model` this takes methods whose layers share tensors, such as VeRA: the tuner, which
+    holds them, is returned.
+
+    Raises:
+        UserError: if peft cannot wrap these linears with these settings, in its words.
+    """
+    kind = config.peft_type.value
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    with quiet():
+        return _call_peft(kind, lambda: tuner(model, config, adapter_name="default"))  # type: ignore[no-any-return]
+
+
+def _call_peft(kind: str, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except UserError:
+        raise
+    except Exception as error:  # peft and its methods raise every type there is
+        raise UserError(
+            f"method.config: peft {peft.__version__} refuses these settings of {kind}: {first_line(error)}"
+        ) from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without peft's warnings on settings that are right here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a method does to one linear of each kind.
+
+    Attributes:
+        counts: layer kind -> trainable parameters.
+        merges: whether its change can be merged into the weights.
+    """
+
+    counts: dict[str, int]
+    merges: bool
+
+
+class _StandIn(nn.Module):
+    """One linear of each kind, `linears.0`, ...: what peft makes of it shows counts and errors before the model's turn."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(columns, rows) for rows, columns in shapes.values())
+
+
+def measure_size(node: Mapping[str, Any], shapes: Shapes, *, merge: bool = True) -> Size:
+    """Wrap one linear per kind and count what trains.
+
+    Raises:
+        UserError: if peft cannot wrap them, or nothing would train.
+    """
+    # An initialisation of W's shape or from data costs time and changes no count.
+    plain = {"init_lora_weights": True} if isinstance(node.get("init_lora_weights"), str) else {}
+    node = {name: value for name, value in {**node, **plain}.items() if not (plain and name.endswith("_ga_config"))}
+    with torch.random.fork_rng(devices=[]):  # the run's own draws must not depend on this
+        model = _StandIn(shapes)
+        names = [f"linears.{place}" for place in range(len(shapes))]
+        tuner = wrap(model, make_config(node, dict(zip(names, shapes.values(), strict=True))))
+        parts = dict(zip(shapes, model.linears, strict=True))
+        counts = {kind: sum(p.numel() for p in part.parameters() if p.requires_grad) for kind, part in parts.items()}
+        if not any(counts.values()):
+            raise UserError(f"method.config: {node['peft_type']} trains nothing in these linears: give other settings")
+        return Size(counts, merge and _can_merge(tuner))
+
+
+def _can_merge(tuner: BaseTuner) -> bool:
+    try:
+        with quiet():
+            merged: Any = tuner.merge_and_unload()
+    except Exception:  # as above: NotImplementedError, ValueError and others
+        return False
+    return all(type(linear) is nn.Linear for linear in merged.linears)
+
+
+def size_field(kind: str) -> str | None:
+    """The field of a type that sets how many parameters it trains; None if its size is fixed."""
+    return _SIZE_FIELDS.get(kind, "r")
+
+
+def fit_budget(node: Mapping[str, Any], shapes: Shapes, layers: Mapping[str, int], density: float) -> dict[str, Any]:
+    """The value of the size field whose trainable count is closest to `density` of the weights.
+
+    Args:
+        node: peft's fields without the size field.
+        shapes: layer kind -> (out, in).
+        layers: layer kind -> number of its linears.
+        density: wanted share of the entries.
+
+    Returns:
+        `field`, `value`, and the `share` that came out.
+
+    Raises:
+        UserError: for a type of fixed size, or a budget that would make the field 0.
+    """
+    kind = str(node["peft_type"]).upper()
+    field = size_field(kind)
+    whole = sum(layers[name] * rows * columns for name, (rows, columns) in shapes.items())
+    if field is None:
+        counts = measure_size(node, shapes, merge=False).counts
+        own = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise fail(
+            "method.budget", f"density:{density:g}", f"the size of {kind} is fixed ({own} per weight)", "set it to null"
+        )
+    shares: dict[int, float] = {}
+
+    def share(value: int) -> float | None:
+        """The trainable share with the field at `value`; None where peft refuses it."""
+        if value not in shares:
+            try:
+                counts = measure_size({**node, field: value, **_counterpart(kind)}, shapes, merge=False).counts
+            except UserError:
+                return None
+            shares[value] = sum(layers[name] * count for name, count in counts.items()) / whole
+        return shares[value]
+
+    _search(share, density, max(rows * columns for rows, columns in shapes.values()))
+    if not shares:
+        measure_size({**node, field: 4, **_counterpart(kind)}, shapes, merge=False)  # raises, with peft's reason
+        raise fail(
+            "method.budget",
+            f"density:{density:g}",
+            f"no {field} fits these linears",
+            f"set it to null and {field} by hand",
+        )
+    best = min(shares, key=lambda value: (abs(shares[value] - density), value))
+    if shares[best] > 2 * density:
+        about = f"it makes {field} of {kind} 0: {field}={best} already trains {shares[best]:.2g} of each weight"
+        raise fail("method.budget", f"density:{density:g}", about, f"give at least density:{shares[best]:.2g}")
+    return {"field": field, "value": best, "share": round(shares[best], 6)}
+
+
+def _counterpart(kind: str) -> dict[str, int]:
+    """OFT takes its rank or its block size; its default sets the second already."""
+    return {"r": 0} if kind == "OFT" else {}
+
+
+def _search(share: Callable[[int], float | None], density: float, largest: int) -> None:
+    """Call `share` at values around the one that gives `density`: powers of 2, then between the nearest two.
+
+    Shares rise with the field (a rank) or fall (the block size of a block-diagonal matrix).
+    """
+    low = high = 0
+    below = False  # whether the share at `low` is below the density; beyond `high` it is not, or peft refuses
+    for value in (2**power for power in range(largest.bit_length())):
+        found = share(value)
+        if low and (found is None or (found < density) is not below):
+            high = value
+            break
+        if found is not None:
+            low, below = value, found < density
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = share(middle)
+        if found is None:  # block sizes must divide the widths: look at all that are left
+            for value in range(low + 1, high):
+                share(value)
+            return
+        low, high = (middle, high) if (found < density) is below else (low, middle)
