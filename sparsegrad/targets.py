@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sparsegrad.distributed import refuse_shards
+from sparsegrad.distributed import refuse_fsdp1
 from sparsegrad.errors import UserError, check_choice, renamed_arguments
 
 # Layer kind -> pattern that must match the whole module name. Many families share names: Gemma, Phi-1 and others are
@@ -62,7 +62,7 @@ def find_mlp(model: nn.Module, target_modules: Names | None = None) -> Linears:
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}, not a torch.nn.Module: give the model itself")
-    refuse_shards(model)  # before the search: a shard's shape and type would give misleading errors
+    refuse_fsdp1(model)  # before the search: its flat parameters would give misleading errors
     named = _resolve_names(model, target_modules)
     _refuse_overlap(named)
     linears = {kind: _get_linears(model, kind, names) for kind, names in named.items()}

@@ -8,13 +8,22 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from sparsegrad.adapter.load import named_tensors
 from sparsegrad.adapter.lora_card import SavedLora, write_lora_card
 from sparsegrad.adapter.lora_files import write_lora
 from sparsegrad.adapter.lora_layout import Layout, is_linear, is_transposed, make_config, plan_layout
 from sparsegrad.adapter.low_rank import Factors, factor_block, subtract, truncate
-from sparsegrad.adapter.save import Base, _check_plain, _check_storable, _read_base, _unwrap_compiled, _view_bytes
-from sparsegrad.distributed import refuse_shards
+from sparsegrad.adapter.merge import named_tensors
+from sparsegrad.adapter.save import (
+    Base,
+    _check_plain,
+    _check_storable,
+    _get_class_name,
+    _read_base,
+    _unwrap_compiled,
+    _view_bytes,
+    write_gathered,
+)
+from sparsegrad.distributed import refuse_fsdp1
 from sparsegrad.errors import UserError, check_integer, check_number, renamed_arguments
 from sparsegrad.layers.block import BlockLinear
 from sparsegrad.layers.replace import replace_module
@@ -25,6 +34,7 @@ Blocks = Mapping[str, BlockLinear]
 
 
 @renamed_arguments(quiet=True, mlp="target_modules")
+@write_gathered
 def save_lora(
     model: nn.Module,
     folder: str | Path,
@@ -46,7 +56,8 @@ def save_lora(
 
     Args:
         model: the trained model. After engine `fast`, call it before `to_linears`. While it runs, the layers are
-            replaced by linears that share their weights; they are put back afterwards.
+            replaced by linears that share their weights; they are put back afterwards. If FSDP2 shards the model, all
+            processes call this together, and the main process gathers the weights and writes.
         folder: created if needed. An existing LoRA adapter is replaced, but a README.md that was written or edited by
             hand is not.
         base: the model before training, as for `save_adapter`.
@@ -63,11 +74,11 @@ def save_lora(
 
     Raises:
         UserError: for `rank` or `max_error` out of range; a base that cannot be loaded or is of another model; a model
-            that equals its base, is wrapped or sharded; weights that are tied, quantized or not finite; a change that
-            peft cannot store; or a folder that cannot be written, which keeps its old adapter.
+            that equals its base, is wrapped or sharded by FSDP1; weights that are tied, quantized or not finite; a
+            change that peft cannot store; or a folder that cannot be written, which keeps its old adapter.
     """
     model = _unwrap_compiled(model)
-    refuse_shards(model)
+    refuse_fsdp1(model)
     with _plain_linears(model) as blocks:
         _check_options(blocks, rank, max_error, target_modules)
         _check_plain(model)
@@ -83,7 +94,7 @@ def save_lora(
     errors = {name: found.error for name, found in factors.items()}
     sizes = [sum(tensor.nbytes for tensor in part.values()) for part in (tensors, whole)]
     saved = SavedLora(Path(folder), ranks, errors, tuple(layout.whole), layout.bias, *sizes)
-    write_lora_card(saved, source, type(model).__name__)
+    write_lora_card(saved, source, _get_class_name(model))
     return saved
 
 

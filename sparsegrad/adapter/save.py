@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sparsegrad.adapter.card import write_card
 from sparsegrad.adapter.format import BASIS_PARTS, DTYPES, Entry, digest, write_adapter
-from sparsegrad.adapter.load import named_tensors
+from sparsegrad.adapter.merge import named_tensors
 from sparsegrad.adapter.sizes import Saved, summarize
 from sparsegrad.basis import Basis
+from sparsegrad.distributed import from_gathered
 from sparsegrad.errors import UserError, check_number, first_line, renamed_arguments
-from sparsegrad.layers.replace import refuse_layers
+from sparsegrad.layers.replace import merge_shards, refuse_layers
 from sparsegrad.optim.summary import describe
 from sparsegrad.targets import Names, find_mlp
 
@@ -24,8 +26,29 @@ _SMALL = 2**16  # entries; smaller tensors outside the MLP are stored whole, suc
 # Bytes of a number -> an integer type of that size. Compared as integers, NaN equals itself and 0.0 differs from -0.0.
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
+
+
+def write_gathered(
+    save: Callable[Concatenate[nn.Module, Arguments], Value],
+) -> Callable[Concatenate[nn.Module, Arguments], Value]:
+    """Let the main process alone call `save` for a model that FSDP2 shards, with whole weights on the CPU.
+
+    All processes must call the result together; each gets what `save` returns, or its `UserError`.
+    """
+
+    @functools.wraps(save)
+    def call(model: nn.Module, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:
+        plain = _unwrap_compiled(model)
+        merge_shards(plain)
+        return from_gathered(plain, lambda: save(model, *args, **kwargs))
+
+    return call
+
 
 @renamed_arguments(quiet=True, mlp="target_modules")
+@write_gathered
 def save_adapter(
     model: nn.Module,
     folder: str | Path,
@@ -39,7 +62,8 @@ def save_adapter(
 
     Args:
         model: the trained model, with ordinary linears: after engine `fast` or `layer` call `to_linears` first. It must
-            not be wrapped by DDP or similar. A model compiled by `torch.compile` is accepted.
+            not be wrapped by DDP or similar. A model compiled by `torch.compile` is accepted, and so is one that FSDP2
+            shards: all processes then call this together, and the main process gathers the weights and writes.
         folder: created if needed. An existing adapter is replaced, but a README.md that was written or edited by hand
             is not.
         base: the model before training: a hub id or folder, which is loaded again for the comparison; a model; or
@@ -76,15 +100,20 @@ def save_adapter(
             if group.get("kind") is not None and group["basis"] is not None:
                 _rotate_kind(group, named_tensors(model), before, entries, bases, tolerance)
     saved = summarize(Path(folder), entries, bases, kinds, optimizer)
-    facts = {"base": source, "model": type(model).__name__, "tolerance": tolerance, "mlp": kinds}
+    facts = {"base": source, "model": _get_class_name(model), "tolerance": tolerance, "mlp": kinds}
     write_adapter(Path(folder), facts, entries, bases)
-    write_card(Path(folder), source, type(model).__name__, str(saved), tolerance)
+    write_card(Path(folder), source, _get_class_name(model), str(saved), tolerance)
     return saved
 
 
 def _unwrap_compiled(model: nn.Module) -> nn.Module:
     """The model that was compiled, which shares every weight; or `model` itself."""
     return getattr(model, "_orig_mod", model)
+
+
+def _get_class_name(model: nn.Module) -> str:
+    """The name of the model's class, without the prefix that FSDP2 puts before it."""
+    return type(model).__name__.removeprefix("FSDP")
 
 
 def _check_plain(model: nn.Module) -> None:
@@ -132,14 +161,14 @@ def _read_base(model: nn.Module, base: Base | None, mlp: Mapping[str, str]) -> t
             raise UserError(
                 f"model and base differ in the tensors {_format_names(unknown)}: give the plain model and its own base"
             )
-        return type(model).__name__, tensors, set()
+        return _get_class_name(model), tensors, set()
     if lacking := [name for name in mlp if name not in base]:
         found = _format_names(set(base)) or "nothing"
         raise UserError(
             f"base= has no tensor {lacking[0]}, a SparseGrad weight of the model, but {found}: "
             "give tensors by the names of the plain model, as a copy of its state_dict() from before training has them"
         )
-    return type(model).__name__, dict(base), names - set(base)
+    return _get_class_name(model), dict(base), names - set(base)
 
 
 def _load_base(model: nn.Module, source: str, mlp: Mapping[str, str]) -> tuple[str, dict[str, Tensor], set[str]]:

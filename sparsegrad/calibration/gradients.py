@@ -11,7 +11,18 @@ from torch import Tensor, nn
 
 from sparsegrad.basis import SIDES, Basis
 from sparsegrad.calibration.grams import Grams
-from sparsegrad.distributed import average_, check_same_weights, refuse_shards, unwrapped
+from sparsegrad.distributed import (
+    average_,
+    check_same_weights,
+    is_managed,
+    is_shard,
+    refuse_fsdp1,
+    refuse_shards,
+    reshard,
+    set_up_shards,
+    unwrapped,
+    whole,
+)
 from sparsegrad.errors import UserError, check_choice, check_integer, first_line
 from sparsegrad.layers.lean import LeanLinear
 from sparsegrad.layers.replace import computes_gradient
@@ -47,7 +58,8 @@ def calibrate(
     During calibration all parameters except the MLP weights are frozen. No weight changes, and no gradient is kept:
     each is added to the Gram matrices of its kind and released as soon as back-propagation has computed it. Flags,
     gradients and the train or eval mode are the same after the call as before. Several connected processes
-    (`torch.distributed`) average each gradient first, so that all get the same basis, that of their joint batch.
+    (`torch.distributed`) average each gradient first, so that all get the same basis, that of their joint batch. The
+    model may be sharded by FSDP2: each gradient is then gathered for its product, one weight at a time.
 
     Args:
         model: called as `model(**batch)`. The result has a `loss` as attribute or key, or is a tuple whose first item
@@ -71,14 +83,19 @@ def calibrate(
 
     Raises:
         UserError: for too few batches, a batch without loss, a weight without gradient, a gradient that is not finite,
-            a sharded model, a model that differs between processes, or a device that does not exist.
+            a model sharded by FSDP1 or tensor parallelism, a model that differs between processes, or a device that
+            does not exist.
     """
     progress = progress or _show_nothing
     check_integer("steps", steps, at_least=1, remedy="the paper uses 30")
     check_choice("sides", sides, SIDES)
     _check_device(gram_device)
     model = unwrapped(model)
-    refuse_shards(model)
+    reshard(model)
+    set_up_shards(model)
+    refuse_fsdp1(model)
+    if not is_managed(model):
+        refuse_shards(model)  # of tensor parallelism
     check_same_weights(model)
     found = {kind: list(linears) for kind, linears in mlp.items()}
     weights = {kind: [linear.weight for linear in linears] for kind, linears in found.items()}
@@ -125,7 +142,7 @@ def _lean_gradients(linears: Mapping[str, list[nn.Linear]]) -> Iterator[None]:
             if isinstance(linear, LeanLinear):
                 before.append((linear, linear.rotation, linear.drop_padding))
                 linear.rotation, linear.drop_padding = None, linear.drop_padding or linear.weight.is_cpu
-            elif linear.weight.is_cpu and computes_gradient(linear):
+            elif linear.weight.is_cpu and computes_gradient(linear) and not is_shard(linear.weight):
                 converted.append(LeanLinear.convert(linear, drop_padding=True))
         yield
     finally:
@@ -168,8 +185,11 @@ def _make_hook(sums: Grams, release: bool) -> Callable[[Tensor], None]:
 
     def hook(weight: Tensor) -> None:
         assert weight.grad is not None
-        average_([weight.grad])  # before the product: the Gram matrix of a mean is not the mean of the Gram matrices
-        sums.add(weight.grad)
+        # Before the product: the Gram matrix of a mean is not the mean of the Gram matrices. FSDP2 calls the hook with
+        # a shard of the mean; every process passes this line for the same weight, so they gather the same gradient.
+        if not is_shard(weight.grad):
+            average_([weight.grad])
+        sums.add(whole(weight.grad))
         if release:
             weight.grad = None
 
@@ -179,7 +199,8 @@ def _make_hook(sums: Grams, release: bool) -> Callable[[Tensor], None]:
 def _other_gradients(model: nn.Module, weights: Mapping[str, list[Tensor]]) -> Iterator[Tensor]:
     """Gradients of all parameters except `weights`: the hooks have averaged those already."""
     wanted = {id(weight) for group in weights.values() for weight in group}
-    return (p.grad for p in model.parameters() if p.grad is not None and id(p) not in wanted)
+    found = (p.grad for p in model.parameters() if p.grad is not None and id(p) not in wanted)
+    return (gradient for gradient in found if not is_shard(gradient))  # FSDP2 has averaged those
 
 
 def _read_batch(source: Iterator[Batch], step: int, steps: int) -> Batch:

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
+from sparsegrad.distributed import is_managed, is_shard, whole
 from sparsegrad.errors import UserError, check_integer
 from sparsegrad.layers.common import check_linear, product_dtype
+from sparsegrad.layers.shards import average_shards, check_shards, count_writes, layout_of, new_core, own_part
 from sparsegrad.optim.rounding import add_stochastic
 from sparsegrad.optim.selection import check_density
 from sparsegrad.targets import check_updated
@@ -35,15 +37,18 @@ class _BlockLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, core: Tensor, U_r: Tensor, V_c: Tensor) -> Tensor:
         # x (T, in) itself is not saved: its gradient needs only W, and that of the core only x U_r (T, r).
         ctx.save_for_backward(x @ U_r if ctx.needs_input_grad[3] else None, W, V_c)
-        ctx.core_dtype = core.dtype
-        return nn.functional.linear(x, W, bias)
+        ctx.core_dtype, ctx.layout = core.dtype, layout_of(core)
+        return nn.functional.linear(x, W.to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,), (x_r, W, V_c) = grads, ctx.saved_tensors
-        dx = dy @ W if ctx.needs_input_grad[0] else None
+        # FSDP2 has gathered W again by now. Storing a cast copy between the passes would undo that: it is made twice.
+        dx = dy @ W.to(dy.dtype) if ctx.needs_input_grad[0] else None
         db = dy.sum(0) if ctx.needs_input_grad[2] else None
         dcore = _core_gradient(dy, x_r, V_c).to(ctx.core_dtype) if ctx.needs_input_grad[3] else None
+        if dcore is not None and ctx.layout is not None:
+            dcore = average_shards(dcore, ctx.layout)
         return dx, None, db, dcore, None, None
 
 
@@ -63,6 +68,10 @@ class BlockLinear(nn.Module):
     those of torch's fused optimizers do not increment it: after a fused step call
     `torch.autograd.graph.increment_version` on the cores, as `SparseGradAdamW` and `methods.base.adamw` do.
 
+    W may be sharded by FSDP2 (see `sparsegrad.layers.shards`). The layer then merges its own rows of V_c core U_r^T
+    into its own rows of W. This must happen before FSDP2 gathers W, so `merge_shards` does it when a forward pass of
+    the whole model begins.
+
     Args:
         weight: W (out, in); the layer keeps it and changes it in place.
         bias: (out,) or None.
@@ -77,10 +86,17 @@ class BlockLinear(nn.Module):
     in_basis: Tensor
     out_basis: Tensor
     _cast: tuple[tuple[Any, ...], Tensor] | None = None  # state of W, and W in another dtype
+    _merged_state: tuple[int, ...]  # of the core when it was merged; see `count_writes`
 
     def __init__(self, weight: Tensor, bias: Tensor | None, basis: Basis, core_shape: tuple[int, int]) -> None:
         super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self._add_core(basis, core_shape)
+
+    def _add_core(self, basis: Basis, core_shape: tuple[int, int]) -> None:
         _keep_out_of_compiler()
+        weight = self.weight
         if not basis.fits(weight.shape):
             raise UserError(
                 f"a basis for {basis.shape} does not fit a linear of {tuple(weight.shape)}: calibrate it again"
@@ -88,17 +104,15 @@ class BlockLinear(nn.Module):
         check_updated(weight, "the weight of a block")
         for name, size, most in zip(("out", "in"), core_shape, weight.shape, strict=True):
             check_integer(f"{name} directions", size, at_least=1, at_most=most)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias)
         # At least float32, whatever the weight's dtype, so that small changes of the core are not lost to rounding.
-        core = torch.zeros(core_shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
-        self.core = nn.Parameter(core)
-        self.register_buffer("merged", core.clone())  # the part of the core that W includes already
+        self.core = nn.Parameter(new_core(weight, core_shape))
+        # The part of the core that W includes already; whole on every process.
+        self.register_buffer("merged", torch.zeros(core_shape, dtype=self.core.dtype, device=weight.device))
         U, V = basis.to(weight.device, weight.dtype).both()
         # Not persistent: bases are the same for all blocks, and `save_bases` stores them once.
         self.register_buffer("in_basis", U[:, : core_shape[1]].contiguous(), persistent=False)
         self.register_buffer("out_basis", V[:, : core_shape[0]].contiguous(), persistent=False)
-        self._merged_version = self.core._version
+        self._merged_state = count_writes(self.core)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, basis: Basis, core_shape: tuple[int, int]) -> BlockLinear:
@@ -110,6 +124,39 @@ class BlockLinear(nn.Module):
         check_linear(linear, "a block")
         bias = None if linear.bias is None else linear.bias.detach().clone()
         return cls(linear.weight.detach().clone(), bias, basis, core_shape)
+
+    @classmethod
+    def convert(cls, linear: nn.Linear, basis: Basis, core_shape: tuple[int, int]) -> BlockLinear:
+        """Turn a sharded `linear` itself into this layer, since FSDP2 remembers modules and parameters by identity.
+
+        Raises:
+            UserError: as the class, or for shards that are not supported (see `check_shards`).
+        """
+        check_shards(linear)
+        before = dict(linear.__dict__)
+        linear.__class__ = cls  # type: ignore[assignment]
+        assert isinstance(linear, BlockLinear)
+        try:
+            linear._add_core(basis, core_shape)
+        except UserError:
+            linear.__dict__.update(before)
+            linear.__class__ = nn.Linear  # type: ignore[assignment]
+            raise
+        linear.weight.requires_grad_(False)
+        return linear
+
+    def restore(self) -> None:
+        """Turn this layer itself into an `nn.Linear` with the same function: the counterpart of `convert`."""
+        self.merge()
+        out_features, in_features = self.weight.shape
+        for name in ("core", "merged", "in_basis", "out_basis"):
+            delattr(self, name)
+        for name in ("_merged_state", "_cast"):
+            self.__dict__.pop(name, None)
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        self.in_features, self.out_features = in_features, out_features
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)  # as those of a new linear
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
@@ -124,18 +171,34 @@ class BlockLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add to W what has changed in the core since the last merge."""
+        """Add to W what has changed in the core since the last merge.
+
+        With shards all processes must call it together; each adds its own rows.
+
+        Raises:
+            UserError: while FSDP2 has gathered W: what is added to that copy would be lost.
+        """
         # The version counts in-place writes. Comparing values instead would make the CPU wait for the GPU.
-        if self.core._version == self._merged_version:
+        state = count_writes(self.core)
+        if state == self._merged_state:
             return
-        change = self.core - self.merged  # (c, r)
-        left, right = self._factor_change(change)  # (out, k) and (k, in), with k the shorter side of the core
-        if self.weight.dtype == torch.bfloat16:
-            add_stochastic(self.weight, left @ right, self.core)
+        if is_managed(self) and not is_shard(self.weight):
+            if whole(self.core).equal(self.merged):  # only the identity of the core has changed
+                return
+            raise UserError(
+                "FSDP2 has gathered this weight, so that it cannot change: call fully_shard on each block of the "
+                "model, and not on the whole model alone"
+            )
+        core = whole(self.core)  # (c, r)
+        weight, rows, columns = own_part(self.weight)
+        # (rows, k) and (k, columns), with k the shorter side of the core
+        left, right = _factor_change(core - self.merged, self.in_basis[columns], self.out_basis[rows])
+        if weight.dtype == torch.bfloat16:
+            add_stochastic(weight, left @ right, core)
         else:
-            self.weight.addmm_(left.to(self.weight.dtype), right.to(self.weight.dtype))
-        self.merged.copy_(self.core)
-        self._merged_version = self.core._version
+            weight.addmm_(left.to(weight.dtype), right.to(weight.dtype))
+        self.merged.copy_(core)
+        self._merged_state = state
 
     @torch.no_grad()
     def _cast_weight(self, dtype: torch.dtype) -> Tensor:
@@ -150,22 +213,37 @@ class BlockLinear(nn.Module):
             self._cast = (state, W.detach().to(dtype))
         return self._cast[1]
 
-    def _factor_change(self, change: Tensor) -> tuple[Tensor, Tensor]:
-        """V_c change U_r^T as a product of two matrices; the longer side of the core (c, r) is multiplied first."""
-        right = self.in_basis.to(change.dtype).T
-        V_c = self.out_basis.to(change.dtype)
-        return (V_c, change @ right) if change.shape[0] < change.shape[1] else (V_c @ change, right)
-
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to y (..., out). Under autocast the products use its dtype, as in `nn.Linear`."""
-        self.merge()
+        if sharded := is_managed(self):
+            self._check_gathered()
+        else:
+            self.merge()
         dtype = product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
-            W, U_r, V_c = self._cast_weight(dtype), self.in_basis.to(dtype), self.out_basis.to(dtype)
+            W = self.weight if sharded else self._cast_weight(dtype)
+            U_r, V_c = self.in_basis.to(dtype), self.out_basis.to(dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
             tokens = x.reshape(-1, x.shape[-1]).to(dtype)
             y = _BlockLinear.apply(tokens, W, bias, self.core, U_r, V_c)  # type: ignore[no-untyped-call]
         return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+
+    def _check_gathered(self) -> None:
+        """Check that the weight that FSDP2 has gathered includes the core, and that its policy does not round the core.
+
+        A core that `fully_shard` shards is gathered too, and then says neither when it changed nor how it is stored.
+        """
+        if is_shard(self.core) and count_writes(self.core) != self._merged_state:
+            raise UserError(
+                "a core has changed, and the sharded weight does not include it yet: call the whole model, as it was "
+                "given to prepare, and not a part of it"
+            )
+        if self.core.dtype != self.merged.dtype:
+            raise UserError(
+                f"a policy of mixed precision rounds the core from {self.merged.dtype} to {self.core.dtype}: call "
+                "fully_shard before prepare, which then keeps the cores out of it; or leave param_dtype out and use "
+                "torch.autocast"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the cast weight, which the copy makes for itself."""
@@ -175,11 +253,17 @@ class BlockLinear(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _keep_out_of_compiler()
         # A copied core has a new version counter, and the copy may have been made between a step and its merge.
-        self._merged_version = -1
+        self._merged_state = ()
 
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape
         return f"in={in_features}, out={out_features}, core={tuple(self.core.shape)}"
+
+
+def _factor_change(change: Tensor, U_r: Tensor, V_c: Tensor) -> tuple[Tensor, Tensor]:
+    """V_c change U_r^T as a product of two matrices; the longer side of the core (c, r) is multiplied first."""
+    right, left = U_r.to(change.dtype).T, V_c.to(change.dtype)
+    return (left, change @ right) if change.shape[0] < change.shape[1] else (left @ change, right)
 
 
 def share_bases(layers: Sequence[BlockLinear]) -> None:

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from sparsegrad.basis import Basis
+from sparsegrad.distributed import is_managed, is_shard, reshard
 from sparsegrad.errors import UserError
 from sparsegrad.layers.block import BlockLinear, core_shape, share_bases
 from sparsegrad.layers.common import check_linear
 from sparsegrad.layers.lean import LeanLinear
 from sparsegrad.layers.rotated import SparseGradLinear
+from sparsegrad.layers.shards import forget_core
 from sparsegrad.optim.rotation import Rotation, check_rotation_dtype
 from sparsegrad.targets import Linears, all_linears, weight_shapes
 
@@ -26,9 +28,11 @@ Model = TypeVar("Model", bound=nn.Module)
 def use_blocks(model: nn.Module, linears: Linears, bases: Mapping[str, Basis], density: float) -> Blocks:
     """Replace each of `linears` by a `BlockLinear`, whose weight is frozen and whose bias trains if it did before.
 
+    The layers take over the weights without a copy. Linears that FSDP2 shards become such layers in place.
+
     Args:
         model: changed in place.
-        linears: linears of `model`, as `find_mlp` returns them.
+        linears: linears of `model`, as `find_mlp` returns them; not to be used afterwards.
         bases: layer kind -> basis of both sides; the layers of a kind share its leading columns.
         density: share of a weight's entries that its core (c, r) has, in (0, 1].
 
@@ -39,14 +43,43 @@ def use_blocks(model: nn.Module, linears: Linears, bases: Mapping[str, Basis], d
         UserError: as `BlockLinear.from_linear`, or for a density out of range.
     """
     blocks: Blocks = {}
+    reshard(model)
     for kind, shape in weight_shapes(linears).items():
         found, core = linears[kind], core_shape(shape, density)
-        layers = [BlockLinear.from_linear(linear, bases[kind], core) for linear in found.values()]
+        layers = [_make_block(linear, bases[kind], core) for linear in found.values()]
         share_bases(layers)
         for (name, linear), layer in zip(found.items(), layers, strict=True):
-            replace_linear(model, name, linear, layer)
+            if layer is not linear:
+                replace_linear(model, name, linear, layer)
         blocks[kind] = dict(zip(found, layers, strict=True))
+    # First of the hooks: FSDP2's own gathers the weights. If the model is sharded later, that one comes first and has
+    # gathered the root's parameters, but those of no block.
+    model.register_forward_pre_hook(merge_shards, prepend=True)
     return blocks
+
+
+def _make_block(linear: nn.Linear, basis: Basis, core: tuple[int, int]) -> BlockLinear:
+    check_linear(linear, "a block")
+    if is_managed(linear) or is_shard(linear.weight):
+        return BlockLinear.convert(linear, basis, core)
+    # Shared, not copied: who still holds the old linears would otherwise keep a second copy of all MLP weights.
+    bias = None if linear.bias is None else linear.bias.detach()
+    return BlockLinear(linear.weight.detach(), bias, basis, core)
+
+
+def merge_shards(model: nn.Module, *_: Any) -> None:
+    """Merge the cores of a model that FSDP2 shards; each process changes its own rows of the weights.
+
+    It runs as a hook when a forward pass of the model begins. All processes must call it together. Without shards it
+    does nothing, because each layer merges its core in its own forward pass.
+    """
+    if not is_managed(model):
+        return
+    blocks = [module for module in model.modules() if isinstance(module, BlockLinear)]
+    if any(is_managed(block) and not is_shard(block.weight) for block in blocks):
+        reshard(model)
+    for block in blocks:
+        block.merge()
 
 
 def rotate_gradients(
@@ -106,6 +139,8 @@ def computes_gradient(linear: nn.Module) -> bool:
 def to_linears(model: Model) -> Model:
     """Replace every `BlockLinear`, `SparseGradLinear` and `LeanLinear` by an `nn.Linear` with the same function.
 
+    A model that FSDP2 shards stays sharded; all processes must call this together.
+
     Call it after training: the model can then be saved, exported and compared with its base like any other. A model
     without such layers is not changed. After engine `fast` the optimizer still refers to the removed layers: to
     continue training, call `prepare` again. After engine `exact` the same optimizer can continue, and rotates the
@@ -122,11 +157,18 @@ def to_linears(model: Model) -> Model:
     """
     if isinstance(model, LAYERS):
         raise UserError(f"the model is itself a {type(model).__name__}: use what its to_linear() returns")
+    reshard(model)
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is merge_shards]:
+        del model._forward_pre_hooks[key]
     made: dict[int, nn.Linear] = {}  # id of a layer -> its linear: a layer with two names stays one module
     # A list, since the loop changes the tree; with duplicates, so that every name of a shared layer is replaced.
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, LeanLinear):
             module.restore()  # in place: its names and hooks stay
+        elif isinstance(module, BlockLinear) and is_managed(module):
+            core = module.core
+            module.restore()
+            forget_core(model, core)
         elif isinstance(module, LAYERS):
             if id(module) not in made:
                 made[id(module)] = module.to_linear()

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import distributed as dist
 
-from sparsegrad.distributed import _shared, connected, is_main, rank, world_size
+from sparsegrad.distributed import _shared, connected, rank, world_size
+from sparsegrad.distributed import from_main as from_main
 from sparsegrad.errors import UserError
 
-Value = TypeVar("Value")
 # Messages of gloo, which raises a plain RuntimeError; NCCL raises a `DistError`.
 _CONNECTION_ERRORS = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
 
@@ -35,27 +33,6 @@ def largest(number: int) -> int:
     found = torch.tensor(number, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found)
-
-
-def from_main(make: Callable[[], Value]) -> Value:
-    """Call `make` in the main process and return its result in every process.
-
-    Raises:
-        UserError: in every process, if `make` raises one.
-    """
-    if not connected():
-        return make()
-    outcome: list[tuple[Value | None, UserError | None]] = [(None, None)]
-    if is_main():
-        try:
-            outcome = [(make(), None)]
-        except UserError as error:
-            outcome = [(None, error)]
-    dist.broadcast_object_list(outcome, src=0)
-    value, failure = outcome[0]
-    if failure is not None:
-        raise _shared(failure)
-    return value  # type: ignore[return-value]
 
 
 def check_same(name: str, value: str) -> None:

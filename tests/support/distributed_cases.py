@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.studies.bytes_per_step import Payload
-from sparsegrad import SparseGradAdamW, calibrate, find_mlp, prepare
+from sparsegrad import SparseGradAdamW, find_mlp, prepare
 from sparsegrad.distributed import connected, rank
 from sparsegrad.errors import UserError
 from sparsegrad.layers.block import BlockLinear
@@ -195,7 +195,7 @@ def refused_by_the_library() -> list[str]:
 
 
 def refused_shards() -> list[str]:
-    """A model cut up by `fully_shard`: to prepare, to calibrate, as a group, and in an optimizer made before."""
+    """A model cut up by `fully_shard`: to prepare, as a group, and in an optimizer made before."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -209,7 +209,6 @@ def refused_shards() -> list[str]:
         weight.grad = torch.ones_like(weight)
     return messages(
         lambda: prepare(model, batches(), density=0.05, steps=2),
-        lambda: calibrate(model, batches(), mlp, 2),
         lambda: SparseGradAdamW([{"params": weights, "density": 0.05}]),
         lambda: before.step(),
     )

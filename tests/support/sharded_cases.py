@@ -1,0 +1,280 @@
+"""What each of several processes does in the tests of FSDP2; results are plain arrays and texts."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed.checkpoint as dcp
+from distributed_cases import arrays, batches, bert, loop, messages
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from sparsegrad import BlockLinear, calibrate, find_mlp, prepare, save_adapter, save_lora, to_linears
+from sparsegrad.distributed import connected, gathered, rank, whole
+from sparsegrad.layers.replace import merge_shards
+from sparsegrad.layers.shards import check_shards
+
+DENSITY, STEPS = 0.05, 3
+FAST: dict[str, Any] = {"engine": "fast", "density": DENSITY, "calibration_steps": 4, "lr": 1e-3, "weight_decay": 0.01}
+
+
+def cut(model: Any, mesh: tuple[int, ...] = (), **options: Any) -> None:
+    """FSDP2 on each block and on the model, if there are several processes."""
+    if not connected():
+        return
+    sizes = mesh or (dist.get_world_size(),)
+    found = init_device_mesh("cpu", sizes, mesh_dim_names=("copies", "shards")[-len(sizes) :])
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=found, **options)
+    fully_shard(model, mesh=found, **options)
+
+
+def by_columns(parameter: nn.Parameter) -> Shard | None:
+    """Cut the MLP weights by columns, everything else by rows."""
+    return Shard(1) if parameter.dim() == 2 and 32 in parameter.shape else None
+
+
+def weights(model: Any) -> dict[str, Any]:
+    """All weights, whole, in the main process; the others return nothing."""
+    with gathered(model) as main:
+        return arrays(model.state_dict()) if main else {}
+
+
+def blocks(model: nn.Module) -> list[BlockLinear]:
+    return [module for module in model.modules() if isinstance(module, BlockLinear)]
+
+
+def end(model: Any, losses: list[float], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Losses, moments of the cores, and weights as ordinary linears, after forward passes without back-propagation."""
+    with torch.no_grad():
+        model(**next(batches()))
+    cores = [whole(optimizer.state[block.core]["exp_avg"]).numpy().copy() for block in blocks(model)]
+    to_linears(model)
+    assert not any("core" in name or "merged" in name for name in model.state_dict())
+    with torch.no_grad():
+        losses = [*losses, mean(model(**next(batches())).loss)]
+    return {"losses": losses, "cores": cores, "weights": weights(model)}
+
+
+def mean(loss: torch.Tensor) -> float:
+    if connected():
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    return float(loss)
+
+
+def sharded_first(dtype: torch.dtype, mesh: tuple[int, ...] = (), **options: Any) -> dict[str, Any]:
+    """Shard, calibrate, train."""
+    model = bert(dtype)
+    cut(model, mesh, **options)
+    optimizer = prepare(model, batches(), **FAST)
+    return end(model, loop(model, optimizer, STEPS), optimizer)
+
+
+def prepared_first(dtype: torch.dtype) -> dict[str, Any]:
+    """Calibrate and prepare whole, then shard, with the optimizer's parameters exchanged, as Accelerate does."""
+    model = bert(dtype)
+    optimizer = prepare(model, batches(), **FAST)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    cut(model)
+    sharded = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [sharded[names[id(parameter)]] for parameter in group["params"]]
+    return end(model, loop(model, optimizer, STEPS), optimizer)
+
+
+def by_ddp(dtype: torch.dtype) -> dict[str, Any]:
+    """`prepare(engine="fast")`, then DDP."""
+    model = bert(dtype)
+    optimizer = prepare(model, batches(), **FAST)
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if connected() else model
+    return end(model, loop(wrapped, optimizer, STEPS), optimizer)
+
+
+def checkpointed(folder: str, begin: bool) -> dict[str, Any]:
+    """Some steps and a distributed checkpoint, or from that checkpoint to the end."""
+    model = bert()
+    cut(model)
+    optimizer = prepare(model, batches(), **FAST)
+    if begin:
+        loop(model, optimizer, STEPS)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    if begin:
+        dcp.save(state, checkpoint_id=folder)
+        return {}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return end(model, loop(model, optimizer, STEPS, first=1), optimizer)
+
+
+def kept(folder: str) -> dict[str, Any]:
+    """The files of both adapters, written from shards while a step waits to be merged."""
+    model, base = bert(torch.float32), bert(torch.float32)
+    cut(model)
+    optimizer = prepare(model, batches(), **FAST)
+    loop(model, optimizer, 1)
+    found = save_lora(model, Path(folder) / "lora", base)
+    to_linears(model)
+    saved = save_adapter(model, Path(folder) / "adapter", base)
+    return {"ranks": found.ranks, "errors": max(found.errors.values()), "saved": str(saved)}
+
+
+def grams() -> dict[str, Any]:
+    """The bases of a sharded model."""
+    model = bert()
+    cut(model)
+    mlp = {kind: list(found.values()) for kind, found in find_mlp(model).items()}
+    found = calibrate(model, batches(), mlp, 4)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    return arrays({kind: basis.in_basis for kind, basis in found.items() if basis.in_basis is not None})
+
+
+def low_precision() -> dict[str, Any]:
+    """A policy that computes in bfloat16 leaves cores and their gradients alone, if the model is sharded first."""
+    model = bert(torch.float32)
+    cut(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False))
+    optimizer = prepare(model, batches(), **FAST)
+    model(**next(batches())).loss.backward()
+    dtypes = {str(block.core.grad.dtype) for block in blocks(model)}
+    before = [whole(block.weight).clone() for block in blocks(model)]
+    optimizer.step()
+    merge_shards(model)
+    after = [whole(block.weight) for block in blocks(model)]
+    return {"dtypes": dtypes, "moved": [float((b - a).abs().max()) for a, b in zip(before, after, strict=True)]}
+
+
+def bfloat16_weights() -> dict[str, Any]:
+    """Frozen weights in bfloat16: the mean change after merging is that of the core."""
+    model = bert(torch.bfloat16)
+    cut(model)
+    prepare(model, batches(), **FAST)
+    block = blocks(model)[0]
+    before = whole(block.weight).float()
+    with torch.no_grad():
+        block.core.copy_(block.core + 1e-3)
+    merge_shards(model)
+    wanted = block.out_basis.float() @ whole(block.core.detach()) @ block.in_basis.float().T
+    change = whole(block.weight).float() - before
+    return {"wanted": wanted.numpy(), "change": change.numpy()}
+
+
+def refusals() -> dict[str, str]:
+    """What is refused, and with what words."""
+
+    def exact(**options: Any) -> None:
+        model = bert()
+        cut(model)
+        prepare(model, batches(), density=0.05, calibration_steps=2, **options)
+
+    def tensor_parallel() -> None:
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        model: Any = bert()
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        plan = {f"bert.encoder.layer.{number}.intermediate.dense": ColwiseParallel() for number in range(2)}
+        prepare(parallelize_module(model, mesh, plan), batches(), **FAST)
+
+    def single_linears() -> None:
+        model: Any = bert()
+        for layer in model.bert.encoder.layer:
+            fully_shard(layer.output.dense)
+        cut(model)
+        prepare(model, batches(), **FAST)
+
+    def root_alone() -> None:
+        model = bert()
+        optimizer = prepare(model, batches(), **FAST)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        fully_shard(model)
+        sharded = dict(model.named_parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [sharded[names[id(parameter)]] for parameter in group["params"]]
+        loop(model, optimizer, 2)
+
+    def rounded() -> None:
+        model = bert(torch.float32)
+        prepare(model, batches(), **FAST)
+        cut(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False))
+        model(**next(batches()))
+
+    def a_part() -> None:
+        model: Any = bert()
+        cut(model)
+        optimizer = prepare(model, batches(), **FAST)
+        loop(model, optimizer, 1)
+        model.bert.encoder.layer[0](torch.zeros(1, 6, 16, dtype=torch.float64))
+
+    def fsdp1() -> None:
+        wrapper = type("FullyShardedDataParallel", (nn.Sequential,), {})
+        prepare(wrapper(bert()), batches(), **FAST)
+
+    calls = {
+        "exact": exact, "small": lambda: exact(sides="small"), "tensor parallel": tensor_parallel,
+        "single linears": single_linears, "root alone": root_alone, "rounded": rounded, "a part": a_part,
+        "fsdp1": fsdp1,
+    }  # fmt: skip
+    return dict(zip(calls, messages(*calls.values()), strict=True))
+
+
+def offloaded() -> str:
+    """Shards on another device than the one that computes."""
+    model: Any = bert()
+    cut(model)
+    with patch.object(DeviceMesh, "device_type", "cuda"):
+        return messages(lambda: check_shards(model.bert.encoder.layer[0].output.dense))[0]
+
+
+def everything(folder: str) -> dict[str, Any]:
+    """All that two processes are tested with."""
+    return {
+        "float64": sharded_first(torch.float64),
+        "float32": sharded_first(torch.float32),
+        "columns": sharded_first(torch.float64, shard_placement_fn=by_columns),
+        "prepared first": prepared_first(torch.float64),
+        "ddp": by_ddp(torch.float64),
+        "saved": checkpointed(f"{folder}/two", begin=True),
+        "continued": checkpointed(f"{folder}/two", begin=False),
+        "kept": kept(folder),
+        "grams": grams(),
+        "low precision": low_precision(),
+        "bfloat16": bfloat16_weights(),
+        "refused": refusals(),
+        "offloaded": offloaded(),
+    }
+
+
+def by_four(folder: str) -> dict[str, Any]:
+    """All that four processes are tested with: uneven shards, copies of shards, and the checkpoint of two."""
+    return {
+        "float64": sharded_first(torch.float64),
+        "copies": sharded_first(torch.float64, mesh=(2, 2)),
+        "continued": checkpointed(f"{folder}/two", begin=False),
+    }
+
+
+def dies() -> str:
+    """One process is killed between two steps; the others gather, and say what happened."""
+    from sparsegrad.trainer.processes import lost_process
+
+    model = bert()
+    cut(model)
+    optimizer = prepare(model, batches(), **FAST)
+    loop(model, optimizer, 1)
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        merge_shards(model)
+        weights(model)
+    except Exception as error:
+        return str(lost_process(error))
+    return "nothing"
