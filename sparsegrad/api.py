@@ -245,13 +245,13 @@ def print_trainable_parameters(optimizer: Any) -> None:
     """
     plan = describe(optimizer)
     cores = sum(len(group.names) * group.kept for group in plan.taken if group.core)
-    counted = "in cores beside the frozen weights" if cores else "selected again in each step"
-    parts = [f"MLP weights {_format_share(plan.kept, plan.mlp_size)}, {counted}"]
+    counted = "as cores" if cores else "in each step"
+    parts = [f"MLP weights {_format_share(plan.kept, plan.mlp_size)} {counted}"]
     if plan.model_size is None:
-        parts += [f"rest {plan.rest:,} by AdamW", f"together {plan.trainable:,}"]
+        parts += [f"rest {plan.rest:,}", f"together {plan.trainable:,}"]
     else:
         size = plan.model_size - cores  # the model's own parameters
-        parts.append(f"rest {_format_share(plan.rest, size - plan.mlp_size)} by AdamW")
+        parts.append(f"rest {_format_share(plan.rest, size - plan.mlp_size)}")
         parts.append(f"together {_format_share(plan.trainable, size)}")
     print("trainable: " + "; ".join(parts))
 

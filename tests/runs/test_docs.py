@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,50 +22,77 @@ DOCS = ROOT / "docs"
 
 
 def blocks(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+    """The Python blocks of a page that say nothing else: a fragment begins with the comment `# fragment`."""
+    text = (ROOT / page).read_text()
+    found = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [block for block in found if not block.startswith("# fragment")]
 
 
-def execute(block: str, names: dict[str, Any], page: str) -> None:
-    exec(compile(block, page, "exec"), names)
+def run_blocks(page: str, chosen: Iterable[str]) -> dict[str, Any]:
+    """The names that the blocks leave; they get none but their own."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in chosen:
+        exec(compile(block, page, "exec"), names)
+    return names
 
 
-@pytest.mark.skipif(bool(problem(ASSETS["minilm"], assets_root())), reason="needs `make assets`")
-def test_the_tutorial_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+PAGES = [
+    page.relative_to(ROOT).as_posix()
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+    if page.name != "recipes.md" and blocks(page.relative_to(ROOT).as_posix())
+]
+HAS_MINILM = not problem(ASSETS["minilm"], assets_root())
+RECIPES = "docs/recipes.md"
+
+
+@pytest.fixture
+def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder; assets and the committed results are found as in the checkout."""
     monkeypatch.setenv("SPARSEGRAD_ASSETS", str(assets_root().resolve()))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").symlink_to(ROOT / "results")
     torch.manual_seed(0)
-    names: dict[str, Any] = {}
-    for block in blocks("tutorial.md"):
-        execute(block, names, "tutorial.md")
-    assert (tmp_path / "film-adapter" / "README.md").is_file()
-    assert len(names["losses"]) == 4
+    return tmp_path
 
 
-def recipe_names() -> dict[str, Any]:
-    """What the recipes take for given, small."""
-    model, batches = tiny_model("bert", torch.float32), tiny_batches("bert", 4)
-    rows = [{name: values[row] for name, values in batch.items()} for batch in batches for row in range(4)]
-    vit, images = tiny_model("vit", torch.float32), tiny_batches("vit", 4)
-    return {
-        "model": model,
-        "batches": batches,
-        "dataset": rows,
-        "loader": torch.utils.data.DataLoader(rows, batch_size=4),
-        "llama": tiny_model("llama", torch.float32),
-        "text_batches": tiny_batches("llama", 4),
-        "vit": vit,
-        "image_batches": [{**batch, "pixel_values": batch["pixel_values"].float()} for batch in images],
-    }
-
-
-@pytest.mark.parametrize("number", range(len(blocks("recipes.md"))))
-def test_every_recipe_runs_and_its_optimizer_trains(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_of_a_page_run_from_top_to_bottom(
+    page: str, work_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    names = recipe_names()
-    execute(blocks("recipes.md")[number], names, "recipes.md")
-    assert describe(names["optimizer"]).taken
+    chosen = blocks(page)
+    if any("asset_path" in block for block in chosen) and not HAS_MINILM:
+        pytest.skip("needs `make assets`")
+    run_blocks(page, chosen)
+    if page == "README.md":
+        check_output(capsys.readouterr().out)
+
+
+def check_output(printed: str) -> None:
+    """README shows what its block prints, up to the rounding of another machine."""
+    shown = re.findall(r"^```text\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)[0]
+    number = re.compile(r"\d[\d,]*\.?\d*")
+    assert number.sub("N", printed) == number.sub("N", shown)
+    values = [[float(one.replace(",", "")) for one in number.findall(text)] for text in (printed, shown)]
+    assert values[0] == pytest.approx(values[1], rel=0.02, abs=0.02)
+
+
+@pytest.mark.parametrize("number", range(1, len(blocks(RECIPES))))
+def test_every_recipe_runs_after_the_first_block_and_its_optimizer_trains(number: int, work_folder: Path) -> None:
+    setup, recipe = blocks(RECIPES)[0], blocks(RECIPES)[number]
+    if "lightning" in recipe:
+        pytest.importorskip("lightning")
+    assert describe(run_blocks(RECIPES, [setup, recipe])["optimizer"]).taken
+
+
+def test_every_page_is_in_the_navigation_and_every_page_of_it_exists() -> None:
+    listed = re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))
+
+
+def test_no_page_installs_the_other_sparsegrad() -> None:
+    pages = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *(ROOT / "sparsegrad").rglob("*.py")]
+    wrong = [page for page in pages if re.search(r"pip install '?sparsegrad(?!-peft)\b.*\[", page.read_text())]
+    assert wrong == []
 
 
 def test_the_trainer_walks_the_path_of_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,8 +100,8 @@ def test_the_trainer_walks_the_path_of_a_plain_loop(tmp_path: Path, monkeypatch:
     from transformers import Trainer, TrainingArguments
 
     monkeypatch.chdir(tmp_path)
-    rows = recipe_names()["dataset"][:4]
-    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    batch = tiny_batches("bert", 1)[0]
+    rows = [{name: values[row] for name, values in batch.items()} for row in range(4)]
     plain, trained = (without_dropout(tiny_model("bert", torch.float32)) for _ in range(2))
     optimizer, other = (
         prepare(model, [batch] * 2, calibration_steps=2, lr=1e-3, density=0.1) for model in (plain, trained)
