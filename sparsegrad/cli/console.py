@@ -38,11 +38,12 @@ def _dispatch(words: list[str]) -> int:
         return _run_module(words[0], words[1:])
     if words and words[0] != "records" and Path(words[0]).is_dir():
         words = ["records", *words]  # `python -m sparsegrad.cli FOLDER`, as it was called before
-    options = _make_parser().parse_args(words)
+    options = make_parser().parse_args(words)
     return int(options.do(options))
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the commands; those of `MODULES` and `run` read their own words."""
     parser = argparse.ArgumentParser(
         prog="sparsegrad",
         description="SparseGrad: fine-tune with few trainable MLP weights, and look at the results.",

@@ -10,14 +10,15 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.tree import Tree
 
+from sparsegrad.cli.entry import FailedJobs
 from sparsegrad.cli.screen import console, replace_unprintable
 from sparsegrad.distributed import is_main
 from sparsegrad.errors import UserError, missing_package
+from sparsegrad.runs.overrides import list_given
 from sparsegrad.trainer.quiet import quiet_libraries
 
 # Products that each of torch's two caches for bfloat16 on a CPU (oneDNN's and ideep's) keeps, one for every shape.
@@ -49,17 +50,17 @@ def _refuse(error: UserError) -> NoReturn:
     if not error.silent:
         print(f"error: {error}", file=sys.stderr)
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise CompactHydraException(f"error: {error}") from None
+        raise FailedJobs(f"error: {error}") from None
     sys.exit(2)
 
 
 def _run(composed: DictConfig) -> None:
     cap_product_caches()
     # Importing transformers and torch takes seconds, which `--help` and a mistyped override should not cost.
-    from sparsegrad.runs.names import with_current_names
+    from sparsegrad.runs.names import with_current_names, with_one_amount
     from sparsegrad.trainer.quiet import quiet_transformers
 
-    composed = with_current_names(composed)
+    composed = with_current_names(with_one_amount(composed, list_given()))
     labels = {**_label_plan(), **apply_hparams(composed)}
     quiet_libraries()
     quiet_transformers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,10 +27,11 @@ from sparsegrad.methods.base import Method
 from sparsegrad.models.config import ModelConfig
 from sparsegrad.runs.keys import config_key
 from sparsegrad.runs.names import with_current_names
+from sparsegrad.runs.overrides import describe_unknown
 from sparsegrad.tasks.base import DataConfig, Task
 
 # Nodes of a composed configuration that are no part of a run; `cli` and the report use them.
-BESIDE_RUN = ("sweep", "hparams", "evidence")
+BESIDE_RUN = ("sweep", "hparams", "evidence", "quiet", "verbose")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,8 @@ class TrainConfig:
     Attributes:
         lr: learning rate.
         batch_size: rows per process and backward pass; an optimizer step takes `grad_accumulation` of them.
+        eval_batch_size: rows per forward pass of an evaluation; no score depends on it.
+        grad_accumulation: backward passes per optimizer step.
         weight_decay: decoupled; 0 in the paper.
         precision: `fp32`; `bf16` (autocast; weights and optimizer stay float32); or `bf16_weights`: autocast, and
             frozen weights in bfloat16. Weights that train stay float32, so that small updates are not rounded away.
@@ -50,6 +54,8 @@ class TrainConfig:
         warmup_ratio: the same as a share of all steps, instead.
         rest_lr: learning rate of everything outside the MLP weights; null: `lr`, as in the paper.
         gradient_checkpointing: recompute activations in the backward pass instead of storing them.
+        parallel: what several processes share: `ddp` (each has all weights) or `fsdp2` (each has a part of each weight;
+            for frozen weights, see `sparsegrad.trainer.parallel`).
     """
 
     lr: float
@@ -66,6 +72,7 @@ class TrainConfig:
     warmup_ratio: float = 0.0
     rest_lr: float | None = None
     gradient_checkpointing: bool = False
+    parallel: str = "ddp"
 
     def __post_init__(self) -> None:
         check_number("train.lr", self.lr, above=0, below=10, remedy="common values are 1e-5 to 1e-3")
@@ -85,6 +92,7 @@ class TrainConfig:
         check_choice("train.train_rest", self.train_rest, (True, False))
         check_choice("train.group_by_length", self.group_by_length, (True, False))
         check_choice("train.device", self.device, ("auto", "cpu", "cuda"))
+        check_choice("train.parallel", self.parallel, ("ddp", "fsdp2"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +142,12 @@ class ProtocolConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackerConfig:
-    """Where curves go besides the record: `none`, `wandb` or `tensorboard`."""
+    """Where curves go besides the record: `none`, `wandb` or `tensorboard`.
+
+    Attributes:
+        project: of Weights & Biases.
+        mode: of Weights & Biases: `offline` or `online`.
+    """
 
     name: str
     project: str | None = None
@@ -176,7 +189,7 @@ class RunConfig:
             raise fail("name", self.name, "give one folder name, such as quickstart")
         check_text("results_dir", self.results_dir)
         check_text("work_dir", self.work_dir)
-        check_choice("save_adapter", self.save_adapter, (None, "lora", "sparsegrad"))
+        check_choice("save_adapter", self.save_adapter, (None, "lora", "sparsegrad", "peft"))
         if self.adapter_rank is not None:
             check_integer("adapter_rank", self.adapter_rank, at_least=1)
             if self.save_adapter != "lora":
@@ -226,9 +239,7 @@ def build(config: DictConfig) -> RunConfig:
     groups = {name: make(resolved.get(name), name) for name, make in _GROUPS.items()}
     processes = {"processes": world_size()} if world_size() > 1 else {}  # part of the key: another global batch
     flat = {name: value for name, value in resolved.items() if name not in groups}
-    return cast(
-        RunConfig, _make(RunConfig, {**groups, **flat, "resolved": {**resolved, **processes}}, "the configuration")
-    )
+    return cast(RunConfig, _make(RunConfig, {**groups, **flat, "resolved": {**resolved, **processes}}, ""))
 
 
 def _make_target(node: Any, where: str) -> Any:
@@ -246,20 +257,41 @@ def _make_target(node: Any, where: str) -> Any:
 
 
 def _make(maker: Any, node: Any, where: str) -> Any:
+    fields = _mapping(node, where)
+    check_fields(maker, fields, where, f"{where}={fields['name']}" if where in _CHOSEN and "name" in fields else where)
     try:
-        return maker(**_mapping(node, where))
+        return maker(**fields)
     except TypeError as error:
-        raise UserError(f"{where} does not fit {maker.__name__}: {str(error).replace('.__init__()', '')}") from None
+        raise UserError(
+            f"{where or 'the configuration'} does not fit {maker.__name__}: {str(error).replace('.__init__()', '')}"
+        ) from None
+
+
+def check_fields(maker: Callable[..., Any], fields: Mapping[str, Any], where: str, owner: str) -> None:
+    """Check that `maker` takes all `fields`, such as those of the node `where` of the configuration.
+
+    Raises:
+        UserError: for the first that it does not take.
+    """
+    parameters = inspect.signature(maker).parameters
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        return
+    unknown = [name for name in fields if name not in parameters]
+    if unknown:
+        known = [name for name in parameters if name != "resolved" and not (where and name == "name")]
+        path = f"{where}.{unknown[0]}" if where else str(unknown[0])
+        reason = describe_unknown(owner, where, str(unknown[0]), known)
+        raise UserError(f"{path}={fields[unknown[0]]} is not allowed: {reason}")
 
 
 def _mapping(node: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(node, Mapping):
-        raise UserError(
-            f"{where}={node} is not allowed: choose one of conf/{where}, or set its fields with {where}.x=y"
-        )
+        choose = f"choose one of conf/{where}, or " if where in _CHOSEN else ""
+        raise UserError(f"{where}={node} is not allowed: {choose}set its fields with {where}.x=y")
     return node
 
 
+_CHOSEN = ("model", "method", "task", "protocol", "tracker")  # nodes that a group of conf/ fills
 _PARTS = {"method": ("check", "prepare"), "task": ("load", "tokens")}  # what a class of a group must have
 _GROUPS: dict[str, Callable[[Any, str], Any]] = {
     "model": partial(_make, ModelConfig),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,7 +13,7 @@ from sparsegrad.errors import fail, warn_renamed
 _NOT_FAST: dict[str, Any] = {
     "keep": None, "backward": "regular", "sides": "both", "moments": "dense", "release_gradients": False,
     "drop_padding": False, "save_dtype": None, "basis": None, "rotation_order": "auto", "rotation_dtype": None,
-    "error_feedback": False,
+    "error_feedback": False, "static": False,
 }  # fmt: skip
 
 
@@ -30,6 +31,23 @@ def with_current_names(composed: DictConfig) -> DictConfig:
     if engine == "fast" and composed.method.name == "sparsegrad":
         composed = composed.copy()
         OmegaConf.update(composed, "method", _fast_method(composed), merge=False, force_add=True)
+    return composed
+
+
+def with_one_amount(composed: DictConfig, given: Collection[str]) -> DictConfig:
+    """`composed` without the default of `method.keep` where the user gives `method.density`, and the reverse.
+
+    A method takes one of both, and which of them a model has by default should not matter to the user.
+
+    Args:
+        composed: the configuration.
+        given: the keys that the command line sets.
+    """
+    for wanted, other in (("density", "keep"), ("keep", "density")):
+        is_given = f"method.{wanted}" in given and OmegaConf.select(composed, f"method.{wanted}") is not None
+        if is_given and f"method.{other}" not in given and OmegaConf.select(composed, f"method.{other}") is not None:
+            composed = composed.copy()
+            composed.method[other] = None
     return composed
 
 

@@ -6,7 +6,6 @@ them takes about 10 ms.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,14 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _PLAIN = "tag:yaml.org,2002:"
 
 
-def or_exit(folder: Path) -> None:
-    """Check every YAML file below `folder`; exit with one line and status 2 for the first that cannot be read."""
-    try:
-        for path in sorted(folder.rglob("*.yaml")):
-            check_yaml(path)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def check_folder(folder: Path) -> None:
+    """Check every YAML file below `folder`.
+
+    Raises:
+        UserError: for the first that cannot be read.
+    """
+    for path in sorted(folder.rglob("*.yaml")):
+        check_yaml(path)
 
 
 def check_yaml(path: Path) -> None:

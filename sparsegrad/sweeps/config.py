@@ -16,9 +16,10 @@ from optuna.distributions import BaseDistribution
 from sparsegrad.errors import UserError, check_choice, check_integer, check_number, fail, first_line
 from sparsegrad.metrics import metric_config
 from sparsegrad.metrics.text_classification.text_classification import CONFIGS
-from sparsegrad.runs.config import BESIDE_RUN, RunConfig, build
+from sparsegrad.runs.config import BESIDE_RUN, RunConfig, build, check_fields
 from sparsegrad.runs.keys import determining
 from sparsegrad.runs.names import with_current_names
+from sparsegrad.runs.overrides import list_given
 from sparsegrad.sweeps import adaptive_grid
 from sparsegrad.sweeps.space import Space, flatten, parse_space
 
@@ -194,6 +195,7 @@ def _make_sweep_config(composed: DictConfig) -> SweepConfig:
         node: Any = OmegaConf.to_container(composed.sweep, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"sweep cannot be resolved ({first_line(error)}): correct the sweep node") from None
+    check_fields(SweepConfig, node, "sweep", "sweep")
     try:
         return SweepConfig(**node)
     except TypeError as error:
@@ -223,8 +225,7 @@ def _check_overrides(space: Space) -> None:
     if not HydraConfig.initialized():
         return
     hydra = HydraConfig.get()
-    given = {override.lstrip("+~").split("=", 1)[0] for override in hydra.overrides.task}
-    twice = sorted(given & set(space.distributions))
+    twice = sorted(list_given() & set(space.distributions))
     if twice:
         who = "Hydra's multirun" if hydra.mode == RunMode.MULTIRUN else "the command line"
         raise UserError(f"{twice[0]} is set by {who} and searched by the sweep: drop one of the two")

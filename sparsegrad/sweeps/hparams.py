@@ -9,10 +9,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sparsegrad.errors import UserError, fail
+from sparsegrad.runs.overrides import list_given
 from sparsegrad.sweeps.search_results import read_search
 
 FOLDER = Path(__file__).parent / "published"
@@ -52,7 +52,7 @@ def apply(composed: DictConfig, by_hand: Collection[str] | None = None) -> dict[
         values = _read_mini_rate(composed)
     else:
         values = _read_file(composed, name)
-    kept = _list_overrides() if by_hand is None else by_hand
+    kept = list_given() if by_hand is None else by_hand
     taken = {key: value for key, value in values.items() if key not in kept}
     for key, value in taken.items():
         OmegaConf.update(composed, key, value)
@@ -140,10 +140,3 @@ def _read_study(composed: DictConfig, name: str) -> dict[str, Any]:
         return study.best_params
     except ValueError:
         raise UserError(f"study {name} has no completed trial yet: run its sweep first") from None
-
-
-def _list_overrides() -> set[str]:
-    """List the keys that the command line sets."""
-    if not HydraConfig.initialized():
-        return set()
-    return {override.lstrip("+~").split("=", 1)[0] for override in HydraConfig.get().overrides.task}

@@ -18,10 +18,10 @@ from experiments.report.collect import collect_cells
 from sparsegrad.adapter.format import FACTS, TENSORS
 from sparsegrad.adapter.load import load_adapter
 from sparsegrad.basis import Basis, load_bases, save_bases
-from sparsegrad.errors import UserError, check_number
+from sparsegrad.errors import UserError, check_number, run_as_command
 from sparsegrad.hashing import file_sha256
 from sparsegrad.runs.records import find_complete, load_records
-from sparsegrad.runs.yaml_check import check_yaml, or_exit
+from sparsegrad.runs.yaml_check import check_folder, check_yaml
 from sparsegrad.tasks import DataConfig, Oasst
 from sparsegrad.trainer.checkpoints import is_whole, last_checkpoint, seal
 
@@ -152,13 +152,12 @@ def test_broken_yaml_is_one_line(tmp_path: Path, text: str, message: str, capsys
     path = _text(tmp_path / "x.yaml", text)
     with pytest.raises(UserError, match=message):
         check_yaml(path)
-    with pytest.raises(SystemExit):
-        or_exit(tmp_path)
+    assert run_as_command(lambda: check_folder(tmp_path)) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_every_configuration_of_ours_passes() -> None:
-    or_exit(Path(__file__).parents[2] / "conf")
+    check_folder(Path(__file__).parents[2] / "conf")
 
 
 def _line(**more: object) -> str:

@@ -15,13 +15,18 @@ from hydra.errors import HydraException
 from run_fixtures import ROOT, Composer
 
 from experiments.reproduce.cells import experiments_of
+from sparsegrad.cli.console import MODULES, make_parser
 from sparsegrad.errors import UserError
 from sparsegrad.runs.config import build
+from sparsegrad.runs.names import with_one_amount
+from sparsegrad.runs.overrides import expand_aliases
 from sparsegrad.sweeps import hparams
 from sparsegrad.sweeps.config import make_plan
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )?(?:\.venv/bin/)?(?:python|pip|make|torchrun|accelerate|sbatch) \S.*", re.DOTALL)
+COMMAND = re.compile(
+    r"(?:[A-Z_]+=\S+ )?(?:\.venv/bin/)?(?:python|pip|make|torchrun|accelerate|sbatch|sparsegrad) \S.*", re.DOTALL
+)
 RUN = re.compile(r"(run\.py|scripts/slurm/\S+)((?: [^\"]*)?)")  # run.py, or a script that hands its arguments on to it
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -56,6 +61,8 @@ def check(conf: Composer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
             check_module(words[2], [word for word in words if word.startswith("--")], capsys)
         elif program == "make":
             check_target(*[word for word in words[1:] if "=" not in word])
+        elif program == "sparsegrad":
+            check_console(words[1:], conf)
         elif program == "pip" and "-e" in words:
             assert set(re.findall(r"[a-z]+", words[-1])) <= EXTRAS.keys()
         elif program == "python":
@@ -70,13 +77,24 @@ def check_run(words: list[str], conf: Composer) -> None:
     if "-m" in words:
         given = [re.sub(r"range\(\d+\)", "0", word) for word in given]
         given = [word if "[" in word else word.split(",")[0] for word in given]
-    composed = conf(*given)
+    given = expand_aliases(given)
+    composed = with_one_amount(conf(*given), {word.partition("=")[0] for word in given})
     if composed.hparams is not None and not composed.hparams.startswith(hparams.STUDY):
         hparams.apply(composed, {word.partition("=")[0] for word in given})
     if composed.get("sweep") is None:
         build(composed)
     else:
         make_plan(composed)
+
+
+def check_console(words: list[str], conf: Composer) -> None:
+    """A command of `sparsegrad` with its options."""
+    if words[0] == "run":
+        check_run([word for word in words[1:] if word != "--help"], conf)
+    elif words[0] in MODULES:
+        assert importlib.util.find_spec(MODULES[words[0]][0]) is not None
+    else:
+        make_parser().parse_args(words)
 
 
 def check_module(module: str, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +133,8 @@ def test_every_command_of_the_pages_is_right(command: str, check: Check) -> None
         "python scripts/bench.py",
         "make reproduce-table99",
         "make quick",
+        "sparsegrad recrods outputs",
+        "sparsegrad records --sorted score",
         "pip install -e '.[everything]'",
     ],
 )
