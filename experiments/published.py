@@ -21,6 +21,7 @@ COLUMNS = {
 METHODS = {"Regular FT": "full", "LoRA": "lora", "SparseGrad": "sparsegrad", "MeProp": "meprop"}
 TASKS = {"STSB": "stsb", "CoLA": "cola", "MNLI": "mnli", "MRPC": "mrpc", "QNLI": "qnli", "QQP": "qqp", "RTE": "rte"}
 TASKS |= {"SST2": "sst2"}
+GLUE_MODELS = {4: "roberta_large", 9: "bert_base", 10: "roberta_base"}  # table -> model, scores per task
 SEEDS = (42, 3705, 2023)  # the paper's; the authors' logs have runs with other seeds too
 
 
@@ -50,6 +51,17 @@ def cells(table: int, folder: Path = DATA) -> dict[tuple[str, str], tuple[str, s
     frame = read("published.csv", folder)
     rows = frame[frame["table"] == str(table)].fillna("")
     return {(row.row, row.column): (row.value, row.std) for row in rows.itertuples()}  # type: ignore[misc]
+
+
+def score_of(model: str, method: str, task: str) -> tuple[float, int] | None:
+    """The printed score in points and the number of its table; None where none is printed."""
+    rows = {ours: row for row, ours in METHODS.items()} | {"sparsegrad_authors": "SparseGrad"}
+    columns = {ours: column for column, ours in TASKS.items()}
+    for table, of in GLUE_MODELS.items():
+        found = cells(table).get((rows.get(method, ""), columns.get(task, "")))
+        if of == model and found is not None:
+            return float(found[0]), table
+    return None
 
 
 def average_of_cells(table: int, row: str) -> float:

@@ -59,6 +59,7 @@ from experiments.bench.settings import MODES, PRECISIONS, RESTS, Setting
 from experiments.bench.shapes import SHAPES, find_shape
 from sparsegrad.errors import UserError, check_choice, check_integer, check_number
 from sparsegrad.files import check_writable
+from sparsegrad.progress import say
 from sparsegrad.trainer.device import pick_device
 
 _FIELDS = ("shape", "blocks", "batch", "length", "padding", "task", "rest", "precision", "mode", "density")
@@ -101,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
         schedule=schedule,
         force=options.force,
         bases=options.bases,
-        tell=lambda line: print(line, flush=True),
+        tell=say,
     )
     check_writable(bench.out.parent)
     if options.render:
@@ -119,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--presets", help=f"comma-separated, of {','.join(PRESETS)} (default: all)")
     made.add_argument("--arms", help=f"comma-separated, of {','.join(ARMS)}")
     made.add_argument("--out", help="results file (default results/bench/HARDWARE.json)")
-    made.add_argument("--work", default="runs/bench", help="folder of the bases (default %(default)s)")
+    made.add_argument("--work", default="outputs/work/bench", help="folder of the bases (default %(default)s)")
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     made.add_argument(
         "--bases",
@@ -224,7 +225,7 @@ def _out(options: argparse.Namespace, device: torch.device, threads: int) -> Pat
     name = machine.slug(device, threads)
     if options.out:
         return Path(options.out)
-    return Path(f"runs/bench/{name}-quick.json") if options.quick else Path(f"results/bench/{name}.json")
+    return Path(f"outputs/bench/{name}-quick.json") if options.quick else Path(f"results/bench/{name}.json")
 
 
 def _list(planned: list[tuple[Planned, list[str]]], apart: list[Decomposition | Calibration]) -> None:

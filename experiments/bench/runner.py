@@ -24,6 +24,7 @@ from experiments.bench.plot import write_plot
 from experiments.bench.presets import Calibration, Decomposition, Planned, Schedule
 from experiments.bench.settings import Setting
 from experiments.paths import ROOT
+from sparsegrad import progress
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
 from sparsegrad.runs.environment import describe_environment, now
@@ -60,19 +61,23 @@ class Bench:
     def run(self, planned: list[tuple[Planned, list[str]]], apart: list[Decomposition | Calibration]) -> None:
         """Measure what the results lack. A failed measurement is recorded like any other and not repeated."""
         self.document = {**results.read(self.out), **self._head()}
-        for one in apart:
-            if isinstance(one, Decomposition):
-                self._decomposition(one)
-            else:
-                self._calibration(one)
-        left = 0
-        for chosen, arms in planned:
-            self._note(chosen)
-            for repeat, arm in interleaved(arms, self.schedule.repeats):
-                if self._is_over_time():
-                    left += results.find_cell(self.document, chosen.setting.key, arm, repeat) is None
+        left, total = 0, len(apart) + self.schedule.repeats * sum(len(arms) for _, arms in planned)
+        with progress.job("benchmark", total, unit="measurements") as bar:
+            for one in apart:
+                if isinstance(one, Decomposition):
+                    self._decomposition(one)
                 else:
-                    self._cell(chosen, arm, repeat)
+                    self._calibration(one)
+                bar.step()
+            for chosen, arms in planned:
+                self._note(chosen)
+                for repeat, arm in interleaved(arms, self.schedule.repeats):
+                    bar.update(note=arm)
+                    if self._is_over_time():
+                        left += results.find_cell(self.document, chosen.setting.key, arm, repeat) is None
+                    else:
+                        self._cell(chosen, arm, repeat)
+                    bar.step()
         self.write()
         if left:
             minutes = self.schedule.minutes

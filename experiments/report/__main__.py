@@ -38,6 +38,7 @@ from experiments.report.tables.base import Context, Table
 from sparsegrad.cli import replace_unprintable
 from sparsegrad.errors import UserError, check_choice, check_integer, fail
 from sparsegrad.files import check_writable
+from sparsegrad.progress import track
 
 Maker = Callable[[Context], Sequence[Table]]
 
@@ -164,7 +165,7 @@ def make(context: Context, name: str) -> Sequence[Table]:
 def everything(context: Context) -> list[Table]:
     """Every table once: the ledger, the evidence, the findings, the paper's tables, and the superseded ones last."""
     found = [claims.table(context), *evidence.tables(context), findings.table(context)]
-    for name in MAKERS:
+    for name in track(MAKERS, "report", unit="groups of tables"):
         found += MAKERS[name](context)
     found += [*_mini_accuracy(context), ablation.mini(context)]
     return list({table.name: table for table in found}.values())  # some names share a table

@@ -18,11 +18,12 @@ from pathlib import Path
 
 from experiments.paths import ROOT, SCALES
 from experiments.reproduce import benchmarks, searches
-from experiments.reproduce.cells import ELSEWHERE, EXPERIMENTS, MEASURED, Cell, experiments_of, list_cells
+from experiments.reproduce.cells import ELSEWHERE, EXPERIMENTS, MEASURED, Cell, experiments_of, in_evidence, list_cells
 from experiments.reproduce.dry_run import show
 from experiments.reproduce.processes import cell_job, is_held, last_error
 from experiments.studies import gradients as measure
 from sparsegrad.errors import UserError, check_choice
+from sparsegrad.progress import job, say
 
 LAUNCHERS = ("local", "joblib", "slurm", "ray")
 FIGURE_KEYS = ("block", "step", "steps")  # options of figures 2 and 3 and the basis study, such as block=2 step=40
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         check_choice("LAUNCHER", options.launcher, LAUNCHERS)
+        options.overrides = in_evidence(options.overrides)
         names = experiments_of(options.table, options.scale)
         of_runs = [one for one in options.overrides if one.partition("=")[0] not in FIGURE_KEYS]
         groups = [list_cells(name, of_runs, options.data) for name in names]
@@ -159,25 +161,28 @@ def work(cells: Sequence[Cell], run: Runner, poll: float = POLL_SECONDS) -> Outc
     """
     outcome, began = Outcome(), time.time()
     waiting = [cell for cell in cells if not cell.is_complete]
-    while waiting:
-        busy = []
-        for cell in waiting:
-            if cell.is_complete:  # another process has made it meanwhile
-                continue
-            if is_held(cell):
-                busy.append(cell)
-            elif _failed_since(cell, began):
-                outcome.failed[cell.label] = _reason(cell)
-            else:
-                _make(cell, run, outcome, busy)
-        if len(busy) == len(waiting):  # nothing was left for this process: wait for the others
-            time.sleep(poll)
-        waiting = busy
+    with job("cells", len(cells), unit="cells", done=len(cells) - len(waiting)) as bar:
+        while waiting:
+            busy = []
+            for number, cell in enumerate(waiting):
+                if cell.is_complete:  # another process has made it meanwhile
+                    pass
+                elif is_held(cell):
+                    busy.append(cell)
+                elif _failed_since(cell, began):
+                    outcome.failed[cell.label] = _reason(cell)
+                else:
+                    bar.update(note=cell.label)
+                    _make(cell, run, outcome, busy)
+                bar.update(done=len(cells) - (len(waiting) - number - 1) - len(busy))
+            if len(busy) == len(waiting):  # nothing was left for this process: wait for the others
+                time.sleep(poll)
+            waiting = busy
     return outcome
 
 
 def _make(cell: Cell, run: Runner, outcome: Outcome, busy: list[Cell]) -> None:
-    print(f"{cell.experiment}: {cell.label}", flush=True)
+    say(f"{cell.experiment}: {cell.label}")
     began, reason = time.monotonic(), run(cell)
     # Another process may take the lock between our check and the start of the run.
     if reason is not None and _BUSY in reason:
@@ -186,22 +191,22 @@ def _make(cell: Cell, run: Runner, outcome: Outcome, busy: list[Cell]) -> None:
     outcome.done += reason is None
     if reason is not None:
         outcome.failed[cell.label] = reason
-    print(f"  {reason or 'done'} ({(time.monotonic() - began) / 60:.1f} min)", flush=True)
+    say(f"  {reason or 'done'} ({(time.monotonic() - began) / 60:.1f} min)")
 
 
 def run_cell(cell: Cell) -> str | None:
     """Make one cell in a process of its own, which frees its memory at the end; its output is written to a log file."""
-    job = cell_job(cell)
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("w") as output:
-        process = subprocess.Popen(job.command, stdout=output, stderr=subprocess.STDOUT)
+    made = cell_job(cell)
+    made.log.parent.mkdir(parents=True, exist_ok=True)
+    with made.log.open("w") as output:
+        process = subprocess.Popen(made.command, stdout=output, stderr=subprocess.STDOUT)
         try:
             status = process.wait()
         finally:
             process.kill()  # after Ctrl-C; without effect on a process that has ended
     if status == 0 and cell.is_complete:
         return None
-    return last_error(job.log) or f"ended with status {status}, see {job.log}"
+    return last_error(made.log) or f"ended with status {status}, see {made.log}"
 
 
 def _failed_since(cell: Cell, began: float) -> bool:

@@ -107,6 +107,12 @@ def experiments_of(name: str, scale: str) -> tuple[str, ...]:
     return tuple(one for one in EXPERIMENTS[scale].get(name, ()) if (CONF / "experiment" / f"{one}.yaml").is_file())
 
 
+def in_evidence(overrides: Sequence[str]) -> list[str]:
+    """Overrides that write to the committed evidence, unless they name another results folder."""
+    place = [] if any(one.startswith("results_dir=") for one in overrides) else ["results_dir=results"]
+    return [*place, *overrides]
+
+
 def list_cells(experiment: str, extra: Sequence[str] = (), data: str | None = None) -> list[Cell]:
     """The cells of one experiment, in the order of execution.
 

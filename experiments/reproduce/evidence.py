@@ -21,6 +21,7 @@ from experiments.reproduce.cells import Cell, list_cells
 from experiments.reproduce.costs import Estimates, facts_of
 from experiments.reproduce.plans import Block, list_blocks, read_plan
 from experiments.reproduce.processes import Ended, Job, cell_job, is_held, last_error, run_jobs
+from sparsegrad import progress
 from sparsegrad.errors import UserError, check_integer
 
 POLL_SECONDS = 5.0
@@ -103,15 +104,17 @@ def make(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS) -> int
     def is_needed(job: Job) -> bool:
         return not jobs[job].is_complete and job.label not in failed and not is_held(jobs[job])
 
-    while any(not cell.is_complete and job.label not in failed for job, cell in jobs.items()):
-        started = 0
-        with closing(run_jobs(jobs, workers, is_needed)) as ended:
-            for one in ended:
-                started += 1
-                _note(one, jobs[one.job], failed, minutes)
-                _print_progress(one, cells, failed, minutes, workers)
-        if not started:  # the rest is in the hands of another call
-            time.sleep(poll)
+    with progress.job("cells", len(cells), unit="cells", done=len(cells) - len(jobs)) as bar:
+        while any(not cell.is_complete and job.label not in failed for job, cell in jobs.items()):
+            started = 0
+            with closing(run_jobs(jobs, workers, is_needed)) as ended:
+                for one in ended:
+                    started += 1
+                    _note(one, jobs[one.job], failed, minutes)
+                    left = _print_progress(one, cells, failed, minutes, workers)
+                    bar.update(done=sum(cell.is_complete for cell in cells), left=3600 * left)
+            if not started:  # the rest is in the hands of another call
+                time.sleep(poll)
     complete = sum(cell.is_complete for cell in cells)
     print(f"{complete} of {len(cells)} cells complete, {len(minutes)} of them by this call", flush=True)
     for label, reason in failed.items():
@@ -128,8 +131,8 @@ def _note(ended: Ended, cell: Cell, failed: dict[str, str], minutes: list[float]
 
 def _print_progress(
     ended: Ended, cells: Sequence[Cell], failed: dict[str, str], minutes: Sequence[float], workers: int
-) -> None:
-    """One line for a cell that has ended, with the hours that are left."""
+) -> float:
+    """Print one line for a cell that has ended; the hours that are left."""
     left = [cell for cell in cells if not cell.is_complete]
     estimates = Estimates(Path(cells[0].config.results_dir) / "runs")  # anew: this cell's record is one of them
     usual = median(minutes) / 60 if minutes else 0.0
@@ -138,11 +141,11 @@ def _print_progress(
         known, source = estimates.of(facts_of(cell.config.resolved))
         hours += known if known is not None and source == "records" else usual
     what = failed.get(ended.job.label, "done")
-    print(
+    progress.say(
         f"{ended.job.label}: {what} ({ended.minutes:.1f} min); {len(left)} cells left, "
-        f"about {hours / workers:.1f} hours, {workers} at a time",
-        flush=True,
+        f"about {hours / workers:.1f} hours, {workers} at a time"
     )
+    return hours / workers
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,9 +18,11 @@ from pathlib import Path
 
 from experiments.paths import ROOT, SCALES
 from experiments.reproduce import searches
+from experiments.reproduce.cells import in_evidence
 from experiments.reproduce.plans import SEARCHED, EvidencePlan, read_plan
 from experiments.reproduce.processes import Ended, Job, last_error, run_jobs
 from experiments.reproduce.searches import Search
+from sparsegrad import progress
 from sparsegrad.errors import UserError, check_choice, check_integer
 from sparsegrad.sweeps.search_results import SWEEPS
 from sparsegrad.sweeps.show import export
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tasks=_split(options.tasks),
             data=options.data,
             trees=options.trees,
-            overrides=tuple(options.overrides),
+            overrides=tuple(in_evidence(options.overrides)),
         )
         return make(plan_searches(request), options.workers, dry=options.dry)
     except UserError as error:
@@ -118,9 +120,14 @@ def make(found: Sequence[Search], workers: int, *, dry: bool) -> int:
     jobs = {search_job(one): one for one in found}
     for one in found:  # also those that others finished, but that have no summary yet
         export_finished(one)
-    with closing(run_jobs(jobs, workers, lambda job: not jobs[job].is_finished)) as ended:
+    budget = sum(one.plan.budget for one in found)
+    with (
+        progress.job("trials", budget, unit="trials", done=budget - _count_left(found)) as bar,
+        closing(run_jobs(jobs, workers, lambda job: not jobs[job].is_finished)) as ended,
+    ):
         for job in ended:
             _report(job, jobs[job.job], found)
+            bar.update(done=budget - _count_left(found))
     left = [one for one in found if not one.is_finished]
     for one in left:
         print(f"left: search {one.study}: {one.finished()} of {one.plan.budget} trials; the next call continues it")
@@ -145,9 +152,13 @@ def export_finished(search: Search) -> None:
 def _report(ended: Ended, search: Search, found: Sequence[Search]) -> None:
     """One line on a search whose worker has ended."""
     export_finished(search)
-    left = sum(one.plan.budget - one.finished() for one in found)
+    left = _count_left(found)
     what = "finished" if search.is_finished else last_error(ended.job.log) or f"ended with status {ended.status}"
-    print(f"search {search.study}: {what} in {ended.minutes:.1f} min; {left} trials left", flush=True)
+    progress.say(f"search {search.study}: {what} in {ended.minutes:.1f} min; {left} trials left")
+
+
+def _count_left(found: Sequence[Search]) -> int:
+    return sum(one.plan.budget - one.finished() for one in found)
 
 
 def _split(text: str | None) -> tuple[str, ...]:

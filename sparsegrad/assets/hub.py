@@ -28,6 +28,7 @@ from sparsegrad.assets.hub_repository import COMMIT, Repository, find_cached
 from sparsegrad.distributed import is_main
 from sparsegrad.errors import UserError
 from sparsegrad.hashing import file_sha256
+from sparsegrad.progress import foreign_bars, track
 
 log = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -153,13 +154,14 @@ def fetch_files(repository: Repository) -> Path:
         size = f", {repository.size / 1e6:,.1f} MB" if repository.size else ""
         if is_main():
             log.info("downloading %s: %d files%s", repository.name, len(repository.files), size)
-        for file in missing:
-            try:
-                huggingface_hub.hf_hub_download(
-                    repository.name, file, repo_type=repository.kind, revision=repository.commit
-                )
-            except Exception as error:
-                raise repository.fail(error) from None
+        with foreign_bars():  # the hub's bars know the bytes of a file
+            for file in track(missing, f"downloading {repository.name}", unit="files"):
+                try:
+                    huggingface_hub.hf_hub_download(
+                        repository.name, file, repo_type=repository.kind, revision=repository.commit
+                    )
+                except Exception as error:
+                    raise repository.fail(error) from None
     if missing := repository.missing():
         raise repository.fail(LocalEntryNotFoundError(f"{missing[0]} was not stored"))
     _check_content(repository)

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -18,8 +18,13 @@ from sparsegrad.cli.entry import FailedJobs
 from sparsegrad.cli.screen import console, replace_unprintable
 from sparsegrad.distributed import is_main
 from sparsegrad.errors import UserError, missing_package
+from sparsegrad.progress import job, remark, say, silence
 from sparsegrad.runs.overrides import list_given
 from sparsegrad.trainer.quiet import quiet_libraries
+
+if TYPE_CHECKING:  # it brings in transformers and datasets
+    from sparsegrad.runs.config import RunConfig
+    from sparsegrad.runs.result_lines import Published
 
 # Products that each of torch's two caches for bfloat16 on a CPU (oneDNN's and ideep's) keeps, one for every shape.
 # Batches of many lengths meet hundreds of shapes: with 1024, the default of both, one linear of 384 x 1536 held 670 MiB
@@ -27,14 +32,18 @@ from sparsegrad.trainer.quiet import quiet_libraries
 KEPT_PRODUCTS = 64
 
 
-def run_command(composed: DictConfig) -> None:
+def run_command(composed: DictConfig, published: Published | None = None) -> None:
     """Run one composed configuration. A user's mistake is one line and status 2; Ctrl-C is status 130.
 
     SIGTERM and SIGUSR1 save a checkpoint and exit with 143 and 138.
+
+    Args:
+        composed: what Hydra composed.
+        published: finds the paper's score, to which the result is compared.
     """
     replace_unprintable()
     try:
-        _run(composed)
+        _run(composed, published)
     except UserError as error:
         _refuse(error)
     except KeyboardInterrupt as interrupt:
@@ -54,35 +63,52 @@ def _refuse(error: UserError) -> NoReturn:
     sys.exit(2)
 
 
-def _run(composed: DictConfig) -> None:
+def _run(composed: DictConfig, published: Published | None) -> None:
     cap_product_caches()
-    # Importing transformers and torch takes seconds, which `--help` and a mistyped override should not cost.
-    from sparsegrad.runs.names import with_current_names, with_one_amount
-    from sparsegrad.trainer.quiet import quiet_transformers
+    if composed.get("quiet"):
+        silence()
+    with job("starting"):
+        # Importing transformers and torch takes seconds, which `--help` and a mistyped override should not cost.
+        from sparsegrad.runs.names import with_current_names, with_one_amount
+        from sparsegrad.runs.runner import run as run  # all that a run needs
+        from sparsegrad.trainer.quiet import quiet_transformers
+        from sparsegrad.trainer.threads import limit_threads
 
+    limit_threads()
     composed = with_current_names(with_one_amount(composed, list_given()))
     labels = {**_label_plan(), **apply_hparams(composed)}
     quiet_libraries()
     quiet_transformers()
     if composed.get("sweep") is None:
-        _run_once(composed, labels)
+        _run_once(composed, labels, published)
     else:
         _sweeps("pool").run_sweep(composed, labels)
 
 
-def _run_once(composed: DictConfig, labels: Mapping[str, Any]) -> None:
+def _run_once(composed: DictConfig, labels: Mapping[str, Any], published: Published | None) -> None:
     from sparsegrad.runs.config import build
     from sparsegrad.runs.runner import run
 
     config = build(composed)
     console.quiet = not is_main()
-    console.print(tree("run " + config.key, config.resolved))
-    record, is_new = run(config, labels=labels)
+    if composed.get("verbose"):
+        console.print(tree("run " + config.key, config.resolved))
+    record, is_new = run(config, labels=labels, announces=True)
+    if is_main():
+        _print_result(config, record, published, is_new=is_new)
+
+
+def _print_result(config: RunConfig, record: Mapping[str, Any], published: Published | None, *, is_new: bool) -> None:
+    """Print the score and, unless quiet, what to compare it with, its cost and where everything is."""
+    from sparsegrad.runs.result_lines import describe_result, describe_reuse, find_troubles
+
     if not is_new:
-        wanted = [what for what, asked in (("model", config.save_model), ("adapter", config.save_adapter)) if asked]
-        kept = f", and keeps the {' and the '.join(wanted)}" if wanted else ""
-        console.print(f"record {config.record_path} exists: skipped (force=true runs again{kept})")
-    console.print(outcome(record))
+        remark(describe_reuse(config))
+    say(outcome(record))
+    for line in describe_result(config, record, published):
+        remark(line)
+    for trouble in find_troubles(config, record):
+        say(f"warning: {trouble}", file=sys.stderr)
 
 
 def _label_plan() -> dict[str, Any]:
@@ -144,10 +170,8 @@ def outcome(record: Mapping[str, Any]) -> str:
 
 def _outcome(record: Mapping[str, Any]) -> str:
     result, config = record["result"], record["config"]
-    speed = record["speed"]["steps_per_second"]
     return (
         f"{config['model']['name']} / {config['method']['name']} / {config['task']['name']}: "
         f"{result['metric']} {result['value']:.4f} on {result['split']} "
-        f"(chosen on {result['chosen_on']} at step {result['chosen_step']} of {result['steps']}), "
-        f"{record['trainable']['total']:,} trainable, " + ("no speed" if speed is None else f"{speed:.2f} steps/s")
+        f"(chosen on {result['chosen_on']} at step {result['chosen_step']} of {result['steps']})"
     )

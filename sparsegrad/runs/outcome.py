@@ -59,8 +59,13 @@ def describe_run(
             "per_weight": prepared.trainable_per_weight,
             "model": parts.size,
             "share": round(prepared.trainable / parts.size, 6),
+            "mlp": {
+                "trained": sum(each * len(parts.linears[kind]) for kind, each in prepared.trainable_per_weight.items()),
+                "total": parts.mlp_size,
+            },
         },
         "calibration": prepared.calibration,
+        **({"method": prepared.notes} if prepared.notes else {}),
     }
 
 

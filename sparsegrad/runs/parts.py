@@ -18,7 +18,7 @@ from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.memory_estimate import check_memory
 from sparsegrad.runs.model_checks import check_lists, check_model_and_tokenizer, check_positions, check_tokenizer
 from sparsegrad.runs.tokenized_splits import TokenSets, log_counts, token_sets
-from sparsegrad.targets import Linears, find_mlp
+from sparsegrad.targets import Linears, all_linears, find_mlp
 from sparsegrad.tasks.base import Splits
 
 
@@ -33,6 +33,7 @@ class Parts:
         dense: names of MLP weights beside them that train densely, whatever the method.
         sets: tokenized rows.
         size: parameters of the model before a method changes it.
+        mlp_size: those among them in the weights of `linears`.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class Parts:
     dense: frozenset[str]
     sets: TokenSets
     size: int
+    mlp_size: int
 
 
 def load_parts(config: RunConfig, splits: Splits, sources: Sources, device: torch.device) -> Parts:
@@ -68,8 +70,13 @@ def load_parts(config: RunConfig, splits: Splits, sources: Sources, device: torc
     check_positions(config, model, sets)
     if config.task.is_language:
         log_counts(splits.counts, sets.counts)
-        check_memory(config, model, linears, device)
-    return Parts(model=model.to(device), tokenizer=tokenizer, linears=linears, dense=dense, sets=sets, size=size)
+        if config.train.parallel == "ddp":  # the estimate is of a process that has the whole model
+            check_memory(config, model, linears, device)
+    mlp_size = sum(linear.weight.numel() for linear in all_linears(linears))
+    model = model.to(device if config.train.parallel == "ddp" else "cpu")
+    return Parts(
+        model=model, tokenizer=tokenizer, linears=linears, dense=dense, sets=sets, size=size, mlp_size=mlp_size
+    )
 
 
 def _find_mlp(config: RunConfig, model: nn.Module) -> Linears:

@@ -13,6 +13,8 @@ from sparsegrad.distributed import is_main, rank
 from sparsegrad.errors import UserError
 from sparsegrad.files import is_of_writing, unwritable, write_json
 from sparsegrad.models.source import Sources
+from sparsegrad.progress import job
+from sparsegrad.runs.announcement import announce, announce_time
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.environment import describe_environment, now
 from sparsegrad.runs.method_setup import prepare_method
@@ -36,7 +38,11 @@ from sparsegrad.trainer.trainer import RunTrainer
 
 
 def run(
-    config: RunConfig, *, callbacks: Sequence[TrainerCallback] = (), labels: Mapping[str, Any] | None = None
+    config: RunConfig,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    labels: Mapping[str, Any] | None = None,
+    announces: bool = False,
 ) -> tuple[dict[str, Any], bool]:
     """Fine-tune as `config` says and write the record; or find that it exists.
 
@@ -44,6 +50,7 @@ def run(
         config: the run.
         callbacks: further Trainer callbacks, such as one that reports to a sweep.
         labels: further fields of the record, such as study and trial.
+        announces: whether it prints, before training, what it will do and, soon after, how long that will take.
 
     Returns:
         The record, and whether it is new.
@@ -55,13 +62,15 @@ def run(
     with _explained_errors(config):
         connect(device)
         with run_lock(config):
-            checked = check_run(config, device)
+            with job("reading the data"):
+                checked = check_run(config, device)
             if checked.finished is not None:
                 remove_checkpoints(config)  # the run may have been killed just after its record was written
                 return checked.finished, False
             assert checked.splits is not None
             assert checked.sources is not None
-            record, arrays = _train(config, checked.splits, checked.sources, device, callbacks, labels or {})
+            show = announces and is_main()
+            record, arrays = _train(config, checked.splits, checked.sources, device, callbacks, labels or {}, show)
             write_record(config, record, arrays)
             remove_checkpoints(config)
             return record, True
@@ -87,18 +96,24 @@ def _train(
     device: torch.device,
     callbacks: Sequence[TrainerCallback],
     labels: Mapping[str, Any],
+    announces: bool,
 ) -> tuple[dict[str, Any], Arrays]:
     """Load, calibrate, train and evaluate; the record and the predictions."""
     environment = describe_environment(device)  # now: the checkout may change while the run lasts
     stop = StopOnSignal()
     with stop.listening():
         checkpoint = prepare_checkpoints(config, splits, sources)
-        parts = load_parts(config, splits, sources, device)
+        with job("loading the model"):
+            parts = load_parts(config, splits, sources, device)
+        if announces:
+            announce(config, parts.sets)
         memory = PeakMemory(device)
         prepared = prepare_method(config, parts, splits, device, resuming=checkpoint is not None)
         trainer, stopwatch = make_trainer(
             config, parts.model, prepared.optimizer, parts.sets, parts.tokenizer, memory, stop
         )
+        if announces:
+            announce_time(config, trainer, parts.sets)
         for callback in callbacks:
             trainer.add_callback(callback)
         record = describe_run(config, parts, splits, sources, prepared, labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,21 @@ from torch import Tensor
 
 from sparsegrad.adapter.lora import save_lora
 from sparsegrad.adapter.save import save_adapter
+from sparsegrad.distributed import from_main, gathered
 from sparsegrad.errors import fail
+from sparsegrad.layers.replace import merge_shards
 from sparsegrad.methods.base import Prepared
 from sparsegrad.models.loading import load_model
 from sparsegrad.models.source import Sources
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.parts import Parts
-from sparsegrad.trainer.main_process import on_main
 
 MAX_ERROR = 0.05  # of a LoRA whose rank is not given: relative, per weight
+
+
+def model_folder(config: RunConfig) -> Path:
+    """The folder of the model that `save_model` asks for; it stays, as a result."""
+    return Path(config.results_dir) / "models" / config.name / config.key
 
 
 def check_saving(config: RunConfig) -> None:
@@ -31,14 +38,29 @@ def check_saving(config: RunConfig) -> None:
         raise fail(what, value, "with model.pooling=mean the saved model would pool otherwise", "use false or null")
 
 
-@on_main
 def save_results(config: RunConfig, parts: Parts, prepared: Prepared, sources: Sources) -> None:
     """Save what `save_model` and `save_adapter` ask for; the model has ordinary linears afterwards."""
     # The layers of engine fast hold the factors of their change, so they leave as LoRA before they become linears.
     exact = config.method.name == "sparsegrad_fast"
     if config.save_adapter == "lora" and exact:
-        _save_lora(config, parts, sources, max_error=None)
+        _write_whole(parts, lambda: _save_lora(config, parts, sources, max_error=None))
+    if config.save_adapter == "peft":
+        assert prepared.save is not None  # `prepare_method` has checked it
+        _named(config, parts)
+        prepared.save(config.adapter_folder)
     prepared.finish()
+    _write_whole(parts, lambda: _save_linears(config, parts, sources, exact))
+
+
+def _write_whole(parts: Parts, write: Callable[[], None]) -> None:
+    """Let the main process write, with whole weights if the model is sharded; all processes call this."""
+    merge_shards(parts.model)
+    with gathered(parts.model):
+        from_main(write)
+
+
+def _save_linears(config: RunConfig, parts: Parts, sources: Sources, exact: bool) -> None:
+    """What is saved of a model with ordinary linears; `exact`: its LoRA adapter is written already."""
     if config.save_adapter == "lora" and not exact:
         _save_lora(config, parts, sources, max_error=MAX_ERROR if config.adapter_rank is None else None)
     if config.save_adapter == "sparsegrad":
@@ -80,8 +102,8 @@ def _device(parts: Parts) -> torch.device:
 
 
 def _save_model(config: RunConfig, parts: Parts) -> None:
-    """Write the fine-tuned model, as ordinary linears, and its tokenizer to `<run folder>/model`."""
-    folder: Path = config.run_folder / "model"
+    """Write the fine-tuned model, as ordinary linears, and its tokenizer."""
+    folder = model_folder(config)
     model: Any = parts.model
     model.save_pretrained(folder)
     parts.tokenizer.save_pretrained(folder)

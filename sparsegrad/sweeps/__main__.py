@@ -7,15 +7,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from sparsegrad.errors import UserError, missing_package
-
-if TYPE_CHECKING:  # Optuna is imported in functions, so that a missing one is reported in one line
-    from sparsegrad.sweeps.storage import Store
+from sparsegrad.errors import UserError, missing_package, run_as_command
 
 console = Console(highlight=False)
 
@@ -24,18 +20,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0, or 2 after one line about a mistake of the user.
+        The exit status: 0, 2 after one line about a mistake of the user, or 130 after Ctrl-C.
     """
     options = _make_parser().parse_args(arguments)
+    return run_as_command(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
     try:
         options.do(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except ModuleNotFoundError as error:
-        print(f"error: {missing_package('a sweep', error.name, 'sweep')}", file=sys.stderr)
-        return 2
-    return 0
+        raise missing_package("a sweep", error.name, "sweep") from None
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -52,7 +47,7 @@ def _make_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text).set_defaults(do=do)
     for command in commands.choices.values():
         command.add_argument("--storage", help="as sweep.storage; default: SPARSEGRAD_STORAGE or the results folder")
-        command.add_argument("--results-dir", default="results")
+        command.add_argument("--results-dir", default="outputs", help="as results_dir; default: %(default)s")
     return parser
 
 
@@ -63,21 +58,10 @@ def _find_storage(options: argparse.Namespace) -> str:
     return options.storage or default_storage(options.results_dir)
 
 
-def _open_existing_store(options: argparse.Namespace) -> Store:
-    """Open the storage, but never create its file."""
-    from sparsegrad.sweeps.storage import JOURNAL, open_store
-
-    where = _find_storage(options)
-    if "://" not in where and not Path(where.removeprefix(JOURNAL)).is_file():
-        raise UserError(f"storage {where} does not exist: run a sweep first, or give --storage")
-    return open_store(where)
-
-
 def _show_study(options: argparse.Namespace) -> None:
     from sparsegrad.sweeps.show import export, write_plots
     from sparsegrad.sweeps.study import load_study
 
-    _open_existing_store(options)
     study = load_study(_find_storage(options), options.study)
     folder = options.out or Path(options.results_dir) / "studies" / options.study
     console.print_json(json.dumps(export(study, folder)))
@@ -88,18 +72,23 @@ def _show_study(options: argparse.Namespace) -> None:
 def _list_studies(options: argparse.Namespace) -> None:
     import optuna
 
-    store = _open_existing_store(options)
+    from sparsegrad.sweeps.storage import FIRST_SWEEP, open_existing_store
+
+    store = open_existing_store(_find_storage(options))
+    studies = optuna.get_all_study_summaries(store.storage)
+    if not studies:
+        raise UserError(f"{store.address} has no study yet: {FIRST_SWEEP}")
     table = Table("study", "trials", "best")
-    for one in optuna.get_all_study_summaries(store.storage):
+    for one in studies:
         best = "" if one.best_trial is None else f"{one.best_trial.value:.4f}"
         table.add_row(one.study_name, str(one.n_trials), best)
     console.print(table)
 
 
 def _print_address(options: argparse.Namespace) -> None:
-    from sparsegrad.sweeps.storage import dashboard_address
+    from sparsegrad.sweeps.storage import dashboard_address, open_existing_store
 
-    _open_existing_store(options)
+    open_existing_store(_find_storage(options))
     print(dashboard_address(_find_storage(options)))
 
 

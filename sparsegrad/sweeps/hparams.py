@@ -11,9 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sparsegrad.errors import UserError, fail
+from sparsegrad.errors import UserError, did_you_mean, fail
 from sparsegrad.runs.overrides import list_given
-from sparsegrad.sweeps.search_results import read_search
+from sparsegrad.sweeps.search_results import find_exported, read_search
 
 FOLDER = Path(__file__).parent / "published"
 STUDY = "study:"
@@ -95,21 +95,22 @@ def _name_cell(composed: DictConfig) -> tuple[str, str, str]:
 
 def _read_file(composed: DictConfig, name: str) -> dict[str, Any]:
     if name not in COLUMNS:
-        raise fail("hparams", name, "choose paper, authors, search, mini or study:NAME")
+        hint = did_you_mean(name, [*COLUMNS, SEARCH, MINI])
+        raise fail("hparams", name, "choose paper, authors, search, mini or study:NAME", hint)
     rows, (model, method, task) = read_rows(name), _name_cell(composed)
     row = find(rows, model, method, task) or find(rows, model, STAND_IN.get(method, method), task)
     if row is None:
         known = sorted({f"{row['model']}/{row['method']}" for row in rows})
         raise UserError(
             f"hparams={name} has nothing for {' / '.join(_name_cell(composed))}: it has the GLUE tasks for "
-            f"{', '.join(known)}; give train.lr and train.batch_size, or search with sweep=quick"
+            f"{', '.join(known)}; give lr= and batch_size= instead, or search with sweep=quick"
         )
     return {"train.batch_size": int(row["batch_size"]), "train.lr": float(row["lr"])}
 
 
 def _read_mini_rate(composed: DictConfig) -> dict[str, Any]:
     """Read the learning rate that the grid chose for this method (`python -m experiments.reproduce.rates`)."""
-    path, method = Path(composed.results_dir) / "mini_rates.json", composed.method.name
+    path, method = find_exported(composed.results_dir, "mini_rates.json"), composed.method.name
     try:
         chosen = json.loads(path.read_text())["methods"]
     except (OSError, ValueError, KeyError, TypeError) as error:

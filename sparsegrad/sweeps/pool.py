@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.trial import TrialState
 
 from sparsegrad.errors import UserError
-from sparsegrad.sweeps.config import make_plan
+from sparsegrad.progress import NO_BARS, QUIET, remark, say
+from sparsegrad.sweeps.config import Plan, make_plan
+from sparsegrad.sweeps.hparams import default_storage
+from sparsegrad.sweeps.search_results import DEFAULT
+from sparsegrad.sweeps.storage import hide_password
 from sparsegrad.sweeps.study import SharedStudy, open_study
-from sparsegrad.sweeps.worker import Worker, console
+from sparsegrad.sweeps.worker import Worker, show_trials, update_trials
+
+_LOOK = 2.0  # seconds between two counts of the finished trials
 
 
 def run_sweep(composed: DictConfig, labels: Mapping[str, Any] | None = None) -> None:
@@ -34,26 +41,27 @@ def run_sweep(composed: DictConfig, labels: Mapping[str, Any] | None = None) -> 
     if plan.sweep.worker is not None and plan.sweep.workers == 1:
         _take_device(plan.sweep.worker)
     shared = open_study(plan, overwrite=plan.sweep.overwrite)
-    console.print(
-        f"study {plan.sweep.study} in {shared.store.address}: {_count_finished(shared)}", markup=False, soft_wrap=True
-    )
+    remark(f"study {plan.sweep.study} in {shared.store.address}: {_count_finished(shared)}")
     if plan.sweep.workers == 1 or shared.is_finished():
         Worker(shared, labels).work()
     else:
-        _run_workers(composed, plan.sweep.workers, labels)
-    console.print(_summarize(shared), markup=False, soft_wrap=True)
+        _run_workers(composed, shared, labels)
+    say(_summarize(shared))
     if not shared.is_finished():
         raise UserError(
             f"study {plan.sweep.study} is not finished, but its workers have ended: run the same command to continue"
         )
 
 
-def _run_workers(composed: DictConfig, count: int, labels: Mapping[str, Any] | None) -> None:
-    """Start `count` worker processes and wait for them; if one dies, another repeats its trial."""
-    processes = start_workers(composed, count, labels)
+def _run_workers(composed: DictConfig, shared: SharedStudy, labels: Mapping[str, Any] | None) -> None:
+    """Start the worker processes and wait for them; if one dies, another repeats its trial."""
+    processes = start_workers(composed, shared.plan.sweep.workers, labels)
     try:
-        for process in processes:
-            process.join()
+        with show_trials(shared) as bar:
+            while any(process.is_alive() for process in processes):
+                multiprocessing.connection.wait([process.sentinel for process in processes], timeout=_LOOK)
+                processes = [process for process in processes if process.is_alive()]
+                update_trials(bar, shared)
     except BaseException:
         _stop_workers(processes)
         raise
@@ -75,23 +83,26 @@ def start_workers(composed: DictConfig, count: int, labels: Mapping[str, Any] | 
         context.set_forkserver_preload([__name__, "sparsegrad.runs.runner"])
     content = OmegaConf.to_container(composed, resolve=False)
     processes = [context.Process(target=_run_worker, args=(content, index, count, labels)) for index in range(count)]
-    with _disable_bars():
+    with _silence():
         for process in processes:
             process.start()
     return processes
 
 
 @contextmanager
-def _disable_bars() -> Iterator[None]:
-    """Let processes started inside show no progress bars: those of several workers would overwrite each other."""
-    before = os.environ.get("TQDM_DISABLE")
+def _silence() -> Iterator[None]:
+    """Let processes started inside show no progress: the bars of several workers would overwrite each other."""
+    before = {name: os.environ.get(name) for name in ("TQDM_DISABLE", QUIET)}
     os.environ["TQDM_DISABLE"] = "1"
+    os.environ.setdefault(QUIET, NO_BARS)
     try:
         yield
     finally:
-        del os.environ["TQDM_DISABLE"]
-        if before is not None:
-            os.environ["TQDM_DISABLE"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _stop_workers(processes: list[BaseProcess]) -> None:
@@ -106,9 +117,9 @@ def _stop_workers(processes: list[BaseProcess]) -> None:
 def _run_worker(content: Any, index: int, count: int, labels: Mapping[str, Any] | None) -> None:
     """Run one worker process on its share of the machine."""
     from sparsegrad.trainer.quiet import quiet_libraries, quiet_transformers
+    from sparsegrad.trainer.threads import limit_threads
 
-    if "OMP_NUM_THREADS" not in os.environ:  # otherwise every worker uses all cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+    limit_threads(count)  # otherwise every worker uses all cores
     _take_device(index)
     quiet_libraries()
     quiet_transformers()
@@ -145,6 +156,17 @@ def _summarize(shared: SharedStudy) -> str:
     values = " ".join(f"{key}={value}" for key, value in best.params.items())
     return (
         f"{text}; best {shared.plan.metric} {best.value:.4f} ({shared.plan.sweep.objective}), trial {best.number}: "
-        f"{values}\nuse it: hparams=study:{shared.plan.sweep.study}; details: "
-        f"python -m sparsegrad.sweeps show {shared.plan.sweep.study}"
+        f"{values}\nuse it: hparams=study:{shared.plan.sweep.study}{_name_places(shared.plan, '')}; details: "
+        f"python -m sparsegrad.sweeps show {shared.plan.sweep.study}{_name_places(shared.plan, '--')}"
     )
+
+
+def _name_places(plan: Plan, prefix: str) -> str:
+    """The arguments that lead to this study where results or storage are not in the default place."""
+    where, found = plan.base.results_dir, []
+    if where != DEFAULT:
+        found.append(f"{prefix}results-dir {where}" if prefix else f"results_dir={where}")
+    # The password stays out of the hint: the environment variable says it too.
+    if prefix and plan.sweep.storage != default_storage(where):
+        found.append(f"{prefix}storage {hide_password(plan.sweep.storage)}")
+    return "".join(f" {one}" for one in found)

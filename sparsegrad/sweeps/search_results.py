@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from sparsegrad.errors import UserError, check_integer
 
 KEY = "train.lr"
+DEFAULT, COMMITTED = "outputs", "results"  # results_dir of a user's runs, and the folder of the committed evidence
 # Name of the sweep by whether the parameters outside the MLP weights train: each regime has searches of its own.
 SWEEPS = {True: "evidence", False: "evidence_mlp_only"}
 
@@ -46,6 +47,12 @@ def read_search(composed: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     return {KEY: float(f"{float(carry['full_lr']) * ratio:.3g}")}, facts
 
 
+def find_exported(results_dir: str, file: str) -> Path:
+    """The path of a search's export: in `results_dir`, or for the default folder in the committed evidence."""
+    own = Path(results_dir) / file
+    return Path(COMMITTED) / file if results_dir == DEFAULT and not own.exists() else own
+
+
 def study_name(model: str, method: str, task: str, train_rest: bool) -> str:
     """Return the name of a search, as conf/sweep/evidence*.yaml compose it."""
     return f"{SWEEPS[train_rest]}-{model}-{method}-{task}"
@@ -59,7 +66,7 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
     """Read the summary of one search and check that it is the one that this run needs."""
     task, train_rest = composed.task.name, bool(composed.train.train_rest)
     name = study_name(model, method, task, train_rest)
-    path = Path(composed.results_dir) / "studies" / name / "summary.json"
+    path = find_exported(composed.results_dir, f"studies/{name}/summary.json")
     remedy = f"make search SCALE=mini METHODS={method} TASKS={task} fills what is missing"
     try:
         found: dict[str, Any] = json.loads(path.read_text())

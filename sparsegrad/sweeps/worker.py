@@ -6,14 +6,15 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from optuna.exceptions import StorageInternalError
 from optuna.trial import Trial, TrialState
-from rich.console import Console
 
+from sparsegrad import progress
 from sparsegrad.errors import BusyError, UserError
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.sweeps.config import runner
@@ -22,7 +23,6 @@ from sparsegrad.sweeps.ledger import CRASHED, FAILURE, MISTAKE, REASON, REDO_OF,
 from sparsegrad.sweeps.reporter import Reporter
 from sparsegrad.sweeps.study import SharedStudy
 
-console = Console(highlight=False)
 _MAX_PAUSE = 5.0  # seconds between looks at a study that has no free trial
 
 
@@ -37,6 +37,7 @@ class Worker:
     def __init__(self, shared: SharedStudy, labels: Mapping[str, Any] | None = None) -> None:
         self.shared, self.labels = shared, dict(labels or {})
         self._run: Callable[..., Any] = runner(shared.plan.sweep)
+        self._source = ""  # of the last trial's score, if it was not run here
         self._pause = min(_MAX_PAUSE, shared.plan.sweep.heartbeat / 2)
 
     def work(self) -> None:
@@ -47,12 +48,14 @@ class Worker:
         """
         gc.freeze()  # imported objects live forever: the collections after each trial can skip them
         try:
-            while not self.shared.is_finished():
-                trial = self.shared.take()
-                if trial is None:
-                    time.sleep(self._pause)  # others run the last trials; one of them may still fail
-                else:
-                    self._run_trial(trial)
+            with show_trials(self.shared) as bar:
+                while not self.shared.is_finished():
+                    trial = self.shared.take()
+                    if trial is None:
+                        time.sleep(self._pause)  # others run the last trials; one of them may still fail
+                    else:
+                        self._run_trial(trial)
+                    update_trials(bar, self.shared)
         except StorageInternalError as error:
             where = self.shared.store.address
             raise UserError(
@@ -61,7 +64,7 @@ class Worker:
 
     def _run_trial(self, trial: Trial) -> None:
         """Run one trial and close it in the study."""
-        close = self.shared.close
+        close, self._source = self.shared.close, ""
         try:
             with Heartbeat(trial, self.shared.plan.sweep.heartbeat) as heartbeat:
                 state, value, facts = self._find_outcome(trial, heartbeat)
@@ -80,14 +83,14 @@ class Worker:
         finally:
             self._free_memory()
         close(trial, state, facts, value)
-        self._print_trial(trial, facts.get(REASON) or f"{self.shared.plan.metric} {value:.4f}")
+        self._print_trial(trial, facts.get(REASON) or f"{self.shared.plan.metric} {value:.4f}{self._source}")
 
     def _find_outcome(self, trial: Trial, heartbeat: Heartbeat) -> tuple[TrialState, float | None, dict[str, Any]]:
         """Run the configuration of a trial; return its state, its value, and facts to store with it."""
         config = self.shared.plan.trial_config(trial.params)
         reporter = Reporter(trial, self.shared.plan.metric, heartbeat)
         try:
-            record = self._run_or_wait(config, trial, reporter)
+            record, is_new = self._run_or_wait(config, trial, reporter)
         except torch.OutOfMemoryError:
             return TrialState.PRUNED, None, {REASON: "out of device memory"}
         except UserError:
@@ -98,22 +101,24 @@ class Worker:
             return TrialState.PRUNED, _find_last_value(self.shared, trial), {REASON: reason}
         self.shared.check_content(record)
         value = _read_score(record, self.shared.plan.metric)
+        # Not stored in the study: only this call found the run done.
+        self._source = "" if is_new else f", from record {config.record_path}"
         facts = {"record": str(config.record_path)}
         if value is None:
             return TrialState.PRUNED, None, facts | {REASON: f"{self.shared.plan.metric} is not a number"}
         return TrialState.COMPLETE, value, facts
 
-    def _run_or_wait(self, config: RunConfig, trial: Trial, reporter: Reporter) -> dict[str, Any]:
-        """Run the trial, or wait for a worker that runs the same values and return its record."""
+    def _run_or_wait(self, config: RunConfig, trial: Trial, reporter: Reporter) -> tuple[dict[str, Any], bool]:
+        """Run the trial, or wait for a worker that runs the same values; its record, and whether it is new."""
         labels = {**self.labels, "sweep": self._make_label(trial)}
         while True:
             try:
-                record: dict[str, Any] = self._run(config, callbacks=[reporter], labels=labels)[0]
+                found: tuple[dict[str, Any], bool] = self._run(config, callbacks=[reporter], labels=labels)
             except BusyError:
                 reporter.on_step_end()
                 time.sleep(self._pause)
             else:
-                return record
+                return found
 
     def _make_label(self, trial: Trial) -> dict[str, Any]:
         sweep, plan = self.shared.plan.sweep, self.shared.plan
@@ -140,7 +145,24 @@ class Worker:
             f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}"
             for key, value in trial.params.items()
         )
-        console.print(f"trial {trial.number} ({values}): {what} [{done} of {budget}]", markup=False, soft_wrap=True)
+        progress.remark(f"trial {trial.number} ({values}): {what} [{done} of {budget}]")
+
+
+@contextmanager
+def show_trials(shared: SharedStudy) -> Iterator[progress.Job]:
+    """Show the finished trials of a study and the best score so far; `update_trials` counts anew."""
+    done = len(shared.ledger().finished(shared.plan.budget))
+    with progress.job("trials", shared.plan.budget, unit="trials", done=done) as bar:
+        update_trials(bar, shared)
+        yield bar
+
+
+def update_trials(bar: progress.Job, shared: SharedStudy) -> None:
+    """Count the finished trials, also those of other workers."""
+    finished = shared.ledger().finished(shared.plan.budget)
+    values = [trial.value for trial in finished if trial.state == TrialState.COMPLETE and trial.value is not None]
+    best = (max if shared.plan.sweep.direction == "maximize" else min)(values, default=None)
+    bar.update(done=len(finished), note=None if best is None else f"best {best:.4f}")
 
 
 def _read_failure(config: RunConfig, label: Mapping[str, Any]) -> str | None:

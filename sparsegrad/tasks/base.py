@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 
 from sparsegrad.errors import UserError, check_choice, check_integer, check_number, fail
+from sparsegrad.progress import job
 
 PAD_MODES = ("longest", "max_length")
 # Every subset and held-out part uses this one seed, so that runs with different seeds see the same rows.
@@ -260,19 +261,21 @@ def tokenize(dataset: datasets.Dataset, task: Task, tokenizer: Any, data: DataCo
     check_tokenizer(tokenizer, data)
     padding = "max_length" if data.pad == "max_length" else False
 
-    def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        texts = [batch[column] for column in task.columns]
-        return dict(tokenizer(*texts, truncation=True, max_length=data.max_length, padding=padding))
+    with job("tokenizing", len(dataset), unit="rows") as bar:
 
-    tokens = dataset.map(
-        encode,
-        batched=True,
-        remove_columns=list(task.columns),
-        keep_in_memory=True,  # otherwise every run of a sweep leaves a cache file
-        load_from_cache_file=False,
-        desc=f"tokenize {task.name}",
-        new_fingerprint=uuid.uuid4().hex,  # nothing is cached; the default would pickle the tokenizer to hash it
-    )
+        def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
+            texts = [batch[column] for column in task.columns]
+            bar.step(len(texts[0]))
+            return dict(tokenizer(*texts, truncation=True, max_length=data.max_length, padding=padding))
+
+        tokens = dataset.map(
+            encode,
+            batched=True,
+            remove_columns=list(task.columns),
+            keep_in_memory=True,  # otherwise every run of a sweep leaves a cache file
+            load_from_cache_file=False,
+            new_fingerprint=uuid.uuid4().hex,  # nothing is cached; the default would pickle the tokenizer to hash it
+        )
     return tokens.rename_column("label", "labels")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.hashing import text_sha256
+from sparsegrad.progress import job
 from sparsegrad.tasks.base import DataConfig, Splits, Task, check_tokenizer, subset
 from sparsegrad.tasks.dialogue import Turn, write_chat, write_inst
 
@@ -110,9 +111,11 @@ class LanguageTask(Task):
         padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         packer = Packer(data.max_length, int(padding))
         turns = ([Turn(**turn) for turn in json.loads(text)] for text in rows["conversation"])
-        while batch := list(islice(turns, _BATCH)):
-            for ids, labels in self._encode(batch, tokenizer):
-                packer.add(ids, labels)
+        with job("tokenizing", len(rows), unit="conversations") as bar:
+            while batch := list(islice(turns, _BATCH)):
+                for ids, labels in self._encode(batch, tokenizer):
+                    packer.add(ids, labels)
+                bar.step(len(batch))
         windows = packer.finish()
         if not packer.counts["loss_tokens"]:
             raise UserError(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
+from sparsegrad import progress
 from sparsegrad.trainer.peak_memory import PeakMemory
 
 WARM_UP_STEPS = 3  # not timed: the first steps allocate memory and choose kernels
@@ -123,21 +126,102 @@ class LossWatch(TrainerCallback):  # type: ignore[misc]
             raise NonFiniteLossError(state.global_step - micro_batches_back // args.gradient_accumulation_steps)
 
 
-class Progress(ProgressCallback):  # type: ignore[misc]
-    """The Trainer's progress bars, with loss and scores beside the bar instead of one line per log."""
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """Shows the progress of training and of evaluations, with the newest loss and scores.
+
+    Args:
+        announce: called once, after the first steps, with a line on the expected time of a longer training.
+        forward_steps: duration of an evaluation in training steps, for the estimate until one has been measured.
+    """
+
+    def __init__(self, announce: Callable[[str], None] | None = None, forward_steps: float = 0.0) -> None:
+        self.announce, self.forward_steps = announce, forward_steps
+        self._training: progress.Job | None = None
+        self._evaluation: progress.Job | None = None
+        self._scores: dict[str, float] = {}
+        self._seen, self._seconds, self._pauses = 0, 0.0, list[float]()
+        self._begun = self._ended = 0.0
+        self._is_pause = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar; a resumed training begins where it was."""
+        self._training = progress.start("training", state.max_steps, unit="steps", done=state.global_step)
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock of a step; what has passed since the last one, with an evaluation in it, was a pause."""
+        self._begun = time.monotonic()
+        if self._is_pause and self._seen:
+            self._pauses.append(self._begun - self._ended)
+        self._is_pause = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count a step and estimate the rest."""
+        self._ended = time.monotonic()
+        self._seen, self._seconds = self._seen + 1, self._seconds + self._ended - self._begun
+        if self._training is None:
+            return
+        left = self._estimate(args, state)
+        self._training.update(done=state.global_step, left=left)
+        if self.announce is not None and self._seen > WARM_UP_STEPS and self._seconds > 1.0:
+            if left > _WORTH_ANNOUNCING:
+                self.announce(self._describe_estimate(left))
+            self.announce = None
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
+        """Count a batch of an evaluation, the first of which opens its bar."""
+        if self._evaluation is None:
+            total = len(eval_dataloader) if has_length(eval_dataloader) else None
+            self._evaluation = progress.start("evaluation", total, unit="batches")
+        self._evaluation.step()
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        """Close the bar of an evaluation."""
+        self._is_pause = True
+        self._end_evaluation()
+
+    def on_predict(self, *_: Any, **__: Any) -> None:
+        """Close the bar of a prediction."""
+        self._end_evaluation()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Show the newest numbers."""
-        if self.training_bar is not None and logs:
-            wanted = {name.removeprefix("eval_"): value for name, value in logs.items() if _is_worth_showing(name)}
-            self._scores = {**getattr(self, "_scores", {}), **wanted}
-            self.training_bar.set_postfix({name: f"{value:.3f}" for name, value in self._scores.items()})
+        wanted = {name.removeprefix("eval_"): value for name, value in (logs or {}).items() if _is_worth_showing(name)}
+        self._scores |= wanted
+        if self._training is not None and wanted:
+            self._training.update(note=", ".join(f"{name} {value:.3f}" for name, value in self._scores.items()))
 
-    def close(self) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Close the bar."""
+        self.close(completed=True)
+
+    def close(self, *, completed: bool = False) -> None:
         """Close open bars, so that an error message starts on a new line."""
-        for bar in (self.prediction_bar, self.training_bar):
-            if bar is not None:
-                bar.close()
+        self._end_evaluation()
+        if self._training is not None:
+            progress.stop(self._training, completed=completed)
+        self._training = None
+
+    def _end_evaluation(self) -> None:
+        if self._evaluation is not None:
+            progress.stop(self._evaluation)
+        self._evaluation = None
+
+    def _estimate(self, args: Any, state: Any) -> float:
+        """Seconds left: the steps and the evaluations still to come, the one that is reported included."""
+        each = self._seconds / self._seen
+        interval = max(1, int(args.eval_steps or state.max_steps))
+        evaluations = -(-state.max_steps // interval) - state.global_step // interval + 1
+        pause = sum(self._pauses) / len(self._pauses) if self._pauses else each * self.forward_steps
+        return each * (state.max_steps - state.global_step) + pause * evaluations
+
+    def _describe_estimate(self, left: float) -> str:
+        speed = f"{self._seen / self._seconds:.2g} steps/s in the first {self._seen} steps"
+        shorter = "; shorter: protocol.max_steps=200, or data.max_train=2000" if left > _LONG else ""
+        return f"about {progress.format_seconds(left)} ({speed}{shorter})"
+
+
+_WORTH_ANNOUNCING = 10.0  # seconds
+_LONG = 1800.0  # seconds from which the estimate says how to shorten the run
 
 
 def _is_worth_showing(name: str) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import warnings
 
 from sparsegrad.distributed import is_main
+from sparsegrad.progress import erase, is_quiet
 
 # They log every request at INFO, with the signed addresses of the hub's files.
 _HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "filelock", "fsspec")
@@ -15,14 +17,17 @@ _HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "fileloc
 
 def quiet_transformers() -> None:
     """Keep `transformers`' remarks about new heads and its loading bars out of the progress display."""
+    import datasets
     from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None:
-        enable_progress_bars()  # of downloads, which `transformers` has just disabled too
+    datasets.disable_progress_bars()  # ours show the tokenizing
+    # The hub's bars, of downloads, know the bytes of a file, which ours do not. `transformers` has just disabled them.
+    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None and sys.stderr.isatty() and not is_quiet():
+        enable_progress_bars()
     hub = logging.getLogger("huggingface_hub")  # prints its warnings to stderr itself; the root logger has stdout
     hub.propagate = False
     for handler in hub.handlers:
@@ -30,7 +35,10 @@ def quiet_transformers() -> None:
 
 
 def quiet_libraries() -> None:
-    """Leave the screen to progress bars and results: libraries' own chatter goes."""
+    """Leave the screen to progress bars and results: libraries' own chatter goes, log lines clear the bar first."""
+    for handler in logging.getLogger().handlers:
+        if _clear_bar not in handler.filters:
+            handler.addFilter(_clear_bar)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not is_main():
         os.environ["TQDM_DISABLE"] = "1"
@@ -39,6 +47,11 @@ def quiet_libraries() -> None:
         logging.getLogger(client).setLevel(logging.WARNING)
     for module in ("torch", "peft", "transformers", "accelerate"):
         warnings.filterwarnings("ignore", module=rf"{module}\..*")
+
+
+def _clear_bar(_: logging.LogRecord) -> bool:
+    erase()
+    return True
 
 
 def _hide_signatures(record: logging.LogRecord) -> bool:

@@ -10,6 +10,7 @@ from test_runs import Stop, curves
 
 from sparsegrad.basis import load_bases, save_bases
 from sparsegrad.runs.runner import run
+from sparsegrad.runs.saving import model_folder
 
 
 def interrupted(config, step: int) -> None:
@@ -79,7 +80,7 @@ def test_force_keeps_a_saved_model_until_it_has_a_new_one(tiny: Tiny) -> None:
     config = tiny("save_model=true")
     run(config)
     interrupted(tiny("save_model=true", "force=true"), 3)
-    assert (config.run_folder / "model" / "model.safetensors").is_file()
+    assert (model_folder(config) / "model.safetensors").is_file()
 
 
 def test_the_record_names_the_code_that_was_started(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

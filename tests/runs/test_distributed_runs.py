@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from sparsegrad.errors import UserError
 from sparsegrad.runs.config import RunConfig, build
 from sparsegrad.runs.runner import run
+from sparsegrad.runs.saving import model_folder
 
 NO_DROPOUT = ("+model.architecture.hidden_dropout_prob=0", "+model.architecture.attention_probs_dropout_prob=0")
 BERT = (*TINY, *SHORT, *NO_DROPOUT, "train.lr=1e-4")
@@ -65,7 +66,7 @@ def outcome(case: Case, callback: At | None = None) -> dict[str, Any]:
     return {
         "losses": [row["loss"] for row in record["losses"]],
         "evaluations": [[row.get("nll", row["loss"]), row.get("accuracy", 0.0)] for row in record["evaluations"]],
-        "weights": load_file(chosen.run_folder / "model" / "model.safetensors"),
+        "weights": load_file(model_folder(chosen) / "model.safetensors"),
         "calibration": record["calibration"],
         "began": callback.began if callback else None,
     }
@@ -125,6 +126,22 @@ def test_runs_of_two_processes_are_those_of_one_with_the_same_global_batch(bert:
     assert first["sparsegrad"]["calibration"]["reused"]
 
 
+def sharded(case: Case, elsewhere: Case) -> dict[str, Any]:
+    """Runs with shards: whole; and interrupted and continued."""
+    case = (*case, "method=sparsegrad_fast", "train.parallel=fsdp2")
+    whole = outcome((*case, *elsewhere))
+    return {"whole": whole, "stopped": at(case, 3)["error"], "continued": at(case, 0)}
+
+
+def test_sharded_runs_are_those_of_one_process_and_continue(bert: Case, tmp_path: Path) -> None:
+    wanted = outcome((*bert, "method=sparsegrad_fast", "train.batch_size=8"))
+    for found in together(2, sharded, (*bert, "train.batch_size=4"), places(tmp_path / "whole")):
+        assert_same(found["whole"], wanted, 1e-5, "sharded")
+        assert found["stopped"] == "interrupted"
+        assert found["continued"]["began"] == 2
+        assert_same(found["continued"], found["whole"], 0, "continued")
+
+
 def refusals(case: Case) -> list[str]:
     """Settings, engines and seeds that several processes cannot have, one after the other."""
     found = [
@@ -132,20 +149,26 @@ def refusals(case: Case) -> list[str]:
         outcome((*case, "method=sparsegrad", "method.release_gradients=true"))["error"],
         outcome((*case, "method=full", f"seed={os.environ['RANK']}"))["error"],
     ]
-    for engine in ("FSDP", "DEEPSPEED"):
-        os.environ[f"ACCELERATE_USE_{engine}"] = "true"
+    found += [outcome((*case, "method=sparsegrad", f"method.sides={sides}", "train.parallel=fsdp2"))["error"]
+              for sides in ("both", "small")]  # fmt: skip
+    for engine, version in (("FSDP", "1"), ("FSDP", "2"), ("DEEPSPEED", "1")):
+        os.environ |= {f"ACCELERATE_USE_{engine}": "true", "FSDP_VERSION": version}
         found.append(outcome((*case, "method=full"))["error"])
         del os.environ[f"ACCELERATE_USE_{engine}"]
     return found
 
 
 def test_what_several_processes_cannot_do_is_refused(bert: Case) -> None:
-    for layer, released, seeds, fsdp, deepspeed in together(2, refusals, bert):
+    for layer, released, seeds, exact, small, fsdp1, fsdp, deepspeed in together(2, refusals, bert):
         assert "method.engine=layer is not allowed with several processes" in layer
         assert "method.release_gradients=true is not allowed with several processes" in released
         assert "the configuration differs between the processes" in seeds
         assert "start all with the same command" in seeds
-        assert "FSDP is not allowed" in fsdp
+        for sharded_exact in (exact, small):
+            assert "train.parallel=fsdp2 is not allowed with method=sparsegrad" in sharded_exact
+            assert "use method=sparsegrad_fast" in sharded_exact
+        assert "FSDP1 is not allowed" in fsdp1
+        assert "FSDP is not allowed with train.parallel=ddp: add train.parallel=fsdp2" in fsdp
         assert "DeepSpeed is not allowed" in deepspeed
 
 

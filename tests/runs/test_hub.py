@@ -37,6 +37,7 @@ from sparsegrad.models.loading import load_model, load_tokenizer
 from sparsegrad.models.source import find_sources
 from sparsegrad.runs.config import RunConfig, build
 from sparsegrad.runs.runner import run
+from sparsegrad.runs.saving import model_folder
 from sparsegrad.tasks.base import DataConfig
 
 HF = Path(sys.executable).parent / "hf"
@@ -127,7 +128,7 @@ def test_checkpoints_of_old_names_are_read_whole(hub: Hub, hub_run: Any, caplog:
     with caplog.at_level(logging.WARNING):
         run(config)
     assert "missing keys" not in caplog.text
-    saved = load_file(config.run_folder / "model" / "model.safetensors")
+    saved = load_file(model_folder(config) / "model.safetensors")
     assert "bert.embeddings.LayerNorm.weight" in saved
     assert not any("gamma" in name for name in saved)
 

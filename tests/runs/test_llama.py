@@ -21,6 +21,7 @@ from sparsegrad.metrics.language import language_metrics, token_losses
 from sparsegrad.runs.config import RunConfig, build
 from sparsegrad.runs.preflight import check_precision
 from sparsegrad.runs.runner import run
+from sparsegrad.runs.saving import model_folder
 from sparsegrad.runs.trainer_setup import training_arguments
 
 METHODS = ("full", "lora", "meprop", "sparsegrad", "sparsegrad_fast")
@@ -66,7 +67,7 @@ def _check_moved(config: RunConfig) -> None:
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model)
     fresh = load_model(config.model, config.task, tokenizer).state_dict()
-    tuned = AutoModelForCausalLM.from_pretrained(config.run_folder / "model").state_dict()
+    tuned = AutoModelForCausalLM.from_pretrained(model_folder(config)).state_dict()
     moved = {name for name, value in tuned.items() if not torch.equal(value, fresh[name])}
     assert moved == {f"model.layers.{block}.mlp.{kind}_proj.weight" for block in (0, 3) for kind in ("up", "down")}
 

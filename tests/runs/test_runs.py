@@ -22,6 +22,7 @@ from sparsegrad.models.loading import load_tokenizer
 from sparsegrad.runs import runner as runs
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.runner import run
+from sparsegrad.runs.saving import model_folder
 from sparsegrad.runs.tokenized_splits import token_sets
 from sparsegrad.trainer.checkpoints import last_checkpoint
 
@@ -70,10 +71,10 @@ def test_a_run_whose_record_exists_is_skipped_and_forced_again(
     cli.run_command(conf(*small))
     path = tiny().record_path
     written = path.stat().st_mtime_ns
-    assert "exists: skipped" not in capsys.readouterr().out
+    assert "already run" not in capsys.readouterr().out
     cli.run_command(conf(*small))
     assert path.stat().st_mtime_ns == written
-    assert "exists: skipped (force=true runs again)" in capsys.readouterr().out.replace("\n", " ")
+    assert f"seed 42: already run, from record {path} (force=true runs again)" in capsys.readouterr().out
     cli.run_command(conf(*small, "force=true"))
     assert path.stat().st_mtime_ns > written
 
@@ -154,7 +155,7 @@ def test_the_model_that_is_scored_is_the_chosen_one(tiny: Tiny) -> None:
     record, _ = run(config)
     validation = Path(config.data.dir or "", "sst2", "validation.jsonl")
     rows = [json.loads(line) for line in validation.read_text().splitlines()]
-    guesses = logits(config.run_folder / "model", [row["sentence"] for row in rows]).argmax(-1).tolist()
+    guesses = logits(model_folder(config), [row["sentence"] for row in rows]).argmax(-1).tolist()
     right = sum(guess == row["label"] for guess, row in zip(guesses, rows, strict=True))
     assert record["result"]["chosen_step"] < 20
     assert right / len(rows) == record["result"]["value"]
@@ -278,7 +279,7 @@ def test_a_saved_model_is_an_ordinary_one_with_the_trained_answers(
     monkeypatch.setattr(runs, "save_results", saved)
     config = tiny(*method(name), "model=roberta_base", "save_model=true")
     run(config)
-    folder = config.run_folder / "model"
+    folder = model_folder(config)
     model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     assert model.config.id2label == {0: "negative", 1: "positive"}

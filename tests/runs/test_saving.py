@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 from sparsegrad import load_adapter
 from sparsegrad.errors import UserError
 from sparsegrad.runs.runner import run
+from sparsegrad.runs.saving import model_folder
 
 TEXTS = ["good film number 3", "bad dull film", "fine"]
 
@@ -45,7 +46,7 @@ def base(source: Path) -> BertForSequenceClassification:
 def test_a_lora_of_a_run_serves_in_peft(made: Made, source: Path, overrides: list[str], tolerance: float) -> None:
     config = made(*overrides, "save_adapter=lora", "save_model=true")
     run(config)
-    trained = answers(BertForSequenceClassification.from_pretrained(config.run_folder / "model"), source)
+    trained = answers(BertForSequenceClassification.from_pretrained(model_folder(config)), source)
     served = PeftModel.from_pretrained(base(source), config.adapter_folder)
     torch.testing.assert_close(answers(served, source), trained, rtol=0, atol=tolerance)
     assert (config.adapter_folder / "README.md").is_file()
@@ -56,7 +57,7 @@ def test_an_adapter_of_a_run_gives_the_trained_model(made: Made, source: Path) -
     run(config)
     model = base(source)
     load_adapter(model, config.adapter_folder).merge()
-    trained = BertForSequenceClassification.from_pretrained(config.run_folder / "model")
+    trained = BertForSequenceClassification.from_pretrained(model_folder(config))
     assert torch.equal(answers(model, source), answers(trained, source))
 
 

@@ -22,6 +22,8 @@ LAUNCHERS = {
     # `--multi_gpu` starts processes as torchrun does; `train.device=cpu` then needs no GPU.
     "accelerate": "accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no "
     "--dynamo_backend=no --main_process_port={port}",
+    "accelerate fsdp2": "accelerate.commands.launch --use_fsdp --fsdp_version=2 --num_processes=2 --num_machines=1 "
+    "--mixed_precision=no --dynamo_backend=no --main_process_port={port}",
 }
 Case = tuple[str, ...]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -66,9 +68,10 @@ def after_a_checkpoint(launcher: subprocess.Popen[str], folder: Path) -> list[ps
 def test_a_launcher_leaves_the_record_of_one_process_with_the_same_global_batch(
     bert: Case, torchrun: Start, tmp_path: Path, by: str
 ) -> None:
-    case = (*bert, "method=sparsegrad")
+    case = (*bert, "method=sparsegrad_fast" if "fsdp2" in by else "method=sparsegrad")
     wanted = outcome((*case, "train.batch_size=8"))
-    launcher = torchrun(*case, "method.steps=6", "save_model=true", by=by)
+    shards = ["train.parallel=fsdp2"] if "fsdp2" in by else []
+    launcher = torchrun(*case, "method.steps=6", "save_model=true", *shards, by=by)
     printed = launcher.communicate(timeout=200)[0]
     assert launcher.returncode == 0, printed
     records = [json.loads(path.read_text()) for path in tmp_path.glob("results/runs/*/*.json")]
@@ -87,7 +90,7 @@ def outcome_of_two(case: Case, folder: Path) -> dict[str, Any]:
     return {
         "losses": [row["loss"] for row in record["losses"]],
         "evaluations": [[row["loss"], row["accuracy"]] for row in record["evaluations"]],
-        "weights": load_file(folder / "work" / path.stem / "model" / "model.safetensors"),
+        "weights": load_file(folder / "results" / "models" / path.parent.name / path.stem / "model.safetensors"),
     }
 
 

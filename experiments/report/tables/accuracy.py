@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.published import METHODS, TASKS, authors_runs, cells, contradictions, contradicts
+from experiments.published import GLUE_MODELS, METHODS, TASKS, authors_runs, cells, contradictions, contradicts
 from experiments.published import SEEDS as PAPER_SEEDS
 from experiments.report.collect import Key
 from experiments.report.stats import Summary, summarise, welch_interval
 from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table, caveat, hours, interval_text, signed
 
 PRINTED_AS = {9: "BERT", 10: "RoBERTa-base"}  # headings of Table 5
-MODELS = {4: "roberta_large", 9: "bert_base", 10: "roberta_base"}
+MODELS = GLUE_MODELS
 TITLES = {4: "RoBERTa-large on GLUE", 9: "BERT-base on GLUE", 10: "RoBERTa-base on GLUE"}
 PAPER_METHODS = ("full", "lora", "sparsegrad", "sparsegrad_authors", "meprop")
 MINI_METHODS = ("full", "lora", "lora_tuned", "meprop", "sparsegrad", "sparsegrad_authors", "sparsegrad_fast")

@@ -1,0 +1,70 @@
+"""What a run says before it trains: what it is, its data, its steps, and where its record will be."""
+
+from __future__ import annotations
+
+from hydra.core.hydra_config import HydraConfig
+
+from sparsegrad.distributed import world_size
+from sparsegrad.progress import remark
+from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.result_lines import LABEL
+from sparsegrad.runs.tokenized_splits import TokenSets
+from sparsegrad.runs.trainer_setup import total_steps
+from sparsegrad.trainer.callbacks import Progress
+from sparsegrad.trainer.trainer import RunTrainer
+
+
+def announce(config: RunConfig, sets: TokenSets) -> None:
+    """Print a line each on the run, what differs from the defaults, the data, the steps, and the record."""
+    lines = {
+        "run": describe_run_briefly(config),
+        "changed": " ".join(list_changes()),
+        "data": _describe_data(sets),
+        "steps": _describe_steps(config, len(sets.train)),
+        "record": str(config.record_path),
+    }
+    for name, text in lines.items():
+        if text:
+            remark(f"{name:<{LABEL}}{text}")
+
+
+def announce_time(config: RunConfig, trainer: RunTrainer, sets: TokenSets) -> None:
+    """Let the Trainer's progress print the expected time after the first steps; the bar updates it."""
+    train = config.train
+    rows = len(sets.choose) + (len(sets.report or ()) if config.protocol.watch_validation else 0)
+    # A forward pass is about a third of a step; an evaluation has no other.
+    forward_steps = rows / (train.batch_size * train.grad_accumulation * world_size()) / 3
+    trainer.remove_callback(Progress)
+    trainer.add_callback(Progress(lambda text: remark(f"{'time':<{LABEL}}{text}"), forward_steps))
+
+
+def describe_run_briefly(config: RunConfig) -> str:
+    """Model, method, task, learning rate and seed."""
+    method = getattr(config.method, "engine", None)
+    density = getattr(config.method, "density", None)
+    facts = [f"engine {method}"] if method else []
+    facts += [f"density {density:g}"] if density else []
+    details = f" ({', '.join(facts)})" if facts else ""
+    names = f"{config.model.name} / {config.method.name}{details} / {config.task.name}"
+    return f"{names}, lr {config.train.lr:g}, seed {config.seed}"
+
+
+def list_changes() -> list[str]:
+    """The overrides of the command line: what differs from the defaults."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def _describe_data(sets: TokenSets) -> str:
+    text = f"{len(sets.train):,} rows train, {len(sets.choose):,} choose the checkpoint"
+    return text if sets.report is None else f"{text}, {len(sets.report):,} are reported"
+
+
+def _describe_steps(config: RunConfig, rows: int) -> str:
+    train, protocol = config.train, config.protocol
+    steps = total_steps(config, rows)
+    interval = protocol.steps_between_evaluations(config.task.eval_base, train.batch_size, steps)
+    evaluations = -(-steps // interval) + protocol.eval_at_start
+    batch = train.batch_size * train.grad_accumulation * world_size()
+    stop = "" if protocol.patience is None else f"; stops after {protocol.patience} evaluations without a better score"
+    most = "" if protocol.patience is None else "at most "
+    return f"{most}{steps:,} of {batch} rows, an evaluation every {interval:,} ({evaluations:,} in all){stop}"

@@ -1,0 +1,134 @@
+"""What a run says before and after it trains, where it writes, and what it warns of."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from run_fixtures import ROOT, Composer, Tiny
+
+from experiments.reproduce.cells import in_evidence
+from sparsegrad.cli import quickstart_table, running
+from sparsegrad.runs.config import build
+from sparsegrad.runs.predictions import describe_arrays, write_predictions
+from sparsegrad.runs.result_lines import find_troubles
+from sparsegrad.trainer import threads
+
+
+def test_a_users_files_are_outside_the_evidence(conf: Composer) -> None:
+    config = build(conf("sweep=quick"))
+    places = [config.record_path, config.run_folder, config.adapter_folder, Path(conf("sweep=quick").sweep.storage)]
+    assert {path.parts[0] for path in places} == {"outputs"}
+
+
+def test_reproducing_names_the_evidence_unless_told_otherwise() -> None:
+    assert in_evidence(["seed=1"]) == ["results_dir=results", "seed=1"]
+    assert in_evidence(["seed=1", "results_dir=x"]) == ["seed=1", "results_dir=x"]
+
+
+def test_make_clean_leaves_what_a_user_made() -> None:
+    recipe = re.search(r"^clean:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe is not None
+    assert not {"outputs", "results", "runs"} & {word.split("/")[0] for word in recipe[1].split()}
+
+
+def test_threads_give_way_before_torch_is_imported() -> None:
+    lines = ast.parse((ROOT / "run.py").read_text()).body
+    texts = [ast.unparse(line) for line in lines]
+    waits = next(number for number, text in enumerate(texts) if "setdefault('OMP_WAIT_POLICY', 'PASSIVE')" in text)
+    assert all("sparsegrad" not in text for text in texts[:waits])
+
+
+@pytest.mark.parametrize(
+    ("siblings", "quota", "cores"),
+    [({0: "0", 1: "1"}, None, 2), ({0: "0,1", 1: "0,1"}, None, 1), (dict(enumerate("01234567")), None, 7),
+     (dict(enumerate("01234567")), 3, 3)],
+)  # fmt: skip
+def test_threads_are_the_cores_that_a_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, siblings: dict[int, str], quota: int | None, cores: int
+) -> None:
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: set(siblings), raising=False)
+    monkeypatch.setattr(threads, "_read_siblings", siblings.__getitem__)
+    monkeypatch.setattr(threads, "_read_quota", lambda: quota)
+    assert threads.usable_cores() == cores
+
+
+def test_the_users_number_of_threads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(threads.torch, "set_num_threads", lambda _: pytest.fail("changed"))
+    threads.limit_threads()
+
+
+def test_a_run_says_what_it_does_and_where_it_is(
+    conf: Composer, small: tuple[str, ...], tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running.run_command(conf(*small, "save_adapter=lora"))
+    config, (out, err) = tiny("save_adapter=lora"), capsys.readouterr()
+    names = [line.split()[0] for line in out.splitlines()]
+    score = names.index("minilm")
+    assert names[:score] == ["run", "data", "steps", "record"]
+    assert names[score + 1 :] == ["against", "time", "memory", "record", "adapter"]
+    assert out.count(str(config.record_path)) == 2
+    assert str(config.adapter_folder) in out
+    assert "the majority class 0.5000" in out
+    record = json.loads(config.record_path.read_text())
+    counts = record["trainable"]
+    assert f"MLP weights {counts['mlp']['trained']:,} of {counts['mlp']['total']:,}" in out
+    assert counts["mlp"]["trained"] < counts["mlp"]["total"]
+    assert "\r" not in out + err
+    assert "├" not in out, "the whole configuration is for verbose=true"
+
+
+def test_quiet_prints_the_score_alone(
+    conf: Composer, small: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSEGRAD_QUIET", "0")  # restored after the test
+    running.run_command(conf(*small, "quiet=true"))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("minilm / ")
+
+
+def make_record(losses: list[float]) -> dict[str, Any]:
+    return {
+        "config": {"task": {"labels": ["no", "yes"]}},
+        "losses": [{"step": 10 * number, "loss": loss} for number, loss in enumerate(losses)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("losses", "predicted", "said"),
+    [
+        ([0.69, 0.5, 0.4], [0, 1, 1, 0], []),
+        ([0.69, 0.8, 0.7], [0, 1, 1, 0], []),
+        ([0.7, 30.0, 352.0], [0, 1, 1, 0], ["diverged"]),
+        ([400.0, 380.0, 352.0], [0, 1, 1, 0], ["diverged"]),  # the first mean is of steps that had diverged
+        ([0.69, 0.69, 0.69], [1, 1, 1, 1], ["same answer"]),
+        ([0.7, 30.0, 352.0], [1, 1, 1, 1], ["diverged", "same answer"]),
+    ],
+)
+def test_a_run_without_a_use_is_flagged(tiny: Tiny, losses: list[float], predicted: list[int], said: list[str]) -> None:
+    config = tiny()
+    arrays = {"predicted": np.array(predicted, np.uint8), "label": np.array([0, 1, 0, 1], np.uint8)}
+    config.record_path.parent.mkdir(parents=True, exist_ok=True)
+    write_predictions(config.record_path, arrays)
+    found = find_troubles(config, make_record(losses) | {"predictions": describe_arrays(arrays)})
+    assert len(found) == len(said)
+    assert all(word in text for word, text in zip(said, found, strict=True))
+
+
+def test_the_table_of_the_quickstart_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = json.loads(sorted((ROOT / "results" / "runs" / "quickstart").glob("*.json"))[0].read_text())
+    for method, trained in (("lora", 69_120), ("full", 7_077_888)):
+        counts = {**source["trainable"], "total": 15_636_098 + trained, "mlp": {"trained": trained, "total": 7_077_888}}
+        named = {**source["config"], "method": {"name": method}}
+        (tmp_path / f"{method}.json").write_text(json.dumps({**source, "config": named, "trainable": counts}))
+    assert quickstart_table.main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    full, lora = (next(line.split() for line in lines if line.startswith(name)) for name in ("full", "lora"))
+    assert (full[1:4], lora[1:4]) == (["7,077,888", "100.0", "15,636,098"], ["69,120", "1.0", "15,636,098"])
