@@ -95,11 +95,53 @@ def test_no_page_installs_the_other_sparsegrad() -> None:
     assert wrong == []
 
 
-def test_the_trainer_walks_the_path_of_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One batch again and again, constant rate, no clipping, no dropout: the same weights."""
+Rows = list[dict[str, torch.Tensor]]
+
+
+def train_with_trainer(model: Any, rows: Rows, optimizer: Any) -> None:
     from transformers import Trainer, TrainingArguments
 
-    monkeypatch.chdir(tmp_path)
+    arguments = TrainingArguments(
+        output_dir="out", max_steps=3, per_device_train_batch_size=4, lr_scheduler_type="constant", max_grad_norm=0.0,
+        report_to="none", use_cpu=True,
+    )  # fmt: skip
+    Trainer(model=model, args=arguments, train_dataset=rows, optimizers=(optimizer, None)).train()
+
+
+def train_with_accelerate(model: Any, rows: Rows, optimizer: Any) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    loader = torch.utils.data.DataLoader(rows, batch_size=4)  # type: ignore[arg-type]
+    wrapped, stepped, loader = accelerator.prepare(model, optimizer, loader)
+    for batch in [*loader] * 3:
+        accelerator.backward(wrapped(**batch).loss)
+        stepped.step()
+        stepped.zero_grad()
+
+
+def train_with_lightning(model: Any, rows: Rows, optimizer: Any) -> None:
+    lightning = pytest.importorskip("lightning")
+
+    class Classifier(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return self.model(**batch).loss
+
+        def configure_optimizers(self) -> Any:
+            return optimizer
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    loader = torch.utils.data.DataLoader(rows, batch_size=4)  # type: ignore[arg-type]
+    lightning.Trainer(max_steps=3, accelerator="cpu", enable_model_summary=False, **quiet).fit(Classifier(), loader)
+
+
+@pytest.mark.parametrize("train", [train_with_trainer, train_with_accelerate, train_with_lightning])
+def test_a_framework_walks_the_path_of_a_plain_loop(train: Any, work_folder: Path) -> None:
+    """One batch again and again, constant rate, no clipping, no dropout: the same weights."""
     batch = tiny_batches("bert", 1)[0]
     rows = [{name: values[row] for name, values in batch.items()} for row in range(4)]
     plain, trained = (without_dropout(tiny_model("bert", torch.float32)) for _ in range(2))
@@ -110,11 +152,7 @@ def test_the_trainer_walks_the_path_of_a_plain_loop(tmp_path: Path, monkeypatch:
         plain(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    arguments = TrainingArguments(
-        output_dir="out", max_steps=3, per_device_train_batch_size=4, lr_scheduler_type="constant", max_grad_norm=0.0,
-        report_to="none", use_cpu=True,
-    )  # fmt: skip
-    Trainer(model=trained, args=arguments, train_dataset=rows, optimizers=(other, None)).train()
+    train(trained, rows, other)
     before = tiny_model("bert", torch.float32).state_dict()
     for name, weight in plain.state_dict().items():
         assert torch.allclose(weight, trained.state_dict()[name], atol=1e-6), name
