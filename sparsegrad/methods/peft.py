@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
+from ast import literal_eval
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -19,16 +19,9 @@ from sparsegrad.distributed import average_
 from sparsegrad.errors import UserError, check_integer, fail
 from sparsegrad.methods.base import Context, Prepared, adamw, freeze, train_only, trainable_parameters
 from sparsegrad.methods.gradients import compute_loss
-from sparsegrad.methods.peft_config import (
-    FROM_DATA,
-    find_config_class,
-    fit_budget,
-    make_config,
-    measure_size,
-    quiet,
-    wrap,
-)
+from sparsegrad.methods.peft_config import FROM_DATA, find_config_class, make_config, quiet, wrap
 from sparsegrad.methods.peft_save import save_peft
+from sparsegrad.methods.peft_size import fit_budget, measure_size, size_field
 from sparsegrad.optim.selection import check_density
 from sparsegrad.targets import Linears, all_linears, weight_shapes
 
@@ -78,8 +71,6 @@ class Peft:
         return density
 
     def _size_field(self) -> str | None:
-        from sparsegrad.methods.peft_config import size_field
-
         return size_field(str(self.config["peft_type"]).upper())
 
     def _check_data(self) -> None:
@@ -106,7 +97,7 @@ class Peft:
         fields, notes = dict(self.config), dict[str, Any]()
         density = self._read_budget()
         if density is not None:
-            notes["budget"] = _fit_once(_freeze(self.config), _freeze(shapes), _freeze(layers), density)
+            notes["budget"] = _fit_once(repr(dict(self.config)), repr(shapes), repr(layers), density)
             fields[notes["budget"]["field"]] = notes["budget"]["value"]
         return fields, notes | {"peft": peft.__version__, "merges": measure_size(fields, shapes).merges}
 
@@ -123,11 +114,11 @@ class Peft:
         freeze(model, linears, context, mlp_weights=False)
         layers = {kind: [model.get_submodule(name) for name in found] for kind, found in linears.items()}
         for layer in (layer for found in layers.values() for layer in found):
-            _train_adapter(layer, adapters)
+            _set_trainable(layer, adapters)
         parameters = trainable_parameters(model)
         # An initialisation such as PiSSA's takes its part out of W, so the adapter does not fit the model as published.
         changes_base = not torch.equal(before, _base_weight(layers))
-        save = None if context.train_rest or changes_base else functools.partial(_save, model, tuner)
+        save = None if context.train_rest or changes_base else functools.partial(save_peft, model, tuner)
         return Prepared(
             optimizer=adamw(parameters, context),
             trainable=sum(parameter.numel() for parameter in parameters),
@@ -138,15 +129,9 @@ class Peft:
         )
 
 
-def _freeze(mapping: Mapping[str, Any]) -> str:
-    return repr(dict(mapping))
-
-
 @functools.lru_cache(maxsize=16)
 def _fit_once(config: str, shapes: str, layers: str, density: float) -> dict[str, Any]:
     """`fit_budget`, whose result `check` and `prepare` both need; of texts, which can be keys."""
-    from ast import literal_eval
-
     return fit_budget(literal_eval(config), literal_eval(shapes), literal_eval(layers), density)
 
 
@@ -178,7 +163,7 @@ def _read_data(
     average_([linear._peft_loraga_grad for linear in linears.values()])  # of all processes
 
 
-def _train_adapter(layer: nn.Module, adapters: set[int]) -> None:
+def _set_trainable(layer: nn.Module, adapters: set[int]) -> None:
     """Set what trains in one wrapped linear: what peft chose. The bias of the linear itself was set with the rest."""
     assert isinstance(layer, BaseTunerLayer)
     own = getattr(layer.get_base_layer(), "bias", None)
@@ -200,7 +185,3 @@ def _base_weight(layers: Mapping[str, list[Any]]) -> torch.Tensor:
 def _merge(tuner: BaseTuner) -> None:
     with quiet():
         tuner.merge_and_unload()
-
-
-def _save(model: nn.Module, tuner: BaseTuner, folder: Path) -> None:
-    save_peft(model, tuner, folder)

@@ -1,4 +1,4 @@
-"""Settings of a peft method, checked by peft's own configuration class, and the size that a budget asks for."""
+"""Settings of a peft method, checked by peft's own configuration class, and its adapters put into a model."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ import difflib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import peft
-import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from sparsegrad.errors import UserError, fail, first_line
 
-Shapes = Mapping[str, tuple[int, int]]
 _WHERE = "model.mlp, model.kinds and model.blocks choose the weights"
 # Fields that the run sets, with what sets them.
 _OURS = {
@@ -49,12 +46,6 @@ _SINCE = {
 }  # fmt: skip
 # Initialisations of a LoRA that read batches: this project hands in its calibration batches.
 FROM_DATA = ("lora_ga", "corda")
-# The field that sets the size of a type, where it is not `r`; None: the size is fixed.
-_SIZE_FIELDS = {
-    "BOFT": "boft_block_size", "OFT": "oft_block_size", "C3A": "block_size", "FOURIERFT": "n_frequency",
-    "WAVEFT": "n_frequency", "OSF": "effective_rank", "UNILORA": "theta_d_length", "VBLORA": "num_vectors",
-    "TINYLORA": "u", "IA3": None, "BEFT": None, "ROAD": None, "FROD": None, "SUPERTUNING": None,
-}  # fmt: skip
 
 
 def list_types() -> list[str]:
@@ -154,139 +145,3 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a method does to one linear of each kind.
-
-    Attributes:
-        counts: layer kind -> trainable parameters.
-        merges: whether its change can be merged into the weights.
-    """
-
-    counts: dict[str, int]
-    merges: bool
-
-
-class _StandIn(nn.Module):
-    """One linear of each kind, `linears.0`, ...: what peft makes of it shows counts and errors before the model's turn."""
-
-    def __init__(self, shapes: Shapes) -> None:
-        super().__init__()
-        self.linears = nn.ModuleList(nn.Linear(columns, rows) for rows, columns in shapes.values())
-
-
-def measure_size(node: Mapping[str, Any], shapes: Shapes, *, merge: bool = True) -> Size:
-    """Wrap one linear per kind and count what trains.
-
-    Raises:
-        UserError: if peft cannot wrap them, or nothing would train.
-    """
-    # An initialisation of W's shape or from data costs time and changes no count.
-    plain = {"init_lora_weights": True} if isinstance(node.get("init_lora_weights"), str) else {}
-    node = {name: value for name, value in {**node, **plain}.items() if not (plain and name.endswith("_ga_config"))}
-    with torch.random.fork_rng(devices=[]):  # the run's own draws must not depend on this
-        model = _StandIn(shapes)
-        names = [f"linears.{place}" for place in range(len(shapes))]
-        tuner = wrap(model, make_config(node, dict(zip(names, shapes.values(), strict=True))))
-        parts = dict(zip(shapes, model.linears, strict=True))
-        counts = {kind: sum(p.numel() for p in part.parameters() if p.requires_grad) for kind, part in parts.items()}
-        if not any(counts.values()):
-            raise UserError(f"method.config: {node['peft_type']} trains nothing in these linears: give other settings")
-        return Size(counts, merge and _can_merge(tuner))
-
-
-def _can_merge(tuner: BaseTuner) -> bool:
-    try:
-        with quiet():
-            merged: Any = tuner.merge_and_unload()
-    except Exception:  # as above: NotImplementedError, ValueError and others
-        return False
-    return all(type(linear) is nn.Linear for linear in merged.linears)
-
-
-def size_field(kind: str) -> str | None:
-    """The field of a type that sets how many parameters it trains; None if its size is fixed."""
-    return _SIZE_FIELDS.get(kind, "r")
-
-
-def fit_budget(node: Mapping[str, Any], shapes: Shapes, layers: Mapping[str, int], density: float) -> dict[str, Any]:
-    """The value of the size field whose trainable count is closest to `density` of the weights.
-
-    Args:
-        node: peft's fields without the size field.
-        shapes: layer kind -> (out, in).
-        layers: layer kind -> number of its linears.
-        density: wanted share of the entries.
-
-    Returns:
-        `field`, `value`, and the `share` that came out.
-
-    Raises:
-        UserError: for a type of fixed size, or a budget that would make the field 0.
-    """
-    kind = str(node["peft_type"]).upper()
-    field = size_field(kind)
-    whole = sum(layers[name] * rows * columns for name, (rows, columns) in shapes.items())
-    if field is None:
-        counts = measure_size(node, shapes, merge=False).counts
-        own = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise fail(
-            "method.budget", f"density:{density:g}", f"the size of {kind} is fixed ({own} per weight)", "set it to null"
-        )
-    shares: dict[int, float] = {}
-
-    def share(value: int) -> float | None:
-        """The trainable share with the field at `value`; None where peft refuses it."""
-        if value not in shares:
-            try:
-                counts = measure_size({**node, field: value, **_counterpart(kind)}, shapes, merge=False).counts
-            except UserError:
-                return None
-            shares[value] = sum(layers[name] * count for name, count in counts.items()) / whole
-        return shares[value]
-
-    _search(share, density, max(rows * columns for rows, columns in shapes.values()))
-    if not shares:
-        measure_size({**node, field: 4, **_counterpart(kind)}, shapes, merge=False)  # raises, with peft's reason
-        raise fail(
-            "method.budget",
-            f"density:{density:g}",
-            f"no {field} fits these linears",
-            f"set it to null and {field} by hand",
-        )
-    best = min(shares, key=lambda value: (abs(shares[value] - density), value))
-    if shares[best] > 2 * density:
-        about = f"it makes {field} of {kind} 0: {field}={best} already trains {shares[best]:.2g} of each weight"
-        raise fail("method.budget", f"density:{density:g}", about, f"give at least density:{shares[best]:.2g}")
-    return {"field": field, "value": best, "share": round(shares[best], 6)}
-
-
-def _counterpart(kind: str) -> dict[str, int]:
-    """OFT takes its rank or its block size; its default sets the second already."""
-    return {"r": 0} if kind == "OFT" else {}
-
-
-def _search(share: Callable[[int], float | None], density: float, largest: int) -> None:
-    """Call `share` at values around the one that gives `density`: powers of 2, then between the nearest two.
-
-    Shares rise with the field (a rank) or fall (the block size of a block-diagonal matrix).
-    """
-    low = high = 0
-    below = False  # whether the share at `low` is below the density; beyond `high` it is not, or peft refuses
-    for value in (2**power for power in range(largest.bit_length())):
-        found = share(value)
-        if low and (found is None or (found < density) is not below):
-            high = value
-            break
-        if found is not None:
-            low, below = value, found < density
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = share(middle)
-        if found is None:  # block sizes must divide the widths: look at all that are left
-            for value in range(low + 1, high):
-                share(value)
-            return
-        low, high = (middle, high) if (found < density) is below else (low, middle)

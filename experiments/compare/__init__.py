@@ -1,0 +1,1 @@
+"""The comparison of PEFT methods: equal searches, seeds, health gates, one table."""
