@@ -9,9 +9,11 @@ from typing import Any
 
 from experiments.bench.arms import ARMS, MAIN_ARMS
 from experiments.bench.shapes import find_shape
+from experiments.report.palette import style_of_bench_arm
 from sparsegrad.errors import UserError
 
 _SWEPT = ("blocks", "padding", "rest", "precision", "mode", "density")
+_EARLIER = {"exact": "merged"}  # names of arms in results that were measured before they changed
 Points = dict[float, str]
 """Tokens per step or width -> key of the setting."""
 
@@ -31,12 +33,21 @@ def write_plot(document: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
-    _bars(axes[0], document)
-    _lines(axes[1], document, tokens_sweep(document), "tokens per step")
-    _lines(axes[2], document, width_sweep(document), "width of the model")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        sweeps = {"tokens per step": tokens_sweep(document), "hidden width of the model": width_sweep(document)}
+        sweeps = {name: points for name, points in sweeps.items() if len(points) > 1}
+        widths = (1.3, *(1 for _ in sweeps))
+        figure, axes = plt.subplots(
+            1, len(widths), figsize=(4.8 * sum(widths), 5), layout="constrained", width_ratios=widths, squeeze=False
+        )
+        _bars(axes[0][0], document)
+        panels = axes[0][1:]
+        ends = [
+            _lines(axis, document, points, name) for axis, (name, points) in zip(panels, sweeps.items(), strict=True)
+        ]
+        _label_lines(panels, ends)
+        figure.savefig(path, dpi=100)
+        plt.close(figure)
 
 
 def tokens_sweep(document: Mapping[str, Any]) -> Points:
@@ -61,33 +72,70 @@ def _longest(document: Mapping[str, Any], same: Any, axis: Any) -> Points:
 
 
 def _bars(axes: Any, document: Mapping[str, Any]) -> None:
-    """Speed relative to full fine-tuning in the setting with the most arms."""
+    """Speed relative to full fine-tuning in the setting with the most arms; the range over processes as a line."""
     summary = document["summary"]
     key = max(summary, key=lambda name: len(summary[name]), default=None)
     if key is None:
         return
-    arms = [arm for arm in ARMS if (summary[key].get(arm) or {}).get("speed", {}).get("full")]
+    arms = _sort_arms(arm for arm in summary[key] if (summary[key][arm] or {}).get("speed", {}).get("full"))
     ratios = [summary[key][arm]["speed"]["full"] for arm in arms]
     reach = [[r["median"] - r["min"] for r in ratios], [r["max"] - r["median"] for r in ratios]]
-    axes.barh(arms, [r["median"] for r in ratios], xerr=reach, color="tab:blue", label="measured")
+    colours = [style_of_bench_arm(arm).colour for arm in arms]
+    axes.barh(arms, [r["median"] for r in ratios], xerr=reach, color=colours, ecolor="#555555", height=0.7)
     predicted = document["settings"][key]["predicted"]["full"]
-    axes.plot([predicted[arm] for arm in arms], arms, "k|", markersize=14, label="predicted from the MLP linears alone")
+    known = [arm for arm in arms if arm in predicted]
+    axes.plot([predicted[arm] for arm in known], known, "|", color="#111111", markersize=13, markeredgewidth=1.6)
+    for arm, ratio in zip(arms, ratios, strict=True):
+        end, tick = ratio["max"], predicted.get(arm, 0)
+        if -0.05 < tick - end < 0.2:  # not over the tick; a tick further away leaves room
+            end = max(end, tick)
+        axes.annotate(f"{ratio['median']:.2f}", (end, arm), (6, 0), textcoords="offset points", va="center")
     axes.invert_yaxis()
-    axes.axvline(1, color="gray", linewidth=0.8)
-    axes.set(title=document["settings"][key]["label"], xlabel="steps/s over full fine-tuning")
-    axes.legend(loc="lower right")
+    axes.axvline(1, color="gray", linewidth=0.8, zorder=0)
+    axes.margins(x=0.08)
+    title = f"{document['settings'][key]['label']}\nblack tick: predicted from the MLP linears alone"
+    axes.set(title=title, xlabel="speed, steps/s over full fine-tuning")
 
 
-def _lines(axes: Any, document: Mapping[str, Any], points: Points, name: str) -> None:
-    for number, arm in enumerate(MAIN_ARMS):
-        found = {x: document["summary"][key].get(arm, {}).get("speed", {}).get("full") for x, key in points.items()}
+def _sort_arms(found: Any) -> list[str]:
+    """Arms in the order of `ARMS`, also those with an earlier name."""
+    known, today = list(ARMS), {earlier: arm for arm, earlier in _EARLIER.items()}
+
+    def place(arm: str) -> int:
+        word, _, rest = arm.partition("_")
+        name = "_".join(part for part in (today.get(word, word), rest) if part)
+        return known.index(name) if name in known else len(known)
+
+    return sorted(found, key=place)
+
+
+def _lines(axes: Any, document: Mapping[str, Any], points: Points, name: str) -> list[tuple[float, float, str, str]]:
+    """Draw one line per arm, and a dashed one for its prediction; the ends (x, y, arm, colour) of the measured ones."""
+    ends = []
+    for arm in MAIN_ARMS:
+        style, earlier = style_of_bench_arm(arm), _EARLIER.get(arm, arm)
+        found: dict[float, Any] = {}
+        for x, key in points.items():
+            summary = document["summary"][key]
+            found[x] = (summary.get(arm) or summary.get(earlier) or {}).get("speed", {}).get("full")
         xs = sorted(x for x, ratio in found.items() if ratio)
-        predicted = [document["settings"][points[x]]["predicted"]["full"][arm] for x in xs]
-        axes.plot(xs, [found[x]["median"] for x in xs], "o-", color=f"C{number}", label=arm)
-        axes.plot(xs, predicted, "--", color=f"C{number}")
-    if points:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted(points), [f"{x:g}" for x in sorted(points)])
-        axes.minorticks_off()
-    axes.set(title="dashed: predicted", xlabel=name, ylabel="steps/s over full fine-tuning")
-    axes.legend()
+        if not xs:
+            continue
+        measured = [found[x]["median"] for x in xs]
+        predictions = [document["settings"][points[x]]["predicted"]["full"] for x in xs]
+        axes.plot(xs, measured, marker=style.marker, color=style.colour)
+        axes.plot(xs, [one.get(arm, one.get(earlier)) for one in predictions], "--", color=style.colour, linewidth=0.9)
+        ends.append((xs[-1], measured[-1], arm, style.colour))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(points), [f"{x:g}" for x in sorted(points)])
+    axes.minorticks_off()
+    axes.set(title=f"by {name}\nsolid: measured, dashed: predicted", xlabel=name)
+    axes.set_ylabel("speed, steps/s over full fine-tuning")
+    return ends
+
+
+def _label_lines(panels: Any, ends: list[list[tuple[float, float, str, str]]]) -> None:
+    from experiments.report.labels import label_ends  # needs matplotlib
+
+    for axes, found in zip(panels, ends, strict=True):
+        label_ends(axes, found)

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.mtbench.schema import load_questions
-from experiments.mtbench.scores import ModelScores, compute_scores, side_by_side
+from experiments.mtbench.scores import ModelScores, SideBySide, compute_scores, side_by_side
 from sparsegrad.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -37,8 +37,13 @@ def write_answers_page(results: Path) -> Path | None:
         return None
     folder = results / "mtbench"
     chosen = side_by_side(folder, questions=load_questions(folder / "questions.jsonl"))
-    models = [_describe_model(name, folder) for name in sorted({name for one in chosen for name in one.answers})]
-    facts = {"chosen": chosen, "models": models, "judges": _format_grades(compute_scores(folder))}
+    names = sorted({name for one in chosen for name in one.answers})
+    models = [_describe_model(name, folder) | _count_texts(name, chosen) for name in names]
+    facts = {
+        "chosen": [_describe_question(one) for one in chosen],
+        "models": models,
+        "judges": _format_grades(compute_scores(folder)),
+    }
     loader = FileSystemLoader(TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     write_text(path, environment.get_template("answers.html.j2").render(facts) + "\n")
@@ -53,6 +58,24 @@ def _describe_model(name: str, folder: Path) -> dict[str, Any]:
         return {"name": name, "how": "not recorded"}
     names = ("model", "format", "max_new_tokens", "seed", "dtype")
     return {"name": name, "how": ", ".join(f"{key} {settings[key]}" for key in names if key in settings)}
+
+
+def _count_texts(name: str, chosen: Sequence[SideBySide]) -> dict[str, int]:
+    """How many answers of a model there are, and how many of them are empty."""
+    texts = [text for one in chosen for text in one.answers.get(name, ())]
+    return {"answers": len(texts), "empty": sum(not text.strip() for text in texts)}
+
+
+def _describe_question(one: SideBySide) -> dict[str, Any]:
+    """A question with its turns: the answers that have text, and the names of the models whose answer is empty."""
+    turns = []
+    for index, question in enumerate(one.turns):
+        texts = {model: answers[index] for model, answers in one.answers.items()}
+        empty = [model for model, text in texts.items() if not text.strip()]
+        turns.append(
+            {"question": question, "texts": {m: t for m, t in texts.items() if m not in empty}, "empty": empty}
+        )
+    return {"id": one.question_id, "category": one.category, "turns": turns}
 
 
 def _format_grades(found: Sequence[ModelScores]) -> dict[str, str]:

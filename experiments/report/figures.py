@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from experiments.report import score_hours
 from experiments.report.collect import Store
-from experiments.report.palette import MARKERS, SERIES, label_points, style_of
+from experiments.report.labels import INK, label_ends, label_points
+from experiments.report.palette import BASES, style_of
 from experiments.report.tables import ablation, basis, quality
 from experiments.report.tables.accuracy import MINI_METHODS, MINI_TASKS
 from experiments.report.tables.base import MINI_MARK, Context
@@ -105,6 +106,7 @@ def figure2(context: Context) -> Figure | None:
             image = axis.imshow(levels, aspect="auto", vmin=-4, vmax=0, cmap="magma", interpolation="nearest")
             axis.set_title(f"{label}\ntop 1 % holds {100 * found['top_1_percent']:.0f} %", fontsize=9)
             axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
         line[0].set_ylabel(f"{kind}\n{found['shape'][0]} outputs x {found['shape'][1]} inputs")
     figure.colorbar(image, ax=axes, label="log10 |gradient| / largest, by patch", shrink=0.8)
     where = f"block {data['block']}, step {data['step']}, {data['model']}, {data['task']}"
@@ -117,17 +119,22 @@ def figure3(context: Context) -> Figure | None:
     data = read_data(context, "figure3")
     if data is None:
         return None
-    figure, axes = plt.subplots(2, 2, figsize=(8, 5.2), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(8, 5.4), layout="constrained")
     for line, (pad, label) in zip(axes, PADS.items(), strict=True):
         rows = data["pictures"][pad]["intermediate"]["row_share"]
         line[0].imshow([[share] * 60 for share in rows], aspect="auto", cmap="Greys", vmin=0, vmax=1)
         line[0].set(xticks=[], xlabel="features of dL/dY", ylabel="tokens of the batch")
-        line[0].set_title(f"{label}: rows with a gradient, block {data['block']}", fontsize=9)
-        for kind in KINDS:
-            line[1].hist(_shares(data, pad, kind), bins=[i / 40 for i in range(41)], alpha=0.6, label=kind)
-        line[1].axvline(_real(data, pad), color="black", linestyle="--", linewidth=1, label="real tokens, mean")
+        line[0].set_title(f"block {data['block']}, {label}:\ntokens with a gradient in black", fontsize=9)
+        bins = [i / 40 for i in range(41)]
+        line[1].hist(_shares(data, pad, "intermediate"), bins=bins, color="#C8CCD2", label="intermediate layers")
+        line[1].hist(_shares(data, pad, "output"), bins=bins, histtype="step", color="#D55E00", label="output layers")
         line[1].set(xlabel="share of non-zero entries of dL/dY", ylabel="blocks x steps")
-        line[1].legend(fontsize=8)
+        line[1].set_title(f"all blocks, {label}", fontsize=9)
+        share, top = _real(data, pad), line[1].get_ylim()[1]
+        line[1].set_ylim(0, 1.15 * top)  # room for the name of the line
+        line[1].axvline(share, color=INK, linestyle="--", linewidth=1)
+        line[1].text(share, 1, " real tokens, mean", transform=line[1].get_xaxis_transform(), va="top", fontsize=8)
+    axes[0][1].legend(fontsize=8, loc="right", frameon=False)  # nothing is drawn there
     figure.suptitle(
         "dL/dY is striped because padding tokens get no gradient (in the last block, only the first token does)",
         size=10,
@@ -151,71 +158,81 @@ def basis_study(context: Context) -> Figure | None:
     data = basis.read(context.results)
     if data is None:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.8), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    ends = []
     for axis, kind in zip(axes, KINDS, strict=True):
-        for (name, label), colour, marker in zip(basis.NAMES.items(), SERIES, MARKERS, strict=False):
-            line = basis.energy(data, name, kind)
-            axis.plot(list(line), list(line.values()), marker=marker, markersize=4, color=colour, label=label)
+        for name, label in basis.NAMES.items():
+            line, look = basis.energy(data, name, kind), BASES[name]
+            axis.plot(list(line), list(line.values()), marker=look.marker, markersize=4, color=look.colour)
+            ends.append((*list(line.items())[-1], label, look.colour))
         axis.set(title=f"{kind} layers", xlabel="training step", ylim=(0, 1))
-    axes[0].set_ylabel("energy in the largest 1 %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    axes[0].set_ylabel("share of the gradient's energy\nin the largest 1 % of entries")
+    label_ends(axes[1], ends[len(basis.NAMES) :])
     return figure
 
 
 def ablation_curve(context: Context) -> Figure | None:
     """Score over density: published and ours for the paper's models, ours for MiniLM; ours with an error band."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    for (number, model), colour, marker in zip(ablation.MODELS.items(), SERIES, MARKERS, strict=False):
-        line = zip(*ablation.published_curve(number), strict=True)
-        axes[0].plot(*line, marker=marker, color=colour, label=f"published, {model}")
-        _band(axes[0], ablation.curve(context, number), f"ours, {model}", SERIES[number - 9])
     points = ablation.evidence_curve(context)
-    _band(axes[1], points, "MiniLM, mean ± sample std over seeds", style_of("sparsegrad").colour)
-    for axis in axes:
+    figure, axes = plt.subplots(1, 1 + bool(points), figsize=(4.8 * (1 + bool(points)), 3.4), layout="constrained")
+    first = axes[0] if points else axes
+    ends = []
+    for (number, model), marker in zip(ablation.MODELS.items(), ("o", "s"), strict=True):
+        published = list(ablation.published_curve(number))
+        first.plot(*zip(*published, strict=True), marker=marker, color=style_of("sparsegrad").colour, markersize=4)
+        ends.append((*published[-1], f"{model}, published", style_of("sparsegrad").colour))
+        measured = ablation.curve(context, number)
+        _band(first, measured, style_of("full").colour)
+        ends += [(one.share, one.value.mean, f"{model}, ours", style_of("full").colour) for one in measured[-1:]]
+    first.set_title("paper's models" if points else "paper's models (MiniLM: not run yet)")
+    for axis in axes if points else [first]:
         axis.set(xscale="log", xlim=(0.5, 150), xlabel="kept entries, %", ylabel="average score, points")
-    axes[0].legend(fontsize=8)
+        axis.set_xticks([1, 10, 100], ["1", "10", "100"])
     if points:
-        axes[1].legend(fontsize=8)
-    else:
-        axes[1].text(0.5, 0.5, "not run yet: evidence_density", ha="center", transform=axes[1].transAxes)
-        axes[1].set(yticks=[])
+        _band(axes[1], points, style_of("sparsegrad").colour)
+        axes[1].set_title("MiniLM, ours: mean ± sample std over seeds")
+    label_ends(first, ends)
     return figure
 
 
-def _band(axis: Any, points: list[ablation.Point], label: str, colour: str) -> None:
+def _band(axis: Any, points: list[ablation.Point], colour: str) -> None:
     """A line of means with a band of one sample standard deviation on each side."""
     if not points:
         return
     shares, means = [point.share for point in points], [point.value.mean for point in points]
     spread = [point.value.std or 0.0 for point in points]
     low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
-    axis.plot(shares, means, marker="D", color=colour, label=label)
+    axis.plot(shares, means, marker="D", markersize=4, color=colour)
     axis.fill_between(shares, low, high, alpha=0.25, color=colour)
 
 
 def curves(context: Context) -> Figure | None:
     """Training loss and metric of the mini runs, mean over seeds, one line per method."""
-    figure, axes = plt.subplots(2, len(MINI_TASKS), figsize=(10, 5), layout="constrained")
-    any_line = False
+    figure, axes = plt.subplots(2, len(MINI_TASKS), figsize=(12, 5), layout="constrained")
+    ends: tuple[list[Any], list[Any]] = ([], [])
     for column, task in enumerate(MINI_TASKS):
         for method in MINI_METHODS:
             for line, (group, field) in enumerate((("losses", "loss"), ("evaluations", None))):
                 steps = _mean_curve(context.store, method, task, group, field)
                 if steps:
-                    any_line = True
                     style = style_of(method)
                     look: Any = {"color": style.colour, "marker": style.marker, "markersize": 3, "linewidth": 1}
-                    axes[line][column].plot(list(steps), list(steps.values()), label=style.name, **look)
+                    axes[line][column].plot(list(steps), list(steps.values()), **look)
+                    if column == len(MINI_TASKS) - 1:  # the names stand once, right of the last column
+                        ends[line].append((*list(steps.items())[-1], style.name, style.colour))
         axes[0][column].set_title(task)
-        axes[1][column].set_xlabel("step")
+        axes[1][column].set_xlabel("training step")
+        axes[1][column].set_ylabel(METRICS.get(task, "metric"))
     axes[0][0].set_ylabel("training loss")
-    axes[1][0].set_ylabel("metric at evaluations")
-    if not any_line:
+    if not any(axis.lines for axis in axes.flat):
         plt.close(figure)
         return None
-    labels = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=4, fontsize=8)
+    for line in (0, 1):
+        label_ends(axes[line][-1], ends[line])
     return figure
+
+
+METRICS = {"snippets": "accuracy", "cola": "Matthews correlation", "stsb": "Pearson correlation", "mrpc": "accuracy"}
 
 
 def quality_speed(context: Context) -> Figure | None:
@@ -224,15 +241,18 @@ def quality_speed(context: Context) -> Figure | None:
     if not points:
         return None
     write_json(context.results / "figures" / "quality.json", {"schema": 1, "points": points})
-    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8.5, 4.4), layout="constrained")
     for point in points:
         style, place = style_of(point["method"]), (point["steps_per_second"], point["score"])
         axis.errorbar(*place, yerr=point["std"], fmt=style.marker, color=style.colour, capsize=2)
-    label_points(axis, [(one["steps_per_second"], one["score"], style_of(one["method"]).name) for one in points])
     front = sorted((point["steps_per_second"], point["score"]) for point in points if point["front"])
-    axis.plot(*zip(*front, strict=True), color="gray", linewidth=1, zorder=0, label="Pareto front")
-    axis.set(xlabel="steps/s in the benchmark", ylabel="average score, points (± sample std)")
-    axis.legend()
+    axis.plot(*zip(*front, strict=True), color="gray", linewidth=1, zorder=0)
+    axis.set(xlabel="speed in the benchmark, steps/s", ylabel="average score, points (± sample std over seeds)")
+    axis.set_title("gray line: Pareto front of speed and score", fontsize=9)
+    axis.margins(x=0.4)  # room for the labels
+    reach = [(one["steps_per_second"], one["score"], one["std"] or 0.0) for one in points]  # no std of one seed
+    spans = [(x, y - std, y + std) for x, y, std in reach]
+    label_points(axis, [(one["steps_per_second"], one["score"], style_of(one["method"]).name) for one in points], spans)
     return figure
 
 

@@ -6,9 +6,7 @@ the same information without colour.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,14 +26,32 @@ STYLES = {
     "meprop": Style("#E69F00", "s", "MeProp"),
     "sparsegrad": Style("#D55E00", "D", "SparseGrad exact"),
     "sparsegrad_small": Style("#D55E00", "P", "SparseGrad, small side"),
+    "sparsegrad_layer": Style("#A34700", "d", "SparseGrad, the paper's layer"),
     "sparsegrad_authors": Style("#CC79A7", "X", "SparseGrad as in the authors' code"),
     "sparsegrad_fast": Style("#009E73", "*", "SparseGrad fast (not exact)"),
     "static_mask": Style("#7F7F7F", "p", "static mask"),
     "random_mask": Style("#B0A000", "h", "random mask"),
+    "frozen": Style("#BBBBBB", ".", "MLP weights frozen"),
 }
 OTHER = Style("#7F7F7F", ">", "")
-SERIES = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # for lines without a method
-MARKERS = ("o", "D", "^", "s", "X", "v", "*")
+# Bases instead of methods: a basis has the look of the method that trains in it.
+BASES = {
+    "none": STYLES["full"],
+    "in-side": Style("#0072B2", "^", ""),
+    "out-side": Style("#56B4E9", "v", ""),
+    "both": STYLES["sparsegrad"],
+    "authors": STYLES["sparsegrad_authors"],
+    "random": STYLES["random_mask"],
+}
+ALIASES = {"sparsegrad sides=small": "sparsegrad_small"}  # variants with a style of their own
+# Arms of the benchmark, by the first word of their name, -> methods.
+BENCH_ARMS = {
+    "exact": "sparsegrad",
+    "merged": "sparsegrad",  # the earlier name of `exact`, in results that were measured before
+    "layer": "sparsegrad_layer",
+    "authors": "sparsegrad_authors",
+    "fast": "sparsegrad_fast",
+}
 
 
 def style_of(arm: str) -> Style:
@@ -48,7 +64,14 @@ def style_of(arm: str) -> Style:
     return Style(base.colour, base.marker, name)
 
 
-ALIASES = {"sparsegrad sides=small": "sparsegrad_small"}  # variants with a style of their own
+def style_of_bench_arm(arm: str) -> Style:
+    """The style of an arm of the benchmark, such as `exact_small`; its name stays the arm's, as in the tables."""
+    if arm in ("exact_small", "exact_lean", "merged_small", "merged_lean"):
+        base = STYLES["sparsegrad_small"]
+    else:
+        word = arm.partition("_")[0]
+        base = STYLES.get(BENCH_ARMS.get(word, word), OTHER)
+    return Style(base.colour, base.marker, arm)
 
 
 def order_of(arm: str) -> tuple[int, str]:
@@ -56,22 +79,3 @@ def order_of(arm: str) -> tuple[int, str]:
     known = list(STYLES)
     method = ALIASES.get(arm, arm.partition(" ")[0])
     return (known.index(method) if method in known else len(known), arm)
-
-
-def label_points(axis: Any, labels: Sequence[tuple[float, float, str]], gap: float = 11.0) -> None:
-    """Write the labels (x, y, text) beside their points; labels that would overlap move apart, `gap` points at least.
-
-    Call it when all points are drawn, because it uses the limits of the axis.
-    """
-    axis.autoscale_view()
-    to_points = 72.0 / axis.figure.dpi
-    placed: list[tuple[float, float]] = []
-    for x, y, text in sorted(labels, key=lambda label: label[1]):
-        across, up = (to_points * part for part in axis.transData.transform((x, y)))
-        near = [top for left, top in placed if abs(left - across) < LABEL_WIDTH]
-        height = max([up, *(top + gap for top in near)])
-        placed.append((across, height))
-        axis.annotate(text, (x, y), (7, 3 + height - up), textcoords="offset points", fontsize=8)
-
-
-LABEL_WIDTH = 130.0  # points, of the longest name

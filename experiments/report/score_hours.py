@@ -10,7 +10,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from experiments.report.evidence import BLOCKS, load_evidence
-from experiments.report.palette import label_points, style_of
+from experiments.report.labels import label_points
+from experiments.report.palette import style_of
 from experiments.report.tables.base import Context
 from experiments.report.tables.evidence import comparable
 from experiments.report.tables.evidence_cells import hours_to_target, training_hours
@@ -63,15 +64,19 @@ def draw(context: Context) -> Figure | None:
             _draw_point(axis, point)
         best = front(found)
         line = [one.hours for one in best], [one.score for one in best]
-        axis.plot(*line, color="gray", linewidth=1, zorder=0, label="Pareto front")
+        axis.plot(*line, color="gray", linewidth=1, zorder=0)
         axis.margins(x=0.3, y=0.12)
-        label_points(axis, [(one.hours, one.score, style_of(one.arm).name) for one in found])
-        axis.legend(loc="lower left", fontsize=8)
         tasks = ", ".join(comparable(context, folder))
         axis.set(title=f"{BLOCKS[folder].title}\n{tasks}", xlabel="hours to the target, all tasks")
     axes[0][0].set_ylabel("average score, points, with 95 % interval")
-    said = "hollow: target not reached on every task, at its training hours; paired differences are in the table"
+    said = (
+        "gray line: Pareto front; hollow: target not reached on every task, at its training hours; paired differences "
+        "are in the table"
+    )
     figure.supxlabel(said, fontsize=8)
+    for axis, found in zip(axes[0], panels.values(), strict=True):  # last: the labels need the final layout
+        spans = [(one.hours, *one.interval) for one in found if one.interval]
+        label_points(axis, [(one.hours, one.score, style_of(one.arm).name) for one in found], spans)
     return figure
 
 

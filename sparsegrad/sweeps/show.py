@@ -16,17 +16,9 @@ from optuna.trial import FrozenTrial, TrialState
 from sparsegrad.errors import UserError, missing_package
 from sparsegrad.files import write_json
 from sparsegrad.sweeps.ledger import FINISHED, REASON, SURPLUS
+from sparsegrad.sweeps.plots import PLOTS, draw_html, draw_png
 from sparsegrad.sweeps.reporter import PROGRESS
 from sparsegrad.sweeps.study import CONTENT, IDENTITY, LABELS
-
-# File name -> name of the function in `optuna.visualization` and `optuna.visualization.matplotlib`.
-PLOTS = {
-    "history": "plot_optimization_history",
-    "intermediate": "plot_intermediate_values",
-    "importance": "plot_param_importances",
-    "slice": "plot_slice",
-    "parallel": "plot_parallel_coordinate",
-}
 
 
 def summary(study: Study) -> dict[str, Any]:
@@ -127,10 +119,10 @@ def write_plots(study: Study, folder: Path) -> Iterator[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     _silence_plots()
-    for name, function in PLOTS.items():
-        for suffix, draw in (("png", _draw_png), ("html", _draw_html)):
+    for name in PLOTS:
+        for suffix, draw in (("png", draw_png), ("html", draw_html)):
             path = folder / f"{name}.{suffix}"
-            if _draw_plot(draw, study, function, path):
+            if _draw_plot(draw, study, name, path):
                 yield path
 
 
@@ -145,27 +137,12 @@ def _silence_plots() -> None:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
-def _draw_plot(draw: Callable[[Study, str, Path], None], study: Study, function: str, path: Path) -> bool:
+def _draw_plot(draw: Callable[[Study, str, Path], None], study: Study, name: str, path: Path) -> bool:
     """Draw one plot; False if it needs more trials."""
     try:
-        draw(study, function, path)
+        draw(study, name, path)
     except ImportError as error:
         raise missing_package("drawing plots", error.name, "sweep") from None
     except (ValueError, RuntimeError):
         return False  # importance needs two completed trials that differ
     return True
-
-
-def _draw_png(study: Study, function: str, path: Path) -> None:
-    import matplotlib.pyplot as plt
-    from optuna.visualization import matplotlib as plots
-
-    getattr(plots, function)(study)
-    plt.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close("all")
-
-
-def _draw_html(study: Study, function: str, path: Path) -> None:
-    from optuna import visualization
-
-    getattr(visualization, function)(study).write_html(path, include_plotlyjs="cdn")

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import optuna
-from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from sparsegrad.errors import UserError
+from sparsegrad.errors import UserError, did_you_mean
 from sparsegrad.sweeps.config import Plan
 from sparsegrad.sweeps.leases import WORKER, Watch, this_worker
 from sparsegrad.sweeps.ledger import DIED, FAILURE, REASON, REDO_OF, SURPLUS, Ledger
 from sparsegrad.sweeps.samplers import make_pruner, make_sampler
-from sparsegrad.sweeps.storage import Store, open_store
+from sparsegrad.sweeps.storage import FIRST_SWEEP, Store, open_existing_store, open_store
 
 IDENTITY, LABELS, CONTENT = "identity", "labels", "content"
 
@@ -118,6 +119,7 @@ def open_study(plan: Plan, *, overwrite: bool = False) -> SharedStudy:
         study = _create_or_load(plan, store, options)
         _check_identity(plan, study)
     _check_content(plan, study)
+    _name_metric(plan, study)
     return SharedStudy(plan, store, study)
 
 
@@ -128,11 +130,15 @@ def load_study(where: str, name: str) -> Study:
         UserError: if there is none of that name; lists those that exist.
     """
     quiet()
-    store = open_store(where)
-    names = optuna.get_all_study_names(store.storage)
+    store = open_existing_store(where)
+    names = sorted(optuna.get_all_study_names(store.storage))
+    if not names:
+        raise UserError(f"{store.address} has no study yet: {FIRST_SWEEP}")
     if name not in names:
-        known = ", ".join(sorted(names)) or "none"
-        raise UserError(f"{store.address} has no study {name}; it has: {known}")
+        hint = did_you_mean(name, names)
+        raise UserError(
+            f"{store.address} has no study {name}; it has: {', '.join(names)}" + (f"; {hint}" if hint else "")
+        )
     return optuna.load_study(study_name=name, storage=store.storage)
 
 
@@ -192,6 +198,14 @@ def _check_identity(plan: Plan, study: Study) -> None:
                 f"study {study.study_name} exists with another {key}: there {there.get(key)}, here {here.get(key)}; "
                 f"{remedy}"
             )
+
+
+def _name_metric(plan: Plan, study: Study) -> None:
+    """Name the searched value, which the dashboard and plots would call "Objective 0"."""
+    if study.metric_names is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # in Optuna since 3.2
+            study.set_metric_names([plan.metric])
 
 
 def content_of(record: Mapping[str, Any]) -> dict[str, str]:

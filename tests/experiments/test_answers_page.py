@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,22 @@ def test_questions_and_answers_stand_side_by_side_as_they_are(results: Path) -> 
     path = write_answers_page(results)
     assert path is not None
     page = path.read_text()
-    for text in ("1 + 1?", "And why?", "&lt;b&gt;two&lt;/b&gt;", "a line\nand another", "2 &amp; 2", "(no text)"):
+    for text in (
+        "1 + 1?",
+        "And why?",
+        "&lt;b&gt;two&lt;/b&gt;",
+        "a line\nand another",
+        "2 &amp; 2",
+        "No text from tiny-lora.",
+    ):
         assert text in page
-    assert "<b>" not in page
-    assert "tiny: model runs/abc/model, format inst, max_new_tokens 80, seed 42; judge: not judged" in page
-    assert "tiny-lora: not recorded; judge: not judged" in page
+    assert "<b>two</b>" not in page  # escaped
+    assert "<b>1 of 4 answers have no text:</b>" in page
+    rows = [row.split("</tr>")[0] for row in page.split("<tr><td>")[1:]]
+    assert [re.findall(r">([^<]+)<", f">{row}") for row in rows] == [
+        ["tiny", "2", "0", "not judged", "model runs/abc/model, format inst, max_new_tokens 80, seed 42"],
+        ["tiny-lora", "2", "1", "not judged", "not recorded"],
+    ]
 
 
 def test_links_lead_to_what_is_there(results: Path) -> None:
