@@ -27,6 +27,7 @@ from sparsegrad.errors import UserError, check_choice, check_integer, first_line
 from sparsegrad.layers.lean import LeanLinear
 from sparsegrad.layers.replace import computes_gradient
 from sparsegrad.optim.rotation import Rotation
+from sparsegrad.progress import track
 
 Batch = Mapping[str, Any]
 
@@ -36,10 +37,6 @@ class Progress(Protocol):
 
     def __call__(self, items: Any, /, *, desc: str) -> Iterable[Any]:
         """Yield each of `items`, a sequence, and show how many have been processed and how long the rest takes."""
-
-
-def _show_nothing(items: Any, /, *, desc: str) -> Iterable[Any]:
-    return items  # type: ignore[no-any-return]
 
 
 def calibrate(
@@ -76,7 +73,8 @@ def calibrate(
         update: called after each batch, e.g. to take an optimizer step as the authors' code does. The other parameters
             are then not frozen.
         progress: called as `progress(items, desc=...)` for the batches, and again for the decompositions; `tqdm` fits,
-            and shows the remaining time. None shows nothing.
+            and shows the remaining time. None: `sparsegrad.progress.track`, which `sparsegrad.progress.silence()` or
+            `SPARSEGRAD_QUIET=1` in the environment turns off.
 
     Returns:
         Layer kind -> `Basis`, in the weights' dtype (float32 for lower precisions) and on the model's device.
@@ -86,7 +84,7 @@ def calibrate(
             a model sharded by FSDP1 or tensor parallelism, a model that differs between processes, or a device that
             does not exist.
     """
-    progress = progress or _show_nothing
+    progress = progress or track
     check_integer("steps", steps, at_least=1, remedy="the paper uses 30")
     check_choice("sides", sides, SIDES)
     _check_device(gram_device)

@@ -87,10 +87,10 @@ def _format_number(value: float | None, form: str) -> str:
 def _explain(records: Sequence[Mapping[str, Any]]) -> str:
     total = records[0]["trainable"]["mlp"]["total"]
     return (
-        f"What to look at: of the {total:,} MLP weights, every method but full trains about\n"
-        "1 % or updates as many per step, while the rest trains in all rows, as in the\n"
-        "paper (train.train_rest=false freezes it).\n"
-        "All scores should be far above that of the majority class, 0.50; one seed and one\n"
+        f"What to look at: of the {total:,} MLP weights, all methods but full train\n"
+        "about 1 %, or update as many per step, while the rest trains in all rows, as in\n"
+        "the paper (train.train_rest=false freezes it).\n"
+        "All scores should be far above 0.50, the majority class; one seed and one\n"
         "learning rate do not show which method is best."
     )
 

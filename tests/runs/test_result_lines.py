@@ -17,6 +17,7 @@ from sparsegrad.cli import quickstart_table, running
 from sparsegrad.runs.config import build
 from sparsegrad.runs.predictions import describe_arrays, write_predictions
 from sparsegrad.runs.result_lines import find_troubles
+from sparsegrad.runs.saving import model_folder
 from sparsegrad.trainer import threads
 
 
@@ -67,14 +68,14 @@ def test_the_users_number_of_threads_stays(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_run_says_what_it_does_and_where_it_is(
     conf: Composer, small: tuple[str, ...], tiny: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    running.run_command(conf(*small, "save_adapter=lora"))
-    config, (out, err) = tiny("save_adapter=lora"), capsys.readouterr()
+    running.run_command(conf(*small, "save_model=true"))
+    config, (out, err) = tiny("save_model=true"), capsys.readouterr()
     names = [line.split()[0] for line in out.splitlines()]
     score = names.index("minilm")
     assert names[:score] == ["run", "data", "steps", "record"]
-    assert names[score + 1 :] == ["against", "time", "memory", "record", "adapter"]
+    assert names[score + 1 :] == ["against", "time", "memory", "record", "model"]
     assert out.count(str(config.record_path)) == 2
-    assert str(config.adapter_folder) in out
+    assert str(model_folder(config)) in out
     assert "the majority class 0.5000" in out
     record = json.loads(config.record_path.read_text())
     counts = record["trainable"]

@@ -111,6 +111,19 @@ def test_a_rerun_does_nothing_and_more_trials_only_the_missing(composed: Sweep) 
     assert len(study_of(composed()).trials) == 8
 
 
+def test_a_trial_that_was_run_before_says_so_and_the_hints_name_the_place(
+    composed: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_sweep(composed())
+    assert "from record" not in capsys.readouterr().out
+    run_sweep(composed("sweep.overwrite=true"))
+    again = capsys.readouterr().out
+    results = tmp_path / "results"
+    assert all(f", from record {results}" in line for line in again.splitlines() if line.startswith("trial "))
+    assert f"hparams=study:s results_dir={results};" in again
+    assert f"sparsegrad.sweeps show s --results-dir {results}\n" in again
+
+
 @pytest.mark.parametrize("name", ["tpe", "gp", "qmc", "random", "grid"])
 def test_one_worker_with_a_seed_makes_the_same_trials_twice(composed: Sweep, name: str) -> None:
     points = "sweep.space={train.lr:{float:[1e-5,1e-1],log:true,points:6},train.batch_size:{choice:[4,8]}}"
@@ -370,7 +383,18 @@ def test_show_writes_figures_trials_and_plots(
     assert sweep.main(["list", "--results-dir", results]) == 0
     assert sweep.main(["show", "t", "--results-dir", results]) == 2
     assert "has no study t; it has: s" in capsys.readouterr().err
-    assert sweep.main(["list", "--results-dir", str(tmp_path / "none")]) == 2
+
+
+@pytest.mark.parametrize("command", [["list"], ["address"], ["show", "s"]])
+def test_before_the_first_study_the_commands_say_what_to_do(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep.main([*command, "--results-dir", str(tmp_path / "none")]) == 2
+    line = capsys.readouterr().err
+    assert "no study yet" in line
+    assert "run.py sweep=quick" in line
+    assert line.count("\n") == 1
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_table_sets_found_beside_published(
