@@ -119,9 +119,6 @@ def prepare(
         error_feedback=error_feedback,
     )
     model = unwrapped(model)  # names, and back-propagation without DDP's gradient averaging
-    reshard(model)
-    if engine != "fast":
-        refuse_shards(model)
     density = 0.01 if density is None and keep is None else density
     linears = _find_linears(model, target_modules, keep, density, engine)
     check_rotation_dtype(rotation_dtype, next(all_linears(linears)).weight.device)
@@ -203,6 +200,9 @@ def _find_linears(
 ) -> Linears:
     """Find the MLP linears and check that each can train, has enough entries and suits the engine."""
     linears = find_mlp(model, names)
+    reshard(model)  # an evaluation before may have left whole weights behind
+    if engine != "fast":
+        refuse_shards(model)
     check_trainable(linears)
     for found in linears.values():
         for linear in found.values():

@@ -203,11 +203,12 @@ def save_bases(path: str | os.PathLike[str], bases: Mapping[str, Basis], fingerp
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for kind, basis in bases.items():
         for side in ("in_basis", "out_basis"):
             if (matrix := getattr(basis, side)) is not None:
                 tensors[f"{kind}.{side}"] = matrix.contiguous()  # safetensors refuses other strides
+    _separate(tensors)
     metadata = {"format": FORMAT, "fingerprint": fingerprint, "kinds": json.dumps(list(bases))}
     metadata["sha256"] = _hash_tensors(tensors)
     # The process id keeps two processes that calibrate the same model from writing to the same scratch file.
@@ -217,6 +218,16 @@ def save_bases(path: str | os.PathLike[str], bases: Mapping[str, Basis], fingerp
         os.replace(scratch, target)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _separate(tensors: dict[str, Tensor]) -> None:
+    """Copy each tensor that shares memory with an earlier one, as two kinds with one basis do; safetensors refuses."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in seen:
+            tensors[name] = tensor.clone()
+        seen.add(storage)
 
 
 def load_bases(path: str | os.PathLike[str], fingerprint: str | None = None) -> dict[str, Basis]:

@@ -64,7 +64,7 @@ class HeldSupport(SparseGradAdamW):
         gradients = torch.stack([weight.grad for weight in selection.weights if weight.grad is not None])
         # (weights, out, in) rotated and flattened, then the values at the held positions
         values = selection.group["basis"].rotate(gradients).flatten(1).gather(1, state["held"])
-        return Selection(selection.group, selection.weights, state["held"], values)
+        return Selection(selection.group, selection.weights, state["held"], values, selection.basis)
 
 
 def held(model: nn.Module, linears: Linears, bases: Bases, lr: float, interval: int) -> torch.optim.Optimizer:

@@ -63,7 +63,7 @@ class StaticSupport(SparseGradAdamW):
     def _replace(self, selection: Selection) -> Selection:
         index = torch.stack([self.support[weight] for weight in selection.weights])
         gradients = torch.stack([weight.grad.flatten() for weight in selection.weights if weight.grad is not None])
-        return Selection(selection.group, selection.weights, index, gradients.gather(1, index))
+        return Selection(selection.group, selection.weights, index, gradients.gather(1, index), selection.basis)
 
 
 def static(

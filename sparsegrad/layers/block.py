@@ -190,6 +190,14 @@ class BlockLinear(nn.Module):
                 "model, and not on the whole model alone"
             )
         core = whole(self.core)  # (c, r)
+        # A forward pass may call this under autocast, which would round the products to half precision.
+        with torch.autocast(core.device.type, enabled=False):
+            self._add_change(core)
+        self.merged.copy_(core)
+        self._merged_state = state
+
+    def _add_change(self, core: Tensor) -> None:
+        """Add this process's part of V_c (core - merged) U_r^T to its part of W."""
         weight, rows, columns = own_part(self.weight)
         # (rows, k) and (k, columns), with k the shorter side of the core
         left, right = _factor_change(core - self.merged, self.in_basis[columns], self.out_basis[rows])
@@ -197,8 +205,6 @@ class BlockLinear(nn.Module):
             add_stochastic(weight, left @ right, core)
         else:
             weight.addmm_(left.to(weight.dtype), right.to(weight.dtype))
-        self.merged.copy_(core)
-        self._merged_state = state
 
     @torch.no_grad()
     def _cast_weight(self, dtype: torch.dtype) -> Tensor:

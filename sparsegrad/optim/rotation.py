@@ -35,18 +35,30 @@ class Rotation:
         self.dtype = check_choice("rotation_dtype", dtype, DTYPES, "None keeps that of the weights")
         self.in_layers = self.replaced = False
         self._steps = 0
-        self._cast: Basis | None = None  # the basis in `dtype`
+        self._settled = False  # whether `basis` has been placed where the first weights are
+        # Copies for weights elsewhere: the layers of one kind may be on several devices (`device_map`).
+        self._copies: dict[tuple[torch.device, torch.dtype], Basis] = {}
 
     def place(self, device: torch.device, dtype: torch.dtype) -> Basis:
-        """The basis on `device` in `dtype`; only the first call after a change copies."""
+        """The basis on `device` in `dtype`; only the first call for a device copies."""
         matrices = (self.basis.in_basis, self.basis.out_basis)
-        if not all(M is None or (M.device == device and M.dtype == dtype and M.T.is_contiguous()) for M in matrices):
-            self.load(self.basis.to(device, dtype).by_columns())
-        return self.basis
+        if all(M is None or (M.device == device and M.dtype == dtype and M.T.is_contiguous()) for M in matrices):
+            self._settled = True
+            return self.basis
+        if not self._settled:
+            self.basis, self._settled = self.basis.to(device, dtype).by_columns(), True
+            return self.basis
+        return self._copy(device, dtype)
+
+    def _copy(self, device: torch.device, dtype: torch.dtype) -> Basis:
+        if (device, dtype) not in self._copies:
+            self._copies[device, dtype] = self.basis.to(device, dtype).by_columns()
+        return self._copies[device, dtype]
 
     def load(self, basis: Basis) -> None:
         """Replace the basis."""
-        self.basis, self._cast = basis, None
+        self.basis, self._settled = basis, False
+        self._copies.clear()
 
     def equals(self, other: Rotation) -> bool:
         """Whether both give the same gradients."""
@@ -59,11 +71,7 @@ class Rotation:
     def for_gradients(self, weight: Tensor) -> Basis:
         """The basis that rotates the gradients of `weight`, in `dtype`."""
         basis = self.place(weight.device, torch.promote_types(weight.dtype, torch.float32))
-        if self.dtype is None:
-            return basis
-        if self._cast is None:
-            self._cast = basis.to(dtype=self.dtype)
-        return self._cast
+        return basis if self.dtype is None else self._copy(weight.device, self.dtype)
 
     def choose(self, dy: Tensor, features: int) -> Order:
         """The order for output gradients dy (tokens, out) of a linear with `features` inputs."""

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 # Odd multipliers of a 32-bit integer hash, as signed numbers: products wrap around.
-_SPREAD, _MIX = -1640531527, (2146121005, -2073254261)
+_SPREAD, _STEP, _MIX = -1640531527, 668265263, (2146121005, -2073254261)
 
 
-def add_stochastic(weight: Tensor, change: Tensor, source: Tensor) -> None:
+def add_stochastic(weight: Tensor, change: Tensor, source: Tensor, step: Tensor | None = None) -> None:
     """Add `change` to `weight` in place; bfloat16 weights are rounded stochastically, so the expected value is exact.
 
     A bfloat16 number has 8 significant bits. With rounding to nearest, most steps of fine-tuning would change nothing.
@@ -22,6 +22,9 @@ def add_stochastic(weight: Tensor, change: Tensor, source: Tensor) -> None:
         source: seed of the noise: floats on the same device that differ from step to step, such as the kept gradients.
             torch's generator is not used, because its state differs between processes, so that their weights would
             diverge. With this seed a resumed run repeats the noise, too.
+        step: count of this step as a scalar tensor, which makes the seed another one in each step. A few gradients of a
+            bfloat16 weight have only a few bits, and often the same ones again: with their noise repeated, an entry
+            that was rounded down once would be so forever.
     """
     if weight.dtype != torch.bfloat16:
         weight.add_(change.to(weight.dtype))
@@ -29,7 +32,7 @@ def add_stochastic(weight: Tensor, change: Tensor, source: Tensor) -> None:
     bits = (weight.float() + change.float()).view(torch.int32)
     # A bfloat16 is the upper half of a float32. Adding 16 random bits before truncation rounds up with a probability
     # equal to the truncated fraction.
-    bits = (bits + _noise(bits, source)) & -65536
+    bits = (bits + _noise(bits, source, step)) & -65536
     weight.copy_(bits.view(torch.float32))
 
 
@@ -52,9 +55,11 @@ def decay_(weights: Sequence[Tensor], changes: Tensor, rate: Tensor) -> None:
             change.sub_(weight.to(change.dtype) * rate)
 
 
-def _noise(like: Tensor, source: Tensor) -> Tensor:
-    """16 random bits per entry, of the shape of `like`: a hash of the position and of all bits of `source`."""
+def _noise(like: Tensor, source: Tensor, step: Tensor | None = None) -> Tensor:
+    """16 random bits per entry, of the shape of `like`: a hash of the position, all bits of `source`, and `step`."""
     key = source.detach().float().contiguous().view(torch.int32).sum(dtype=torch.int32)
+    if step is not None:
+        key = key + step.to(torch.int32) * _STEP
     mixed = torch.arange(like.numel(), dtype=torch.int32, device=like.device).mul_(_SPREAD).add_(key)
     for shift, factor in zip((16, 15), _MIX, strict=True):
         mixed.bitwise_xor_(_shift_right(mixed, shift)).mul_(factor)

@@ -17,6 +17,10 @@ class Scratch:
     def get(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """An uninitialized buffer of `shape`; the same memory for every call with this name and size."""
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() != prod(shape) or buffer.dtype != like.dtype:
+        if (
+            buffer is None
+            or buffer.numel() != prod(shape)
+            or (buffer.dtype, buffer.device) != (like.dtype, like.device)
+        ):
             buffer = self._buffers[name] = like.new_empty(shape)
         return buffer.view(shape)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsegrad.basis import Basis
 from sparsegrad.distributed import is_shard, shards_error
 from sparsegrad.errors import UserError, check_integer, check_number
 from sparsegrad.optim.scratch import Scratch
@@ -60,12 +61,14 @@ class Selection:
         weights: `count` weights of one shape (out, in).
         index: flat positions (count, k) of the kept entries.
         values: their rotated gradients (count, k), float32 or float64.
+        basis: the group's basis on the device of the weights; None: they are not rotated.
     """
 
     group: dict[str, Any]
     weights: list[Tensor]
     index: Tensor
     values: Tensor
+    basis: Basis | None
 
 
 def together(weights: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -99,10 +102,12 @@ def select(
         raise shards_error(f"a weight {tuple(first.shape)} is")
     dtype = torch.promote_types(first.dtype, torch.float32)
     if first.grad.is_sparse:  # type: ignore[union-attr]
-        return Selection(group, weights, *_read_sparse(first.grad, dtype))  # type: ignore[arg-type]
+        return Selection(group, weights, *_read_sparse(first.grad, dtype), group["basis"])  # type: ignore[arg-type]
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     # (count, out, in); a single gradient is not copied.
-    rotated = _rotate(group, first, gradients[0][None] if len(gradients) == 1 else torch.stack(gradients)).to(dtype)
+    stacked = gradients[0][None] if len(gradients) == 1 else torch.stack(gradients)
+    rotated, basis = _rotate(group, first, stacked)
+    rotated = rotated.to(dtype)
     if group.get("error_feedback"):
         rotated = rotated + torch.stack([get_error(group, weight, states[weight]) for weight in weights])
     if "positions" in states.get(first, {}):  # chosen once, by `methods.static_mask.fix_positions`
@@ -112,7 +117,7 @@ def select(
     values = rotated.flatten(1).gather(1, index)
     if group["rotation"] is not None:
         group["rotation"].check_gradients(values)
-    return Selection(group, weights, index, values)
+    return Selection(group, weights, index, values, basis)
 
 
 def get_error(group: dict[str, Any], weight: Tensor, state: dict[str, Any]) -> Tensor:
@@ -132,24 +137,24 @@ def get_error(group: dict[str, Any], weight: Tensor, state: dict[str, Any]) -> T
     return state["error"]  # type: ignore[no-any-return]
 
 
-def _rotate(group: dict[str, Any], weight: Tensor, gradients: Tensor) -> Tensor:
+def _rotate(group: dict[str, Any], weight: Tensor, gradients: Tensor) -> tuple[Tensor, Basis | None]:
     """Rotate gradients (count, out, in) of weights like `weight`, unless their layers have done so.
 
-    The model may have moved since the optimizer was created: `group["basis"]` follows it. After the first step this
-    changes nothing.
+    Also returns the basis on the device of `weight`. The model may have moved since the optimizer was created:
+    `group["basis"]` follows it. After the first step this changes nothing.
     """
     dtype, rotation = torch.promote_types(weight.dtype, torch.float32), group["rotation"]
     if rotation is None:
         if group["basis"] is None:
-            return gradients
-        basis = group["basis"] = group["basis"].to(weight.device, dtype).by_columns()
+            return gradients, None
+        basis = own = group["basis"] = group["basis"].to(weight.device, dtype).by_columns()
     else:
-        group["basis"] = rotation.place(weight.device, dtype)
+        basis = rotation.place(weight.device, dtype)
+        group["basis"] = rotation.basis
         if rotation.in_layers:
-            return gradients
-        basis = rotation.for_gradients(weight)
-    rotated: Tensor = basis.rotate(gradients.to(basis.dtype))
-    return rotated
+            return gradients, basis
+        own = rotation.for_gradients(weight)
+    return own.rotate(gradients.to(own.dtype)), basis
 
 
 def _read_sparse(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

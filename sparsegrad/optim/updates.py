@@ -43,21 +43,21 @@ def apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor, sc
     if count == 1 and _adds_in_place(weights[0], change):
         if rate is not None:
             decay_(weights, change, rate)
-        add_sparse_(weights[0], group["basis"], selection.index[0], change[0], scratch)
+        add_sparse_(weights[0], selection.basis, selection.index[0], change[0], scratch)
         return
-    if group["basis"] is None:
+    if selection.basis is None:
         whole = torch.zeros(count, shape.numel(), dtype=change.dtype, device=change.device)
         change = whole.scatter_(1, selection.index, change)
     else:
-        change = group["basis"].unrotate_sparse(selection.index, change, shape)
+        change = selection.basis.unrotate_sparse(selection.index, change, shape)
     change = change.view(count, *shape)  # (count, out, in)
     if rate is not None:
         decay_(weights, change, rate)
     if weights[0].dtype == change.dtype:
         torch._foreach_add_(weights, list(change))  # one kernel for all weights
         return
-    for weight, own, values in zip(weights, change, selection.values, strict=True):
-        add_stochastic(weight, own, values)
+    for weight, own, values, state in zip(weights, change, selection.values, states, strict=True):
+        add_stochastic(weight, own, values, state["step"])
 
 
 def _keep_error(weight: Tensor, error: Tensor, index: Tensor, finite: Tensor) -> None:

@@ -18,6 +18,7 @@ from sparsegrad import Basis, SparseGradAdamW, find_mlp, prepare
 from sparsegrad.methods.base import Method
 from sparsegrad.methods.full import Full
 from sparsegrad.methods.sparsegrad import SparseGrad
+from sparsegrad.optim.rotation import Rotation
 from sparsegrad.optim.rounding import _noise, add_stochastic
 from sparsegrad.optim.selection import top_k_index
 
@@ -74,6 +75,28 @@ def test_weights_that_are_stepped_together_move_as_each_alone(moments: str) -> N
         all_at_once.step()
     for single, together in zip(alone, batched, strict=True):
         assert torch.allclose(together.cpu(), single, atol=1e-5)
+
+
+def _move(weight: torch.nn.Parameter) -> torch.nn.Parameter:
+    moved = torch.nn.Parameter(weight.detach().cuda())
+    assert weight.grad is not None
+    moved.grad = weight.grad.cuda()
+    return moved
+
+
+@pytest.mark.parametrize("moments", ["dense", "support"])
+def test_weights_of_one_kind_on_two_devices_take_the_steps_of_one(moments: str) -> None:
+    """As with `device_map`: each device has the basis."""
+    alone, spread = weights_and_gradients(4, "cpu"), weights_and_gradients(4, "cpu")
+    spread = [weight if number % 2 else _move(weight) for number, weight in enumerate(spread)]
+    for weights in (alone, spread):
+        basis = orthogonal("cpu")
+        group = {"params": weights, "basis": basis, "density": 0.02, "moments": moments}
+        optimizer = SparseGradAdamW([{**group, "rotation": Rotation(basis, "gradient")}], lr=1e-2)
+        for _ in range(3):
+            optimizer.step()
+    for one, other in zip(alone, spread, strict=True):
+        assert torch.allclose(other.cpu(), one, atol=1e-5)
 
 
 def test_the_kept_entries_are_those_of_the_cpu() -> None:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from engine_checks import unfolded_svd
+from engine_checks import basis_of, unfolded_svd
 from torch import Tensor
 
 from sparsegrad import Basis, UserError, hosvd
@@ -224,3 +224,14 @@ def test_grams_keep_no_gradient() -> None:
     assert grams.out_gram is not None
     assert grams.in_gram is not None
     assert (grams.count, grams.out_gram.numel(), grams.in_gram.numel()) == (50, 14 * 14, 9 * 9)
+
+
+def test_kinds_may_share_one_tensor_and_a_file_keeps_both(tmp_path) -> None:
+    shared = basis_of(6, 6).in_basis
+    assert shared is not None
+    bases = {"up": Basis(shared, shared), "down": Basis(shared[:4, :4], None)}
+    save_bases(tmp_path / "bases", bases)
+    found = load_bases(tmp_path / "bases")
+    for kind, basis in bases.items():
+        assert torch.equal(found[kind].in_basis, basis.in_basis)
+    assert torch.equal(found["up"].out_basis, shared)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparsegrad import UserError
 from sparsegrad.layers.block import BlockLinear, _core_gradient, core_shape, share_bases
+from sparsegrad.layers.replace import use_blocks
 
 OUT, IN, CORE = 11, 7, (4, 3)
 
@@ -131,6 +132,26 @@ def test_the_core_gradient_is_the_same_in_either_order() -> None:
     for c in (1, 2, 11, 12):
         V_c = torch.randn(m, c, dtype=torch.float64)
         assert torch.allclose(_core_gradient(dy, x_r, V_c), (dy @ V_c).T @ x_r, atol=1e-12)
+
+
+def test_autocast_does_not_round_what_is_merged(linear, basis) -> None:
+    layer = BlockLinear.from_linear(linear.float(), basis, CORE)
+    change = torch.randn(CORE, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        layer.core.copy_(change)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(data()[0].float())
+    wanted = basis.out_basis[:, : CORE[0]].float() @ change @ basis.in_basis[:, : CORE[1]].float().T
+    assert torch.allclose(layer.weight - linear.weight, wanted, atol=1e-5)
+
+
+def test_who_holds_the_old_linears_holds_no_second_copy(linear, basis) -> None:
+    """As `run.py` does with the linears that it has found."""
+    model, bias = nn.Sequential(linear), linear.bias
+    blocks = use_blocks(model, {"only": {"0": linear}}, {"only": basis}, 0.5)
+    assert blocks["only"]["0"] is model[0]
+    assert model[0].weight.data_ptr() == linear.weight.data_ptr()
+    assert bias is None or model[0].bias.data_ptr() == bias.data_ptr()
 
 
 def test_layers_of_one_kind_hold_their_basis_once(linear, basis) -> None:

@@ -88,7 +88,7 @@ def test_almost_all_kept_positions_are_those_of_float64(order: str, supported: N
 def rotate_as_the_step(group: dict[str, Any], weight: Tensor) -> Tensor:
     from sparsegrad.optim.selection import _rotate
 
-    return _rotate(group, weight, weight.grad[None])[0].double()
+    return _rotate(group, weight, weight.grad[None])[0][0].double()
 
 
 @pytest.mark.parametrize("order", ["auto", "gradient"])
