@@ -57,7 +57,7 @@ from experiments.bench.results import read
 from experiments.bench.runner import Bench
 from experiments.bench.settings import MODES, PRECISIONS, RESTS, Setting
 from experiments.bench.shapes import SHAPES, find_shape
-from sparsegrad.errors import UserError, check_choice, check_integer, check_number
+from sparsegrad.errors import UserError, check_choice, check_integer, check_number, run_as_command
 from sparsegrad.files import check_writable
 from sparsegrad.progress import say
 from sparsegrad.trainer.device import pick_device
@@ -244,4 +244,4 @@ def _pick_given(value: Any, default: Any) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_as_command(main, "interrupted: the same command continues where it stopped"))

@@ -36,7 +36,7 @@ from experiments.report.tables import (
 )
 from experiments.report.tables.base import Context, Table
 from sparsegrad.cli import replace_unprintable
-from sparsegrad.errors import UserError, check_choice, check_integer, fail
+from sparsegrad.errors import UserError, check_choice, check_integer, fail, run_as_command
 from sparsegrad.files import check_writable
 from sparsegrad.progress import track
 
@@ -190,4 +190,4 @@ def _figures(context: Context, name: str) -> dict[str, Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_as_command(main, "interrupted: the same command makes the rest"))

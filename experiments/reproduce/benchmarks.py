@@ -8,20 +8,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-from rich.table import Table
 
 from experiments.bench import machine
 from experiments.bench.arms import arms_of
 from experiments.bench.presets import decompositions, default_schedule, plan
 from experiments.bench.results import find_cell, read
 from experiments.paths import ROOT
-from experiments.reproduce.dry_run import console
+from experiments.reproduce.dry_run import format_left, print_listing
 from sparsegrad.files import write_json
 from sparsegrad.trainer.device import pick_device
 
@@ -110,19 +108,32 @@ def _forget_failures(preset: str, path: Path) -> None:
 
 def _show(preset: str, path: Path, planned: list[Measurement]) -> None:
     cells = read(path)["cells"]
-    table = Table("setting", "arm", "complete", "failed", "missing", "minutes left", title=str(path))
-    total, unknown = 0.0, 0
+    rows, total, unknown = [], 0.0, 0
+    short = _shorten_settings([one.setting for one in planned])
     for setting, arm in dict.fromkeys((one.setting, one.arm) for one in planned):
         group = [one for one in planned if (one.setting, one.arm) == (setting, arm)]
         complete, absent = sum(one.is_complete for one in group), sum(one.found is None for one in group)
         left, each = len(group) - complete, _seconds(cells, arm)
         total, unknown = total + left * (each or 0.0) / 60, unknown + (left if each is None else 0)
-        minutes = "" if not left else "?" if each is None else f"{left * each / 60:.1f}"
-        table.add_row(setting, arm, str(complete), str(left - absent), str(absent), minutes)
+        counts = {"complete": str(complete), "failed": str(left - absent), "missing": str(absent)}
+        minutes = format_left(left, None if each is None else each / 60, digits=1)
+        rows.append({"setting": short[setting], "arm": arm, **counts, "minutes left": minutes})
     done = sum(one.is_complete for one in planned)
-    console.print(table)
-    console.print(f"{preset}: {done} of {len(planned)} measurements complete; about {total:.0f} minutes left", end="")
-    console.print(f", and {unknown} measurements of unknown cost: none was made on this machine yet" if unknown else "")
+    cost = f", and {unknown} measurements of unknown cost: none was made on this machine yet" if unknown else ""
+    print_listing(
+        f"{preset}: {done} of {len(planned)} measurements complete; about {total:.0f} minutes left{cost}\n{path}", rows
+    )
+
+
+def _shorten_settings(keys: Iterable[str]) -> dict[str, str]:
+    """Key of a setting -> those of its parts in which the settings differ; whole where that is not enough."""
+    distinct = list(dict.fromkeys(keys))
+    parts = [key.split("-")[:-1] for key in distinct]  # without the hash at the end
+    if len(distinct) < 2 or len(set(map(len, parts))) > 1:
+        return {key: key for key in distinct}
+    differ = [number for number, values in enumerate(zip(*parts, strict=True)) if len(set(values)) > 1]
+    short = ["-".join(one[number] for number in differ) for one in parts]
+    return dict(zip(distinct, short if len(set(short)) == len(distinct) else distinct, strict=True))
 
 
 def _seconds(cells: list[dict[str, Any]], arm: str) -> float | None:

@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.paths import CONF, SCALES
-from sparsegrad.errors import UserError, check_choice, first_line
+from sparsegrad.errors import UserError, check_choice
 from sparsegrad.runs.config import RunConfig, build
+from sparsegrad.runs.overrides import expand_aliases, explain
 from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps import hparams
 from sparsegrad.tasks.snippets import Snippets
@@ -126,9 +127,10 @@ def list_cells(experiment: str, extra: Sequence[str] = (), data: str | None = No
     """
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            return [_cell(experiment, point, extra, data) for point in _points(experiment, extra)]
+            given = expand_aliases(extra)
+            return [_cell(experiment, point, given, data) for point in _points(experiment, given)]
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(f"experiment {experiment}: {first_line(error)}") from None
+            raise explain(error, [f"experiment={experiment}", *extra], CONF) from None
 
 
 def _points(experiment: str, extra: Iterable[str]) -> list[dict[str, str]]:

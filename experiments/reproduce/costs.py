@@ -32,14 +32,14 @@ class Estimates:
         self._rows = list(_own(runs)), list(_theirs())
 
     def of(self, facts: Mapping[str, str]) -> tuple[float | None, str]:
-        """(median hours or None, source) for a run with these `experiment`, `model`, `method` and `task`."""
-        sources = ("records", "authors' logs, their GPU")
+        """(median hours or None, source or a dash) for a run with these `experiment`, `model`, `method` and `task`."""
+        sources = ("records", "authors' GPU")
         for rows, likes, source in zip(self._rows, (_LIKE, _THEIRS), sources, strict=True):
             for like in likes:  # the first definition of "similar" that any run meets
                 found = [spent for row, spent in rows if all(row[name] == facts[name] for name in like)]
                 if found:
                     return median(found), source
-        return None, "no similar run"
+        return None, "-"
 
 
 def _own(runs: Path) -> Iterable[tuple[dict[str, str], float]]:

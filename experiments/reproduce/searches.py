@@ -18,14 +18,13 @@ import optuna
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig
-from rich.table import Table
 
 from experiments.paths import CONF, ROOT
 from experiments.published import TASKS
 from experiments.reproduce.costs import Estimates, facts_of
-from experiments.reproduce.dry_run import console
+from experiments.reproduce.dry_run import format_left, print_listing
 from experiments.reproduce.plans import read_plan
-from sparsegrad.errors import UserError, first_line
+from sparsegrad.runs.overrides import explain
 from sparsegrad.sweeps.config import Plan, make_plan
 from sparsegrad.sweeps.ledger import Ledger
 from sparsegrad.sweeps.storage import JOURNAL, open_store
@@ -127,7 +126,7 @@ def make_search(overrides: list[str], task: str, data: str | None) -> Search:
     try:
         return Search(tuple(given), make_plan(compose_sweep(given)))
     except HydraException as error:
-        raise UserError(f"search on {task}: {first_line(error)}") from None
+        raise explain(error, given, CONF) from None
 
 
 def make(found: Sequence[Search], launcher: str, *, dry: bool) -> int:
@@ -181,20 +180,19 @@ def _export(search: Search) -> list[str]:
 
 
 def show(found: Sequence[Search]) -> None:
-    """Print one line per study, and the total hours that are left."""
+    """Print the total hours that are left, and one line per study."""
     estimates = Estimates(found[0].results / "runs")
-    table = Table("study", "trials finished", "missing", "hours left", "estimated from")
-    total, unknown = 0.0, 0
+    rows, total, unknown = [], 0.0, 0
     for one in found:
         done, budget = one.finished(), one.plan.budget
         each, source = estimates.of({**facts_of(one.plan.base.resolved), "experiment": one.study})
         left = budget - done
         total, unknown = total + left * (each or 0.0), unknown + (left if each is None else 0)
-        hours = "" if not left else "?" if each is None else f"{left * each:.2f}"
-        table.add_row(one.study, f"{done} of {budget}", str(left), hours, source if left else "")
-    console.print(table)
+        row = {"study": one.study, "trials finished": f"{done} of {budget}", "hours left": format_left(left, each)}
+        rows.append({**row, "estimated from": source if left else "-"})
     complete = sum(one.is_finished for one in found)
-    console.print(
-        f"{complete} of {len(found)} studies complete; about {total:.1f} hours left, one trial at a time", end=""
+    print_listing(
+        f"{complete} of {len(found)} studies complete; about {total:.1f} hours left, one trial at a time"
+        + (f"; {unknown} trials of unknown cost" if unknown else ""),
+        rows,
     )
-    console.print(f"; {unknown} trials of unknown cost" if unknown else "")

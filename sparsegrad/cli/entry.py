@@ -54,16 +54,20 @@ def _start(main: Callable[[], Any], words: Sequence[str], conf: Path) -> int:
         print(make_help(overrides, conf))
         return 0
     sys.argv[1:] = expand_aliases(words)
-    whole = _FULL in os.environ  # the user wants Hydra's own report
+    if _FULL in os.environ:  # the user wants Hydra's own report
+        main()
+        return 0
     os.environ[_FULL] = "1"  # Hydra then raises its errors instead of printing them
     try:
         main()
     except FailedJobs:
         return 1
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        if whole or not _is_of_hydra(error):
+        if not _is_of_hydra(error):
             raise
         raise explain(error, overrides, conf) from None
+    finally:
+        del os.environ[_FULL]
     return 0
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from sparsegrad.errors import UserError, missing_package, run_as_command
 
@@ -27,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    # The commands import Optuna themselves, so that a missing one is reported in one line.
     try:
         options.do(options)
     except ModuleNotFoundError as error:
@@ -78,11 +78,11 @@ def _list_studies(options: argparse.Namespace) -> None:
     studies = optuna.get_all_study_summaries(store.storage)
     if not studies:
         raise UserError(f"{store.address} has no study yet: {FIRST_SWEEP}")
-    table = Table("study", "trials", "best")
+    width = max(len("study"), *(len(one.study_name) for one in studies))
+    print(f"{'study':<{width}}  trials  best")
     for one in studies:
-        best = "" if one.best_trial is None else f"{one.best_trial.value:.4f}"
-        table.add_row(one.study_name, str(one.n_trials), best)
-    console.print(table)
+        best = "-" if one.best_trial is None else f"{one.best_trial.value:.4f}"
+        print(f"{one.study_name:<{width}}  {one.n_trials:>6}  {best}")
 
 
 def _print_address(options: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLA
 from sparsegrad.errors import UserError, first_line, missing_package
 from sparsegrad.files import check_writable
 
+FIRST_SWEEP = "run a sweep first, for example python run.py sweep=quick method=lora"
 JOURNAL, GRPC = "journal:", "grpc://"
 _FORMS = "give a file such as studies.db, journal:FILE, postgresql://USER@HOST/DATABASE or grpc://HOST:PORT"
 _CONNECT_SECONDS = 10
@@ -59,6 +60,17 @@ def open_store(where: str) -> Store:
         return _connect(lambda: _make_database(url, {"timeout": 60}), where, lambda: lock)
     options = {"connect_timeout": _CONNECT_SECONDS} if url.get_backend_name() == "postgresql" else {}
     return _connect(lambda: _make_database(url, options), where)
+
+
+def open_existing_store(where: str) -> Store:
+    """Open a storage to read it, without creating its file.
+
+    Raises:
+        UserError: if there is none yet, or as `open_store`.
+    """
+    if "://" not in where and not Path(where.removeprefix(JOURNAL)).is_file():
+        raise UserError(f"there is no study yet: {where} does not exist; {FIRST_SWEEP}")
+    return open_store(where)
 
 
 def hide_password(where: str) -> str:

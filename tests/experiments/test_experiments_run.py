@@ -218,7 +218,7 @@ def test_dry_lists_what_exists_and_what_is_missing(
     assert runner.main(["table5", "--scale", "mini", "--dry", *overrides, "seed=0,1,2,3"]) == 0
     shown = capsys.readouterr().out
     assert "1 of 4 cells complete; about 1.5 hours left" in shown
-    assert "│ minilm │ full   │ sst2 │ 1        │ 1      │ 2       │ 1.50       │ records" in shown
+    assert shown.splitlines()[-1].split() == ["minilm", "full", "sst2", "1", "1", "2", "1.50", "records"]
 
 
 def test_what_needs_no_runs_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

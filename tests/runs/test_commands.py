@@ -6,6 +6,7 @@ import importlib.util
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -24,9 +25,9 @@ from sparsegrad.sweeps import hparams
 from sparsegrad.sweeps.config import make_plan
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(
-    r"(?:[A-Z_]+=\S+ )?(?:\.venv/bin/)?(?:python|pip|make|torchrun|accelerate|sbatch|sparsegrad) \S.*", re.DOTALL
-)
+# `sparsegrad keep=5500` in a text is a setting of a method, not a command.
+PROGRAMS = r"(?:python|pip|make|torchrun|accelerate|sbatch|sparsegrad(?= [a-z]+(?: |$)))"
+COMMAND = re.compile(rf"(?:[A-Z_]+=\S+ )?(?:\.venv/bin/)?{PROGRAMS} \S.*", re.DOTALL)
 RUN = re.compile(r"(run\.py|scripts/slurm/\S+)((?: [^\"]*)?)")  # run.py, or a script that hands its arguments on to it
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -110,10 +111,19 @@ def check_module(module: str, options: list[str], capsys: pytest.CaptureFixture[
 def check_target(target: str) -> None:
     """A target of the Makefile, or a table that `reproduce-%` knows."""
     table = target.removeprefix("reproduce-")
+    if table == "TABLE":  # stands for all of them
+        return
     if table == target:
         assert target in TARGETS
     else:
         experiments_of(table, "paper")  # raises for an unknown name
+
+
+def test_make_help_lists_every_target_in_80_columns() -> None:
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    listed = set(re.findall(r"^  make ([a-z-]+)(?=  )", shown, re.MULTILINE))
+    assert listed == TARGETS
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -139,5 +149,5 @@ def test_every_command_of_the_pages_is_right(command: str, check: Check) -> None
     ],
 )
 def test_a_wrong_command_is_noticed(command: str, check: Check) -> None:
-    with pytest.raises((AssertionError, UserError, HydraException)):
+    with pytest.raises((AssertionError, UserError, HydraException, SystemExit)):
         check(command)

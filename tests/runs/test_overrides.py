@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from run_fixtures import ROOT, Composer, RunPy, environment
+from run_fixtures import ROOT, Composer, environment
 
 from sparsegrad.cli.console import main
 from sparsegrad.cli.entry import _pick_overrides
@@ -146,13 +147,24 @@ def test_help_shows_what_the_command_line_says() -> None:
         make_help(["method=lorra"], CONF)
 
 
+def test_published_values_need_no_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    for name in [name for name in sys.modules if name.startswith("sparsegrad.sweeps.")]:
+        monkeypatch.delitem(sys.modules, name)  # imported by other tests while it was there
+    fresh = runpy.run_module("sparsegrad.sweeps.hparams")
+    assert fresh["find"](fresh["read_rows"]("paper"), "roberta_base", "full", "cola")
+
+
 def test_options_of_hydra_are_no_overrides() -> None:
     words = ["-m", "--cfg", "job", "lr=1", "--config-dir=x", "-cd", "y", "--package", "method", "seed=2", "--hlep"]
     assert _pick_overrides(words) == ["lr=1", "seed=2", "--hlep"]
 
 
-def test_run_py_prints_one_line_for_a_mistyped_word(run_py: RunPy) -> None:
-    done = run_py("-m", "method=lora,lorra")
+def test_sparsegrad_run_prints_one_line_for_a_mistyped_word(tmp_path: Path) -> None:
+    """From another folder, as run.py does."""
+    command = [sys.executable, "-m", "sparsegrad.cli", "run", "-m", "method=lora,lorra"]
+    there = environment(PYTHONPATH=str(ROOT))
+    done = subprocess.run(command, cwd=tmp_path, env=there, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch("error: .*did you mean method=lora.*\n", done.stderr)
 
