@@ -39,12 +39,13 @@ class _LeanLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,), (x, W, U, V) = grads, ctx.saved_tensors
         needs, tokens, dx, dW = ctx.needs_input_grad, len(dy), None, None
-        rows = ctx.layer.find_rows(dy)
+        rows, empty = ctx.layer.find_rows(dy)
         if rows is not None:  # the other rows of dy are zero, and so are their rows of dx
             dy = dy[rows]
         if needs[0]:
             dx = dy @ W
-            dx = dx if rows is None else dx.new_zeros(tokens, dx.shape[1]).index_copy_(0, rows, dx)
+            if rows is not None:
+                dx = dx.new_empty(tokens, dx.shape[1]).index_copy_(0, rows, dx).index_fill_(0, empty, 0)
         if needs[1]:
             dW = ctx.layer.weight_gradient(dy, x if rows is None else x[rows], U, V).to(ctx.weight_dtype)
             ctx.layer.note(dW)
@@ -147,19 +148,22 @@ class LeanLinear(nn.Linear):
             y = _LeanLinear.apply(tokens, self.weight, bias, U, V, self)  # type: ignore[no-untyped-call]
         return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
-    def find_rows(self, dy: Tensor) -> Tensor | None:
-        """Indices of the tokens whose output gradient dy (tokens, out) is not zero; None for all of them."""
+    def find_rows(self, dy: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Indices of the tokens whose output gradient dy (tokens, out) is not zero, and of the others.
+
+        (None, None) if no token is left out: indexing would only copy.
+        """
         # On a CPU the count is at hand and always pays. Compiled code cannot have a shape that depends on it.
         at_hand = self.rotation is not None and dy.is_cpu and not torch.compiler.is_compiling()
         if not (self.drop_padding or at_hand):
-            return None
+            return None, None
         found = dy[:, :_PROBE].any(1)
         if bool(found.all()):
-            return None  # indexing would only copy
+            return None, None
         unsure = found.logical_not().nonzero().flatten()
         found[unsure] = dy[unsure].any(1)
-        rows = found.nonzero().flatten()
-        return rows if len(rows) < len(dy) else None
+        empty = found.logical_not().nonzero().flatten()
+        return (found.nonzero().flatten(), empty) if len(empty) else (None, None)
 
     def weight_gradient(self, dy: Tensor, x: Tensor, U: Tensor | None, V: Tensor | None) -> Tensor:
         """dW (out, in), rotated by U and V if given, from dy (tokens, out) and the saved x (tokens, in)."""
