@@ -14,6 +14,7 @@ from torch import nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from sparsegrad.distributed import whole
 from sparsegrad.errors import UserError
 from sparsegrad.files import load_json, read_json, write_json
 from sparsegrad.hashing import SHORT, file_sha256, tensors_sha256
@@ -91,7 +92,7 @@ def load_state(checkpoint: Path | str) -> TrainerState:
 def weights_fingerprint(model: nn.Module) -> str:
     """Return 16 hex digits of all tensors of `model`: equal for equal weights, bit for bit."""
     named = model.state_dict().items()
-    return tensors_sha256((f"{name}{tuple(value.shape)}", value) for name, value in named)[:SHORT]
+    return tensors_sha256((f"{name}{tuple(value.shape)}", whole(value)) for name, value in named)[:SHORT]
 
 
 def _run_check(check: Callable[[], bool]) -> bool:

@@ -125,10 +125,12 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
         if self.model_accepts_loss_kwargs:
             return loss, logits, labels
-        own = (own_rows(self.accelerator.gradient_state, self.args.per_device_eval_batch_size) or (0, 0))[0]
-        if 0 < own < self.args.per_device_eval_batch_size and loss is not None:
-            rows = {name: value[:own] for name, value in inputs.items()}
-            loss = super().prediction_step(model, rows, prediction_loss_only=True)[0]
+        share = own_rows(self.accelerator.gradient_state, self.args.per_device_eval_batch_size)
+        if share is not None and loss is not None:
+            # Every process, with or without such rows: a forward pass of a sharded model needs all of them.
+            rows = {name: value[: max(share[0], 1)] for name, value in inputs.items()}
+            of_own = super().prediction_step(model, rows, prediction_loss_only=True)[0]
+            loss = of_own if share[0] else loss
         return loss, logits, labels
 
     def _count_own_rows(self) -> tuple[int, int] | None:
