@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from sparsegrad.basis import Basis, load_bases, save_bases
+from sparsegrad.distributed import whole
 from sparsegrad.errors import UserError
 from sparsegrad.files import read_json, write_json
 from sparsegrad.hashing import SHORT, tensors_sha256
@@ -96,7 +97,8 @@ class BasisStore:
         """16 hex digits of the model's weights, the data and the settings."""
         head = json.dumps({**self.facts, **settings}, sort_keys=True, default=str)
         named = self.model.named_parameters()
-        return tensors_sha256(((f"{name}{tuple(one.shape)}", one) for name, one in named), head)[:SHORT]
+        # One after the other, so that of a sharded model no more than one tensor is whole.
+        return tensors_sha256(((f"{name}{tuple(one.shape)}", whole(one.detach())) for name, one in named), head)[:SHORT]
 
     def _measured(self, compute: Callable[[], dict[str, Basis]]) -> tuple[dict[str, Basis], dict[str, Any]]:
         memory = PeakMemory(next(self.model.parameters()).device)

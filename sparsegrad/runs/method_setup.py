@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsegrad.distributed import world_size
-from sparsegrad.methods.base import Context, Prepared
+from sparsegrad.methods.base import Context, Prepared, freeze
 from sparsegrad.models.loading import describe_tokenizer
 from sparsegrad.runs.basis_cache import BasisStore
 from sparsegrad.runs.config import RunConfig
@@ -17,6 +17,7 @@ from sparsegrad.runs.parts import Parts
 from sparsegrad.runs.trainer_setup import training_batches
 from sparsegrad.targets import Linears, all_linears
 from sparsegrad.tasks.base import Splits
+from sparsegrad.trainer.parallel import shard_model
 
 
 def prepare_method(
@@ -28,6 +29,10 @@ def prepare_method(
     if config.train.gradient_checkpointing:  # the calibration needs it as much as the training
         model.gradient_checkpointing_enable({"use_reentrant": False})
     context = _make_context(config, parts, _basis_store(config, parts, splits, resuming))
+    if config.train.parallel == "fsdp2":
+        # What trains becomes float32, which is not possible in a shard.
+        freeze(model, parts.linears, context, mlp_weights=True)
+        shard_model(model, device)
     # Weights of two precisions in one model need autocast, in the calibration too.
     mixed = config.train.precision == "bf16_weights"
     rest = _outside_mlp(model, parts.linears)

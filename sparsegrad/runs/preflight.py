@@ -26,11 +26,11 @@ from sparsegrad.runs.saving import check_saving
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.checkpoints import MANIFEST, PREFIX
 from sparsegrad.trainer.main_process import on_main
+from sparsegrad.trainer.parallel import check_parallel
 from sparsegrad.trainer.processes import check_same, from_main
 
 # What `accelerate launch` sets for engines that do not keep every weight whole, or bring an optimizer of their own.
 _SHARDING_ENGINES = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "accelerate's parallelism config",
@@ -67,7 +67,7 @@ def check_run(config: RunConfig, device: torch.device) -> Checked:
     check_saving(config)
     check_precision(config, device)
     check_method_for_processes(config)
-    check_launcher()
+    check_launcher(config)
     check_process_count(config)
     finished = None if config.force else find_finished(config)
     sources = check_sources(config, finished)  # before the data: a gated model would be found out late
@@ -118,8 +118,9 @@ def check_method_for_processes(config: RunConfig) -> None:
 
 
 @on_main
-def check_launcher() -> None:
-    """The launcher keeps every weight whole on every process."""
+def check_launcher(config: RunConfig) -> None:
+    """The launcher shares the model out among the processes as `train.parallel` says."""
+    check_parallel(config.train.parallel, config.method.name)
     if world_size() == 1:
         return
     for variable, engine in _SHARDING_ENGINES.items():

@@ -46,8 +46,9 @@ def save_results(config: RunConfig, parts: Parts, prepared: Prepared, sources: S
         _write_whole(parts, lambda: _save_lora(config, parts, sources, max_error=None))
     if config.save_adapter == "peft":
         assert prepared.save is not None  # `prepare_method` has checked it
+        save = prepared.save
         _named(config, parts)
-        prepared.save(config.adapter_folder)
+        _write_whole(parts, lambda: save(config.adapter_folder))
     prepared.finish()
     _write_whole(parts, lambda: _save_linears(config, parts, sources, exact))
 

@@ -23,6 +23,7 @@ from sparsegrad.runs.tokenized_splits import TokenSets
 from sparsegrad.trainer.callbacks import EvaluationSteps, LossWatch, Progress, Stopwatch
 from sparsegrad.trainer.checkpoints import last_checkpoint
 from sparsegrad.trainer.device import pick_device
+from sparsegrad.trainer.parallel import ShardedTrainer
 from sparsegrad.trainer.peak_memory import PeakMemory
 from sparsegrad.trainer.signals import StopOnSignal
 from sparsegrad.trainer.trainer import RunTrainer
@@ -64,7 +65,8 @@ def make_trainer(
     callbacks: list[Any] = [stopwatch, EvaluationSteps(), stop or StopOnSignal()]
     if config.protocol.patience is not None:
         callbacks.append(EarlyStoppingCallback(config.protocol.patience))
-    trainer = RunTrainer(
+    maker = ShardedTrainer if config.train.parallel == "fsdp2" else RunTrainer
+    trainer = maker(
         model=model,
         args=training_arguments(config, len(sets.train)),
         train_dataset=sets.train,
