@@ -171,7 +171,7 @@ def test_tasks_can_be_narrowed_and_a_wrong_one_is_one_line(tmp_path: Path, capsy
     found = searches.planned_searches("table13", "paper", None, ["task=cola,rte", where])
     assert [one.plan.base.task.name for one in found] == ["cola", "rte"]
     assert runner.main(["table13", "--dry", "task=magic", where]) == 2
-    assert "search on magic: " in capsys.readouterr().err
+    assert "task=magic is not allowed: choose one of" in capsys.readouterr().err
 
 
 def test_all_is_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,7 +113,7 @@ def test_the_committed_records_are_the_cells_of_mini_table_6() -> None:
         (["table99"], "table=table99 is not allowed: choose one of"),
         (["table4", "--scale", "huge"], "SCALE=huge is not allowed: choose one of paper, mini"),
         (["table4", "--launcher", "pigeon"], "LAUNCHER=pigeon is not allowed: choose one of local"),
-        (["table4", "--dry", "method=magic"], "Could not find 'method/magic'"),
+        (["table4", "--dry", "method=magic"], "method=magic is not allowed: choose one of"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
