@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from experiments.report import evidence
 from experiments.report.collect import Store
 from experiments.report.departures import find_departures
 from experiments.report.evidence import Block, Evidence, add_record, load_evidence
-from experiments.report.plans import Plan
+from experiments.report.plans import Plan, read_plan
 from experiments.report.tables.base import Context
 from sparsegrad.errors import UserError
 
@@ -23,11 +22,12 @@ def load_comparison(context: Context, folder: str) -> Evidence:
     Raises:
         UserError: if the plan is gone, or its `evidence` is not allowed.
     """
-    plan = evidence.read_plan(folder)
+    plan = read_plan(folder)
     if plan is None:
         raise UserError(f"conf/experiment/{folder}.yaml is missing: restore it from the repository")
     plan = replace(plan, grid={**plan.grid, "method": _list_names(context.store, plan)})
-    block, plans = Block(folder, plan), {folder: plan}
+    block = Block(folder, plan)
+    plans: dict[str, Plan | None] = {folder: plan}
     for place, record in sorted(context.store.records.items()):
         if place.parts[0] == folder or (place.parts[0] in SHARED and _is_same(record, plan)):
             add_record(context, block, plans, place, record)

@@ -46,8 +46,8 @@ class Peft:
         if not isinstance(self.config, Mapping):
             raise fail("method.config", self.config, "give peft's fields", "such as method.config.peft_type=LORA")
         find_config_class(self.config)  # for its checks
-        density = self._read_budget()
-        if density is not None and (field := self._size_field()) in self.config:
+        field = size_field(str(self.config["peft_type"]).upper())
+        if self._read_budget() is not None and field is not None and field in self.config:
             raise UserError(
                 f"method.config.{field}={self.config[field]} and method.budget={self.budget}: both set the size; "
                 "leave one out, the budget with null"
@@ -69,9 +69,6 @@ class Peft:
             )
         check_density(density)
         return density
-
-    def _size_field(self) -> str | None:
-        return size_field(str(self.config["peft_type"]).upper())
 
     def _check_data(self) -> None:
         init = self.config.get("init_lora_weights")
@@ -160,7 +157,7 @@ def _read_data(
         from peft.tuners.lora.loraga import preprocess_loraga  # of peft 0.19 and later; `make_config` has refused it
 
         preprocess_loraga(model, config, train_step=backward)
-    average_([linear._peft_loraga_grad for linear in linears.values()])  # of all processes
+    average_(getattr(linear, "_peft_loraga_grad") for linear in linears.values())  # noqa: B009 - peft's, of all processes
 
 
 def _set_trainable(layer: nn.Module, adapters: set[int]) -> None:
@@ -172,7 +169,7 @@ def _set_trainable(layer: nn.Module, adapters: set[int]) -> None:
             train_only(parameter, id(parameter) in adapters)
 
 
-def _count_adapter(layer: nn.Module) -> int:
+def _count_adapter(layer: Any) -> int:
     own = getattr(layer.get_base_layer(), "bias", None)
     return sum(p.numel() for p in layer.parameters() if p.requires_grad and p is not own)
 

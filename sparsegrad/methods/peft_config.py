@@ -36,6 +36,8 @@ _ELSEWHERE = {
     "POLY": "it needs the number of a task with each row",
     "SHADOW": "it trains a second model beside the first",
     "TRAINABLE_TOKENS": "it trains embeddings",
+    "UNILORA": "its layers share what trains, which a checkpoint of transformers cannot hold",
+    "VBLORA": "its layers share what trains, which a checkpoint of transformers cannot hold",
     "XLORA": "it mixes adapters that are trained already",
 }
 # Version of peft in which a type appeared, for the message where the installed one lacks it.
@@ -64,9 +66,7 @@ def find_config_class(node: Mapping[str, Any]) -> type[Any]:
     where = "method.config.peft_type"
     if kind not in known:
         if kind in _ELSEWHERE:
-            raise fail(
-                where, kind, f"{_ELSEWHERE[kind]}, and this project trains linears", f"choose one of {', '.join(known)}"
-            )
+            raise fail(where, kind, _ELSEWHERE[kind], f"choose one of {', '.join(known)}")
         if kind in _SINCE:
             raise UserError(
                 f"{where}={kind} is not in peft {peft.__version__}: it came with peft {_SINCE[kind]}; "
@@ -109,6 +109,9 @@ def make_config(node: Mapping[str, Any], targets: Mapping[str, tuple[int, int]])
         given = {"feedforward_modules": wide, **given}
     if given.get("init_lora_weights") == "lora_ga":
         given = {"lora_ga_config": {}, **given}  # its defaults; without it peft does not start
+    if "save_projection" in (field.name for field in dataclasses.fields(config_class)):
+        # All layers share the frozen projections, which transformers refuses in a checkpoint: they are drawn again.
+        given = {"save_projection": False, **given}
     with quiet():
         return _call_peft(kind, lambda: config_class(target_modules=list(targets), **given))
 
@@ -125,7 +128,7 @@ def wrap(model: nn.Module, config: Any) -> BaseTuner:
     kind = config.peft_type.value
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     with quiet():
-        return _call_peft(kind, lambda: tuner(model, config, adapter_name="default"))  # type: ignore[no-any-return]
+        return _call_peft(kind, lambda: tuner(model, config, adapter_name="default"))
 
 
 def _call_peft(kind: str, call: Callable[[], Any]) -> Any:

@@ -15,10 +15,10 @@ from sparsegrad.methods.peft_config import make_config, quiet, wrap
 
 Shapes = Mapping[str, tuple[int, int]]
 # The field that sets the size of a type, where it is not `r`; None: the size is fixed.
-_SIZE_FIELDS = {
+_SIZE_FIELDS: dict[str, str | None] = {
     "BOFT": "boft_block_size", "OFT": "oft_block_size", "C3A": "block_size", "FOURIERFT": "n_frequency",
-    "WAVEFT": "n_frequency", "OSF": "effective_rank", "UNILORA": "theta_d_length", "VBLORA": "num_vectors",
-    "TINYLORA": "u", "IA3": None, "BEFT": None, "ROAD": None, "FROD": None, "SUPERTUNING": None,
+    "WAVEFT": "n_frequency", "OSF": "effective_rank", "TINYLORA": "u",
+    **dict.fromkeys(("IA3", "BEFT", "ROAD", "FROD", "SUPERTUNING")),
 }  # fmt: skip
 
 
@@ -139,6 +139,8 @@ def _search(share: Callable[[int], float | None], density: float, largest: int) 
 
     Shares rise with the field (a rank) or fall (the block size of a block-diagonal matrix).
     """
+    if _search_line(share, density):
+        return
     low = high = 0
     below = False  # whether the share at `low` is below the density; beyond `high` it is not, or peft refuses
     for value in (2**power for power in range(largest.bit_length())):
@@ -156,3 +158,14 @@ def _search(share: Callable[[int], float | None], density: float, largest: int) 
                 share(value)
             return
         low, high = (middle, high) if (found < density) is below else (low, middle)
+
+
+def _search_line(share: Callable[[int], float | None], density: float) -> bool:
+    """Call `share` where it gives `density` if it grows by the same amount with each step of the field, as of ranks."""
+    first, second = share(1), share(2)
+    if first is None or second is None or second <= first:
+        return False
+    low = max(1, int(1 + (density - first) / (second - first)))
+    found = share(low)
+    share(low + 1)
+    return found is not None and abs(found - first - (low - 1) * (second - first)) < 1e-9

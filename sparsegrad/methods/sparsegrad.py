@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
-from tqdm.auto import tqdm
+from torch import Tensor, nn
 
 from sparsegrad.basis import SIDES, Basis, load_bases
 from sparsegrad.calibration.gradients import calibrate
@@ -25,21 +23,25 @@ from sparsegrad.methods.base import (
     freeze,
     kept_per_weight,
 )
+from sparsegrad.methods.gradients import mean_gradients
+from sparsegrad.methods.static_mask import fix_positions
 from sparsegrad.optim.adamw import SparseGradAdamW
 from sparsegrad.optim.groups import param_groups
 from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.optim.orders import ORDERS
 from sparsegrad.optim.rotation import check_rotation_dtype
+from sparsegrad.progress import track
 from sparsegrad.targets import Linears, all_linears, weight_shapes
 
 ENGINES = ("exact", "layer")
+BASES = ("hosvd", "authors", "random", "none")  # by name; any other value of `basis` is a file
 _DTYPES = {None: None, "bf16": torch.bfloat16}
 # Settings of one engine, with the value that they must have under the other.
 _ENGINE_SETTINGS: dict[str, dict[str, Any]] = {
     "layer": {"backward": "regular"},
     "exact": {
         "sides": "both", "moments": "dense", "release_gradients": False, "drop_padding": False, "save_dtype": None,
-        "rotation_order": "auto", "rotation_dtype": None, "error_feedback": False,
+        "rotation_order": "auto", "rotation_dtype": None, "error_feedback": False, "static": False,
     },
 }  # fmt: skip
 
@@ -65,11 +67,11 @@ def calibrated_bases(
             the store, because its updates would be missing.
     """
     mlp = {kind: list(found.values()) for kind, found in linears.items()}
-    batches, progress = islice(context.batches(), steps), partial(tqdm, leave=False)
+    batches = islice(context.batches(), steps)
     # Settings name the stored basis; `both`, the default, is left out of the name.
     settings = {"steps": steps, **({} if sides == "both" else {"sides": sides})} if update is None else None
     return context.calibrated(
-        settings, lambda: calibrate(model, batches, mlp, steps, sides=sides, update=update, progress=progress)
+        settings, lambda: calibrate(model, batches, mlp, steps, sides=sides, update=update, progress=track)
     )
 
 
@@ -102,7 +104,11 @@ class SparseGrad:
             has it; None: in the dtype of the weights.
         error_feedback: for engine `exact`: add what a step does not keep to the next rotated gradient (MicroAdam, arXiv
             2405.15593), in a dense buffer. Not the paper's method.
-        basis: file with stored bases to use instead of a calibration.
+        static: for engine `exact`: choose the entries once, by the mean squared rotated gradient of the calibration,
+            and keep moments of these alone. Not the paper's method.
+        basis: file with stored bases to use instead of a calibration; or, to study what the basis does, one of
+            `BASES`: `hosvd` (the method), `authors` (U transposed, as in their code), `random` (orthogonal, drawn once
+            per layer kind) or `none` (the identity).
     """
 
     density: float | None = 0.01
@@ -118,6 +124,7 @@ class SparseGrad:
     rotation_order: str = "auto"
     rotation_dtype: str | None = None
     error_feedback: bool = False
+    static: bool = False
     basis: str | None = None
     name: str = "sparsegrad"
 
@@ -136,6 +143,7 @@ class SparseGrad:
             "method.rotation_dtype", self.rotation_dtype, tuple(_DTYPES), "null rotates in that of the weights"
         )
         check_choice("method.error_feedback", self.error_feedback, (True, False))
+        check_choice("method.static", self.static, (True, False))
         for name, value in _ENGINE_SETTINGS["layer" if self.engine == "exact" else "exact"].items():
             if getattr(self, name) != value:
                 default = "null" if value is None else str(value).lower()  # as in YAML
@@ -149,10 +157,14 @@ class SparseGrad:
                 "method.error_feedback=true needs linears that rotate: set method.rotation_order=auto, not gradient"
             )
 
+        if self.static and (self.error_feedback or self.moments != "dense"):
+            other = "error_feedback=true" if self.error_feedback else f"moments={self.moments}"
+            raise UserError(f"method.static=true never selects again, so method.{other} has no effect: leave it out")
+
     def check(self, linears: Linears) -> None:
         """Raise `UserError` if `keep` exceeds the size of a weight, or a given basis file does not fit the shapes."""
         kept_per_weight(linears, self.density, self.keep)
-        if self.basis is not None:
+        if self.basis is not None and self.basis not in BASES:
             self._load_bases(linears)
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
@@ -171,7 +183,13 @@ class SparseGrad:
         self, model: nn.Module, linears: Linears, context: Context
     ) -> tuple[dict[str, Basis], dict[str, Any]]:
         """Return the bases of all layer kinds and their cost: from the given file, the store, or a calibration."""
-        if self.basis is not None:
+        if self.basis in ("random", "none"):
+            return {kind: _make_basis(self.basis, shape).only(self.sides).to(next(all_linears(linears)).weight.device)
+                    for kind, shape in weight_shapes(linears).items()}, {"basis": self.basis}  # fmt: skip
+        if self.basis == "authors":
+            bases, cost = calibrated_bases(model, linears, context, self.steps, sides=self.sides)
+            return {kind: transpose_in_basis(basis) for kind, basis in bases.items()}, cost
+        if self.basis is not None and self.basis not in BASES:
             return {kind: basis.only(self.sides) for kind, basis in self._load_bases(linears).items()}, {
                 "file": self.basis
             }
@@ -187,11 +205,14 @@ class SparseGrad:
     ) -> Prepared:
         """Set up the engine and its optimizer for given bases."""
         per_weight = kept_per_weight(linears, self.density, self.keep)
+        scores = self._score_entries(model, linears, context, bases) if self.static else None
         # Counted first: engine `layer` replaces the linears.
         trainable = count_trainable(model, linears, per_weight)
         optimizer = SparseGradAdamW(
             self._make_groups(model, linears, bases), lr=context.lr, weight_decay=context.weight_decay, fused=True
         )
+        if scores is not None:
+            fix_positions(optimizer, linears, scores, per_weight)
         if self.release_gradients:
             optimizer.release_gradients()
         return Prepared(
@@ -201,6 +222,16 @@ class SparseGrad:
             calibration=cost,
             finish=lambda: to_linears(model),
         )
+
+    def _score_entries(
+        self, model: nn.Module, linears: Linears, context: Context, bases: Mapping[str, Basis]
+    ) -> dict[str, Tensor]:
+        """Name of a linear -> mean squared rotated gradient (out, in), over the calibration's batches."""
+
+        def square(kind: str, gradient: Tensor) -> Tensor:
+            return bases[kind].to(gradient.device, gradient.dtype).rotate(gradient).square()
+
+        return mean_gradients(model, linears, context, self.steps, square)
 
     def _make_groups(self, model: nn.Module, linears: Linears, bases: Mapping[str, Basis]) -> list[dict[str, Any]]:
         if self.engine == "layer":
@@ -248,3 +279,16 @@ class SparseGrad:
                     f"{shape}: give a basis of this model, or null to calibrate"
                 )
         return bases
+
+
+def transpose_in_basis(basis: Basis) -> Basis:
+    """V^T G U^T instead of V^T G U, as in the authors' code: an arbitrary rotation of the input side."""
+    return basis if basis.in_basis is None else Basis(basis.in_basis.T.contiguous(), basis.out_basis)
+
+
+def _make_basis(name: str, shape: tuple[int, int]) -> Basis:
+    """The identity, or orthogonal matrices drawn by torch's generator, which the run's seed has set."""
+    if name == "none":
+        return Basis.identity(*shape)
+    V, U = (torch.linalg.qr(torch.randn(size, size)).Q for size in shape)
+    return Basis(U, V)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError
 from sparsegrad.methods.base import Context, Prepared, adamw, freeze, trainable_parameters
-from sparsegrad.methods.sparsegrad import SparseGrad, calibrated_bases
+from sparsegrad.methods.sparsegrad import BASES, SparseGrad, calibrated_bases, transpose_in_basis
 from sparsegrad.targets import Linears
 
 MAX_NORM = 1.0  # of the Trainer's clipping
@@ -42,6 +42,11 @@ class SparseGradAuthors(SparseGrad):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.basis in BASES:
+            raise UserError(
+                f"method.basis={self.basis} is an option of method=sparsegrad: leave it null, the switches of "
+                "method=sparsegrad_authors choose the basis"
+            )
         if self.basis is not None and self.training_calibration:
             raise UserError(
                 f"method.basis={self.basis} skips the calibration that method.training_calibration=true asks for: set "
@@ -53,7 +58,7 @@ class SparseGradAuthors(SparseGrad):
         freeze(model, linears, context, mlp_weights=True)
         bases, cost = self.find_bases(model, linears, context)
         if self.transposed_in_basis:
-            bases = {kind: _transpose_in_basis(basis) for kind, basis in bases.items()}
+            bases = {kind: transpose_in_basis(basis) for kind, basis in bases.items()}
         if self.frozen_layer_norm:  # after the calibration, which trains them too
             for module in model.modules():
                 if isinstance(module, nn.LayerNorm):
@@ -81,11 +86,6 @@ class SparseGradAuthors(SparseGrad):
             optimizer.zero_grad()
 
         return calibrated_bases(model, linears, context, self.steps, update=update)
-
-
-def _transpose_in_basis(basis: Basis) -> Basis:
-    assert basis.in_basis is not None
-    return Basis(basis.in_basis.T.contiguous(), basis.out_basis)
 
 
 def _rotate_bias_gradients(model: nn.Module, linears: Linears, bases: Mapping[str, Basis]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sparsegrad.distributed import world_size
+from sparsegrad.errors import UserError, fail
 from sparsegrad.methods.base import Context, Prepared, freeze
 from sparsegrad.models.loading import describe_tokenizer
 from sparsegrad.runs.basis_cache import BasisStore
@@ -38,9 +39,25 @@ def prepare_method(
     rest = _outside_mlp(model, parts.linears)
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
         prepared = config.method.prepare(model, parts.linears, context)
+    _check_saving(config, prepared)
     if config.train.rest_lr is not None:
         set_rest_rate(prepared.optimizer, rest, config.train.rest_lr)
     return prepared
+
+
+def _check_saving(config: RunConfig, prepared: Prepared) -> None:
+    """What shall be saved at the end can be; known now, before the training."""
+    if config.save_adapter == "peft" and prepared.save is None:
+        raise fail(
+            "save_adapter", "peft", f"method={config.method.name} has no adapter in peft's format: it needs a method "
+            "of peft with train.train_rest=false, and an initialisation that leaves W as it is", "use save_adapter=lora",
+        )  # fmt: skip
+    if prepared.notes.get("merges") is False and (config.save_model or config.save_adapter in ("lora", "sparsegrad")):
+        name = "save_model=true" if config.save_model else f"save_adapter={config.save_adapter}"
+        raise UserError(
+            f"{name} is not allowed: peft cannot merge method={config.method.name} into the weights; use "
+            "save_adapter=peft"
+        )
 
 
 def _outside_mlp(model: nn.Module, linears: Linears) -> set[int]:

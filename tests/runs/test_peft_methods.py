@@ -1,0 +1,268 @@
+"""Methods of peft and their kin: every YAML trains, merges and resumes, and bad input is one line."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from run_fixtures import ROOT, Composer
+from test_methods import batch, context
+from transformers import BertForSequenceClassification
+from transformers.pytorch_utils import Conv1D
+
+from sparsegrad import UserError, find_mlp
+from sparsegrad.methods.base import Prepared
+from sparsegrad.methods.core import CoreLinear
+from sparsegrad.methods.floors import BitFit, Frozen
+from sparsegrad.methods.gradients import mean_gradients
+from sparsegrad.methods.lora_sb import LoraSb
+from sparsegrad.methods.lora_xs import LoraXs
+from sparsegrad.methods.peft import Peft
+from sparsegrad.methods.peft_config import list_types
+from sparsegrad.methods.sparsegrad import SparseGrad
+from sparsegrad.methods.static_mask import StaticMask
+from sparsegrad.runs.config import build
+
+READY = sorted(path.stem for path in (ROOT / "conf" / "method" / "peft").glob("*.yaml"))
+KIN = ("lora_xs", "lora_sb", "static_mask", "random_mask", "sparsegrad_static", "bitfit", "frozen")
+SIZES = {"fourierft": 0.05, "waveft": 0.05, "boft": 0.3, "randlora": 0.5, "miss": 0.2}  # of 16 x 32
+FEW = ("method.steps=2",)
+
+
+def fresh() -> BertForSequenceClassification:
+    from transformers import BertConfig
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).train()
+
+
+def made(conf: Composer, name: str) -> Any:
+    """The method of a YAML, with a size for weights of 16 x 32."""
+    kin = name in KIN
+    size = "" if name in ("ia3", "vera", "bitfit", "frozen") else str(SIZES.get(name, 0.1))
+    sized = [f"method.density={size}" if kin else f"method.budget=density:{size}"] if size else []
+    steps = ["method.steps=2"] if name in ("lora_sb", "static_mask", "sparsegrad_static", "lora_ga") else []
+    found = build(conf(f"method={name if kin else f'peft/{name}'}", "task=sst2", *sized, *steps)).method
+    assert found.name == name, "the option's last part, by which tables and studies name it"
+    return found
+
+
+def prepared(method: Any, model: Any, **changes: Any) -> Prepared:
+    linears = find_mlp(model)
+    method.check(linears)
+    return method.prepare(model, linears, context(**{"train_rest": False, **changes}))
+
+
+def train(model: Any, result: Prepared, steps: range) -> None:
+    for seed in steps:
+        model(**batch(seed)).loss.backward()
+        result.optimizer.step()
+        result.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", [*READY, *KIN])
+def test_every_method_trains_merges_and_resumes(conf: Composer, name: str) -> None:
+    """Three steps, then the same by a second model that takes over after two: equal to the last bit."""
+    method, model = made(conf, name), fresh()
+    start = copy.deepcopy(model.state_dict())
+    torch.manual_seed(1)
+    result = prepared(method, model)
+    train(model, result, range(2))
+    saved = copy.deepcopy((model.state_dict(), result.optimizer.state_dict()))
+    train(model, result, range(2, 3))
+    torch.manual_seed(1)
+    other = fresh()
+    again = prepared(method, other)
+    other.load_state_dict(saved[0])
+    again.optimizer.load_state_dict(saved[1])
+    train(other, again, range(2, 3))
+    assert all(torch.equal(one, other.state_dict()[key]) for key, one in model.state_dict().items())
+    model.eval()
+    with torch.no_grad():
+        before = model(**batch(9)).logits
+        assert result.notes.get("merges", True), "all ready ones can be merged"
+        result.finish()
+        after = model(**batch(9)).logits
+    assert torch.allclose(before, after, atol=1e-5)
+    assert set(model.state_dict()) == set(start), "an ordinary model again"
+    kinds = find_mlp(model)
+    moved = [
+        not torch.equal(start[f"{key}.weight"], one.weight) for found in kinds.values() for key, one in found.items()
+    ]
+    assert all(moved) is (name not in ("bitfit", "frozen"))
+    assert torch.equal(start["bert.embeddings.word_embeddings.weight"], model.bert.embeddings.word_embeddings.weight)
+
+
+def test_a_budget_gives_the_size_with_the_closest_count_and_says_it(conf: Composer) -> None:
+    model = fresh()
+    result = prepared(made(conf, "dora"), model)  # 0.1 of 512 entries: r 48 + rows of magnitudes
+    about = result.notes["budget"]
+    assert about["field"] == "r"
+    assert about["value"] == 1
+    assert about["share"] == pytest.approx((2 * 48 + 32 + 16) / 1024)
+    assert result.trainable_per_weight == {"intermediate": 48 + 32, "output": 48 + 16}
+    exact = prepared(Peft(config={"peft_type": "FOURIERFT"}, budget="density:0.05"), fresh())
+    assert exact.trainable_per_weight == {"intermediate": 26, "output": 26}
+
+
+def test_a_saved_adapter_is_peft_s_own(conf: Composer, tmp_path: Path) -> None:
+    model, base = fresh(), fresh()
+    result = prepared(made(conf, "shira"), model)
+    train(model, result, range(2))
+    assert result.save is not None
+    result.save(tmp_path)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    with torch.no_grad():
+        assert torch.allclose(loaded(**batch(5)).logits, model.eval()(**batch(5)).logits, atol=1e-6)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+    assert prepared(made(conf, "pissa"), fresh()).save is None, "it takes its part out of W"
+    assert prepared(made(conf, "shira"), fresh(), train_rest=True).save is None, "the rest is in no adapter"
+
+
+def peft_of(**fields: Any) -> Any:
+    return lambda: Peft(config=fields)
+
+
+BAD: list[tuple[Any, str]] = [
+    (peft_of(peft_type="SHIRRA"), "did you mean SHIRA"),
+    (peft_of(peft_type="LORA", rank=3), "did you mean r"),
+    (peft_of(peft_type="LORA", target_modules=["q"]), "model.mlp"),
+    (peft_of(peft_type="LORA", bias="all"), "train.train_rest"),
+    (peft_of(peft_type="PREFIX_TUNING"), "prompts"),
+    (peft_of(peft_type="TRAINABLE_TOKENS"), "embeddings"),
+    (peft_of(peft_type="VBLORA"), "checkpoint"),
+    (peft_of(peft_type="LORA", init_lora_weights="eva"), "use lora_ga"),
+    (lambda: Peft(config={"peft_type": "LORA", "init_lora_weights": "lora_ga"}, steps=None), "method.steps=null"),
+    (lambda: Peft(config={"peft_type": "LORA", "r": 3}, budget="density:0.1"), "leave one out"),
+    (lambda: Peft(config={"peft_type": "LORA"}, budget="1%"), "density:0.01"),
+    (lambda: prepared(Peft(config={"peft_type": "LORA", "r": 0}), fresh()), "`r` should be a positive"),
+    (lambda: prepared(Peft(config={"peft_type": "LORA", "r": "x"}), fresh()), "refuses these settings"),
+    (lambda: prepared(Peft(config={"peft_type": "LORA"}, budget="density:0.001"), fresh()), "makes r of LORA 0"),
+    (lambda: prepared(Peft(config={"peft_type": "IA3"}, budget="density:0.1"), fresh()), "intermediate 32, output 32"),
+    (lambda: prepared(Peft(config={"peft_type": "C3A", "block_size": 5}), fresh()), "refuses these settings of C3A"),
+    (lambda: Peft(config={"peft_type": "LORA"}).check({"up": {"a": Conv1D(4, 3)}}), "not Conv1D"),
+    (lambda: prepared(Frozen(), fresh(), is_head=lambda name: False), "method=bitfit"),
+    (lambda: prepared(LoraXs(density=1e-4), fresh()), "makes the rank of intermediate 0"),
+    (lambda: LoraSb(density=0.1, rank=2), "give one"),
+    (lambda: StaticMask(choice="best"), "gradient, random"),
+    (lambda: SparseGrad(static=True, error_feedback=True), "error_feedback=true has no effect"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_one_line(make: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_type_that_the_installed_peft_lacks_is_named_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = [one for one in list_types() if one != "WAVEFT"]
+    monkeypatch.setattr("sparsegrad.methods.peft_config.list_types", lambda: without)
+    with pytest.raises(UserError, match=r"WAVEFT.*came with peft 0\.18.*pip install -U"):
+        Peft(config={"peft_type": "WAVEFT"})
+
+
+def test_peft_s_fields_need_no_plus_and_the_wide_sweep_knows_every_ready_method(conf: Composer) -> None:
+    method = build(conf("method=peft", "method.config.peft_type=SHIRA", "method.config.r=8", "task=stsb")).method
+    assert (method.name, dict(method.config)) == ("peft", {"peft_type": "SHIRA", "r": 8})
+    wide = yaml.safe_load((ROOT / "conf" / "sweep" / "wide.yaml").read_text())["sweep"]["space"]
+    named = {one for entry in wide.values() for one in entry.get("methods", [])}
+    assert set(READY) - {"ia3"} <= named
+
+
+def test_a_core_lies_between_the_singular_vectors_of_its_weight() -> None:
+    model, plain = fresh(), fresh()
+    prepared(LoraXs(rank=3, density=None), model)
+    layer, weight = model.bert.encoder.layer[0].output.dense, plain.bert.encoder.layer[0].output.dense.weight
+    assert isinstance(layer, CoreLinear)
+    U, S, Vh = torch.linalg.svd(weight.detach())
+    assert torch.allclose(layer.B @ layer.A, U[:, :3] * S[:3] @ Vh[:3], atol=1e-5)
+    assert layer.core.shape == (3, 3)
+    assert layer.core.abs().max() < 1e-3
+
+
+def test_a_core_of_lora_sb_starts_at_the_best_low_rank_part_of_adams_first_step() -> None:
+    model, plain = fresh(), fresh()
+    name = "bert.encoder.layer.1.intermediate.dense"
+    step = -1e-3 * mean_gradients(plain, find_mlp(plain), context(), 2)[name].sign()
+    prepared(LoraSb(rank=4, density=None, steps=2), model)
+    layer: Any = model.get_submodule(name)
+    U, S, Vh = torch.linalg.svd(step)
+    assert torch.allclose(layer.B @ layer.core @ layer.A, (U[:, :4] * S[:4] @ Vh[:4]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method", [StaticMask(keep=20, density=None, steps=2), SparseGrad(keep=20, density=None, steps=2, static=True)]
+)
+def test_a_fixed_choice_of_entries_is_that_of_the_calibration(method: Any) -> None:
+    """Only the chosen entries move, of W or of V^T W U; the moments are of these alone."""
+    model, plain = fresh(), fresh()
+    result = prepared(method, model)
+    basis = result.optimizer.param_groups[0]["basis"]
+    rotate = (lambda gradient: gradient) if basis is None else basis.rotate
+    squares = mean_gradients(plain, find_mlp(plain), context(), 2, lambda kind, gradient: rotate(gradient).square()
+                             if kind == "intermediate" else gradient)  # fmt: skip
+    name = "bert.encoder.layer.0.intermediate.dense"
+    wanted = squares[name].flatten().topk(20).indices.sort().values
+    train(model, result, range(5, 8))
+    change = rotate((model.get_submodule(name).weight - plain.get_submodule(name).weight).detach()).flatten()
+    assert change.abs().topk(20).indices.sort().values.tolist() == wanted.tolist()
+    assert change.abs().sort().values[:-20].max() < 1e-6
+    state = next(one for key, one in result.optimizer.state.items() if key is model.get_submodule(name).weight)
+    assert state["exp_avg"].numel() == 20
+
+
+def test_random_masks_differ_between_weights_of_a_shape() -> None:
+    result = prepared(StaticMask(density=0.1, choice="random"), fresh())
+    chosen = [state["positions"] for state in result.optimizer.state.values() if "positions" in state]
+    assert len({tuple(one.tolist()) for one in chosen}) == len(chosen) == 4
+
+
+def test_the_floors_train_the_head_and_the_biases() -> None:
+    for method, wanted in ((Frozen(), 2), (BitFit(), 2)):
+        model = fresh()
+        result = prepared(method, model, train_rest=True)
+        names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert {name for name in names if not name.endswith("bias")} == {"classifier.weight"}
+        assert (len(names) == wanted) is isinstance(method, Frozen)
+        assert set(result.trainable_per_weight.values()) == {0}
+
+
+def test_bases_by_name() -> None:
+    """`none` keeps entries of the plain gradient, `authors` transposes U, `random` is orthogonal."""
+    model = fresh()
+    found = {
+        name: prepared(SparseGrad(keep=9, density=None, steps=2, basis=name), fresh())
+        for name in ("hosvd", "authors", "random", "none")
+    }
+    bases = {name: one.optimizer.param_groups[0]["basis"] for name, one in found.items()}
+    assert torch.equal(bases["authors"].in_basis, bases["hosvd"].in_basis.T)
+    assert torch.equal(bases["none"].in_basis, torch.eye(16))
+    U = bases["random"].in_basis
+    assert torch.allclose(U.T @ U, torch.eye(16), atol=1e-5)
+    assert not torch.allclose(U, bases["hosvd"].in_basis, atol=0.1)
+    del model
+
+
+def test_a_run_records_what_came_out_and_is_not_merged_where_peft_cannot(tiny: Any) -> None:
+    """VeRA's layers share their projections, which a checkpoint must bear; Lily has no merge."""
+    from sparsegrad.runs.runner import run
+
+    record, _ = run(tiny("method=peft/vera", "method.config.r=4", "train.train_rest=false"))
+    assert record["trainable"]["per_weight"] == {"intermediate": 4 + 64, "output": 4 + 32}
+    assert record["method"]["merges"] is True
+    config = tiny("method=peft", "method.config.peft_type=LILY", "method.config.r=4", "save_model=true")
+    with pytest.raises(UserError, match=r"cannot merge method=peft.*save_adapter=peft"):
+        run(config)
