@@ -41,7 +41,7 @@ PAGES = [
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
     if page.name != "recipes.md" and blocks(page.relative_to(ROOT).as_posix())
 ]
-HAS_MINILM = not problem(ASSETS["minilm"], assets_root())
+NEEDED = {"asset_path": "minilm", "experiments.mtbench": "mtbench"}  # a word of a block -> the asset that it needs
 RECIPES = "docs/recipes.md"
 
 
@@ -60,8 +60,9 @@ def test_the_blocks_of_a_page_run_from_top_to_bottom(
     page: str, work_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen = blocks(page)
-    if any("asset_path" in block for block in chosen) and not HAS_MINILM:
-        pytest.skip("needs `make assets`")
+    for word, asset in NEEDED.items():
+        if any(word in block for block in chosen) and problem(ASSETS[asset], assets_root()):
+            pytest.skip(f"needs `python -m sparsegrad.assets {asset}`")
     run_blocks(page, chosen)
     if page == "README.md":
         check_output(capsys.readouterr().out)
