@@ -44,7 +44,7 @@ def write_gathered(
         merge_shards(plain)
         return from_gathered(plain, lambda: save(model, *args, **kwargs))
 
-    return call
+    return call  # type: ignore[return-value]
 
 
 @renamed_arguments(quiet=True, mlp="target_modules")

@@ -140,7 +140,7 @@ class BlockLinear(nn.Module):
             linear._add_core(basis, core_shape)
         except UserError:
             linear.__dict__.update(before)
-            linear.__class__ = nn.Linear  # type: ignore[assignment]
+            linear.__class__ = nn.Linear
             raise
         linear.weight.requires_grad_(False)
         return linear

@@ -49,7 +49,7 @@ def use_blocks(model: nn.Module, linears: Linears, bases: Mapping[str, Basis], d
         layers = [_make_block(linear, bases[kind], core) for linear in found.values()]
         share_bases(layers)
         for (name, linear), layer in zip(found.items(), layers, strict=True):
-            if layer is not linear:
+            if not is_managed(layer):  # otherwise it is the same module
                 replace_linear(model, name, linear, layer)
         blocks[kind] = dict(zip(found, layers, strict=True))
     # First of the hooks: FSDP2's own gathers the weights. If the model is sharded later, that one comes first and has

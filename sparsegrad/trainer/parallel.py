@@ -94,9 +94,9 @@ class ShardedTrainer(RunTrainer):
             Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        from torch.distributed import checkpoint
+        from torch.distributed.checkpoint.state_dict_saver import save
 
-        checkpoint.save(self._read_state(with_optimizer=True), checkpoint_id=output_dir)
+        save(self._read_state(with_optimizer=True), checkpoint_id=output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
@@ -116,11 +116,11 @@ class ShardedTrainer(RunTrainer):
         self._load_state(self.state.best_model_checkpoint, with_optimizer=False)
 
     def _load_state(self, checkpoint: str, with_optimizer: bool) -> None:
-        from torch.distributed import checkpoint as files
         from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         state = self._read_state(with_optimizer)
-        files.load(state, checkpoint_id=checkpoint)  # into the shards of this process
+        load(state, checkpoint_id=checkpoint)  # into the shards of this process
         set_model_state_dict(self.model, state["model"])
         if with_optimizer:
             set_optimizer_state_dict(self.model, self._plain_optimizer, state["optimizer"])
@@ -129,7 +129,7 @@ class ShardedTrainer(RunTrainer):
         from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
         reshard(self.model)  # after an evaluation, which leaves the last unit whole
-        state = {"model": get_model_state_dict(self.model)}
+        state: dict[str, Any] = {"model": get_model_state_dict(self.model)}
         if with_optimizer:
             state["optimizer"] = get_optimizer_state_dict(self.model, self._plain_optimizer)
         return state
@@ -137,7 +137,9 @@ class ShardedTrainer(RunTrainer):
     @property
     def _plain_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer inside Accelerate's."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer: Any = self.optimizer
+        found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        return found
 
     @contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
