@@ -53,7 +53,7 @@ def save_results(config: RunConfig, parts: Parts, prepared: Prepared, sources: S
     _write_whole(parts, lambda: _save_linears(config, parts, sources, exact))
 
 
-def _write_whole(parts: Parts, write: Callable[[], None]) -> None:
+def _write_whole(parts: Parts, write: Callable[[], object]) -> None:
     """Let the main process write, with whole weights if the model is sharded; all processes call this."""
     merge_shards(parts.model)
     with gathered(parts.model):
