@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from sparsegrad.errors import UserError, fail, first_line
+from sparsegrad.errors import UserError, did_you_mean, fail, first_line
 
 _WHERE = "model.mlp, model.kinds and model.blocks choose the weights"
 # Fields that the run sets, with what sets them.
@@ -74,7 +73,7 @@ def find_config_class(node: Mapping[str, Any]) -> type[Any]:
             )
         if any(one.value == kind for one in PEFT_TYPE_TO_CONFIG_MAPPING):
             raise fail(where, kind, "it trains prompts, not linears", f"choose one of {', '.join(known)}")
-        raise fail(where, node.get("peft_type"), f"choose one of {', '.join(known)}", _suggest(kind, known))
+        raise fail(where, node.get("peft_type"), f"choose one of {', '.join(known)}", did_you_mean(kind, known))
     found: type[Any] = next(value for one, value in PEFT_TYPE_TO_CONFIG_MAPPING.items() if one.value == kind)
     _check_fields(kind, node, [field.name for field in dataclasses.fields(found) if field.init])
     return found
@@ -87,12 +86,12 @@ def _check_fields(kind: str, node: Mapping[str, Any], fields: Sequence[str]) -> 
             raise fail(f"method.config.{name}", value, _OURS[name], "leave it out")
         if name not in (*allowed, "peft_type"):
             about = f"{kind} of peft {peft.__version__} has no such field; it has {', '.join(allowed)}"
-            raise fail(f"method.config.{name}", value, about, _suggest(name, allowed))
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else ""
+            raise fail(
+                f"method.config.{name}",
+                value,
+                about,
+                "did you mean r?" if name == "rank" and "r" in allowed else did_you_mean(name, allowed),
+            )
 
 
 def make_config(node: Mapping[str, Any], targets: Mapping[str, tuple[int, int]]) -> Any:

@@ -135,7 +135,7 @@ def peft_of(**fields: Any) -> Any:
 
 BAD: list[tuple[Any, str]] = [
     (peft_of(peft_type="SHIRRA"), "did you mean SHIRA"),
-    (peft_of(peft_type="LORA", rank=3), "did you mean r"),
+    (peft_of(peft_type="LORA", rank=3), "did you mean r?"),
     (peft_of(peft_type="LORA", target_modules=["q"]), "model.mlp"),
     (peft_of(peft_type="LORA", bias="all"), "train.train_rest"),
     (peft_of(peft_type="PREFIX_TUNING"), "prompts"),
