@@ -39,7 +39,7 @@ class Job:
     Attributes:
         name: what is done.
         total: number of items; None if unknown.
-        unit: name of the items in the line at the end, in the plural.
+        unit: name of the items in the line at the end, in the plural; may be empty.
         done: items that are finished.
         note: shown behind the numbers, such as the newest loss.
         left: estimated seconds; None: from the speed so far.
@@ -82,8 +82,8 @@ class Job:
 
     def end(self) -> str:
         """`training: 150 steps in 1 min 2 s`."""
-        what = "" if self.total is None else f"{self.done:,} {self.unit} in "
-        return f"{self.name}: {what}{format_seconds(self.seconds())}"
+        count = f"{self.done:,} {self.unit} in " if self.unit else ""
+        return f"{self.name}: {count}{format_seconds(self.seconds())}"
 
 
 class _Display:
@@ -115,8 +115,9 @@ class _Display:
                 if self._stop is not None:
                     self._stop.set()
                 self._stop = None
-                # Inner jobs are many, such as the evaluations of a training: only the outermost leaves a line.
-                if completed and one.seconds() >= LONG and not is_quiet():
+                # Inner jobs are many, such as the evaluations of a training: only the outermost leaves a line, and no
+                # start-up does.
+                if completed and one.total is not None and one.seconds() >= LONG and not is_quiet():
                     _write(one.end() + "\n")
 
     def tick(self, interval: float) -> None:
@@ -153,7 +154,7 @@ _display = _Display()
 
 
 @contextmanager
-def job(name: str, total: int | None = None, *, unit: str = "items", done: int = 0) -> Iterator[Job]:
+def job(name: str, total: int | None = None, *, unit: str = "", done: int = 0) -> Iterator[Job]:
     """Show a job while the context lasts; call its `step` or `update`.
 
     Args:
@@ -171,7 +172,7 @@ def job(name: str, total: int | None = None, *, unit: str = "items", done: int =
     stop(one)
 
 
-def start(name: str, total: int | None = None, *, unit: str = "items", done: int = 0) -> Job:
+def start(name: str, total: int | None = None, *, unit: str = "", done: int = 0) -> Job:
     """Open a job that `stop` closes, where beginning and end are in different functions."""
     one = Job(name, total, unit, done)
     _display.open(one)
@@ -179,11 +180,11 @@ def start(name: str, total: int | None = None, *, unit: str = "items", done: int
 
 
 def stop(one: Job, *, completed: bool = True) -> None:
-    """Close a job. The outermost one leaves a line with its time, if it was long and `completed`."""
+    """Close a job. The outermost one leaves a line with its time if it was long, `completed` and had a total."""
     _display.close(one, completed=completed)
 
 
-def track(items: Iterable[Item], /, desc: str, *, total: int | None = None, unit: str = "items") -> Iterator[Item]:
+def track(items: Iterable[Item], /, desc: str, *, total: int | None = None, unit: str = "") -> Iterator[Item]:
     """Yield each of `items` and show how many are finished; `total` is their number where `len` does not know it."""
     known: Any = items
     count = len(known) if total is None and hasattr(items, "__len__") else total

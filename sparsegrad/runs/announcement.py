@@ -65,6 +65,7 @@ def _describe_steps(config: RunConfig, rows: int) -> str:
     interval = protocol.steps_between_evaluations(config.task.eval_base, train.batch_size, steps)
     evaluations = -(-steps // interval) + protocol.eval_at_start
     batch = train.batch_size * train.grad_accumulation * world_size()
-    stop = "" if protocol.patience is None else f"; stops after {protocol.patience} evaluations without a better score"
-    most = "" if protocol.patience is None else "at most "
-    return f"{most}{steps:,} of {batch} rows, an evaluation every {interval:,} ({evaluations:,} in all){stop}"
+    most, stop = "", ""
+    if protocol.patience is not None:
+        most, stop = "at most ", f", until {protocol.patience} in a row are no better"
+    return f"{most}{steps:,} of {batch} rows, {evaluations:,} evaluations{stop}"

@@ -212,7 +212,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         interval = max(1, int(args.eval_steps or state.max_steps))
         evaluations = -(-state.max_steps // interval) - state.global_step // interval + 1
         pause = sum(self._pauses) / len(self._pauses) if self._pauses else each * self.forward_steps
-        return each * (state.max_steps - state.global_step) + pause * evaluations
+        return each * float(state.max_steps - state.global_step) + pause * float(evaluations)
 
     def _describe_estimate(self, left: float) -> str:
         speed = f"{self._seen / self._seconds:.2g} steps/s in the first {self._seen} steps"

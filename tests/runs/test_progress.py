@@ -117,8 +117,10 @@ def test_an_interrupted_job_and_a_short_one_leave_nothing(clock: Clock, show: An
     screen = show(terminal=True)
     with pytest.raises(KeyboardInterrupt), job("training", 10):
         interrupt(clock)
-    with job("short"):
+    with job("short", 1):
         clock.now += progress.LONG / 2
+    with job("starting"):
+        clock.now += 100
     assert screen.lines() == [""]
 
 
