@@ -126,14 +126,15 @@ def _show(preset: str, path: Path, planned: list[Measurement]) -> None:
 
 
 def _shorten_settings(keys: Iterable[str]) -> dict[str, str]:
-    """Key of a setting -> those of its parts in which the settings differ; whole where that is not enough."""
+    """Key of a setting -> those of its parts that not all settings have; the hash at its end only where needed."""
     distinct = list(dict.fromkeys(keys))
-    parts = [key.split("-")[:-1] for key in distinct]  # without the hash at the end
-    if len(distinct) < 2 or len(set(map(len, parts))) > 1:
-        return {key: key for key in distinct}
-    differ = [number for number, values in enumerate(zip(*parts, strict=True)) if len(set(values)) > 1]
-    short = ["-".join(one[number] for number in differ) for one in parts]
-    return dict(zip(distinct, short if len(set(short)) == len(distinct) else distinct, strict=True))
+    for last in (-1, None):
+        parts = [key.split("-")[:last] for key in distinct]
+        common = set.intersection(*map(set, parts)) if len(parts) > 1 else set()
+        short = ["-".join(part for part in one if part not in common) for one in parts]
+        if len(set(short)) == len(distinct) and all(short):
+            return dict(zip(distinct, short, strict=True))
+    return {key: key for key in distinct}
 
 
 def _seconds(cells: list[dict[str, Any]], arm: str) -> float | None:

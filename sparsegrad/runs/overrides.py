@@ -203,10 +203,10 @@ def _list_paths(node: DictConfig, prefix: str = "") -> list[str]:
     """Dotted names of all keys."""
     paths: list[str] = []
     for name in node:
-        paths.append(f"{prefix}{name}")
+        paths.append(prefix + str(name))
         child = node._get_node(name)  # not the value: an interpolation might fail
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
-            paths += _list_paths(child, f"{prefix}{name}.")
+            paths += _list_paths(child, f"{prefix}{name!s}.")
     return paths
 
 
