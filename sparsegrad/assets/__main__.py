@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from sparsegrad.assets.download import assets_root, fetch, problem
@@ -34,11 +36,16 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _print_table() -> None:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000  # a pipe gets whole lines
     for asset in ASSETS.values():
-        state = problem(asset, assets_root()) or f"in {assets_root() / asset.name}"
-        print(f"{asset.name}: {asset.about}")
+        missing = problem(asset, assets_root())
         parts = f" and {len(asset.parts) - 1} further parts" if asset.parts else ""
-        print(f"  {asset.package}=={asset.version}{parts}, {asset.source}, {asset.licence}\n  {state}")
+        print(textwrap.fill(f"{asset.name}: {asset.about}", width, subsequent_indent="  "))
+        for line in (
+            f"{asset.package}=={asset.version}{parts}, {asset.source}, {asset.licence}",
+            f"{missing}: python -m sparsegrad.assets {asset.name}" if missing else f"in {assets_root() / asset.name}",
+        ):
+            print(textwrap.fill(line, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
 
 
 if __name__ == "__main__":
