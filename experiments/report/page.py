@@ -29,7 +29,11 @@ SUPERSEDED = (
 )  # fmt: skip
 SUPERSEDED_FIGURES = ("quality", "curves")
 LEDGER, FINDINGS, BASED_ON = "claims", "findings", "based on"
-NUMBER = re.compile(r"(< )?[+-]?\d[\d,]*(\.\d+)?( ± [\d.]+)?( to [+-]?[\d.]+)?( \(\d+\))?( %| MiB| MB| s| h)?")
+_PART = r"(< |~)?[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?"
+_UNIT = r"( ?%| MiB| MB| GB| GiB| s| h)?"
+# 1.25, 0.82 ± 0.01 (3), 16 / 2.00e-05, -0.2 to 0.4, 4.3 B, < 1e-10, each with a unit or without
+NUMBER = re.compile(rf"{_PART}( [MB])?( ± [\d.]+)?( (to|/) {_PART})?( \(\d+\))?{_UNIT}( / [\d.]+%)?")
+WORDS = (MISSING, "none", "no log", "not run yet", "no figure", "-")  # what a column of numbers holds where it has none
 _CELLS_OF = {"table5_mini_overview": "table5_mini"}  # table -> table with the details of the same cells
 THEMES = {
     "light": {"ink": "#1c1e21", "soft": "#5d646e", "box": "#f3f5f8", "new": "#dfeaf8", "grad": "#b3401f"},
@@ -124,8 +128,8 @@ def _name_figure(name: str) -> str:
 
 
 def _is_numeric(texts: Sequence[str]) -> bool:
-    """Whether a column holds numbers; empty and missing cells do not matter, one in five may be a word."""
-    filled = [text for text in texts if text and text != MISSING]
+    """Whether a column holds numbers; cells without a value do not matter, one in five may be other text."""
+    filled = [text for text in texts if text and text not in WORDS]
     return bool(filled) and sum(bool(NUMBER.fullmatch(text)) for text in filled) >= 0.8 * len(filled)
 
 
@@ -135,7 +139,9 @@ def _cell(
     """One cell: text, CSS class, the anchor of its details if it has records, and links if it names tables."""
     text = row[name]
     href = known.get(_label(table, row, name), "") if text != MISSING else ""
-    css = " ".join(part for part in (_css(text), "num" if numeric and NUMBER.fullmatch(text) else "") if part)
+    css = " ".join(
+        part for part in (_css(text), "num" if numeric and (NUMBER.fullmatch(text) or text in WORDS) else "") if part
+    )
     names = text.split(", ") if name == BASED_ON else []
     links = [{"href": one if one in titles else "", "text": titles.get(one, one)} for one in names]
     return {"text": text, "css": css, "href": href, "links": links}
