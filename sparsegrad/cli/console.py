@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sparsegrad.cli import records_command
 from sparsegrad.cli.screen import replace_unprintable
-from sparsegrad.errors import UserError, run_as_command
+from sparsegrad.errors import UserError, did_you_mean, run_as_command
 
 ROOT = Path(__file__).parents[2]  # of the checkout, where this is one
 # Command -> the module that it runs, and its line of help. All words after the command are the module's.
@@ -36,7 +36,14 @@ def _dispatch(words: list[str]) -> int:
         return _run_script(_find_checkout() / "run.py", words[1:])
     if words and words[0] in MODULES:
         return _run_module(words[0], words[1:])
-    if words and words[0] != "records" and Path(words[0]).is_dir():
+    if not words:
+        make_parser().print_help()
+        return 2
+    if words[0] != "records" and not words[0].startswith("-"):
+        if not Path(words[0]).is_dir():
+            known = ("run", "records", *MODULES)
+            hint = did_you_mean(words[0], known, "sparsegrad ") or f"choose one of {', '.join(known)}"
+            raise UserError(f"sparsegrad {words[0]} is not a command: {hint}")
         words = ["records", *words]  # `python -m sparsegrad.cli FOLDER`, as it was called before
     options = make_parser().parse_args(words)
     return int(options.do(options))

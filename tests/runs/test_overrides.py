@@ -221,6 +221,11 @@ def test_the_command_names_its_commands(capsys: pytest.CaptureFixture[str]) -> N
     )
 
 
+def test_a_mistyped_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recrods", "outputs"]) == 2
+    assert re.fullmatch(r"error: sparsegrad recrods .*did you mean sparsegrad records\?\n", capsys.readouterr().err)
+
+
 def test_every_group_has_options() -> None:
     assert all(list_groups(CONF).values())
     assert "peft/dora" in list_groups(CONF)["method"]
