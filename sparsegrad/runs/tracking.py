@@ -70,6 +70,19 @@ def run_facts(config: RunConfig, record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def hyperparameters(config: RunConfig, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What runs are compared by, as numbers and texts: TensorBoard's table has a column for each."""
+    facts, train = run_facts(config, record), config.train
+    found = {
+        **{name: facts[name]["name"] for name in ("model", "method", "task", "protocol")},
+        **{name: facts[name] for name in ("seed", "density", "engine", "key")},
+        **{name: getattr(train, name) for name in ("lr", "batch_size", "train_rest", "precision", "schedule")},
+        "epochs": config.protocol.epochs,
+        "trainable": record["trainable"]["total"],
+    }
+    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in found.items()}
+
+
 class Tracker(TrainerCallback):  # type: ignore[misc]
     """What the trackers share; a subclass has `open`, `write`, `close` and `how_to_open`."""
 
@@ -158,8 +171,9 @@ class WandbTracker(Tracker):
 
     def open(self, step: int) -> None:
         """Start the run, or continue the one of the same key."""
-        import wandb
+        import wandb as package
 
+        wandb: Any = package
         tracker, folder = self.config.tracker, Path(self.config.work_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.run: Any = wandb.init(
@@ -198,18 +212,20 @@ class TensorBoardTracker(Tracker):
 
     def open(self, step: int) -> None:
         """Write the facts; events after `step`, of an interrupted run, are hidden."""
-        from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
+        from torch.utils import tensorboard
+        from torch.utils.tensorboard import summary
 
         folder = self._folder / run_title(self.config)
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+        self.writer: Any = tensorboard.SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
         facts = run_facts(self.config, self.record)
         # Indented: Markdown shows it as it is.
         text = "".join(f"    {line}\n" for line in OmegaConf.to_yaml(OmegaConf.create(facts)).splitlines())
         self.writer.add_text("experiment", text)
         # Not `add_hparams`: it makes a second run, in a folder below this one.
-        for summary in hparams(_flatten(facts), {f"result/{self.config.task.main_metric}": 0.0}):
-            self.writer.file_writer.add_summary(summary)
+        make_table: Any = summary.hparams
+        file: Any = self.writer.file_writer
+        for part in make_table(hyperparameters(self.config, self.record), self._final_scores):
+            file.add_summary(part)
 
     def write(self, values: Numbers, step: int) -> None:
         """Log numbers, so that an open TensorBoard shows them at once."""
@@ -225,6 +241,11 @@ class TensorBoardTracker(Tracker):
     def how_to_open(self) -> str:
         """TensorBoard on all runs of this folder, so that they can be compared."""
         return f"tensorboard --logdir {shlex.quote(str(self._folder))}"
+
+    @property
+    def _final_scores(self) -> Numbers:
+        """The scores that the table of hyperparameters shows; their values come from `write_result`."""
+        return {f"result/{self.config.task.main_metric}": 0.0}
 
     @property
     def _folder(self) -> Path:
@@ -244,14 +265,3 @@ def _run_id(config: RunConfig) -> str:
 def _rename(name: str) -> str:
     """`eval_accuracy` -> `eval/accuracy`, all others below `train/`, as the Trainer's own trackers do."""
     return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
-
-
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as {dotted name: value}; what is neither number nor text becomes text."""
-    flat: dict[str, Any] = {}
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat

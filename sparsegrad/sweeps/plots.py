@@ -10,7 +10,11 @@ from optuna.study import Study
 
 from sparsegrad.sweeps.study import IDENTITY
 
-BEST, OTHERS = "#D55E00", "#9AA0A8"  # vermilion, which people with a colour vision deficiency see too, and gray
+BEST, OTHERS, INK = (
+    "#D55E00",
+    "#9AA0A8",
+    "#222222",
+)  # vermilion, which people with a colour vision deficiency see too, and gray
 
 # File name -> (function of `optuna.visualization` and `optuna.visualization.matplotlib`, title).
 PLOTS = {
@@ -27,12 +31,13 @@ def draw_png(study: Study, name: str, path: Path) -> None:
     import matplotlib.pyplot as plt
     from optuna.visualization import matplotlib as plots
 
-    function, _ = PLOTS[name]
+    function: Any = getattr(plots, PLOTS[name][0])
     plt.close("all")
-    getattr(plots, function)(study, **_target(study, name))
+    function(study, **_target(study, name))
     figure = plt.gcf()
     figure.set_size_inches(9 if name == "parallel" else 8, 5)
-    _CORRECTIONS.get(name, lambda *_: None)(study, figure)
+    if name in _CORRECTIONS:
+        _CORRECTIONS[name](study, figure)
     for axis in figure.axes:
         for side in ("left", "center"):
             axis.set_title("", loc=side)
@@ -75,10 +80,31 @@ def _mark_best(study: Study, figure: Any) -> None:
         if is_best and len(line.get_xdata()):
             end = (line.get_xdata()[-1], line.get_ydata()[-1])
             axis.annotate(f"trial {best}", end, (6, 0), textcoords="offset points", va="center", color=BEST)
-    if axis.get_legend() is not None:
-        axis.get_legend().remove()
+    _remove_legends(figure)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="evaluation", ylabel=metric_of(study))
+
+
+def _name_line(study: Study, figure: Any) -> None:
+    """A label at the line's end in place of a legend."""
+    axis = figure.axes[0]
+    for line in axis.lines:
+        end = (line.get_xdata()[-1], line.get_ydata()[-1])
+        axis.annotate("best so far", end, (0, -6), textcoords="offset points", va="top", ha="right", color=INK)
+    axis.margins(y=0.1)
+    _remove_legends(figure)
+    axis.set(xlabel="trial")
+
+
+def _name_bars(study: Study, figure: Any) -> None:
+    _remove_legends(figure)
+    figure.axes[0].set(xlabel="importance, from 0 to 1", ylabel="")
+
+
+def _remove_legends(figure: Any) -> None:
+    for axis in figure.axes:
+        if axis.get_legend() is not None:
+            axis.get_legend().remove()
 
 
 def _separate_scales(study: Study, figure: Any) -> None:
@@ -91,4 +117,9 @@ def _separate_scales(study: Study, figure: Any) -> None:
             label.set_bbox({"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1})
 
 
-_CORRECTIONS: Mapping[str, Callable[[Study, Any], None]] = {"intermediate": _mark_best, "parallel": _separate_scales}
+_CORRECTIONS: Mapping[str, Callable[[Study, Any], None]] = {
+    "history": _name_line,
+    "intermediate": _mark_best,
+    "importance": _name_bars,
+    "parallel": _separate_scales,
+}

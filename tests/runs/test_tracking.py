@@ -15,7 +15,7 @@ from sparsegrad import SparseGradAdamW
 from sparsegrad.basis import Basis
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.runner import run
-from sparsegrad.runs.tracking import kept_energy, run_title
+from sparsegrad.runs.tracking import hyperparameters, kept_energy, run_title
 
 LONG = ("protocol.max_steps=12", "protocol.eval_steps=4", "protocol.patience=null")
 
@@ -56,6 +56,12 @@ def test_tensorboard_shows_one_run_with_its_experiment(tiny: Tiny, capsys: pytes
     for line in (f"key: {config.key}", "density: 0.01", "engine: exact", f"total: {record['trainable']['total']}"):
         assert line in text
     assert "_hparams_/session_start_info" in found.summary_metadata  # the tab of hyperparameters
+    compared = hyperparameters(config, record)
+    assert (compared["density"], compared["engine"], compared["trainable"]) == (
+        0.01,
+        "exact",
+        record["trainable"]["total"],
+    )
 
 
 def test_wandb_continues_the_run_of_the_same_key(
