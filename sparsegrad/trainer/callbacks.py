@@ -164,7 +164,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._training.update(done=state.global_step, left=left)
         if self.announce is not None and self._seen > WARM_UP_STEPS and self._seconds > 1.0:
             if left > _WORTH_ANNOUNCING:
-                self.announce(self._describe_estimate(left))
+                self.announce(self._describe_estimate(left, state.max_steps))
             self.announce = None
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
@@ -214,9 +214,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         pause = sum(self._pauses) / len(self._pauses) if self._pauses else each * self.forward_steps
         return each * float(state.max_steps - state.global_step) + pause * float(evaluations)
 
-    def _describe_estimate(self, left: float) -> str:
+    def _describe_estimate(self, left: float, steps: int) -> str:
         speed = f"{self._seen / self._seconds:.2g} steps/s in the first {self._seen} steps"
-        shorter = "; shorter: protocol.max_steps=200, or data.max_train=2000" if left > _LONG else ""
+        shorter = "; shorter: protocol.max_steps=200" if left > _LONG and steps > 200 else ""
         return f"about {progress.format_seconds(left)} ({speed}{shorter})"
 
 

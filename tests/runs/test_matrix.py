@@ -104,6 +104,7 @@ def test_every_model_with_every_method(tiny: Tiny, monkeypatch: pytest.MonkeyPat
         "per_weight": {"intermediate": each, "output": each},
         "model": (size := sum(value.numel() for value in before.values())),
         "share": pytest.approx(total / size, abs=1e-5),
+        "mlp": {"trained": 4 * each, "total": sum(before[name].numel() for name in filter(is_mlp_weight, before))},
     }
     assert bool(record["calibration"]) == ("sparse" in method or method == "layer")
     # LoRA's MLP weights too, since it has been merged; the authors' LayerNorms too, in their calibration.
