@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from sparsegrad.methods.base import Method
 from sparsegrad.models.config import ModelConfig
 from sparsegrad.runs.keys import config_key
 from sparsegrad.runs.names import with_current_names
-from sparsegrad.runs.overrides import describe_unknown
+from sparsegrad.runs.overrides import check_fields
 from sparsegrad.tasks.base import DataConfig, Task
 
 # Nodes of a composed configuration that are no part of a run; `cli` and the report use them.
@@ -265,23 +264,6 @@ def _make(maker: Any, node: Any, where: str) -> Any:
         raise UserError(
             f"{where or 'the configuration'} does not fit {maker.__name__}: {str(error).replace('.__init__()', '')}"
         ) from None
-
-
-def check_fields(maker: Callable[..., Any], fields: Mapping[str, Any], where: str, owner: str) -> None:
-    """Check that `maker` takes all `fields`, such as those of the node `where` of the configuration.
-
-    Raises:
-        UserError: for the first that it does not take.
-    """
-    parameters = inspect.signature(maker).parameters
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
-        return
-    unknown = [name for name in fields if name not in parameters]
-    if unknown:
-        known = [name for name in parameters if name != "resolved" and not (where and name == "name")]
-        path = f"{where}.{unknown[0]}" if where else str(unknown[0])
-        reason = describe_unknown(owner, where, str(unknown[0]), known)
-        raise UserError(f"{path}={fields[unknown[0]]} is not allowed: {reason}")
 
 
 def _mapping(node: Any, where: str) -> Mapping[str, Any]:

@@ -5,8 +5,9 @@ Hydra's own advice for a mistyped key, `+train.batchsize=8`, would only fail lat
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,23 @@ def describe_unknown(owner: str, where: str, name: str, fields: Sequence[str]) -
     prefix = f"{where}." if where else ""
     rest = f"did you mean {prefix}{near}?" if near else f"it has {', '.join(fields)}"
     return f"{owner or 'a run'} has no {name}; {rest}"
+
+
+def check_fields(maker: Callable[..., Any], fields: Mapping[str, Any], where: str, owner: str) -> None:
+    """Check that `maker` takes all `fields`, such as those of the node `where` of the configuration.
+
+    Raises:
+        UserError: for the first that it does not take.
+    """
+    parameters = inspect.signature(maker).parameters
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        return
+    unknown = [name for name in fields if name not in parameters]
+    if unknown:
+        known = [name for name in parameters if name != "resolved" and not (where and name == "name")]
+        path = f"{where}.{unknown[0]}" if where else str(unknown[0])
+        reason = describe_unknown(owner, where, str(unknown[0]), known)
+        raise UserError(f"{path}={fields[unknown[0]]} is not allowed: {reason}")
 
 
 def _suggest_key(key: str, composed: DictConfig, conf: Path) -> str:

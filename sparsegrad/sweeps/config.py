@@ -16,10 +16,10 @@ from optuna.distributions import BaseDistribution
 from sparsegrad.errors import UserError, check_choice, check_integer, check_number, fail, first_line
 from sparsegrad.metrics import metric_config
 from sparsegrad.metrics.text_classification.text_classification import CONFIGS
-from sparsegrad.runs.config import BESIDE_RUN, RunConfig, build, check_fields
+from sparsegrad.runs.config import BESIDE_RUN, RunConfig, build
 from sparsegrad.runs.keys import determining
 from sparsegrad.runs.names import with_current_names
-from sparsegrad.runs.overrides import list_given
+from sparsegrad.runs.overrides import check_fields, list_given
 from sparsegrad.sweeps import adaptive_grid
 from sparsegrad.sweeps.space import Space, flatten, parse_space
 
