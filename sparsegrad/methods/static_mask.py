@@ -81,4 +81,5 @@ def fix_positions(
     for kind, found in linears.items():
         for name, linear in found.items():
             positions = scores[name].flatten().topk(per_weight[kind]).indices.sort().values
-            optimizer.state[linear.weight]["positions"] = positions
+            # A step count besides: torch refuses a state without one where it loads the optimizer.
+            optimizer.state[linear.weight] |= {"positions": positions, "step": torch.zeros((), device=positions.device)}
