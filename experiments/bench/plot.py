@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.bench.arms import ARMS, MAIN_ARMS
 from experiments.bench.shapes import find_shape
-from experiments.report.palette import style_of_bench_arm
+from experiments.palette import style_of_bench_arm
 from sparsegrad.errors import UserError
 
 _SWEPT = ("blocks", "padding", "rest", "precision", "mode", "density")
@@ -135,7 +135,7 @@ def _lines(axes: Any, document: Mapping[str, Any], points: Points, name: str) ->
 
 
 def _label_lines(panels: Any, ends: list[list[tuple[float, float, str, str]]]) -> None:
-    from experiments.report.labels import label_ends  # needs matplotlib
+    from experiments.labels import label_ends  # needs matplotlib
 
     for axes, found in zip(panels, ends, strict=True):
         label_ends(axes, found)

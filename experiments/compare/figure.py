@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.report.palette import style_of
+from experiments.palette import style_of
 from sparsegrad.files import write_bytes
 
 

@@ -12,10 +12,10 @@ import pandas as pd
 from experiments.compare.block import load_comparison
 from experiments.compare.figure import draw
 from experiments.compare.forgetting import read_forgetting
+from experiments.palette import style_of
 from experiments.report.collect import collect_cells
 from experiments.report.evidence import Block, Evidence, EvidenceRun
 from experiments.report.gates import Health, check_task
-from experiments.report.palette import style_of
 from experiments.report.render import markdown, write_table
 from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.searches import Searches

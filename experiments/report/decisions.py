@@ -9,11 +9,11 @@ from statistics import mean
 from typing import Any
 
 from experiments.mtbench.scores import compute_scores
+from experiments.palette import style_of
 from experiments.report import figures
 from experiments.report.bench_ratios import ON_CPU, repeat_ratios
 from experiments.report.evidence import BLOCKS, load_evidence
 from experiments.report.gates import check_task
-from experiments.report.palette import style_of
 from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.searches import Searches
 from experiments.report.stats import MIN_SEEDS, Difference

@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from experiments.palette import order_of
 from experiments.report.arms import arm_of
 from experiments.report.collect import PRUNED, hours
 from experiments.report.departures import find_departures
-from experiments.report.palette import order_of
 from experiments.report.plans import Plan, read_plan
 from experiments.report.resampling import LOWER_IS_BETTER, POINTS, Remembered, is_constant
 from experiments.report.stats import Difference, Seeded, compare

@@ -15,10 +15,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from experiments.labels import INK, label_ends, label_points
+from experiments.palette import BASES, style_of
 from experiments.report import score_hours
 from experiments.report.collect import Store
-from experiments.report.labels import INK, label_ends, label_points
-from experiments.report.palette import BASES, style_of
 from experiments.report.tables import ablation, basis, quality
 from experiments.report.tables.accuracy import MINI_METHODS, MINI_TASKS
 from experiments.report.tables.base import MINI_MARK, Context

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mean
 
+from experiments.palette import style_of
 from experiments.report.evidence import Block, Evidence, EvidenceRun
-from experiments.report.palette import style_of
 from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.searches import Searches
 

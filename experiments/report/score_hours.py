@@ -9,9 +9,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from experiments.labels import label_points
+from experiments.palette import style_of
 from experiments.report.evidence import BLOCKS, load_evidence
-from experiments.report.labels import label_points
-from experiments.report.palette import style_of
 from experiments.report.tables.base import Context
 from experiments.report.tables.evidence import comparable
 from experiments.report.tables.evidence_cells import hours_to_target, training_hours

@@ -11,8 +11,8 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from experiments.bench.arms import ARMS
-from experiments.report.labels import label_ends, label_points, spread
-from experiments.report.palette import BENCH_ARMS, OTHER, STYLES, style_of, style_of_bench_arm
+from experiments.labels import label_ends, label_points, spread
+from experiments.palette import BENCH_ARMS, OTHER, STYLES, style_of, style_of_bench_arm
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -29,7 +29,7 @@ ORDER = (
     ("runs",),
     ("sweeps",),
     ("cli",),
-    ("experiments.paths",),
+    ("experiments.paths", "experiments.palette", "experiments.labels"),
     ("experiments.published",),
     ("experiments.bench", "experiments.mtbench", "experiments.studies"),
     ("experiments.report",),

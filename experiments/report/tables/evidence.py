@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.palette import style_of
 from experiments.report.evidence import BLOCKS, Block, Evidence, load_evidence
 from experiments.report.gates import GATES, Health, check_task, comparable_tasks
-from experiments.report.palette import style_of
 from experiments.report.searches import Searches
 from experiments.report.stats import Difference, holm
 from experiments.report.tables.base import Context, Table
