@@ -70,6 +70,14 @@ def find_cell(document: Document, setting: str, arm: str, repeat: int) -> dict[s
     return next(cells, None)
 
 
+def is_final(cell: dict[str, Any] | None) -> bool:
+    """Whether a measurement is not to be repeated: it is complete, or failed for lack of memory, as it would again.
+
+    Any other failure, such as a timeout or a killed process, says nothing about the arm.
+    """
+    return cell is not None and (cell["status"] == "complete" or "memory" in cell["reason"])
+
+
 def put_cell(document: Document, cell: dict[str, Any]) -> None:
     """Add a cell; it replaces one of the same setting, arm and repeat."""
     document["cells"] = [old for old in document["cells"] if _identity(old) != _identity(cell)] + [cell]

@@ -59,7 +59,7 @@ class Bench:
     _start: float = field(default_factory=time.monotonic)
 
     def run(self, planned: list[tuple[Planned, list[str]]], apart: list[Decomposition | Calibration]) -> None:
-        """Measure what the results lack. A failed measurement is recorded like any other and not repeated."""
+        """Measure what the results lack; a failed measurement is recorded, and repeated by the next call."""
         self.document = {**results.read(self.out), **self._head()}
         left, total = 0, len(apart) + self.schedule.repeats * sum(len(arms) for _, arms in planned)
         with progress.job("benchmark", total, unit="measurements") as bar:
@@ -74,7 +74,7 @@ class Bench:
                 for repeat, arm in interleaved(arms, self.schedule.repeats):
                     bar.update(note=arm)
                     if self._is_over_time():
-                        left += results.find_cell(self.document, chosen.setting.key, arm, repeat) is None
+                        left += not results.is_final(results.find_cell(self.document, chosen.setting.key, arm, repeat))
                     else:
                         self._cell(chosen, arm, repeat)
                     bar.step()
@@ -116,7 +116,7 @@ class Bench:
 
     def _cell(self, chosen: Planned, arm: str, repeat: int) -> None:
         setting = chosen.setting
-        if not self.force and results.find_cell(self.document, setting.key, arm, repeat) is not None:
+        if not self.force and results.is_final(results.find_cell(self.document, setting.key, arm, repeat)):
             return
         bases = self._bases(setting) if find_arm(arm).bases else None
         if isinstance(bases, str):
@@ -174,7 +174,7 @@ class Bench:
 
     def _decomposition(self, wanted: Decomposition) -> None:
         found = self.document["decompositions"]
-        if wanted.key in found and not self.force:
+        if results.is_final(found.get(wanted.key)) and not self.force:
             return
         sizes = {"out_features": wanted.out_features, "in_features": wanted.in_features, "count": wanted.count}
         answer = self._process("decompose", method=wanted.method, **sizes, seed=0)
@@ -185,7 +185,7 @@ class Bench:
 
     def _calibration(self, wanted: Calibration) -> None:
         found = self.document["calibrations"]
-        if wanted.key in found and not self.force:
+        if results.is_final(found.get(wanted.key)) and not self.force:
             return
         setting = Setting(shape=wanted.shape, task=wanted.task, batch=wanted.batch, padding="longest").as_json()
         arguments = {"device": self.device.type, "bases": str(self.work / "unused.safetensors"), "seed": wanted.repeat}

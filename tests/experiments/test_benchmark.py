@@ -32,7 +32,7 @@ BLOCKED = ("hydra", "omegaconf", "datasets", "evaluate", "optuna", "pandas", "sk
 class Fake(Bench):
     """Answers with a fixed speed per arm instead of starting processes; records requests, and fails for `failing`."""
 
-    failing = ""
+    failing, reason = "", "out of memory"
 
     def _process(self, job: str, **arguments: Any) -> dict[str, Any]:
         self.__dict__.setdefault("asked", []).append((job, arguments))
@@ -41,7 +41,7 @@ class Fake(Bench):
             Path(arguments["bases"]).touch()
             return {"status": "complete", "seconds": 1.0, "peak_mib": 1.0, "steps": 2, "tokens": 16}
         if arguments["arm"] == self.failing:
-            return {"status": "failed", "reason": "out of memory"}
+            return {"status": "failed", "reason": self.reason}
         speed = SPEEDS[arguments["arm"]] * (1 + arguments["seed"])  # the machine drifts between the repeats
         steps = min(arguments["steps"], 3)
         return {
@@ -144,6 +144,17 @@ def test_a_failure_is_a_result_and_stops_no_other(tmp_path: Path) -> None:
     assert summary["exact"]["speed"]["full"] is None
     assert summary["fast"]["speed"]["lora_peft"]["median"] == 1.25
     assert "failed: out of memory" in bench.out.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(("reason", "again"), [("out of memory", []), ("took longer", [("full", 0), ("full", 1)])])
+def test_a_failure_is_measured_again_unless_memory_is_short(
+    tmp_path: Path, reason: str, again: list[tuple[str, int]]
+) -> None:
+    bench, second = fake(tmp_path), fake(tmp_path)
+    bench.failing, bench.reason = "full", reason
+    run(bench)
+    run(second)
+    assert second.measured == again
 
 
 def test_nothing_new_is_started_after_the_minutes(tmp_path: Path) -> None:
