@@ -154,7 +154,7 @@ def test_the_methods_that_a_plan_runs_were_searched(searches: list[Search], cell
         ("regime: paper", "regime: mlp_only", r"evidence\.regime=mlp_only .*train_rest is true"),
         ("regime: paper", "regime: both", "evidence.regime=both is not allowed: choose one of paper, mlp_only"),
         ("seeds: [42, 3705", "seeds: [43, 3705", r"evidence\.seeds=.*its runs have 42,3705"),
-        ("  min_seeds: 3\n", "", r"lacks evidence\.min_seeds"),
+        ("  min_seeds: 3 # fewer make no claim\n", "", r"lacks evidence\.min_seeds"),
         ("evidence:\n", "evidense:\n", "evidence_paper"),
     ],
 )
