@@ -148,7 +148,7 @@ def _command(records: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
     if path.parts[0] in BLOCKS:
         return block_command(path.parts[0])
     if name is None and path.parts[0] not in SUPERSEDED:
-        return f"python -m sparsegrad.cli results/runs/{path.parts[0]}"
+        return f"sparsegrad records results/runs/{path.parts[0]}"
     seeds = ",".join(dict.fromkeys(str(record["config"]["seed"]) for _, record in records))
     chosen = [*_variant(path.parts[0], config["method"]), f"task={config['task']['name']}", f"seed={seeds}"]
     if name is None:
