@@ -48,10 +48,11 @@ def prepare_method(
 def _check_saving(config: RunConfig, prepared: Prepared) -> None:
     """What shall be saved at the end can be; known now, before the training."""
     if config.save_adapter == "peft" and prepared.save is None:
-        raise fail(
-            "save_adapter", "peft", f"method={config.method.name} has no adapter in peft's format: it needs a method "
-            "of peft with train.train_rest=false, and an initialisation that leaves W as it is", "use save_adapter=lora",
-        )  # fmt: skip
+        why = (
+            f"method={config.method.name} has no adapter in peft's format: it needs a method of peft with "
+            "train.train_rest=false, and an initialisation that leaves W as it is"
+        )
+        raise fail("save_adapter", "peft", why, "use save_adapter=lora")
     if prepared.notes.get("merges") is False and (config.save_model or config.save_adapter in ("lora", "sparsegrad")):
         name = "save_model=true" if config.save_model else f"save_adapter={config.save_adapter}"
         raise UserError(
