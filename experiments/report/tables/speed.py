@@ -46,7 +46,8 @@ BATCHES = (
     "The logs' batch sizes differ by method and task. Where a cell has two values, they are means over the runs of "
     "each batch size; compare values of the same batch size."
 )
-APART = ("bytes_per_step.json",)  # in the same folder, but not a benchmark: docs/several-gpus.md
+# In the same folder, but not benchmarks: docs/several-gpus.md.
+APART = ("bytes_per_step.json", "sharded.json")
 
 
 def _files(results: Path) -> list[Path]:
