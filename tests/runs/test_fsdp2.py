@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distributed_cases import batches, bert, loop
 from process_group import together
 from safetensors.numpy import load_file
-from sharded_cases import by_four, dies, everything, grams, kept, sharded_first
+from sharded_cases import FAST, STEPS, by_four, dies, end, everything, grams, kept, sharded_first
 
-from sharded_cases import STEPS, batches, bert, end, loop  # isort: skip
-from sharded_cases import FAST, prepare  # isort: skip
+from sparsegrad import prepare
 
 
 @pytest.fixture(scope="module")
