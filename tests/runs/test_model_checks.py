@@ -123,7 +123,7 @@ def test_a_decoder_without_a_padding_token_pads_with_its_end_of_text(
     caplog.set_level(logging.INFO)
     completes(made(*AS_LLAMA, "save_model=true"))
     assert "no padding token: its end-of-text token [SEP] pads" in caplog.text
-    saved = next((tmp_path / "work").glob("*/model"))
+    saved = next(path.parent for path in tmp_path.rglob("models/*/*/config.json"))
     fields = json.loads((saved / "config.json").read_text(encoding="utf-8"))
     assert fields["pad_token_id"] == tokenizer().convert_tokens_to_ids("[SEP]")
 
