@@ -26,14 +26,16 @@ def test_the_largest_are_selected_each_once(make, keep: int) -> None:
     keep = min(keep, matrix.numel())
     index = top_k_index(matrix, keep)
     expected = matrix.abs().flatten().sort(descending=True).values[:keep]
-    assert len(index) == keep and bool((index.diff() > 0).all())
+    assert len(index) == keep
+    assert bool((index.diff() > 0).all())
     assert torch.equal(matrix.abs().flatten()[index].sort(descending=True).values, expected)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, float("nan")])
 def test_equal_entries_still_give_as_many_as_asked(value: float) -> None:
     index = top_k_index(torch.full((300, 400), value), 1200)
-    assert len(index) == 1200 and bool((index.diff() > 0).all())
+    assert len(index) == 1200
+    assert bool((index.diff() > 0).all())
 
 
 def test_density_rounds_to_the_nearest_count() -> None:
