@@ -90,21 +90,21 @@ def test_a_search_runs_with_equal_budgets_and_its_rates_are_used(
 
 def test_a_killed_search_continues_where_it_stopped(results: Path, places: list[str], tmp_path: Path) -> None:
     slow = ["protocol.patience=400", "sweep.pruner=none"]  # milliseconds of a run of the stand-in
-    command = [sys.executable, "-m", "experiments.reproduce.search_all", "--methods", "full,lora", "--tasks", "mrpc"]
+    command = [sys.executable, "-m", "experiments.reproduce.search_all", "--methods", "full", "--tasks", "mrpc"]
     command += ["--data", "glue", *FAKE, *places, *slow]
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL)
     runs = results / "runs"
     end = time.monotonic() + 90
-    while len(list(runs.rglob("*.json"))) < 4 and time.monotonic() < end:
+    while len(list(runs.rglob("*.json"))) < 2 and time.monotonic() < end:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*.json")}
-    assert 4 <= len(before) < 16
+    assert 2 <= len(before) < 8
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     after = {path: path.stat().st_mtime_ns for path in runs.rglob("*.json")}
-    assert len(after) == 16, "eight trials of each search"
+    assert len(after) == 8, "the trials of the search"
     assert all(after[path] == stamp for path, stamp in before.items()), "no finished trial is repeated"
 
 

@@ -51,7 +51,8 @@ def trained(conf: Composer, results: Path, work: Path, *overrides: str) -> dict[
     return run(config)[0]
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Engine layer walks the path of exact, see below; lora_tuned differs from lora in one number.
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("layer", "lora_tuned")])
 def test_every_method_learns(conf: Composer, tmp_path: Path, work: Path, method: str) -> None:
     record = trained(conf, tmp_path, work, *METHODS[method])
     assert record["status"] == "complete"
