@@ -16,13 +16,12 @@ from pathlib import Path
 from experiments.compare.block import SHARED
 from experiments.compare.table import write_comparison
 from experiments.paths import CONF, SCALES
-from experiments.reproduce import dry_run, evidence, search_all
-from experiments.reproduce.cells import Cell, list_cells
-from experiments.reproduce.plans import EvidencePlan, read_plan
-from experiments.reproduce.searches import Search, make_search
+from experiments.reproduce import commands, dry_run, evidence, search_all
+from experiments.reproduce.cells import Cell, in_evidence, list_cells
+from experiments.reproduce.commands import last_wins, split_names
+from experiments.reproduce.plans import read_plan
 from sparsegrad.errors import UserError, check_choice, check_integer
 from sparsegrad.runs.records import find_complete
-from sparsegrad.sweeps.search_results import SWEEPS
 
 PLANS = ("compare", "compare_smollm2")
 
@@ -49,28 +48,24 @@ class Request:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: status 0 if all is complete, 1 if something failed, 2 after bad input, 130 after Ctrl-C."""
     options = _parser().parse_intermixed_args(arguments)
-    try:
-        check_choice("SCALE", options.scale, SCALES)
-        check_integer("WORKERS", options.workers, at_least=1)
-        if options.scale != "mini":
-            raise UserError("SCALE=paper is not planned: the comparison is of the small models; give SCALE=mini")
-        request = Request(
-            methods=_split(options.methods),
-            tasks=_split(options.tasks),
-            data=options.data,
-            trees=options.trees,
-            workers=options.workers,
-            dry=options.dry,
-            # The first results_dir would win in Hydra's errors, the last in its values: leave one.
-            overrides=_last_wins(("results_dir=results", *options.overrides)),
-        )
-        return max(compare(name, request) for name in _choose_plans(request))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
-        return 130
+    return commands.run(lambda: _compare_plans(options))
+
+
+def _compare_plans(options: argparse.Namespace) -> int:
+    check_choice("SCALE", options.scale, SCALES)
+    check_integer("WORKERS", options.workers, at_least=1)
+    if options.scale != "mini":
+        raise UserError("SCALE=paper is not planned: the comparison is of the small models; give SCALE=mini")
+    request = Request(
+        methods=split_names(options.methods),
+        tasks=split_names(options.tasks),
+        data=options.data,
+        trees=options.trees,
+        workers=options.workers,
+        dry=options.dry,
+        overrides=last_wins(in_evidence(options.overrides)),
+    )
+    return max(compare(name, request) for name in _choose_plans(request))
 
 
 def _choose_plans(request: Request) -> list[str]:
@@ -108,14 +103,10 @@ def compare(name: str, request: Request) -> int:
     tasks = [task for task in plan.params["task"] if task in (request.tasks or [task])]
     data = request.trees if plan.takes_trees else request.data
     print(f"{name}: {len(methods)} methods, {', '.join(tasks)}, {plan.budget} trials each", flush=True)
-    found = [_make_search(plan, method, task, data, request) for method in methods for task in tasks]
+    arms = [(method, task) for method in methods for task in tasks]
+    found = [search_all.plan_search(plan, *arm, data, request.overrides) for arm in arms]
     status = search_all.make(found, request.workers, dry=request.dry)
-    cells = [
-        cell
-        for method in methods
-        for task in tasks
-        for cell in _list_cells(name, method, task, data, request, skips=request.dry or status != 0)
-    ]
+    cells = [cell for arm in arms for cell in _list_cells(name, *arm, data, request, skips=request.dry or status != 0)]
     if not cells:
         print(f"{name}: the runs wait for their searches", flush=True)
         return status
@@ -127,12 +118,6 @@ def compare(name: str, request: Request) -> int:
     status = max(status, evidence.make(mine, request.workers))
     print(write_comparison(request.results, name), flush=True)
     return status
-
-
-def _make_search(plan: EvidencePlan, method: str, task: str, data: str | None, request: Request) -> Search:
-    sweep = SWEEPS[plan.regime == "paper"]
-    about = [f"experiment={plan.name}", f"sweep={sweep}", f"task={task}", f"method={method}"]
-    return make_search([*about, *request.overrides, "hydra.mode=RUN"], task, data)
 
 
 def _list_cells(name: str, method: str, task: str, data: str | None, request: Request, *, skips: bool) -> list[Cell]:
@@ -151,22 +136,12 @@ def is_shared(cell: Cell) -> bool:
     return any(find_complete(runs / folder / f"{cell.config.key}.json") is not None for folder in SHARED)
 
 
-def _last_wins(overrides: Sequence[str]) -> tuple[str, ...]:
-    return tuple({one.partition("=")[0]: one for one in overrides}.values())
-
-
-def _split(text: str | None) -> tuple[str, ...]:
-    return tuple(one.strip() for one in text.split(",") if one.strip()) if text else ()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments.compare", description=__doc__.splitlines()[0])
     parser.add_argument("--scale", default="mini", help="mini: the plans are of the small models")
     parser.add_argument("--methods", help="options of conf/method, comma-separated; default: those of the plan")
     parser.add_argument("--tasks", help="tasks of the plans, comma-separated; default: all")
-    parser.add_argument("--data", help="folder with GLUE (default: download from the hub)")
-    parser.add_argument("--trees", help="file of OpenAssistant conversation trees, for SmolLM2")
-    parser.add_argument("--workers", type=int, default=2, help="processes at a time, one thread each (default: 2)")
+    commands.add_places(parser, trees="SmolLM2")
     parser.add_argument("--dry", action="store_true", help="list searches and cells without running anything")
     parser.add_argument("overrides", nargs="*", help="overrides as for run.py, for example results_dir=elsewhere")
     return parser

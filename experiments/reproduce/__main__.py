@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.paths import ROOT, SCALES
-from experiments.reproduce import benchmarks, searches
+from experiments.reproduce import benchmarks, commands, searches
 from experiments.reproduce.cells import ELSEWHERE, EXPERIMENTS, MEASURED, Cell, experiments_of, in_evidence, list_cells
 from experiments.reproduce.dry_run import show
 from experiments.reproduce.processes import cell_job, is_held, last_error
@@ -46,26 +46,23 @@ class Outcome:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: status 0 if all cells are complete, 1 if some failed, 2 after bad input, 130 after Ctrl-C."""
     options = _parser().parse_intermixed_args(arguments)
-    try:
-        check_choice("LAUNCHER", options.launcher, LAUNCHERS)
-        options.overrides = in_evidence(options.overrides)
-        names = experiments_of(options.table, options.scale)
-        of_runs = [one for one in options.overrides if one.partition("=")[0] not in FIGURE_KEYS]
-        groups = [list_cells(name, of_runs, options.data) for name in names]
-        if reason := _explain_no_runs(options.table, options.scale):
-            print(f"{options.table}: {reason}", flush=True)
-        studies = _plan_studies(options)  # composed and checked before anything runs
-        measured = [_measure(name, options) for name in MEASURED.get(options.table, ())]
-        measured += [_benchmark(preset, options) for preset in benchmarks.PRESETS.get(options.table, ())]
-        made = [_group(cells, options) for cells in groups]
-        searched = [searches.make(found, options.launcher, dry=options.dry) for found in studies]
-        return max([0, *measured, *made, *searched])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
-        return 130
+    return commands.run(lambda: _make_table(options))
+
+
+def _make_table(options: argparse.Namespace) -> int:
+    check_choice("LAUNCHER", options.launcher, LAUNCHERS)
+    options.overrides = in_evidence(options.overrides)
+    names = experiments_of(options.table, options.scale)
+    of_runs = [one for one in options.overrides if one.partition("=")[0] not in FIGURE_KEYS]
+    groups = [list_cells(name, of_runs, options.data) for name in names]
+    if reason := _explain_no_runs(options.table, options.scale):
+        print(f"{options.table}: {reason}", flush=True)
+    studies = _plan_studies(options)  # composed and checked before anything runs
+    measured = [_measure(name, options) for name in MEASURED.get(options.table, ())]
+    measured += [_benchmark(preset, options) for preset in benchmarks.PRESETS.get(options.table, ())]
+    made = [_group(cells, options) for cells in groups]
+    searched = [searches.make(found, options.launcher, dry=options.dry) for found in studies]
+    return max([0, *measured, *made, *searched])
 
 
 def _explain_no_runs(table: str, scale: str) -> str:

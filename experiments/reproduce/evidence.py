@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from experiments.reproduce import dry_run, search_all
-from experiments.reproduce.cells import Cell, list_cells
+from experiments.reproduce import commands, dry_run, search_all
+from experiments.reproduce.cells import Cell, in_evidence, list_cells
+from experiments.reproduce.commands import last_wins
 from experiments.reproduce.costs import Estimates, facts_of
 from experiments.reproduce.plans import Block, list_blocks, read_plan
 from experiments.reproduce.processes import Ended, Job, cell_job, is_held, last_error, run_jobs
@@ -41,20 +42,19 @@ class Request:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: status 0 if all cells are complete, 1 if some failed, 2 after bad input, 130 after Ctrl-C."""
     options = _parser().parse_intermixed_args(arguments)
-    # This command makes the committed evidence, so it names its place.
-    overrides = ("results_dir=results", *options.overrides)
     request = Request(
-        data=options.data, trees=options.trees, workers=options.workers, overrides=overrides, dry=options.dry
+        data=options.data,
+        trees=options.trees,
+        workers=options.workers,
+        overrides=tuple(in_evidence(options.overrides)),
+        dry=options.dry,
     )
-    try:
-        check_integer("WORKERS", options.workers, at_least=1)
-        return max(_make_block(block, request, is_only=options.block != "all") for block in list_blocks(options.block))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
-        return 130
+    return commands.run(lambda: _make_blocks(options.block, request))
+
+
+def _make_blocks(name: str, request: Request) -> int:
+    check_integer("WORKERS", request.workers, at_least=1)
+    return max(_make_block(block, request, is_only=name != "all") for block in list_blocks(name))
 
 
 def _make_block(block: Block, request: Request, *, is_only: bool) -> int:
@@ -66,14 +66,14 @@ def _make_block(block: Block, request: Request, *, is_only: bool) -> int:
         print(f"left out: {reason}", flush=True)
         return 0
     if not block.plans:
-        wanted = search_all.Request(data=request.data, trees=request.trees, overrides=_last_wins(request.overrides))
+        wanted = search_all.Request(data=request.data, trees=request.trees, overrides=last_wins(request.overrides))
         return search_all.make(search_all.plan_searches(wanted), request.workers, dry=request.dry)
     return max(_make_plan(name, block, request) for name in block.plans)
 
 
 def _make_plan(name: str, block: Block, request: Request) -> int:
     read_plan(name)  # checks it
-    overrides = _last_wins((*block.overrides, *request.overrides))
+    overrides = last_wins((*block.overrides, *request.overrides))
     try:
         cells = list_cells(name, overrides, request.trees if block.takes_trees else request.data)
     except UserError as error:
@@ -85,11 +85,6 @@ def _make_plan(name: str, block: Block, request: Request) -> int:
         dry_run.show(cells)
         return 0
     return make(cells, request.workers)
-
-
-def _last_wins(overrides: Sequence[str]) -> tuple[str, ...]:
-    """Drop overrides that a later one repeats, which Hydra refuses for groups."""
-    return tuple({one.partition("=")[0]: one for one in overrides}.values())
 
 
 def make(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS) -> int:
@@ -153,9 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m experiments.reproduce.evidence", description=__doc__.splitlines()[0]
     )
     parser.add_argument("block", help="0 to 6, 2a, 2b, or all")
-    parser.add_argument("--data", help="folder with GLUE (default: download from the hub)")
-    parser.add_argument("--trees", help="file of OpenAssistant conversation trees, for block 6 and its searches")
-    parser.add_argument("--workers", type=int, default=2, help="processes at a time, one thread each (default: 2)")
+    commands.add_places(parser, trees="block 6 and its searches")
     parser.add_argument("--dry", action="store_true", help="list the cells and their cost without running anything")
     parser.add_argument("overrides", nargs="*", help="overrides as for run.py, for example task=stsb")
     return parser

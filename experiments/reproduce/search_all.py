@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.paths import ROOT, SCALES
-from experiments.reproduce import searches
+from experiments.reproduce import commands, searches
 from experiments.reproduce.cells import in_evidence
+from experiments.reproduce.commands import split_names
 from experiments.reproduce.plans import SEARCHED, EvidencePlan, read_plan
 from experiments.reproduce.processes import Ended, Job, last_error, run_jobs
 from experiments.reproduce.searches import Search
@@ -43,27 +44,22 @@ class Request:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: status 0 if all searches are finished, 1 if not, 2 after bad input, 130 after Ctrl-C."""
     options = _parser().parse_intermixed_args(arguments)
-    try:
-        check_choice("SCALE", options.scale, SCALES)
-        check_integer("WORKERS", options.workers, at_least=1)
-        if options.scale != "mini":
-            raise UserError(
-                "the searches of the paper's models are Tables 13-15: make reproduce-table13; give SCALE=mini"
-            )
-        request = Request(
-            methods=_split(options.methods),
-            tasks=_split(options.tasks),
-            data=options.data,
-            trees=options.trees,
-            overrides=tuple(in_evidence(options.overrides)),
-        )
-        return make(plan_searches(request), options.workers, dry=options.dry)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
-        return 130
+    return commands.run(lambda: _search(options))
+
+
+def _search(options: argparse.Namespace) -> int:
+    check_choice("SCALE", options.scale, SCALES)
+    check_integer("WORKERS", options.workers, at_least=1)
+    if options.scale != "mini":
+        raise UserError("the searches of the paper's models are Tables 13-15: make reproduce-table13; give SCALE=mini")
+    request = Request(
+        methods=split_names(options.methods),
+        tasks=split_names(options.tasks),
+        data=options.data,
+        trees=options.trees,
+        overrides=tuple(in_evidence(options.overrides)),
+    )
+    return make(plan_searches(request), options.workers, dry=options.dry)
 
 
 def plan_searches(request: Request) -> list[Search]:
@@ -105,10 +101,15 @@ def _searches_of(plan: EvidencePlan, request: Request) -> list[Search]:
     for task in plan.params["task"]:
         for method in plan.params["method"]:
             if task in (request.tasks or [task]) and method in (request.methods or [method]):
-                sweep = SWEEPS[plan.regime == "paper"]
-                about = [f"experiment={plan.name}", f"sweep={sweep}", f"task={task}", f"method={method}"]
-                found.append(searches.make_search([*about, *request.overrides, "hydra.mode=RUN"], task, data))
+                found.append(plan_search(plan, method, task, data, request.overrides))
     return found
+
+
+def plan_search(plan: EvidencePlan, method: str, task: str, data: str | None, overrides: Sequence[str]) -> Search:
+    """The search of one method on one task, with the plan's budget and regime."""
+    sweep = SWEEPS[plan.regime == "paper"]
+    about = [f"experiment={plan.name}", f"sweep={sweep}", f"task={task}", f"method={method}"]
+    return searches.make_search([*about, *overrides, "hydra.mode=RUN"], task, data)
 
 
 def make(found: Sequence[Search], workers: int, *, dry: bool) -> int:
@@ -161,10 +162,6 @@ def _count_left(found: Sequence[Search]) -> int:
     return sum(one.plan.budget - one.finished() for one in found)
 
 
-def _split(text: str | None) -> tuple[str, ...]:
-    return tuple(one.strip() for one in text.split(",") if one.strip()) if text else ()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.reproduce.search_all", description=__doc__.splitlines()[0]
@@ -172,9 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", default="mini", help="mini: the plans are of the small models")
     parser.add_argument("--methods", help="only these, comma-separated")
     parser.add_argument("--tasks", help="only these, comma-separated")
-    parser.add_argument("--data", help="folder with GLUE (default: download from the hub)")
-    parser.add_argument("--trees", help="file of OpenAssistant conversation trees, for SmolLM2")
-    parser.add_argument("--workers", type=int, default=2, help="processes at a time, one thread each (default: 2)")
+    commands.add_places(parser, trees="SmolLM2")
     parser.add_argument(
         "--dry", action="store_true", help="list the searches and what they lack without running anything"
     )

@@ -34,9 +34,8 @@ from sparsegrad.assets.download import asset_path
 from sparsegrad.basis import Basis
 from sparsegrad.calibration.gradients import calibrate
 from sparsegrad.files import write_json
-from sparsegrad.optim.adamw import SparseGradAdamW
-from sparsegrad.optim.group_checks import is_sparse
-from sparsegrad.optim.selection import Selection, count_kept
+from sparsegrad.methods.base import kept_per_weight
+from sparsegrad.methods.static_mask import fix_positions
 from sparsegrad.targets import find_mlp
 
 EPOCHS, EVALUATIONS, CALIBRATION, BATCH = 4, 12, 30, 32
@@ -52,37 +51,20 @@ def sparsegrad(
     return prepare(model, None, lr=lr, bases=bases, **options)
 
 
-class StaticSupport(SparseGradAdamW):
-    """Engine exact whose kept entries are chosen once: `support` maps each weight to their positions (k,)."""
-
-    support: Mapping[Tensor, Tensor]
-
-    def _update(self, selections: list[Selection]) -> None:
-        super()._update([self._replace(one) for one in selections])
-
-    def _replace(self, selection: Selection) -> Selection:
-        index = torch.stack([self.support[weight] for weight in selection.weights])
-        gradients = torch.stack([weight.grad.flatten() for weight in selection.weights if weight.grad is not None])
-        return Selection(selection.group, selection.weights, index, gradients.gather(1, index), selection.basis)
-
-
 def static(
     model: nn.Module, bases: Bases, lr: float, batches: Sequence[Batch], **options: Any
 ) -> torch.optim.Optimizer:
     """Support chosen by the mean squared rotated gradient of the calibration batches (SPEFT, arXiv 2412.13488)."""
     optimizer = prepare(model, None, lr=lr, bases=bases, **options)
-    weights = [weight for group in filter(is_sparse, optimizer.param_groups) for weight in group["params"]]
-    squares = {weight: torch.zeros_like(weight) for weight in weights}
+    linears = find_mlp(model, None)
+    named = {name: linear.weight for found in linears.values() for name, linear in found.items()}
+    squares = {name: torch.zeros_like(weight) for name, weight in named.items()}
     for batch in batches:
         model(**batch).loss.backward()
-        for weight in weights:  # rotated: its linear computes V^T G U
-            squares[weight] += weight.grad.square()
+        for name, weight in named.items():  # rotated: its linear computes V^T G U
+            squares[name] += weight.grad.square()  # type: ignore[union-attr]
         model.zero_grad()
-    optimizer.__class__ = StaticSupport
-    optimizer.support = {  # type: ignore[attr-defined]
-        weight: found.flatten().topk(count_kept(weight.shape, density=0.01)).indices.sort().values
-        for weight, found in squares.items()
-    }
+    fix_positions(optimizer, linears, squares, kept_per_weight(linears, 0.01, None))
     return optimizer
 
 

@@ -44,7 +44,7 @@ def nested_tree(row: Mapping[str, Any], where: str) -> Tree:
 
     Raises:
         UserError: with `where` and the message, if the tree is malformed, or has neither a message_tree_id nor a
-            root with a message_id: without any id, two trees could not be told apart.
+            root with a message_id: without any id, two trees could not be distinguished.
     """
     root = row.get("prompt")
     if not isinstance(root, Mapping):

@@ -1,0 +1,30 @@
+"""What the commands that make the evidence share: their options, their overrides, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from sparsegrad.errors import run_as_command
+
+
+def run(command: Callable[[], int]) -> int:
+    """Run a command that can be stopped at any time: status as of `run_as_command`."""
+    return run_as_command(command, "interrupted: the same command continues where it stopped")
+
+
+def add_places(parser: argparse.ArgumentParser, trees: str) -> None:
+    """Options that say where the data is and how many processes run; `trees` names what needs conversation trees."""
+    parser.add_argument("--data", help="folder with GLUE (default: download from the hub)")
+    parser.add_argument("--trees", help=f"file of OpenAssistant conversation trees, for {trees}")
+    parser.add_argument("--workers", type=int, default=2, help="processes at a time, one thread each (default: 2)")
+
+
+def last_wins(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Drop overrides that a later one repeats, which Hydra refuses for groups."""
+    return tuple({one.partition("=")[0]: one for one in overrides}.values())
+
+
+def split_names(text: str | None) -> tuple[str, ...]:
+    """The names of a comma-separated option; none without it."""
+    return tuple(one.strip() for one in text.split(",") if one.strip()) if text else ()
