@@ -1,7 +1,8 @@
-"""Estimate the memory that fine-tuning a language model needs, before anything is computed.
+"""Estimate the memory that fine-tuning needs, before anything is computed.
 
 Weights, gradients, optimizer state and bases are exact to a few percent. Activations are an estimate: per token and
-block 14 vectors as wide as the model and 5 as wide as the MLP, and per token 3 rows of logits in float32.
+block 14 vectors as wide as the model and 5 as wide as the MLP, and per token of a language model 3 rows of logits in
+float32. Every row counts as `data.max_length` tokens.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from torch import nn
 
 from sparsegrad.errors import UserError
 from sparsegrad.layers.block import core_shape
+from sparsegrad.models.layer_choice import select_linears
+from sparsegrad.models.outline import load_outline
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.targets import Linears, weight_shapes
+from sparsegrad.targets import Linears, find_mlp, weight_shapes
 
 log = logging.getLogger(__name__)
 GIB = 2**30
 _WIDE, _MLP, _LOGITS = 14, 5, 3
 _ADAM = 8  # bytes of both moments of one entry
+_PROCESS = GIB  # Python, torch and its libraries on a CPU; the context and cached blocks on a GPU
 # The paper's Table 6: share of the parameters that each method trains.
 PUBLISHED_SHARE = {"full": "22 %", "lora": "0.5 %", "meprop": "0.5 %", "sparsegrad": "0.5 %"}
 
@@ -38,11 +42,13 @@ class Setup:
         selected: entries of the weights that are fine-tuned.
         shapes: layer kind -> (out, in).
         linears: number of fine-tuned weights.
-        width, mlp_width, depth, vocabulary: sizes of the model.
+        width, mlp_width, depth: sizes of the model.
+        vocabulary: scores per token; 0 for a classifier, which has one row of them per sequence.
         tokens: tokens of a micro-batch.
         precision, checkpointing: as in `train`.
         rank: of LoRA.
         density: of engine fast.
+        rest: parameters that train beside the MLP weights.
     """
 
     method: str
@@ -59,6 +65,7 @@ class Setup:
     checkpointing: bool
     rank: int = 0
     density: float = 0.01
+    rest: int = 0
 
 
 def estimate_memory(setup: Setup) -> dict[str, int]:
@@ -68,13 +75,13 @@ def estimate_memory(setup: Setup) -> dict[str, int]:
     cores = sum(r * c for r, c in (core_shape(s, setup.density) for s in setup.shapes.values()))
     cores *= setup.linears // len(setup.shapes)
     trained = {"lora": adapters, "sparsegrad_fast": cores}.get(setup.method, setup.selected)
-    in_float32 = 0 if setup.method == "lora" else setup.selected
+    in_float32 = setup.rest + (0 if setup.method == "lora" else setup.selected)
     weights = (setup.parameters - in_float32) * frozen_size + in_float32 * 4
     weights += 4 * trained if trained != setup.selected else 0
     return {
         "weights": weights,
-        "gradients": 4 * trained,
-        "optimizer": _ADAM * trained,
+        "gradients": 4 * (trained + setup.rest),
+        "optimizer": _ADAM * (trained + setup.rest),
         "bases": _bases(setup),
         "activations": _activations(setup),
     }
@@ -141,22 +148,40 @@ def make_setup(config: RunConfig, model: nn.Module, linears: Linears) -> Setup:
     method: Any = config.method
     found = [linear for kind in linears.values() for linear in kind.values()]
     shapes, width = weight_shapes(linears), architecture.hidden_size
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    selected = sum(linear.weight.numel() for linear in found)
     return Setup(
         method=method.name,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        selected=sum(linear.weight.numel() for linear in found),
+        parameters=parameters,
+        selected=selected,
         shapes=shapes,
         linears=len(found),
         width=width,
         mlp_width=max(_mlp_width(shape, width) for shape in shapes.values()),
         depth=architecture.num_hidden_layers,
-        vocabulary=architecture.vocab_size,
+        vocabulary=architecture.vocab_size if config.task.is_language else 0,
         tokens=config.train.batch_size * config.data.max_length,
         precision=config.train.precision,
         checkpointing=config.train.gradient_checkpointing,
         rank=getattr(method, "rank", 0),
         density=getattr(method, "density", None) or 0.01,
+        rest=parameters - selected if config.train.train_rest else 0,
     )
+
+
+def estimate_run(config: RunConfig) -> int:
+    """Bytes that a run needs on its device, from the outline of its model; nothing is loaded.
+
+    An upper bound for most runs: every batch counts as full of rows of `data.max_length` tokens, and methods other
+    than LoRA and SparseGrad count as training every MLP weight.
+
+    Raises:
+        UserError: if the model does not exist or has no such MLP weights.
+    """
+    model = load_outline(config.model, config.task)
+    found = find_mlp(model, config.model.mlp)
+    setup = make_setup(config, model, select_linears(found, config.model.kinds, config.model.blocks))
+    return sum(estimate_memory(setup).values()) + _PROCESS
 
 
 def _mlp_width(shape: tuple[int, int], width: int) -> int:

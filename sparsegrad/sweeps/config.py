@@ -38,6 +38,7 @@ class SweepConfig:
     overwrite: bool
     trials: int
     workers: int
+    device_share: float | None
     sampler: str
     seed: int
     startup_trials: int
@@ -64,6 +65,9 @@ class SweepConfig:
             check_integer(f"sweep.{name}", getattr(self, name), at_least=1)
         for name in ("seed", "pruner_startup_trials", "pruner_warmup", "retries"):
             check_integer(f"sweep.{name}", getattr(self, name), at_least=0)
+        if self.device_share is not None:
+            remedy = "use for example 0.25: four trials on one device"
+            check_number("sweep.device_share", self.device_share, above=0, at_most=1, remedy=remedy)
         self._check_worker()
         if (self.sampler, self.pruner) == ("grid", "hyperband"):
             raise fail("sweep.pruner", "hyperband", "choose none, median or patience for sweep.sampler=grid")

@@ -88,7 +88,7 @@ class Watch:
         """Whether the worker of this running trial is dead."""
         worker = trial.user_attrs.get(WORKER)
         if worker is not None and worker["machine"] == _identify_machine():  # same machine: ask the system
-            return not _is_alive(worker)
+            return not is_alive(worker)
         beat, now = trial.user_attrs.get(BEAT), time.monotonic()
         seen = self._seen.get(trial.number)
         if seen is None or seen[0] != beat:
@@ -97,7 +97,8 @@ class Watch:
         return now - seen[1] > self._lease
 
 
-def _is_alive(worker: dict[str, Any]) -> bool:
+def is_alive(worker: dict[str, Any]) -> bool:
+    """Whether the process of `this_worker` still runs on this machine."""
     try:
         process = psutil.Process(worker["pid"])
         # The start time tells a worker from a later process with the same number.

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from optuna.trial import TrialState
 
@@ -19,6 +18,7 @@ from sparsegrad.errors import UserError
 from sparsegrad.progress import NO_BARS, QUIET, remark, say
 from sparsegrad.sweeps.config import Plan, make_plan
 from sparsegrad.sweeps.hparams import default_storage
+from sparsegrad.sweeps.packing import check_packing, count_slots, take_device
 from sparsegrad.sweeps.search_results import DEFAULT
 from sparsegrad.sweeps.storage import hide_password
 from sparsegrad.sweeps.study import SharedStudy, open_study
@@ -39,7 +39,8 @@ def run_sweep(composed: DictConfig, labels: Mapping[str, Any] | None = None) -> 
     """
     plan = make_plan(composed)
     if plan.sweep.worker is not None and plan.sweep.workers == 1:
-        _take_device(plan.sweep.worker)
+        take_device(plan.sweep.worker, plan.sweep.device_share)
+    check_packing(plan)
     shared = open_study(plan, overwrite=plan.sweep.overwrite)
     remark(f"study {plan.sweep.study} in {shared.store.address}: {_count_finished(shared)}")
     if plan.sweep.workers == 1 or shared.is_finished():
@@ -82,7 +83,7 @@ def start_workers(composed: DictConfig, count: int, labels: Mapping[str, Any] | 
         # Imports can take longer than a trial. The fork server does them once; it has no threads and uses no GPU.
         context.set_forkserver_preload([__name__, "sparsegrad.runs.runner"])
     content = OmegaConf.to_container(composed, resolve=False)
-    processes = [context.Process(target=_run_worker, args=(content, index, count, labels)) for index in range(count)]
+    processes = [context.Process(target=_run_worker, args=(content, index, labels)) for index in range(count)]
     with _silence():
         for process in processes:
             process.start()
@@ -114,30 +115,23 @@ def _stop_workers(processes: list[BaseProcess]) -> None:
             process.terminate()
 
 
-def _run_worker(content: Any, index: int, count: int, labels: Mapping[str, Any] | None) -> None:
+def _run_worker(content: Any, index: int, labels: Mapping[str, Any] | None) -> None:
     """Run one worker process on its share of the machine."""
     from sparsegrad.trainer.quiet import quiet_libraries, quiet_transformers
     from sparsegrad.trainer.threads import limit_threads
 
-    limit_threads(count)  # otherwise every worker uses all cores
-    _take_device(index)
     quiet_libraries()
     quiet_transformers()
     try:
-        Worker(open_study(make_plan(OmegaConf.create(content))), labels).work()
+        plan = make_plan(OmegaConf.create(content))
+        limit_threads(count_slots(plan))  # otherwise every worker uses all cores
+        take_device(index, plan.sweep.device_share)
+        Worker(open_study(plan), labels).work()
     except UserError as error:
         print(f"error: worker {index}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT
-
-
-def _take_device(index: int) -> None:
-    """Choose one of the GPUs that this process may use, if there are several."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
-    if len(devices) > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[index % len(devices)]
 
 
 def _count_finished(shared: SharedStudy) -> str:

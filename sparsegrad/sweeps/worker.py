@@ -20,6 +20,7 @@ from sparsegrad.runs.config import RunConfig
 from sparsegrad.sweeps.config import runner
 from sparsegrad.sweeps.leases import Heartbeat, TrialLostError
 from sparsegrad.sweeps.ledger import CRASHED, FAILURE, MISTAKE, REASON, REDO_OF, STOPPED
+from sparsegrad.sweeps.packing import Packing, TooLargeError
 from sparsegrad.sweeps.reporter import Reporter
 from sparsegrad.sweeps.study import SharedStudy
 
@@ -37,6 +38,7 @@ class Worker:
     def __init__(self, shared: SharedStudy, labels: Mapping[str, Any] | None = None) -> None:
         self.shared, self.labels = shared, dict(labels or {})
         self._run: Callable[..., Any] = runner(shared.plan.sweep)
+        self._packing = Packing(shared.plan)
         self._source = ""  # of the last trial's score, if it was not run here
         self._pause = min(_MAX_PAUSE, shared.plan.sweep.heartbeat / 2)
 
@@ -90,7 +92,9 @@ class Worker:
         config = self.shared.plan.trial_config(trial.params)
         reporter = Reporter(trial, self.shared.plan.metric, heartbeat)
         try:
-            record, is_new = self._run_or_wait(config, trial, reporter)
+            record, is_new = self._run_admitted(config, trial, reporter)
+        except TooLargeError as error:
+            return TrialState.PRUNED, None, {REASON: str(error)}
         except torch.OutOfMemoryError:
             return TrialState.PRUNED, None, {REASON: "out of device memory"}
         except UserError:
@@ -107,6 +111,28 @@ class Worker:
         if value is None:
             return TrialState.PRUNED, None, facts | {REASON: f"{self.shared.plan.metric} is not a number"}
         return TrialState.COMPLETE, value, facts
+
+    def _run_admitted(self, config: RunConfig, trial: Trial, reporter: Reporter) -> tuple[dict[str, Any], bool]:
+        """Run the trial when its device has room for it; see `_run_or_wait`."""
+
+        def pause(reason: str) -> None:
+            if reason not in said:
+                progress.remark(f"trial {trial.number} {reason}")
+                said.add(reason)
+            reporter.on_step_end()
+            time.sleep(self._pause)
+
+        said: set[str] = set()
+        try:
+            with self._packing.admitted(config, pause):
+                return self._run_or_wait(config, trial, reporter)
+        except torch.OutOfMemoryError:
+            if not self._packing.is_shared:
+                raise
+        # The estimate of this trial, or of one beside it, was too low. What does not fit alone is too large.
+        self._free_memory()
+        with self._packing.alone(pause):
+            return self._run_or_wait(config, trial, reporter)
 
     def _run_or_wait(self, config: RunConfig, trial: Trial, reporter: Reporter) -> tuple[dict[str, Any], bool]:
         """Run the trial, or wait for a worker that runs the same values; its record, and whether it is new."""

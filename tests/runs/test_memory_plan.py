@@ -46,8 +46,13 @@ def test_the_remedy_fits() -> None:
 def test_the_mlp_width_is_that_of_the_linears(layout: str, mlp_width: int, kinds: int) -> None:
     """GPT-2's configuration has no intermediate_size, and its weights are (in, out)."""
     model = tiny_model(layout)
-    train = SimpleNamespace(batch_size=4, precision="fp32", gradient_checkpointing=False)
-    config = SimpleNamespace(method=SimpleNamespace(name="full"), train=train, data=SimpleNamespace(max_length=9))
+    train = SimpleNamespace(batch_size=4, precision="fp32", gradient_checkpointing=False, train_rest=False)
+    config = SimpleNamespace(
+        method=SimpleNamespace(name="full"),
+        train=train,
+        data=SimpleNamespace(max_length=9),
+        task=SimpleNamespace(is_language=True),
+    )
     linears = dict(list(find_mlp(model).items())[:kinds])
     setup = make_setup(config, model, linears)  # type: ignore[arg-type]
     assert (setup.width, setup.mlp_width, setup.depth, setup.vocabulary, setup.tokens) == (16, mlp_width, 2, 50, 36)

@@ -14,7 +14,7 @@ from run_fixtures import FAKE_SWEEP, ROOT, Composer, RunPy, last_wins
 
 from sparsegrad.errors import UserError
 from sparsegrad.sweeps.config import make_plan
-from sparsegrad.sweeps.pool import _take_device
+from sparsegrad.sweeps.packing import take_device
 from sparsegrad.sweeps.study import open_study
 
 TRIALS = 6
@@ -101,7 +101,7 @@ def test_workers_of_a_launch_do_not_delete_their_study(conf: Composer) -> None:
 
 def test_launched_workers_spread_over_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    _take_device(3)
+    take_device(3)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
-    _take_device(2)
+    take_device(2)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
