@@ -42,13 +42,13 @@ class Job:
         unit: name of the items in the line at the end, in the plural; may be empty.
         done: items that are finished.
         note: shown behind the numbers, such as the newest loss.
-        left: estimated seconds; None: from the speed so far.
+        left: seconds that were left when the latest estimate was given; None: estimated from the speed so far.
     """
 
     def __init__(self, name: str, total: int | None, unit: str, done: int) -> None:
         self.name, self.total, self.unit, self.done = name, total, unit, done
         self.note, self.left = "", None  # type: str, float | None
-        self.began = time.monotonic()
+        self.began = self._given = time.monotonic()
         self._first = done  # what an interrupted job had done before says nothing about this one's speed
 
     def step(self, count: int = 1) -> None:
@@ -59,7 +59,8 @@ class Job:
         """Note the number of finished items, a remark, or a better estimate of the seconds left."""
         self.done = self.done if done is None else done
         self.note = self.note if note is None else note
-        self.left = self.left if left is None else left
+        if left is not None:
+            self.left, self._given = left, time.monotonic()
         _display.tick(REDRAW)
 
     def seconds(self) -> float:
@@ -67,9 +68,11 @@ class Job:
         return time.monotonic() - self.began
 
     def seconds_left(self) -> float | None:
-        """The given estimate, else one from the speed so far; None if nothing is known yet."""
-        if self.left is not None or self.total is None:
-            return self.left
+        """The given estimate less the time since, else one from the speed so far; None if nothing is known yet."""
+        if self.left is not None:
+            return max(0.0, self.left - (time.monotonic() - self._given))
+        if self.total is None:
+            return None
         made = self.done - self._first
         return None if made <= 0 else self.seconds() / made * max(0, self.total - self.done)
 

@@ -160,6 +160,16 @@ def test_the_time_left_counts_what_this_process_did(clock: Clock) -> None:
     assert Job("download", None, "items", 0).seconds_left() is None
 
 
+def test_a_given_estimate_runs_down(clock: Clock) -> None:
+    cells = Job("cells", 12, "", 1)
+    cells.update(left=600.0)
+    found = []
+    for _ in range(3):
+        found.append(cells.seconds_left())
+        clock.now += 400
+    assert found == [600, 200, 0]
+
+
 def test_seconds_are_written_for_people() -> None:
     found = [format_seconds(value) for value in (0.4, 59, 61, 3599, 7260, 86400 * 3)]
     assert found == ["0 s", "59 s", "1 min 1 s", "60 min", "2 h 1 min", "3 d 0 h"]
