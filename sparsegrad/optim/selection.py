@@ -75,7 +75,7 @@ def together(weights: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Split the weights that have a gradient into lists that are rotated together; a sparse gradient is alone."""
     batch: list[Tensor] = []
     for weight in (weight for weight in weights if weight.grad is not None):
-        alike = batch and batch[0].shape == weight.shape and batch[0].device == weight.device
+        alike = batch and all(getattr(batch[0], name) == getattr(weight, name) for name in ("shape", "dtype", "device"))
         limit = _TOGETHER["cpu" if weight.is_cpu else "elsewhere"]
         if batch and (not alike or weight.grad.is_sparse or (len(batch) + 1) * weight.numel() > limit):  # type: ignore[union-attr]
             yield batch

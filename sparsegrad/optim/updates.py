@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsegrad.basis import Basis
 from sparsegrad.optim.moments import MOMENTS
-from sparsegrad.optim.rounding import add_stochastic, decay_
+from sparsegrad.optim.rounding import add_stochastic_each, decay_
 from sparsegrad.optim.scratch import Scratch
 from sparsegrad.optim.selection import Selection
 
@@ -56,8 +56,7 @@ def apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor, sc
     if weights[0].dtype == change.dtype:
         torch._foreach_add_(weights, list(change))  # one kernel for all weights
         return
-    for weight, own, values, state in zip(weights, change, selection.values, states, strict=True):
-        add_stochastic(weight, own, values, state["step"])
+    add_stochastic_each(weights, change, selection.values, [state["step"] for state in states])
 
 
 def _keep_error(weight: Tensor, error: Tensor, index: Tensor, finite: Tensor) -> None:

@@ -108,7 +108,8 @@ def test_the_kept_entries_are_those_of_the_cpu() -> None:
 def test_rounding_is_that_of_the_cpu_bit_for_bit_and_small_changes_add_up() -> None:
     """Replicas on different devices would part otherwise."""
     source = torch.randn(7)
-    assert torch.equal(_noise(torch.zeros(1000), source), _noise(torch.zeros(1000).cuda(), source.cuda()).cpu())
+    like = torch.zeros(1, 1000)
+    assert torch.equal(_noise(like, source[None]), _noise(like.cuda(), source[None].cuda()).cpu())
     weight = torch.ones(4096, dtype=torch.bfloat16, device="cuda")
     change = torch.full((4096,), 1e-3, device="cuda")
     for _ in range(1000):

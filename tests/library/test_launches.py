@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from engine_checks import basis_of, draw
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,24 +32,29 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def calls_of_a_step(count: int, sides: str | None, moments: str, weight_decay: float) -> list[str]:
-    weights = [nn.Parameter(draw(48, 40, seed=seed)) for seed in range(count)]
+def calls_of_a_step(
+    count: int, sides: str | None, moments: str, weight_decay: float, dtype: torch.dtype = torch.float32
+) -> list[str]:
+    weights = [nn.Parameter(draw(48, 40, seed=seed).to(dtype)) for seed in range(count)]
     basis = None if sides is None else basis_of(48, 40).only(sides)
     group = {"params": weights, "density": 0.05, "basis": basis, "moments": moments}
     optimizer = SparseGradAdamW([group], lr=1e-2, weight_decay=weight_decay)
     for step in range(2):  # the first one creates the moments
         for number, weight in enumerate(weights):
-            weight.grad = draw(48, 40, seed=10 * step + number)
+            weight.grad = draw(48, 40, seed=10 * step + number).to(dtype)
         with Calls() as calls:
             optimizer.step()
     return calls.names
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("moments", ["dense", "support"])
 @pytest.mark.parametrize("sides", ["both", "in", None])
-def test_more_weights_need_no_more_calls(sides: str | None, moments: str, weight_decay: float) -> None:
-    two, eight = (calls_of_a_step(count, sides, moments, weight_decay) for count in (2, 8))
+def test_more_weights_need_no_more_calls(
+    sides: str | None, moments: str, weight_decay: float, dtype: torch.dtype
+) -> None:
+    two, eight = (calls_of_a_step(count, sides, moments, weight_decay, dtype) for count in (2, 8))
     assert eight == two
 
 
