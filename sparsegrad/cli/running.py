@@ -91,11 +91,18 @@ def _run_once(composed: DictConfig, labels: Mapping[str, Any], published: Publis
 
     config = build(composed)
     console.quiet = not is_main()
+    if is_main() and _is_later_job():
+        remark("")
     if composed.get("verbose"):
         console.print(tree("run " + config.key, config.resolved))
     record, is_new = run(config, labels=labels, announces=True)
     if is_main():
         _print_result(config, record, published, is_new=is_new)
+
+
+def _is_later_job() -> bool:
+    """Whether this process has printed the lines of another job of the same multirun, from which a line parts this."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN and HydraConfig.get().job.num > 0
 
 
 def _print_result(config: RunConfig, record: Mapping[str, Any], published: Published | None, *, is_new: bool) -> None:

@@ -77,10 +77,11 @@ def score_run(config: RunConfig, trainer: RunTrainer, parts: Parts) -> tuple[dic
     main, state = config.task.main_metric, trainer.state
     chosen = next(row for row in evaluations(state.log_history) if row["step"] == state.best_global_step)
     scores = {name: value for name, value in chosen.items() if name not in ("step", "epoch", "loss")}
-    # Not `evaluate`: its log would put this split's scores among those that choose.
-    validation = parts.sets.choose if parts.sets.report is None else parts.sets.report
-    predicted = trainer.predict(validation, metric_key_prefix="eval")
-    if parts.sets.report is not None:
+    if parts.sets.report is None:
+        predicted = trainer.predict_best()
+    else:
+        # Not `evaluate`: its log would put this split's scores among those that choose.
+        predicted = trainer.predict(parts.sets.report, metric_key_prefix="eval")
         scores = scores_of(predicted.metrics)
         scores.pop("loss")
     result = {

@@ -43,6 +43,7 @@ def quiet_libraries() -> None:
     if not is_main():
         os.environ["TQDM_DISABLE"] = "1"
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    logging.getLogger("hydra").setLevel(logging.WARNING)  # of a multirun: each job prints what it changes itself
     for client in _HTTP_CLIENTS:
         logging.getLogger(client).setLevel(logging.WARNING)
     for module in ("torch", "peft", "transformers", "accelerate"):

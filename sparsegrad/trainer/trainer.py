@@ -12,6 +12,7 @@ import datasets
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from sparsegrad.distributed import average_
 from sparsegrad.errors import UserError, first_line
@@ -42,6 +43,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         super().__init__(*args, **kwargs)
         self.watched = watched
+        # What evaluations predicted, by step: the newest and the best, which need not be computed again at the end.
+        self._predicted: dict[int, EvalLoopOutput] = {}
         # A classifier accepts any keyword, from which the Trainer concludes that its loss is divided by the size of the
         # whole accumulated batch. It is not: without this, gradients of micro-batches would be summed, not averaged.
         # The loss of a language model is: a sum over tokens, divided by the number that the Trainer passes.
@@ -93,10 +96,27 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as the Trainer does, then score the watched rows for the log alone."""
         scores: dict[str, float] = super().evaluate(*args, **kwargs)
+        kept = (self.state.best_global_step, self.state.global_step)
+        self._predicted = {step: found for step, found in self._predicted.items() if step in kept}
         if self.watched is not None:
             found = self.predict(self.watched, metric_key_prefix=VALIDATION).metrics
             self.state.log_history.append({"step": self.state.global_step, "epoch": self.state.epoch, **found})
         return scores
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Run the Trainer's loop, and keep what an evaluation predicts; a prediction of other rows has another name."""
+        found = super().evaluation_loop(*args, **kwargs)
+        if kwargs.get("description") == "Evaluation":
+            self._predicted[self.state.global_step] = found
+        return found
+
+    def predict_best(self) -> PredictionOutput | EvalLoopOutput:
+        """What the best checkpoint, which is the model after training, predicts for the rows that chose it.
+
+        Its evaluation has computed this, unless that was in an earlier process that this one continues.
+        """
+        found = self._predicted.get(self.state.best_global_step)
+        return self.predict(self.eval_dataset, metric_key_prefix="eval") if found is None else found
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         """Return the micro-batches of one step, and for a language model the number of tokens of all processes."""

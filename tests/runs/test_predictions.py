@@ -20,12 +20,28 @@ from sparsegrad.runs.plan import plan_hash
 from sparsegrad.runs.predictions import describe_arrays, predictions_path, read_predictions, write_predictions
 from sparsegrad.runs.runner import run
 from sparsegrad.runs.trainer_setup import training_arguments
+from sparsegrad.trainer.trainer import RunTrainer
 
 
 @pytest.mark.parametrize("protocol", ["paper", "heldout", "both"])
-def test_the_predictions_have_the_score_of_the_record(tiny: Tiny, protocol: str) -> None:
+def test_the_predictions_have_the_score_of_the_record(
+    tiny: Tiny, protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny(f"protocol={protocol}", "protocol.max_steps=8", "protocol.eval_steps=2")
+    take_kept, compared = RunTrainer.predict_best, []
+
+    def predict_again(trainer: Any) -> Any:
+        """What the evaluation of the best checkpoint kept is what that checkpoint predicts."""
+        kept = take_kept(trainer)
+        anew = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        assert anew is not kept
+        assert np.array_equal(anew.predictions, kept.predictions)
+        compared.append(trainer.state.best_global_step)
+        return kept
+
+    monkeypatch.setattr(RunTrainer, "predict_best", predict_again)
     record, _ = run(config)
+    assert compared == ([record["result"]["chosen_step"]] if protocol == "paper" else [])
     found = read_predictions(config.record_path, record)
     assert found["predicted"].dtype == found["label"].dtype == np.uint8
     assert len(found["label"]) == record["data"]["validation_rows"] == record["predictions"]["rows"]
