@@ -20,7 +20,7 @@ from sparsegrad.errors import UserError
 CELLS = {
     "evidence_gates": 12,
     "evidence_paper": 140,
-    "evidence_mlp_only": 50,
+    "evidence_mlp_only": 70,
     "evidence_density": 36,
     "evidence_basis": 12,
     "evidence_base": 30,
@@ -110,7 +110,7 @@ def test_every_method_and_task_of_a_plan_has_a_search_of_its_own(searches: list[
         model = "smollm2" if plan.takes_trees else "minilm"
         wanted = {f"{sweep}-{model}-{m}-{t}" for m, t in product(plan.params["method"], plan.params["task"])}
         assert wanted <= {one.study for one in searches}
-    assert len(searches) == len({one.study for one in searches}) == 28 + 10 + 5
+    assert len(searches) == len({one.study for one in searches}) == 28 + 14 + 5
 
 
 def test_all_searches_of_a_plan_have_the_same_budget_and_protocol(searches: list[Search]) -> None:
