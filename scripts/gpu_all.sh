@@ -39,10 +39,14 @@ sys.exit(0 if torch.cuda.is_available() or '$dry' == '--dry' else 'no CUDA devic
 if [ "$dry" = --dry ]; then
   step tests 300 "$python" -m pytest -q -p no:cacheprovider tests/gpu
   step bench 600 "$python" -m experiments.bench --quick --out "$out/bench.json" --work "$out/work"
+  step packed 600 "$python" -m experiments.studies.packed_trials --workers 2 --steps 2 --out "$out/packed_trials.json"
 else
   step tests 480 "$python" -m pytest -q -p no:cacheprovider tests/gpu
   step bench $((minutes * 60 + 120)) "$python" -m experiments.bench --presets core,model,tokens,precision \
     --bases reflections --minutes "$minutes" --out "$out/bench.json" --work "$out/work"
+  # Needs MiniLM (`make assets`), Hydra and Optuna, and for the share of the GPU that is busy nvidia-ml-py.
+  step packed 300 "$python" -m experiments.studies.packed_trials --device cuda --workers 1 4 8 \
+    --out "$out/packed_trials.json"
 fi
 rm -rf "$out/work"
 tar -C "$out" -czf "$out.tar.gz" .
