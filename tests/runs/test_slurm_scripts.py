@@ -12,10 +12,11 @@ import pytest
 from run_fixtures import ROOT
 
 SCRIPTS = sorted((ROOT / "scripts" / "slurm").glob("*.sh"))
+SWEEP = next(script for script in SCRIPTS if script.stem == "sweep")
 # Waits for TERM as torchrun does, or ends at once with the status it is given.
 PYTHON = """#!/bin/bash
 echo $$ > pid
-echo "$*" > started
+echo "${SPARSEGRAD_STORAGE:-} $*" > started
 trap 'echo saved > saved; exit 1' TERM
 [ -n "${STATUS:-}" ] && exit "$STATUS"
 while :; do sleep 0.05; done
@@ -51,8 +52,8 @@ def wait_for(path: Path) -> str:
     return path.read_text().strip()
 
 
-def test_there_is_one_for_one_node_and_one_for_several() -> None:
-    assert [script.name for script in SCRIPTS] == ["one-node.sh", "several-nodes.sh"]
+def test_there_is_one_for_one_node_one_for_several_and_one_for_sweeps() -> None:
+    assert [script.name for script in SCRIPTS] == ["one-node.sh", "several-nodes.sh", "sweep.sh"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -62,7 +63,7 @@ def test_it_is_bash_and_asks_slurm_for_what_it_relies_on(script: Path) -> None:
     assert {"--requeue", "--signal=B:USR1@180", "--open-mode=append"} <= set(options)
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", [one for one in SCRIPTS if one != SWEEP], ids=lambda path: path.stem)
 def test_it_starts_torchrun_with_the_arguments_and_ends_as_that_does(script: Path, tmp_path: Path) -> None:
     assert start(script, tmp_path, STATUS="3").wait(20) == 3
     command = (tmp_path / "started").read_text().split()
@@ -72,6 +73,13 @@ def test_it_starts_torchrun_with_the_arguments_and_ends_as_that_does(script: Pat
     if script.stem == "several-nodes":
         assert {"--nnodes=2", "--rdzv-endpoint=node7:23456", "--rdzv-id=123456"} <= set(command)
     assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize("storage", ["", "postgresql://me@host/db"])
+def test_a_task_of_the_sweep_is_one_worker_with_a_storage_that_all_reach(storage: str, tmp_path: Path) -> None:
+    assert start(SWEEP, tmp_path, STATUS="3", SPARSEGRAD_STORAGE=storage).wait(20) == 3
+    expected = storage or "journal:outputs/studies/studies.log"
+    assert (tmp_path / "started").read_text().split() == [expected, "run.py", "task=cola", "seed=1"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

@@ -1,0 +1,44 @@
+#!/bin/bash
+# A sweep: each task of the array is a worker of one study, with one GPU.
+#     sbatch --array=0-31 scripts/slurm/sweep.sh sweep=paper model=roberta_base method=sparsegrad task=cola
+# This repository must be on a file system that all nodes share. Set SPARSEGRAD_STORAGE to a database for more than some
+# tens of workers. Three minutes before the time limit a worker saves a checkpoint, returns its trial to the study, and
+# is queued again.
+#SBATCH --job-name=sparsegrad-sweep
+#SBATCH --array=0
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=4
+#SBATCH --mem=16G
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%A_%a.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@180
+set -u
+
+export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-4}
+# A file that works on NFS, where SQLite's locks do not.
+export SPARSEGRAD_STORAGE=${SPARSEGRAD_STORAGE:-journal:outputs/studies/studies.log}
+
+asked=
+stop() { # TERM: Slurm reclaims the node and, after a pre-emption, queues the task again itself
+    asked=$1
+    kill -TERM "$worker"
+}
+
+"${PYTHON:-.venv/bin/python}" run.py "$@" &
+worker=$!
+trap 'stop USR1' USR1
+trap 'stop TERM' TERM
+wait "$worker"
+status=$?
+if [ -n "$asked" ]; then # the first wait was interrupted by the signal
+    wait "$worker"
+    status=$?
+fi
+if [ "$asked" = USR1 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
