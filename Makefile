@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 RUNNABLE := $(VENV)/.runnable
 INSTALLED := $(VENV)/.installed
 QUICKSTART := outputs/quickstart
+# The same as -m venv, but without its traceback after Ctrl-C.
+MAKE_VENV = $(PYTHON) -c "import signal, venv; signal.signal(signal.SIGINT, signal.SIG_DFL); venv.main(['$(VENV)'])"
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL: # two targets install into one environment
 .PHONY: bench bench-quick docs help install assets quickstart test check format clean dashboard sweep-table report
 .PHONY: test-lowest test-latest test-wheel lock audit search evidence compare
 
@@ -21,12 +24,12 @@ help: ## list the targets
 # that a run imports, and must keep them: an empty PYTHONDONTWRITEBYTECODE is as good as none.
 assets quickstart: export PYTHONDONTWRITEBYTECODE =
 $(RUNNABLE): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	@$(MAKE_VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[run]'
 	touch $@
 
 $(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	@$(MAKE_VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(RUNNABLE) $@
 

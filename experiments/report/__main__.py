@@ -38,7 +38,7 @@ from experiments.report.tables.base import Context, Table
 from sparsegrad.cli import replace_unprintable
 from sparsegrad.errors import UserError, check_choice, check_integer, fail, run_as_command
 from sparsegrad.files import check_writable
-from sparsegrad.progress import track
+from sparsegrad.progress import job
 
 Maker = Callable[[Context], Sequence[Table]]
 
@@ -136,7 +136,8 @@ def write_report(name: str, scale: str, results: Path) -> None:
         UserError: when the data of a figure is missing, a file is damaged, or a file cannot be written.
     """
     check_writable(results / "tables")
-    context = Context(results, collect_cells(results / "runs"), scale)
+    with job("reading records"):
+        context = Context(results, collect_cells(results / "runs"), scale)
     if name in FIGURES:
         _figures(context, name)
         return
@@ -164,10 +165,18 @@ def make(context: Context, name: str) -> Sequence[Table]:
 
 def everything(context: Context) -> list[Table]:
     """Every table once: the ledger, the evidence, the findings, the paper's tables, and the superseded ones last."""
-    found = [claims.table(context), *evidence.tables(context), findings.table(context)]
-    for name in track(MAKERS, "report", unit="groups of tables"):
-        found += MAKERS[name](context)
-    found += [*_mini_accuracy(context), ablation.mini(context)]
+    makers: dict[str, Maker] = {
+        **{name: MAKERS[name] for name in ("claims", "evidence")},
+        "findings": lambda context: [findings.table(context)],
+        **MAKERS,
+        "mini": lambda context: [*_mini_accuracy(context), ablation.mini(context)],
+    }
+    found: list[Table] = []
+    with job("tables", len(makers), unit="groups of tables") as bar:
+        for name, maker in makers.items():
+            bar.update(note=name)
+            found += maker(context)
+            bar.step()
     return list({table.name: table for table in found}.values())  # some names share a table
 
 

@@ -24,6 +24,7 @@ from experiments.report.tables.accuracy import MINI_METHODS, MINI_TASKS
 from experiments.report.tables.base import MINI_MARK, Context
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_bytes, write_json
+from sparsegrad.progress import track
 
 VIEWS = {"untouched": "unrotated", "rotated": "rotated (HOSVD)", "authors": "authors' basis"}
 KINDS = ("intermediate", "output")
@@ -43,7 +44,8 @@ _STYLE: Any = {
 
 def draw_all(context: Context) -> dict[str, Path]:
     """Draw every figure whose data exists, as PNG and PDF: title -> PNG."""
-    return {title: path for name in FIGURES for title, path in draw(context, name).items()}
+    names = track(FIGURES, "figures", unit="figures")
+    return {title: path for name in names for title, path in draw(context, name).items()}
 
 
 def draw(context: Context, name: str) -> dict[str, Path]:

@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from sparsegrad.adapter import lora_files
 from sparsegrad.adapter.format import FACTS, TENSORS, read_adapter, tensors_path
 from sparsegrad.errors import UserError, first_line
+from sparsegrad.progress import foreign_bars, is_quiet, job
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")  # org/name
 _CARD = "README.md"
@@ -36,7 +40,8 @@ def find_folder(source: str | Path, revision: str | None = None, token: str | bo
     hub = _import_hub(f"there is no folder {source} here; to look for it on the hub, {_INSTALL}")
     try:
         patterns = [FACTS, TENSORS, _CARD]
-        found = Path(hub.snapshot_download(source, revision=revision, token=token, allow_patterns=patterns))
+        with _show_job(f"downloading {source}"):
+            found = Path(hub.snapshot_download(source, revision=revision, token=token, allow_patterns=patterns))
     except Exception as error:  # of the HTTP client, of its parser, of the operating system
         raise _explain(error, source, "or name a folder of save_adapter") from None
     if not (found / FACTS).is_file():
@@ -80,7 +85,8 @@ def push_to_hub(
     try:
         api = hub.HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.create_commit(repo_id, operations, commit_message=commit_message).commit_url)
+        with _show_job(f"uploading {repo_id}"):
+            return str(api.create_commit(repo_id, operations, commit_message=commit_message).commit_url)
     except Exception as error:  # see `find_folder`
         raise _explain(error, repo_id, "with a token that may write there") from None
 
@@ -102,6 +108,23 @@ def _import_hub(remedy: str) -> Any:
     except ImportError:
         raise UserError(remedy) from None
     return huggingface_hub
+
+
+@contextmanager
+def _show_job(name: str) -> Iterator[None]:
+    """Show a transfer: in a terminal by the hub's own bars, which know its bytes, elsewhere by lines of ours."""
+    from huggingface_hub import utils
+
+    has_bars = not utils.are_progress_bars_disabled()
+    hides_bars = has_bars and (is_quiet() or not sys.stderr.isatty())
+    if hides_bars:
+        utils.disable_progress_bars()
+    try:
+        with foreign_bars() if has_bars and not hides_bars else nullcontext(), job(name):
+            yield
+    finally:
+        if hides_bars:
+            utils.enable_progress_bars()
 
 
 def _explain(error: Exception, name: str, otherwise: str) -> UserError:
