@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparsegrad import Basis, SparseGradAdamW, UserError, calibrate, prepare, to_linears
+from sparsegrad import Basis, SparseGradAdamW, calibrate, prepare, to_linears
 from sparsegrad.layers.lean import LeanLinear
 from sparsegrad.optim.orders import FIXED_ORDERS, ORDERS, cheapest_order, rotated_gradient
 
@@ -284,63 +284,6 @@ def test_calibration_of_a_prepared_model_sees_plain_gradients() -> None:
     assert model.network.up.rotation is not None
 
 
-def test_what_adds_a_plain_gradient_is_refused() -> None:
-    model = Network()
-    optimizer_for(model, "auto")
-    with pytest.raises(UserError, match=r"penalty on the weight.*weight_decay=.*rotation_order='gradient'"):
-        (loss_of(model, tokens(5)) + model.up.weight.square().sum()).backward()
-    other = Network()
-    optimizer_for(other, "auto")
-    with pytest.raises(UserError, match="did not compute"):
-        nn.functional.linear(tokens(5), other.up.weight).sum().backward()
-    plain = Network()
-    optimizer_for(plain, "gradient")
-    (loss_of(plain, tokens(5)) + plain.up.weight.square().sum()).backward()
-
-
-def test_clipping_by_value_is_refused_and_by_norm_is_not() -> None:
-    model = Network()
-    optimizer = optimizer_for(model, "auto")
-    loss_of(model, tokens(20)).backward()
-    nn.utils.clip_grad_value_(model.parameters(), 1e-3)
-    before = model.up.weight.clone()
-    with pytest.raises(UserError, match=r"9 entries .*clipping by value.*clip by norm.*rotation_order='gradient'"):
-        optimizer.step()
-    assert torch.equal(model.up.weight, before)
-    plain = Network()
-    optimizer = optimizer_for(plain, "gradient")
-    loss_of(plain, tokens(20)).backward()
-    nn.utils.clip_grad_value_(plain.parameters(), 1e-3)
-    optimizer.step()
-
-
-def test_an_optimizer_of_an_earlier_prepare_with_another_basis_is_refused() -> None:
-    model = Network()
-    first = optimizer_for(model, "auto")
-    others = {kind: Basis.identity(*basis.shape, torch.float64) for kind, basis in bases().items()}
-    second = prepare(model, None, NAMES, keep=9, bases=others)
-    loss_of(model, tokens(5)).backward()
-    second.step()
-    with pytest.raises(UserError, match="later prepare"):
-        first.step()
-    assert type(model.up) is LeanLinear
-    optimizer_for(model, "gradient")
-    assert type(model.up) is nn.Linear
-
-
-def test_modules_that_cannot_compute_their_gradient_leave_the_rotation_to_the_optimizer() -> None:
-    class Own(nn.Linear):
-        pass
-
-    model, reference = Network(), Network()
-    model.up.__class__ = Own
-    model.down.forward = model.down.forward  # as Accelerate's hooks patch it
-    train(reference, optimizer_for(reference, "gradient"))
-    train(model, optimizer_for(model, "auto"))
-    assert (type(model.up), type(model.down)) == (Own, nn.Linear)
-    assert_same(model, reference, 0)
-
-
 def test_compiled_layers_rotate_too() -> None:
     torch.compiler.reset()
     reference, model = Network(), Network()
@@ -349,10 +292,3 @@ def test_compiled_layers_rotate_too() -> None:
     for one, optimizer in zip(called, optimizers, strict=True):
         train(one, optimizer, (5, 9, 40, 5))
     assert_same(model, reference)
-
-
-def test_an_unknown_order_is_named() -> None:
-    with pytest.raises(UserError, match=r"rotation_order=fastest .*auto, gradient"):
-        optimizer_for(Network(), "fastest")
-    with pytest.raises(UserError, match=r'engine="fast" does not take rotation_order=tokens'):
-        prepare(Network(), None, NAMES, bases=bases(), engine="fast", rotation_order="tokens")

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import pty
-import re
 import shlex
 import shutil
 import struct
@@ -30,7 +29,6 @@ from run_fixtures import ROOT, SHORT, environment
 from safetensors.torch import load_file
 from test_tasks import make, sample, write_jsonl
 
-from sparsegrad.assets import hub as client
 from sparsegrad.errors import UserError
 from sparsegrad.hashing import tensors_sha256
 from sparsegrad.models.loading import load_model, load_tokenizer
@@ -147,68 +145,6 @@ def test_a_branch_that_moved_is_another_model_and_a_commit_is_not(hub: Hub, hub_
     assert moved["result"]["weights"] != first["result"]["weights"]
 
 
-def test_a_full_cache_costs_one_request_per_repository(hub: Hub, hub_run: Any) -> None:
-    run(hub_run())
-    hub.asked.clear()
-    run(hub_run("force=true"))
-    about = [request for request in hub.asked if "agent-harnesses" not in request]  # asked once a day
-    assert about == [f"GET /api/models/{made.BERT}?blobs=true", f"GET /api/datasets/{made.GLUE}?blobs=true"]
-    hub.asked.clear()
-    commit = hub.repos[f"models/{made.BERT}"].head
-    find_sources(hub_run(f"model.revision={commit}").model)
-    assert hub.asked == []
-
-
-def make_unreachable(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client.constants, "ENDPOINT", "http://127.0.0.1:9")
-
-
-def make_silent(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.rules.append(Rule("", seconds=60))
-
-
-def make_broken(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.rules.append(Rule("", status=503))
-
-
-def make_busy(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.rules.append(Rule("", status=429))
-
-
-def make_portal(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.rules.append(Rule("", status=200, body=b"<html>please log in to this network</html>"))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "cause"),
-    [
-        (make_unreachable, "Connection refused"),
-        (make_silent, "no answer from .* within 0.5 seconds"),
-        (make_broken, "server error .*503"),
-        (make_busy, "429"),
-        (make_portal, "not as a hub does"),
-    ],
-)
-def test_with_a_full_cache_a_hub_that_is_away_costs_one_short_wait(
-    spoil: Any, cause: str, hub: Hub, hub_run: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
-    first, _ = run(hub_run())
-    assert client._QUICK <= 5
-    monkeypatch.setattr(client, "_QUICK", 0.5)
-    spoil(hub, monkeypatch)
-    hub.asked.clear()
-    start = time.monotonic()
-    with caplog.at_level(logging.WARNING, "sparsegrad"):
-        again, _ = run(hub_run("force=true"))
-    assert time.monotonic() - start < 8  # of which the run itself is most
-    said = [one.getMessage() for one in caplog.records if one.name == "sparsegrad.assets.hub"]
-    assert len(said) == 1
-    assert re.search(rf"{cause}.*{made.BERT} is read from the cache$", said[0])
-    assert len([one for one in hub.asked if "agent-harnesses" not in one]) <= 1
-    assert again["result"]["weights"] == first["result"]["weights"]
-    assert again["source"] == first["source"]
-
-
 def test_large_files_come_by_https_from_the_hub_and_not_from_xet(hub: Hub, hub_run: Any, site: Site) -> None:
     """Where Xet's servers are blocked, its client retries for minutes in silence."""
     hub.repos[f"models/{made.BERT}"].xet = True
@@ -235,17 +171,6 @@ def test_of_several_processes_the_main_one_asks_and_downloads(hub: Hub, tmp_path
     assert len([request for request in hub.asked if request.startswith("GET /api/models/")]) == 1
     assert len([request for request in hub.asked if request.startswith("GET /storage/")]) == 1
     assert len([request for request in hub.asked if "GET" in request and "tokenizer.json" in request]) == 1
-
-
-def test_hf_hub_offline_asks_nothing_and_says_nothing(
-    hub: Hub, hub_run: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
-    run(hub_run())
-    hub.asked.clear()
-    monkeypatch.setattr(client.constants, "HF_HUB_OFFLINE", True)
-    run(hub_run("force=true"))
-    assert hub.asked == []
-    assert "cache" not in caplog.text
 
 
 def test_a_gated_model_is_refused_before_data_is_read_and_the_remedy_works(

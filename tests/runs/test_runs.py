@@ -1,19 +1,14 @@
-"""A run: skipped, forced, resumed, stopped, saved; what its protocol touches, and what its record says."""
+"""A run: skipped, forced, saved; what its protocol touches, and what its record says."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import signal
-import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from run_fixtures import Composer, RunPy, Tiny, last_wins, write_rows
+from run_fixtures import Composer, RunPy, Tiny, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from sparsegrad import cli
@@ -24,7 +19,6 @@ from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.runner import run
 from sparsegrad.runs.saving import model_folder
 from sparsegrad.runs.tokenized_splits import token_sets
-from sparsegrad.trainer.checkpoints import last_checkpoint
 
 METHODS = ("full", "lora", "lora_tuned", "meprop", "sparsegrad", "layer", "sparsegrad_authors", "sparsegrad_fast")
 LAYER = ("method=sparsegrad", "method.engine=layer")
@@ -171,86 +165,12 @@ def test_steps_between_evaluations(tiny: Tiny, given: int | None, batch: int, to
     assert protocol.steps_between_evaluations(100, batch, total) == interval
 
 
-def test_early_stopping_stops_and_survives_an_interruption(tiny: Tiny) -> None:
-    stopping = ("protocol.max_steps=40", "protocol.patience=3", "train.lr=1e-9")  # a score that never improves
-    whole, _ = run(tiny(*stopping))
-    assert steps(whole) == [2, 4, 6, 8]
-    for number, step in enumerate((7, 0)):  # before the last evaluation, and after it
-        config = tiny(*stopping, f"work_dir={tiny().work_dir}-{number}", "force=true")
-        with pytest.raises(KeyboardInterrupt):
-            run(config, callbacks=[Stop(step)])
-        config = tiny(*stopping, f"work_dir={tiny().work_dir}-{number}", "name=resumed" + str(number))
-        again = Stop()
-        resumed, _ = run(config, callbacks=[again])
-        assert again.began == (6 if step else -1)
-        assert curves(resumed) == pytest.approx(curves(whole))
-        assert resumed["result"] == whole["result"]
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_an_interrupted_run_continues_as_if_nothing_had_been(tiny: Tiny, name: str) -> None:
-    long = (
-        *method(name),
-        "protocol.max_steps=14",
-        "protocol.eval_steps=4",
-        "train.lr=1e-3",
-        "train.grad_accumulation=2",
-    )
-    whole, _ = run(tiny(*long, "name=whole"))
-    config = tiny(*long, f"work_dir={tiny().work_dir}-again")
-    with pytest.raises(KeyboardInterrupt):
-        run(config, callbacks=[Stop(10)])
-    assert not config.record_path.exists()
-    again = Stop()
-    resumed, is_new = run(config, callbacks=[again])
-    assert (again.began, is_new) == (8, True)
-    assert curves(resumed) == pytest.approx(curves(whole), rel=1e-5)
-    assert resumed["result"] == whole["result"]
-
-
-def test_a_run_interrupted_after_its_last_step_trains_no_further(tiny: Tiny) -> None:
-    whole, _ = run(tiny("name=whole"))
-    config = tiny(f"work_dir={tiny().work_dir}-again")
-    with pytest.raises(KeyboardInterrupt):
-        run(config, callbacks=[Stop(0)])
-    again = Stop()
-    resumed, _ = run(config, callbacks=[again])
-    assert again.began == -1  # not trained at all
-    assert curves(resumed) == pytest.approx(curves(whole))
-    assert resumed["result"] == whole["result"]
-
-
 def test_accumulated_micro_batches_are_one_batch(tiny: Tiny) -> None:
     dropout = [f"+model.architecture.{where}_dropout_prob=0" for where in ("hidden", "attention_probs")]
     same = ("method=full", "train.lr=1e-3", "protocol.max_steps=6", *dropout)
     whole, _ = run(tiny(*same))
     parts, _ = run(tiny(*same, "train.batch_size=2", "train.grad_accumulation=2"))
     assert curves(parts) == pytest.approx(curves(whole), rel=1e-3)
-
-
-def test_resume_false_begins_anew(tiny: Tiny) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny(), callbacks=[Stop(3)])
-    again = Stop()
-    run(tiny("resume=false"), callbacks=[again])
-    assert again.began == 0
-
-
-def test_a_half_written_checkpoint_is_passed_over(tiny: Tiny) -> None:
-    config = tiny("protocol.max_steps=6")
-    with pytest.raises(KeyboardInterrupt):
-        run(config, callbacks=[Stop(5)])
-    folder = config.run_folder / "checkpoints"
-    whole = Path(last_checkpoint(folder) or "")
-    assert whole.name == "checkpoint-4"
-    for number, state in ((6, None), (8, '{"epoch": 1.')):
-        shutil.copytree(whole, folder / f"checkpoint-{number}")
-        broken = folder / f"checkpoint-{number}" / "trainer_state.json"
-        broken.unlink() if state is None else broken.write_text(state)
-    again = Stop()
-    record, _ = run(config, callbacks=[again])
-    assert again.began == 4
-    assert steps(record) == [2, 4, 6]
 
 
 def logits(folder: Path, texts: list[str]) -> torch.Tensor:
@@ -312,47 +232,6 @@ def test_an_equal_calibration_is_reused_and_another_is_not(tiny: Tiny) -> None:
     assert run(tiny("train.lr=1e-3"))[0]["calibration"]["reused"]
     for other in ("seed=1", "method.steps=3", "train.batch_size=6", "data.max_train=20"):
         assert not run(tiny(other))[0]["calibration"]["reused"]
-
-
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[1][-2000:]
-        assert time.monotonic() < end, "the run took too long to begin"
-        time.sleep(0.01)
-
-
-LONG = ("protocol.max_steps=100", "protocol.eval_steps=20", "protocol.patience=null", "train.lr=1e-4")
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_process_leaves_no_record_and_is_continued(
-    tiny: Tiny, small: tuple[str, ...], start_run_py: Callable[..., subprocess.Popen[str]], how: signal.Signals
-) -> None:
-    config = tiny(*LONG)
-    process = start_run_py(*last_wins(*small, *LONG))
-    wait_for(lambda: last_whole(config), process)
-    process.send_signal(signal.SIGSTOP)  # it must not end while we look
-    with pytest.raises(UserError, match=f"run {config.key} is at work in another process: wait for it, or stop it"):
-        run(config)
-    process.send_signal(how)
-    process.send_signal(signal.SIGCONT)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
-    assert "Traceback" not in error
-    assert ("interrupted: the same command continues" in error) == (how == signal.SIGINT)
-    assert not [path for path in Path(config.results_dir).rglob("*") if path.is_file()]
-    again = Stop()
-    resumed, _ = run(config, callbacks=[again])
-    assert 20 <= again.began < 100
-    whole, _ = run(tiny(*LONG, f"work_dir={config.work_dir}-whole", "name=whole"))
-    assert len(whole["evaluations"]) == 5
-    assert curves(resumed) == pytest.approx(curves(whole), rel=1e-4)
-
-
-def last_whole(config: RunConfig) -> bool:
-    """Whether the run at work has a checkpoint; looks without touching."""
-    return any((config.run_folder / "checkpoints").glob("checkpoint-*/manifest.json"))
 
 
 def test_multirun_leaves_one_record_each(run_py: RunPy, small: tuple[str, ...], tiny: Tiny) -> None:

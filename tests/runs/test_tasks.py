@@ -15,9 +15,8 @@ from omegaconf import OmegaConf
 
 from sparsegrad.assets import hub
 from sparsegrad.errors import UserError
-from sparsegrad.tasks import DataConfig, Glue, Snippets, Splits, Task, glue, split_heldout, tokenize
+from sparsegrad.tasks import DataConfig, Glue, Snippets, Splits, Task, glue, split_heldout
 from sparsegrad.tasks.glue_files import OFFICIAL
-from sparsegrad.tasks.snippets import FILE_NAME
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
 REAL_GLUE = Path(os.environ.get("SPARSEGRAD_GLUE") or Path(__file__).parents[3] / "shared" / "glue")
@@ -288,75 +287,6 @@ def test_heldout_is_a_fixed_tenth_and_nothing_is_lost() -> None:
     assert sorted([*kept["sentence"], *heldout["sentence"]], key=int) == train["sentence"][:]
     with pytest.raises(UserError, match="4 training rows cannot give"):
         split_heldout(train.select(range(4)))
-
-
-class FakeTokenizer:
-    """Characters as tokens; pads and truncates as told."""
-
-    model_max_length = 512
-    pad_token: str | None = "."
-
-    def __call__(self, *texts: list[str], truncation: bool, max_length: int, padding: str | bool) -> dict[str, Any]:
-        assert truncation
-        rows = [[ord(c) for c in "|".join(pair)][:max_length] for pair in zip(*texts, strict=True)]
-        fill = [max_length - len(row) if padding == "max_length" else 0 for row in rows]
-        return {
-            "input_ids": [row + [0] * n for row, n in zip(rows, fill, strict=True)],
-            "attention_mask": [[1] * len(row) + [0] * n for row, n in zip(rows, fill, strict=True)],
-        }
-
-
-@pytest.mark.parametrize("name", ["cola", "stsb"])
-def test_tokenize(name: str, tmp_path: Path) -> None:
-    task = make(name)
-    train = task.load(DataConfig(dir=str(write_jsonl(tmp_path, task, sample(task), sample(task))))).train
-    dynamic = tokenize(train, task, FakeTokenizer(), DataConfig(max_length=6))
-    padded = tokenize(train, task, FakeTokenizer(), DataConfig(max_length=32, pad="max_length"))
-    assert set(dynamic.column_names) == {"input_ids", "attention_mask", "labels"}
-    assert all(isinstance(value, float if task.is_regression else int) for value in dynamic["labels"])
-    assert dynamic["labels"][:] == train["label"][:]
-    assert max(map(len, dynamic["input_ids"])) <= 6
-    assert {len(row) for row in padded["input_ids"]} == {32}
-    assert min(map(sum, padded["attention_mask"])) < 32
-
-
-def test_tokenize_refuses_what_the_tokenizer_cannot_do(tmp_path: Path) -> None:
-    task, tokenizer = make("cola"), FakeTokenizer()
-    train = task.load(DataConfig(dir=str(write_jsonl(tmp_path, task, sample(task), sample(task))))).train
-    with pytest.raises(UserError, match=r"data\.max_length=513 .* at most 512 tokens"):
-        tokenize(train, task, tokenizer, DataConfig(max_length=513))
-    tokenizer.pad_token = None
-    with pytest.raises(UserError, match="no padding token"):
-        tokenize(train, task, tokenizer, DataConfig(pad="max_length"))
-
-
-def snippets_file(folder: Path, *extra: str) -> DataConfig:
-    ratings = [1.5, -0.25, 0.0, 3.9]
-    rows = [f"{i}\t{ratings[i % 4]}\tclich\xe9 number {i}" for i in range(200)]
-    (folder / FILE_NAME).write_bytes("\r\n".join([*rows, *extra]).encode())
-    return DataConfig(dir=str(folder))
-
-
-def test_snippets_polarity_and_rating(tmp_path: Path) -> None:
-    data = snippets_file(tmp_path, "200\t2.5\tclich\xe9 number 5")
-    polarity, rating = make("snippets").load(data), make("snippets_rating").load(data)
-    assert (len(polarity.train) + len(polarity.validation), len(rating.train) + len(rating.validation)) == (151, 201)
-    assert polarity.train[0]["label"] == 1
-    assert set(polarity.validation["sentence"]) <= set(rating.validation["sentence"])
-    assert not set(rating.validation["sentence"]) & set(rating.train["sentence"])
-    assert 8 <= len(rating.validation) <= 35
-    assert not any(text.endswith("\r") for text in rating.train["sentence"])
-
-
-@pytest.mark.parametrize("line", ["200\t4.5\ttoo much", "200\tnan\tnone", "200\t1.0", "200\tgood\tword", "200\t1.0\t "])
-def test_a_malformed_snippet_is_named(tmp_path: Path, line: str) -> None:
-    with pytest.raises(UserError, match=rf"{FILE_NAME} line 201: "):
-        make("snippets").load(snippets_file(tmp_path, line))
-
-
-def test_a_missing_snippets_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=FILE_NAME):
-        make("snippets").load(DataConfig(dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

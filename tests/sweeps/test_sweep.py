@@ -11,13 +11,10 @@ import pytest
 from omegaconf import DictConfig
 from optuna.study import Study
 from optuna.trial import TrialState
-from run_fixtures import ROOT, Composer, last_wins, write_rows
+from run_fixtures import ROOT, Composer, last_wins
 
-from experiments.report.tables import searched
-from sparsegrad.cli import running
 from sparsegrad.errors import UserError
 from sparsegrad.runs.records import read_record
-from sparsegrad.sweeps import __main__ as sweep
 from sparsegrad.sweeps.config import make_plan
 from sparsegrad.sweeps.pool import run_sweep
 from sparsegrad.sweeps.samplers import sampler
@@ -225,27 +222,6 @@ def test_pruning_ends_poor_trials_early(composed: Sweep, pruner: str) -> None:
         assert all(len(trial.intermediate_values) > 1 for trial in pruned)
 
 
-def test_a_user_error_ends_the_sweep_and_the_next_call_redoes_the_trial(composed: Sweep) -> None:
-    for _ in range(4):  # more often than sweep.retries: the user's mistakes do not use up a trial
-        with pytest.raises(UserError, match="the model is not there"):
-            run_sweep(composed("sweep.runner=sweep_fakes.refuse"))
-    run_sweep(composed())
-    study = study_of(composed())
-    assert states(study) == ["FAIL"] * 4 + ["COMPLETE"] * 6
-    assert {trial.params["train.lr"] for trial in study.trials[:5]} == {study.trials[0].params["train.lr"]}
-
-
-def test_a_crash_is_not_retried_forever(composed: Sweep) -> None:
-    options = composed("sweep.runner=sweep_fakes.crash", "sweep.trials=1")
-    for _ in range(3):
-        with pytest.raises(ZeroDivisionError):
-            run_sweep(options)
-    run_sweep(options)
-    study = study_of(options)
-    assert states(study) == ["FAIL", "FAIL", "PRUNED"]
-    assert "programming error" in study.trials[2].user_attrs["reason"]
-
-
 def test_validation_is_searched_only_when_asked(composed: Sweep) -> None:
     plan = make_plan(composed("sweep.objective=validation"))
     assert plan.base.protocol.select == "validation"
@@ -254,168 +230,7 @@ def test_validation_is_searched_only_when_asked(composed: Sweep) -> None:
         run_sweep(composed("sweep.objective=validation"))
 
 
-def test_another_study_of_the_name_is_refused_and_overwritten_on_request(composed: Sweep) -> None:
-    run_sweep(composed())
-    other = "sweep.space={train.lr:{float:[1e-4,1e-2],log:true}}"
-    with pytest.raises(UserError) as error:
-        run_sweep(composed(other))
-    for part in ("1e-05", "0.0001", "sweep.study=", "sweep.overwrite=true"):
-        assert part in str(error.value)
-    with pytest.raises(UserError, match="another direction: there maximize, here minimize"):
-        run_sweep(composed("sweep.direction=minimize"))
-    with pytest.raises(UserError, match=r"another seed: there 42, here 7"):
-        run_sweep(composed("seed=7"))
-    run_sweep(composed(other, "sweep.overwrite=true"))
-    assert all(1e-4 <= trial.params["train.lr"] <= 1e-2 for trial in study_of(composed(other)).trials)
-
-
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("sweep.space={}", "sweep.space is empty"),
-        ("sweep.space={train.rl:{float:[1,2]}}", "no value train.rl; did you mean train.lr?"),
-        ("sweep.space={train:{float:[1,2]}}", "no value train"),
-        ("sweep.space={train.lr:{float:[1e-3,1e-3]}}", "empty range [0.001, 0.001]"),
-        ("sweep.space={train.lr:{float:[1e-2,1e-3]}}", "empty range [0.01, 0.001]"),
-        ("sweep.space={train.lr:{float:[0,1e-3],log:true}}", "give bounds above 0 for a logarithm"),
-        ("sweep.space={train.lr:{float:[1e-3]}}", "give [low, high]"),
-        ("sweep.space={train.lr:{float:[a,b]}}", "give a number"),
-        ("sweep.space={train.lr:{float:[1e-4,1e-3],lg:true}}", "has lg; a float allows log, methods, points"),
-        ("sweep.space={train.lr:5}", "is not understood"),
-        ("sweep.space={train.lr:{range:[1,2]}}", "is not understood"),
-        ("sweep.space={train.batch_size:{int:[1.5,3]}}", "give a whole number"),
-        ("sweep.space={train.batch_size:{choice:[]}}", "an empty choice"),
-        ("sweep.space={train.batch_size:{choice:[4,4]}}", "one choice twice"),
-        ("sweep.space={train.batch_size:{choice:[0,4]}}", "train.batch_size=0 is not allowed"),
-        ("sweep.space={train.lr:{float:[1e-3,20]}}", "train.lr=20"),
-        ("sweep.space={train.lr:{float:[1e-4,1e-3],methods:lora}}", "give a list of names"),
-        ("sweep.space={train.lr:{float:[1e-4,1e-3],methods:[lora]}}", "has no key for method=sparsegrad"),
-        ("sweep.workers=0", "sweep.workers=0 is not allowed"),
-        ("sweep.trials=0", "sweep.trials=0 is not allowed"),
-        ("sweep.sampler=bayes", "choose one of tpe, gp, qmc, random, grid"),
-        ("sweep.pruner=fast", "choose one of none, median, hyperband, patience"),
-        ("sweep.objective=test", "choose one of heldout, validation"),
-        ("task=oasst1", "sweep.direction=maximize is not allowed: oasst1 is scored by a loss"),
-        ("sweep.metric=bleu", "sweep.metric=bleu is not allowed: choose one of accuracy, loss"),
-        ("sweep.heartbeat=0", "sweep.heartbeat=0 is not allowed"),
-        ("sweep.sampler=grid", "a float range without points"),
-        ("sweep.runner=nowhere.run", "sweep.runner=nowhere.run cannot be imported"),
-        ("sweep.study=../x", "name=../x is not allowed"),
-        ("sweep.storage=''", "give a file or URL"),
-        ("sweep.storage=mysql://", "sweep.storage=mysql:"),
-        ("sweep.storage=nonsense://x", "cannot be used"),
-        ("sweep.storage=/proc/none/studies.db", "cannot write /proc/none"),
-        ("sweep.storage=grpc://here", "host and port are needed"),
-        ("sweep.storage='postgresql://me:sesame@127.0.0.1:9/x'", "postgresql+psycopg://me:***@127.0.0.1:9/x"),
-    ],
-)
-def test_bad_input_is_one_clear_line(
-    composed: Sweep, override: str, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        running.run_command(composed(override))
-    assert ended.value.code == 2
-    shown = capsys.readouterr().err.strip()
-    assert said in shown
-    assert len(shown.splitlines()) == 1
-    assert "sesame" not in shown
-
-
-def test_a_storage_of_a_newer_schema_is_refused(composed: Sweep) -> None:
-    import sqlite3
-
-    run_sweep(composed())
-    file = make_plan(composed()).sweep.storage
-    with sqlite3.connect(file) as database:
-        database.execute("update version_info set schema_version = 99, library_version = '99.0.0'")
-        database.execute("update alembic_version set version_num = 'v99.0.0.a'")
-    with pytest.raises(UserError, match="cannot be used"):
-        run_sweep(composed())
-
-
 def test_a_journal_file_serves_too(composed: Sweep, tmp_path: Path) -> None:
     options = composed(f"sweep.storage='journal:{tmp_path}/s.log'")
     run_sweep(options)
     assert states(study_of(options)) == ["COMPLETE"] * 6
-
-
-def test_the_best_feeds_back(composed: Sweep, conf: Composer, small: tuple[str, ...]) -> None:
-    run_sweep(composed())
-    best = study_of(composed()).best_params
-    options = conf(*[one for one in small if not one.startswith("train.lr")], "hparams=study:s")
-    assert running.apply_hparams(options) == {"hparams": {"from": "study:s", **best}}
-    assert options.train.lr == best["train.lr"]
-    with pytest.raises(UserError, match=r"has no study t; it has: s"):
-        running.apply_hparams(conf(*small, "hparams=study:t"))
-    with pytest.raises(UserError, match="searched minilm / sparsegrad / sst2, this run is minilm / lora / sst2"):
-        running.apply_hparams(conf(*small, "hparams=study:s", "method=lora"))
-
-
-def test_published_and_authors_values(conf: Composer) -> None:
-    for name, model, method, task, batch, lr in (
-        ("paper", "bert_base", "sparsegrad", "cola", 32, 3.15e-5),
-        ("paper", "roberta_base", "full", "qnli", 16, 8.83e-6),
-        ("authors", "roberta_base", "full", "qnli", 16, 8.38e-6),
-        ("authors", "roberta_large", "sparsegrad_authors", "stsb", 16, 2.11e-5),
-    ):
-        options = conf(f"model={model}", f"method={method}", f"task={task}", f"hparams={name}")
-        running.apply_hparams(options)
-        assert (options.train.batch_size, options.train.lr) == (batch, lr)
-    with pytest.raises(UserError, match="hparams=paper has nothing for minilm / sparsegrad / snippets"):
-        running.apply_hparams(conf("hparams=paper"))
-    with pytest.raises(UserError, match="choose paper, authors, search, mini or study:NAME"):
-        running.apply_hparams(conf("hparams=mine"))
-
-
-def test_show_writes_figures_trials_and_plots(
-    composed: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_sweep(composed("sweep.space={train.lr:{float:[1e-5,1e-1],log:true},train.batch_size:{choice:[2,4]}}"))
-    results = str(tmp_path / "results")
-    assert sweep.main(["show", "s", "--results-dir", results]) == 0
-    folder = tmp_path / "results" / "studies" / "s"
-    figures = json.loads((folder / "summary.json").read_text())
-    assert figures["trials"]["complete"] == 6
-    assert len((folder / "trials.csv").read_text().splitlines()) == 7
-    for name in ("history", "intermediate", "importance", "slice", "parallel"):
-        assert (folder / f"{name}.png").stat().st_size > 5000
-        assert "plotly" in (folder / f"{name}.html").read_text()
-    assert sweep.main(["list", "--results-dir", results]) == 0
-    assert sweep.main(["show", "t", "--results-dir", results]) == 2
-    assert "has no study t; it has: s" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", [["list"], ["address"], ["show", "s"]])
-def test_before_the_first_study_the_commands_say_what_to_do(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert sweep.main([*command, "--results-dir", str(tmp_path / "none")]) == 2
-    line = capsys.readouterr().err
-    assert "no study yet" in line
-    assert "run.py sweep=quick" in line
-    assert line.count("\n") == 1
-    assert not (tmp_path / "none").exists()
-
-
-def test_the_table_sets_found_beside_published(
-    composed: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_sweep(composed())
-    assert searched.main(["--results-dir", str(tmp_path / "results")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith(("| 13 |", "| 14 |", "| 15 |")) for line in lines) == 24
-    assert "| 13 | bert_base | sparsegrad | cola | 32 / 3.15e-05 | 32 / 3.15e-05 | 32 / 3.15e-05 |  |  |  |" in lines
-    assert lines[-1].startswith("|  | minilm | sparsegrad | sst2 |")
-
-
-def test_a_study_is_not_continued_with_other_data(composed: Sweep, tmp_path: Path) -> None:
-    """`data.dir` is no part of a run's key: without this check one study would mix two data sets."""
-    real = "sweep.runner=sparsegrad.runs.run"
-    given = ("sweep.sampler=random", "sweep.objective=validation", real, "train.lr=1e-3")
-    space = "sweep.space={train.batch_size:{choice:[4,6]}}"
-    run_sweep(composed(*given, space, "sweep.trials=1"))
-    other = write_rows(tmp_path / "other", train=30)
-    with pytest.raises(UserError, match=r"study s was searched with another data .*sweep\.study="):
-        run_sweep(composed(*given, space, "sweep.trials=2", f"data.dir={other}"))
-    run_sweep(composed(*given, space, "sweep.trials=2"))
-    assert states(study_of(composed(*given, space))) == ["COMPLETE", "COMPLETE"]

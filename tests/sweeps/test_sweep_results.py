@@ -1,0 +1,86 @@
+"""What a sweep found: shown, exported, and used by runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from run_fixtures import Composer
+from test_sweep import Sweep, study_of
+from test_sweep import composed as composed  # the fixture
+
+from experiments.report.tables import searched
+from sparsegrad.cli import running
+from sparsegrad.errors import UserError
+from sparsegrad.sweeps import __main__ as sweep
+from sparsegrad.sweeps.pool import run_sweep
+
+
+def test_the_best_feeds_back(composed: Sweep, conf: Composer, small: tuple[str, ...]) -> None:
+    run_sweep(composed())
+    best = study_of(composed()).best_params
+    options = conf(*[one for one in small if not one.startswith("train.lr")], "hparams=study:s")
+    assert running.apply_hparams(options) == {"hparams": {"from": "study:s", **best}}
+    assert options.train.lr == best["train.lr"]
+    with pytest.raises(UserError, match=r"has no study t; it has: s"):
+        running.apply_hparams(conf(*small, "hparams=study:t"))
+    with pytest.raises(UserError, match="searched minilm / sparsegrad / sst2, this run is minilm / lora / sst2"):
+        running.apply_hparams(conf(*small, "hparams=study:s", "method=lora"))
+
+
+def test_published_and_authors_values(conf: Composer) -> None:
+    for name, model, method, task, batch, lr in (
+        ("paper", "bert_base", "sparsegrad", "cola", 32, 3.15e-5),
+        ("paper", "roberta_base", "full", "qnli", 16, 8.83e-6),
+        ("authors", "roberta_base", "full", "qnli", 16, 8.38e-6),
+        ("authors", "roberta_large", "sparsegrad_authors", "stsb", 16, 2.11e-5),
+    ):
+        options = conf(f"model={model}", f"method={method}", f"task={task}", f"hparams={name}")
+        running.apply_hparams(options)
+        assert (options.train.batch_size, options.train.lr) == (batch, lr)
+    with pytest.raises(UserError, match="hparams=paper has nothing for minilm / sparsegrad / snippets"):
+        running.apply_hparams(conf("hparams=paper"))
+    with pytest.raises(UserError, match="choose paper, authors, search, mini or study:NAME"):
+        running.apply_hparams(conf("hparams=mine"))
+
+
+def test_show_writes_figures_trials_and_plots(
+    composed: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_sweep(composed("sweep.space={train.lr:{float:[1e-5,1e-1],log:true},train.batch_size:{choice:[2,4]}}"))
+    results = str(tmp_path / "results")
+    assert sweep.main(["show", "s", "--results-dir", results]) == 0
+    folder = tmp_path / "results" / "studies" / "s"
+    figures = json.loads((folder / "summary.json").read_text())
+    assert figures["trials"]["complete"] == 6
+    assert len((folder / "trials.csv").read_text().splitlines()) == 7
+    for name in ("history", "intermediate", "importance", "slice", "parallel"):
+        assert (folder / f"{name}.png").stat().st_size > 5000
+        assert "plotly" in (folder / f"{name}.html").read_text()
+    assert sweep.main(["list", "--results-dir", results]) == 0
+    assert sweep.main(["show", "t", "--results-dir", results]) == 2
+    assert "has no study t; it has: s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["list"], ["address"], ["show", "s"]])
+def test_before_the_first_study_the_commands_say_what_to_do(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep.main([*command, "--results-dir", str(tmp_path / "none")]) == 2
+    line = capsys.readouterr().err
+    assert "no study yet" in line
+    assert "run.py sweep=quick" in line
+    assert line.count("\n") == 1
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_table_sets_found_beside_published(
+    composed: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_sweep(composed())
+    assert searched.main(["--results-dir", str(tmp_path / "results")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(("| 13 |", "| 14 |", "| 15 |")) for line in lines) == 24
+    assert "| 13 | bert_base | sparsegrad | cola | 32 / 3.15e-05 | 32 / 3.15e-05 | 32 / 3.15e-05 |  |  |  |" in lines
+    assert lines[-1].startswith("|  | minilm | sparsegrad | sst2 |")
