@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quick_python import quick_python
 from run_fixtures import ROOT, SHORT, TINY, environment
 
 from experiments.reproduce import evidence, search_all
@@ -24,13 +25,15 @@ from sparsegrad.runs.plan import plan_hash
 from sparsegrad.runs.run_folder import run_lock
 from sparsegrad.sweeps.search_results import study_name
 
+PYTHON = sys.executable
 FAKE = (*TINY, "sweep.runner=sweep_fakes.run", "sweep.heartbeat=0.5")
 PLAN = ROOT / "conf" / "experiment" / "evidence_paper.yaml"
 
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A results folder; processes find the stand-in runner."""
+    """A results folder; processes start at once and find the stand-in runner."""
+    monkeypatch.setattr(sys, "executable", quick_python())
     path = os.pathsep.join([str(ROOT / "tests" / "support"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     for name, value in environment(PYTHONPATH=path).items():
         monkeypatch.setenv(name, value)
@@ -191,7 +194,7 @@ def test_the_rates_need_no_optuna(results: Path, places: list[str]) -> None:
         f"    composed = compose('config', ['experiment=evidence_paper', 'method=lora', 'task=cola', {places[0]!r}])\n"
         "print(hparams.apply(composed))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True)
     found = (
         "{'from': 'search', 'study': 'evidence-minilm-lora-cola', 'budget': 8, 'at_edge': False, 'train.lr': 0.0001}"
     )
@@ -265,7 +268,7 @@ def test_a_cell_in_the_hands_of_another_call_is_waited_for(cells: list[Cell], qu
     record = {"schema": 1, "status": "complete", "config": cells[0].config.resolved}
     program = (
         "import sys, time\nfrom filelock import FileLock\n"
-        "with FileLock(sys.argv[1]):\n    print('held', flush=True); time.sleep(4)\n"
+        "with FileLock(sys.argv[1]):\n    print('held', flush=True); time.sleep(2)\n"
         "    import pathlib; p = pathlib.Path(sys.argv[2]); p.parent.mkdir(parents=True, exist_ok=True)\n"
         "    p.write_text(sys.argv[3])\n"
     )

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quick_python import quick_python
 from run_fixtures import ROOT, SHORT, TINY, environment
 
 from experiments.reproduce import __main__ as runner
@@ -182,7 +182,7 @@ def test_a_cell_in_other_hands_is_taken_up_when_its_holder_fails(cells: list[Cel
 
 
 def test_kill_and_call_again_repeats_no_finished_cell(overrides: list[str], glue: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.reproduce", "table5", "--scale", "mini", "--data", str(glue)]
+    command = [quick_python(), "-m", "experiments.reproduce", "table5", "--scale", "mini", "--data", str(glue)]
     command += [*overrides, "seed=1,2"]
     more: dict[str, Any] = {"cwd": tmp_path, "env": environment(PYTHONPATH=str(ROOT))}
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True, **more)

@@ -6,12 +6,12 @@ import errno
 import json
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from quick_python import quick_python
 from run_fixtures import ROOT, Tiny, environment
 from test_runs import Stop
 from transformers import TrainerCallback
@@ -135,17 +135,8 @@ def test_old_checkpoints_go_and_disk_use_is_bounded(tiny: Tiny, monkeypatch: pyt
 def test_killed_processes_end_with_the_record_of_one_never_killed(tmp_path: Path, methods: list[str]) -> None:
     """One kill each, by SIGKILL, SIGTERM and SIGINT; `experiments.reliability.kill` does 20 for every method."""
     out = tmp_path / "kills.json"
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.reliability.kill",
-        "--methods",
-        *methods,
-        "--kills",
-        "1",
-        "--steps",
-        "63",
-    ]
+    command = [quick_python(), "-m", "experiments.reliability.kill", "--methods", *methods]
+    command += ["--kills", "1", "--steps", "63"]
     done = subprocess.run(
         [*command, "--out", str(out)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )

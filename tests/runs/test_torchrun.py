@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from quick_python import quick_python
 from run_fixtures import ROOT, environment, free_port
 from test_distributed_runs import assert_same, outcome
 from test_distributed_runs import bert as bert  # the fixture
@@ -33,13 +34,13 @@ Start = Callable[..., "subprocess.Popen[str]"]
 def torchrun(tmp_path: Path) -> Iterator[Start]:
     """`torchrun(*overrides)`: starts run.py in two processes; what is left of them is killed after the test.
 
-    `by` names another of the `LAUNCHERS`.
+    `by` names another of the `LAUNCHERS`, and `python` another Python than the quick one.
     """
     started: list[subprocess.Popen[str]] = []
 
-    def start(*overrides: str, by: str = "torchrun") -> subprocess.Popen[str]:
+    def start(*overrides: str, by: str = "torchrun", python: str = "") -> subprocess.Popen[str]:
         launcher = LAUNCHERS[by].format(port=free_port()).split()
-        command = [sys.executable, "-m", *launcher, str(ROOT / "run.py"), *overrides]
+        command = [python or quick_python(), "-m", *launcher, str(ROOT / "run.py"), *overrides]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         started.append(
             subprocess.Popen(command, cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)), text=True, **pipes)
@@ -50,7 +51,7 @@ def torchrun(tmp_path: Path) -> Iterator[Start]:
     for process in started:
         for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
             child.kill()
-        process.kill()
+        process.kill()  # and what a quick Python has started
         process.communicate()
 
 
@@ -61,7 +62,14 @@ def after_a_checkpoint(launcher: subprocess.Popen[str], folder: Path) -> list[ps
         assert launcher.poll() is None, launcher.communicate()[0]
         assert time.monotonic() < end, "no checkpoint"
         time.sleep(0.05)
-    return [child for child in psutil.Process(launcher.pid).children() if "run.py" in " ".join(child.cmdline())]
+    return launched(launcher)
+
+
+def launched(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes of run.py that this launcher has started: they have the last of its words."""
+    found = [process for process in psutil.process_iter(["cmdline"]) if process.pid != launcher.pid]
+    words = list(launcher.args)[-3:]  # type: ignore[arg-type]
+    return [process for process in found if (process.info["cmdline"] or [])[-3:] == words]
 
 
 @pytest.mark.parametrize("by", LAUNCHERS)
@@ -71,7 +79,8 @@ def test_a_launcher_leaves_the_record_of_one_process_with_the_same_global_batch(
     case = (*bert, "method=sparsegrad_fast" if "fsdp2" in by else "method=sparsegrad")
     wanted = outcome((*case, "train.batch_size=8"))
     shards = ["train.parallel=fsdp2"] if "fsdp2" in by else []
-    launcher = torchrun(*case, "method.steps=6", "save_model=true", *shards, by=by)
+    python = sys.executable if by == "torchrun" else ""  # one of them as a user types it
+    launcher = torchrun(*case, "method.steps=6", "save_model=true", *shards, by=by, python=python)
     printed = launcher.communicate(timeout=200)[0]
     assert launcher.returncode == 0, printed
     records = [json.loads(path.read_text()) for path in tmp_path.glob("results/runs/*/*.json")]
@@ -115,8 +124,7 @@ def test_a_killed_process_ends_the_job_with_one_error_and_signals_save_first(
         assert again.poll() is None, again.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.05)
-    processes = [child for child in psutil.Process(again.pid).children() if "run.py" in " ".join(child.cmdline())]
-    for process in (*processes, again):  # as Slurm signals a whole step: launcher and processes
+    for process in (*launched(again), again):  # as Slurm signals a whole step: launcher and processes
         process.send_signal(signal.SIGTERM)
     printed = again.communicate(timeout=60)[0]
     assert "stopped by SIGTERM: the same command continues from the last checkpoint" in printed

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from quick_python import quick_python
 
 from sparsegrad.runs.config import RunConfig, build
 
@@ -142,10 +143,13 @@ def free_port() -> int:
 
 @pytest.fixture
 def run_py(tmp_path: Path) -> RunPy:
-    """`run_py(*overrides, **environment)`: run.py in a process of its own, in an empty folder."""
+    """`run_py(*overrides, **environment)`: run.py in a process of its own, in an empty folder and without a hub.
 
-    def run(*overrides: str, **env: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "run.py"), *overrides]
+    `python` names another Python than the quick one.
+    """
+
+    def run(*overrides: str, python: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+        command = [python or quick_python(), str(ROOT / "run.py"), *overrides]
         return subprocess.run(
             command, cwd=tmp_path, env=environment(**env), capture_output=True, text=True, timeout=120, check=False
         )
@@ -155,7 +159,7 @@ def run_py(tmp_path: Path) -> RunPy:
 
 @pytest.fixture
 def start_run_py(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """The same without waiting for its end; still running ones are killed after the test."""
+    """The same, with a Python of its own and without waiting for its end; it is killed after the test."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*overrides: str) -> subprocess.Popen[str]:
