@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from experiments.paths import ROOT
-from experiments.report.__main__ import write_report
 from experiments.report.collect import collect_cells
+from experiments.report.command import write_report
 from sparsegrad.files import write_json
 from sparsegrad.runs.environment import describe_environment
 from sparsegrad.runs.records import load_records

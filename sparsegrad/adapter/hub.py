@@ -113,18 +113,18 @@ def _import_hub(remedy: str) -> Any:
 @contextmanager
 def _show_job(name: str) -> Iterator[None]:
     """Show a transfer: in a terminal by the hub's own bars, which know its bytes, elsewhere by lines of ours."""
-    from huggingface_hub import utils
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    has_bars = not utils.are_progress_bars_disabled()
+    has_bars = not are_progress_bars_disabled()
     hides_bars = has_bars and (is_quiet() or not sys.stderr.isatty())
     if hides_bars:
-        utils.disable_progress_bars()
+        disable_progress_bars()
     try:
         with foreign_bars() if has_bars and not hides_bars else nullcontext(), job(name):
             yield
     finally:
         if hides_bars:
-            utils.enable_progress_bars()
+            enable_progress_bars()
 
 
 def _explain(error: Exception, name: str, otherwise: str) -> UserError:

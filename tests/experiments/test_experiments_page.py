@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_experiments_report import cell, context, fill, record, write
 
-from experiments.report import __main__ as report
+from experiments.report import command as report
 from experiments.report import findings, page
 from experiments.report.tables import accuracy, architecture, hyperparams, speed, verdict
 from sparsegrad.errors import UserError

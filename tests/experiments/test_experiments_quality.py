@@ -11,7 +11,7 @@ import torch
 from test_experiments_report import cell, context, record, write
 
 from experiments.bench.arms import ARMS
-from experiments.report import __main__ as report
+from experiments.report import command as report
 from experiments.report import figures
 from experiments.report.tables import quality
 from experiments.report.tables.accuracy import AVERAGE, MINI_TASKS

@@ -18,7 +18,7 @@ import pytest
 from run_fixtures import ROOT
 from test_sweep_dashboard import BROWSER
 
-from experiments.report import __main__ as report
+from experiments.report import command as report
 from experiments.report import figures, render
 from experiments.report.collect import collect_cells
 from experiments.report.evidence import BLOCKS

@@ -14,7 +14,7 @@ from test_experiments_report import cell, context
 
 from experiments import published
 from experiments.palette import STYLES, style_of
-from experiments.report import __main__ as report
+from experiments.report import command as report
 from experiments.report import figures, page, score_hours
 from experiments.report.decisions import CONTRADICTED, KINDS, NOT_TESTED, SUPPORTED, UNDECIDED, Decision, decide
 from experiments.report.evidence import BLOCKS, load_evidence
