@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def test_what_is_pushed_is_what_is_loaded(hub: Hub, folder: Path) -> None:
+def test_what_is_pushed_is_what_is_loaded(hub: Hub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     address = push_to_hub(folder, NAME, private=True)
     repo = hub.repos[f"models/{NAME}"]
     assert repo.private
@@ -50,6 +50,7 @@ def test_what_is_pushed_is_what_is_loaded(hub: Hub, folder: Path) -> None:
     model = own_model()
     adapter = load_adapter(model, NAME, "film")
     set_adapter(model, "film")
+    assert "\r" not in capsys.readouterr().err  # no terminal: none of the hub's bars
     assert has_bits(model, bits(changed(own_model())))
     assert adapter.source == NAME
     assert repr(adapter).startswith(f"Adapter({NAME!r}, name='film', base='Sequential', ")
