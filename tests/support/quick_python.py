@@ -39,7 +39,8 @@ _PROGRAM = """#!{python} -IS
 import json, os, signal, socket, sys
 
 words = sys.argv[1:]
-words = words[1:] if words[:1] == ["-u"] else words
+while words and words[0][:2] in ("-u", "-B", "-W"):  # multiprocessing repeats those of its own process
+    del words[0]
 if not words or not (words[0] in ("-m", "-c") or words[0].endswith(".py")):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 files = [int(name) for name in os.listdir("/proc/self/fd")]
@@ -64,10 +65,13 @@ os._exit(status)
 def quick_python() -> str:
     """The path of the program, which multiprocessing here uses from now on too.
 
-    The first call starts the server, which has an empty cache of the hub. The server ends with this process.
+    The first call starts the server, which has an empty cache of the hub. The server ends with this process. Elsewhere
+    than on Linux, which can pass on open files and watch a process, it is Python itself.
     """
     from run_fixtures import environment
 
+    if sys.platform != "linux":
+        return sys.executable
     folder = Path(tempfile.mkdtemp(prefix="quick"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     program, address = folder / "python", folder / "socket"
@@ -172,7 +176,8 @@ def _run(words: list[str], program: str) -> NoReturn:
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        if not stream.closed:
+            stream.flush()
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 from optuna.trial import FrozenTrial, TrialState
+from quick_python import quick_python
 from run_fixtures import FAKE_SWEEP, ROOT, Composer, environment, free_port, last_wins
 
 from sparsegrad.errors import UserError
@@ -28,14 +30,15 @@ from sparsegrad.sweeps.pool import run_sweep, start_workers
 from sparsegrad.sweeps.storage import open_store
 from sparsegrad.sweeps.study import SharedStudy, open_study
 
-TRIALS = 30
+TRIALS = 20
 
 Fault = Callable[..., DictConfig]
 
 
 @pytest.fixture
 def fault(conf: Composer, places: tuple[str, str]) -> Fault:
-    """`fault(*overrides)`: a sweep of 30 trials of 0.3 seconds each."""
+    """`fault(*overrides)`: a sweep of 20 trials of 0.3 seconds each."""
+    quick_python()  # for the workers
     return lambda *overrides: conf(*last_wins(*FAKE_SWEEP, f"sweep.trials={TRIALS}", *places, *overrides))
 
 
@@ -145,12 +148,13 @@ def wait_for(condition: Callable[[], bool], workers: list[BaseProcess]) -> None:
 def test_the_command_starts_workers_and_refuses_a_key_set_twice(tmp_path: Path) -> None:
     places = f"results_dir={tmp_path}/results", f"work_dir={tmp_path}/work"
     more = environment(PYTHONPATH=str(ROOT / "tests" / "support"))
-    base = [sys.executable, "run.py", *FAKE_SWEEP, *places, "sweep.trials=6", "sweep.workers=2"]
+    base = [quick_python(), "run.py", *FAKE_SWEEP, *places, "sweep.trials=6", "sweep.workers=2"]
     pipes: dict[str, Any] = {"cwd": ROOT, "env": more, "capture_output": True, "text": True, "timeout": 90}
     fine = subprocess.run(base, check=False, **pipes)
     assert fine.returncode == 0, fine.stderr
     assert "6 of 6 trials finished, 0 of them pruned; best accuracy" in fine.stdout
-    assert fine.stderr == ""
+    # On a busy machine the sweep is long enough for a line at its end.
+    assert re.sub(r"trials: 6 trials in .*\n", "", fine.stderr) == ""
     twice = subprocess.run([*base, "train.lr=1e-3,1e-4", "-m"], check=False, **pipes)
     assert twice.returncode != 0
     assert "train.lr is set by Hydra's multirun and searched by the sweep: drop one of the two" in twice.stderr
