@@ -35,7 +35,7 @@ import torch
 from optuna.trial import TrialState, create_trial
 
 from experiments.paths import ROOT
-from experiments.studies.storage_servers import STORAGES, postgresql, proxy, read_cpu, serving
+from experiments.studies.storage_servers import STORAGES, postgresql, proxy, read_cpu, read_version, serving
 from experiments.studies.storage_workers import START_SECONDS, Load, make_load_plan, run_clients
 from sparsegrad.files import read_json, write_json
 from sparsegrad.runs.environment import describe_environment
@@ -46,15 +46,15 @@ from sparsegrad.sweeps.study import SharedStudy, open_study
 
 # Storage, workers, trials, seconds per trial, limit, connections that PostgreSQL allows.
 SUITE = (
-    ("sqlite", 10, 30, 5, 40, 100),
-    ("journal", 30, 60, 5, 40, 100),
-    ("postgresql", 100, 100, 20, 20, 100),
-    ("postgresql", 100, 100, 20, 60, 300),
-    ("grpc", 100, 100, 20, 60, 100),
-    ("grpc", 1000, 1000, 60, 75, 100),
+    ("sqlite", 10, 30, 5, 30, 100),
+    ("journal", 30, 60, 5, 30, 100),
+    ("postgresql", 100, 100, 5, 15, 100),  # more connections than PostgreSQL allows by default
+    ("postgresql", 100, 100, 20, 45, 300),
+    ("grpc", 100, 100, 20, 45, 100),
+    ("grpc", 1000, 1000, 20, 75, 100),
 )
 RUNNING = (30, 100, 300, 1000)  # trials, for `reads`
-LOOKS = 5  # of which the cost is a mean
+LOOKS = 10  # of which the cost is a mean
 
 
 def measure(load: Load) -> dict[str, Any]:
@@ -97,6 +97,7 @@ def _make_row(load: Load, shared: SharedStudy, found: list[Any], start: float, s
     slept = sum(seconds.pop("slept", []))
     return {
         **asdict(load),
+        "started": len(ledger.fresh),
         "finished": len(done),
         "finished_twice": sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in ledger.trials)
         - len(done),
@@ -188,14 +189,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_tables(document: dict[str, Any]) -> str:
     """The tables of docs/sweeps.md, in Markdown: what the workers saw, and what a look costs."""
     names = (
-        "storage", "workers", "finished", "trials/s", "busy", "look, median / 99 %", "heartbeat, 99 %",
+        "storage", "workers", "started", "finished", "trials/s", "busy", "look, median / 99 %", "heartbeat, 99 %",
         "server CPU per trial", "errors",
     )  # fmt: skip
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for row in document.get("rows", []):
         look, beat = (row["operations"].get(name, {}) for name in ("read", "heartbeat"))
         cells = [
-            row["storage"], row["workers"], f"{row['finished']} of {row['trials']}", row["trials_per_second"],
+            row["storage"], row["workers"], row["started"], f"{row['finished']} of {row['trials']}",
+            row["trials_per_second"],
             f"{row['busy']:.0%}", f"{look.get('median_ms', '-')} / {look.get('p99_ms', '-')} ms",
             f"{beat.get('p99_ms', '-')} ms", f"{row['server_cpu_ms_per_trial']} ms",
             "; ".join(f"{count} x {what}" for what, count in row["errors"].items()) or "-",
@@ -226,6 +228,7 @@ def _write(out: Path, part: dict[str, Any]) -> None:
     """Replace a part of the file; all of it was measured where the last part was."""
     environment = describe_environment(torch.device("cpu"))
     environment["versions"] |= {name: version(name) for name in ("optuna", "sqlalchemy", "psycopg", "grpcio")}
+    environment["versions"]["postgresql"] = read_version()
     document = read_json(out) if out.is_file() else {}
     what = " ".join(__doc__.split("\n\n")[2].split())
     write_json(out, {**document, **part, "what": what, "environment": environment})

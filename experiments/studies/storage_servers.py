@@ -42,9 +42,7 @@ def serving(storage: str, folder: Path, max_connections: int) -> Iterator[tuple[
 @contextmanager
 def postgresql(max_connections: int) -> Iterator[tuple[str, psutil.Process]]:
     """A PostgreSQL server on loopback, deleted afterwards; its defaults, but for the number of connections."""
-    binaries = next((one.parent for one in sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))), None)
-    if binaries is None:
-        raise UserError("PostgreSQL is not installed: apt-get install postgresql")
+    binaries = _find_binaries()
     folder, port = Path(tempfile.mkdtemp(prefix="pg")), _find_port()
     options: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL, "cwd": folder}
     if os.getuid() == 0:  # the server refuses to run as root
@@ -61,6 +59,20 @@ def postgresql(max_connections: int) -> Iterator[tuple[str, psutil.Process]]:
     finally:
         subprocess.run([*control, "-m", "immediate", "stop"], **{**options, "check": False})
         shutil.rmtree(folder)
+
+
+def read_version() -> str:
+    """Return the version of PostgreSQL, such as 15.14."""
+    done = subprocess.run([str(_find_binaries() / "postgres"), "--version"], capture_output=True, text=True, check=True)
+    return done.stdout.split()[2]
+
+
+def _find_binaries() -> Path:
+    """Return the folder of PostgreSQL's programs, which Debian does not put on the PATH."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
+    if not found:
+        raise UserError("PostgreSQL is not installed: apt-get install postgresql")
+    return found[-1].parent
 
 
 @contextmanager
