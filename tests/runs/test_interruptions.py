@@ -94,7 +94,7 @@ def test_a_half_written_checkpoint_is_passed_over(tiny: Tiny) -> None:
     assert steps(record) == [2, 4, 6]
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[1][-2000:]

@@ -138,7 +138,7 @@ def check_records(folder: Path, done: list[FrozenTrial]) -> None:
 
 
 def wait_for(condition: Callable[[], bool], workers: list[BaseProcess]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     while not condition():
         assert any(worker.is_alive() for worker in workers), "all workers ended"
         assert time.monotonic() < end, "the workers did not start"
