@@ -20,7 +20,7 @@ from optuna.storages import get_storage, run_grpc_proxy_server
 
 from sparsegrad.errors import UserError, run_as_command
 from sparsegrad.progress import say
-from sparsegrad.sweeps.storage import open_store
+from sparsegrad.sweeps.storage import hide_password, open_store
 
 
 def serve(where: str, host: str, port: int, threads: int) -> None:
@@ -31,7 +31,7 @@ def serve(where: str, host: str, port: int, threads: int) -> None:
     """
     if not where.startswith("postgres"):
         raise UserError(
-            f"SPARSEGRAD_STORAGE={where} cannot be served: set it to the database, postgresql://USER@HOST/DATABASE"
+            f"SPARSEGRAD_STORAGE={hide_password(where)} cannot be served: set it to the database, postgresql://USER@HOST/DATABASE"
         )
     store = open_store(where)
     say(f"serving {store.address} on {host}:{port}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import optuna
 import psutil
-from optuna.exceptions import OptunaError, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial
 
 WORKER, BEAT = "worker", "beat"
@@ -68,8 +68,8 @@ class Heartbeat:
             except UpdateFinishedTrialError:
                 self.lost = True
                 return
-            except (OptunaError, OSError, KeyError) as error:
-                # The storage may be unavailable for a moment: the next beat tries again.
+            except Exception as error:
+                # The storage may be unavailable for a moment, which each kind says by errors of its own: try again.
                 optuna.logging.get_logger(__name__).warning("no heartbeat: %s", type(error).__name__)
 
 

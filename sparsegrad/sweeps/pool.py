@@ -62,7 +62,7 @@ def _run_workers(composed: DictConfig, shared: SharedStudy, labels: Mapping[str,
             while any(process.is_alive() for process in processes):
                 multiprocessing.connection.wait([process.sentinel for process in processes], timeout=_LOOK)
                 processes = [process for process in processes if process.is_alive()]
-                update_trials(bar, shared)
+                update_trials(bar, shared, shared.finished())
     except BaseException:
         _stop_workers(processes)
         raise
@@ -135,13 +135,12 @@ def _run_worker(content: Any, index: int, labels: Mapping[str, Any] | None) -> N
 
 
 def _count_finished(shared: SharedStudy) -> str:
-    budget = shared.plan.budget
-    return f"{len(shared.ledger().finished(budget))} of {budget} trials finished"
+    return f"{len(shared.finished())} of {shared.plan.budget} trials finished"
 
 
 def _summarize(shared: SharedStudy) -> str:
     """Return the counts, the best trial, and the commands that use it."""
-    finished = shared.ledger().finished(shared.plan.budget)
+    finished = shared.finished()
     pruned = sum(trial.state == TrialState.PRUNED for trial in finished)
     text = f"study {shared.plan.sweep.study}: {_count_finished(shared)}, {pruned} of them pruned"
     if pruned == len(finished):

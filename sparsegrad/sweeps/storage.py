@@ -73,6 +73,11 @@ def open_existing_store(where: str) -> Store:
     return open_store(where)
 
 
+def is_unavailable(error: Exception) -> bool:
+    """Whether an error means that the storage cannot be reached; the proxy's client lets those of gRPC through."""
+    return isinstance(error, StorageInternalError) or type(error).__module__.partition(".")[0] == "grpc"
+
+
 def hide_password(where: str) -> str:
     """Return the address without the password."""
     try:

@@ -34,16 +34,20 @@ class SharedStudy:
         """Return the current trials."""
         return Ledger(self.study.get_trials(deepcopy=False))
 
+    def finished(self) -> list[FrozenTrial]:
+        """Return the finished trials that count."""
+        return self.ledger().finished(self.plan.budget)
+
     def is_finished(self) -> bool:
         """Whether all trials of the plan are finished."""
-        return len(self.ledger().finished(self.plan.budget)) >= self.plan.budget
+        return len(self.finished()) >= self.plan.budget
 
     def take(self) -> Trial | None:
         """Take the next trial; None while other workers run all that are left."""
         with self.store.claiming():
             # Recover first: a failed trial queued again comes before a new one.
-            self._recover_trials()
-            if not self.ledger().has_work(self.plan.budget, self.plan.ordered_from):
+            ledger = self._recover_trials()
+            if not ledger.has_work(self.plan.budget, self.plan.ordered_from):
                 return None
             trial = self.study.ask(self.plan.distributions)
             trial.set_user_attr(WORKER, self._me)
@@ -80,17 +84,24 @@ class SharedStudy:
         else:
             _compare_content(self.study.study_name, stored or {}, found)
 
-    def _recover_trials(self) -> None:
-        """Fail the trials of dead workers, and queue every failed trial again."""
-        for trial in self.ledger().trials:
-            if trial.state == TrialState.RUNNING and self._watch.is_dead(trial):
-                self._close_dead(trial)
-        for trial in self.ledger().to_redo(self.plan.budget):
-            self.study.enqueue_trial(trial.params, user_attrs={REDO_OF: trial.number})
+    def _recover_trials(self) -> Ledger:
+        """Fail the trials of dead workers, and queue every failed trial again; the trials after that.
 
-    def _close_dead(self, trial: FrozenTrial) -> None:
+        They are read again only if something has changed: with many workers, reading is most of what a storage does.
+        """
+        ledger = self.ledger()
+        dead = [one for one in ledger.trials if one.state == TrialState.RUNNING and self._watch.is_dead(one)]
+        for trial in dead:
+            self._close_dead(trial, ledger)
+        ledger = self.ledger() if dead else ledger
+        failed = ledger.to_redo(self.plan.budget)
+        for trial in failed:
+            self.study.enqueue_trial(trial.params, user_attrs={REDO_OF: trial.number})
+        return self.ledger() if failed else ledger
+
+    def _close_dead(self, trial: FrozenTrial, ledger: Ledger) -> None:
         """End the trial of a dead worker; after `sweep.retries` deaths as pruned, so that it is not queued again."""
-        ledger, retries = self.ledger(), self.plan.sweep.retries
+        retries = self.plan.sweep.retries
         if not ledger.counts(trial.number, self.plan.budget):
             self.close(trial, TrialState.FAIL, {SURPLUS: True, REASON: "its worker died"})
         elif ledger.deaths(trial.number) < retries:

@@ -6,25 +6,26 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from optuna.exceptions import StorageInternalError
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sparsegrad import progress
-from sparsegrad.errors import BusyError, UserError
+from sparsegrad.errors import BusyError, UserError, first_line
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.sweeps.config import runner
 from sparsegrad.sweeps.leases import Heartbeat, TrialLostError
 from sparsegrad.sweeps.ledger import CRASHED, FAILURE, MISTAKE, REASON, REDO_OF, STOPPED
 from sparsegrad.sweeps.packing import Packing, TooLargeError
 from sparsegrad.sweeps.reporter import Reporter
+from sparsegrad.sweeps.storage import is_unavailable
 from sparsegrad.sweeps.study import SharedStudy
 
-_MAX_PAUSE = 5.0  # seconds between looks at a study that has no free trial
+_MAX_PAUSE = 5.0  # seconds between the first looks at a study that has no free trial
+_MAX_IDLE = 30.0  # seconds between later looks
 
 
 class Worker:
@@ -51,28 +52,38 @@ class Worker:
         gc.freeze()  # imported objects live forever: the collections after each trial can skip them
         try:
             with show_trials(self.shared) as bar:
-                while not self.shared.is_finished():
-                    trial = self.shared.take()
-                    if trial is None:
-                        time.sleep(self._pause)  # others run the last trials; one of them may still fail
-                    else:
-                        self._run_trial(trial)
-                    update_trials(bar, self.shared)
-        except StorageInternalError as error:
+                self._run_trials(bar)
+        except Exception as error:
+            if not is_unavailable(error):
+                raise
             where = self.shared.store.address
             raise UserError(
-                f"the storage {where} is no longer available ({error}): run the same command to continue"
+                f"the storage {where} is no longer available ({first_line(error)}): run the same command to continue"
             ) from None
 
-    def _run_trial(self, trial: Trial) -> None:
-        """Run one trial and close it in the study."""
+    def _run_trials(self, bar: progress.Job) -> None:
+        """Run trials until the study is finished; while others run the last ones, wait: one of them may still fail."""
+        pause, finished = self._pause, self.shared.finished()
+        while len(finished) < self.shared.plan.budget:
+            trial = self.shared.take()
+            if trial is None:
+                time.sleep(pause)
+                pause = min(1.5 * pause, _MAX_IDLE)  # many idle workers should not read the study all the time
+                finished = self.shared.finished()
+            else:
+                what = self._run_trial(trial)
+                finished, pause = self.shared.finished(), self._pause
+                self._print_trial(trial, what, len(finished))
+            update_trials(bar, self.shared, finished)
+
+    def _run_trial(self, trial: Trial) -> str:
+        """Run one trial and close it in the study; what happened, in words."""
         close, self._source = self.shared.close, ""
         try:
             with Heartbeat(trial, self.shared.plan.sweep.heartbeat) as heartbeat:
                 state, value, facts = self._find_outcome(trial, heartbeat)
         except TrialLostError:
-            self._print_trial(trial, "given to another worker")
-            return
+            return "given to another worker"
         except KeyboardInterrupt:
             close(trial, TrialState.FAIL, {FAILURE: STOPPED, REASON: "stopped by the user"})
             raise
@@ -85,7 +96,7 @@ class Worker:
         finally:
             self._free_memory()
         close(trial, state, facts, value)
-        self._print_trial(trial, facts.get(REASON) or f"{self.shared.plan.metric} {value:.4f}{self._source}")
+        return facts.get(REASON) or f"{self.shared.plan.metric} {value:.4f}{self._source}"
 
     def _find_outcome(self, trial: Trial, heartbeat: Heartbeat) -> tuple[TrialState, float | None, dict[str, Any]]:
         """Run the configuration of a trial; return its state, its value, and facts to store with it."""
@@ -164,28 +175,25 @@ class Worker:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _print_trial(self, trial: Trial, what: str) -> None:
-        budget = self.shared.plan.budget
-        done = len(self.shared.ledger().finished(budget))
+    def _print_trial(self, trial: Trial, what: str, done: int) -> None:
         values = ", ".join(
             f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}"
             for key, value in trial.params.items()
         )
-        progress.remark(f"trial {trial.number} ({values}): {what} [{done} of {budget}]")
+        progress.remark(f"trial {trial.number} ({values}): {what} [{done} of {self.shared.plan.budget}]")
 
 
 @contextmanager
 def show_trials(shared: SharedStudy) -> Iterator[progress.Job]:
     """Show the finished trials of a study and the best score so far; `update_trials` counts anew."""
-    done = len(shared.ledger().finished(shared.plan.budget))
-    with progress.job("trials", shared.plan.budget, unit="trials", done=done) as bar:
-        update_trials(bar, shared)
+    finished = shared.finished()
+    with progress.job("trials", shared.plan.budget, unit="trials", done=len(finished)) as bar:
+        update_trials(bar, shared, finished)
         yield bar
 
 
-def update_trials(bar: progress.Job, shared: SharedStudy) -> None:
-    """Count the finished trials, also those of other workers."""
-    finished = shared.ledger().finished(shared.plan.budget)
+def update_trials(bar: progress.Job, shared: SharedStudy, finished: Sequence[FrozenTrial]) -> None:
+    """Show the finished trials, also those of other workers."""
     values = [trial.value for trial in finished if trial.state == TrialState.COMPLETE and trial.value is not None]
     best = (max if shared.plan.sweep.direction == "maximize" else min)(values, default=None)
     bar.update(done=len(finished), note=None if best is None else f"best {best:.4f}")

@@ -29,6 +29,7 @@ from sparsegrad.sweeps.ledger import SURPLUS
 from sparsegrad.sweeps.pool import run_sweep, start_workers
 from sparsegrad.sweeps.storage import open_store
 from sparsegrad.sweeps.study import SharedStudy, open_study
+from sparsegrad.sweeps.worker import Worker
 
 TRIALS = 20
 
@@ -170,8 +171,10 @@ def test_the_grpc_proxy_serves_too(fault: Fault, tmp_path: Path) -> None:
     try:
         composed = fault(f"sweep.storage='grpc://127.0.0.1:{port}'", "sweep.trials=4", "protocol.patience=null")
         run_sweep(composed)
-        trials = open_study(make_plan(composed)).study.trials
+        shared = open_study(make_plan(composed))
+        assert [trial.state for trial in shared.study.trials] == [TrialState.COMPLETE] * 4
     finally:
         proxy.terminate()
         proxy.wait()
-    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 4
+    with pytest.raises(UserError, match=r"storage grpc://.* is no longer available .*run the same command"):
+        Worker(shared).work()
