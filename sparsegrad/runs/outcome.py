@@ -97,7 +97,8 @@ def score_run(config: RunConfig, trainer: RunTrainer, parts: Parts) -> tuple[dic
         "weights": weights_fingerprint(parts.model),
         **best_on_validation(state.log_history, config.task),
     }
-    return result, make_arrays(config.task, predicted.predictions, predicted.label_ids)
+    rows = trainer.visited_rows(parts.sets.choose if parts.sets.report is None else parts.sets.report)
+    return result, make_arrays(config.task, predicted.predictions, predicted.label_ids, rows)
 
 
 def write_failed(

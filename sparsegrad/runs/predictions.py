@@ -1,4 +1,5 @@
-"""The predictions of a run on the validation rows, one per row, beside its record: what paired statistics need.
+"""The predictions of a run on the validation rows, one per row of the data set and in its order, beside its record:
+what paired statistics need.
 
 `KEY.npz` beside `KEY.json` holds for a classification `predicted` and `label` (uint8), for a regression the same in
 float16, for a language model `nll` (float32, the sum over a row's tokens) and `tokens` (uint32). The record has the
@@ -8,7 +9,7 @@ hash of these arrays, so that no file is taken for another run's.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,20 @@ from sparsegrad.tasks.base import Task
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-def make_arrays(task: Task, predictions: Any, labels: Any) -> Arrays:
-    """The arrays of one split.
+def make_arrays(task: Task, predictions: Any, labels: Any, rows: Sequence[int]) -> Arrays:
+    """The arrays of one split, in the order of the data set: comparisons of runs with different seeds pair its rows.
 
     Args:
         task: decides what is kept.
         predictions: what the Trainer's `predict` gives: logits (rows, num_labels), or (rows, 2) of `token_losses`.
         labels: (rows,); not used for a language task.
+        rows: the number of each row in the data set.
     """
+    arrays, order = _read_output(task, predictions, labels), np.argsort(np.asarray(rows))
+    return {name: array[order] for name, array in arrays.items()}
+
+
+def _read_output(task: Task, predictions: Any, labels: Any) -> Arrays:
     found = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
     if task.is_language:
         return {"nll": found[:, 0].astype(np.float32), "tokens": found[:, 1].astype(np.uint32)}

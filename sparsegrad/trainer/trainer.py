@@ -118,6 +118,11 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         found = self._predicted.get(self.state.best_global_step)
         return self.predict(self.eval_dataset, metric_key_prefix="eval") if found is None else found
 
+    def visited_rows(self, rows: datasets.Dataset) -> list[int]:
+        """The numbers of `rows` in the order of an evaluation: with `group_by_length` another one for each seed."""
+        sampler = self._get_eval_sampler(self._remove_unused_columns(rows, description="evaluation"))
+        return list(range(len(rows))) if sampler is None else list(sampler)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         """Return the micro-batches of one step, and for a language model the number of tokens of all processes."""
         batches, tokens = super().get_batch_samples(*args, **kwargs)

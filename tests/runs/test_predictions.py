@@ -48,6 +48,17 @@ def test_the_predictions_have_the_score_of_the_record(
     assert (found["predicted"] == found["label"]).mean() == pytest.approx(record["result"]["value"])
 
 
+def test_rows_are_in_the_order_of_the_data_for_every_seed(tiny: Tiny) -> None:
+    """Evaluation by length visits them in an order that depends on the seed; a comparison of seeds pairs rows."""
+    for seed in (1, 2):
+        config = tiny("train.group_by_length=true", f"seed={seed}", "train.eval_batch_size=4")
+        record, _ = run(config)
+        found = read_predictions(config.record_path, record)
+        validation = config.task.load(config.data).validation
+        assert found["label"].tolist() == list(validation["label"])
+        assert (found["predicted"] == found["label"]).mean() == pytest.approx(record["result"]["value"])
+
+
 def test_predictions_of_another_run_are_refused(tiny: Tiny) -> None:
     config = tiny()
     record, _ = run(config)
