@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import get_storage, run_grpc_proxy_server
 
-from sparsegrad.errors import UserError, run_as_command
+from sparsegrad.errors import UserError, missing_package, run_as_command
 from sparsegrad.progress import say
 from sparsegrad.sweeps.storage import hide_password, open_store
 
@@ -38,9 +38,14 @@ def serve(where: str, host: str, port: int, threads: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # the proxy is in Optuna since 4.2
         # `get_storage` keeps finished trials in memory. Without it, each look of a worker reads all trials again.
-        run_grpc_proxy_server(
-            get_storage(store.storage), host=host, port=port, thread_pool=ThreadPoolExecutor(max_workers=threads)
-        )
+        try:
+            run_grpc_proxy_server(
+                get_storage(store.storage), host=host, port=port, thread_pool=ThreadPoolExecutor(max_workers=threads)
+            )
+        except ImportError:
+            raise missing_package("the proxy", "grpcio", "proxy") from None
+        except RuntimeError as error:  # of gRPC: it cannot listen there
+            raise UserError(f"{host}:{port} cannot be used ({error}): choose another --port") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

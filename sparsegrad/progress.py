@@ -48,7 +48,7 @@ class Job:
     def __init__(self, name: str, total: int | None, unit: str, done: int) -> None:
         self.name, self.total, self.unit, self.done = name, total, unit, done
         self.note, self.left = "", None  # type: str, float | None
-        self.began = self._given = time.monotonic()
+        self.began = self._estimated_at = time.monotonic()
         self._first = done  # what an interrupted job had done before says nothing about this one's speed
 
     def step(self, count: int = 1) -> None:
@@ -60,7 +60,7 @@ class Job:
         self.done = self.done if done is None else done
         self.note = self.note if note is None else note
         if left is not None:
-            self.left, self._given = left, time.monotonic()
+            self.left, self._estimated_at = left, time.monotonic()
         _display.tick(REDRAW)
 
     def seconds(self) -> float:
@@ -70,7 +70,7 @@ class Job:
     def seconds_left(self) -> float | None:
         """The given estimate less the time since, else one from the speed so far; None if nothing is known yet."""
         if self.left is not None:
-            return max(0.0, self.left - (time.monotonic() - self._given))
+            return max(0.0, self.left - (time.monotonic() - self._estimated_at))
         if self.total is None:
             return None
         made = self.done - self._first

@@ -43,7 +43,7 @@ def measure(workers: int, method: str, steps: int, device: str) -> dict[str, Any
             *(f"work_dir={folder}/work", f"protocol.max_steps={steps}", f"protocol.eval_steps={steps}"),
             *("data.max_train=2000", "data.max_eval=200", f"train.device={device}", "quiet=true"),
         ]
-        with _busy(device) as busy:
+        with _measure_busy(device) as busy:
             began = time.monotonic()
             subprocess.run(command, cwd=ROOT, check=True)
             wall = time.monotonic() - began
@@ -60,7 +60,7 @@ def measure(workers: int, method: str, steps: int, device: str) -> dict[str, Any
 
 
 @contextmanager
-def _busy(device: str) -> Iterator[list[float]]:
+def _measure_busy(device: str) -> Iterator[list[float]]:
     """Within: how busy the device is; the share is in the list afterwards."""
     found: list[float] = []
     if device == "cpu":
@@ -76,9 +76,11 @@ def _busy(device: str) -> Iterator[list[float]]:
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
-    yield found
-    stop.set()
-    thread.join()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
     found.append(sum(samples) / max(1, len(samples)))
 
 

@@ -21,8 +21,10 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120 # seconds for the last checkpoint befo
 
 asked=
 stop() { # TERM: Slurm reclaims the node and, after a pre-emption, queues the job again itself
-    asked=$1
-    kill -TERM "$launcher"
+    if [ -z "$asked" ]; then # a second TERM would stop the run before it has saved
+        asked=$1
+        kill -TERM "$launcher"
+    fi
 }
 
 "${PYTHON:-.venv/bin/python}" -m torch.distributed.run --standalone --nproc-per-node="$gpus" run.py "$@" &
@@ -30,11 +32,11 @@ launcher=$!
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM
 wait "$launcher"
-status=$?
-if [ -n "$asked" ]; then # the first wait was interrupted by the signal
+while kill -0 "$launcher" 2>/dev/null; do # each signal interrupts a wait
     wait "$launcher"
-    status=$?
-fi
+done
+wait "$launcher" # for its own status, which is remembered
+status=$?
 if [ "$asked" = USR1 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -32,13 +32,13 @@ srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" -m torch.distributed.run
     --nproc-per-node="$gpus" --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$head:$port" run.py "$@" &
 launcher=$!
 trap 'stop USR1' USR1
-trap 'asked=TERM' TERM # Slurm signals the step itself
+trap 'asked=${asked:-TERM}' TERM # Slurm signals the step itself
 wait "$launcher"
-status=$?
-if [ -n "$asked" ]; then # the first wait was interrupted by the signal
+while kill -0 "$launcher" 2>/dev/null; do # each signal interrupts a wait
     wait "$launcher"
-    status=$?
-fi
+done
+wait "$launcher" # for its own status, which is remembered
+status=$?
 if [ "$asked" = USR1 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -24,8 +24,10 @@ export SPARSEGRAD_STORAGE=${SPARSEGRAD_STORAGE:-journal:outputs/studies/studies.
 
 asked=
 stop() { # TERM: Slurm reclaims the node and, after a pre-emption, queues the task again itself
-    asked=$1
-    kill -TERM "$worker"
+    if [ -z "$asked" ]; then # a second TERM would stop the worker before it has saved
+        asked=$1
+        kill -TERM "$worker"
+    fi
 }
 
 "${PYTHON:-.venv/bin/python}" run.py "$@" &
@@ -33,11 +35,11 @@ worker=$!
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM
 wait "$worker"
-status=$?
-if [ -n "$asked" ]; then # the first wait was interrupted by the signal
+while kill -0 "$worker" 2>/dev/null; do # each signal interrupts a wait
     wait "$worker"
-    status=$?
-fi
+done
+wait "$worker" # for its own status, which is remembered
+status=$?
 if [ "$asked" = USR1 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

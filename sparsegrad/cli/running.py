@@ -101,7 +101,7 @@ def _run_once(composed: DictConfig, labels: Mapping[str, Any], published: Publis
 
 
 def _is_later_job() -> bool:
-    """Whether this process has printed the lines of another job of the same multirun, from which a line parts this."""
+    """Whether this is not the first job of a multirun: an empty line separates it from the one before."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN and HydraConfig.get().job.num > 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def load_tokenizer(config: ModelConfig, source: Source | None = None) -> Any:
     name = config.tokenizer or config.source
     source = source or find_sources(config).tokenizer
     options = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
-    tokenizer = _read(lambda: AutoTokenizer.from_pretrained(str(source.fetch()), **options), name)
+    tokenizer = read_folder(lambda: AutoTokenizer.from_pretrained(str(source.fetch()), **options), name)
     words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens) - tokenizer.get_added_vocab().keys()
     if not words:
         raise UserError(
@@ -74,11 +74,7 @@ def load_model(
     Raises:
         UserError: when the weights cannot be read or do not fit the model, or it is no causal language model.
     """
-    import transformers
-
-    maker: Any = transformers.AutoModelForSequenceClassification
-    if task.is_language:
-        maker = transformers.AutoModelForCausalLM
+    maker = choose_class(task)
     heads = {} if task.is_language else _label_settings(task)
     if config.weights == "random":
         model = _random(config, tokenizer, heads, maker, dtype)
@@ -94,6 +90,13 @@ def load_model(
     if task.is_language:
         _check_causal(config, task, model)
     return model
+
+
+def choose_class(task: Task) -> Any:
+    """The class of `transformers` that loads a model for `task`."""
+    import transformers
+
+    return transformers.AutoModelForCausalLM if task.is_language else transformers.AutoModelForSequenceClassification
 
 
 def _label_settings(task: Task) -> dict[str, Any]:
@@ -116,11 +119,11 @@ def _pretrained(
     }
     folder = str(source.fetch())
     if config.keep_head and not task.is_language:
-        model, info = _read(lambda: maker.from_pretrained(folder, **options), config.source)
+        model, info = read_folder(lambda: maker.from_pretrained(folder, **options), config.source)
         _check_fit(config, info, new=())
         keep_head(model, config, task, heads)
         return model
-    model, info = _read(lambda: maker.from_pretrained(folder, **options, **heads), config.source)
+    model, info = read_folder(lambda: maker.from_pretrained(folder, **options, **heads), config.source)
     head = [] if task.is_language else [name for name, _ in model.named_parameters() if config.is_head(name)]
     _check_fit(config, info, new=head)
     drawn = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
@@ -168,20 +171,31 @@ def _check_causal(config: ModelConfig, task: Task, model: Any) -> None:
 
 def _random(config: ModelConfig, tokenizer: Any, heads: dict[str, Any], maker: Any, dtype: torch.dtype) -> nn.Module:
     """A model of `model.architecture` with random weights."""
-    from transformers import AutoConfig
-
-    if not config.architecture:
-        raise UserError(f"model.weights=random needs model.architecture, which {config.name} does not give")
     labels = {name: value for name, value in heads.items() if name in ("id2label", "label2id")}
     fields = {**config.architecture, "pad_token_id": tokenizer.pad_token_id, **labels}
     try:
         fields["vocab_size"] = max(fields.get("vocab_size", 0), len(tokenizer))
-        return maker.from_config(AutoConfig.for_model(**fields), dtype=dtype)  # type: ignore[no-any-return]
+        return maker.from_config(make_architecture(config, fields), dtype=dtype)  # type: ignore[no-any-return]
+    except UserError:
+        raise
     except Exception as error:  # whatever a wrong field leads to
         raise UserError(f"model.architecture={dict(config.architecture)} makes no model: {first_line(error)}") from None
 
 
-def _read(load: Callable[[], Any], name: str) -> Any:
+def make_architecture(config: ModelConfig, fields: Mapping[str, Any]) -> Any:
+    """The configuration (`transformers`) of a model with random weights.
+
+    Raises:
+        UserError: if `model.architecture` is not given.
+    """
+    from transformers import AutoConfig
+
+    if not config.architecture:
+        raise UserError(f"model.weights=random needs model.architecture, which {config.name} does not give")
+    return AutoConfig.for_model(**fields)
+
+
+def read_folder(load: Callable[[], Any], name: str) -> Any:
     """What `load` reads from a folder; whatever keeps it from loading becomes one line."""
     try:
         return load()

@@ -18,10 +18,10 @@ from torch import nn
 
 from sparsegrad.errors import UserError
 from sparsegrad.layers.block import core_shape
-from sparsegrad.models.layer_choice import select_linears
+from sparsegrad.models.layer_choice import find_linears, select_linears
 from sparsegrad.models.outline import load_outline
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.targets import Linears, find_mlp, weight_shapes
+from sparsegrad.targets import Linears, weight_shapes
 
 log = logging.getLogger(__name__)
 GIB = 2**30
@@ -179,7 +179,7 @@ def estimate_run(config: RunConfig) -> int:
         UserError: if the model does not exist or has no such MLP weights.
     """
     model = load_outline(config.model, config.task)
-    found = find_mlp(model, config.model.mlp)
+    found = find_linears(config.model, model)
     setup = make_setup(config, model, select_linears(found, config.model.kinds, config.model.blocks))
     return sum(estimate_memory(setup).values()) + _PROCESS
 

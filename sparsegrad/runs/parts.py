@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from sparsegrad.errors import UserError
-from sparsegrad.models.layer_choice import dense_weights, select_linears
+from sparsegrad.models.layer_choice import dense_weights, find_linears, select_linears
 from sparsegrad.models.loading import load_model, load_tokenizer
 from sparsegrad.models.pooling import set_pooling
 from sparsegrad.models.source import Sources
@@ -18,7 +17,7 @@ from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.memory_estimate import check_memory
 from sparsegrad.runs.model_checks import check_lists, check_model_and_tokenizer, check_positions, check_tokenizer
 from sparsegrad.runs.tokenized_splits import TokenSets, log_counts, token_sets
-from sparsegrad.targets import Linears, all_linears, find_mlp
+from sparsegrad.targets import Linears, all_linears
 from sparsegrad.tasks.base import Splits
 
 
@@ -61,7 +60,7 @@ def load_parts(config: RunConfig, splits: Splits, sources: Sources, device: torc
     check_model_and_tokenizer(config, model, tokenizer)
     if not config.task.is_language:
         set_pooling(model, config.model.pooling)
-    found, chosen = _find_mlp(config, model), config.model
+    found, chosen = find_linears(config.model, model), config.model
     linears = select_linears(found, chosen.kinds, chosen.blocks)
     dense = dense_weights(found, chosen.dense, chosen.blocks, linears)
     config.method.check(linears)
@@ -77,11 +76,3 @@ def load_parts(config: RunConfig, splits: Splits, sources: Sources, device: torc
     return Parts(
         model=model, tokenizer=tokenizer, linears=linears, dense=dense, sets=sets, size=size, mlp_size=mlp_size
     )
-
-
-def _find_mlp(config: RunConfig, model: nn.Module) -> Linears:
-    """The MLP linears of `model.mlp`; an error names that setting, not the library's argument."""
-    try:
-        return find_mlp(model, config.model.mlp)
-    except UserError as error:
-        raise UserError(str(error).replace("target_modules", "model.mlp")) from None

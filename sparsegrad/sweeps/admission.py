@@ -7,8 +7,8 @@ killed worker keeps no memory reserved.
 
 from __future__ import annotations
 
-import getpass
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,10 +18,11 @@ from typing import Any
 
 from filelock import FileLock
 
-from sparsegrad.files import write_json
+from sparsegrad.files import unwritable, write_json
+from sparsegrad.hashing import SHORT, json_sha256
+from sparsegrad.runs.memory_estimate import GIB
 from sparsegrad.sweeps.leases import is_alive, this_worker
 
-GIB = 2**30
 _OVERTAKES = 8  # smaller trials that may pass a waiting one; then it is next, so that it does not wait forever
 
 
@@ -73,9 +74,14 @@ class Device:
 
     def __init__(self, name: str, capacity: int, folder: Path | None = None) -> None:
         self.name, self.capacity = name, capacity
-        folder = folder or Path(tempfile.gettempdir()) / f"sparsegrad-{getpass.getuser()}"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._file = folder / f"{name}.json"
+        folder = folder or Path(tempfile.gettempdir()) / f"sparsegrad-{os.getuid() if hasattr(os, 'getuid') else 0}"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(folder, error) from None
+        # Numbers of processes say nothing on another machine, with which the folder may be shared.
+        machine = json_sha256(this_worker()["machine"])[:SHORT]
+        self._file = folder / f"{name}-{machine}.json"
         self._lock = FileLock(self._file.with_suffix(".lock"))
 
     @contextmanager

@@ -38,10 +38,14 @@ class TrialLostError(RuntimeError):
 
 
 class Heartbeat:
-    """Writes to the storage, while a trial runs, that its worker is alive."""
+    """Writes to the storage, while a trial runs, that its worker is alive.
 
-    def __init__(self, trial: Trial, seconds: float) -> None:
-        self._trial, self._seconds = trial, seconds
+    Attributes:
+        lease: seconds after which a worker that writes nothing counts as dead.
+    """
+
+    def __init__(self, trial: Trial, seconds: float, lease: float) -> None:
+        self._trial, self._seconds, self.lease = trial, seconds, lease
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.lost = False

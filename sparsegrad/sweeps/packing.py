@@ -11,16 +11,12 @@ import torch
 
 from sparsegrad.errors import fail
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.runs.memory_estimate import estimate_run, memory_of
-from sparsegrad.sweeps.admission import GIB, Device
+from sparsegrad.runs.memory_estimate import GIB, estimate_run, memory_of
+from sparsegrad.sweeps.admission import Device
 from sparsegrad.sweeps.config import Plan
 from sparsegrad.trainer.device import pick_device
 
 _USABLE = 0.9  # of a device's memory: the rest is for the system, fragmentation and what an estimate misses
-
-
-class TooLargeError(RuntimeError):
-    """A trial needs more memory than its device has."""
 
 
 def count_slots(plan: Plan) -> int:
@@ -29,19 +25,15 @@ def count_slots(plan: Plan) -> int:
     return plan.sweep.workers if share is None else len(_list_devices(plan)) * _count_per_device(share)
 
 
-def take_device(index: int, share: float | None = None) -> None:
+def take_device(index: int) -> None:
     """Choose one of the GPUs that this process may use for the worker of that number, if there are several.
 
-    It must be called before CUDA is used: the choice has no effect later.
-
-    Args:
-        index: of the worker. Each has the next GPU.
-        share: of a GPU per worker; consecutive workers then share one.
+    It must be called before CUDA is used: the choice has no effect later. Workers go round the GPUs, also those that
+    share them, so that few workers have a GPU each.
     """
     devices = _list_gpus()
     if len(devices) > 1:
-        number = index if share is None else index // _count_per_device(share)
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[index % len(devices)]
 
 
 def check_packing(plan: Plan) -> None:
@@ -87,26 +79,20 @@ class Packing:
         self._device = Device(_name_device(plan), _usable_memory(plan)) if self.is_shared else None
 
     @contextmanager
-    def admitted(self, config: RunConfig, pause: Callable[[str], None]) -> Iterator[None]:
+    def admitted(self, config: RunConfig, pause: Callable[[str], None], *, alone: bool = False) -> Iterator[None]:
         """Within: the estimated memory of the run is reserved. Before, `pause` is called while it is not free.
 
-        Raises:
-            TooLargeError: if the device can never have it.
+        A run with an estimate above the whole device runs alone: estimates are upper bounds, so that it may fit.
+
+        Args:
+            config: the run.
+            pause: sleeps; it gets the reason.
+            alone: reserve the whole device, whatever the estimate.
         """
         if self._device is None:
             yield
             return
-        size, capacity = estimate_run(config), self._device.capacity
-        if size > capacity:
-            raise TooLargeError(f"needs about {size / GIB:.1f} GiB, and trials may use {capacity / GIB:.1f} GiB")
-        with self._device.reserve(size, pause):
-            yield
-
-    @contextmanager
-    def alone(self, pause: Callable[[str], None]) -> Iterator[None]:
-        """Within: no other trial runs on the shared device."""
-        assert self._device is not None
-        with self._device.reserve(self._device.capacity, pause):
+        with self._device.reserve(self._device.capacity if alone else estimate_run(config), pause):
             yield
 
 
@@ -117,7 +103,10 @@ def _probe(plan: Plan) -> Iterator[RunConfig]:
 
 
 def _list_gpus() -> list[str]:
-    """The GPUs that this process may use, by number or identifier; counting them does not start CUDA."""
+    """The GPUs that this process may use, by number or identifier.
+
+    Counting them does not start CUDA where torch can ask the driver's management library (NVML).
+    """
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
 

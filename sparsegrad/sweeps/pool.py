@@ -23,6 +23,7 @@ from sparsegrad.sweeps.search_results import DEFAULT
 from sparsegrad.sweeps.storage import hide_password
 from sparsegrad.sweeps.study import SharedStudy, open_study
 from sparsegrad.sweeps.worker import Worker, show_trials, update_trials
+from sparsegrad.trainer.threads import limit_threads
 
 _LOOK = 2.0  # seconds between two counts of the finished trials
 
@@ -39,8 +40,10 @@ def run_sweep(composed: DictConfig, labels: Mapping[str, Any] | None = None) -> 
     """
     plan = make_plan(composed)
     if plan.sweep.worker is not None and plan.sweep.workers == 1:
-        take_device(plan.sweep.worker, plan.sweep.device_share)
+        take_device(plan.sweep.worker)
     check_packing(plan)
+    if plan.sweep.workers == 1 and plan.sweep.device_share is not None:
+        limit_threads(count_slots(plan))
     shared = open_study(plan, overwrite=plan.sweep.overwrite)
     remark(f"study {plan.sweep.study} in {shared.store.address}: {_count_finished(shared)}")
     if plan.sweep.workers == 1 or shared.is_finished():
@@ -118,14 +121,13 @@ def _stop_workers(processes: list[BaseProcess]) -> None:
 def _run_worker(content: Any, index: int, labels: Mapping[str, Any] | None) -> None:
     """Run one worker process on its share of the machine."""
     from sparsegrad.trainer.quiet import quiet_libraries, quiet_transformers
-    from sparsegrad.trainer.threads import limit_threads
 
     quiet_libraries()
     quiet_transformers()
     try:
         plan = make_plan(OmegaConf.create(content))
         limit_threads(count_slots(plan))  # otherwise every worker uses all cores
-        take_device(index, plan.sweep.device_share)
+        take_device(index)
         Worker(open_study(plan), labels).work()
     except UserError as error:
         print(f"error: worker {index}: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from optuna.trial import Trial
@@ -10,6 +11,7 @@ from transformers import TrainerCallback
 
 from sparsegrad.errors import UserError
 from sparsegrad.sweeps.leases import Heartbeat
+from sparsegrad.sweeps.storage import patiently
 
 PROGRESS = "progress"
 
@@ -54,6 +56,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
             self._reported += 1
             if not math.isfinite(value):
                 raise UserError(f"{self._metric} is not a number at evaluation {self._reported}")
-            self._trial.report(value, self._reported)
+            patiently(partial(self._trial.report, value, self._reported), self._heartbeat.lease)
         if values:
-            self._trial.set_user_attr(PROGRESS, [state.global_step, state.max_steps])
+            steps = [state.global_step, state.max_steps]
+            patiently(partial(self._trial.set_user_attr, PROGRESS, steps), self._heartbeat.lease)

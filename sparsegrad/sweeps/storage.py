@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote_plus
 
 from filelock import FileLock
@@ -25,6 +25,9 @@ FIRST_SWEEP = "run a sweep first, for example python run.py sweep=quick method=l
 JOURNAL, GRPC = "journal:", "grpc://"
 _FORMS = "give a file such as studies.db, journal:FILE, postgresql://USER@HOST/DATABASE or grpc://HOST:PORT"
 _CONNECT_SECONDS = 10
+_SECRETS = ("password", "sslpassword")  # parts of an address's query that psycopg reads
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +76,48 @@ def open_existing_store(where: str) -> Store:
     return open_store(where)
 
 
-def is_unavailable(error: Exception) -> bool:
+def is_unavailable(error: BaseException) -> bool:
     """Whether an error means that the storage cannot be reached; the proxy's client lets those of gRPC through."""
     return isinstance(error, StorageInternalError) or type(error).__module__.partition(".")[0] == "grpc"
 
 
+def patiently(do: Callable[[], Result], seconds: float) -> Result:
+    """Call `do`, again and again for `seconds` while the storage is unavailable, as while its server restarts.
+
+    Args:
+        do: reads, or writes what may be written twice.
+        seconds: after which the error is raised.
+    """
+    end, pause = time.monotonic() + seconds, min(1.0, seconds / 4)
+    while True:
+        try:
+            return do()
+        except Exception as error:
+            if not is_unavailable(error) or time.monotonic() + pause > end:
+                raise
+        time.sleep(pause)
+        pause *= 1.5
+
+
+def unavailable(error: Exception, where: str) -> UserError:
+    """The error for a storage that was open and cannot be reached any more."""
+    return UserError(
+        f"the storage {hide_password(where)} is no longer available ({_find_reason(error, where)}): run the same "
+        "command to continue"
+    )
+
+
 def hide_password(where: str) -> str:
-    """Return the address without the password."""
+    """Return the address without the password, which may be a part of the query, too."""
+    if "://" not in where:
+        return where
     try:
-        return _parse_url(where).render_as_string(hide_password=True) if "://" in where else where
+        url = _parse_url(where)
     except UserError:
         return where.rpartition("@")[2]
+    hidden = {name: "***" for name in _SECRETS if name in url.query}
+    # Brackets of the URL's own quoting: three stars stay readable.
+    return url.update_query_dict(hidden).render_as_string(hide_password=True).replace("%2A", "*")
 
 
 def dashboard_address(where: str) -> str:
@@ -112,6 +146,8 @@ def _connect(
     except ImportError as error:
         if error.name == "psycopg":
             raise missing_package(f"sweep.storage={hide_password(where)}", error.name, "sweep") from None
+        if where.startswith(GRPC):
+            raise missing_package(f"sweep.storage={where}", "grpcio", "proxy") from None
         raise UserError(
             f"sweep.storage={hide_password(where)} needs a package ({error}): install it with pip, or {_FORMS}"
         ) from None
@@ -133,11 +169,14 @@ def _retry_on_conflict(make: Callable[[], BaseStorage]) -> BaseStorage:
 
 def _find_reason(error: BaseException, where: str) -> str:
     """Return the first line of the original error, which Optuna may have wrapped, without the password."""
-    deepest = getattr(error, "orig", None) or error.__cause__ or error
-    text = first_line(deepest)
-    password = _parse_url(where).password if "://" in where else None
+    cause = error.__cause__ or error
+    text = first_line(getattr(error, "orig", None) or getattr(cause, "orig", None) or cause)
+    if callable(details := getattr(error, "details", None)):  # of gRPC
+        text = str(details())
+    url = _parse_url(where) if "://" in where else None
+    secrets = {str(secret) for secret in (url.password, *map(url.query.get, _SECRETS)) if secret} if url else set()
     # URLs contain the password quoted, drivers print it plain.
-    for secret in {str(password), quote_plus(str(password))} if password else ():
+    for secret in secrets | set(map(quote_plus, secrets)):
         text = text.replace(secret, "***")
     return text
 

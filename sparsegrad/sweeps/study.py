@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import optuna
@@ -17,7 +18,7 @@ from sparsegrad.sweeps.config import Plan
 from sparsegrad.sweeps.leases import WORKER, Watch, this_worker
 from sparsegrad.sweeps.ledger import DIED, FAILURE, REASON, REDO_OF, SURPLUS, Ledger
 from sparsegrad.sweeps.samplers import make_pruner, make_sampler
-from sparsegrad.sweeps.storage import FIRST_SWEEP, Store, open_existing_store, open_store
+from sparsegrad.sweeps.storage import FIRST_SWEEP, Store, open_existing_store, open_store, patiently
 
 IDENTITY, LABELS, CONTENT = "identity", "labels", "content"
 
@@ -43,16 +44,21 @@ class SharedStudy:
         return len(self.finished()) >= self.plan.budget
 
     def take(self) -> Trial | None:
-        """Take the next trial; None while other workers run all that are left."""
+        """Take the next trial; None while other workers run all that are left.
+
+        Each part is repeated while the storage is unavailable. A trial that is created and then lost has no worker yet,
+        so that it counts as dead after a lease.
+        """
+        lease = self.plan.sweep.lease
         with self.store.claiming():
             # Recover first: a failed trial queued again comes before a new one.
-            ledger = self._recover_trials()
+            ledger = patiently(self._recover_trials, lease)
             if not ledger.has_work(self.plan.budget, self.plan.ordered_from):
                 return None
-            trial = self.study.ask(self.plan.distributions)
-            trial.set_user_attr(WORKER, self._me)
+            trial = patiently(partial(self.study.ask, self.plan.distributions), lease)
+            patiently(partial(trial.set_user_attr, WORKER, self._me), lease)
         # Storages without a lock may have given more trials than are left: this one may be surplus.
-        if self.ledger().counts(trial.number, self.plan.budget):
+        if patiently(self.ledger, lease).counts(trial.number, self.plan.budget):
             return trial
         self.close(trial, TrialState.FAIL, {SURPLUS: True, REASON: "more workers asked for trials than were left"})
         return None

@@ -8,21 +8,24 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sparsegrad import progress
-from sparsegrad.errors import BusyError, UserError, first_line
+from sparsegrad.errors import BusyError, UserError
 from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.records import find_complete
 from sparsegrad.sweeps.config import runner
 from sparsegrad.sweeps.leases import Heartbeat, TrialLostError
 from sparsegrad.sweeps.ledger import CRASHED, FAILURE, MISTAKE, REASON, REDO_OF, STOPPED
-from sparsegrad.sweeps.packing import Packing, TooLargeError
+from sparsegrad.sweeps.packing import Packing
 from sparsegrad.sweeps.reporter import Reporter
-from sparsegrad.sweeps.storage import is_unavailable
+from sparsegrad.sweeps.storage import is_unavailable, patiently, unavailable
 from sparsegrad.sweeps.study import SharedStudy
+from sparsegrad.trainer.signals import StopOnSignal
 
 _MAX_PAUSE = 5.0  # seconds between the first looks at a study that has no free trial
 _MAX_IDLE = 30.0  # seconds between later looks
@@ -56,31 +59,29 @@ class Worker:
         except Exception as error:
             if not is_unavailable(error):
                 raise
-            where = self.shared.store.address
-            raise UserError(
-                f"the storage {where} is no longer available ({first_line(error)}): run the same command to continue"
-            ) from None
+            raise unavailable(error, self.shared.plan.sweep.storage) from None
 
     def _run_trials(self, bar: progress.Job) -> None:
         """Run trials until the study is finished; while others run the last ones, wait: one of them may still fail."""
-        pause, finished = self._pause, self.shared.finished()
-        while len(finished) < self.shared.plan.budget:
-            trial = self.shared.take()
+        shared, lease = self.shared, self.shared.plan.sweep.lease
+        pause, finished = self._pause, shared.finished()
+        while len(finished) < shared.plan.budget:
+            trial = shared.take()
             if trial is None:
                 time.sleep(pause)
                 pause = min(1.5 * pause, _MAX_IDLE)  # many idle workers should not read the study all the time
-                finished = self.shared.finished()
+                finished = patiently(shared.finished, lease)
             else:
                 what = self._run_trial(trial)
-                finished, pause = self.shared.finished(), self._pause
+                finished, pause = patiently(shared.finished, lease), self._pause
                 self._print_trial(trial, what, len(finished))
-            update_trials(bar, self.shared, finished)
+            update_trials(bar, shared, finished)
 
     def _run_trial(self, trial: Trial) -> str:
         """Run one trial and close it in the study; what happened, in words."""
-        close, self._source = self.shared.close, ""
+        close, sweep, self._source = self.shared.close, self.shared.plan.sweep, ""
         try:
-            with Heartbeat(trial, self.shared.plan.sweep.heartbeat) as heartbeat:
+            with Heartbeat(trial, sweep.heartbeat, sweep.lease) as heartbeat:
                 state, value, facts = self._find_outcome(trial, heartbeat)
         except TrialLostError:
             return "given to another worker"
@@ -95,7 +96,7 @@ class Worker:
             raise
         finally:
             self._free_memory()
-        close(trial, state, facts, value)
+        patiently(lambda: close(trial, state, facts, value), sweep.lease)
         return facts.get(REASON) or f"{self.shared.plan.metric} {value:.4f}{self._source}"
 
     def _find_outcome(self, trial: Trial, heartbeat: Heartbeat) -> tuple[TrialState, float | None, dict[str, Any]]:
@@ -104,8 +105,6 @@ class Worker:
         reporter = Reporter(trial, self.shared.plan.metric, heartbeat)
         try:
             record, is_new = self._run_admitted(config, trial, reporter)
-        except TooLargeError as error:
-            return TrialState.PRUNED, None, {REASON: str(error)}
         except torch.OutOfMemoryError:
             return TrialState.PRUNED, None, {REASON: "out of device memory"}
         except UserError:
@@ -124,38 +123,24 @@ class Worker:
         return TrialState.COMPLETE, value, facts
 
     def _run_admitted(self, config: RunConfig, trial: Trial, reporter: Reporter) -> tuple[dict[str, Any], bool]:
-        """Run the trial when its device has room for it; see `_run_or_wait`."""
-
-        def pause(reason: str) -> None:
-            if reason not in said:
-                progress.remark(f"trial {trial.number} {reason}")
-                said.add(reason)
-            reporter.on_step_end()
-            time.sleep(self._pause)
-
-        said: set[str] = set()
-        try:
-            with self._packing.admitted(config, pause):
-                return self._run_or_wait(config, trial, reporter)
-        except torch.OutOfMemoryError:
-            if not self._packing.is_shared:
-                raise
-        # The estimate of this trial, or of one beside it, was too low. What does not fit alone is too large.
-        self._free_memory()
-        with self._packing.alone(pause):
-            return self._run_or_wait(config, trial, reporter)
-
-    def _run_or_wait(self, config: RunConfig, trial: Trial, reporter: Reporter) -> tuple[dict[str, Any], bool]:
-        """Run the trial, or wait for a worker that runs the same values; its record, and whether it is new."""
+        """Run the trial when its device has room and no other worker runs its values; the record, and if it is new."""
         labels = {**self.labels, "sweep": self._make_label(trial)}
+        run = partial(self._run, config, callbacks=[reporter], labels=labels)
+        waiting, is_alone = Waiting(trial, reporter, self._pause), False
         while True:
             try:
-                found: tuple[dict[str, Any], bool] = self._run(config, callbacks=[reporter], labels=labels)
-            except BusyError:
-                reporter.on_step_end()
-                time.sleep(self._pause)
-            else:
-                return found
+                if find_complete(config.record_path) is not None:  # nothing will be trained
+                    return cast(tuple[dict[str, Any], bool], run())
+                with self._packing.admitted(config, waiting.pause, alone=is_alone):
+                    return cast(tuple[dict[str, Any], bool], run())
+            except BusyError:  # its memory is reserved by the worker that runs it
+                waiting.pause("waits for another worker, which runs the same values")
+            except torch.OutOfMemoryError:
+                if is_alone or not self._packing.is_shared:
+                    raise
+                # The estimate of this trial, or of one beside it, was too low. What does not fit alone is too large.
+                is_alone = True
+            self._free_memory()
 
     def _make_label(self, trial: Trial) -> dict[str, Any]:
         sweep, plan = self.shared.plan.sweep, self.shared.plan
@@ -181,6 +166,26 @@ class Worker:
             for key, value in trial.params.items()
         )
         progress.remark(f"trial {trial.number} ({values}): {what} [{done} of {self.shared.plan.budget}]")
+
+
+class Waiting:
+    """Waits with a trial, and says once why."""
+
+    def __init__(self, trial: Trial, reporter: Reporter, seconds: float) -> None:
+        self._trial, self._reporter, self._seconds, self._is_said = trial, reporter, seconds, False
+
+    def pause(self, reason: str) -> None:
+        """Wait for some seconds; a signal that ends the process returns the trial to the study first.
+
+        Raises:
+            TrialLostError: if the trial was given to another worker.
+        """
+        if not self._is_said:
+            progress.remark(f"trial {self._trial.number} {reason}")
+        self._is_said = True
+        self._reporter.on_step_end()
+        with StopOnSignal().listening():
+            time.sleep(self._seconds)
 
 
 @contextmanager

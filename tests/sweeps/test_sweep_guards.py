@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from optuna.exceptions import StorageInternalError
 from run_fixtures import write_rows
 from test_sweep import Sweep, states, study_of
 from test_sweep import composed as composed  # the fixture
@@ -13,6 +15,7 @@ from sparsegrad.cli import running
 from sparsegrad.errors import UserError
 from sparsegrad.sweeps.config import make_plan
 from sparsegrad.sweeps.pool import run_sweep
+from sparsegrad.sweeps.storage import hide_password, patiently
 
 
 def test_a_user_error_ends_the_sweep_and_the_next_call_redoes_the_trial(composed: Sweep) -> None:
@@ -126,3 +129,29 @@ def test_a_study_is_not_continued_with_other_data(composed: Sweep, tmp_path: Pat
         run_sweep(composed(*given, space, "sweep.trials=2", f"data.dir={other}"))
     run_sweep(composed(*given, space, "sweep.trials=2"))
     assert states(study_of(composed(*given, space))) == ["COMPLETE", "COMPLETE"]
+
+
+def test_a_password_in_the_query_is_hidden_too() -> None:
+    shown = hide_password("postgresql://user@host/sweeps?sslmode=require&password=sesame&sslpassword=open")
+    assert "sesame" not in shown
+    assert "open" not in shown
+    assert "sslmode=require" in shown
+    assert "password=***" in shown
+
+
+def test_a_storage_that_is_away_for_a_moment_is_asked_again() -> None:
+    answers: list[Any] = [StorageInternalError("away"), StorageInternalError("away"), 7]
+
+    def ask() -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert patiently(ask, seconds=0.4) == 7
+    answers[:] = [StorageInternalError("away")] * 9
+    with pytest.raises(StorageInternalError):
+        patiently(ask, seconds=0.1)
+    answers[:] = [ValueError("a mistake"), 7]
+    with pytest.raises(ValueError, match="a mistake"):
+        patiently(ask, seconds=9)
