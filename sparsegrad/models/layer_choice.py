@@ -9,17 +9,16 @@ from typing import Any
 from torch import nn
 
 from sparsegrad.errors import UserError, check_choice, fail
-from sparsegrad.models.config import ModelConfig
 from sparsegrad.targets import Linears, find_mlp
 
 _SLICE = re.compile(r"(\d*):(\d*)(?::(\d*))?")
 _ALLOWED = "give a list of block indices such as [0,3,6], a slice start:stop:step such as '0::3', or null for all"
 
 
-def find_linears(config: ModelConfig, model: nn.Module) -> Linears:
+def find_linears(model: nn.Module, mlp: Any) -> Linears:
     """The MLP linears of `model.mlp`; an error names that setting, not the library's argument."""
     try:
-        return find_mlp(model, config.mlp)
+        return find_mlp(model, mlp)
     except UserError as error:
         raise UserError(str(error).replace("target_modules", "model.mlp")) from None
 

@@ -179,7 +179,7 @@ def estimate_run(config: RunConfig) -> int:
         UserError: if the model does not exist or has no such MLP weights.
     """
     model = load_outline(config.model, config.task)
-    found = find_linears(config.model, model)
+    found = find_linears(model, config.model.mlp)
     setup = make_setup(config, model, select_linears(found, config.model.kinds, config.model.blocks))
     return sum(estimate_memory(setup).values()) + _PROCESS
 

@@ -60,7 +60,7 @@ def load_parts(config: RunConfig, splits: Splits, sources: Sources, device: torc
     check_model_and_tokenizer(config, model, tokenizer)
     if not config.task.is_language:
         set_pooling(model, config.model.pooling)
-    found, chosen = find_linears(config.model, model), config.model
+    found, chosen = find_linears(model, config.model.mlp), config.model
     linears = select_linears(found, chosen.kinds, chosen.blocks)
     dense = dense_weights(found, chosen.dense, chosen.blocks, linears)
     config.method.check(linears)
