@@ -188,6 +188,8 @@ def test_an_outline_has_the_shapes_of_the_model_and_no_weights(tiny: Callable[..
 
 
 def test_a_configuration_that_makes_no_model_is_named() -> None:
-    config: Any = SimpleNamespace(weights="random", name="m", architecture={"model_type": "nothing"})
+    config: Any = SimpleNamespace(
+        weights="random", name="m", trust_remote_code=False, architecture={"model_type": "nothing"}
+    )
     with pytest.raises(UserError, match="model=m has a configuration that makes no model"):
         load_outline(config, SimpleNamespace(is_language=False))  # type: ignore[arg-type]
