@@ -31,7 +31,8 @@ def serve(where: str, host: str, port: int, threads: int) -> None:
     """
     if not where.startswith("postgres"):
         raise UserError(
-            f"SPARSEGRAD_STORAGE={hide_password(where)} cannot be served: set it to the database, postgresql://USER@HOST/DATABASE"
+            f"SPARSEGRAD_STORAGE={hide_password(where)} cannot be served: set it to the database, "
+            "postgresql://USER@HOST/DATABASE"
         )
     store = open_store(where)
     say(f"serving {store.address} on {host}:{port}")

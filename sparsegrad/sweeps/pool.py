@@ -6,13 +6,13 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from sparsegrad.errors import UserError
 from sparsegrad.progress import NO_BARS, QUIET, remark, say
@@ -45,7 +45,7 @@ def run_sweep(composed: DictConfig, labels: Mapping[str, Any] | None = None) -> 
     if plan.sweep.workers == 1 and plan.sweep.device_share is not None:
         limit_threads(count_slots(plan))
     shared = open_study(plan, overwrite=plan.sweep.overwrite)
-    remark(f"study {plan.sweep.study} in {shared.store.address}: {_count_finished(shared)}")
+    remark(f"study {plan.sweep.study} in {shared.store.address}: {_count_finished(shared, shared.finished())}")
     if plan.sweep.workers == 1 or shared.is_finished():
         Worker(shared, labels).work()
     else:
@@ -136,15 +136,15 @@ def _run_worker(content: Any, index: int, labels: Mapping[str, Any] | None) -> N
         sys.exit(130)  # 128 + SIGINT
 
 
-def _count_finished(shared: SharedStudy) -> str:
-    return f"{len(shared.finished())} of {shared.plan.budget} trials finished"
+def _count_finished(shared: SharedStudy, finished: Sequence[FrozenTrial]) -> str:
+    return f"{len(finished)} of {shared.plan.budget} trials finished"
 
 
 def _summarize(shared: SharedStudy) -> str:
     """Return the counts, the best trial, and the commands that use it."""
     finished = shared.finished()
     pruned = sum(trial.state == TrialState.PRUNED for trial in finished)
-    text = f"study {shared.plan.sweep.study}: {_count_finished(shared)}, {pruned} of them pruned"
+    text = f"study {shared.plan.sweep.study}: {_count_finished(shared, finished)}, {pruned} of them pruned"
     if pruned == len(finished):
         return f"{text}; no trial was completed"
     best = shared.study.best_trial
