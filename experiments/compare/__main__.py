@@ -15,12 +15,12 @@ from pathlib import Path
 
 from experiments.compare.block import SHARED
 from experiments.compare.table import write_comparison
-from experiments.paths import CONF, SCALES
+from experiments.paths import CONF
 from experiments.reproduce import commands, dry_run, evidence, search_all
 from experiments.reproduce.cells import Cell, in_evidence, list_cells
 from experiments.reproduce.commands import last_wins, split_names
 from experiments.reproduce.plans import read_plan
-from sparsegrad.errors import UserError, check_choice, check_integer
+from sparsegrad.errors import UserError, check_choice
 from sparsegrad.runs.records import find_complete
 
 PLANS = ("compare", "compare_smollm2")
@@ -52,10 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _compare_plans(options: argparse.Namespace) -> int:
-    check_choice("SCALE", options.scale, SCALES)
-    check_integer("WORKERS", options.workers, at_least=1)
-    if options.scale != "mini":
-        raise UserError("SCALE=paper is not planned: the comparison is of the small models; give SCALE=mini")
+    commands.check_small(options, "SCALE=paper is not planned: the comparison is of the small models; give SCALE=mini")
     request = Request(
         methods=split_names(options.methods),
         tasks=split_names(options.tasks),

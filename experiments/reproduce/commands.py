@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
-from sparsegrad.errors import run_as_command
+from experiments.paths import SCALES
+from sparsegrad.errors import UserError, check_choice, check_integer, run_as_command
 
 
 def run(command: Callable[[], int]) -> int:
@@ -18,6 +19,18 @@ def add_places(parser: argparse.ArgumentParser, trees: str) -> None:
     parser.add_argument("--data", help="folder with GLUE (default: download from the hub)")
     parser.add_argument("--trees", help=f"file of OpenAssistant conversation trees, for {trees}")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time, one thread each (default: 2)")
+
+
+def check_small(options: argparse.Namespace, refusal: str) -> None:
+    """Check `--scale` and `--workers` of a command that has only the small models.
+
+    Raises:
+        UserError: for a wrong value, or with `refusal` for the paper's scale.
+    """
+    check_choice("SCALE", options.scale, SCALES)
+    check_integer("WORKERS", options.workers, at_least=1)
+    if options.scale != "mini":
+        raise UserError(refusal)
 
 
 def last_wins(overrides: Sequence[str]) -> tuple[str, ...]:

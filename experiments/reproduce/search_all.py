@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.paths import ROOT, SCALES
+from experiments.paths import ROOT
 from experiments.reproduce import commands, searches
 from experiments.reproduce.cells import in_evidence
 from experiments.reproduce.commands import split_names
@@ -24,7 +24,7 @@ from experiments.reproduce.plans import SEARCHED, EvidencePlan, read_plan
 from experiments.reproduce.processes import Ended, Job, last_error, run_jobs
 from experiments.reproduce.searches import Search
 from sparsegrad import progress
-from sparsegrad.errors import UserError, check_choice, check_integer
+from sparsegrad.errors import UserError, check_choice
 from sparsegrad.sweeps.search_results import SWEEPS
 from sparsegrad.sweeps.show import export
 from sparsegrad.sweeps.study import load_study, quiet
@@ -48,10 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _search(options: argparse.Namespace) -> int:
-    check_choice("SCALE", options.scale, SCALES)
-    check_integer("WORKERS", options.workers, at_least=1)
-    if options.scale != "mini":
-        raise UserError("the searches of the paper's models are Tables 13-15: make reproduce-table13; give SCALE=mini")
+    commands.check_small(
+        options, "the searches of the paper's models are Tables 13-15: make reproduce-table13; give SCALE=mini"
+    )
     request = Request(
         methods=split_names(options.methods),
         tasks=split_names(options.tasks),
