@@ -5,13 +5,15 @@
 #   scripts/gpu_all.sh OUT_FOLDER --dry    # rehearsal on a CPU: the same steps in miniature
 #
 # Every step has a limit of its own, and one that fails does not stop the rest: its log is in the archive. PYTHON names
-# the interpreter, MINUTES the limit of the benchmark.
+# the interpreter, MINUTES the limit of the benchmark, BENCH its arguments, STEPS the steps to do.
 set -uo pipefail
 
 out=${1:?usage: scripts/gpu_all.sh OUT_FOLDER [--dry]}
 dry=${2:-}
 python=${PYTHON:-python3}
 minutes=${MINUTES:-14}
+bench=${BENCH:---presets core,model,tokens,precision}
+steps=${STEPS:-tests bench packed}
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -20,6 +22,7 @@ failed=0
 step() { # step NAME SECONDS COMMAND...: run with a limit, keep the log, note the result
   local name=$1 limit=$2
   shift 2
+  [[ " versions $steps " == *" $name "* ]] || return 0
   echo "== $name (at most $limit s): $*"
   timeout "$limit" "$@" >"$out/$name.log" 2>&1
   local status=$?
@@ -42,7 +45,8 @@ if [ "$dry" = --dry ]; then
   step packed 600 "$python" -m experiments.studies.packed_trials --workers 2 --steps 2 --out "$out/packed_trials.json"
 else
   step tests 480 "$python" -m pytest -q -p no:cacheprovider tests/gpu
-  step bench $((minutes * 60 + 120)) "$python" -m experiments.bench --presets core,model,tokens,precision \
+  # shellcheck disable=SC2086  # several words are meant
+  step bench $((minutes * 60 + 120)) "$python" -m experiments.bench $bench \
     --bases reflections --minutes "$minutes" --out "$out/bench.json" --work "$out/work"
   # Needs MiniLM (`make assets`), Hydra and Optuna, and for the share of the GPU that is busy nvidia-ml-py.
   step packed 300 "$python" -m experiments.studies.packed_trials --device cuda --workers 1 4 8 \

@@ -11,7 +11,8 @@
 # Runs that the limit stops continue from their checkpoint in the next call on the same machine, and finished ones are
 # never repeated. On another machine, unpack the archive over the checkout first: it holds what was finished.
 #
-# BLOCKS (default "0 1 2a 3 4 5"), WORKERS (default 6), MINUTES (default 20) and PYTHON can be set.
+# BLOCKS (default "0 1 2a 3 4 5"), TASKS (default: those of each plan), WORKERS (default 6), MINUTES (default 20) and
+# PYTHON can be set.
 set -uo pipefail
 
 out=${1:?usage: scripts/gpu_evidence.sh OUT_FOLDER GLUE_FOLDER [--dry]}
@@ -44,13 +45,22 @@ sys.exit(0 if torch.cuda.is_available() or "$dry" == "--dry" else "no CUDA devic
 PYTHON_END
 [ "${PIPESTATUS[0]}" -eq 0 ] || exit 1
 
+module_of() { # module_of BLOCK: the module that makes it and its arguments; block 1 is the searches
+  if [ "$1" = 1 ] && [ -n "${TASKS:-}" ]; then
+    echo "experiments.reproduce.search_all --scale mini --tasks $TASKS"
+  else
+    echo "experiments.reproduce.evidence $1 ${TASKS:+task=$TASKS}"
+  fi
+}
+
 status=0
 for block in $blocks; do
   left=$((end - SECONDS))
   [ $left -gt 0 ] || break
   echo "== block $block, at most $left s"
   # TERM lets the running cells write a checkpoint.
-  timeout --signal=TERM --kill-after=60 "$left" "$python" -m experiments.reproduce.evidence "$block" --data "$data" \
+  # shellcheck disable=SC2046  # several words are meant
+  timeout --signal=TERM --kill-after=60 "$left" "$python" -m $(module_of "$block") --data "$data" \
     --workers "$workers" ${dry:+--dry} 2>&1 | tee -a "$out/evidence.log"
   status=${PIPESTATUS[0]}
   echo "block $block: exit status $status" | tee -a "$out/summary.txt"
