@@ -196,7 +196,7 @@ def _weight_dtype(setting: Setting) -> torch.dtype:
 
 
 def _autocast(setting: Setting, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    if setting.precision == "bf16_autocast":
+    if setting.precision.startswith("bf16"):  # also with bf16 weights: those that train are float32
         return lambda: torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext
 

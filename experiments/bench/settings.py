@@ -25,7 +25,8 @@ class Setting:
         batch, length: rows per batch; tokens at which a row is cut or to which it is padded.
         padding, task: `max_length` or `longest` with the token lengths of `task`; `none`: all tokens are real.
         rest: whether the parameters outside the MLP weights train: trained or frozen.
-        precision: fp32, tf32 (matrix products), bf16_autocast (float32 weights), bf16 (weights).
+        precision: fp32, tf32 (matrix products), bf16_autocast (float32 weights), bf16 (the same, and weights that do
+            not train are bf16).
         mode: eager, or compiled with `torch.compile`.
         density: share of kept entries per weight.
 

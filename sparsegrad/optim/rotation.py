@@ -35,6 +35,7 @@ class Rotation:
         self.dtype = check_choice("rotation_dtype", dtype, DTYPES, "None keeps that of the weights")
         self.in_layers = self.replaced = False
         self._steps = 0
+        self._ties: list[_Ties] = []  # counts that are not read yet
         self._settled = False  # whether `basis` has been placed where the first weights are
         # Copies for weights elsewhere: the layers of one kind may be on several devices (`device_map`).
         self._copies: dict[tuple[torch.device, torch.dtype], Basis] = {}
@@ -84,8 +85,9 @@ class Rotation:
     def check_gradients(self, values: Tensor) -> None:
         """Check the kept entries (count, k) of rotated gradients.
 
-        Clipping by value leaves many entries of exactly the bound, which a rotated gradient never has. Reading that
-        makes the CPU wait for a GPU, so only calls 1, 2, 4, 8, ... are checked.
+        Clipping by value leaves many entries of exactly the bound, which a rotated gradient never has. Counting them
+        costs a little, so only calls 1, 2, 4, 8, ... do. The CPU does not wait for a GPU: it reads a count in the first
+        call after the GPU has come to it.
 
         Raises:
             UserError: for gradients clipped by value, or an optimizer whose layers belong to another one.
@@ -96,16 +98,37 @@ class Rotation:
                 "rotation_order='gradient'"
             )
         self._steps += 1
-        if not self.in_layers or self._steps & (self._steps - 1):
-            return
+        if self.in_layers and not self._steps & (self._steps - 1):
+            self._ties.append(_Ties(values))
+        while self._ties and self._ties[0].has_arrived:
+            ties = int(self._ties.pop(0).count)
+            if ties >= _TIES:
+                raise UserError(
+                    f"{ties} entries of a rotated gradient are equal, as after clipping by value, which means "
+                    "something else in the rotated space: clip by norm, or give rotation_order='gradient'"
+                )
+
+
+class _Ties:
+    """How many of some kept entries (count, k) have the largest magnitude of their row; at most of any row.
+
+    Attributes:
+        count: on the CPU; not valid before `has_arrived`.
+    """
+
+    def __init__(self, values: Tensor) -> None:
         magnitudes = values.abs()
         largest = magnitudes.amax(1, keepdim=True)
-        ties = ((magnitudes == largest) & (largest > 0) & largest.isfinite()).sum(1)
-        if bool((ties >= _TIES).any()):
-            raise UserError(
-                f"{int(ties.max())} entries of a rotated gradient are equal, as after clipping by value, which means "
-                "something else in the rotated space: clip by norm, or give rotation_order='gradient'"
-            )
+        ties = ((magnitudes == largest) & (largest > 0) & largest.isfinite()).sum(1).max()
+        self.count = ties.to("cpu", non_blocking=ties.is_cuda)
+        self._arrival = torch.cuda.Event() if values.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._arrival is not None:
+            self._arrival.record()
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether the device has come to it."""
+        return self._arrival is None or self._arrival.query()  # type: ignore[no-untyped-call]
 
 
 def check_rotation_dtype(dtype: torch.dtype | None, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from experiments.bench import __main__ as benchmark
 from experiments.bench import machine, results
 from experiments.bench.arms import ARMS, REFERENCES, arms_of, lora_rank
 from experiments.bench.bars import measured_bars
+from experiments.bench.forks import run_fork, start_server
 from experiments.bench.measure import batches
 from experiments.bench.presets import Decomposition, Planned, Schedule, plan
 from experiments.bench.render import write_table
@@ -297,6 +299,18 @@ def test_results_of_another_schema_are_not_touched(tmp_path: Path) -> None:
 def test_a_process_that_dies_leaves_its_reason(tmp_path: Path) -> None:
     assert "signal 9" in run_process(["bash", "-c", "kill -9 $$"], tmp_path / "a.json", {})["reason"]
     assert run_process(["bash", "-c", "echo no >&2; exit 1"], tmp_path / "a.json", {})["reason"] == "no"
+
+
+def test_a_fork_measures_weights_in_bf16_and_is_not_waited_for_forever(tmp_path: Path) -> None:
+    setting, counts = replace(SETTING, precision="bf16").as_json(), {"warmup": 2, "steps": 3, "seconds": None}
+    job = {"job": "measure", "threads": 1, "setting": setting, "arm": "full", "device": "cpu", "bases": "", "seed": 0}
+    (tmp_path / "request.json").write_text(json.dumps(job | counts))
+    start_server(dict(os.environ))
+    answer = run_fork(tmp_path / "request.json", tmp_path / "answer.json", 120)
+    assert answer["status"] == "complete"
+    assert answer["steps"] == 3
+    late = run_fork(tmp_path / "request.json", tmp_path / "none.json", 0.01)
+    assert late == {"status": "failed", "reason": "took longer than 0.01 seconds"}
 
 
 def test_a_real_run_needs_only_torch_transformers_and_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
