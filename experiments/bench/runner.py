@@ -20,7 +20,6 @@ from experiments.bench import machine, reflections, render, results
 from experiments.bench.arms import find_arm
 from experiments.bench.bars import measured_bars
 from experiments.bench.decompose import stacked_mib
-from experiments.bench.forks import run_fork, start_server
 from experiments.bench.plot import write_plot
 from experiments.bench.presets import Calibration, Decomposition, Planned, Schedule
 from experiments.bench.settings import Setting
@@ -199,9 +198,6 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
             request.write_text(json.dumps({"job": job, "threads": self.threads, **arguments}))
-            if self.device.type == "cuda":
-                start_server(self._environment())
-                return run_fork(request, answer, TIMEOUT)
             command = [sys.executable, "-m", "experiments.bench.worker", str(request), str(answer)]
             return run_process(command, answer, self._environment())
 

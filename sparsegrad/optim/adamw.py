@@ -8,6 +8,7 @@ basis, so they are rotated, selected from and updated together.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -121,25 +122,23 @@ class SparseGradAdamW(torch.optim.AdamW):
         self._released = set()
         for group in filter(is_sparse, self.param_groups):
             for weight in group["params"]:
-                weight.register_post_accumulate_grad_hook(self._make_release_hook(group))
+                weight.register_post_accumulate_grad_hook(_make_release_hook(self))
 
-    def _make_release_hook(self, group: dict[str, Any]) -> Callable[[Tensor], None]:
-        """A hook that updates a weight of `group` as soon as its gradient is complete."""
-
-        @torch.no_grad()
-        def hook(weight: Tensor) -> None:
-            assert self._released is not None
-            if weight in self._released:
-                raise UserError(
-                    "a second backward pass before step(): with released gradients each pass is a step of its own; "
-                    "do not accumulate, or do not release; nor with a GradScaler, which skips steps and moves released "
-                    "weights by scaled gradients: train in bfloat16 without one"
-                )
-            self._released.add(weight)
-            self._update([select(group, [weight], self.state, self._buffers())])
-            weight.grad = None
-
-        return hook
+    @torch.no_grad()
+    def _release(self, weight: Tensor) -> None:
+        """Update `weight`, whose gradient is complete, and free the gradient."""
+        assert self._released is not None
+        if weight in self._released:
+            raise UserError(
+                "a second backward pass before step(): with released gradients each pass is a step of its own; "
+                "do not accumulate, or do not release; nor with a GradScaler, which skips steps and moves released "
+                "weights by scaled gradients: train in bfloat16 without one"
+            )
+        self._released.add(weight)
+        # Looked up anew, because loading a state replaces the groups.
+        group = next(one for one in self.param_groups if is_sparse(one) and any(weight is p for p in one["params"]))
+        self._update([select(group, [weight], self.state, self._buffers())])
+        weight.grad = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -235,6 +234,21 @@ class SparseGradAdamW(torch.optim.AdamW):
             for weight, index in zip(group["params"], saved["params"], strict=True):
                 for name, value in state_dict["state"].get(index, {}).items():
                     self.state[weight][name] = value.to(weight.device, copy=True)
+
+
+def _make_release_hook(optimizer: SparseGradAdamW) -> Callable[[Tensor], None]:
+    """A hook that updates a weight of `optimizer` as soon as its gradient is complete.
+
+    It refers to the optimizer weakly: Python cannot collect a circle through a hook, and the weights and their moments
+    would stay in memory for good.
+    """
+    owner = weakref.ref(optimizer)
+
+    def hook(weight: Tensor) -> None:
+        if (found := owner()) is not None:
+            found._release(weight)
+
+    return hook
 
 
 def _unwrap_step(step: Callable[..., Any]) -> Callable[..., Any]:

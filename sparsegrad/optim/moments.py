@@ -154,7 +154,10 @@ def _store_latest(
     """
     stale = old["used"].scatter(1, place, torch.where(known, -1, old["used"].gather(1, place)))
     slots = old["index"].shape[1]
-    chosen = torch.cat([stale, new["used"]], 1).topk(slots, sorted=False).indices
+    # Among equally recent entries those of the lowest positions, as devices would choose differently.
+    position = torch.cat([old["index"], new["index"]], 1)
+    recency = (torch.cat([stale, new["used"]], 1).long() << 32) - position
+    chosen = recency.topk(slots, sorted=False).indices
     merged = {name: torch.cat([old[name], new[name]], 1).gather(1, chosen) for name in old}
     order = merged["index"].argsort(1)
     for name, tensor in merged.items():

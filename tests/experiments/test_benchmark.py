@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from experiments.bench import __main__ as benchmark
 from experiments.bench import machine, results
 from experiments.bench.arms import ARMS, REFERENCES, arms_of, lora_rank
 from experiments.bench.bars import measured_bars
-from experiments.bench.forks import run_fork, start_server
-from experiments.bench.measure import batches
+from experiments.bench.measure import batches, measure_arm
 from experiments.bench.presets import Decomposition, Planned, Schedule, plan
 from experiments.bench.render import write_table
 from experiments.bench.runner import Bench, interleaved, run_process
@@ -301,18 +299,6 @@ def test_a_process_that_dies_leaves_its_reason(tmp_path: Path) -> None:
     assert run_process(["bash", "-c", "echo no >&2; exit 1"], tmp_path / "a.json", {})["reason"] == "no"
 
 
-def test_a_fork_measures_weights_in_bf16_and_is_not_waited_for_forever(tmp_path: Path) -> None:
-    setting, counts = replace(SETTING, precision="bf16").as_json(), {"warmup": 2, "steps": 3, "seconds": None}
-    job = {"job": "measure", "threads": 1, "setting": setting, "arm": "full", "device": "cpu", "bases": "", "seed": 0}
-    (tmp_path / "request.json").write_text(json.dumps(job | counts))
-    start_server(dict(os.environ))
-    answer = run_fork(tmp_path / "request.json", tmp_path / "answer.json", 120)
-    assert answer["status"] == "complete"
-    assert answer["steps"] == 3
-    late = run_fork(tmp_path / "request.json", tmp_path / "none.json", 0.01)
-    assert late == {"status": "failed", "reason": "took longer than 0.01 seconds"}
-
-
 def test_a_real_run_needs_only_torch_transformers_and_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = f"import sys\nfor name in {BLOCKED}: sys.modules[name] = None\n"
     (tmp_path / "sitecustomize.py").write_text(blocks)
@@ -349,3 +335,10 @@ def test_reflections_spare_the_calibration_and_the_results_say_so(tmp_path: Path
     assert document["calibrations"] == {}
     assert document["settings"][SETTING.key]["bases"] == "reflections"
     assert {cell["status"] for cell in document["cells"]} == {"complete"}
+
+
+def test_weights_in_bf16_are_measured() -> None:
+    """What trains is float32, so the step needs autocast."""
+    setting = replace(SETTING, precision="bf16").as_json()
+    cell = measure_arm(setting, "full", "cpu", "", seed=0, warmup=2, steps=3, seconds=None)
+    assert cell["steps"] == 3

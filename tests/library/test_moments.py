@@ -1,7 +1,10 @@
 """Moments on the kept entries alone, compact ones included, and steps that are refused."""
 
 import copy
+import gc
 import io
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -196,6 +199,50 @@ def test_released_gradients_walk_the_same_path_and_are_gone() -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(ordinary.parameters(), released.parameters(), strict=True))
+
+
+def test_released_gradients_move_by_the_groups_of_a_loaded_state() -> None:
+    """Loading replaces the groups, and schedules change the rate of those."""
+    ordinary, released = model(), model()
+    one, other = optimizer_of(ordinary), optimizer_of(released)
+    other.release_gradients()
+    for network, optimizer in ((ordinary, one), (released, other)):
+        optimizer.load_state_dict(optimizer.state_dict())
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5
+        network(torch.ones(2, 8).double()).sum().backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ordinary.parameters(), released.parameters(), strict=True))
+
+
+def test_a_model_with_released_gradients_can_be_freed() -> None:
+    network = model()
+    optimizer = optimizer_of(network)
+    optimizer.release_gradients()
+    network(torch.ones(2, 8).double()).sum().backward()
+    optimizer.step()
+    gone = weakref.ref(optimizer), weakref.ref(network[0])
+    del optimizer, network
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+
+
+def test_the_slots_do_not_depend_on_how_a_device_orders_equals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`topk` of equal values: the first ones on one device, the last ones on another."""
+
+    def last_ones(values: Tensor, count: int, **options: bool) -> Any:
+        found = plain(values.flip(-1), count, **options)
+        return type(found)((found.values, values.shape[-1] - 1 - found.indices))
+
+    walked = []
+    plain = Tensor.topk
+    for topk in (plain, last_ones):
+        monkeypatch.setattr(Tensor, "topk", topk)
+        parameters = weights()
+        group = {"params": parameters, "keep": 9, "moments": "support", "basis": basis()}
+        walk(parameters, SparseGradAdamW([group], lr=1e-2), range(12))
+        walked.append(parameters)
+    assert all(torch.equal(a, b) for a, b in zip(*walked, strict=True))
 
 
 def test_released_gradients_cannot_be_accumulated() -> None:
