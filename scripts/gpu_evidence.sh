@@ -53,18 +53,25 @@ module_of() { # module_of BLOCK: the module that makes it and its arguments; blo
   fi
 }
 
-status=0
-for block in $blocks; do
-  left=$((end - SECONDS))
-  [ $left -gt 0 ] || break
-  echo "== block $block, at most $left s"
+make_block() { # make_block BLOCK: one call of it within the time left
   # TERM lets the running cells write a checkpoint.
   # shellcheck disable=SC2046  # several words are meant
-  timeout --signal=TERM --kill-after=60 "$left" "$python" -m $(module_of "$block") --data "$data" \
+  timeout --signal=TERM --kill-after=60 "$((end - SECONDS))" "$python" -m $(module_of "$1") --data "$data" \
     --workers "$workers" ${dry:+--dry} 2>&1 | tee -a "$out/evidence.log"
-  status=${PIPESTATUS[0]}
-  echo "block $block: exit status $status" | tee -a "$out/summary.txt"
-  [ "$status" -eq 0 ] || break # blocks build on each other
+  return "${PIPESTATUS[0]}"
+}
+
+status=0
+for block in $blocks; do
+  for attempt in 1 2 3; do # a process that dies on the GPU may take others with it: what they lack is made again
+    [ $SECONDS -lt $end ] || break 2
+    echo "== block $block, call $attempt, at most $((end - SECONDS)) s"
+    make_block "$block"
+    status=$?
+    echo "block $block: exit status $status" | tee -a "$out/summary.txt"
+    [ $status -eq 1 ] || break
+  done
+  [ $status -eq 0 ] || break # blocks build on each other
 done
 
 find results/runs results/studies -type f -newer "$out/start" ! -name '*.lock' -print0 |

@@ -23,8 +23,10 @@ from sparsegrad.hashing import tensors_sha256
 FORMAT = "sparsegrad-basis-1"
 SIDES = ("both", "in", "out", "small")
 # A sparse product is slower than a dense one when more than one in so many entries is kept. Measured break-even on a
-# CPU: one in 12 for 384 inputs, one in 20 for 768.
+# CPU: one in 12 for 384 inputs, one in 20 for 768. On a GPU in TF32: 24 sparse products (3072 x 768, one in 100 kept)
+# took 8.6 ms on an H200, where dense ones run at 155 TFLOP/s, which is 2.3 ms (docs/performance.md).
 _DENSE_FROM = 16
+_DENSE_FROM_TF32 = 370
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +141,7 @@ class Basis:
             shape: (out, in).
         """
         out_features, in_features = shape
-        if _DENSE_FROM * values.shape[-1] >= out_features * in_features:
+        if _dense_from(values) * values.shape[-1] >= out_features * in_features:
             whole = values.new_zeros(len(values), out_features * in_features).scatter_(1, index, values)
             return self.unrotate(whole.view(len(values), *shape))
         rows, columns = index // in_features, index % in_features  # (count, k) each
@@ -178,6 +180,12 @@ def small_side(shape: Sequence[int | None]) -> str:
     if out_features is None or in_features is None:
         return "out" if in_features is None else "in"
     return "out" if out_features < in_features else "in"
+
+
+def _dense_from(values: Tensor) -> int:
+    """A matrix of `values` is multiplied as a dense one if at least one in so many of its entries is kept."""
+    in_tf32 = values.is_cuda and values.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return _DENSE_FROM_TF32 if in_tf32 else _DENSE_FROM
 
 
 def _multiply_sparse(rows: Tensor, columns: Tensor, values: Tensor, size: int, dense: Tensor) -> Tensor:

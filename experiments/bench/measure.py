@@ -62,9 +62,9 @@ def measure_arm(
     # Before anything runs: it changes how every matrix product is computed.
     torch.set_float32_matmul_precision("high" if chosen.precision == "tf32" else "highest")
     _prime(arm, chosen.precision, chosen.mode, place)
-    model, source = _model(chosen, place, seed), batches(chosen, place, seed, warmup + steps)
+    model, source = prepare_model(chosen, place, seed), batches(chosen, place, seed, warmup + steps)
     memory = PeakMemory(place)
-    loop = _prepare(chosen, arm, model, source, place, lambda: load_bases(bases))
+    loop = prepare_loop(chosen, arm, model, source, place, lambda: load_bases(bases))
     warm, first = _timed(loop, place, warmup, FEWEST_WARMUP, seconds and seconds / 2)
     memory.start()
     _, times = _timed(loop, place, steps, FEWEST_STEPS, seconds, memory)
@@ -86,7 +86,7 @@ def measure_arm(
 def calibrate_shape(setting: dict[str, Any], device: str, bases: str, seed: int, steps: int) -> dict[str, Any]:
     """Calibrate the bases of a shape in float32 and write them to `bases`; returns what that cost."""
     chosen, place = setting_from({**setting, "precision": "fp32", "mode": "eager"}), torch.device(device)
-    model, source = _model(chosen, place, seed), batches(chosen, place, seed, steps)
+    model, source = prepare_model(chosen, place, seed), batches(chosen, place, seed, steps)
     mlp = {kind: list(found.values()) for kind, found in mlp_linears(chosen.architecture, model).items()}
     memory = PeakMemory(place)
     memory.start()
@@ -128,17 +128,17 @@ def _token_batches(setting: Setting, generator: torch.Generator, seed: int, coun
 def _prime(arm: str, precision: str, mode: str, device: torch.device) -> None:
     """Run a step of the arm on a tiny model, so that lazy imports and set-up do not count as the arm's memory."""
     setting = Setting(shape="mlp_tiny", padding="none", batch=2, length=8, precision=precision, mode=mode, density=0.1)
-    model = _model(setting, device, 0)
+    model = prepare_model(setting, device, 0)
 
     def identities() -> dict[str, Basis]:
         shapes = weight_shapes(mlp_linears(setting.architecture, model))
         return {kind: Basis.identity(*shape) for kind, shape in shapes.items()}
 
-    _prepare(setting, arm, model, batches(setting, device, 0, 1), device, identities).step()
+    prepare_loop(setting, arm, model, batches(setting, device, 0, 1), device, identities).step()
 
 
 @dataclass
-class _Loop:
+class Loop:
     """A prepared training loop; `step` runs one step."""
 
     model: Callable[..., Any]
@@ -157,9 +157,10 @@ class _Loop:
         self.last_loss = loss.detach()  # read once at the end: `.item()` here would synchronise every step
 
 
-def _prepare(
+def prepare_loop(
     setting: Setting, arm: str, model: nn.Module, source: Iterator[Batch], device: torch.device, bases: Bases
-) -> _Loop:
+) -> Loop:
+    """The training loop of an arm; `bases` is called if the arm needs them."""
     linears = mlp_linears(setting.architecture, model)
     method = find_arm(arm).make(setting)
     method.check(linears)
@@ -167,7 +168,7 @@ def _prepare(
     # Compiled after `prepare`, which replaces modules or adds adapters.
     counts = {"trainable": prepared.trainable, "trainable_per_weight": prepared.trainable_per_weight}
     called = torch.compile(model) if setting.mode == "compiled" else model
-    return _Loop(called, prepared.optimizer, source, _autocast(setting, device), counts)
+    return Loop(called, prepared.optimizer, source, _autocast(setting, device), counts)
 
 
 def _context(setting: Setting, source: Iterator[Batch], device: torch.device, bases: Bases) -> Context:
@@ -186,7 +187,8 @@ def _context(setting: Setting, source: Iterator[Batch], device: torch.device, ba
     )
 
 
-def _model(setting: Setting, device: torch.device, seed: int) -> nn.Module:
+def prepare_model(setting: Setting, device: torch.device, seed: int) -> nn.Module:
+    """The setting's model with random weights."""
     torch.manual_seed(seed)
     return build_model(setting.architecture, setting.blocks, _weight_dtype(setting)).to(device)
 
@@ -202,7 +204,7 @@ def _autocast(setting: Setting, device: torch.device) -> Callable[[], contextlib
 
 
 def _timed(
-    loop: _Loop, device: torch.device, most: int, fewest: int, seconds: float | None, memory: PeakMemory | None = None
+    loop: Loop, device: torch.device, most: int, fewest: int, seconds: float | None, memory: PeakMemory | None = None
 ) -> tuple[int, list[float]]:
     """Run at most `most` and at least `fewest` steps within `seconds`: (number of steps, milliseconds of each)."""
     clock = _CudaClock() if device.type == "cuda" else _CpuClock()

@@ -16,6 +16,7 @@ PYTHON = """#!/bin/bash
 case "$*" in
   -) cat >/dev/null; echo "3.11 torch" ;;
   "-m sparsegrad.assets"*) echo "checked $3" >>checked ;;
+  *search_all*) mkdir -p results/runs/new; echo "$*" >results/runs/new/search.json ;;
   *evidence*) mkdir -p results/runs/new; echo "$*" >"results/runs/new/$3.json"; [ "$3" != 2a ] ;;
 esac
 """
@@ -52,6 +53,16 @@ def test_a_failed_block_ends_it_and_the_archive_has_what_is_new(checkout: Path) 
     assert "--workers 5" in asked
     assert f"--data {checkout / 'glue'}" in asked
     assert "--dry" not in asked
+    summary = (checkout / "out" / "summary.txt").read_text().splitlines()
+    # Cells may have died with another process of the GPU: a failed block is called again.
+    assert summary == [f"block {block}: exit status {int(block == '2a')}" for block in ("0", "1", "2a", "2a", "2a")]
+
+
+def test_tasks_narrow_the_searches_and_the_blocks(checkout: Path) -> None:
+    assert call(checkout, BLOCKS="1 3", TASKS="stsb,cola").returncode == 0
+    asked = checkout / "results" / "runs" / "new"
+    assert "search_all --scale mini --tasks stsb,cola --data" in (asked / "search.json").read_text()
+    assert "evidence 3 task=stsb,cola --data" in (asked / "3.json").read_text()
 
 
 def test_the_parts_of_a_model_are_joined_in_order_and_checked(checkout: Path) -> None:
