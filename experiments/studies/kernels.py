@@ -50,7 +50,7 @@ def _summarise(profiled: profile, device: torch.device) -> dict[str, Any]:
     events = profiled.key_averages()
     on_gpu = device.type == "cuda"
     # A kernel's time is also that of the operator that launched it: only what ran on the device itself is counted.
-    kernels = [one for one in events if not on_gpu or one.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [one for one in events if not on_gpu or one.device_type.name == "CUDA"]
     time = {one.key: (one.self_device_time_total if on_gpu else one.self_cpu_time_total) for one in kernels}
     longest = sorted(kernels, key=lambda one: -time[one.key])[:_LONGEST]
     return {
