@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from sparsegrad.errors import BusyError
 from sparsegrad.runs.run_folder import run_lock
 
 POLL_SECONDS = 0.2
+_EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Interrupt): ")
 _PATIENCE = 60.0  # seconds for a stopped run to write its checkpoint
 
 
@@ -58,16 +60,21 @@ def is_held(cell: Cell) -> bool:
 
 
 def last_error(log: Path) -> str:
-    """The last error message of a log, else its last line."""
+    """The last error message of a log, else the last exception of a traceback, else the last line."""
     lines = [
         line.strip() for line in log.read_text(errors="replace", encoding="utf-8").replace("\r", "\n").splitlines()
     ]
     errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or [line for line in lines if line] or [""])[-1].removeprefix("error: ")
+    # An exception's text can have more lines: those of CUDA end in advice on debugging.
+    exceptions = [line for line in lines if _EXCEPTION.match(line)]
+    return (errors or exceptions or [line for line in lines if line] or [""])[-1].removeprefix("error: ")
 
 
 def run_jobs(
-    jobs: Iterable[Job], workers: int, is_needed: Callable[[Job], bool] = lambda job: True
+    jobs: Iterable[Job],
+    workers: int,
+    is_needed: Callable[[Job], bool] = lambda job: True,
+    on_wait: Callable[[], None] = lambda: None,
 ) -> Generator[Ended, None, None]:
     """Run jobs, `workers` at a time and each with one thread; yield each as it ends.
 
@@ -75,6 +82,7 @@ def run_jobs(
         jobs: in the order of their start.
         workers: number of processes at a time.
         is_needed: asked just before a job starts, as another process may have done it meanwhile.
+        on_wait: called several times a second while jobs run.
     """
     waiting, running = iter(jobs), dict[Job, tuple[subprocess.Popen[bytes], float]]()
     with _stop_on_signal():
@@ -89,6 +97,7 @@ def run_jobs(
                 if not running and not ended:
                     return
                 if not ended:
+                    on_wait()
                     time.sleep(POLL_SECONDS)
         finally:
             _stop([process for process, _ in running.values()])

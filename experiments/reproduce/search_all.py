@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from sparsegrad.errors import UserError, check_choice
 from sparsegrad.sweeps.search_results import SWEEPS
 from sparsegrad.sweeps.show import export
 from sparsegrad.sweeps.study import load_study, quiet
+
+COUNT_SECONDS = 20.0  # between two counts of the finished trials
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +124,17 @@ def make(found: Sequence[Search], workers: int, *, dry: bool) -> int:
     for one in found:  # also those that others finished, but that have no summary yet
         export_finished(one)
     budget = sum(one.plan.budget for one in found)
+    counted = time.monotonic()
+
+    def count() -> None:  # a study takes its worker hours, and its trials are in the storage meanwhile
+        nonlocal counted
+        if time.monotonic() - counted > COUNT_SECONDS:
+            bar.update(done=budget - _count_left(found))
+            counted = time.monotonic()
+
     with (
         progress.job("trials", budget, unit="trials", done=budget - _count_left(found)) as bar,
-        closing(run_jobs(jobs, workers, lambda job: not jobs[job].is_finished)) as ended,
+        closing(run_jobs(jobs, workers, lambda job: not jobs[job].is_finished, count)) as ended,
     ):
         for job in ended:
             _report(job, jobs[job.job], found)

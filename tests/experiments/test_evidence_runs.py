@@ -18,7 +18,8 @@ from run_fixtures import ROOT, SHORT, TINY, environment
 
 from experiments.reproduce import evidence, search_all
 from experiments.reproduce.cells import Cell, list_cells
-from experiments.reproduce.processes import Job, run_jobs
+from experiments.reproduce.processes import Job, last_error, run_jobs
+from sparsegrad import progress
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
 from sparsegrad.runs.plan import plan_hash
@@ -281,6 +282,33 @@ def test_a_cell_in_the_hands_of_another_call_is_waited_for(cells: list[Cell], qu
     assert evidence.make(cells, workers=3, poll=0.1) == 0
     assert starts(quick) == ["1", "2", "3"], "the other call made the first"
     assert other.wait() == 0
+
+
+def test_the_trials_of_a_running_search_are_counted(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study takes its worker hours: the line of progress must not wait for its end."""
+    left, shown = [8, 8, 7, 5, 5, 5], []
+
+    def waits(*arguments: Any) -> Iterator[Any]:
+        for _ in range(3):
+            arguments[-1]()
+        yield from ()
+
+    monkeypatch.setattr(search_all, "COUNT_SECONDS", 0.0)
+    monkeypatch.setattr(search_all, "_count_left", lambda _: left.pop(0))
+    monkeypatch.setattr(search_all, "run_jobs", waits)
+    monkeypatch.setattr(progress.Job, "update", lambda *_, done, **__: shown.append(done))
+    assert search_all.main(["--methods", "full", "--tasks", "mrpc", "--data", "glue", *FAKE, *places]) == 1
+    assert shown == [0, 1, 3]
+
+
+def test_the_last_error_of_a_log_is_not_the_advice_after_it(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    log.write_text("Traceback:\n  File x\ntorch.AcceleratorError: CUDA error: illegal access\nCompile with DSA.\n")
+    assert last_error(log) == "torch.AcceleratorError: CUDA error: illegal access"
+    log.write_text("ValueError: early\nerror: train.lr=0 is not allowed\nbye\n")
+    assert last_error(log) == "train.lr=0 is not allowed"
+    log.write_text("one\ntwo\n\n")
+    assert last_error(log) == "two"
 
 
 def test_a_stop_ends_the_processes(tmp_path: Path) -> None:
