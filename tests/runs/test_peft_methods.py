@@ -168,10 +168,10 @@ def test_bad_input_is_one_line(make: Any, message: str) -> None:
 
 
 def test_a_type_that_the_installed_peft_lacks_is_named_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    without = [one for one in list_types() if one != "WAVEFT"]
+    without = [one for one in list_types() if one != "LILY"]
     monkeypatch.setattr("sparsegrad.methods.peft_config.list_types", lambda: without)
-    with pytest.raises(UserError, match=r"WAVEFT.*came with peft 0\.18.*pip install -U"):
-        Peft(config={"peft_type": "WAVEFT"})
+    with pytest.raises(UserError, match=r"LILY.*came with peft 0\.19.*pip install -U"):
+        Peft(config={"peft_type": "LILY"})
 
 
 def test_peft_s_fields_need_no_plus_and_the_wide_sweep_knows_every_ready_method(conf: Composer) -> None:
