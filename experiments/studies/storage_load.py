@@ -1,17 +1,17 @@
-"""Measure what the storage of a sweep does under many workers: 10, 100, 1,000, with compressed trials, on one machine.
+"""Measure how the storage of a sweep copes with 10, 100 and 1,000 workers, simulated with short trials on one machine.
 
     python -m experiments.studies.storage_load                                       # all rows of the docs, 6 minutes
     python -m experiments.studies.storage_load --storage grpc --workers 1000 --trials 1000 --seconds 60
 
-Every simulated worker is a thread with a `Worker`, `SharedStudy`, heartbeat and connection of its own, so that it
-reads and writes exactly what a real worker does. Only its run is replaced: it sleeps for `--seconds` (0.5 to 1.5 times
-that, by the trial's number), and reports `--evaluations` scores. Heartbeats keep their real interval. Each worker gives
-another machine's name, so that its life is judged by heartbeats, as on a cluster. The database and the proxy run on
-this machine, too: `server_cpu_ms_per_trial` is their processor time alone, whereas a latency includes waiting for a
-processor. `busy` is the share of worker time spent in trials. A measurement ends after `--limit` seconds, finished or
-not. `reads` is the processor time of one look at a study in which 30 to 1,000 trials are running, which is what grows
-with the number of workers: every worker looks at all running trials several times per trial. Everything is written to
-results/studies/storage_load.json; a row of the same load is replaced.
+Every simulated worker is a thread with its own `Worker`, `SharedStudy`, heartbeat and connection, so that it reads and
+writes exactly what a real worker does. Only its run is replaced: it sleeps for `--seconds` (0.5 to 1.5 times that,
+depending on the trial's number), and reports `--evaluations` scores. Heartbeats keep their real interval. Each worker
+reports a different machine name, so that others judge by its heartbeats whether it is alive, as on a cluster. The
+database and the proxy also run on this machine: `server_cpu_ms_per_trial` is only their processor time, whereas a
+latency includes waiting for a processor. `busy` is the share of worker time spent in trials. A measurement ends after
+`--limit` seconds, even if trials are left. `reads` is the processor time of one read of a study in which 30 to 1,000
+trials are running. It grows with the number of workers, because every worker reads all running trials several times per
+trial. Everything is written to results/studies/storage_load.json; a row with the same load is replaced.
 """
 
 from __future__ import annotations
