@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# All GPU checks in one call of at most 25 minutes: tests/gpu, the first settings of the benchmark, one archive.
+# Run all GPU checks in one call of at most 25 minutes and write one archive: the tests in tests/gpu, the first settings
+# of the benchmark, and trials that share the GPU.
 #
 #   scripts/gpu_all.sh OUT_FOLDER          # on a machine with CUDA; needs torch, transformers, peft, pytest
 #   scripts/gpu_all.sh OUT_FOLDER --dry    # rehearsal on a CPU: the same steps in miniature
 #
-# Every step has a limit of its own, and one that fails does not stop the rest: its log is in the archive. PYTHON names
-# the interpreter, MINUTES the limit of the benchmark, BENCH its arguments, STEPS the steps to do.
+# Every step has its own time limit. A step that fails does not stop the others; its log is in the archive.
+#
+# Environment variables: PYTHON (the interpreter), STEPS (default "tests bench packed"), BENCH (arguments of the
+# benchmark), MINUTES (its time limit, default 14).
 set -uo pipefail
 
 out=${1:?usage: scripts/gpu_all.sh OUT_FOLDER [--dry]}
@@ -19,7 +22,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 failed=0
 
-step() { # step NAME SECONDS COMMAND...: run with a limit, keep the log, note the result
+step() { # step NAME SECONDS COMMAND...: run with a time limit, keep the log, add the exit status to summary.txt
   local name=$1 limit=$2
   shift 2
   [[ " versions $steps " == *" $name "* ]] || return 0
@@ -44,12 +47,12 @@ if [ "$dry" = --dry ]; then
   step bench 600 "$python" -m experiments.bench --quick --out "$out/bench.json" --work "$out/work"
   step packed 600 "$python" -m experiments.studies.packed_trials --workers 2 --steps 2 --out "$out/packed_trials.json"
 else
-  step tests 480 "$python" -m pytest -q -p no:cacheprovider tests/gpu
-  # shellcheck disable=SC2086  # several words are meant
+  step tests 240 "$python" -m pytest -q -p no:cacheprovider tests/gpu
+  # shellcheck disable=SC2086  # $bench is split into its words on purpose
   step bench $((minutes * 60 + 120)) "$python" -m experiments.bench $bench \
     --bases reflections --minutes "$minutes" --out "$out/bench.json" --work "$out/work"
-  # Needs MiniLM (`make assets`), Hydra and Optuna, and for the share of the GPU that is busy nvidia-ml-py.
-  step packed 300 "$python" -m experiments.studies.packed_trials --device cuda --workers 1 4 8 \
+  # Needs MiniLM (`make assets`), Hydra, Optuna, and nvidia-ml-py for the utilisation of the GPU.
+  step packed 240 "$python" -m experiments.studies.packed_trials --device cuda --workers 1 4 8 \
     --out "$out/packed_trials.json"
 fi
 rm -rf "$out/work"

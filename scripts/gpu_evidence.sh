@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Blocks of the evidence on one GPU: several runs at a time, a time limit, one archive of records and searches.
+# Make the runs of the evidence blocks (docs/evidence.md) on one GPU, several at a time, within a time limit, and write
+# one archive of the new records and searches.
 #
 #   scripts/gpu_evidence.sh OUT_FOLDER GLUE_FOLDER          # on a machine with CUDA
 #   scripts/gpu_evidence.sh OUT_FOLDER GLUE_FOLDER --dry    # lists the cells and makes the archive; runs on a CPU
 #
-# Needs the packages of `pip install -e '.[run,sweep]'` and the models in assets/ (`python -m sparsegrad.assets minilm
-# mpnet_base`). Where there is no network and one copy is too large, send a model's weights in pieces: PARTS names the
-# folder that has PARTS/minilm/*, PARTS/mpnet_base/*, in the order of their names. They are joined and their hash checked.
+# The script needs the packages of `pip install -e '.[run,sweep]'` and the models in assets/ (`python -m
+# sparsegrad.assets minilm mpnet_base`). If the machine has no network and a file of weights is too large to copy at
+# once, copy it in pieces: PARTS names a folder with PARTS/minilm/* and PARTS/mpnet_base/*. The pieces are joined in the
+# order of their names, and the hash of the result is checked.
 #
-# Runs that the limit stops continue from their checkpoint in the next call on the same machine, and finished ones are
-# never repeated. On another machine, unpack the archive over the checkout first: it holds what was finished.
+# Runs that the time limit stops continue from their checkpoints in the next call on the same machine. Finished runs are
+# never repeated. On another machine, first unpack the archive over the checkout: it contains the finished runs.
 #
-# BLOCKS (default "0 1 2a 3 4 5"), TASKS (default: those of each plan), WORKERS (default 6), MINUTES (default 20) and
-# PYTHON can be set.
+# Environment variables: BLOCKS (default "0 1 2a 3 4 5"), TASKS (default: those of each plan), WORKERS (runs at a time,
+# default 6), MINUTES (the time limit, default 20), PYTHON (the interpreter), PARTS.
 set -uo pipefail
 
 out=${1:?usage: scripts/gpu_evidence.sh OUT_FOLDER GLUE_FOLDER [--dry]}
@@ -27,7 +29,7 @@ data=$(cd "$data" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 touch "$out/start"
 
-join_parts() { # join_parts MODEL: its pieces become assets/MODEL/model.safetensors
+join_parts() { # join_parts MODEL: join its pieces to assets/MODEL/model.safetensors and check the hash
   local model=$1
   mkdir -p "assets/$model"
   cat "$PARTS/$model"/* >"assets/$model/model.safetensors" && "$python" -m sparsegrad.assets "$model"
@@ -45,7 +47,7 @@ sys.exit(0 if torch.cuda.is_available() or "$dry" == "--dry" else "no CUDA devic
 PYTHON_END
 [ "${PIPESTATUS[0]}" -eq 0 ] || exit 1
 
-module_of() { # module_of BLOCK: the module that makes it and its arguments; block 1 is the searches
+module_of() { # module_of BLOCK: print the module that makes the block, and its arguments. Block 1 is the searches
   if [ "$1" = 1 ] && [ -n "${TASKS:-}" ]; then
     echo "experiments.reproduce.search_all --scale mini --tasks $TASKS"
   else
@@ -53,9 +55,9 @@ module_of() { # module_of BLOCK: the module that makes it and its arguments; blo
   fi
 }
 
-make_block() { # make_block BLOCK: one call of it within the time left
-  # TERM lets the running cells write a checkpoint.
-  # shellcheck disable=SC2046  # several words are meant
+make_block() { # make_block BLOCK: make the missing runs of the block within the remaining time
+  # TERM lets running cells write a checkpoint before they end.
+  # shellcheck disable=SC2046  # the output of module_of is split into words on purpose
   timeout --signal=TERM --kill-after=60 "$((end - SECONDS))" "$python" -m $(module_of "$1") --data "$data" \
     --workers "$workers" ${dry:+--dry} 2>&1 | tee -a "$out/evidence.log"
   return "${PIPESTATUS[0]}"
@@ -63,7 +65,7 @@ make_block() { # make_block BLOCK: one call of it within the time left
 
 status=0
 for block in $blocks; do
-  for attempt in 1 2 3; do # a process that dies on the GPU may take others with it: what they lack is made again
+  for attempt in 1 2 3; do # a process that dies on the GPU may end others, too: another call makes the missing runs
     [ $SECONDS -lt $end ] || break 2
     echo "== block $block, call $attempt, at most $((end - SECONDS)) s"
     make_block "$block"
@@ -71,7 +73,7 @@ for block in $blocks; do
     echo "block $block: exit status $status" | tee -a "$out/summary.txt"
     [ $status -eq 1 ] || break
   done
-  [ $status -eq 0 ] || break # blocks build on each other
+  [ $status -eq 0 ] || break # later blocks need the results of earlier ones
 done
 
 find results/runs results/studies -type f -newer "$out/start" ! -name '*.lock' -print0 |

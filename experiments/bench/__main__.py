@@ -1,23 +1,25 @@
 """Measure speed and memory of the methods: `python -m experiments.bench` (`make bench`).
 
-Each arm, setting and repeat is measured in a process of its own. Arms alternate within a repeat, and ratios are taken
-within a repeat. Results that exist are not measured again, so the same command continues an interrupted benchmark. A
-GPU gets more settings than a CPU. The package need not be installed; torch, transformers, peft, psutil and safetensors
-must be.
+An arm is a method, in one variant; a setting is a model with its batches and precision. Each arm, setting and repeat is
+measured in its own process. The arms take turns within a repeat, and ratios are computed within a repeat. Results that
+exist are not measured again, so the same command continues an interrupted benchmark. A GPU measures more settings than
+a CPU. The benchmark runs from a checkout without installing the package; it needs torch, transformers, peft, psutil and
+safetensors.
 
 Schema of `results/bench/HARDWARE.json` (schema 1):
 
     name, hardware, versions, git, schedule, finished   of the last call: machine, code, repeats and step counts
     settings    key -> what all arms share: shape, blocks (of the model; None: all), batch, length, padding
-                (max_length, longest, none), task (whose token lengths), rest (trained, frozen), precision, mode,
-                density; tokens per step, label (what was cut), lora_rank, presets, and predicted: reference -> arm ->
-                predicted ratio of steps/s, from the arithmetic of the MLP linears (`bench.arithmetic`)
+                (max_length, longest, none), task (the source of the token lengths), rest (trained, frozen), precision,
+                mode, density; tokens per step, label (how the model was cut), lora_rank, presets, and predicted:
+                reference -> arm -> predicted ratio of steps/s, from the arithmetic of the MLP linears
+                (`bench.arithmetic`)
     cells       one per setting, arm and repeat: status (complete or failed, with reason), steps, step_ms (of each
                 measured step), steps_per_second (from their median), warmup_steps, first_step_seconds, peak_mib (GPU:
                 allocated; CPU: resident above the loaded model), memory (raw), trainable, trainable_per_weight,
                 last_loss, commit, time. All arms of a setting run the same number of steps on the same batches
-    calibrations    shape-blocks -> seconds, peak_mib, steps, tokens: cost of the bases, which no cell includes; and
-                shape-task-bBATCH-REPEAT, calibrations as long as the paper's
+    calibrations    shape-blocks -> seconds, peak_mib, steps, tokens: the cost of the bases, which cells do not
+                include; and shape-task-bBATCH-REPEAT, calibrations with as many steps as in the paper
     decompositions  method-OUTxIN-COUNT -> seconds, peak_mib of the HOSVD of random gradients; stacked_tensor_mib is
                 computed: the size of that tensor in float64
     summary     setting -> arm -> steps_per_second, peak_mib, and speed, memory: reference -> ratio to it (speed

@@ -1,1 +1,1 @@
-"""Measurements made once, one JSON each."""
+"""Measurements that were made once. Each writes one JSON."""

@@ -1,9 +1,9 @@
-"""Count the bytes that processes send each other in one training step; measured, not computed from shapes.
+"""Measure how many bytes processes send to each other in one training step, instead of computing them from shapes.
 
     python -m experiments.studies.bytes_per_step                        # 2 and 4 processes, two blocks of base width
     python -m experiments.studies.bytes_per_step --processes 2 --blocks 12
 
-Each process trains the same model under `DistributedDataParallel` over gloo on loopback. Two counters per step and
+Each process trains the same model under `DistributedDataParallel` over gloo on loopback. Bytes are counted per step and
 process: `payload` is the total size of the buckets that DDP passes to its all-reduce, counted by a communication hook;
 `sent` is the kernel's count of bytes sent over the process's TCP sockets (`tcpi_bytes_sent`), which includes protocol
 and control messages. The results are written to results/bench/bytes_per_step.json. The bases are random rotations,

@@ -1,10 +1,10 @@
 """Compare how well engines learn, each at several learning rates: mean training loss over 200 steps.
 
-MiniLM on SST-2 at batch size 16. Only MLP weights and classifier train, at a constant rate; calibration uses 30 other
-batches. Engines have the same trainable count (1 % of each MLP weight) unless an arm's name says otherwise. Each result
-is added to `results/engine_study.json` at once, and results that exist are not computed again. Arms named `.._renewed`
-calibrate again after half of the steps and restart with empty moments. Arms named `.._restarted` also restart, but keep
-their bases, so that the two differ in the bases alone.
+The model is MiniLM on SST-2 at batch size 16. Only the MLP weights and the classifier train, at a constant rate;
+calibration uses 30 other batches. Engines have the same trainable count (1 % of each MLP weight) unless an arm's name
+says otherwise. Each result is added to `results/engine_study.json` immediately, and results that exist are not computed
+again. Arms named `.._renewed` calibrate again after half of the steps and restart with empty moments. Arms named
+`.._restarted` also restart, but keep their bases, so that only the bases differ between the two.
 
     python -m experiments.studies.engines --glue <glue folder> --arms exact fast lora --rates 5e-4 1e-3 --seeds 2 3
 """

@@ -1,14 +1,13 @@
-"""Measure the data of figures 2 and 3, the basis study and the energy table, on MiniLM during training.
+"""Measure the data of figures 2 and 3, of the basis study and of the energy table, on MiniLM during training.
 
-Each command writes one JSON to results/figures.
+Each command writes one JSON to results/figures. `python -m experiments.report` draws the plots.
 
     python -m experiments.studies.gradients figure2 --data <glue folder> --block 3 --step 80
     python -m experiments.studies.gradients figure3 --data <glue folder>
     python -m experiments.studies.gradients basis --data <glue folder>
     python -m experiments.studies.gradients energy
 
-Without --data the offline task snippets replaces SST-2. Each takes one or two minutes on one core.
-`python -m experiments.report` draws the plots.
+Without --data, the offline task snippets replaces SST-2. Each command takes one or two minutes on one core.
 """
 
 from __future__ import annotations

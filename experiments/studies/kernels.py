@@ -1,9 +1,10 @@
-"""Where the time of a training step goes on a GPU: kernel by kernel, from torch's profiler.
+"""List the kernels of a training step on a GPU by their time, with torch's profiler.
 
     python -m experiments.studies.kernels --arms full exact exact_gradient --out results/studies/kernels.json
 
-One process measures all arms of one setting of the benchmark (experiments/bench), with random orthogonal bases. The
-profiler slows the host, so that the times are those of the kernels alone; the benchmark has the speed of a step.
+One process measures all arms in one setting of the benchmark (experiments/bench), with random orthogonal bases. The
+reported times are those of the kernels only: the profiler slows the CPU, so the time of a whole step would be wrong.
+The benchmark measures that.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
-"""Cost of calibration at the MLP shape of LLaMA-2-7B on a CPU: `python -m experiments.studies.llama_calibration`.
+"""Measure the cost of calibration at the MLP shape of LLaMA-2-7B on a CPU: time and peak memory.
 
-Adds a few random gradients (11008, 4096) to the Gram matrices of one layer kind and decomposes both, with the project's
-own code. Needs 2.3 GB of memory; the paper reports 668 s and 5.2 GB on a GPU. The result is a JSON in results/bench.
+    python -m experiments.studies.llama_calibration
+
+The command adds a few random gradients (11008, 4096) to the Gram matrices of one layer kind and decomposes both, with
+the project's own code. It needs 2.3 GB of memory; the paper reports 668 s and 5.2 GB on a GPU. The result is a JSON in
+results/bench.
 `cpu_seconds` counts all threads; on a busy machine it is more meaningful than `seconds`.
 """
 

@@ -2,10 +2,10 @@
 
     python -m experiments.studies.packed_trials --workers 1 2 4 --out results/studies/packed_trials.json
 
-Each setting runs the same sweep from nothing: MiniLM on movie snippets, a grid of learning rates and batch sizes, one
-thread or GPU share per worker (`sweep.workers=N sweep.device_share=1/N`). On a CPU, one worker has all cores. `busy`
-is the share of the cores that worked, by the kernel's clock; on a GPU, the mean of what the driver reports once per
-second. Nothing else should run on the machine.
+Each number of workers N runs the same new sweep: MiniLM on movie-review snippets, a grid of learning rates and batch
+sizes. Each worker has 1/N of the CPU cores, but at least one thread, or 1/N of the GPU (`sweep.workers=N
+sweep.device_share=1/N`). `busy` is the share of the time of all cores that was used, according to the operating system;
+on a GPU, it is the mean utilisation that the driver reports once per second. Nothing else should run on the machine.
 """
 
 from __future__ import annotations

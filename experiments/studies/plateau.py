@@ -1,15 +1,15 @@
-"""Train variants of the engines to their plateau, and compare scores on STS-B.
+"""Train variants of the engines until their scores stop rising, and compare the scores on STS-B.
 
-MiniLM, MLP weights and head alone, four epochs at a constant rate, bfloat16 autocast: the regime and length in which
-methods differ at all (docs/evidence.md). A tenth of the training rows is held out and chooses the step; the score is
-the Pearson correlation on the validation split at that step. Each result is added to `results/plateau_study.json` at
-once, and results that exist are not computed again.
+The model is MiniLM; only its MLP weights and head train, for four epochs at a constant rate under bfloat16 autocast.
+In this regime, and in runs of this length, methods can differ most (docs/evidence.md). A tenth of the training rows is
+held out, and the score on it chooses the step; the result is the Pearson correlation on the validation split at that
+step. Each result is added to `results/plateau_study.json` immediately, and results that exist are not computed again.
 
     python -m experiments.studies.plateau --glue <glue folder> --arms exact exact_error --rates 5e-4 --seeds 2 3
     python -m experiments.studies.plateau --glue <glue folder> --arms fast lora --batches 8 32 128 256 --rates 1e-3
 
-Arms `.._renewed` calibrate again after each epoch and restart with empty moments. Arms `.._restarted` restart, too, but
-keep their bases, so that the two differ in the bases alone.
+Arms named `.._renewed` calibrate again after each epoch and restart with empty moments. Arms named `.._restarted` also
+restart, but keep their bases, so that only the bases differ between the two.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     python -m experiments.studies.samplers --out results/studies/sampler_check.json
 
 Nothing is trained. A proposed (batch size, learning rate) gets the score of the nearest completed trial of the same
-study: same batch size, nearest learning rate on the logarithmic scale. The measure is the number of trials until a
-score is within 0.5 points of the study's best recorded score. Two limitations: TPE proposed most recorded trials, so
-the surrogate is fine-grained only where TPE searched; and scores contain the noise of single runs, as in any search.
+study: same batch size, nearest learning rate on the logarithmic scale. Samplers are compared by the number of trials
+until a score is within 0.5 points of the study's best recorded score. The replay has limitations: TPE
+proposed most recorded trials, so the surrogate is fine-grained only where TPE searched, and scores contain the noise of
+single runs, as in any search.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Bytes sent and memory used per process, with whole weights (DDP) and with shards (FSDP2); measured, not computed.
+"""Measure the bytes sent and the memory used per process, with whole weights (DDP) and with shards (FSDP2).
 
     python -m experiments.studies.sharded                       # 2 and 4 processes, 8 blocks of base width
     python -m experiments.studies.sharded --processes 2 --blocks 12
 
-Each row is measured in processes of its own over gloo on loopback, with only MLP weights and head training. `sent` is
+Each row is measured in its own processes over gloo on loopback. Only the MLP weights and the head train. `sent` is
 the kernel's count of bytes that left a process's TCP sockets per step. `step_mib` and `calibration_mib` are the peaks
 of resident memory during steps and calibration, above that of the process before it had a model. The vocabulary is
 small, so that most parameters are in the blocks, as in a large model. The bases are random rotations, because neither

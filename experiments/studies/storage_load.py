@@ -1,17 +1,17 @@
-"""Measure what the storage of a sweep does under many workers: 10, 100, 1,000, with compressed trials, on one machine.
+"""Measure how the storage of a sweep copes with 10, 100 and 1,000 workers, simulated with short trials on one machine.
 
     python -m experiments.studies.storage_load                                       # all rows of the docs, 6 minutes
     python -m experiments.studies.storage_load --storage grpc --workers 1000 --trials 1000 --seconds 60
 
-Every simulated worker is a thread with a `Worker`, `SharedStudy`, heartbeat and connection of its own, so that it
-reads and writes exactly what a real worker does. Only its run is replaced: it sleeps for `--seconds` (0.5 to 1.5 times
-that, by the trial's number), and reports `--evaluations` scores. Heartbeats keep their real interval. Each worker gives
-another machine's name, so that its life is judged by heartbeats, as on a cluster. The database and the proxy run on
-this machine, too: `server_cpu_ms_per_trial` is their processor time alone, whereas a latency includes waiting for a
-processor. `busy` is the share of worker time spent in trials. A measurement ends after `--limit` seconds, finished or
-not. `reads` is the processor time of one look at a study in which 30 to 1,000 trials are running, which is what grows
-with the number of workers: every worker looks at all running trials several times per trial. Everything is written to
-results/studies/storage_load.json; a row of the same load is replaced.
+Every simulated worker is a thread with its own `Worker`, `SharedStudy`, heartbeat and connection, so that it reads and
+writes exactly what a real worker does. Only its run is replaced: it sleeps for `--seconds` (0.5 to 1.5 times that,
+depending on the trial's number), and reports `--evaluations` scores. Heartbeats keep their real interval. Each worker
+reports a different machine name, so that others judge by its heartbeats whether it is alive, as on a cluster. The
+database and the proxy also run on this machine: `server_cpu_ms_per_trial` is only their processor time, whereas a
+latency includes waiting for a processor. `busy` is the share of worker time spent in trials. A measurement ends after
+`--limit` seconds, even if trials are left. `reads` is the processor time of one read of a study in which 30 to 1,000
+trials are running. It grows with the number of workers, because every worker reads all running trials several times per
+trial. Everything is written to results/studies/storage_load.json; a row with the same load is replaced.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _summarize(seconds: list[float]) -> dict[str, float]:
 
 
 def measure_reads() -> list[dict[str, Any]]:
-    """Measure the processor time of one look at a study, at the database, at the proxy and at the worker."""
+    """Measure the processor time of reading a study once, at the database, at the proxy and at the worker."""
     rows, load = [], _make_load("postgresql", 1, 10**6, 60, 60, 100)
     with postgresql(100) as (where, database), proxy(where) as (address, server):
         direct, proxied = (open_study(make_load_plan(load, one)) for one in (where, address))
@@ -150,7 +150,7 @@ def _start_trials(shared: SharedStudy, running: int) -> None:
 
 
 def _measure_read(shared: SharedStudy, database: psutil.Process, server: psutil.Process) -> dict[str, float]:
-    shared.ledger()  # the first look reads what later ones remember
+    shared.ledger()  # the first call reads what later ones remember
     start = time.process_time(), read_cpu([database]), read_cpu([server])
     for _ in range(LOOKS):
         shared.ledger()
@@ -187,18 +187,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_tables(document: dict[str, Any]) -> str:
-    """The tables of docs/sweeps.md, in Markdown: what the workers saw, and what a look costs."""
+    """The tables of docs/sweeps.md, in Markdown: what the workers saw, and what reading a study costs."""
     names = (
-        "storage", "workers", "started", "finished", "trials/s", "busy", "look, median / 99 %", "heartbeat, 99 %",
+        "storage", "workers", "started", "finished", "trials/s", "busy", "read, median / 99 %", "heartbeat, 99 %",
         "server CPU per trial", "errors",
     )  # fmt: skip
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for row in document.get("rows", []):
-        look, beat = (row["operations"].get(name, {}) for name in ("read", "heartbeat"))
+        read, beat = (row["operations"].get(name, {}) for name in ("read", "heartbeat"))
         cells = [
             row["storage"], row["workers"], row["started"], f"{row['finished']} of {row['trials']}",
             row["trials_per_second"],
-            f"{row['busy']:.0%}", f"{look.get('median_ms', '-')} / {look.get('p99_ms', '-')} ms",
+            f"{row['busy']:.0%}", f"{read.get('median_ms', '-')} / {read.get('p99_ms', '-')} ms",
             f"{beat.get('p99_ms', '-')} ms", f"{row['server_cpu_ms_per_trial']} ms",
             "; ".join(f"{count} x {what}" for what, count in row["errors"].items()) or "-",
         ]  # fmt: skip

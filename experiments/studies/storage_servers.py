@@ -1,4 +1,4 @@
-"""Storages on this machine for one measurement: SQLite, a journal, PostgreSQL, and Optuna's proxy in front of it."""
+"""Start a storage on this machine for one measurement: SQLite, a journal, PostgreSQL, or PostgreSQL with a proxy."""
 
 from __future__ import annotations
 

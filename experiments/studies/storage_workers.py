@@ -1,4 +1,4 @@
-"""Simulated workers for experiments/studies/storage_load.py: real ones, whose runs sleep instead of training."""
+"""Simulated workers for experiments/studies/storage_load.py: real workers whose runs sleep instead of training."""
 
 from __future__ import annotations
 

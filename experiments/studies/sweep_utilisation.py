@@ -2,11 +2,11 @@
 
     python -m experiments.studies.sweep_utilisation --out results/studies/utilisation.json
 
-Each trial sleeps for 1 to 8 seconds, as its parameter says. `busy` is the share of worker time spent in trials, from
-the start of the first trial to the end of the last. `busy_while_trials_were_left` counts only the time from the moment
-when every worker has a trial until the last trial starts. For comparison, `batch_synchronous_busy` is what a sweep in
-synchronous batches of the same trials would reach: each batch takes as long as its longest trial, without any delay
-between batches.
+Each trial sleeps for 1 to 8 seconds, the value of its parameter. `busy` is the share of worker time spent in trials,
+from the start of the first trial to the end of the last. `busy_while_trials_were_left` counts only the time from the
+moment when every worker has a trial until the last trial starts. For comparison, `batch_synchronous_busy` is the share
+that the same trials would reach in synchronous batches: each batch takes as long as its longest trial, without any
+delay between batches.
 """
 
 from __future__ import annotations
