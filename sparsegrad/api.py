@@ -14,7 +14,7 @@ from sparsegrad.calibration.gradients import Batch, Progress, calibrate
 from sparsegrad.distributed import check_same_weights, is_managed, is_shard, refuse_shards, reshard, unwrapped
 from sparsegrad.errors import UserError, check_choice, check_number, renamed_arguments, warn_renamed
 from sparsegrad.layers.common import check_linear
-from sparsegrad.layers.replace import computes_gradient, rotate_gradients, use_blocks
+from sparsegrad.layers.replace import rotate_gradients, use_blocks
 from sparsegrad.layers.shards import check_shards
 from sparsegrad.optim.adamw import SparseGradAdamW
 from sparsegrad.optim.groups import core_groups, param_groups
@@ -47,7 +47,6 @@ def prepare(
     engine: str = "exact",
     rotation_order: str = "auto",
     rotation_dtype: torch.dtype | None = None,
-    error_feedback: bool = False,
     progress: Progress | None = None,
     **adamw: Any,
 ) -> SparseGradAdamW:
@@ -92,8 +91,6 @@ def prepare(
             does for `Conv1D` in any case. `tokens`, `inputs` and `outputs` are the other orders, for measurements.
         rotation_dtype: `torch.bfloat16` rotates gradients in bfloat16 with sums in float32, on hardware that has it. It
             rounds, so that a few of the kept entries differ. None: the dtype of the weights, at least float32.
-        error_feedback: with engine `exact`, add what a step does not keep to the next rotated gradient, in a dense
-            buffer (MicroAdam, arXiv 2405.15593). Not the paper's method. Not for `Conv1D` or `rotation_order=gradient`.
         progress: shows the progress of the calibration with the remaining time, e.g. `tqdm`; see `calibrate`.
         **adamw: `betas`, `eps`, `weight_decay`, `fused`, `foreach` of `SparseGradAdamW`.
 
@@ -116,16 +113,11 @@ def prepare(
         moments=moments,
         rotation_order=rotation_order,
         rotation_dtype=rotation_dtype,
-        error_feedback=error_feedback,
     )
     model = unwrapped(model)  # names, and back-propagation without DDP's gradient averaging
     density = 0.01 if density is None and keep is None else density
     linears = _find_linears(model, target_modules, keep, density, engine)
     check_rotation_dtype(rotation_dtype, next(all_linears(linears)).weight.device)
-    if error_feedback and (rotation_order == "gradient" or not all(map(computes_gradient, all_linears(linears)))):
-        raise UserError(
-            "error_feedback needs linears that compute rotated gradients: rotation_order at auto, no Conv1D"
-        )
     # Calibration may take minutes: construct a throwaway optimizer first, so that bad options fail before it.
     SparseGradAdamW(model.parameters(), lr=lr, **adamw)
     if bases is None:
@@ -150,7 +142,6 @@ def prepare(
             density=density,
             moments=moments,
             rotations=rotations,
-            error_feedback=error_feedback,
         )
     optimizer = SparseGradAdamW(groups, lr=lr, **adamw)
     # Counted last: engine `fast` has added its cores to the model's parameters.
@@ -181,7 +172,6 @@ def _check_engine(engine: Any, model: Any, **options: Any) -> None:
         "moments": "dense",
         "rotation_order": "auto",
         "rotation_dtype": None,
-        "error_feedback": False,
     }
     if other := [f"{name}={options[name]}" for name in defaults if options[name] != defaults[name]]:
         raise UserError(

@@ -5,7 +5,7 @@ In this regime, and in runs of this length, methods can differ most (docs/eviden
 held out, and the score on it chooses the step; the result is the Pearson correlation on the validation split at that
 step. Each result is added to `results/plateau_study.json` immediately, and results that exist are not computed again.
 
-    python -m experiments.studies.plateau --glue <glue folder> --arms exact exact_error --rates 5e-4 --seeds 2 3
+    python -m experiments.studies.plateau --glue <glue folder> --arms exact exact_static --rates 5e-4 --seeds 2 3
     python -m experiments.studies.plateau --glue <glue folder> --arms fast lora --batches 8 32 128 256 --rates 1e-3
 
 Arms named `.._renewed` calibrate again after each epoch and restart with empty moments. Arms named `.._restarted` also
@@ -75,12 +75,10 @@ def lora(model: nn.Module, bases: Bases, lr: float, batches: Sequence[Batch]) ->
 
 ARMS: dict[str, Arm] = {
     "exact": sparsegrad,
-    "exact_error": partial(sparsegrad, error_feedback=True),
     "exact_static": static,
     "exact_restarted": sparsegrad,
     "exact_renewed": sparsegrad,
     "small": partial(sparsegrad, sides="small"),
-    "small_error": partial(sparsegrad, sides="small", error_feedback=True),
     "small_static": partial(static, sides="small"),
     "small_support": partial(sparsegrad, sides="small", moments="support"),
     "fast": partial(sparsegrad, engine="fast"),

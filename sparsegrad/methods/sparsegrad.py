@@ -41,7 +41,7 @@ _ENGINE_SETTINGS: dict[str, dict[str, Any]] = {
     "layer": {"backward": "regular"},
     "exact": {
         "sides": "both", "moments": "dense", "release_gradients": False, "drop_padding": False, "save_dtype": None,
-        "rotation_order": "auto", "rotation_dtype": None, "error_feedback": False, "static": False,
+        "rotation_order": "auto", "rotation_dtype": None, "static": False,
     },
 }  # fmt: skip
 
@@ -102,8 +102,6 @@ class SparseGrad:
             at most.
         rotation_dtype: for engine `exact`: `bf16` rotates gradients in bfloat16 with sums in float32, on hardware that
             has it; None: in the dtype of the weights.
-        error_feedback: for engine `exact`: add what a step does not keep to the next rotated gradient (MicroAdam, arXiv
-            2405.15593), in a dense buffer. Not the paper's method.
         static: for engine `exact`: choose the entries once, by the mean squared rotated gradient of the calibration,
             and keep moments of these alone. Not the paper's method.
         basis: file with stored bases to use instead of a calibration; or, to study what the basis does, one of
@@ -123,7 +121,6 @@ class SparseGrad:
     save_dtype: str | None = None
     rotation_order: str = "auto"
     rotation_dtype: str | None = None
-    error_feedback: bool = False
     static: bool = False
     basis: str | None = None
     name: str = "sparsegrad"
@@ -142,7 +139,6 @@ class SparseGrad:
         check_choice(
             "method.rotation_dtype", self.rotation_dtype, tuple(_DTYPES), "null rotates in that of the weights"
         )
-        check_choice("method.error_feedback", self.error_feedback, (True, False))
         check_choice("method.static", self.static, (True, False))
         for name, value in _ENGINE_SETTINGS["layer" if self.engine == "exact" else "exact"].items():
             if getattr(self, name) != value:
@@ -152,14 +148,10 @@ class SparseGrad:
                     f"set method.{name}={default}, or use the other engine"
                 )
 
-        if self.error_feedback and self.rotation_order == "gradient":
+        if self.static and self.moments != "dense":
             raise UserError(
-                "method.error_feedback=true needs linears that rotate: set method.rotation_order=auto, not gradient"
+                f"method.static=true never selects again, so method.moments={self.moments} has no effect: leave it out"
             )
-
-        if self.static and (self.error_feedback or self.moments != "dense"):
-            other = "error_feedback=true" if self.error_feedback else f"moments={self.moments}"
-            raise UserError(f"method.static=true never selects again, so method.{other} has no effect: leave it out")
 
     def check(self, linears: Linears) -> None:
         """Raise `UserError` if `keep` exceeds the size of a weight, or a given basis file does not fit the shapes."""
@@ -252,7 +244,6 @@ class SparseGrad:
             density=self.density,
             moments=self.moments,
             rotations=rotations,
-            error_feedback=self.error_feedback,
         )
 
     def _insert_layers(self, model: nn.Module, linears: Linears, bases: Mapping[str, Basis]) -> list[dict[str, Any]]:

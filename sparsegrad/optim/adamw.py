@@ -38,8 +38,7 @@ class SparseGradAdamW(torch.optim.AdamW):
     Args:
         params: parameters or groups. A group may hold `basis: Basis`, `keep: int` or `density: float`, and `moments`:
             `dense` (the method) or `support` (compact, not exact; see `sparsegrad.optim.moments`); and `rotation`, from
-            `rotate_gradients`, if the layers compute rotated gradients. With `error_feedback`, which needs such
-            layers, what a step does not keep is added to the next rotated gradient; not the paper's method.
+            `rotate_gradients`, if the layers compute rotated gradients.
         lr, betas, eps, weight_decay: as for `torch.optim.AdamW`, but with the paper's default weight decay of 0.
         fused, foreach: implementation of AdamW for the plain groups.
 
@@ -74,7 +73,6 @@ class SparseGradAdamW(torch.optim.AdamW):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking it; see the class for its keys."""
         group = {"basis": None, "keep": None, "density": None, "moments": "dense", "rotation": None, **param_group}
-        group.setdefault("error_feedback", False)
         super().add_param_group(group)
         if is_sparse(group):
             check_group(group)

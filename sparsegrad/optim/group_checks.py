@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from sparsegrad.distributed import is_shard, shards_error
 from sparsegrad.errors import UserError, check_choice, check_number
 from sparsegrad.optim.moments import MOMENTS
-from sparsegrad.optim.selection import count_kept, get_error
+from sparsegrad.optim.selection import count_kept
 from sparsegrad.targets import check_updated
 
 
@@ -30,8 +28,6 @@ def check_hyperparameters(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> N
 def check_group(group: dict[str, Any]) -> None:
     """Check that every weight is a matrix, fits the basis and has enough entries."""
     check_choice("moments", group["moments"], tuple(MOMENTS))
-    if check_choice("error_feedback", group.get("error_feedback", False), (True, False)):
-        get_error(group, torch.empty(0), {})  # for its check
     for weight in group["params"]:
         if is_shard(weight):
             raise shards_error(f"a parameter {tuple(weight.shape)} is")
@@ -58,11 +54,6 @@ def check_saved(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> No
             raise UserError(
                 f"the saved state has moments={kind}, this optimizer moments={mine['moments']}: "
                 f"make it with moments={kind}, or start without that state"
-            )
-        if (feedback := bool(theirs.get("error_feedback"))) != mine["error_feedback"]:
-            raise UserError(
-                f"the saved state has error_feedback={feedback}, this optimizer {mine['error_feedback']}: make it with "
-                f"error_feedback={feedback}, or start without that state"
             )
 
 

@@ -24,7 +24,6 @@ def param_groups(
     density: float | None = None,
     moments: str = "dense",
     rotations: Mapping[str, Rotation] | None = None,
-    error_feedback: bool = False,
 ) -> list[dict[str, Any]]:
     """Groups for `SparseGradAdamW`: one per layer kind, and one for everything else that requires a gradient.
 
@@ -34,7 +33,7 @@ def param_groups(
         model: the model that holds `linears`.
         linears: as `find_mlp` returns them.
         bases: layer kind -> basis; None for no rotation.
-        keep, density, moments, error_feedback: as for `SparseGradAdamW`.
+        keep, density, moments: as for `SparseGradAdamW`.
         rotations: layer kind -> how its gradients are rotated, from `rotate_gradients`; None: by the optimizer.
     """
     named, rest = _split_parameters(
@@ -48,7 +47,6 @@ def param_groups(
             "keep": keep,
             "density": density,
             "moments": moments,
-            "error_feedback": error_feedback,
             "rotation": None if rotations is None else rotations[kind],
         }
         for kind in linears

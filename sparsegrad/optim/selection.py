@@ -93,8 +93,7 @@ def select(
     Args:
         group: with `basis`, `keep` and `density`; and `rotation`, if the layers have rotated the gradients already.
         weights: of one shape (out, in), all with a gradient.
-        states: the optimizer's state of each weight, of which `error` is added to the gradient with `error_feedback`,
-            and `positions` (k,), if there are any, are the entries instead of the largest.
+        states: the optimizer's state of each weight; `positions` (k,), if it has them, are kept instead of the largest.
         scratch: buffers of this step.
     """
     first = weights[0]
@@ -108,8 +107,6 @@ def select(
     stacked = gradients[0][None] if len(gradients) == 1 else torch.stack(gradients)
     rotated, basis = _rotate(group, first, stacked)
     rotated = rotated.to(dtype)
-    if group.get("error_feedback"):
-        rotated = rotated + torch.stack([get_error(group, weight, states[weight]) for weight in weights])
     if "positions" in states.get(first, {}):  # chosen once, by `methods.static_mask.fix_positions`
         index = torch.stack([states[weight]["positions"] for weight in weights])
     else:
@@ -118,23 +115,6 @@ def select(
     if group["rotation"] is not None:
         group["rotation"].check_gradients(values)
     return Selection(group, weights, index, values, basis)
-
-
-def get_error(group: dict[str, Any], weight: Tensor, state: dict[str, Any]) -> Tensor:
-    """The part (out, in) of the rotated gradients of a weight that no step has kept so far; created if missing.
-
-    Raises:
-        UserError: if `weight.grad` is not a rotated gradient, as after `to_linears`: the error would be of another
-            space.
-    """
-    if group["rotation"] is None or not group["rotation"].in_layers:
-        raise UserError(
-            "error_feedback needs linears that compute rotated gradients: leave rotation_order at auto, do not train "
-            "Conv1D, and call to_linears after the training"
-        )
-    if "error" not in state:
-        state["error"] = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-    return state["error"]  # type: ignore[no-any-return]
 
 
 def _rotate(group: dict[str, Any], weight: Tensor, gradients: Tensor) -> tuple[Tensor, Basis | None]:

@@ -36,9 +36,6 @@ def apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor, sc
     if "positions" in states[0]:  # always the same entries: only they have moments, in their own order
         index, size = torch.arange(index.shape[1], device=index.device).expand_as(index), index.shape[1]
     change = update(states, index, selection.values, size, group, finite)  # (count, k)
-    if group.get("error_feedback"):
-        for weight, state, index in zip(weights, states, selection.index, strict=True):
-            _keep_error(weight, state["error"], index, finite)
     rate = group["lr"] * group["weight_decay"] * finite if group["weight_decay"] else None
     if count == 1 and _adds_in_place(weights[0], change):
         if rate is not None:
@@ -57,17 +54,6 @@ def apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor, sc
         torch._foreach_add_(weights, list(change))  # one kernel for all weights
         return
     add_stochastic_each(weights, change, selection.values, [state["step"] for state in states])
-
-
-def _keep_error(weight: Tensor, error: Tensor, index: Tensor, finite: Tensor) -> None:
-    """Add to `error` (out, in) what this step does not keep of the rotated gradient (MicroAdam, arXiv 2405.15593).
-
-    What it keeps, at positions `index` (k,), is used up. A skipped step changes nothing.
-    """
-    assert weight.grad is not None
-    error.add_(torch.where(finite, weight.grad, 0))
-    flat = error.view(-1)
-    flat.scatter_(0, index, torch.where(finite, 0, flat[index]))
 
 
 def _adds_in_place(weight: Tensor, change: Tensor) -> bool:

@@ -24,7 +24,7 @@ _LATER: dict[tuple[str, str], Any] = {
     ("method", "clipped_calibration"): False,
     ("method", "rotation_order"): "auto",  # the optimizer rotated before: equal up to rounding
     ("method", "rotation_dtype"): None,
-    ("method", "error_feedback"): False,
+    ("method", "error_feedback"): False,  # an option that was tried and dropped; some records have it
     ("method", "static"): False,
     ("model", "revision"): None,
     ("model", "keep_head"): False,

@@ -13,7 +13,7 @@ from sparsegrad.errors import fail, warn_renamed
 _NOT_FAST: dict[str, Any] = {
     "keep": None, "backward": "regular", "sides": "both", "moments": "dense", "release_gradients": False,
     "drop_padding": False, "save_dtype": None, "basis": None, "rotation_order": "auto", "rotation_dtype": None,
-    "error_feedback": False, "static": False,
+    "static": False,
 }  # fmt: skip
 
 

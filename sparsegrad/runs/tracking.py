@@ -150,13 +150,12 @@ class Tracker(TrainerCallback):  # type: ignore[misc]
 def kept_energy(optimizer: Any) -> dict[str, Tensor]:
     """Share of the squared gradient that the kept entries hold, of one weight per layer kind, from 0 to 1.
 
-    Empty where the whole rotated gradient does not exist: with engines `layer` and `fast`, and with released gradients;
-    also with error feedback, where the kept entries are not of this gradient alone.
+    Empty where the whole rotated gradient does not exist: with engines `layer` and `fast`, and with released gradients.
     """
     shares = {}
     for number, group in enumerate(optimizer.param_groups):
         weights = [weight for weight in group["params"] if weight.grad is not None and not weight.grad.is_sparse]
-        if not is_sparse(group) or not weights or group.get("error_feedback"):
+        if not is_sparse(group) or not weights:
             continue
         weight = weights[len(weights) // 2]  # one in the middle of the network: all of them would cost a step's time
         kept = select(group, [weight], optimizer.state, Scratch()).values

@@ -155,7 +155,7 @@ BAD: list[tuple[Any, str]] = [
     (lambda: prepared(LoraXs(density=1e-4), fresh()), "makes the rank of intermediate 0"),
     (lambda: LoraSb(density=0.1, rank=2), "give one"),
     (lambda: StaticMask(choice="best"), "gradient, random"),
-    (lambda: SparseGrad(static=True, error_feedback=True), "error_feedback=true has no effect"),
+    (lambda: SparseGrad(static=True, moments="support"), "moments=support has no effect"),
 ]
 
 
