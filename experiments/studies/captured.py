@@ -1,6 +1,6 @@
 """How much of a weight gradient each engine captures: the share of its squared norm in the entries that it trains.
 
-All arms have the same number of entries. A larger share does not mean better training: see the quality table.
+All arms have the same number of entries. A larger share does not mean better training.
 """
 
 from __future__ import annotations
