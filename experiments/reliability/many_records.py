@@ -25,7 +25,7 @@ from sparsegrad.files import write_json
 from sparsegrad.runs.environment import describe_environment
 from sparsegrad.runs.records import load_records
 
-FOLDERS = ("glue_minilm", "mini")  # two folders that tables read
+FOLDERS = ("glue_bert_base", "glue_roberta_base")  # two folders that tables read
 
 
 def write_records(runs: Path, count: int) -> int:

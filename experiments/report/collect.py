@@ -14,7 +14,7 @@ from sparsegrad.files import read_json
 from sparsegrad.runs.records import SCHEMA
 
 # Folders that tables read. In others, such as those of sweeps, records of one seed differ by design.
-READ = re.compile(r"(glue|ablation)_.*|mini|mini_ablation|mini_basis|table6.*")
+READ = re.compile(r"(glue|ablation)_.*|table6.*")
 PRUNED = "pruned by the sweep"  # start of the reason of a pruned trial, which is not a failure
 
 Key = tuple[str, str, str, str, str]
@@ -118,11 +118,9 @@ def _runs(place: Path, record: dict[str, Any]) -> Iterator[tuple[Key, Run]]:
 
 
 def _variant(folder: str, method: dict[str, Any]) -> str:
-    """The method's name in a key; in the ablation and the basis study, with the option that varies there."""
-    if folder.startswith("ablation") or folder == "mini_ablation":
+    """The method's name in a key; in the ablation, with the number of kept entries."""
+    if folder.startswith("ablation"):
         return f"{method['name']}@{method['keep']}"
-    if folder == "mini_basis":
-        return "authors" if method["transposed_in_basis"] else "both"
     return str(method["name"])
 
 

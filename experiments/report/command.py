@@ -16,7 +16,7 @@ from experiments.paths import SCALES
 from experiments.report import figures, findings
 from experiments.report.answers_page import write_answers_page
 from experiments.report.collect import collect_cells
-from experiments.report.evidence import BLOCKS
+from experiments.report.evidence import BLOCKS, IN_SMALL
 from experiments.report.page import problems, write_figure1, write_page
 from experiments.report.render import markdown, write_table
 from experiments.report.tables import (
@@ -27,12 +27,11 @@ from experiments.report.tables import (
     calibration,
     claims,
     correspondence,
+    energy,
     evidence,
     hyperparams,
     llama,
-    quality,
     speed,
-    verdict,
 )
 from experiments.report.tables.base import Context, Table
 from sparsegrad.cli import replace_unprintable
@@ -41,10 +40,6 @@ from sparsegrad.files import check_writable
 from sparsegrad.progress import job
 
 Maker = Callable[[Context], Sequence[Table]]
-
-
-def _mini_accuracy(context: Context) -> Sequence[Table]:
-    return [verdict.table(context), accuracy.mini_overview(context), accuracy.mini(context)]
 
 
 def _speed(*names: str) -> Maker:
@@ -85,14 +80,17 @@ MAKERS: dict[str, Maker] = {
     "section8": lambda context: [calibration.table(context)],
     "basis": lambda context: [basis.table(context)],
     "ablation": lambda context: [ablation.table(context, 11), ablation.table(context, 12)],
-    "quality": lambda context: [quality.table(context), quality.per_task(context), quality.energy(context)],
+    "quality": lambda context: [energy.table(context)],
     "claims": lambda context: [claims.table(context)],
     "evidence": evidence.tables,
     **{folder: _block(folder) for folder in BLOCKS},
 }
-MINI: dict[str, Maker] = dict.fromkeys(("table4", "table5", "table9", "table10", "quality"), _block("evidence_paper"))
-MINI |= dict.fromkeys(("table11", "table12", "ablation"), _block("evidence_density"))
-MINI |= {"basis": _block("evidence_basis")}
+MINI: dict[str, Maker] = {
+    **{name: _block(folder) for name, folder in IN_SMALL.items()},
+    "ablation": _block("evidence_density"),
+    "basis": lambda context: [*evidence.block_tables(context, "evidence_basis"), basis.table(context)],
+    "quality": lambda context: [*evidence.block_tables(context, "evidence_paper"), energy.table(context)],
+}
 FIGURES = ("figure1", "figure2", "figure3")
 CURVES = dict.fromkeys(("ablation", "table11", "table12"), "ablation") | {
     "basis": "basis"
@@ -164,12 +162,11 @@ def make(context: Context, name: str) -> Sequence[Table]:
 
 
 def everything(context: Context) -> list[Table]:
-    """Every table once: the ledger, the evidence, the findings, the paper's tables, and the superseded ones last."""
+    """Every table once: the ledger, the evidence, the findings, and the paper's tables."""
     makers: dict[str, Maker] = {
         **{name: MAKERS[name] for name in ("claims", "evidence")},
         "findings": lambda context: [findings.table(context)],
         **MAKERS,
-        "mini": lambda context: [*_mini_accuracy(context), ablation.mini(context)],
     }
     found: list[Table] = []
     with job("tables", len(makers), unit="groups of tables") as bar:

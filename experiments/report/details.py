@@ -25,8 +25,6 @@ COMMANDS = {
     "table6": "table6",
     "table6_mini": "table6 SCALE=mini",
 }
-# Folder of superseded records -> experiment that made them.
-SUPERSEDED = {"mini": "table5_mini", "mini_ablation": "table11_mini", "mini_basis": "basis_mini"}
 WIDTH, HEIGHT, POINTS = 240, 72, 48  # size of a curve in SVG units, and its maximum number of points
 
 Curve = list[tuple[float, float]]
@@ -147,13 +145,10 @@ def _command(records: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
     name, needs_data = COMMANDS.get(path.parts[0]), config["task"]["name"] not in ("snippets", "snippets_rating")
     if path.parts[0] in BLOCKS:
         return block_command(path.parts[0])
-    if name is None and path.parts[0] not in SUPERSEDED:
+    if name is None:
         return f"sparsegrad records results/runs/{path.parts[0]}"
     seeds = ",".join(dict.fromkeys(str(record["config"]["seed"]) for _, record in records))
     chosen = [*_variant(path.parts[0], config["method"]), f"task={config['task']['name']}", f"seed={seeds}"]
-    if name is None:
-        data = " data.dir=<folder>" if needs_data else ""
-        return f"python run.py -m experiment={SUPERSEDED[path.parts[0]]} {' '.join(chosen)}{data}"
     data = " DATA=<folder>" if needs_data and "SCALE=mini" in name else ""
     return f'make reproduce-{name}{data} ARGS="{" ".join(chosen)}"'
 
@@ -162,9 +157,5 @@ def _variant(folder: str, method: Mapping[str, Any]) -> Iterator[str]:
     """Overrides for the option of the method that the experiment of a folder varies."""
     if folder.startswith("table6"):
         return  # two experiments with different methods share this folder: the command makes all of them
-    if folder.startswith("ablation") or folder == "mini_ablation":
-        yield f"method.keep={method['keep']}"
-    elif folder == "mini_basis":
-        yield f"method.transposed_in_basis={str(method['transposed_in_basis']).lower()}"
-    else:
-        yield f"method={method['name']}"
+    is_ablation = folder.startswith("ablation")
+    yield f"method.keep={method['keep']}" if is_ablation else f"method={method['name']}"

@@ -41,6 +41,11 @@ BLOCKS = {
     "evidence_smollm2": About("Language model, validation loss, SmolLM2", "SmolLM2", "6"),
     "evidence_gates": About("Health gates: full fine-tuning at several rates, MiniLM", "gates", "0"),
 }
+# Table of the paper -> block that has the same comparison on a small model.
+IN_SMALL = {
+    **dict.fromkeys(("table4", "table5", "table9", "table10"), "evidence_paper"),
+    **dict.fromkeys(("table11", "table12"), "evidence_density"),
+}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Figures 2 and 3, basis study, ablation, learning curves, and quality over speed, drawn with matplotlib."""
+"""Figures 2 and 3, basis study, ablation, and score over hours, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from experiments.labels import INK, label_ends, label_points
+from experiments.labels import INK, label_ends
 from experiments.palette import BASES, style_of
 from experiments.report import score_hours
-from experiments.report.collect import Store
-from experiments.report.tables import ablation, basis, quality
-from experiments.report.tables.accuracy import MINI_METHODS, MINI_TASKS
+from experiments.report.tables import ablation, basis
 from experiments.report.tables.base import MINI_MARK, Context
 from sparsegrad.errors import UserError
-from sparsegrad.files import write_bytes, write_json
+from sparsegrad.files import write_bytes
 from sparsegrad.progress import track
 
 VIEWS = {"untouched": "unrotated", "rotated": "rotated (HOSVD)", "authors": "authors' basis"}
@@ -208,74 +206,10 @@ def _band(axis: Any, points: list[ablation.Point], colour: str) -> None:
     axis.fill_between(shares, low, high, alpha=0.25, color=colour)
 
 
-def curves(context: Context) -> Figure | None:
-    """Training loss and metric of the mini runs, mean over seeds, one line per method."""
-    figure, axes = plt.subplots(2, len(MINI_TASKS), figsize=(12, 5), layout="constrained")
-    ends: tuple[list[Any], list[Any]] = ([], [])
-    for column, task in enumerate(MINI_TASKS):
-        for method in MINI_METHODS:
-            for line, (group, field) in enumerate((("losses", "loss"), ("evaluations", None))):
-                steps = _mean_curve(context.store, method, task, group, field)
-                if steps:
-                    style = style_of(method)
-                    look: Any = {"color": style.colour, "marker": style.marker, "markersize": 3, "linewidth": 1}
-                    axes[line][column].plot(list(steps), list(steps.values()), **look)
-                    if column == len(MINI_TASKS) - 1:  # the names stand once, right of the last column
-                        ends[line].append((*list(steps.items())[-1], style.name, style.colour))
-        axes[0][column].set_title(task)
-        axes[1][column].set_xlabel("training step")
-        axes[1][column].set_ylabel(METRICS.get(task, "metric"))
-    axes[0][0].set_ylabel("training loss")
-    if not any(axis.lines for axis in axes.flat):
-        plt.close(figure)
-        return None
-    for line in (0, 1):
-        label_ends(axes[line][-1], ends[line])
-    return figure
-
-
-METRICS = {"snippets": "accuracy", "cola": "Matthews correlation", "stsb": "Pearson correlation", "mrpc": "accuracy"}
-
-
-def quality_speed(context: Context) -> Figure | None:
-    """Average score over steps/s, with the Pareto front as a line. The points are also written as JSON."""
-    points = quality.points(context)
-    if not points:
-        return None
-    write_json(context.results / "figures" / "quality.json", {"schema": 1, "points": points})
-    figure, axis = plt.subplots(figsize=(8.5, 4.4), layout="constrained")
-    for point in points:
-        style, place = style_of(point["method"]), (point["steps_per_second"], point["score"])
-        axis.errorbar(*place, yerr=point["std"], fmt=style.marker, color=style.colour, capsize=2)
-    front = sorted((point["steps_per_second"], point["score"]) for point in points if point["front"])
-    axis.plot(*zip(*front, strict=True), color="gray", linewidth=1, zorder=0)
-    axis.set(xlabel="speed in the benchmark, steps/s", ylabel="average score, points (± sample std over seeds)")
-    axis.set_title("gray line: Pareto front of speed and score", fontsize=9)
-    axis.margins(x=0.4)  # room for the labels
-    reach = [(one["steps_per_second"], one["score"], one["std"] or 0.0) for one in points]  # no std of one seed
-    spans = [(x, y - std, y + std) for x, y, std in reach]
-    label_points(axis, [(one["steps_per_second"], one["score"], style_of(one["method"]).name) for one in points], spans)
-    return figure
-
-
-def _mean_curve(store: Store, method: str, task: str, group: str, field: str | None) -> dict[int, float]:
-    """Step -> mean over seeds of a field of the records; `field` None: the task's main metric."""
-    by_step: dict[int, list[float]] = {}
-    for run in store.runs.get(("mini", "minilm", method, task, "paper"), []):
-        record = store.records[run.path]
-        name = field or record["config"]["task"]["main_metric"]
-        for row in record.get(group, []):
-            if row.get(name) is not None:
-                by_step.setdefault(row["step"], []).append(row[name])
-    return {step: mean(values) for step, values in sorted(by_step.items())}
-
-
 FIGURES: dict[str, tuple[str, Callable[[Context], Figure | None]]] = {
     "score_hours": ("Score over hours to full fine-tuning's score minus one point", score_hours.draw),
     "figure2": ("Figure 2: gradients before and after rotation", figure2),
     "figure3": ("Figure 3: the stripes of dL/dY are padding", figure3),
     "basis": ("Basis study: energy in the largest 1 % during training", basis_study),
     "ablation": ("Appendix C: score by kept entries, published and measured", ablation_curve),
-    "quality": ("Quality and speed: mean over four tasks, with the Pareto front", quality_speed),
-    "curves": ("Learning curves of the mini tables, protocol paper", curves),
 }

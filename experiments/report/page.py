@@ -15,7 +15,7 @@ from markupsafe import Markup
 from experiments.report.answers_page import has_answers
 from experiments.report.collect import PRUNED, skipped_summary
 from experiments.report.details import anchor, cell_details, environment_line
-from experiments.report.evidence import BLOCKS
+from experiments.report.evidence import BLOCKS, IN_SMALL
 from experiments.report.tables import hyperparams, speed
 from experiments.report.tables.base import MISSING, OURS, Context, Table
 from experiments.report.tables.evidence import command, progress
@@ -23,18 +23,12 @@ from sparsegrad.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 LONG = 48  # characters; longer cells wrap
-# Tables and figures of runs of one epoch, which stop in the middle of the rise: apart, until the evidence runs are in.
-SUPERSEDED = (
-    "mini_verdict", "table5_mini_overview", "table5_mini", "table11_mini", "basis_study", "quality", "quality_per_task",
-)  # fmt: skip
-SUPERSEDED_FIGURES = ("quality", "curves")
 LEDGER, FINDINGS, BASED_ON = "claims", "findings", "based on"
 _PART = r"(< |~)?[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?"
 _UNIT = r"( ?%| MiB| MB| GB| GiB| s| h)?"
 # 1.25, 0.82 ± 0.01 (3), 16 / 2.00e-05, -0.2 to 0.4, 4.3 B, < 1e-10, each with a unit or without
 NUMBER = re.compile(rf"{_PART}( [MB])?( ± [\d.]+)?( (to|/) {_PART})?( \(\d+\))?{_UNIT}( / [\d.]+%)?")
 WORDS = (MISSING, "none", "no log", "not run yet", "no figure", "-")  # what a column of numbers holds where it has none
-_CELLS_OF = {"table5_mini_overview": "table5_mini"}  # table -> table with the details of the same cells
 THEMES = {
     "light": {"ink": "#1c1e21", "soft": "#5d646e", "box": "#f3f5f8", "new": "#dfeaf8", "grad": "#b3401f"},
     "dark": {"ink": "#e6e8eb", "soft": "#a2a9b3", "box": "#20252b", "new": "#1f3550", "grad": "#f0946f"},
@@ -75,17 +69,14 @@ def _sort_sections(tables: Sequence[dict[str, Any]], images: Sequence[dict[str, 
     """The parts of the page in their order; tables without anything of ours are folded away."""
     by_name = {table["name"]: table for table in tables}
     first = [name for name in by_name if name in (LEDGER, FINDINGS) or name.startswith("evidence_")]
-    old = [name for name in by_name if name in SUPERSEDED]
-    others = [table for name, table in by_name.items() if name not in (*first, *old)]
+    others = [table for name, table in by_name.items() if name not in first]
     return {
         "ledger": by_name.get(LEDGER),
         "evidence": [by_name[name] for name in first if name not in (LEDGER, FINDINGS)],
         "findings": by_name.get(FINDINGS),
         "paper": [table for table in others if not table["is_bare"]],
         "bare": [table for table in others if table["is_bare"]],
-        "superseded": [by_name[name] for name in old],
-        "figures": [image for image in images if image["name"] not in SUPERSEDED_FIGURES],
-        "old_figures": [image for image in images if image["name"] in SUPERSEDED_FIGURES],
+        "figures": images,
     }
 
 
@@ -101,11 +92,11 @@ def _describe_table(
     context: Context, table: Table, tables: Sequence[Table], figures: Collection[str]
 ) -> dict[str, Any]:
     """A table in the form that the template expects."""
-    source = next((one for one in tables if one.name == _CELLS_OF.get(table.name)), table)
-    known = {label: anchor(source.name, label) for label in source.records}
+    known = {label: anchor(table.name, label) for label in table.records}
     records = [{str(name): str(cell) for name, cell in row.items()} for row in table.frame.to_dict("records")]
     titles = {one.name: one.title.split(":")[0] for one in tables} | {name: _name_figure(name) for name in figures}
     titles |= {folder: about.short for folder, about in BLOCKS.items() if folder in titles}
+    small = IN_SMALL.get(table.name, "")
     numeric = {name for name in table.frame.columns if _is_numeric([row[name] for row in records])}
     return {
         "name": table.name,
@@ -120,6 +111,7 @@ def _describe_table(
         "is_detail": table.name.startswith("evidence_") and table.name.endswith("_tasks"),
         "missing": table.coverage[1] - table.coverage[0],
         "command": _command(table.name),
+        "in_small": {"href": small, "title": BLOCKS[small].title} if small in titles else None,
     }
 
 
@@ -151,7 +143,7 @@ def _label(table: Table, row: Mapping[str, str], name: str) -> str:
     """The label in `records` of a cell."""
     if table.name.startswith("evidence_"):
         return f"{row.get('method')} {row['task'] if name == 'score' else name}"
-    return table.label_of(row) if name.startswith(OURS) else f"{row.get('method')} {name} {row.get('protocol')}"
+    return table.label_of(row) if name.startswith(OURS) else ""
 
 
 def _command(name: str) -> str:
@@ -159,12 +151,8 @@ def _command(name: str) -> str:
     if (folder := name.removesuffix("_tasks")) in BLOCKS:
         return command(folder)
     known = {
-        "table5_mini_overview": "table5 SCALE=mini DATA=glue",
-        "table5_mini": "table5 SCALE=mini DATA=glue",
-        "mini_verdict": "table5 SCALE=mini DATA=glue",
-        "table11_mini": "ablation SCALE=mini DATA=glue",
         "table13_mini": "table13 SCALE=mini DATA=glue",
-        "basis_study": "basis SCALE=mini DATA=glue",
+        "basis_study": "basis DATA=glue",
         "table3_measured": "table3",
     }
     target = known.get(name) or (name if re.fullmatch(r"table\d+|section8", name) else "")

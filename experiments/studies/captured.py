@@ -1,7 +1,6 @@
 """How much of a weight gradient each engine captures: the share of its squared norm in the entries that it trains.
 
-All arms train the same number of entries. A larger share does not imply better training; the quality table
-(results/tables/quality.md) compares that.
+All arms train the same number of entries. A larger share does not imply better training.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""`hparams=paper|authors|search|mini|study:NAME`: hyperparameters from a table or a study, instead of by hand."""
+"""`hparams=paper|authors|search|study:NAME`: hyperparameters from a table or a study, instead of by hand."""
 
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -13,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sparsegrad.errors import UserError, did_you_mean, fail
 from sparsegrad.runs.overrides import list_given
-from sparsegrad.sweeps.search_results import find_exported, read_search
+from sparsegrad.sweeps.search_results import read_search
 
 FOLDER = Path(__file__).parent / "published"
 STUDY = "study:"
@@ -27,7 +26,7 @@ COLUMNS = {
 FAMILY = {"sparsegrad_authors": "sparsegrad", "sparsegrad_fast": "sparsegrad"}
 # The authors did not search for MeProp: their BERT runs use the values of SparseGrad, and so do ours for RoBERTa.
 STAND_IN = {"meprop": "sparsegrad"}
-MINI, SEARCH = "mini", "search"
+SEARCH = "search"
 
 
 def apply(composed: DictConfig, by_hand: Collection[str] | None = None) -> dict[str, Any]:
@@ -48,8 +47,6 @@ def apply(composed: DictConfig, by_hand: Collection[str] | None = None) -> dict[
         values, facts = read_search(composed)
     elif name.startswith(STUDY):
         values = _read_study(composed, name.removeprefix(STUDY))
-    elif name == MINI:
-        values = _read_mini_rate(composed)
     else:
         values = _read_file(composed, name)
     kept = list_given() if by_hand is None else by_hand
@@ -95,8 +92,8 @@ def _name_cell(composed: DictConfig) -> tuple[str, str, str]:
 
 def _read_file(composed: DictConfig, name: str) -> dict[str, Any]:
     if name not in COLUMNS:
-        hint = did_you_mean(name, [*COLUMNS, SEARCH, MINI])
-        raise fail("hparams", name, "choose paper, authors, search, mini or study:NAME", hint)
+        hint = did_you_mean(name, [*COLUMNS, SEARCH])
+        raise fail("hparams", name, "choose paper, authors, search or study:NAME", hint)
     rows, (model, method, task) = read_rows(name), _name_cell(composed)
     row = find(rows, model, method, task) or find(rows, model, STAND_IN.get(method, method), task)
     if row is None:
@@ -106,24 +103,6 @@ def _read_file(composed: DictConfig, name: str) -> dict[str, Any]:
             f"{', '.join(known)}; give lr= and batch_size= instead, or search with sweep=quick"
         )
     return {"train.batch_size": int(row["batch_size"]), "train.lr": float(row["lr"])}
-
-
-def _read_mini_rate(composed: DictConfig) -> dict[str, Any]:
-    """Read the learning rate that the grid chose for this method (`python -m experiments.reproduce.rates`)."""
-    path, method = find_exported(composed.results_dir, "mini_rates.json"), composed.method.name
-    try:
-        chosen = json.loads(path.read_text())["methods"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"hparams=mini needs {path} ({error!r}): create it with python -m experiments.reproduce.rates"
-        ) from None
-    rate = chosen.get(method, {}).get("lr")
-    if rate is None:
-        raise UserError(
-            f"hparams=mini has no rate for {method} in {path}: run experiment=mini_grid method={method}, "
-            "then python -m experiments.reproduce.rates"
-        )
-    return {"train.lr": float(rate)}
 
 
 def _read_study(composed: DictConfig, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Our values next to those of others, comparisons and findings of the mini tables, and details of cells on the page."""
+"""Our values next to those of others, findings, and details of cells on the page."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_experiments_report import cell, context, fill, record, write
+from test_experiments_report import FOLDER, cell, context, fill, record, write
 
 from experiments.report import command as report
 from experiments.report import findings, page
-from experiments.report.tables import accuracy, architecture, hyperparams, speed, verdict
+from experiments.report.tables import accuracy, architecture, evidence, hyperparams, speed
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
 from sparsegrad.sweeps.hparams import read_rows
@@ -19,7 +19,7 @@ from sparsegrad.sweeps.hparams import read_rows
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """A folder with three seeds of two methods on one mini task."""
+    """A folder with three seeds of two methods on one task of Table 9."""
     return fill(tmp_path)
 
 
@@ -135,62 +135,9 @@ def test_tables_13_to_15_take_a_study_from_its_summary(results: Path) -> None:
     assert cell(tables["table13_mini"], "as good", study="mini") == "32 / 3.00e-05"
 
 
-def test_the_verdict_compares_on_the_tasks_that_both_have(results: Path) -> None:
-    for seed, full, sparse in ((42, 0.50, 0.60), (3705, 0.52, 0.62), (2023, 0.54, 0.64)):
-        write(results, f"mini/f{seed}", record("full", "cola", seed, full))
-        write(results, f"mini/s{seed}", record("sparsegrad", "cola", seed, sparse))
-        write(results, f"mini/m{seed}", record("sparsegrad", "mrpc", seed, 0.99))  # full has no such runs
-    found = verdict.compare(context(results), "paper", "sparsegrad", "full")
-    assert (found.tasks, found.higher, found.lower) == (("cola",), ("cola*",), ())
-    assert found.difference == pytest.approx(10.0)
-    low, high = found.interval or (0.0, 0.0)
-    half = 2.776445 * (4 * 2 / 3) ** 0.5  # equal variances of 4: the t of 4 degrees of freedom
-    assert (low, high) == pytest.approx((10 - half, 10 + half), abs=1e-4)
-    assert found.verdict == "better"
-    table = verdict.table(context(results))
-    row = {"protocol": "paper", "method": "sparsegrad"}
-    assert cell(table, "tasks", against="full", **row) == "1 of 4"
-    assert cell(table, "difference", against="lora", **row) == "missing"  # LoRA has snippets alone
-    lora = verdict.compare(context(results), "paper", "lora", "full")
-    assert (lora.lower, lora.higher) == (("snippets",), ())
-    assert verdict.compare(context(results), "heldout", "lora", "full").verdict == "missing"
-
-
-def test_a_verdict_takes_difference_and_interval_from_the_same_seeds(results: Path) -> None:
-    """A third seed, which lacks a task and would reverse the difference, is not used."""
-    for seed, gain in ((42, 0.05), (3705, 0.06)):
-        for task in ("cola", "mrpc"):
-            write(results, f"mini/f{task}{seed}", record("full", task, seed, 0.5))
-            write(results, f"mini/s{task}{seed}", record("sparsegrad", task, seed, 0.5 + gain))
-    write(results, "mini/far", record("sparsegrad", "cola", 2023, 0.0))
-    found = verdict.compare(context(results), "paper", "sparsegrad", "full")
-    assert found.interval is not None
-    assert found.difference == pytest.approx(sum(found.interval) / 2) == pytest.approx(5.5)
-    assert found.seeds == (2, 2)
-
-
-def test_runs_that_do_not_vary_tell_nothing_apart(results: Path) -> None:
-    for seed in (42, 3705):
-        write(results, f"mini/f{seed}", record("full", "cola", seed, 0.0))
-        write(results, f"mini/s{seed}", record("sparsegrad", "cola", seed, 0.1))
-    found = verdict.compare(context(results), "paper", "sparsegrad", "full")
-    assert (found.interval, found.verdict, found.higher) == (None, "no spread", ("cola",))
-
-
-def test_one_seed_is_too_few_for_a_verdict(results: Path) -> None:
-    write(results, "mini/s", record("sparsegrad", "snippets", 42, 0.9))
-    found = verdict.compare(context(results), "paper", "sparsegrad", "full")
-    assert (found.interval, found.verdict) == (None, "too few seeds")
-    assert found.difference == pytest.approx(8.0)
-
-
 def test_findings_have_data_or_are_left_out(results: Path) -> None:
-    assert not any("sparsegrad" in question for question in findings.table(context(results)).frame["question"])
-    for seed, value in ((42, 0.7), (3705, 0.71)):
-        write(results, f"mini/s{seed}", record("sparsegrad", "snippets", seed, value))
     bench(results, "gpu", [measurement("padded", "exact", 6.0), measurement("padded", "layer_regular", 2.0)])
     frame = findings.table(context(results)).frame.set_index("question")["answer"]
-    assert not any("sparsegrad compare" in question for question in frame.index), "runs of one epoch say nothing"
     assert frame["How fast are the engines on gpu (whole model)?"] == "exact: 3.00 times the steps/s of layer_regular"
     assert (
         "Table 4, LoRA prints 83.7, its cells average 84.86" in frame["Which printed averages contradict their cells?"]
@@ -207,31 +154,31 @@ def test_a_cell_of_the_page_leads_to_records_curves_environment_and_rerun(result
         "hardware": {"cpu": "a processor", "cores": 2, "threads": 1},
         "git": {"commit": "0123456789", "dirty": True},
     }
-    write(results, "mini/full42", record("full", "snippets", 42, 0.8, **log, environment=hardware))
+    write(results, f"{FOLDER}/full42", record("full", "cola", 42, 0.8, **log, environment=hardware))
     of = context(results)
-    tables = [accuracy.mini(of), accuracy.mini_overview(of)]
-    text = page.write_page(of, tables, {}).read_text()
-    anchor = "table5_mini--full-snippets-paper"
-    assert text.count(f'href="#{anchor}">82.00 ± 2.00</a>') == 2, "a link from either table"
+    text = page.write_page(of, [accuracy.per_task(of, 9)], {}).read_text()
+    anchor = "table9--full-cola-paper"
+    assert text.count(f'href="#{anchor}">82.00 ± 2.00</a>') == 1
     detail = text.split(f'id="{anchor}"')[1].split("</div>")[0]
-    assert 'href="../runs/mini/full42.json"' in detail
+    assert f'href="../runs/{FOLDER}/full42.json"' in detail
     assert "commit 0123456 with changes" in detail
     assert "training loss: 0.3 to 0.9, 20 steps" in detail
     assert "<polyline" in detail
     assert "<circle" in detail, "one evaluation is a point"
     assert "a processor, 2 cores, 1 threads" in detail
-    assert "python run.py -m experiment=table5_mini method=full task=snippets seed=2023,3705,42<" in detail
+    assert "make reproduce-table9 ARGS=&#34;method=full task=cola seed=2023,3705,42&#34;<" in detail
 
 
 def test_a_table_without_anything_of_ours_is_folded_away(results: Path) -> None:
     of = context(results)
-    tables = [accuracy.per_task(of, 4), accuracy.mini(of), architecture.table(of)]
-    text = page.write_page(of, tables, {}).read_text()
-    assert '<details class="bare" id="table4">' in text
-    assert '<h2 id="table1">' in text
-    superseded = text.split('id="superseded"')[1]
-    assert '<details class="bare" id="table5_mini">' in superseded, "runs of one epoch are apart"
-    assert "prove nothing" in superseded
+    small = evidence.block_tables(of, "evidence_paper")
+    text = page.write_page(of, [accuracy.per_task(of, 4), accuracy.per_task(of, 9), architecture.table(of), *small], {})
+    shown = text.read_text()
+    assert '<h2 id="table1">' in shown
+    assert '<h2 id="table9">' in shown
+    folded = shown.split('<details class="bare" id="table4">')[1]
+    assert 'On a small model: <a href="#evidence_paper">' in folded
+    assert '<h2 id="evidence_paper">' in shown
 
 
 def test_the_energy_of_figure2_is_printed(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,11 +26,13 @@ from experiments.report.tables import accuracy
 from experiments.report.tables.base import MINI_MARK, Context
 from sparsegrad.files import write_json
 
+FOLDER, MODEL = "glue_bert_base", "bert_base"  # of Table 9
+
 
 def record(method: str, task: str, seed: int, value: float | None, **more: Any) -> dict[str, Any]:
     """The fields of a record that tables read; `value` None: a failed run."""
     config = {
-        "model": {"name": "minilm"},
+        "model": {"name": more.pop("model", MODEL)},
         "method": {"name": method, "keep": more.pop("keep", None)},
         "task": {"name": task, "main_metric": "accuracy"},
         "protocol": {"name": more.pop("protocol", "paper")},
@@ -45,7 +47,7 @@ def record(method: str, task: str, seed: int, value: float | None, **more: Any) 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """A folder with three seeds of two methods on one mini task."""
+    """A folder with three seeds of two methods on one task of Table 9."""
     return fill(tmp_path)
 
 
@@ -53,7 +55,7 @@ def fill(results: Path) -> Path:
     """Write the records of `results`."""
     for method, values in (("full", (0.80, 0.82, 0.84)), ("lora", (0.70, 0.74, None))):
         for seed, value in zip((42, 3705, 2023), values, strict=True):
-            write(results, f"mini/{method}{seed}", record(method, "snippets", seed, value))
+            write(results, f"{FOLDER}/{method}{seed}", record(method, "cola", seed, value))
     return results
 
 
@@ -75,20 +77,17 @@ def cell(table: Any, column: str, **where: str) -> str:
 
 def test_a_run_of_both_protocols_counts_under_either(results: Path) -> None:
     both = {"status": "complete", "result": {"value": 0.5, "best_on_validation": {"value": 0.6, "step": 9}}}
-    write(results, "mini/both", record("meprop", "cola", 42, 0.5, protocol="both", **both))
-    write(results, "mini/died", record("meprop", "stsb", 42, None, protocol="both"))
-    table = accuracy.mini(context(results))
-    of = {"method": "meprop", "task": "cola"}
-    assert cell(table, "ours", protocol="heldout", **of).startswith("50.0")
-    assert cell(table, "ours", protocol="paper", **of).startswith("60.0")
-    assert all(
-        "failed" in cell(table, "ours", method="meprop", task="stsb", protocol=name) for name in ("heldout", "paper")
-    )
+    write(results, f"{FOLDER}/both", record("meprop", "cola", 42, 0.5, protocol="both", **both))
+    write(results, f"{FOLDER}/died", record("meprop", "stsb", 42, None, protocol="both"))
+    of = context(results)
+    grids = {name: accuracy.Grid(of, FOLDER, MODEL, name, ("cola", "stsb")) for name in ("heldout", "paper")}
+    assert {name: grid.values("meprop", "cola") for name, grid in grids.items()} == {"heldout": [50.0], "paper": [60.0]}
+    assert all("failed" in grid.line("meprop", "stsb")["ours"] for grid in grids.values())
 
 
 def test_a_cell_holds_mean_spread_count_interval_protocol_and_cost(results: Path) -> None:
-    table = accuracy.mini(context(results))
-    of = {"method": "full", "task": "snippets", "protocol": "paper"}
+    table = accuracy.per_task(context(results), 9)
+    of = {"method": "full", "task": "cola", "protocol": "paper"}
     assert cell(table, "ours", **of) == "82.00 ± 2.00"
     assert (cell(table, "n", **of), cell(table, "hours", **of)) == ("3", "0.75")
     lora = {**of, "method": "lora"}
@@ -96,45 +95,45 @@ def test_a_cell_holds_mean_spread_count_interval_protocol_and_cost(results: Path
     assert cell(table, "n", **lora) == "2 of 3"
     low, high = (float(part) for part in cell(table, "vs full, 95 %", **lora).split(" to "))
     assert low < -10 < high
-    assert MINI_MARK in table.title
-    assert [path.stem for path in table.records["full snippets paper"]] == ["full2023", "full3705", "full42"]
+    assert [path.stem for path in table.records["full cola paper"]] == ["full2023", "full3705", "full42"]
 
 
 def test_a_cell_without_seeds_is_missing_and_never_averaged(results: Path) -> None:
-    table = accuracy.mini(context(results))
-    assert cell(table, "ours", method="full", task="cola", protocol="paper") == "missing"
-    assert cell(table, "ours", method="full", task="average", protocol="paper") == "missing"
-    assert cell(table, "n", method="full", task="cola", protocol="paper") == "0 of 3"
+    table = accuracy.per_task(context(results), 9)
+    assert cell(table, "ours", method="full", task="mrpc") == "missing"
+    assert cell(table, "ours", method="full", task="average") == "missing"
+    assert cell(table, "n", method="full", task="mrpc") == "0 of 3"
 
 
 def test_a_failed_cell_shows_its_reason_and_a_pruned_trial_is_no_failure(results: Path) -> None:
-    write(results, "mini/a", record("meprop", "mrpc", 42, None))
-    write(results, "mini/b", record("full", "mrpc", 42, None, reason="pruned by the sweep after evaluation 2, step 24"))
-    table = accuracy.mini(context(results))
-    shown = cell(table, "ours", method="meprop", task="mrpc", protocol="paper")
+    pruned = "pruned by the sweep after evaluation 2, step 24"
+    write(results, f"{FOLDER}/a", record("meprop", "mrpc", 42, None))
+    write(results, f"{FOLDER}/b", record("full", "mrpc", 42, None, reason=pruned))
+    table = accuracy.per_task(context(results), 9)
+    shown = cell(table, "ours", method="meprop", task="mrpc")
     assert shown == "failed: seed 42: the loss is not a finite number"
-    assert cell(table, "ours", method="full", task="mrpc", protocol="paper") == "missing"
+    assert cell(table, "ours", method="full", task="mrpc") == "missing"
 
 
 def test_bad_records_are_named_skipped_and_counted(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(results, "mini/future", {**record("full", "cola", 42, 0.5), "schema": 99})
-    (results / "runs" / "mini" / "torn.json").write_text('{"schema": 1, "config')
-    write(results, "mini/hollow", {"schema": 1, "status": "complete"})
-    write(results, "mini/list", {"schema": 1, "status": "complete", "config": []})
+    write(results, f"{FOLDER}/future", {**record("full", "cola", 42, 0.5), "schema": 99})
+    (results / "runs" / FOLDER / "torn.json").write_text('{"schema": 1, "config')
+    write(results, f"{FOLDER}/hollow", {"schema": 1, "status": "complete"})
+    write(results, f"{FOLDER}/list", {"schema": 1, "status": "complete", "config": []})
     assert report.main(["table5", "--scale", "mini", "--results-dir", str(results)]) == 0
     said = capsys.readouterr().err
     assert "4 records skipped: 1 another schema, 3 damaged" in said
-    assert "mini/future.json: record schema 99, this version reads 1" in said
+    assert f"{FOLDER}/future.json: record schema 99, this version reads 1" in said
     for name in ("torn", "hollow", "list"):
-        assert f"mini/{name}.json: not a readable record" in said
+        assert f"{FOLDER}/{name}.json: not a readable record" in said
 
 
 def test_records_that_disagree_are_named_and_not_used(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(results, "mini/other", record("full", "snippets", 42, 0.99))
-    assert cell(accuracy.mini(context(results)), "n", method="full", task="snippets", protocol="paper") == "2 of 3"
-    assert report.main(["table5", "--scale", "mini", "--results-dir", str(results)]) == 0
+    write(results, f"{FOLDER}/other", record("full", "cola", 42, 0.99))
+    assert cell(accuracy.per_task(context(results), 9), "n", method="full", task="cola") == "2 of 3"
+    assert report.main(["table5", "--results-dir", str(results)]) == 0
     said = capsys.readouterr().err
-    assert "mini/minilm/full/snippets/paper seed 42: records disagree" in said
+    assert f"{FOLDER}/{MODEL}/full/cola/paper seed 42: records disagree" in said
     assert "full42.json 80.00" in said
     assert "other.json 99.00" in said
 
@@ -154,27 +153,21 @@ def test_an_unwritable_folder_is_one_line(tmp_path: Path, capsys: pytest.Capture
     assert "error: cannot write" in capsys.readouterr().err
 
 
-def test_curves_are_drawn_from_the_records(results: Path) -> None:
-    for seed, loss in ((42, 0.4), (3705, 0.6)):
-        log = {"losses": [{"step": 10, "loss": loss}], "evaluations": [{"step": 10, "loss": 1.0, "accuracy": 0.9}]}
-        write(results, f"mini/full{seed}", record("full", "snippets", seed, 0.8, **log))
-    of = context(results)
-    assert figures._mean_curve(of.store, "full", "snippets", "losses", "loss") == {10: 0.5}
-    assert figures._mean_curve(of.store, "full", "snippets", "evaluations", None) == {10: 0.9}
-    drawn = figures.draw_all(of)
-    assert {path.stem for path in drawn.values()} == {"curves", "ablation"}
+def test_figures_with_data_are_drawn(results: Path) -> None:
+    drawn = figures.draw_all(context(results))
+    assert {path.stem for path in drawn.values()} == {"ablation"}
     assert all(MINI_MARK in title for title in drawn)
     assert all(path.with_suffix(".pdf").is_file() for path in drawn.values())
 
 
 def test_latex_and_markdown_are_whole(results: Path) -> None:
-    table = accuracy.mini_overview(context(results))
+    table = accuracy.per_task(context(results), 9)
     text = render.latex(table)
     assert r"\toprule" in text
     assert r"82.00 $\pm$ 2.00" in text
-    assert "sparsegrad\\_fast" in text
+    assert "sparsegrad\\_authors" in text
     assert text.count(r"\\") == len(table.frame) + 1
-    assert "| paper      | full" in render.markdown(table)
+    assert "| full               | cola    |" in render.markdown(table)
 
 
 @pytest.fixture(scope="module")
@@ -213,11 +206,12 @@ def test_the_same_records_give_the_same_bytes(committed: Path) -> None:
 
 def test_the_page_has_every_table_and_live_links(committed: Path) -> None:
     page = (committed / "report" / "index.html").read_text()
-    names = [f"table{number}" for number in range(1, 16)] + ["section8", "basis_study", "table5_mini", "table11_mini"]
-    names += ["claims", "findings", "mini_verdict", *BLOCKS]
+    names = [f"table{number}" for number in range(1, 16)] + ["section8", "basis_study", "quality_energy"]
+    names += ["claims", "findings", *BLOCKS]
     assert all(f'data-name="{name}"' in page for name in names)
     text = re.sub(r'base64,[^"]+', "", page)  # an image may contain these four letters
     assert "http" not in text.replace("http://www.w3.org", "").replace("https://arxiv.org", "")
+    assert set(re.findall(r'href="#([^"]+)"', text)) <= set(re.findall(r' id="([^"]+)"', text)), "a link to nowhere"
     links = [part.split('"')[0] for part in page.split('href="../')[1:]]
     assert links
     assert all((committed / link).is_file() for link in links)

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from quick_python import quick_python
 from run_fixtures import ROOT, SHORT, TINY, environment
 
 from experiments.reproduce import __main__ as runner
-from experiments.reproduce import rates
 from experiments.reproduce.cells import EXPERIMENTS, Cell, experiments_of, list_cells
-from sparsegrad.errors import BusyError, UserError
+from sparsegrad.errors import BusyError
 from sparsegrad.files import write_json
 from sparsegrad.runs.config import build
 from sparsegrad.runs.run_folder import run_lock
@@ -30,9 +28,7 @@ SEEDS = 4
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """A results folder with a rate for every method, and the search of full fine-tuning on SST-2."""
-    chosen = {method: {"lr": 1e-3 * (index + 1)} for index, method in enumerate(rates.METHODS)}
-    write_json(tmp_path / "results" / "mini_rates.json", {"methods": chosen})
+    """A results folder with the search of full fine-tuning on SST-2."""
     search = {
         "study": "evidence-minilm-full-sst2",
         "labels": {"model": "minilm", "method": "full", "task": "sst2"},
@@ -75,24 +71,24 @@ def made(cells: list[Cell]) -> list[str]:
     return (Path(cells[0].config.work_dir) / "made").read_text().split("\n")[:-1]
 
 
-def test_the_mini_cells_are_those_of_the_mini_yaml(conf: Any, overrides: list[str], results: Path) -> None:
-    found = list_cells("table5_mini", [f"results_dir={results}", "seed=3705", "task=snippets,stsb"], data="somewhere")
+def test_the_cells_of_a_table_are_those_of_its_yaml(conf: Any) -> None:
+    short = ["hparams=null", "protocol.epochs=1", "protocol.eval_steps=9", "data.max_train=null"]
+    found = list_cells("evidence_paper", [*short, "seed=3705", "task=snippets,stsb"], data="somewhere")
     assert len(found) == 2 * 7
     assert len({cell.config.key for cell in found}) == len(found)
-    cell = next(cell for cell in found if cell.label == "3705 stsb meprop")
+    cell = next(cell for cell in found if cell.config.method.name == "meprop" and cell.config.task.name == "stsb")
     assert "data.dir=somewhere" in cell.overrides
-    same = ["experiment=mini", "method=meprop", "task=stsb", "seed=3705", "train.lr=0.004"]
+    same = ["experiment=evidence_paper", *short, "method=meprop", "task=stsb", "seed=3705"]
     assert build(conf(*same)).key == cell.config.key
     assert not any("data.dir" in text for cell in found if "snippets" in cell.label for text in cell.overrides)
 
 
-def test_every_table_of_runs_composes(results: Path) -> None:
+def test_every_table_of_runs_composes() -> None:
     every = {one for scale, names in EXPERIMENTS.items() for name in names for one in experiments_of(name, scale)}
     assert len(every) >= 9
     for experiment in every - {"table6", "table6_mini", "table6_mini_bases"}:  # on a task of their own
         searched = ["hparams=null"] if "evidence" in experiment else []  # their searches are made before
-        narrow = ["seed=42", "task=stsb", *([f"results_dir={results}"] if "mini" in experiment else []), *searched]
-        found = list_cells(experiment, narrow)
+        found = list_cells(experiment, ["seed=42", "task=stsb", *searched])
         assert len({cell.config.key for cell in found}) == len(found) >= 2, experiment
         models = {"table4": ["roberta_large"], "table9": ["bert_base"], "table5": ["bert_base", "roberta_base"]}
         if experiment in models:
@@ -227,51 +223,3 @@ def test_what_needs_no_runs_says_so(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert capsys.readouterr().out.startswith(f"{name}: ")
     assert runner.main(["figure2", "--dry", f"results_dir={tmp_path}"]) == 0
     assert "figure2.json is missing" in capsys.readouterr().out
-
-
-def _record(method: str, task: str, rate: float, score: float | None) -> dict[str, Any]:
-    config = {
-        "method": {"name": method},
-        "task": {"name": task},
-        "train": {"lr": rate},
-        "protocol": {"select": "heldout"},
-    }
-    status = {"status": "failed"} if score is None else {"status": "complete", "result": {"chosen_score": score}}
-    return {"key": "k", "config": config, **status}
-
-
-def grid(score: Callable[[str, float], float | None]) -> list[dict[str, Any]]:
-    return [_record("full", task, rate, score(task, rate)) for task in rates.TASKS for rate in rates.RATES]
-
-
-def test_the_rate_of_the_best_mean_wins_and_a_diverged_one_cannot() -> None:
-    def score(task: str, rate: float) -> float | None:
-        if rate == 5e-4:
-            return None if task == "stsb" else 0.99
-        return {5e-5: 0.8, 1.5e-4: 0.7}[rate] if task == "snippets" else {5e-5: 0.2, 1.5e-4: 0.4}[rate]
-
-    chosen = rates.choose(rates.scores(grid(score)))["methods"]
-    assert chosen["full"]["lr"] == 1.5e-4
-    assert not chosen["full"]["at_edge"]
-    assert chosen["full"]["mean"] == {"5e-05": 0.5, "0.00015": 0.55, "0.0005": None}
-    assert chosen["lora"]["lr"] is None
-    assert len(chosen["lora"]["missing"]) == 6
-
-
-@pytest.mark.parametrize(("tasks", "best", "at_edge"), [(("stsb",), 5e-4, True), (rates.TASKS, 1.5e-3, True)])
-def test_a_rate_beyond_the_grid_counts_once_all_tasks_have_it(
-    tasks: tuple[str, ...], best: float, at_edge: bool
-) -> None:
-    further = [_record("full", task, 1.5e-3, 1.0) for task in tasks]
-    chosen = rates.choose(rates.scores([*grid(lambda _, rate: 1000 * rate), *further]))["methods"]["full"]
-    assert (chosen["lr"], chosen["at_edge"]) == (best, at_edge)
-
-
-def test_disagreeing_records_and_validation_scores_are_refused() -> None:
-    twice = [_record("full", "stsb", 5e-5, 0.5), _record("full", "stsb", 5e-5, 0.6)]
-    with pytest.raises(UserError, match="two records for full / stsb at 5e-05 disagree"):
-        rates.scores(twice)
-    wrong = _record("full", "stsb", 5e-5, 0.5)
-    wrong["config"]["protocol"]["select"] = "validation"
-    with pytest.raises(UserError, match="chosen on validation rows"):
-        rates.scores([wrong])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_experiments_report import cell, context, fill, record, write
+from test_experiments_report import FOLDER, cell, context, fill, record, write
 
 from experiments import published
 from experiments.mtbench.scores import ModelScores
@@ -19,7 +19,7 @@ from sparsegrad.files import write_json
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """A folder with three seeds of two methods on one mini task."""
+    """A folder with three seeds of two methods on one task of Table 9."""
     return fill(tmp_path)
 
 
@@ -52,14 +52,15 @@ def test_logs_give_the_averages_that_are_known_of_them(results: Path) -> None:
 
 def test_seeds_that_score_what_one_answer_scores_are_counted(results: Path) -> None:
     for seed, value in ((42, 0.0), (3705, 0.0), (2023, 0.04)):
-        write(results, f"mini/c{seed}", record("full", "cola", seed, value))
+        write(results, f"{FOLDER}/c{seed}", record("meprop", "cola", seed, value))
     for seed, value in ((42, 279 / 408), (3705, 0.70)):
-        write(results, f"mini/m{seed}", record("full", "mrpc", seed, value))
-    table = accuracy.mini(context(results))
-    of = {"method": "full", "protocol": "paper"}
-    assert cell(table, "ours", task="cola", **of) == "1.33 ± 2.31 (2 const.)"
-    assert cell(table, "ours", task="mrpc", **of).endswith(" (1 const.)")
-    assert "const" not in cell(table, "ours", task="snippets", **of)
+        write(results, f"{FOLDER}/m{seed}", record("meprop", "mrpc", seed, value))
+    table = accuracy.per_task(context(results), 9)
+    assert cell(table, "ours", method="meprop", task="cola") == "1.33 ± 2.31 (2 const.)"
+    assert cell(table, "ours", method="meprop", task="mrpc").endswith(" (1 const.)")
+    assert "const" not in cell(table, "ours", method="full", task="cola")
+    assert accuracy.COLLAPSED in table.notes
+    assert accuracy.COLLAPSED not in accuracy.per_task(context(results), 10).notes
 
 
 def test_welch_interval_by_hand() -> None:
@@ -86,24 +87,17 @@ def test_table2_holds_but_for_the_misprint() -> None:
     assert wrong == ["Grad Input"]
 
 
-def test_all_entries_are_compared_with_one_percent(results: Path) -> None:
-    assert ablation.whole_against_one_percent(context(results)) == []
-    for keep, scores in ((5500, (0.50, 0.52, 0.54)), (ablation.SIZE // 4, (0.60, 0.62, 0.64))):
-        for seed, score in zip((42, 3705, 2023), scores, strict=True):
-            write(results, f"mini_ablation/{keep}-{seed}", record("sparsegrad", "stsb", seed, score, keep=keep))
-    (said,) = ablation.whole_against_one_percent(context(results))
-    assert said == "All entries minus 5,500 entries, 95 % Welch intervals: stsb +5.47 to +14.53."
-
-
 def test_the_ablation_counts_what_is_kept_and_sees_the_copied_row(results: Path) -> None:
     for seed in (42, 3705):
-        for task in ablation.MINI_TASKS:
-            write(results, f"mini_ablation/{task}{seed}", record("sparsegrad", task, seed, 0.5, keep=5500))
-    table = ablation.mini(context(results))
-    assert cell(table, "ours", kept="5,500", task="average") == "50.00 ± 0.00"
-    assert cell(table, "share", kept="5,500", task="average") == "0.93 %"
-    assert any("equals the SparseGrad row of Table 9 in all 7 cells" in note for note in ablation.table(
-        context(results), 11).notes)  # fmt: skip
+        for task in published.TASKS.values():
+            made = record("sparsegrad", task, seed, 0.5, keep=22000)
+            write(results, f"ablation_bert_base/{task}{seed}", made)
+    table = ablation.table(context(results), 11)
+    assert cell(table, "ours", kept="22,000", task="average") == "50.00 ± 0.00"
+    assert cell(table, "share", kept="22,000", task="average") == "0.93 %"
+    assert len(table.records["22,000 cola paper"]) == 2
+    assert [(round(one.share, 2), one.value.mean) for one in ablation.curve(context(results), 11)] == [(0.93, 50.0)]
+    assert any("equals the SparseGrad row of Table 9 in all 7 cells" in note for note in table.notes)
 
 
 def test_speed_takes_medians_and_ratios_within_a_setting(results: Path) -> None:
@@ -150,7 +144,7 @@ def test_section8_scales_a_measurement_that_tells_its_parts_apart(results: Path)
 
 def test_table6_holds_the_losses_of_our_runs(results: Path) -> None:
     for seed, loss in ((42, 1.25), (3705, 1.35)):
-        of = record("lora", "oasst1", seed, 0.0)
+        of = record("lora", "oasst1", seed, 0.0, model="minilm")
         write(results, f"table6_mini/{seed}", {**of, "result": {"metric": "nll", "value": loss}})
     table = llama.table(context(results))
     assert cell(table, "ours, loss", model=f"minilm ({MINI_MARK})", method="lora") == "1.300 ± 0.071"
@@ -185,7 +179,7 @@ def test_runs_of_llama_fill_the_published_rows_of_table6(results: Path) -> None:
 
 
 def test_table6_shows_share_loss_before_speed_memory_and_counts_of_our_runs(results: Path) -> None:
-    of = record("sparsegrad", "oasst1", 42, 0.0)
+    of = record("sparsegrad", "oasst1", 42, 0.0, model="minilm")
     more = {
         "result": {"metric": "nll", "value": 1.25},
         "trainable": {"share": 0.014868},

@@ -69,7 +69,7 @@ def refusal(*words: str) -> str:
         ("method=lora,full", "several values.*-m"),
         ("lr=1,2", "lr=1,2 .*-m"),
         ("+train.lr=3", r"without \+, train\.lr=3"),
-        ("+experiment=mini", r"write experiment=mini, without \+"),
+        ("+experiment=table5", r"write experiment=table5, without \+"),
         ("~train.foo", r"train has no foo; it has lr"),
         ("zzz=1", "zzz.*--help"),
     ],

@@ -41,7 +41,7 @@ def test_published_and_authors_values(conf: Composer) -> None:
         assert (options.train.batch_size, options.train.lr) == (batch, lr)
     with pytest.raises(UserError, match="hparams=paper has nothing for minilm / sparsegrad / snippets"):
         running.apply_hparams(conf("hparams=paper"))
-    with pytest.raises(UserError, match="choose paper, authors, search, mini or study:NAME"):
+    with pytest.raises(UserError, match="choose paper, authors, search or study:NAME"):
         running.apply_hparams(conf("hparams=mine"))
 
 

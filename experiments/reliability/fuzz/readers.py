@@ -56,8 +56,8 @@ def _raise(error: UserError) -> None:
 
 
 def _make_collected(folder: Path) -> None:
-    (folder / "glue_minilm").mkdir()
-    _make_record(folder / "glue_minilm")
+    (folder / "quickstart").mkdir()
+    _make_record(folder / "quickstart")
 
 
 def _read_collected(folder: Path) -> None:
@@ -257,7 +257,7 @@ def all_readers() -> dict[str, Reader]:
     json_files = [f"{group}.json" for group in _GROUPS]
     return {
         "records": Reader(_make_record, {"record.json": LINES}, _read_record),
-        "records of a report": Reader(_make_collected, {"glue_minilm/record.json": LINES}, _read_collected),
+        "records of a report": Reader(_make_collected, {"quickstart/record.json": LINES}, _read_collected),
         "bases": Reader(_make_bases, {"bases.safetensors": TENSOR_FILE, "bases.json": LINES}, _read_bases),
         "adapters": Reader(_make_adapter, {TENSORS: TENSOR_FILE, FACTS: LINES}, _read_adapter, _repair_adapter),
         "GLUE, JSON lines": Reader(_make_jsonl, jsonl, _load(_SST2, _STSB)),

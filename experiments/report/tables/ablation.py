@@ -10,8 +10,8 @@ import pandas as pd
 from experiments.published import METHODS, TASKS, cells, contradicts
 from experiments.report.evidence import load_evidence
 from experiments.report.stats import Summary, summarise
-from experiments.report.tables.accuracy import AVERAGE, COLLAPSED, MINI_RUNS, SCORES, Grid
-from experiments.report.tables.base import MINI_MARK, Context, Table, signed
+from experiments.report.tables.accuracy import AVERAGE, SCORES, Grid, explain_constant
+from experiments.report.tables.base import Context, Table, signed
 from experiments.report.tables.evidence import comparable
 
 SIZE = 768 * 3072
@@ -25,7 +25,6 @@ PRINTED = {
 }
 ROUNDED = {12: ['The row printed as "1.4% remained" is shown at 30,000 (1.27 %), the nearest of the paper\'s counts.']}
 ALL = "100% remained"
-MINI_TASKS = ("stsb", "mrpc")
 MINI_SCALE = 4  # a weight of MiniLM has a quarter of the entries of BERT's
 
 
@@ -47,6 +46,7 @@ def table(context: Context, number: int) -> Table:
         f"The printed averages imply these SST-2 scores, within 0.8 points: {implied(number)}.",
         *ROUNDED.get(number, ()),
         *copied(number),
+        *explain_constant(rows),
     ]
     title = f"Table {number}: kept entries, {MODELS[number]}"
     return Table(f"table{number}", title, pd.DataFrame(rows), notes, _records(grid))
@@ -74,16 +74,16 @@ def _row(grid: Grid, number: int, keep: int, task: str) -> dict[str, str]:
     }
 
 
-def _format_kept(keep: int, scale: int = 1) -> str:
-    return "all" if keep == SIZE else f"{keep // scale:,}"
+def _format_kept(keep: int) -> str:
+    return "all" if keep == SIZE else f"{keep:,}"
 
 
-def _records(grid: Grid, scale: int = 1) -> dict[str, list[Path]]:
+def _records(grid: Grid) -> dict[str, list[Path]]:
     """Label -> records of every cell; labels start with the number of kept entries, like the rows."""
     found: dict[str, list[Path]] = {}
     for keep in KEPT:
-        method = f"sparsegrad@{keep // scale}"
-        found |= {label.replace(method, _format_kept(keep, scale)): paths for label, paths in grid.records([method])}
+        method = f"sparsegrad@{keep}"
+        found |= {label.replace(method, _format_kept(keep)): paths for label, paths in grid.records([method])}
     return found
 
 
@@ -106,35 +106,6 @@ def implied(number: int) -> str:
     return ", ".join(f"{row} {value:.1f}" for row, value in found.items())
 
 
-def mini(context: Context) -> Table:
-    """The ablation on MiniLM at the paper's densities."""
-    grid = _mini_grid(context)
-    rows = []
-    for keep in KEPT:
-        method = f"sparsegrad@{keep // MINI_SCALE}"
-        for task in (*MINI_TASKS, AVERAGE):
-            line = grid.line(method, task)
-            line.pop("vs full, 95 %")
-            rows.append(
-                {"kept": _format_kept(keep, MINI_SCALE), "share": f"{100 * keep / SIZE:.2f} %", "task": task, **line}
-            )
-    notes = [
-        SCORES + " " + COLLAPSED,
-        "The densities are the paper's: {18000, 22000, 28000, 30000, 100000, all} of 2,359,296. All use one learning "
-        "rate, which was chosen at 1 %. " + MINI_RUNS,
-        *whole_against_one_percent(context),
-    ]
-    title = f"Tables 11 and 12 on MiniLM ({MINI_MARK})"
-    return Table("table11_mini", title, pd.DataFrame(rows), notes, _records(grid, MINI_SCALE))
-
-
-def whole_against_one_percent(context: Context) -> list[str]:
-    """Intervals of the score with all entries minus the score with about 1 % of them, as a note."""
-    every, few = (keep // MINI_SCALE for keep in (SIZE, KEPT[1]))
-    said = _mini_grid(context).differences(f"sparsegrad@{every}", f"sparsegrad@{few}")
-    return [f"All entries minus {few:,} entries, 95 % Welch intervals: {said}."] if said else []
-
-
 def evidence_curve(context: Context) -> list[Point]:
     """Averages over the comparable tasks of the runs of evidence_density; empty without such a task."""
     folder = "evidence_density"
@@ -146,11 +117,8 @@ def evidence_curve(context: Context) -> list[Point]:
 
 def curve(context: Context, number: int) -> list[Point]:
     """The same for our runs of the paper's model in Table 11 or 12."""
-    return _curve(_grid(context, number), 1)
-
-
-def _curve(grid: Grid, scale: int) -> list[Point]:
-    found = [(keep, summarise(grid.values(f"sparsegrad@{keep // scale}", AVERAGE))) for keep in KEPT]
+    grid = _grid(context, number)
+    found = [(keep, summarise(grid.values(f"sparsegrad@{keep}", AVERAGE))) for keep in KEPT]
     return [Point(100 * keep / SIZE, value) for keep, value in found if value is not None]
 
 
@@ -163,7 +131,3 @@ def published_curve(number: int) -> list[tuple[float, float]]:
 def _grid(context: Context, number: int) -> Grid:
     tasks = tuple(task for task in TASKS.values() if task != "sst2")
     return Grid(context, f"ablation_{MODELS[number]}", MODELS[number], "paper", tasks)
-
-
-def _mini_grid(context: Context) -> Grid:
-    return Grid(context, "mini_ablation", "minilm", "paper", MINI_TASKS)

@@ -1,8 +1,8 @@
-"""Tables 4, 9 and 10 (models on GLUE), Table 5 (averages of 9 and 10), and the same on MiniLM."""
+"""Tables 4, 9 and 10 (models on GLUE), and Table 5 (averages of 9 and 10)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -11,15 +11,12 @@ from experiments.published import GLUE_MODELS, METHODS, TASKS, authors_runs, cel
 from experiments.published import SEEDS as PAPER_SEEDS
 from experiments.report.collect import Key
 from experiments.report.stats import Summary, summarise, welch_interval
-from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table, caveat, hours, interval_text, signed
+from experiments.report.tables.base import MISSING, Context, Table, hours, interval_text, signed
 
 PRINTED_AS = {9: "BERT", 10: "RoBERTa-base"}  # headings of Table 5
 MODELS = GLUE_MODELS
 TITLES = {4: "RoBERTa-large on GLUE", 9: "BERT-base on GLUE", 10: "RoBERTa-base on GLUE"}
 PAPER_METHODS = ("full", "lora", "sparsegrad", "sparsegrad_authors", "meprop")
-MINI_METHODS = ("full", "lora", "lora_tuned", "meprop", "sparsegrad", "sparsegrad_authors", "sparsegrad_fast")
-MINI_TASKS = ("snippets", "cola", "stsb", "mrpc")
-PROTOCOLS = ("paper", "heldout")
 SEEDS = 3
 CLOSE = 0.005  # points; the constant scores below have two decimals
 LOGGED_SEEDS = (*PAPER_SEEDS, 37, 7777)  # they also logged seed 34, that of their searches
@@ -33,18 +30,9 @@ SCORES = "Scores in points: Matthews for CoLA, Pearson for STS-B, accuracy other
 # Scores of a constant prediction: 0 for Matthews and Pearson, the share of the majority class for accuracy.
 CONSTANT = {"cola": 0.0, "stsb": 0.0, "mrpc": 68.38}
 COLLAPSED = "k const.: k of the seeds score the same as a constant prediction (0 on CoLA and STS-B, 68.38 on MRPC)."
-UNCORRECTED = "Intervals are not corrected for multiple comparisons."
-SIGNIFICANCE = (
-    "No significant difference: the interval contains 0, and a difference of less than half its width could not have "
-    "been detected. " + UNCORRECTED
-)
 WELCH = (
     "Interval: two-sided 95 % Welch interval of the difference from full fine-tuning; if it contains 0, the difference "
-    "is not significant. " + UNCORRECTED
-)
-MINI_RUNS = (
-    "Runs: one epoch at batch size 32 with bf16 autocast, evaluated every 90 steps, two or three times per run. "
-    "Protocol paper uses the paper's rule to choose a checkpoint, but not its 20 epochs."
+    "is not significant. Intervals are not corrected for multiple comparisons."
 )
 
 
@@ -93,13 +81,6 @@ class Grid:
             "hours": hours(self.cost(method, task)),
         }
 
-    def differences(self, method: str, other: str) -> str:
-        """95 % Welch intervals of method minus other by task and on average, if there are seeds enough."""
-        found = {
-            task: welch_interval(self.values(method, task), self.values(other, task)) for task in (*self.tasks, AVERAGE)
-        }
-        return ", ".join(f"{task} {interval_text(one)}" for task, one in found.items() if one)
-
     def records(self, methods: Sequence[str]) -> Iterator[tuple[str, list[Path]]]:
         """(label, records) of every cell that has records."""
         for method in methods:
@@ -115,6 +96,11 @@ def constant(values: Sequence[float], task: str) -> str:
     return f" ({count} const.)" if count else ""
 
 
+def explain_constant(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The note on the remarks of `constant`, if a row has one."""
+    return [COLLAPSED] if any("const.)" in row["ours"] for row in rows) else []
+
+
 def per_task(context: Context, number: int) -> Table:
     """Table 4, 9 or 10: ours next to the published cells and the authors' logs."""
     tasks, model = tuple(TASKS.values()), MODELS[number]
@@ -124,7 +110,15 @@ def per_task(context: Context, number: int) -> Table:
         f"table{number}",
         f"Table {number}: {TITLES[number]}",
         pd.DataFrame(rows),
-        [SCORES, WELCH, *_logged(number), *contradicted(number), *EDITIONS.get(number, ()), *_trainable(number)],
+        [
+            SCORES,
+            WELCH,
+            *_logged(number),
+            *contradicted(number),
+            *EDITIONS.get(number, ()),
+            *_trainable(number),
+            *explain_constant(rows),
+        ],
         dict(grid.records(PAPER_METHODS)),
     )
 
@@ -204,39 +198,3 @@ def averages(context: Context) -> Table:
         records |= {f"{model} {label}": paths for label, paths in grid.records(PAPER_METHODS)}
     notes = [SCORES, WELCH, *(line for number in (9, 10) for line in (*_logged(number), *contradicted(number)))]
     return Table("table5", "Table 5: averages on GLUE", pd.DataFrame(rows), notes, records)
-
-
-def mini(context: Context) -> Table:
-    """Tables 4, 5, 9 and 10 on MiniLM: our tasks, both protocols."""
-    rows: list[dict[str, str]] = []
-    records: dict[str, list[Path]] = {}
-    for protocol in PROTOCOLS:
-        grid = Grid(context, "mini", "minilm", protocol, MINI_TASKS)
-        for method in MINI_METHODS:
-            for task in (*MINI_TASKS, AVERAGE):
-                rows.append({"method": method, "task": task, **grid.line(method, task)})
-        records |= dict(grid.records(MINI_METHODS))
-    notes = [
-        SCORES,
-        COLLAPSED,
-        WELCH,
-        MINI_RUNS,
-        caveat(context.results),
-        "Both protocols use the same runs, which train on nine tenths of the training rows. Protocol heldout: the "
-        "checkpoint with the best score on the other tenth. Protocol paper: the best evaluation on the validation "
-        "split.",
-    ]
-    title = f"Tables 4, 5, 9 and 10 on MiniLM ({MINI_MARK})"
-    return Table("table5_mini", title, pd.DataFrame(rows), notes, records)
-
-
-def mini_overview(context: Context) -> Table:
-    """The same scores, with one row per protocol and method and one column per task."""
-    rows = []
-    for protocol in PROTOCOLS:
-        grid = Grid(context, "mini", "minilm", protocol, MINI_TASKS)
-        for method in MINI_METHODS:
-            of = {task: grid.line(method, task)["ours"] for task in (*MINI_TASKS, AVERAGE)}
-            rows.append({"protocol": protocol, "method": method, **of})
-    title = f"Tables 5, 9 and 10 on MiniLM: overview ({MINI_MARK})"
-    return Table("table5_mini_overview", title, pd.DataFrame(rows), [SCORES, COLLAPSED, MINI_RUNS])

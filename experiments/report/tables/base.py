@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +37,7 @@ class Table:
     """One finished table.
 
     Attributes:
-        name: file name, such as table4 or table5_mini.
+        name: file name, such as table4 or evidence_paper.
         title: heading.
         frame: cells as text.
         notes: lines below the table.
@@ -101,17 +100,3 @@ def interval_text(interval: tuple[float, float] | None) -> str:
 def hours(number: float | None) -> str:
     """Hours with two decimals; empty for None."""
     return "" if number is None else f"{number:.2f}"
-
-
-def caveat(results_dir: Path) -> str:
-    """Note on how `mini_rates.json` was chosen, and the methods whose best rate is at an edge of the grid."""
-    try:
-        chosen = json.loads((results_dir / "mini_rates.json").read_text())["methods"]
-    except FileNotFoundError:
-        return ""
-    edges = [f"{method} {one['lr']:g}" for method, one in chosen.items() if one["at_edge"]]
-    at_edge = f" Rates at an edge of the grid, which may not be optimal: {', '.join(edges)}." if edges else ""
-    return (
-        "Learning rate of each method: results/mini_rates.json, chosen on held-out rows with one seed and two tasks; "
-        f"another seed may choose another rate (docs/performance.md, Quality).{at_edge}"
-    )

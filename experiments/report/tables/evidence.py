@@ -13,6 +13,7 @@ from experiments.report.gates import GATES, Health, check_task, comparable_tasks
 from experiments.report.searches import Searches
 from experiments.report.stats import Difference, holm
 from experiments.report.tables.base import Context, Table
+from experiments.report.tables.costs import measured
 from experiments.report.tables.evidence_cells import (
     describe_machine,
     format_averages,
@@ -22,7 +23,6 @@ from experiments.report.tables.evidence_cells import (
     format_score,
     format_speed,
 )
-from experiments.report.tables.quality import measured
 
 NOT_RUN = "not run yet"
 SHOWN = 5  # records that do not count are listed up to this number

@@ -11,7 +11,7 @@ from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.searches import Searches
 from experiments.report.stats import MIN_SEEDS, Difference, interquartile_mean, summarise
 from experiments.report.tables.base import MISSING, interval_text
-from experiments.report.tables.quality import Cost
+from experiments.report.tables.costs import Cost
 
 # Arm -> arm of the benchmark.
 BENCHED = {
