@@ -149,7 +149,7 @@ def _decide_energy(context: Context, spec: Spec) -> Iterable[Decision]:
         yield Decision(NOT_TESTED, "no gradients measured", see=see)
         return
     for kind in figures.KINDS:
-        a, b = (basis.energy(found, str(spec[name]), kind) for name in ("a", "b"))
+        a, b = (basis.kept_energy(found, str(spec[name]), kind) for name in ("a", "b"))
         above = [a[step] > b[step] for step in sorted(a)]
         first, last = min(a), max(a)
         shown = (

@@ -162,7 +162,7 @@ def basis_study(context: Context) -> Figure | None:
     ends = []
     for axis, kind in zip(axes, KINDS, strict=True):
         for name, label in basis.NAMES.items():
-            line, look = basis.energy(data, name, kind), BASES[name]
+            line, look = basis.kept_energy(data, name, kind), BASES[name]
             axis.plot(list(line), list(line.values()), marker=look.marker, markersize=4, color=look.colour)
             ends.append((*list(line.items())[-1], label, look.colour))
         axis.set(title=f"{kind} layers", xlabel="training step", ylim=(0, 1))

@@ -38,7 +38,7 @@ def _basis(context: Context) -> Iterator[Finding]:
     found = basis.read(context.results)
     if found is not None:
         energy = {
-            name: {kind: mean(basis.energy(found, name, kind).values()) for kind in figures.KINDS}
+            name: {kind: mean(basis.kept_energy(found, name, kind).values()) for kind in figures.KINDS}
             for name in ("none", "both", "authors")
         }
         said = "; ".join(

@@ -36,7 +36,7 @@ def read(results: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} is damaged ({error}): make reproduce-basis measures it again") from None
 
 
-def energy(found: dict[str, Any], basis: str, kind: str, density: float = DENSITY) -> dict[int, float]:
+def kept_energy(found: dict[str, Any], basis: str, kind: str, density: float = DENSITY) -> dict[int, float]:
     """Step -> mean over blocks of the energy in the largest entries."""
     rows = [row for row in found["rows"] if (row["basis"], row["kind"], row["density"]) == (basis, kind, density)]
     return {row["step"]: mean(row["blocks"]) for row in rows}
@@ -49,7 +49,9 @@ def table(context: Context) -> Table:
     for basis, name in NAMES.items():
         row = {"basis": name}
         for kind in ("intermediate", "output"):
-            row[f"energy, {kind}"] = MISSING if found is None else f"{mean(energy(found, basis, kind).values()):.3f}"
+            row[f"energy, {kind}"] = (
+                MISSING if found is None else f"{mean(kept_energy(found, basis, kind).values()):.3f}"
+            )
         rows.append(row)
     notes = [
         "Energy: share of the squared norm in the largest 1 % of entries, averaged over blocks and training steps.",
