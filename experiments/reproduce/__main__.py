@@ -18,7 +18,16 @@ from pathlib import Path
 
 from experiments.paths import ROOT, SCALES
 from experiments.reproduce import benchmarks, commands, searches
-from experiments.reproduce.cells import ELSEWHERE, EXPERIMENTS, MEASURED, Cell, experiments_of, in_evidence, list_cells
+from experiments.reproduce.cells import (
+    ELSEWHERE,
+    EXPERIMENTS,
+    MEASURED,
+    Cell,
+    experiments_of,
+    in_evidence,
+    list_cells,
+    list_for_show,
+)
 from experiments.reproduce.dry_run import show
 from experiments.reproduce.processes import cell_job, is_held, last_error
 from experiments.studies import gradients as measure
@@ -54,7 +63,8 @@ def _make_table(options: argparse.Namespace) -> int:
     options.overrides = in_evidence(options.overrides)
     names = experiments_of(options.table, options.scale)
     of_runs = [one for one in options.overrides if one.partition("=")[0] not in FIGURE_KEYS]
-    groups = [list_cells(name, of_runs, options.data) for name in names]
+    listed = list_for_show if options.dry else list_cells
+    groups = [listed(name, of_runs, options.data) for name in names]
     if reason := _explain_no_runs(options.table, options.scale):
         print(f"{options.table}: {reason}", flush=True)
     studies = _plan_studies(options)  # composed and checked before anything runs

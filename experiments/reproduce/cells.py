@@ -18,6 +18,7 @@ from sparsegrad.runs.config import RunConfig, build
 from sparsegrad.runs.overrides import expand_aliases, explain
 from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps import hparams
+from sparsegrad.sweeps.search_results import SearchMissingError
 from sparsegrad.tasks.snippets import Snippets
 
 # Scale -> table -> experiment YAMLs. The mini tables share their runs: one small model replaces all of the paper's.
@@ -131,6 +132,15 @@ def list_cells(experiment: str, extra: Sequence[str] = (), data: str | None = No
             return [_cell(experiment, point, given, data) for point in _points(experiment, given)]
         except (HydraException, OmegaConfBaseException) as error:
             raise explain(error, [f"experiment={experiment}", *extra], CONF) from None
+
+
+def list_for_show(experiment: str, extra: Sequence[str] = (), data: str | None = None) -> list[Cell]:
+    """As `list_cells`, to show them: cells that wait for a search are listed, too, and a line names the search."""
+    try:
+        return list_cells(experiment, extra, data)
+    except SearchMissingError as error:
+        print(f"{experiment}: waits for its searches ({error})", flush=True)
+        return list_cells(experiment, [*extra, "hparams=null"], data)
 
 
 def _points(experiment: str, extra: Iterable[str]) -> list[dict[str, str]]:

@@ -19,6 +19,8 @@ _LIKE = (
     ("experiment", "model", "method", "task"),
     ("experiment", "model", "method"),
     ("experiment", "model"),
+    ("model", "method", "task"),
+    ("model", "task"),  # the length of a run depends on the task more than its speed on the method
     ("model", "method"),
     ("model",),
 )

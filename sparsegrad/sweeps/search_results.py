@@ -20,6 +20,10 @@ DEFAULT, COMMITTED = "outputs", "results"  # results_dir of a user's runs, and t
 SWEEPS = {True: "evidence", False: "evidence_mlp_only"}
 
 
+class SearchMissingError(UserError):
+    """A run needs the result of a search that has not been made."""
+
+
 def read_search(composed: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the rate for a composed configuration.
 
@@ -74,7 +78,7 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
         finished = found["trials"]["complete"] + found["trials"]["pruned"]
         facts = found["budget"], found["train_rest"], found["objective"], float(found["best"]["values"][KEY])
     except FileNotFoundError:
-        raise UserError(f"hparams=search: the search {name} is missing ({path}): {remedy}") from None
+        raise SearchMissingError(f"hparams=search: the search {name} is missing ({path}): {remedy}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"hparams=search: {path} is not a summary of a search ({error!r}): {remedy}") from None
     if labels != (model, method, task):

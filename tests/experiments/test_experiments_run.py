@@ -217,6 +217,14 @@ def test_dry_lists_what_exists_and_what_is_missing(
     assert shown.splitlines()[-1].split() == ["minilm", "full", "sst2", "1", "1", "2", "1.50", "records"]
 
 
+def test_dry_lists_runs_that_wait_for_a_search_and_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["task=stsb", "method=lora", "seed=42,37", f"results_dir={tmp_path}"]
+    assert runner.main(["table5", "--scale", "mini", "--dry", *given]) == 0
+    shown = capsys.readouterr().out
+    assert "make search SCALE=mini METHODS=lora TASKS=stsb" in shown
+    assert "0 of 2 cells complete" in shown
+
+
 def test_what_needs_no_runs_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("table1", "table2", "figure1"):
         assert runner.main([name]) == 0
