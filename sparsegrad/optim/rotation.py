@@ -123,7 +123,7 @@ class _Ties:
         self.count = ties.to("cpu", non_blocking=ties.is_cuda)
         self._arrival = torch.cuda.Event() if values.is_cuda else None  # type: ignore[no-untyped-call]
         if self._arrival is not None:
-            self._arrival.record()
+            self._arrival.record(torch.cuda.current_stream(values.device))
 
     @property
     def has_arrived(self) -> bool:
