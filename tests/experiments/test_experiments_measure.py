@@ -72,7 +72,7 @@ def test_heat_maps_and_energies(made: Any, tmp_path: Path) -> None:
     assert max(float(value) for row in view["log10"] for value in row.split()) == 0.0
     energies = made("basis", "--steps", "1")
     assert len(energies["rows"]) == 2 * 2 * 6 * 3
-    both = basis_table.energy(energies, "both", "intermediate")
+    both = basis_table.kept_energy(energies, "both", "intermediate")
     assert list(both) == [0, 1]
     assert all(0 < value <= 1 for value in both.values())
     context = Context(tmp_path, Store(), "mini")
