@@ -63,15 +63,22 @@ make_block() { # make_block BLOCK: make the missing runs of the block within the
   return "${PIPESTATUS[0]}"
 }
 
+count_new() { # print the number of records written since the start
+  find results/runs -name '*.json' -newer "$out/start" | wc -l
+}
+
 status=0
 for block in $blocks; do
-  for attempt in 1 2 3; do # a process that dies on the GPU may end others, too: another call makes the missing runs
+  # A process that dies on the GPU may end all others: further calls make the missing runs, until two in a row make none.
+  for ((idle = 0; idle < 2; )); do
     [ $SECONDS -lt $end ] || break 2
-    echo "== block $block, call $attempt, at most $((end - SECONDS)) s"
+    before=$(count_new)
+    echo "== block $block, at most $((end - SECONDS)) s"
     make_block "$block"
     status=$?
-    echo "block $block: exit status $status" | tee -a "$out/summary.txt"
+    echo "block $block: exit status $status, $(($(count_new) - before)) new records" | tee -a "$out/summary.txt"
     [ $status -eq 1 ] || break
+    if [ "$(count_new)" -gt "$before" ]; then idle=0; else idle=$((idle + 1)); fi
   done
   [ $status -eq 0 ] || break # later blocks need the results of earlier ones
 done

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad.files import read_json
-from sparsegrad.runs.records import SCHEMA
+from sparsegrad.runs.records import PRUNED, SCHEMA
 
 # Folders that tables read. In others, such as those of sweeps, records of one seed differ by design.
 READ = re.compile(r"(glue|ablation)_.*|table6.*")
-PRUNED = "pruned by the sweep"  # start of the reason of a pruned trial, which is not a failure
 
 Key = tuple[str, str, str, str, str]
 """(folder, model, method, task, protocol); in an ablation the method includes its kept entries: `sparsegrad@18000`."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.palette import order_of
 from experiments.report.arms import arm_of
-from experiments.report.collect import PRUNED, hours
+from experiments.report.collect import hours
 from experiments.report.departures import find_departures
 from experiments.report.plans import Plan, read_plan
 from experiments.report.resampling import LOWER_IS_BETTER, POINTS, Remembered, is_constant
@@ -18,6 +18,7 @@ from experiments.report.stats import Difference, Seeded, compare
 from experiments.report.tables.base import Context
 from sparsegrad.errors import UserError
 from sparsegrad.runs.predictions import Arrays, read_predictions
+from sparsegrad.runs.records import PRUNED
 
 _RISE = 0.5  # points that a run must gain in its last three evaluations to count as still improving; of a loss, percent
 

@@ -13,13 +13,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from experiments.report.answers_page import has_answers
-from experiments.report.collect import PRUNED, skipped_summary
+from experiments.report.collect import skipped_summary
 from experiments.report.details import anchor, cell_details, environment_line
 from experiments.report.evidence import BLOCKS, IN_SMALL
 from experiments.report.tables import hyperparams, speed
 from experiments.report.tables.base import MISSING, OURS, Context, Table
 from experiments.report.tables.evidence import command, progress
 from sparsegrad.files import write_text
+from sparsegrad.runs.records import PRUNED
 
 TEMPLATES = Path(__file__).parent / "templates"
 LONG = 48  # characters; longer cells wrap

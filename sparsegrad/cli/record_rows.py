@@ -11,7 +11,7 @@ from typing import Any
 
 from sparsegrad.errors import UserError, did_you_mean
 from sparsegrad.runs.keys import determining
-from sparsegrad.runs.records import read_record, summary
+from sparsegrad.runs.records import PRUNED, read_record, summary
 
 Row = dict[str, Any]
 """A record, flat: the facts of `summary`, `key`, `path` and `minutes`, and its settings by their dotted names."""
@@ -41,6 +41,8 @@ def _make_row(path: Path, record: Mapping[str, Any]) -> Row:
     except (AttributeError, TypeError) as error:
         raise UserError(f"{path} is not a readable record ({error!r}): delete it and run again") from None
     row = {**settings, **summary(record), "key": str(record.get("key", path.stem)), "path": str(path)}
+    if row["status"] != "complete" and str(record.get("reason")).startswith(PRUNED):
+        row["status"] = "pruned"
     if _is_number(row["peak_mib"]) and _is_number(row["baseline_mib"]):
         row["peak_mib"] -= row["baseline_mib"]  # what training needs; the loaded model is there anyway
     return {**row, "minutes": _read_minutes(record.get("environment", {}))}

@@ -128,7 +128,7 @@ def _scores(rows: Sequence[Row], named: bool) -> list[str]:
     cells = []
     for row in rows:
         if row["status"] != "complete" or row["value"] is None:
-            cells.append("failed" if row["status"] != "complete" else "-")
+            cells.append(row["status"] if row["status"] != "complete" else "-")
             continue
         spread = f" ± {row['value_std']:.4f}" if row.get("value_std") is not None else ""
         cells.append((f"{_shorten(row['metric'])} " if named else "") + f"{row['value']:.4f}{spread}")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
+PRUNED = "pruned by the sweep"  # start of the reason of a trial that its sweep stopped, which is not a failure
 ENGINE_NAMES = {"merged": "exact"}  # earlier names of engines, in records made before they changed
 
 

@@ -10,6 +10,7 @@ from optuna.trial import Trial
 from transformers import TrainerCallback
 
 from sparsegrad.errors import UserError
+from sparsegrad.runs.records import PRUNED
 from sparsegrad.sweeps.leases import Heartbeat
 from sparsegrad.sweeps.storage import patiently
 
@@ -43,7 +44,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
             return
         self._report_new(state)
         if state.global_step < state.max_steps and self._trial.should_prune():
-            raise UserError(f"pruned by the sweep after evaluation {self._reported}, step {state.global_step}")
+            raise UserError(f"{PRUNED} after evaluation {self._reported}, step {state.global_step}")
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Stop reporting."""

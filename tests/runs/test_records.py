@@ -18,7 +18,7 @@ from sparsegrad.cli.records_command import make_text
 from sparsegrad.errors import UserError
 from sparsegrad.files import is_of_writing, write_json
 from sparsegrad.runs.environment import describe_environment
-from sparsegrad.runs.records import SCHEMA, find_complete, load_records
+from sparsegrad.runs.records import PRUNED, SCHEMA, find_complete, load_records
 
 
 def record(**more: Any) -> dict[str, Any]:
@@ -36,6 +36,7 @@ def record(**more: Any) -> dict[str, Any]:
 
 
 FAILED = {"status": "failed", "reason": "diverged", "result": {}, "speed": {}, "memory": {}}
+STOPPED = {**FAILED, "reason": f"{PRUNED} after evaluation 2, step 90"}
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_a_damaged_record_stops_the_table_or_is_reported(tmp_path: Path) -> None
     assert "2.json" in str(said[0])
 
 
-@pytest.mark.parametrize("written", [[record()], [record(**FAILED)], [record(), record(**FAILED)]])
+@pytest.mark.parametrize("written", [[record()], [record(**FAILED)], [record(), record(**FAILED), record(**STOPPED)]])
 def test_the_command_shows_what_there_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], written: list[dict[str, Any]]
 ) -> None:
@@ -111,7 +112,10 @@ def test_the_command_shows_what_there_is(
     shown = capsys.readouterr()
     assert "bad.json" in shown.err
     for content in written:
-        assert ("0.7500" if content["status"] == "complete" else "failed") in shown.out
+        cell = (
+            "0.7500" if content["status"] == "complete" else "pruned" if content["reason"] != "diverged" else "failed"
+        )
+        assert cell in shown.out
 
 
 def test_the_command_says_where_nothing_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
