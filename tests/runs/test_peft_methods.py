@@ -140,14 +140,24 @@ BAD: list[tuple[Any, str]] = [
     (peft_of(peft_type="LORA", bias="all"), "train.train_rest"),
     (peft_of(peft_type="PREFIX_TUNING"), "prompts"),
     (peft_of(peft_type="TRAINABLE_TOKENS"), "embeddings"),
-    (peft_of(peft_type="VBLORA"), "checkpoint"),
-    (peft_of(peft_type="LORA", init_lora_weights="eva"), "use lora_ga"),
+    *((peft_of(peft_type=kind), f"{kind} is not allowed: its layers share") for kind in ("VBLORA", "TINYLORA", "LILY")),
+    (peft_of(peft_type="ADAMSS", use_asa=True), "calls of its own"),
+    *(
+        (
+            peft_of(peft_type="LORA", init_lora_weights=init),
+            f"{init} is not allowed: peft's {init.upper() if init == 'eva' else 'CorDA'}",
+        )
+        for init in ("eva", "corda")
+    ),
     (lambda: Peft(config={"peft_type": "LORA", "init_lora_weights": "lora_ga"}, steps=None), "method.steps=null"),
     (lambda: Peft(config={"peft_type": "LORA", "r": 3}, budget="density:0.1"), "leave one out"),
     (lambda: Peft(config={"peft_type": "LORA"}, budget="1%"), "density:0.01"),
     (lambda: prepared(Peft(config={"peft_type": "LORA", "r": 0}), fresh()), "`r` should be a positive"),
     (lambda: prepared(Peft(config={"peft_type": "LORA", "r": "x"}), fresh()), "refuses these settings"),
-    (lambda: prepared(Peft(config={"peft_type": "LORA"}, budget="density:0.001"), fresh()), "makes r of LORA 0"),
+    (
+        lambda: prepared(Peft(config={"peft_type": "LORA"}, budget="density:0.001"), fresh()),
+        "the smallest share of LORA is 0.094, with r=1; give at least",
+    ),
     (lambda: prepared(Peft(config={"peft_type": "IA3"}, budget="density:0.1"), fresh()), "intermediate 32, output 32"),
     (lambda: prepared(Peft(config={"peft_type": "C3A", "block_size": 5}), fresh()), "refuses these settings of C3A"),
     (lambda: Peft(config={"peft_type": "LORA"}).check({"up": {"a": Conv1D(4, 3)}}), "not Conv1D"),
@@ -168,10 +178,10 @@ def test_bad_input_is_one_line(make: Any, message: str) -> None:
 
 
 def test_a_type_that_the_installed_peft_lacks_is_named_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    without = [one for one in list_types() if one != "LILY"]
+    without = [one for one in list_types() if one != "HIRA"]
     monkeypatch.setattr("sparsegrad.methods.peft_config.list_types", lambda: without)
-    with pytest.raises(UserError, match=r"LILY.*came with peft 0\.19.*pip install -U"):
-        Peft(config={"peft_type": "LILY"})
+    with pytest.raises(UserError, match=r"HIRA.*came with peft 0\.20.*pip install -U"):
+        Peft(config={"peft_type": "HIRA"})
 
 
 def test_peft_s_fields_need_no_plus_and_the_wide_sweep_knows_every_ready_method(conf: Composer) -> None:
