@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from run_fixtures import ROOT, Composer
 from test_methods import batch, context
@@ -184,12 +183,9 @@ def test_a_type_that_the_installed_peft_lacks_is_named_with_its_version(monkeypa
         Peft(config={"peft_type": "HIRA"})
 
 
-def test_peft_s_fields_need_no_plus_and_the_wide_sweep_knows_every_ready_method(conf: Composer) -> None:
+def test_peft_s_fields_need_no_plus(conf: Composer) -> None:
     method = build(conf("method=peft", "method.config.peft_type=SHIRA", "method.config.r=8", "task=stsb")).method
     assert (method.name, dict(method.config)) == ("peft", {"peft_type": "SHIRA", "r": 8})
-    wide = yaml.safe_load((ROOT / "conf" / "sweep" / "wide.yaml").read_text())["sweep"]["space"]
-    named = {one for entry in wide.values() for one in entry.get("methods", [])}
-    assert set(READY) - {"ia3"} <= named
 
 
 def test_a_core_lies_between_the_singular_vectors_of_its_weight() -> None:
@@ -265,15 +261,3 @@ def test_bases_by_name() -> None:
     assert torch.allclose(U.T @ U, torch.eye(16), atol=1e-5)
     assert not torch.allclose(U, bases["hosvd"].in_basis, atol=0.1)
     del model
-
-
-def test_a_run_records_what_came_out_and_is_not_merged_where_peft_cannot(tiny: Any) -> None:
-    """VeRA's layers share their projections, which a checkpoint must bear; Lily has no merge."""
-    from sparsegrad.runs.runner import run
-
-    record, _ = run(tiny("method=peft/vera", "method.config.r=4", "train.train_rest=false"))
-    assert record["trainable"]["per_weight"] == {"intermediate": 4 + 64, "output": 4 + 32}
-    assert record["method"]["merges"] is True
-    config = tiny("method=peft", "method.config.peft_type=LILY", "method.config.r=4", "save_model=true")
-    with pytest.raises(UserError, match=r"cannot merge method=peft.*save_adapter=peft"):
-        run(config)
