@@ -24,6 +24,7 @@ from sparsegrad.runs.records import read_record
 from sparsegrad.runs.runner import run
 from sparsegrad.runs.saving import model_folder
 from sparsegrad.sweeps.pool import run_sweep
+from sparsegrad.sweeps.study import load_study
 
 # Method -> its options, and the format of its adapter. Weights are 32 x 64.
 CASES = {
@@ -126,8 +127,12 @@ def test_a_sweep_searches_the_settings_of_a_method(
     space = "{train.lr:{float:[1e-4,1e-2],log:true},method.%s}" % (
         'budget:{choice:["density:0.1","density:0.2"]}' if name == "peft/dora" else "density:{float:[0.01,0.1]}"
     )
-    run_sweep(conf(*given, f"method={name}", "sweep=custom", "sweep.trials=2", f"sweep.space={space}"))
+    run_sweep(
+        conf(*given, f"method={name}", "sweep=custom", "sweep.trials=2", "sweep.study=searched", f"sweep.space={space}")
+    )
     records = [read_record(path) for path in (tmp_path / "results" / "runs").rglob("*.json")]
     assert [record["status"] for record in records] == ["complete"] * 2
-    counts = [record["trainable"]["per_weight"]["output"] for record in records]
-    assert all(count > 0 for count in counts)
+    field = "budget" if name == "peft/dora" else "density"
+    study = load_study(f"{tmp_path}/results/studies/studies.db", "searched")
+    searched = {trial.number: trial.params[f"method.{field}"] for trial in study.trials}
+    assert searched == {record["sweep"]["trial"]: record["config"]["method"][field] for record in records}
