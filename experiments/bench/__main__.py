@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m experiments.bench", description=(__doc__ or "").split("\n", 1)[0])
     made.add_argument("--quick", action="store_true", help="check in under 3 minutes that it works; no usable timings")
     made.add_argument("--presets", help=f"comma-separated, of {','.join(PRESETS)} (default: all)")
-    made.add_argument("--arms", help=f"comma-separated, of {','.join(ARMS)}")
+    made.add_argument("--arms", help=f"comma-separated, of {','.join(ARMS)}; or options of conf/method (peft/dora)")
     made.add_argument("--out", help="results file (default results/bench/HARDWARE.json)")
     made.add_argument("--work", default="outputs/work/bench", help="folder of the bases (default %(default)s)")
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -203,9 +203,9 @@ def _list_apart(presets: list[str], quick: bool, schedule: Schedule) -> list[Dec
 
 
 def _select_arms(found: Planned, wanted: tuple[str, ...]) -> list[str]:
-    """The planned arms of a setting, narrowed to `wanted` where that is not empty."""
-    arms = arms_of(found.setting, found.arms)
-    return [arm for arm in arms if not wanted or arm in wanted]
+    """The planned arms of a setting, narrowed to `wanted` where that is not empty; and its options of conf/method."""
+    planned = [arm for arm in arms_of(found.setting, found.arms) if not wanted or arm in wanted]
+    return planned + [arm for arm in wanted if arm not in ARMS]
 
 
 def _setting(options: argparse.Namespace) -> Setting:

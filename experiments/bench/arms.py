@@ -1,4 +1,7 @@
-"""The arms: methods with the options they are measured with. To add an arm, add a line to `ARMS`."""
+"""The arms: methods with the options they are measured with. To add an arm, add a line to `ARMS`.
+
+Each option of conf/method is an arm too, of the same name, at the density of the setting.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from experiments.bench.settings import Setting
+from experiments.paths import CONF
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.methods.base import Method
 
@@ -36,8 +40,9 @@ class Arm:
 
     Attributes:
         about: description for tables.
-        method: `module:Class`; imported only when the arm is measured, so that missing packages affect no other arm.
-        cost: key of `arithmetic.COSTS`.
+        method: `module:Class`, or a function that makes the method; imported only when the arm is measured, so that
+            missing packages affect no other arm.
+        cost: key of `arithmetic.COSTS`; empty: no prediction.
         options: fixed arguments of the class.
         sized: further arguments, computed from the setting.
         bases: whether the arm needs calibrated bases.
@@ -141,7 +146,27 @@ REFERENCES = ("full", "lora_peft", "layer_regular")
 
 def find_arm(name: str) -> Arm:
     """The arm of this name, or `UserError` that lists them."""
-    return ARMS[check_choice("arm", name, tuple(ARMS))]
+    ready = list_ready()
+    check_choice("arm", name, (*ARMS, *ready))
+    return ARMS[name] if name in ARMS else ready[name]
+
+
+def list_ready() -> dict[str, Arm]:
+    """The options of conf/method, such as `lora_sb` and `peft/dora`, as arms; those of `ARMS` are left out."""
+    folder = CONF / "method"
+    options = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    return {name: _make_ready(name) for name in options if name not in ARMS}
+
+
+def _make_ready(option: str) -> Arm:
+    return Arm(
+        about=f"method={option}",
+        method="experiments.bench.ready:make_method",
+        cost="",
+        options={"option": option},
+        sized=lambda setting: {"setting": setting},
+        bases=option.startswith("sparsegrad"),
+    )
 
 
 def arms_of(setting: Setting, wanted: tuple[str, ...]) -> list[str]:

@@ -28,6 +28,7 @@ from sparsegrad.trainer.peak_memory import PeakMemory
 Batch = dict[str, Tensor]
 Bases = Callable[[], dict[str, Basis]]
 FEWEST_WARMUP, FEWEST_STEPS = 2, 3
+_CALIBRATION = 8  # distinct batches of an arm that calibrates itself
 _POOL = 4  # distinct batches of a stack of MLPs; they are large, so they are reused in turn
 
 
@@ -45,7 +46,7 @@ def measure_arm(
 
     Args:
         setting: output of `Setting.as_json`.
-        arm: key of `ARMS`.
+        arm: name that `find_arm` knows.
         device: cpu or cuda.
         bases: file with the bases of this model's shape; read only if the arm needs them.
         seed: seed of weights and batches.
@@ -164,14 +165,14 @@ def prepare_loop(
     linears = mlp_linears(setting.architecture, model)
     method = find_arm(arm).make(setting)
     method.check(linears)
-    prepared = method.prepare(model, linears, _context(setting, source, device, bases))
+    prepared = method.prepare(model, linears, _context(setting, device, bases))
     # Compiled after `prepare`, which replaces modules or adds adapters.
     counts = {"trainable": prepared.trainable, "trainable_per_weight": prepared.trainable_per_weight}
     called = torch.compile(model) if setting.mode == "compiled" else model
     return Loop(called, prepared.optimizer, source, _autocast(setting, device), counts)
 
 
-def _context(setting: Setting, source: Iterator[Batch], device: torch.device, bases: Bases) -> Context:
+def _context(setting: Setting, device: torch.device, bases: Bases) -> Context:
     # Stands in for calibration: the bases are calibrated once per shape, in a process of their own.
     def load_stored(settings: Mapping[str, Any] | None, _: Any) -> tuple[dict[str, Basis], dict[str, Any]]:
         sides = (settings or {}).get("sides", "both")
@@ -182,7 +183,8 @@ def _context(setting: Setting, source: Iterator[Batch], device: torch.device, ba
         weight_decay=0.0,
         train_rest=setting.rest == "trained",
         is_head=setting.architecture.is_head,
-        batches=lambda: source,
+        # A stream of its own: the measured batches must be the same for an arm that calibrates.
+        batches=lambda: batches(setting, device, 0, _CALIBRATION),
         calibrated=load_stored,
     )
 

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from experiments.paths import CONF
 from sparsegrad.layers.common import product_dtype
 from sparsegrad.layers.replace import replace_linear
 from sparsegrad.methods.base import Context, Prepared, adamw, freeze, trainable_parameters
@@ -120,30 +118,3 @@ class _FusedLora(torch.autograd.Function):
         dx = (dy @ W).addmm_(ddown, A) if ctx.needs_input_grad[0] else None
         db = dy.sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, db, ddown.T @ x, dy.T @ down
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadyPeft:
-    """A ready method of peft, conf/method/peft/<ready>.yaml, at a density of trainable parameters."""
-
-    ready: str
-    density: float
-    name: str = "peft"
-
-    def check(self, linears: Linears) -> None:
-        """See `Peft`."""
-        self._method().check(linears)
-
-    def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
-        """See `Method`."""
-        prepared: Prepared = self._method().prepare(model, linears, context)
-        return prepared
-
-    def _method(self) -> Any:
-        from sparsegrad.methods.peft import Peft
-
-        found = yaml.safe_load((CONF / "method" / "peft" / f"{self.ready}.yaml").read_text(encoding="utf-8"))
-        # References such as ${seed} are for runs; any number will do here.
-        fields = {name: 0 if str(value).startswith("${") else value for name, value in found["config"].items()}
-        budget = None if found["budget"] is None else f"density:{self.density}"
-        return Peft(config=fields, budget=budget, name=found["name"])

@@ -29,6 +29,7 @@ class Context:
         batches: opens an endless stream of training batches; every call yields the same ones.
         calibrated: `(settings, compute) -> (bases, cost)`: returns the bases stored for these settings, or calls
             `compute` and stores its result; settings None: never stored.
+        measure: `compute -> (result, cost)`: calls `compute` and measures its time and memory.
         accumulation: backward passes per step of the optimizer.
     """
 
@@ -40,6 +41,7 @@ class Context:
     calibrated: Callable[
         [Mapping[str, Any] | None, Callable[[], dict[str, Basis]]], tuple[dict[str, Basis], dict[str, Any]]
     ]
+    measure: Callable[[Callable[[], Any]], tuple[Any, dict[str, Any]]] = lambda compute: (compute(), {})
     accumulation: int = 1
     has_head: bool = True
 
@@ -53,7 +55,8 @@ class Prepared:
         trainable: gradient entries that one step uses, counted as in the paper: all trainable parameters, but of the
             MLP weights of SparseGrad and MeProp only the kept entries.
         trainable_per_weight: layer kind -> the same count per MLP weight.
-        calibration: cost of the calibration, for the record; empty without one.
+        calibration: cost of reading calibration batches and of what is computed from them, for the record; empty
+            without any.
         finish: turns the model in place into an ordinary one that computes the same function; does nothing where
             `notes` say that the method does not merge.
         save: writes an adapter in peft's own format to a folder; None where there is none.
@@ -70,7 +73,14 @@ class Prepared:
 
 
 class Method(Protocol):
-    """One method: a frozen dataclass whose fields are the keys of its YAML, checked when it is created."""
+    """One method: a frozen dataclass whose fields are the keys of its YAML, checked when it is created.
+
+    For the estimate of a run's memory, a method may also have
+
+    - `count_added(linears) -> int`, if it freezes the MLP weights: the parameters that train in their place;
+    - `collects_gradients`: whether it holds the gradients of all MLP weights at once before the training;
+    - `chooses_rest`: whether it decides itself what trains beside the MLP weights, whatever `train.train_rest` says.
+    """
 
     name: str
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -72,6 +72,11 @@ def find_ranks(linears: Linears, density: float | None, rank: int | None) -> dic
             )
         ranks[kind] = check_integer("method.rank", own, at_least=1, at_most=min(rows, columns))
     return ranks
+
+
+def count_cores(linears: Linears, ranks: Mapping[str, int]) -> int:
+    """Entries of all cores."""
+    return sum(ranks[kind] ** 2 * len(found) for kind, found in linears.items())
 
 
 def prepare_cores(

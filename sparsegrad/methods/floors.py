@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -16,9 +17,14 @@ class Frozen:
     """Only the head trains, whatever `train.train_rest` says."""
 
     name: str = "frozen"
+    chooses_rest: ClassVar[bool] = True
 
     def check(self, linears: Linears) -> None:
         """Nothing to check."""
+
+    def count_added(self, linears: Linears) -> int:
+        """See `Method`; biases are too few to count."""
+        return 0
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""
@@ -32,9 +38,14 @@ class BitFit:
     """The biases of the whole model and the head train, whatever `train.train_rest` says."""
 
     name: str = "bitfit"
+    chooses_rest: ClassVar[bool] = True
 
     def check(self, linears: Linears) -> None:
         """Nothing to check before the model is there."""
+
+    def count_added(self, linears: Linears) -> int:
+        """See `Method`; biases are too few to count."""
+        return 0
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""

@@ -52,6 +52,11 @@ class Lora:
         smaller = min(min(shape) for shape in weight_shapes(linears).values())
         check_integer("method.rank", self.rank, at_least=1, at_most=smaller, remedy="no weight has a larger rank")
 
+    def count_added(self, linears: Linears) -> int:
+        """See `Method`."""
+        shapes = weight_shapes(linears)
+        return sum(self.rank * sum(shapes[kind]) * len(found) for kind, found in linears.items())
+
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""
         names = [name for found in linears.values() for name in found]

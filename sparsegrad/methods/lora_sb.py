@@ -6,14 +6,15 @@ of at the first step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsegrad.errors import check_integer
-from sparsegrad.methods.base import Context, Prepared, freeze
-from sparsegrad.methods.core import Factors, check_size, find_ranks, prepare_cores
+from sparsegrad.methods.base import Context, Prepared
+from sparsegrad.methods.core import Factors, check_size, count_cores, find_ranks, prepare_cores
 from sparsegrad.methods.gradients import mean_gradients
 from sparsegrad.targets import Linears
 
@@ -34,6 +35,7 @@ class LoraSb:
     rank: int | None = None
     steps: int = 8
     name: str = "lora_sb"
+    collects_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_size(self.density, self.rank)
@@ -43,16 +45,28 @@ class LoraSb:
         """Raise `UserError` if the rank is 0 or exceeds the smaller side of a weight."""
         find_ranks(linears, self.density, self.rank)
 
+    def count_added(self, linears: Linears) -> int:
+        """See `Method`."""
+        return count_cores(linears, find_ranks(linears, self.density, self.rank))
+
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""
         ranks = find_ranks(linears, self.density, self.rank)
-        freeze(model, linears, context, mlp_weights=True)
-        gradients = mean_gradients(model, linears, context, self.steps)
 
-        def make_factors(kind: str, name: str, linear: nn.Linear) -> Factors:
-            step = -context.lr * gradients.pop(name).sign()  # (out, in)
-            U, S, Vh = torch.linalg.svd(step, full_matrices=False)
-            r = ranks[kind]
-            return U[:, :r], torch.diag(S[:r]), Vh[:r]
+        def compute_factors() -> dict[str, Factors]:
+            gradients = mean_gradients(model, linears, context, self.steps)
+            return {
+                name: _decompose_step(-context.lr * gradients.pop(name).sign(), ranks[kind])
+                for kind, found in linears.items()
+                for name in found
+            }
 
-        return prepare_cores(model, linears, context, make_factors)
+        factors, cost = context.measure(compute_factors)
+        prepared = prepare_cores(model, linears, context, lambda kind, name, linear: factors.pop(name))
+        return replace(prepared, calibration=cost)
+
+
+def _decompose_step(step: Tensor, rank: int) -> Factors:
+    """U_r, S_r and V_r^T of a step (out, in); copies, as views would keep the whole decomposition."""
+    U, S, Vh = torch.linalg.svd(step, full_matrices=False)
+    return U[:, :rank].clone(), torch.diag(S[:rank]), Vh[:rank].clone()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sparsegrad.methods.base import Context, Prepared
-from sparsegrad.methods.core import Factors, check_size, find_ranks, prepare_cores
+from sparsegrad.methods.core import Factors, check_size, count_cores, find_ranks, prepare_cores
 from sparsegrad.targets import Linears
 
 _SPREAD = 1e-5  # standard deviation of the core's first values, as in the paper: nearly no change
@@ -37,6 +37,10 @@ class LoraXs:
     def check(self, linears: Linears) -> None:
         """Raise `UserError` if the rank is 0 or exceeds the smaller side of a weight."""
         find_ranks(linears, self.density, self.rank)
+
+    def count_added(self, linears: Linears) -> int:
+        """See `Method`."""
+        return count_cores(linears, find_ranks(linears, self.density, self.rank))
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import peft
 import torch
-from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
@@ -19,11 +18,19 @@ from sparsegrad.distributed import average_
 from sparsegrad.errors import UserError, check_integer, fail
 from sparsegrad.methods.base import Context, Prepared, adamw, freeze, train_only, trainable_parameters
 from sparsegrad.methods.gradients import compute_loss
-from sparsegrad.methods.peft_config import FROM_DATA, find_config_class, make_config, quiet, wrap
+from sparsegrad.methods.peft_config import (
+    FROM_DATA,
+    add_seed,
+    check_apart,
+    find_config_class,
+    make_config,
+    quiet,
+    wrap,
+)
 from sparsegrad.methods.peft_save import save_peft
-from sparsegrad.methods.peft_size import fit_budget, measure_size, size_field
+from sparsegrad.methods.peft_size import Weight, Weights, describe_weights, fit_budget, measure_size, size_field
 from sparsegrad.optim.selection import check_density
-from sparsegrad.targets import Linears, all_linears, weight_shapes
+from sparsegrad.targets import Linears, all_linears
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +41,14 @@ class Peft:
         config: peft's own fields for the method, with `peft_type`. Those that name targets are left out.
         budget: `density:SHARE`: the size (rank, number of entries, block size) with which the trainable count is
             closest to this share of the weights; None: as in `config`.
-        steps: calibration batches of an initialisation from data (`lora_ga`, `corda`).
+        steps: calibration batches of an initialisation from data (`lora_ga`).
+        seed: of what the method draws once, such as projections; peft's default is the same for all seeds of a run.
     """
 
     config: Mapping[str, Any]
     budget: str | None = None
     steps: int | None = 8
+    seed: int | None = None
     name: str = "peft"
 
     def __post_init__(self) -> None:
@@ -52,7 +61,14 @@ class Peft:
                 f"method.config.{field}={self.config[field]} and method.budget={self.budget}: both set the size; "
                 "leave one out, the budget with null"
             )
-        self._check_data()
+        if self.steps is None and self.collects_gradients:
+            raise fail(
+                "method.steps", "null", f"{FROM_DATA} initialises from data", "give calibration batches, such as 8"
+            )
+        if self.steps is not None:
+            check_integer("method.steps", self.steps, at_least=1)
+        if self.seed is not None:
+            check_integer("method.seed", self.seed, at_least=0)
 
     def _read_budget(self) -> float | None:
         """The share of `density:SHARE`."""
@@ -70,15 +86,6 @@ class Peft:
         check_density(density)
         return density
 
-    def _check_data(self) -> None:
-        init = self.config.get("init_lora_weights")
-        if init == "eva":
-            raise fail("method.config.init_lora_weights", init, "peft's EVA brings a loop of its own", "use lora_ga")
-        if init in FROM_DATA and self.steps is None:
-            raise fail("method.steps", "null", f"{init} initialises from data", "give calibration batches, such as 8")
-        if self.steps is not None:
-            check_integer("method.steps", self.steps, at_least=1)
-
     def check(self, linears: Linears) -> None:
         """Raise `UserError` if peft cannot wrap these linears with these settings, or no size fits the budget."""
         for linear in all_linears(linears):
@@ -86,27 +93,48 @@ class Peft:
                 raise UserError(
                     f"method={self.name} wraps nn.Linear, not {type(linear).__name__}: use method=sparsegrad"
                 )
-        self._resolve(linears)
+        self._describe(linears)
 
-    def _resolve(self, linears: Linears) -> tuple[dict[str, Any], dict[str, Any]]:
-        """All fields of the method, with the size that the budget gives; and what the record says of them."""
-        shapes, layers = weight_shapes(linears), {kind: len(found) for kind, found in linears.items()}
-        fields, notes = dict(self.config), dict[str, Any]()
-        density = self._read_budget()
-        if density is not None:
-            notes["budget"] = _fit_once(repr(dict(self.config)), repr(shapes), repr(layers), density)
-            fields[notes["budget"]["field"]] = notes["budget"]["value"]
-        return fields, notes | {"peft": peft.__version__, "merges": measure_size(fields, shapes).merges}
+    @property
+    def collects_gradients(self) -> bool:
+        """See `Method`: whether the method initialises from calibration batches."""
+        return bool(self.config.get("init_lora_weights") == FROM_DATA)
+
+    def count_added(self, linears: Linears) -> int:
+        """See `Method`."""
+        weights = describe_weights(linears)
+        counts = measure_size(self._resolve(weights)[0], weights, merge=False).counts
+        return sum(count * weights[kind].count for kind, count in counts.items())
+
+    def _describe(self, linears: Linears) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All fields of the method; and what the record says of them."""
+        weights = describe_weights(linears)
+        fields, notes = self._resolve(weights)
+        return fields, notes | {"peft": peft.__version__, "merges": measure_size(fields, weights).merges}
+
+    def _resolve(self, weights: Weights) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All fields of the method, with the size that the budget gives; and what that is."""
+        fields, density = add_seed(self.config, self.seed), self._read_budget()
+        if density is None:
+            return fields, {}
+        found = _fit_once(repr(fields), tuple(weights.items()), density)
+        return fields | {found["field"]: found["value"]}, {"budget": found}
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""
-        fields, notes = self._resolve(linears)
+        fields, notes = self._describe(linears)
         named = {name: linear for found in linears.values() for name, linear in found.items()}
         shapes = {name: (linear.out_features, linear.in_features) for name, linear in named.items()}
         config = make_config(fields, shapes)
-        _read_data(model, config, named, context, self.steps)
         before = next(iter(named.values())).weight.detach().clone()
-        tuner = wrap(model, config)
+
+        def insert() -> BaseTuner:
+            if self.collects_gradients:
+                _read_data(model, config, named, context, self.steps)
+            return wrap(model, config)
+
+        tuner, cost = context.measure(insert) if self.collects_gradients else (insert(), {})
+        check_apart(tuner)
         adapters = {id(parameter) for parameter in tuner.parameters() if parameter.requires_grad}
         freeze(model, linears, context, mlp_weights=False)
         layers = {kind: [model.get_submodule(name) for name in found] for kind, found in linears.items()}
@@ -120,6 +148,7 @@ class Peft:
             optimizer=adamw(parameters, context),
             trainable=sum(parameter.numel() for parameter in parameters),
             trainable_per_weight={kind: _count_adapter(found[0]) for kind, found in layers.items()},
+            calibration=cost,
             finish=functools.partial(_merge, tuner) if notes["merges"] else lambda: None,
             save=save,
             notes=notes,
@@ -127,37 +156,26 @@ class Peft:
 
 
 @functools.lru_cache(maxsize=16)
-def _fit_once(config: str, shapes: str, layers: str, density: float) -> dict[str, Any]:
-    """`fit_budget`, whose result `check` and `prepare` both need; of texts, which can be keys."""
-    return fit_budget(literal_eval(config), literal_eval(shapes), literal_eval(layers), density)
+def _fit_once(config: str, weights: tuple[tuple[str, Weight], ...], density: float) -> dict[str, Any]:
+    """`fit_budget`, whose result `check` and `prepare` both need; of what can be keys."""
+    return fit_budget(literal_eval(config), dict(weights), density)
 
 
 def _read_data(
     model: nn.Module, config: Any, linears: Mapping[str, nn.Linear], context: Context, steps: int | None
 ) -> None:
-    """Let peft look at calibration batches, if its initialisation asks for them."""
-    init = getattr(config, "init_lora_weights", None)
-    if init not in FROM_DATA:
-        return
+    """Let peft's LoRA-GA look at the gradients of calibration batches, the mean over all processes."""
+    from peft.tuners.lora.loraga import preprocess_loraga  # of peft 0.19 and later; `find_config_class` has checked it
+
     device = next(model.parameters()).device
 
     def backward() -> None:
         for batch in islice(context.batches(), steps):
             compute_loss(model, batch, device).backward()  # type: ignore[no-untyped-call]
 
-    @torch.no_grad()
-    def forward() -> None:
-        for batch in islice(context.batches(), steps):
-            compute_loss(model, batch, device)
-
     with quiet():
-        if init == "corda":
-            preprocess_corda(model, config, run_model=forward)
-            return
-        from peft.tuners.lora.loraga import preprocess_loraga  # of peft 0.19 and later; `make_config` has refused it
-
         preprocess_loraga(model, config, train_step=backward)
-    average_(getattr(linear, "_peft_loraga_grad") for linear in linears.values())  # noqa: B009 - peft's, of all processes
+    average_(getattr(linear, "_peft_loraga_grad") for linear in linears.values())  # noqa: B009 - a field of peft's
 
 
 def _set_trainable(layer: nn.Module, adapters: set[int]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from sparsegrad.errors import UserError, did_you_mean, fail, first_line
@@ -21,12 +21,15 @@ _OURS = {
     **dict.fromkeys(("target_modules", "exclude_modules", "target_parameters", "modules_to_save"), _WHERE),
     **dict.fromkeys(("layers_to_transform", "layers_pattern", "layer_replication", "trainable_token_indices"), _WHERE),
     "bias": "train.train_rest decides whether biases train",
+    "use_asa": "it prunes by calls of its own after each step",  # of AdaMSS
+    "generator_seed": "the run seeds all draws of the training",  # of PVeRA
     **dict.fromkeys(
         ("task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
          "fan_in_fan_out", "runtime_config", "megatron_config", "megatron_core"),
         "the run sets it",
     ),
 }  # fmt: skip
+_SHARES = "its layers share what trains, which a checkpoint of transformers cannot hold"
 # Types that do not train linears, or need more than a model and an optimizer.
 _ELSEWHERE = {
     "ADALORA": "it changes its ranks by calls of its own after each step",
@@ -35,19 +38,24 @@ _ELSEWHERE = {
     "POLY": "it needs the number of a task with each row",
     "SHADOW": "it trains a second model beside the first",
     "TRAINABLE_TOKENS": "it trains embeddings",
-    "UNILORA": "its layers share what trains, which a checkpoint of transformers cannot hold",
-    "VBLORA": "its layers share what trains, which a checkpoint of transformers cannot hold",
+    **dict.fromkeys(("LILY", "TINYLORA", "UNILORA", "VBLORA"), _SHARES),
     "XLORA": "it mixes adapters that are trained already",
 }
 # Version of peft in which a type for linears appeared, read off its releases, for the message where the installed one
 # lacks it. Those of 0.18, the oldest that this project supports, are left out.
 _SINCE = {
-    **dict.fromkeys(("ADAMSS", "GRALORA", "LILY", "PEANUT", "PSOFT", "PVERA", "TINYLORA"), "0.19"),
+    **dict.fromkeys(("ADAMSS", "GRALORA", "PEANUT", "PSOFT", "PVERA", "lora_ga"), "0.19"),
     **dict.fromkeys(("BEFT", "DEFT", "FROD", "GLORA", "HIRA"), "0.20"),
     "SUPERTUNING": "0.21",
 }
-# Initialisations of a LoRA that read batches: this project hands in its calibration batches.
-FROM_DATA = ("lora_ga", "corda")
+# Initialisations of a LoRA that read batches. For `lora_ga`, this project hands in its calibration batches.
+FROM_DATA = "lora_ga"
+_DATA_ELSEWHERE = {
+    "eva": "peft's EVA brings a loop of its own",
+    "corda": "peft's CorDA reads one row at a time, in one process",
+}
+# peft's fields for the seed of what a method draws once, such as its projections or entries.
+_SEEDS = ("projection_prng_key", "random_loc_seed", "random_seed")
 
 
 def list_types() -> list[str]:
@@ -68,16 +76,30 @@ def find_config_class(node: Mapping[str, Any]) -> type[Any]:
         if kind in _ELSEWHERE:
             raise fail(where, kind, _ELSEWHERE[kind], f"choose one of {', '.join(known)}")
         if kind in _SINCE:
-            raise UserError(
-                f"{where}={kind} is not in peft {peft.__version__}: it came with peft {_SINCE[kind]}; "
-                f"run pip install -U 'peft>={_SINCE[kind]}'"
-            )
+            raise _too_new(where, kind)
         if any(one.value == kind for one in PEFT_TYPE_TO_CONFIG_MAPPING):
             raise fail(where, kind, "it trains prompts, not linears", f"choose one of {', '.join(known)}")
         raise fail(where, node.get("peft_type"), f"choose one of {', '.join(known)}", did_you_mean(kind, known))
     found: type[Any] = next(value for one, value in PEFT_TYPE_TO_CONFIG_MAPPING.items() if one.value == kind)
-    _check_fields(kind, node, [field.name for field in dataclasses.fields(found) if field.init])
+    fields = [field.name for field in dataclasses.fields(found) if field.init]
+    _check_fields(kind, node, fields)
+    _check_init(node.get("init_lora_weights"), fields)
     return found
+
+
+def _too_new(where: str, name: str) -> UserError:
+    return UserError(
+        f"{where}={name} is not in peft {peft.__version__}: it came with peft {_SINCE[name]}; "
+        f"run pip install -U 'peft>={_SINCE[name]}'"
+    )
+
+
+def _check_init(init: Any, fields: Sequence[str]) -> None:
+    where = "method.config.init_lora_weights"
+    if init in _DATA_ELSEWHERE:
+        raise fail(where, init, _DATA_ELSEWHERE[init], "use lora_ga")
+    if init == FROM_DATA and "lora_ga_config" not in fields:
+        raise _too_new(where, init)
 
 
 def _check_fields(kind: str, node: Mapping[str, Any], fields: Sequence[str]) -> None:
@@ -114,6 +136,22 @@ def make_config(node: Mapping[str, Any], targets: Mapping[str, tuple[int, int]])
         given = {"save_projection": False, **given}
     with quiet():
         return _call_peft(kind, lambda: config_class(target_modules=list(targets), **given))
+
+
+def add_seed(node: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
+    """`node` with `seed` in peft's field for it, if the type has one and `node` does not set it."""
+    fields = {field.name for field in dataclasses.fields(find_config_class(node))}
+    return {**({} if seed is None else dict.fromkeys(fields.intersection(_SEEDS), seed)), **node}
+
+
+def check_apart(tuner: BaseTuner) -> None:
+    """Raise `UserError` if two linears share a tensor that a checkpoint would have to hold."""
+    owners: dict[int, str] = {}
+    for name, layer in tuner.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            for tensor in layer.state_dict(keep_vars=True).values():
+                if owners.setdefault(id(tensor), name) != name:
+                    raise fail("method.config.peft_type", tuner.peft_config["default"].peft_type.value, _SHARES)
 
 
 def wrap(model: nn.Module, config: Any) -> BaseTuner:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -12,14 +12,34 @@ from torch import nn
 
 from sparsegrad.errors import UserError, fail
 from sparsegrad.methods.peft_config import make_config, quiet, wrap
+from sparsegrad.targets import Linears, weight_shapes
 
-Shapes = Mapping[str, tuple[int, int]]
 # The field that sets the size of a type, where it is not `r`; None: the size is fixed.
 _SIZE_FIELDS: dict[str, str | None] = {
     "BOFT": "boft_block_size", "OFT": "oft_block_size", "C3A": "block_size", "FOURIERFT": "n_frequency",
-    "WAVEFT": "n_frequency", "OSF": "effective_rank", "TINYLORA": "u",
+    "WAVEFT": "n_frequency", "OSF": "effective_rank",
     **dict.fromkeys(("IA3", "BEFT", "ROAD", "FROD", "SUPERTUNING")),
 }  # fmt: skip
+
+
+class Weight(NamedTuple):
+    """The linears of one kind: their shape (out, in), whether they have a bias, and their number."""
+
+    rows: int
+    columns: int
+    bias: bool
+    count: int
+
+
+Weights = Mapping[str, Weight]
+
+
+def describe_weights(linears: Linears) -> dict[str, Weight]:
+    """Layer kind -> what its linears are."""
+    return {
+        kind: Weight(*shape, all(one.bias is not None for one in linears[kind].values()), len(linears[kind]))
+        for kind, shape in weight_shapes(linears).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -38,12 +58,12 @@ class Size:
 class _StandIn(nn.Module):
     """One linear of each kind, `linears.0` and so on: peft shows on them what it would make of the model's."""
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, weights: Weights) -> None:
         super().__init__()
-        self.linears = nn.ModuleList(nn.Linear(columns, rows) for rows, columns in shapes.values())
+        self.linears = nn.ModuleList(nn.Linear(one.columns, one.rows, one.bias) for one in weights.values())
 
 
-def measure_size(node: Mapping[str, Any], shapes: Shapes, *, merge: bool = True) -> Size:
+def measure_size(node: Mapping[str, Any], weights: Weights, *, merge: bool = True) -> Size:
     """Wrap one linear per kind and count what trains.
 
     Raises:
@@ -53,10 +73,10 @@ def measure_size(node: Mapping[str, Any], shapes: Shapes, *, merge: bool = True)
     plain = {"init_lora_weights": True} if isinstance(node.get("init_lora_weights"), str) else {}
     node = {name: value for name, value in {**node, **plain}.items() if not (plain and name.endswith("_ga_config"))}
     with torch.random.fork_rng(devices=[]):  # the run's own draws must not depend on this
-        model = _StandIn(shapes)
-        names = [f"linears.{place}" for place in range(len(shapes))]
-        tuner = wrap(model, make_config(node, dict(zip(names, shapes.values(), strict=True))))
-        parts = dict(zip(shapes, model.linears, strict=True))
+        model = _StandIn(weights)
+        shapes = {f"linears.{place}": (one.rows, one.columns) for place, one in enumerate(weights.values())}
+        tuner = wrap(model, make_config(node, shapes))
+        parts = dict(zip(weights, model.linears, strict=True))
         counts = {kind: sum(p.numel() for p in part.parameters() if p.requires_grad) for kind, part in parts.items()}
         if not any(counts.values()):
             raise UserError(f"method.config: {node['peft_type']} trains nothing in these linears: give other settings")
@@ -77,26 +97,25 @@ def size_field(kind: str) -> str | None:
     return _SIZE_FIELDS.get(kind, "r")
 
 
-def fit_budget(node: Mapping[str, Any], shapes: Shapes, layers: Mapping[str, int], density: float) -> dict[str, Any]:
+def fit_budget(node: Mapping[str, Any], weights: Weights, density: float) -> dict[str, Any]:
     """The value of the size field whose trainable count is closest to `density` of the weights.
 
     Args:
         node: peft's fields without the size field.
-        shapes: layer kind -> (out, in).
-        layers: layer kind -> number of its linears.
+        weights: layer kind -> what its linears are.
         density: wanted share of the entries.
 
     Returns:
         `field`, `value`, and the `share` that came out.
 
     Raises:
-        UserError: for a type of fixed size, or a budget that would make the field 0.
+        UserError: for a type of fixed size, or a budget that no size comes within a factor of 2 of.
     """
     kind = str(node["peft_type"]).upper()
     field = size_field(kind)
-    whole = sum(layers[name] * rows * columns for name, (rows, columns) in shapes.items())
+    whole = sum(one.count * one.rows * one.columns for one in weights.values())
     if field is None:
-        counts = measure_size(node, shapes, merge=False).counts
+        counts = measure_size(node, weights, merge=False).counts
         own = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise fail(
             "method.budget", f"density:{density:g}", f"the size of {kind} is fixed ({own} per weight)", "set it to null"
@@ -107,15 +126,15 @@ def fit_budget(node: Mapping[str, Any], shapes: Shapes, layers: Mapping[str, int
         """The trainable share with the field at `value`; None where peft refuses it."""
         if value not in shares:
             try:
-                counts = measure_size({**node, field: value, **_counterpart(kind)}, shapes, merge=False).counts
+                counts = measure_size({**node, field: value, **_counterpart(kind)}, weights, merge=False).counts
             except UserError:
                 return None
-            shares[value] = sum(layers[name] * count for name, count in counts.items()) / whole
+            shares[value] = sum(weights[name].count * count for name, count in counts.items()) / whole
         return shares[value]
 
-    _search(share, density, max(rows * columns for rows, columns in shapes.values()))
+    _search(share, density, max(one.rows * one.columns for one in weights.values()))
     if not shares:
-        measure_size({**node, field: 4, **_counterpart(kind)}, shapes, merge=False)  # raises, with peft's reason
+        measure_size({**node, field: 4, **_counterpart(kind)}, weights, merge=False)  # raises, with peft's reason
         raise fail(
             "method.budget",
             f"density:{density:g}",
@@ -123,9 +142,11 @@ def fit_budget(node: Mapping[str, Any], shapes: Shapes, layers: Mapping[str, int
             f"set it to null and {field} by hand",
         )
     best = min(shares, key=lambda value: (abs(shares[value] - density), value))
-    if shares[best] > 2 * density:
-        about = f"it makes {field} of {kind} 0: {field}={best} already trains {shares[best]:.2g} of each weight"
-        raise fail("method.budget", f"density:{density:g}", about, f"give at least density:{shares[best]:.2g}")
+    if not density / 2 <= shares[best] <= 2 * density:
+        least = shares[best] > density
+        about = f"the {'smallest' if least else 'largest'} share of {kind} is {shares[best]:.2g}, with {field}={best}"
+        remedy = f"give at {'least' if least else 'most'} density:{shares[best]:.2g}"
+        raise fail("method.budget", f"density:{density:g}", about, remedy)
     return {"field": field, "value": best, "share": round(shares[best], 6)}
 
 

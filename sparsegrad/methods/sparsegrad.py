@@ -159,6 +159,11 @@ class SparseGrad:
         if self.basis is not None and self.basis not in BASES:
             self._load_bases(linears)
 
+    @property
+    def collects_gradients(self) -> bool:
+        """See `Method`."""
+        return self.static
+
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""
         if self.release_gradients and context.accumulation > 1:
@@ -197,7 +202,10 @@ class SparseGrad:
     ) -> Prepared:
         """Set up the engine and its optimizer for given bases."""
         per_weight = kept_per_weight(linears, self.density, self.keep)
-        scores = self._score_entries(model, linears, context, bases) if self.static else None
+        scores = None
+        if self.static:
+            scores, selection = context.measure(lambda: self._score_entries(model, linears, context, bases))
+            cost = {**cost, "selection": selection}
         # Counted first: engine `layer` replaces the linears.
         trainable = count_trainable(model, linears, per_weight)
         optimizer = SparseGradAdamW(

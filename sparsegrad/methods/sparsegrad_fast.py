@@ -35,6 +35,11 @@ class SparseGradFast:
     def check(self, linears: Linears) -> None:
         """Nothing to check: every block fits its weight by construction."""
 
+    def count_added(self, linears: Linears) -> int:
+        """See `Method`."""
+        cores = {kind: core_shape(shape, self.density) for kind, shape in weight_shapes(linears).items()}
+        return sum(rows * columns * len(linears[kind]) for kind, (rows, columns) in cores.items())
+
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""
         freeze(model, linears, context, mlp_weights=True)  # as in `SparseGrad`, so that both share stored bases

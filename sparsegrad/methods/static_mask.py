@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +49,20 @@ class StaticMask:
         """Raise `UserError` if `keep` exceeds the size of a weight."""
         kept_per_weight(linears, self.density, self.keep)
 
+    @property
+    def collects_gradients(self) -> bool:
+        """See `Method`."""
+        return self.choice == "gradient"
+
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""
         freeze(model, linears, context, mlp_weights=True)
         per_weight = kept_per_weight(linears, self.density, self.keep)
+        cost: dict[str, Any] = {}
         if self.choice == "gradient":
-            scores = mean_gradients(model, linears, context, self.steps, lambda kind, gradient: gradient.square())
+            scores, cost = context.measure(
+                lambda: mean_gradients(model, linears, context, self.steps, lambda kind, gradient: gradient.square())
+            )
         else:
             named = {name: linear.weight for found in linears.values() for name, linear in found.items()}
             scores = {name: torch.rand(weight.shape).to(weight.device) for name, weight in named.items()}
@@ -64,6 +73,7 @@ class StaticMask:
             optimizer=optimizer,
             trainable=count_trainable(model, linears, per_weight),
             trainable_per_weight=per_weight,
+            calibration=cost,
         )
 
 

@@ -45,7 +45,7 @@ class BasisStore:
         fingerprint = None if settings is None else self.fingerprint(settings)
         found = self._find(fingerprint)
         if found is None:
-            made, cost = self._measured(compute)
+            made, cost = self.measure(compute)
             facts = {} if fingerprint is None else {"fingerprint": fingerprint, "reused": False}
             found = self._keep(made, {**facts, **cost}, fingerprint)
         # One memory layout, whether computed or read: otherwise products round differently, and a resumed run differs.
@@ -100,11 +100,12 @@ class BasisStore:
         # One after the other, so that of a sharded model no more than one tensor is whole.
         return tensors_sha256(((f"{name}{tuple(one.shape)}", whole(one.detach())) for name, one in named), head)[:SHORT]
 
-    def _measured(self, compute: Callable[[], dict[str, Basis]]) -> tuple[dict[str, Basis], dict[str, Any]]:
+    def measure(self, compute: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
+        """The result of `compute`, and the seconds and the memory that it took."""
         memory = PeakMemory(next(self.model.parameters()).device)
         memory.start()
         start = time.monotonic()
-        bases = compute()
+        result = compute()
         seconds = time.monotonic() - start
         memory.stop()
-        return bases, {"seconds": round(seconds, 2), "memory": memory.report()}
+        return result, {"seconds": round(seconds, 2), "memory": memory.report()}

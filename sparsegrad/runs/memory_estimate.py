@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from sparsegrad.errors import UserError
-from sparsegrad.layers.block import core_shape
 from sparsegrad.models.layer_choice import find_linears, select_linears
 from sparsegrad.models.outline import load_outline
 from sparsegrad.runs.config import RunConfig
@@ -27,6 +26,7 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 _WIDE, _MLP, _LOGITS = 14, 5, 3
 _ADAM = 8  # bytes of both moments of one entry
+_RANK = 32  # of the LoRA that is suggested
 _PROCESS = GIB  # Python, torch and its libraries on a CPU; the context and cached blocks on a GPU
 # The paper's Table 6: share of the parameters that each method trains.
 PUBLISHED_SHARE = {"full": "22 %", "lora": "0.5 %", "meprop": "0.5 %", "sparsegrad": "0.5 %"}
@@ -46,9 +46,9 @@ class Setup:
         vocabulary: scores per token; 0 for a classifier, which has one row of them per sequence.
         tokens: tokens of a micro-batch.
         precision, checkpointing: as in `train`.
-        rank: of LoRA.
-        density: of engine fast.
-        rest: parameters that train beside the MLP weights.
+        added: parameters that train in place of the MLP weights, which are frozen; None: these train.
+        rest: parameters that train besides.
+        collects: whether the calibration holds the gradients of all MLP weights at once, and their mean.
     """
 
     method: str
@@ -63,26 +63,28 @@ class Setup:
     tokens: int
     precision: str
     checkpointing: bool
-    rank: int = 0
-    density: float = 0.01
+    added: int | None = None
     rest: int = 0
+    collects: bool = False
 
 
 def estimate_memory(setup: Setup) -> dict[str, int]:
-    """Bytes of weights, gradients, optimizer state, bases and activations."""
+    """Bytes of weights, gradients, optimizer state, calibration (bases and collected gradients) and activations."""
     frozen_size = 2 if setup.precision == "bf16_weights" else 4
-    adapters = setup.rank * sum(map(sum, setup.shapes.values())) * (setup.linears // len(setup.shapes))
-    cores = sum(r * c for r, c in (core_shape(s, setup.density) for s in setup.shapes.values()))
-    cores *= setup.linears // len(setup.shapes)
-    trained = {"lora": adapters, "sparsegrad_fast": cores}.get(setup.method, setup.selected)
-    in_float32 = setup.rest + (0 if setup.method == "lora" else setup.selected)
+    trained = setup.selected if setup.added is None else setup.added
+    # Engine fast calibrates with MLP weights that train, which are float32 from then on.
+    stays_small = setup.added is not None and setup.method != "sparsegrad_fast"
+    in_float32 = setup.rest + (0 if stays_small else setup.selected)
     weights = (setup.parameters - in_float32) * frozen_size + in_float32 * 4
-    weights += 4 * trained if trained != setup.selected else 0
+    weights += 4 * (setup.added or 0)
+    gradients, optimizer = 4 * (trained + setup.rest), _ADAM * (trained + setup.rest)
+    # Collected gradients are gone before the training needs its own and the moments.
+    collected = max(0, 2 * 4 * setup.selected - gradients - optimizer) if setup.collects else 0
     return {
         "weights": weights,
-        "gradients": 4 * (trained + setup.rest),
-        "optimizer": _ADAM * (trained + setup.rest),
-        "bases": _bases(setup),
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "bases": _bases(setup) + collected,
         "activations": _activations(setup),
     }
 
@@ -139,7 +141,8 @@ def _smaller(setup: Setup) -> Iterator[tuple[str, Setup]]:
     yield "train.gradient_checkpointing=true train.precision=bf16_weights", light
     one = replace(light, tokens=max(1, setup.tokens // 4))
     yield "the same with a quarter of train.batch_size (and more train.grad_accumulation)", one
-    yield "the same with method=lora", replace(one, method="lora", rank=setup.rank or 32)
+    adapters = _RANK * sum(map(sum, setup.shapes.values())) * (setup.linears // len(setup.shapes))
+    yield "the same with method=lora", replace(one, method="lora", added=adapters, collects=False)
 
 
 def make_setup(config: RunConfig, model: nn.Module, linears: Linears) -> Setup:
@@ -163,17 +166,17 @@ def make_setup(config: RunConfig, model: nn.Module, linears: Linears) -> Setup:
         tokens=config.train.batch_size * config.data.max_length,
         precision=config.train.precision,
         checkpointing=config.train.gradient_checkpointing,
-        rank=getattr(method, "rank", 0),
-        density=getattr(method, "density", None) or 0.01,
-        rest=parameters - selected if config.train.train_rest else 0,
+        added=method.count_added(linears) if hasattr(method, "count_added") else None,
+        rest=parameters - selected if config.train.train_rest and not getattr(method, "chooses_rest", False) else 0,
+        collects=getattr(method, "collects_gradients", False),
     )
 
 
 def estimate_run(config: RunConfig) -> int:
     """Bytes that a run needs on its device, from the outline of its model; nothing is loaded.
 
-    An upper bound for most runs: every batch counts as full of rows of `data.max_length` tokens, and methods other
-    than LoRA and SparseGrad count as training every MLP weight.
+    An upper bound for most runs: every batch counts as full of rows of `data.max_length` tokens, and methods without
+    `count_added` count as training every MLP weight with dense moments.
 
     Raises:
         UserError: if the model does not exist or has no such MLP weights.

@@ -47,18 +47,26 @@ def prepare_method(
 
 def _check_saving(config: RunConfig, prepared: Prepared) -> None:
     """What shall be saved at the end can be; known now, before the training."""
+    merges = prepared.notes.get("merges", True)
     if config.save_adapter == "peft" and prepared.save is None:
         why = (
             f"method={config.method.name} has no adapter in peft's format: it needs a method of peft with "
             "train.train_rest=false, and an initialisation that leaves W as it is"
         )
-        raise fail("save_adapter", "peft", why, "use save_adapter=lora")
-    if prepared.notes.get("merges") is False and (config.save_model or config.save_adapter in ("lora", "sparsegrad")):
+        raise fail("save_adapter", "peft", why, "use save_adapter=lora" if merges else _suggest_unmerged(config))
+    if not merges and (config.save_model or config.save_adapter in ("lora", "sparsegrad")):
         name = "save_model=true" if config.save_model else f"save_adapter={config.save_adapter}"
+        remedy = "use save_adapter=peft" if prepared.save is not None else _suggest_unmerged(config)
         raise UserError(
-            f"{name} is not allowed: peft cannot merge method={config.method.name} into the weights; use "
-            "save_adapter=peft"
+            f"{name} is not allowed: peft cannot merge method={config.method.name} into the weights; {remedy}"
         )
+
+
+def _suggest_unmerged(config: RunConfig) -> str:
+    """How to save a method that cannot be merged, where its adapter does not hold all that trains."""
+    if config.train.train_rest:
+        return "set train.train_rest=false and save_adapter=peft, or save nothing"
+    return "save nothing (save_adapter=null save_model=false)"
 
 
 def _outside_mlp(model: nn.Module, linears: Linears) -> set[int]:
@@ -94,6 +102,7 @@ def _make_context(config: RunConfig, parts: Parts, store: BasisStore) -> Context
         has_head=has_head,
         batches=lambda: training_batches(parts.sets.train, config, parts.tokenizer),
         calibrated=store.calibrated,
+        measure=store.measure,
         accumulation=config.train.grad_accumulation,
     )
 

@@ -27,6 +27,9 @@ SAMPLERS = ("tpe", "gp", "qmc", "random", "grid", adaptive_grid.NAME)
 PRUNERS = ("none", "median", "hyperband", "patience")
 OBJECTIVES = ("heldout", "validation")
 
+# Two ways to give the size of a method, of which it takes one: the searched one.
+_SIZES = ("method.density", "method.keep")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
@@ -216,6 +219,9 @@ def _set_values(composed: DictConfig, sweep: SweepConfig, parameters: Mapping[st
         config.pop(name, None)
     for key, value in parameters.items():
         OmegaConf.update(config, key, value)
+    for searched, other in (_SIZES, reversed(_SIZES)):
+        if searched in parameters and OmegaConf.select(config, other) is not None:
+            OmegaConf.update(config, other, None)
     config.name = sweep.study
     if config.protocol.select != sweep.objective:
         # Tables group by the protocol's name: it must not name a split that did not choose the checkpoint.

@@ -12,9 +12,9 @@ import torch
 
 from experiments.bench import __main__ as benchmark
 from experiments.bench import machine, results
-from experiments.bench.arms import ARMS, REFERENCES, arms_of, lora_rank
+from experiments.bench.arms import ARMS, REFERENCES, arms_of, list_ready, lora_rank
 from experiments.bench.bars import measured_bars
-from experiments.bench.measure import batches, measure_arm
+from experiments.bench.measure import batches, measure_arm, prepare_loop, prepare_model
 from experiments.bench.presets import Decomposition, Planned, Schedule, plan
 from experiments.bench.render import write_table
 from experiments.bench.runner import Bench, interleaved, run_process
@@ -78,6 +78,34 @@ def test_the_arms_are_those_of_the_comparison_and_every_one_can_be_made() -> Non
     assert set(REFERENCES) <= set(ARMS)
     for arm in ARMS.values():
         assert arm.make(Setting(shape="mlp_768", padding="none")).prepare
+
+
+def test_every_option_of_conf_method_is_an_arm_at_the_density_of_the_setting() -> None:
+    ready = list_ready()
+    assert {"bitfit", "lora_sb", "random_mask", "sparsegrad_static", "peft/dora", "peft/lora_ga"} <= set(ready)
+    setting = Setting(shape="mlp_768", padding="none", density=0.02)
+    names = ("random_mask", "sparsegrad_authors", "lora_authors", "peft/dora", "peft/ia3")
+    made: dict[str, Any] = {name: ready[name].make(setting) for name in names}
+    assert (made["random_mask"].density, made["random_mask"].choice) == (0.02, "random")
+    assert (made["sparsegrad_authors"].density, made["sparsegrad_authors"].keep) == (0.02, None)
+    assert made["lora_authors"].rank == lora_rank(setting)
+    assert made["peft/dora"].budget == "density:0.02"
+    assert made["peft/ia3"].budget is None
+
+
+@pytest.mark.parametrize("arm", ["peft/lora_ga", "peft/ia3", "lora_sb", "static_mask", "bitfit"])
+def test_an_arm_that_calibrates_itself_is_measured_on_the_batches_of_all(arm: str) -> None:
+    source = batches(SETTING, CPU, 0, 4)
+    first = next(batches(SETTING, CPU, 0, 4))["inputs"]
+    loop = prepare_loop(SETTING, arm, prepare_model(SETTING, CPU, 0), source, CPU, dict)
+    assert torch.equal(next(loop.source)["inputs"], first)
+    loop.step()
+    assert loop.counts["trainable"] > 0
+
+
+def test_an_option_of_conf_method_is_measured_in_every_chosen_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["--arms", "peft/dora,full", "--shape", "mlp_tiny", "--list"]) == 0
+    assert ": full, peft/dora" in capsys.readouterr().out
 
 
 def test_lora_has_as_many_entries_as_are_kept() -> None:
@@ -254,7 +282,7 @@ def _take(source: Any, count: int) -> Any:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--arms", "lora,full"], "arm=lora is not allowed: choose one of frozen, full"),
+        (["--arms", "peft/dor,full"], "arm=peft/dor is not allowed: choose one of frozen, full"),
         (["--shape", "bert"], "shape=bert is not allowed: choose one of bert_base"),
         (["--shape", "bert_base", "--precision", "tf32", "--device", "cpu"], "fp32"),
         (["--shape", "bert_base", "--precision", "fp8"], "choose one of fp32, tf32"),

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from evidence_cases import SEEDS, Cases, cases  # noqa: F401
 
-from experiments.bench.rivals import ReadyPeft
 from experiments.compare import __main__ as command
 from experiments.compare.forgetting import FOLDER, mean_loss, read_texts
 from experiments.compare.table import make_table, write_comparison
@@ -162,10 +161,3 @@ def test_the_loss_on_general_text_is_the_mean_over_tokens(tmp_path: Path) -> Non
     assert mean_loss(model, Words(), texts, 128) == pytest.approx((3 * losses[0] + 2 * losses[1]) / 5)
     with pytest.raises(UserError, match="JSON"):
         read_texts(tmp_path / "missing.json", 1)
-
-
-def test_a_ready_method_of_peft_is_an_arm_of_the_benchmark() -> None:
-    from torch import nn
-
-    model = nn.ModuleDict({"a": nn.Linear(16, 32)})
-    ReadyPeft(ready="dora", density=0.3).check({"up": {"a": model["a"]}})

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from model_zoo import tiny_model
+from run_fixtures import Tiny
+from torch import nn
 
 from sparsegrad.errors import UserError
 from sparsegrad.runs.memory_estimate import GIB, Setup, check_fits, estimate_memory, make_setup
@@ -24,7 +27,11 @@ def test_the_plan_counts_weights_gradients_and_moments() -> None:
     assert need["weights"] == 2 * SEVEN_B.parameters + 2 * SEVEN_B.selected
     assert (need["gradients"], need["optimizer"]) == (4 * SEVEN_B.selected, 8 * SEVEN_B.selected)
     assert (full["bases"], need["bases"]) == (0, 2 * 2 * 4 * (4096**2 + 11008**2))
-    assert estimate_memory(replace(SEVEN_B, method="lora", rank=32))["optimizer"] == 8 * 32 * (11008 + 4096) * 22
+    assert estimate_memory(replace(SEVEN_B, method="lora", added=9))["optimizer"] == 8 * 9
+    # Before the training, a method that collects holds each gradient and the mean; of which the moments take the place.
+    collected = replace(SEVEN_B, method="lora_sb", added=9, collects=True)
+    assert estimate_memory(collected)["bases"] == 8 * SEVEN_B.selected - 12 * 9
+    assert estimate_memory(replace(SEVEN_B, method="static_mask", collects=True))["bases"] == 0
 
 
 def test_the_papers_model_fits_80_gb_and_not_24() -> None:
@@ -56,3 +63,29 @@ def test_the_mlp_width_is_that_of_the_linears(layout: str, mlp_width: int, kinds
     linears = dict(list(find_mlp(model).items())[:kinds])
     setup = make_setup(config, model, linears)  # type: ignore[arg-type]
     assert (setup.width, setup.mlp_width, setup.depth, setup.vocabulary, setup.tokens) == (16, mlp_width, 2, 50, 36)
+
+
+ADDED = {  # one block: a weight (64, 32) and a weight (32, 64)
+    "lora": (2 * 2 * 96, False),
+    "lora_xs": (2 * 5**2, False),  # 5^2 is closest to 1 % of 2048
+    "lora_sb": (2 * 5**2, True),
+    "peft/ia3": (2 * 64, False),
+    "peft/lora_ga": (2 * 96, True),
+    "peft/vera": (32 + 64 + 2 * 256, False),
+    "bitfit": (0, False),
+    "frozen": (0, False),
+    "sparsegrad_fast": (2 * 6 * 3, False),
+    "static_mask": (None, True),
+    "random_mask": (None, False),
+    "full": (None, False),
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_each_method_counts_what_it_trains(tiny: Tiny, small_bert: Any, name: str) -> None:
+    """As in the counts of the trained model."""
+    config = tiny(f"method={name}", "method.budget=density:0.05" if name == "peft/lora_ga" else "train.lr=1e-3")
+    linears = {kind: {kind: nn.Linear(*sizes)} for kind, sizes in (("intermediate", (32, 64)), ("output", (64, 32)))}
+    setup = make_setup(config, small_bert, linears)
+    assert (setup.added, setup.collects) == ADDED[name]
+    assert (setup.rest == 0) is (name in ("bitfit", "frozen"))

@@ -18,10 +18,13 @@ from sparsegrad.layers.block import BlockLinear
 from sparsegrad.methods.base import Context, Method
 from sparsegrad.methods.full import Full
 from sparsegrad.methods.lora import Lora
+from sparsegrad.methods.lora_sb import LoraSb
 from sparsegrad.methods.meprop import MeProp
+from sparsegrad.methods.peft import Peft
 from sparsegrad.methods.sparsegrad import SparseGrad
 from sparsegrad.methods.sparsegrad_authors import SparseGradAuthors
 from sparsegrad.methods.sparsegrad_fast import SparseGradFast
+from sparsegrad.methods.static_mask import StaticMask
 
 ROWS = 8  # of all processes together
 METHODS: dict[str, Method] = {
@@ -32,6 +35,10 @@ METHODS: dict[str, Method] = {
     "sparsegrad small": SparseGrad(density=0.05, steps=4, sides="small", moments="support", drop_padding=True),
     "sparsegrad_authors": SparseGradAuthors(keep=25, steps=4),
     "sparsegrad_fast": SparseGradFast(density=0.05, steps=4),
+    "lora_sb": LoraSb(density=0.05, steps=4),
+    "static_mask": StaticMask(density=0.05, steps=4),
+    "peft": Peft(config={"peft_type": "HRA", "r": 2}),
+    "lora_ga": Peft(config={"peft_type": "LORA", "init_lora_weights": "lora_ga", "r": 2}, steps=4),
 }
 
 

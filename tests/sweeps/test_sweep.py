@@ -8,6 +8,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import yaml
 from omegaconf import DictConfig
 from optuna.study import Study
 from optuna.trial import TrialState
@@ -68,14 +69,37 @@ def test_paper_and_authors_search_what_they_say(conf: Composer) -> None:
     assert (authors.base.protocol.select, authors.base.protocol.name) == ("validation", "paper")
 
 
-def test_wide_searches_what_the_method_has(conf: Composer) -> None:
-    keys = {
-        method: set(make_plan(conf("sweep=wide", f"method={method}")).space.distributions)
-        for method in ("sparsegrad", "lora", "full")
+WIDE = {
+    "sparsegrad": {"density", "steps"},
+    "sparsegrad_authors": {"density", "steps"},  # its YAML has `keep`
+    "lora": {"rank", "dropout"},
+    "peft/lora_ga": {"budget", "steps", "config.lora_alpha", "config.lora_dropout"},
+    "peft/vera": {"config.d_initial", "config.r"},
+    "full": set(),
+}
+
+
+@pytest.mark.parametrize("method", WIDE)
+def test_wide_searches_what_the_method_has(conf: Composer, method: str) -> None:
+    extra = ("model=smollm2", "task=oasst1", "sweep.direction=minimize") if method == "sparsegrad" else ()  # has `keep`
+    keys = set(make_plan(conf("sweep=wide", f"method={method}", *extra)).space.distributions)
+    assert keys == {"train.batch_size", "train.lr", "train.weight_decay"} | {f"method.{one}" for one in WIDE[method]}
+
+
+def test_wide_knows_the_settings_of_every_method() -> None:
+    space = yaml.safe_load((ROOT / "conf" / "sweep" / "wide.yaml").read_text())["sweep"]["space"]
+    inherited = {
+        "random_mask": {"density"},
+        "sparsegrad_small": {"density", "steps"},
+        "sparsegrad_static": {"density", "steps"},
     }
-    assert {"method.density", "method.steps"} <= keys["sparsegrad"]
-    assert {"method.rank", "method.dropout"} <= keys["lora"]
-    assert keys["full"] == {"train.batch_size", "train.lr", "train.weight_decay"}
+    for path in (ROOT / "conf" / "method").rglob("*.yaml"):
+        node = yaml.safe_load(path.read_text())
+        own = {one for one in ("density", "steps", "rank", "dropout", "budget") if node.get(one) is not None}
+        # The base of all methods of peft has none of its own; its size is given or searched by a budget.
+        own = set() if path.stem == "peft" else own - ({"rank"} if "density" in own else set())
+        for field in own | inherited.get(path.stem, set()):
+            assert path.stem in space[f"method.{field}"]["methods"], (path.stem, field)
 
 
 def test_a_sweep_finishes_its_trials_and_leaves_a_record_of_each(composed: Sweep, tmp_path: Path) -> None:
