@@ -15,7 +15,7 @@ from experiments.report.tables.base import Context
 from sparsegrad.errors import UserError
 from sparsegrad.runs.records import find_complete
 
-SHARED = ("evidence_mlp_only",)  # plans with a comparison's protocol and models
+SHARED = ("evidence_mlp_only", "evidence_smollm2")  # their protocol is the comparison's
 
 Plans = dict[str, Plan | None]
 

@@ -1,4 +1,4 @@
-"""What stands around the table of a comparison: its title, and the lines below it."""
+"""The title of a comparison's table, and the lines below it."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def describe_scores(is_loss: bool) -> list[str]:
 
 
 def describe_health(health: Mapping[str, Health]) -> list[str]:
-    """One note per task: whether it is comparable, runs that still improve, missing seeds, and exempt floors."""
+    """One note per task: whether it is comparable, runs that still improve, missing seeds, and what floors may do."""
     lines = []
     for task, found in health.items():
         parts = [found.verdict, f"{found.improving[0]} of {found.improving[1]} runs still improving at the end"]
         parts += [f"seeds not run yet: {'; '.join(found.missing)}"] if found.missing else []
-        parts += [f"of the floors, which cannot make a task incomparable: {one}" for one in found.exempt]
+        parts += [f"exempt: {one}" for one in found.exempt]
         lines.append(f"{task}: {'; '.join(parts)}.")
     return lines
 
@@ -79,7 +79,12 @@ def describe_health(health: Mapping[str, Health]) -> list[str]:
 def describe_floors(block: Block) -> list[str]:
     """The arms that are shown to read the others by."""
     names = [style_of(arm).name for arm in block.arms if block.is_floor(arm)]
-    return [f"Floors, which the other methods must exceed to have learned anything: {', '.join(names)}."] * bool(names)
+    if not names:
+        return []
+    return [
+        f"Floors, to read the other scores by: {', '.join(names)}. They may predict one class or still improve at the "
+        "end (exempt), and a task stays comparable."
+    ]
 
 
 def describe_partial(labels: Sequence[str]) -> list[str]:

@@ -68,7 +68,7 @@ def _expected(path: Path, sha256: str, task: str) -> Mapping[str, Any]:
         base["protocol"].pop("defaults", None)
     if (file := conf / "model" / f"{chosen.get('override /model')}.yaml").is_file():
         # Its name alone: models get new settings, which older records do not have.
-        base["model"] = {"name": OmegaConf.load(file)["name"]}
+        base["model"] = {"name": OmegaConf.select(OmegaConf.load(file), "name")}
     return dict(_leaves(OmegaConf.merge(base, node, {"task": {"name": task}})))
 
 
