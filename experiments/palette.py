@@ -31,7 +31,8 @@ STYLES = {
     "sparsegrad_fast": Style("#009E73", "*", "SparseGrad fast (not exact)"),
     "static_mask": Style("#7F7F7F", "p", "static mask"),
     "random_mask": Style("#B0A000", "h", "random mask"),
-    "frozen": Style("#BBBBBB", ".", "MLP weights frozen"),
+    "bitfit": Style("#BBBBBB", "x", "BitFit: biases and head"),
+    "frozen": Style("#BBBBBB", ".", "head alone"),
 }
 OTHER = Style("#7F7F7F", ">", "")
 # Bases instead of methods: a basis has the look of the method that trains in it.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.compare.block import SHARED
+from experiments.compare.block import SHARED, find_shared
 from experiments.compare.table import write_comparison
 from experiments.paths import CONF
 from experiments.reproduce import commands, dry_run, evidence, search_all
@@ -21,7 +21,6 @@ from experiments.reproduce.cells import Cell, in_evidence, list_cells
 from experiments.reproduce.commands import last_wins, split_names
 from experiments.reproduce.plans import read_plan
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.runs.records import find_complete
 
 PLANS = ("compare", "compare_smollm2")
 
@@ -128,9 +127,8 @@ def _list_cells(name: str, method: str, task: str, data: str | None, request: Re
 
 
 def is_shared(cell: Cell) -> bool:
-    """Whether another plan has made this very run: its key covers all that determines the result."""
-    runs = Path(cell.config.results_dir) / "runs"
-    return any(find_complete(runs / folder / f"{cell.config.key}.json") is not None for folder in SHARED)
+    """Whether another plan has made this very run, and the table counts it."""
+    return find_shared(Path(cell.config.results_dir), cell.experiment, cell.config.key) is not None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,30 +4,52 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.palette import style_of
 from sparsegrad.files import write_bytes
 
 
-def draw(rows: Sequence[tuple[str, float, tuple[float, float] | None]], path: Path) -> None:
+@dataclass(frozen=True)
+class Point:
+    """One row of the figure.
+
+    Attributes:
+        arm: decides its look.
+        label: its name.
+        value: average score.
+        interval: the 95 % interval of `value`, or None.
+        is_partial: whether the average is over fewer tasks than that of others; such a point is hollow.
+    """
+
+    arm: str
+    label: str
+    value: float
+    interval: tuple[float, float] | None
+    is_partial: bool
+
+
+def draw(points: Sequence[Point], unit: str, path: Path) -> None:
     """Write the figure as PNG.
 
     Args:
-        rows: (arm, average, its 95 % interval or None), the best first.
+        points: the best first.
+        unit: what `value` is, for the axis.
         path: of the PNG.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 1.2 + 0.3 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(7, 1.2 + 0.3 * len(points)), layout="constrained")
     axis = figure.add_subplot()
-    for place, (arm, value, interval) in enumerate(reversed(rows)):
-        style = style_of(arm)
-        if interval is not None:
-            axis.plot(interval, (place, place), color=style.colour, linewidth=1.5)
-        axis.plot(value, place, style.marker, color=style.colour)
-    axis.set_yticks(range(len(rows)), [style_of(arm).name for arm, _, _ in reversed(rows)])
-    axis.set_xlabel("average score, 95 % interval")
+    for place, point in enumerate(reversed(points)):
+        style = style_of(point.arm)
+        if point.interval is not None:
+            axis.plot(point.interval, (place, place), color=style.colour, linewidth=1.5)
+        face = "white" if point.is_partial else style.colour
+        axis.plot(point.value, place, style.marker, color=style.colour, markerfacecolor=face)
+    axis.set_yticks(range(len(points)), [point.label for point in reversed(points)])
+    axis.set_xlabel(f"{unit}, 95 % interval")
     axis.grid(axis="x", alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})

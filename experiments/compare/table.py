@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import pandas as pd
 
+from experiments.compare import notes
 from experiments.compare.block import load_comparison
-from experiments.compare.figure import draw
+from experiments.compare.figure import Point, draw
 from experiments.compare.forgetting import read_forgetting
 from experiments.palette import style_of
 from experiments.report.collect import collect_cells
@@ -21,18 +23,39 @@ from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.searches import Searches
 from experiments.report.stats import Difference, holm
 from experiments.report.tables.base import Context, Table, interval_text
+from experiments.report.tables.evidence import apart_notes
 from experiments.report.tables.evidence_cells import format_averages, format_costs, format_difference, format_score
 
-NOTES = (
-    "Sorted by the average over comparable tasks. Scores in points: mean ± sample std over seeds (number of seeds); "
-    "the checkpoint is chosen on held-out training rows. The interval of the average is that of docs/evidence.md.",
-    "Difference from the reference, paired by seed and row; p adjusted by Holm over this table. Detectable: the "
-    "smallest true difference that this comparison finds in 80 % of repetitions.",
-    "Each search has the same number of trials of the learning rate. Trainable: of the entries of the MLP weights, "
-    "without the head.",
-    "steps/s and peak MiB: medians over the runs, which shared their machine; the benchmark (docs/performance.md) has "
-    "undisturbed ones. h to target: until full fine-tuning's held-out score minus one point is first reached.",
-)
+Forgetting = Mapping[str, Mapping[str, float]]
+"""Key of a run -> its losses `before` and `after`."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row.
+
+    Attributes:
+        name: of the arm.
+        tasks: the comparable tasks that it has runs of; without any comparable task, all of its tasks.
+        is_partial: whether other arms have more tasks.
+        average: over `tasks`; None without a comparable one.
+        difference: from the reference, over the tasks that both have; None without any.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    is_partial: bool
+    average: Difference | None
+    difference: Difference | None
+
+    @property
+    def label(self) -> str:
+        """Its name in the table; with its tasks, if other arms have more."""
+        return (
+            f"{style_of(self.name).name} ({', '.join(self.tasks)} only)"
+            if self.is_partial
+            else style_of(self.name).name
+        )
 
 
 def write_comparison(results: Path, folder: str) -> str:
@@ -42,68 +65,129 @@ def write_comparison(results: Path, folder: str) -> str:
         UserError: for a damaged record or plan, or a folder that cannot be written.
     """
     context = Context(results, collect_cells(results / "runs"), "mini")
-    table, rows = make_table(context, folder)
+    table, points = make_table(context, folder)
     write_table(table, results / "compare")
-    if rows:
-        draw(rows, results / "compare" / f"{folder}.png")
+    if points:
+        draw(points, notes.PLANS[folder].score, results / "compare" / f"{folder}.png")
     return markdown(table)
 
 
-def make_table(context: Context, folder: str) -> tuple[Table, list[tuple[str, float, tuple[float, float] | None]]]:
-    """The table, and per arm (arm, average, interval) from the best to the worst for the figure."""
+def make_table(context: Context, folder: str) -> tuple[Table, list[Point]]:
+    """The table, and the points of the figure from the best to the worst."""
     evidence, searches = load_comparison(context, folder), Searches(context.results)
-    block = evidence.blocks[folder]
+    block, about = evidence.blocks[folder], notes.PLANS[folder]
     if not block.runs:
-        frame = pd.DataFrame([{"method": "not run yet: make compare SCALE=mini DATA=<glue folder>"}])
-        return Table(folder, "Comparison of methods", frame, _list_apart(block)), []
+        frame = pd.DataFrame([{"method": f"not run yet: {about.command}"}])
+        return Table(folder, f"Comparison of methods: {about.title}", frame, apart_notes(block)), []
     health = {task: check_task(evidence, folder, task, searches) for task in block.tasks}
+    reference = choose_reference(block)
     tasks = [task for task, found in health.items() if found.is_comparable]
-    arms = _sort_arms(evidence, block, tasks or block.tasks)
-    reference = block.plan.reference if block.plan and block.plan.reference in block.arms else arms[0]
-    found = {arm: _compare(evidence, folder, arm, reference, tasks) for arm in arms}
-    tested = {arm: one.p for arm, one in found.items() if one is not None and one.p is not None}
-    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
-    forgotten = read_forgetting(context.results)
+    arms = _sort_arms(block, [_compare_arm(evidence, block, name, reference, tasks) for name in block.arms])
+    frame = _make_frame(evidence, block, arms, reference, health, searches, read_forgetting(context.results))
+    lines = _list_notes(block, arms, reference, health)
+    lines += [notes.FORGETTING] if "forgetting" in frame else []
+    table = Table(folder, f"Comparison of {len(arms)} methods: {about.title}", frame, [*lines, *apart_notes(block)])
+    return table, _make_points(arms)
+
+
+def choose_reference(block: Block) -> str:
+    """The plan's reference; if it has no runs, the plan's first method that has.
+
+    Never the best one: a reference that is chosen by its score makes every difference from it too large.
+    """
+    arms, plan = block.arms, block.plan
+    if plan is not None and plan.reference in arms:
+        return plan.reference
+    order = list(plan.grid.get("method", ())) if plan is not None else []
+
+    def rank(arm: str) -> tuple[bool, int, str]:
+        method = arm.partition(" ")[0]
+        return block.is_floor(arm), order.index(method) if method in order else len(order), arm
+
+    return min(arms, key=rank)
+
+
+def _compare_arm(evidence: Evidence, block: Block, name: str, reference: str, tasks: Sequence[str]) -> Arm:
+    shown = tasks or block.tasks
+    own = tuple(task for task in shown if block.of(name, task))
+    average = evidence.compare(block.folder, name, None, own) if tasks and own else None
+    both = [task for task in own if set(block.of(name, task)) & set(block.of(reference, task))]
+    difference = evidence.compare(block.folder, name, reference, both) if tasks and both and name != reference else None
+    return Arm(name, own, len(own) < len(shown), average, difference)
+
+
+def _sort_arms(block: Block, arms: Sequence[Arm]) -> list[Arm]:
+    """The best average first; arms with fewer tasks below, each set of tasks by itself."""
+    sign = 1 if _is_loss(block) else -1
+
+    def rank(arm: Arm) -> tuple[Any, ...]:
+        values = block.averages(arm.name, arm.tasks)
+        places = tuple(block.tasks.index(task) for task in arm.tasks)
+        return -len(places), places, not values, sign * mean(values) if values else 0.0, arm.name
+
+    return sorted(arms, key=rank)
+
+
+def _is_loss(block: Block) -> bool:
+    return block.metric(block.tasks[0]) in LOWER_IS_BETTER
+
+
+def _make_frame(
+    evidence: Evidence, block: Block, arms: Sequence[Arm], reference: str, health: Mapping[str, Health],
+    searches: Searches, forgotten: Forgetting,
+) -> pd.DataFrame:  # fmt: skip
+    """One row per arm; columns that would be empty are left out."""
+    p_values = {arm.name: arm.difference.p for arm in arms if arm.difference is not None}
+    known = {name: p for name, p in p_values.items() if p is not None}
+    adjusted = dict(zip(known, holm(list(known.values())), strict=True))
+    is_any = any(found.is_comparable for found in health.values())
     rows = []
     for arm in arms:
-        whole = evidence.compare(folder, arm, None, tasks) if tasks else None
+        tasks = arm.tasks if is_any else ()
         rows.append({
-            "method": style_of(arm).name,
-            **{task: format_score(block.scores(arm, task), block.metric(task)) for task in block.tasks},
-            "average": format_averages(block, arm, tasks)["average"],
-            "95 % of average": "" if whole is None or whole.interval is None else _plain_interval(whole.interval),
-            **format_difference(found[arm], adjusted.get(arm), arm == reference, health),
-            **_describe_cost(block, arm),
-            **format_costs(evidence, block, arm, tasks, searches),
-            **_describe_forgetting(block, arm, forgotten),
+            "method": arm.label,
+            **{task: format_score(block.scores(arm.name, task), block.metric(task)) for task in block.tasks},
+            "average": format_averages(block, arm.name, tasks)["average"],
+            "95 % of average": "" if arm.average is None else _plain_interval(arm.average.interval),
+            **_format_difference(arm, adjusted.get(arm.name), arm.name == reference, health),
+            **_describe_cost(block, arm.name),
+            **format_costs(evidence, block, arm.name, tasks, searches),
+            **_describe_forgetting(block, arm.name, forgotten),
         })  # fmt: skip
     frame = pd.DataFrame(rows).rename(columns={"difference": f"minus {style_of(reference).name}"})
-    notes = [*_describe_health(health), *NOTES, *_describe_unmerged(block), *_list_apart(block)]
-    table = Table(folder, f"Comparison of {len(arms)} methods, MLP weights and head alone", frame, notes)
-    return table, _make_points(evidence, folder, arms, tasks)
+    return frame.loc[:, (frame != "").any()]
 
 
-def _sort_arms(evidence: Evidence, block: Block, tasks: Sequence[str]) -> list[str]:
-    """Arms from the best average to the worst; those that lack a task last."""
-    sign = 1 if block.metric(tasks[0]) in LOWER_IS_BETTER else -1
-    averages = {arm: block.averages(arm, tasks) for arm in block.arms}
-    return sorted(
-        averages, key=lambda arm: (not averages[arm], sign * mean(averages[arm]) if averages[arm] else 0.0, arm)
-    )
+def _format_difference(arm: Arm, p: float | None, is_reference: bool, health: Mapping[str, Health]) -> dict[str, str]:
+    """The columns of a difference, with its tasks if they are not those of the row."""
+    cells = format_difference(arm.difference, p, is_reference, health)
+    if arm.difference is not None and arm.difference.tasks != arm.tasks:
+        cells["difference"] += f" ({', '.join(arm.difference.tasks)} only)"
+    return cells
 
 
-def _compare(evidence: Evidence, folder: str, arm: str, reference: str, tasks: Sequence[str]) -> Difference | None:
-    return evidence.compare(folder, arm, reference, tasks) if tasks and arm != reference else None
+def _list_notes(block: Block, arms: Sequence[Arm], reference: str, health: Mapping[str, Health]) -> list[str]:
+    shares = {arm.name: share for arm in arms if (share := _median_share(block, arm.name)) is not None}
+    return [
+        *notes.describe_health(health),
+        *notes.describe_reference(block, reference),
+        *notes.describe_partial([arm.label for arm in arms if arm.is_partial]),
+        *notes.describe_sizes(block, shares),
+        *notes.describe_floors(block),
+        *notes.describe_scores(_is_loss(block)),
+        *notes.describe_unmerged(block),
+    ]
 
 
-def _make_points(
-    evidence: Evidence, folder: str, arms: Sequence[str], tasks: Sequence[str]
-) -> list[tuple[str, float, tuple[float, float] | None]]:
-    found = {arm: evidence.compare(folder, arm, None, tasks) for arm in arms} if tasks else {}
-    return [(arm, one.value, one.interval) for arm, one in found.items() if one is not None]
+def _make_points(arms: Sequence[Arm]) -> list[Point]:
+    return [
+        Point(arm.name, arm.label, arm.average.value, arm.average.interval, arm.is_partial)
+        for arm in arms
+        if arm.average is not None
+    ]
 
 
-def _plain_interval(interval: tuple[float, float]) -> str:
+def _plain_interval(interval: tuple[float, float] | None) -> str:
     return interval_text(interval).replace("+", "")
 
 
@@ -113,20 +197,20 @@ def _runs_of(block: Block, arm: str) -> list[EvidenceRun]:
 
 def _describe_cost(block: Block, arm: str) -> dict[str, str]:
     """Trainable share of the MLP weights, steps/s and peak memory, of the runs."""
-    runs = [run.record for run in _runs_of(block, arm)]
-    shares = [share for run in runs if (share := _trained_share(run)) is not None]
+    runs, share = [run.record for run in _runs_of(block, arm)], _median_share(block, arm)
     speeds = [float(rate) for run in runs if (rate := run.get("speed", {}).get("steps_per_second"))]
     peaks = [float(peak) for run in runs if (peak := _peak_mib(run.get("memory") or {})) is not None]
     return {
-        "trainable": f"{100 * median(shares):.2f} %" if shares else "",
+        "trainable": "" if share is None else f"{100 * share:.2f} %",
         "steps/s": f"{median(speeds):.2f}" if speeds else "",
         "peak MiB": f"{median(peaks):.0f}" if peaks else "",
     }
 
 
-def _trained_share(record: Mapping[str, Any]) -> float | None:
-    about = (record.get("trainable") or {}).get("mlp")
-    return about["trained"] / about["total"] if about else None
+def _median_share(block: Block, arm: str) -> float | None:
+    """Trained entries of the MLP weights over all of them; None if no record says."""
+    counts = [about for run in _runs_of(block, arm) if (about := (run.record.get("trainable") or {}).get("mlp"))]
+    return median(about["trained"] / about["total"] for about in counts) if counts else None
 
 
 def _peak_mib(memory: Mapping[str, Any]) -> float | None:
@@ -134,29 +218,10 @@ def _peak_mib(memory: Mapping[str, Any]) -> float | None:
     return max(numbers, default=None)
 
 
-def _describe_forgetting(block: Block, arm: str, found: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
-    """Loss on general text after training minus before, mean over the runs that were measured; empty without any."""
-    changes = [
-        found[key]["after"] - found[key]["before"] for run in _runs_of(block, arm) if (key := run.path.stem) in found
-    ]
-    return {"forgetting": f"{mean(changes):+.3f}"} if changes else {}
-
-
-def _describe_health(health: Mapping[str, Health]) -> list[str]:
-    lines = []
-    for task, found in health.items():
-        missing = f"; seeds not run yet: {'; '.join(found.missing)}" if found.missing else ""
-        improving = f"{found.improving[0]} of {found.improving[1]} runs still improving at the end"
-        lines.append(f"{task}: {found.verdict}; {improving}{missing}.")
-    return lines
-
-
-def _describe_unmerged(block: Block) -> list[str]:
-    """The methods whose change cannot be merged into the weights, by their records."""
-    names = {run.arm for run in block.all_runs() if (run.record.get("method") or {}).get("merges") is False}
-    return [f"Evaluated unmerged, because peft cannot merge them: {', '.join(sorted(names))}."] if names else []
-
-
-def _list_apart(block: Block) -> list[str]:
-    failed = [f"Failed: {' '.join(key)}: {', '.join(reasons)}." for key, reasons in sorted(block.failed.items())]
-    return [*(f"Not counted: {line}." for line in block.apart[:5]), *failed]
+def _describe_forgetting(block: Block, arm: str, found: Forgetting) -> dict[str, str]:
+    """Loss on general text after training minus before, and the number of runs that were measured."""
+    if not any(run.path.stem in found for run in block.all_runs()):
+        return {}
+    keys = [run.path.stem for run in _runs_of(block, arm) if run.path.stem in found]
+    changes = [found[key]["after"] - found[key]["before"] for key in keys]
+    return {"forgetting": f"{mean(changes):+.3f} ({len(changes)})" if changes else "not measured"}

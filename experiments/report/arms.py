@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from experiments.report.plans import Plan
 from sparsegrad.runs.records import ENGINE_NAMES
 
 SKIPPED = ("_target_", "name", "steps", "rotation_order")  # no arm differs in these alone
-SELECT = re.compile(r"\$\{oc\.select:([\w.]+)(?:,(.*))?\}")
+SELECT = re.compile(r"\$\{oc\.select:([\w.]+)(?:,([^}]*))?\}")
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
 def arm_of(config: Mapping[str, Any], plan: Plan | None = None) -> str:
-    """Name of a record's arm, such as `sparsegrad` or `sparsegrad keep=5500`.
+    """Name of a record's arm, such as `sparsegrad`, `sparsegrad keep=5500` or `dora config.r=4`.
 
     Args:
         config: the record's configuration.
@@ -28,14 +29,14 @@ def arm_of(config: Mapping[str, Any], plan: Plan | None = None) -> str:
             learning rate of the gates, are.
     """
     method = config["method"]
-    defaults = {**_read_defaults(str(method["name"])), **(plan.method if plan else {})}
+    defaults = {**_read_defaults(str(method["name"])), **dict(flatten(plan.method if plan else {}))}
     options = {
         name: value
-        for name, value in method.items()
-        if name in defaults and _normalise(value) != _normalise(_resolve(defaults[name], config))
+        for name, value in flatten(method)
+        if _is_known(name, defaults) and _normalise(value) != _normalise(_resolve(defaults.get(name), config))
     }
     others = [key for key in (plan.grid if plan else ()) if key not in ("seed", "task", "method")]
-    options |= {key.rpartition(".")[2]: _find(config, key) for key in others if not key.startswith("method.")}
+    options |= {key.rpartition(".")[2]: find_value(config, key) for key in others if not key.startswith("method.")}
     return arm_name(str(method["name"]), options)
 
 
@@ -45,18 +46,57 @@ def arm_name(method: str, options: Mapping[str, Any]) -> str:
     return " ".join([method, *shown])
 
 
+def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value in nested mappings."""
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def find_value(config: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path; None if there is none."""
+    node: Any = config
+    for part in path.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
+def _is_known(name: str, defaults: Mapping[str, Any]) -> bool:
+    """Whether an option is one of today's method; in an open group, such as peft's `config`, every field is."""
+    group = name.rpartition(".")[0]
+    return name in defaults or (bool(group) and any(one.startswith(f"{group}.") for one in defaults))
+
+
 @functools.cache
 def _read_defaults(method: str, conf: Path = CONF) -> Mapping[str, Any]:
-    """The options in a method's YAML, over those of the methods that its defaults name."""
-    path = conf / "method" / f"{method}.yaml"
-    if not path.is_file():
-        return {}
-    found: dict[str, Any] = yaml.safe_load(path.read_text())
-    bases = [one for one in found.pop("defaults", []) if isinstance(one, str) and one != "_self_"]
+    """Dotted key -> value of a method's YAML, over those of the methods that its defaults name."""
+    path = _list_methods(conf).get(method)
+    return {} if path is None else dict(_read_options(path, conf))
+
+
+@functools.cache
+def _list_methods(conf: Path) -> Mapping[str, Path]:
+    """Name of a method, which is not always that of its option (`peft/dora`) -> its YAML."""
+    found = {}
+    for path in sorted((conf / "method").rglob("*.yaml")):
+        with contextlib.suppress(yaml.YAMLError):  # another method's damaged YAML stops its runs, no report
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            found[str(content.get("name", path.stem)) if isinstance(content, dict) else path.stem] = path
+    return found
+
+
+def _read_options(path: Path, conf: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     merged: dict[str, Any] = {}
-    for base in bases:
-        merged |= _read_defaults(base, conf)
-    return {**merged, **found}
+    for one in found.pop("defaults", []):
+        # `sparsegrad` is beside the YAML or below conf/method; `/method/peft@_here_` is below conf.
+        name = str(one).partition("@")[0] + ".yaml"
+        base = conf / name.lstrip("/") if name.startswith("/") else path.parent / name
+        if base.is_file() and base != path:
+            merged |= _read_options(base, conf)
+    return {**merged, **dict(flatten(found))}
 
 
 def _resolve(value: Any, config: Mapping[str, Any]) -> Any:
@@ -64,16 +104,16 @@ def _resolve(value: Any, config: Mapping[str, Any]) -> Any:
     if not isinstance(value, str):
         return value
     if selected := SELECT.fullmatch(value):
-        found = _find(config, selected[1])
-        return yaml.safe_load(selected[2] or "null") if found is None else found
-    return _find(config, reference[1]) if (reference := REFERENCE.fullmatch(value)) else value
+        return _select(selected, config)
+    if reference := REFERENCE.fullmatch(value):
+        return find_value(config, reference[1])
+    value = SELECT.sub(lambda found: str(_select(found, config)), value)  # inside a text, as in a budget
+    return REFERENCE.sub(lambda found: str(find_value(config, found[1])), value)
 
 
-def _find(config: Mapping[str, Any], path: str) -> Any:
-    node: Any = config
-    for part in path.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node
+def _select(selected: re.Match[str], config: Mapping[str, Any]) -> Any:
+    found = find_value(config, selected[1])
+    return yaml.safe_load(selected[2] or "null") if found is None else found
 
 
 def _normalise(value: Any) -> Any:

@@ -12,11 +12,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.report.arms import find_value, flatten
 from experiments.report.plans import Plan, load_node
 
-SECTIONS = ("train", "protocol", "data")
+SECTIONS = ("train", "protocol", "data", "model")
 # Where the data are, on which device, and how many rows an evaluation takes at once do not change a result.
-FREE = {"data.dir", "train.device", "train.eval_batch_size", "train.lr"}
+FREE = {"data.dir", "train.device", "train.eval_batch_size", "train.lr", "protocol.name"}
 OF_MODEL = re.compile(r"oc\.select:(task|model)\.|\$\{model\.|\$\{task\.(?!name\})")
 
 
@@ -29,7 +30,7 @@ def find_departures(record: Mapping[str, Any], plan: Plan) -> list[str]:
     found = [
         f"{key}={value}"
         for key, expected in _expected(plan.path, plan.sha256, str(config["task"]["name"])).items()
-        if key not in plan.grid and not _equal(value := _find(config, key), expected)
+        if not _is_swept(key, plan) and not _equal(value := find_value(config, key), expected)
     ]
     return [*found, *_other_cell(record, plan)]
 
@@ -45,7 +46,12 @@ def _other_cell(record: Mapping[str, Any], plan: Plan) -> Iterator[str]:
     if plan.hparams is not None and "train.lr" not in plan.grid:
         given = record.get("hparams") or {}
         if given.get("from") != plan.hparams or "train.lr" not in given:
-            yield f"train.lr={_find(config, 'train.lr')} by hand"
+            yield f"train.lr={find_value(config, 'train.lr')} by hand"
+
+
+def _is_swept(key: str, plan: Plan) -> bool:
+    """Whether the plan's grid has this key, or the whole group that it is of."""
+    return key in plan.grid or key.partition(".")[0] in plan.grid
 
 
 @functools.cache
@@ -56,9 +62,13 @@ def _expected(path: Path, sha256: str, task: str) -> Mapping[str, Any]:
     if (file := conf / "config.yaml").is_file():
         whole: Any = OmegaConf.load(file)
         base |= {name: whole[name] for name in ("train", "data")}
-    protocol = dict(_overrides(node)).get("override /protocol")
-    if (file := conf / "protocol" / f"{protocol}.yaml").is_file():
-        base["protocol"] = OmegaConf.load(file)
+    chosen = dict(_overrides(node))
+    if (file := conf / "protocol" / f"{chosen.get('override /protocol')}.yaml").is_file():
+        base["protocol"] = load_node(file)
+        base["protocol"].pop("defaults", None)
+    if (file := conf / "model" / f"{chosen.get('override /model')}.yaml").is_file():
+        # Its name alone: models get new settings, which older records do not have.
+        base["model"] = {"name": OmegaConf.select(OmegaConf.load(file), "name")}
     return dict(_leaves(OmegaConf.merge(base, node, {"task": {"name": task}})))
 
 
@@ -71,17 +81,11 @@ def _overrides(node: DictConfig) -> Iterator[tuple[str, str]]:
 def _leaves(node: Any) -> Iterator[tuple[str, Any]]:
     for section in SECTIONS:
         raw: Any = OmegaConf.to_container(node[section], resolve=False) if section in node else {}
-        for name, value in raw.items():
-            key = f"{section}.{name}"
+        for key, value in flatten(raw, f"{section}."):
             # Defaults of the model or task: a record does not say what they were.
-            if key not in FREE and name != "name" and not OF_MODEL.search(str(value)):
+            if key not in FREE and not OF_MODEL.search(str(value)):
                 with contextlib.suppress(OmegaConfBaseException):
-                    yield key, node[section][name]
-
-
-def _find(config: Mapping[str, Any], key: str) -> Any:
-    section, _, name = key.partition(".")
-    return (config.get(section) or {}).get(name)
+                    yield key, OmegaConf.select(node, key, throw_on_missing=True)
 
 
 def _equal(value: Any, expected: Any) -> bool:

@@ -158,6 +158,10 @@ class Block:
         """Scores in order of seeds."""
         return [run.score for _, run in sorted(self.of(arm, task).items())]
 
+    def is_floor(self, arm: str) -> bool:
+        """Whether the plan shows this arm only to read the others by."""
+        return self.plan is not None and arm.partition(" ")[0] in self.plan.floors
+
     def averages(self, arm: str, tasks: Sequence[str]) -> list[float]:
         """Mean over tasks for each seed that has all of them."""
         common = set.intersection(*(set(self.of(arm, task)) for task in tasks)) if tasks else set()
@@ -216,24 +220,42 @@ def add_record(
     context: Context, block: Block, plans: dict[str, Plan | None], place: Path, record: Mapping[str, Any]
 ) -> None:
     """Sort one record into `runs`, `failed` or `apart`."""
-    plan = _find_plan(record, plans)
-    arm, task = arm_of(record["config"], plan or block.plan), str(record["config"]["task"]["name"])
-    seed = int(record["config"]["seed"])
     if record["status"] != "complete":
         if not (reason := str(record.get("reason", ""))).startswith(PRUNED):
-            block.failed.setdefault((arm, task), []).append(f"seed {seed}: {reason}")
+            arm = arm_of(record["config"], _find_plan(record, plans) or block.plan)
+            key = arm, str(record["config"]["task"]["name"])
+            block.failed.setdefault(key, []).append(f"seed {record['config']['seed']}: {reason}")
         return
-    if why := _why_exploratory(record, plan):
-        block.apart.append(f"{place}: exploratory, {why}")
-        return
+    found = judge_record(context.results, block.plan, plans, place, record)
+    if isinstance(found, str):
+        block.apart.append(f"{place}: {found}")
+    else:
+        _put_run(block, found)
+
+
+def judge_record(
+    results: Path, plan: Plan | None, plans: dict[str, Plan | None], place: Path, record: Mapping[str, Any]
+) -> EvidenceRun | str:
+    """The run of a complete record, or why it does not count.
+
+    Args:
+        results: the results folder.
+        plan: that of the table, which names the arm of a record without a plan.
+        plans: the plans read so far, by name.
+        place: path of the record below results/runs.
+        record: its content.
+    """
+    own = _find_plan(record, plans)
+    if why := _why_exploratory(record, own):
+        return f"exploratory, {why}"
     try:
-        arrays = Remembered(read_predictions(context.results / "runs" / place, record))
+        arrays = Remembered(read_predictions(results / "runs" / place, record))
     except UserError as error:
-        block.apart.append(f"{place}: left out, {error}")
-        return
-    value = record["result"]["value"]
-    score = float(value or 0.0) * (1.0 if record["result"]["metric"] in LOWER_IS_BETTER else POINTS)
-    _put_run(block, EvidenceRun(place, record, arm, task, seed, round(score, 6), arrays))
+        return f"left out, {error}"
+    config, result = record["config"], record["result"]
+    score = float(result["value"] or 0.0) * (1.0 if result["metric"] in LOWER_IS_BETTER else POINTS)
+    arm, task = arm_of(config, own or plan), str(config["task"]["name"])
+    return EvidenceRun(place, record, arm, task, int(config["seed"]), round(score, 6), arrays)
 
 
 def _put_run(block: Block, run: EvidenceRun) -> None:

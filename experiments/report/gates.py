@@ -24,6 +24,7 @@ class Health:
         reached: points that it reaches, mean over report seeds; None without runs.
         improving: runs that still improve at their last evaluation, and all runs.
         missing: one text per arm that lacks seeds.
+        exempt: what the plan's floors do that would stop a comparison of other arms.
     """
 
     reasons: tuple[str, ...]
@@ -31,6 +32,7 @@ class Health:
     reached: float | None
     improving: tuple[int, int]
     missing: tuple[str, ...]
+    exempt: tuple[str, ...] = ()
 
     @property
     def is_comparable(self) -> bool:
@@ -47,7 +49,9 @@ def check_task(evidence: Evidence, folder: str, task: str, searches: Searches) -
     """The health of one task of a block with runs."""
     block = evidence.blocks[folder]
     runs = list(block.all_runs(task))
-    improving = sum(run.still_improving for run in runs), len(runs)
+    floors = [run for run in runs if block.is_floor(run.arm)]
+    judged = [run for run in runs if not block.is_floor(run.arm)]
+    improving = sum(run.still_improving for run in judged), len(judged)
     gate = None if block.plan is None else block.plan.gates.get(task)
     method = "full" if block.plan is None else block.plan.gate_method
     references = reference_runs(evidence, folder, task, method)
@@ -55,12 +59,19 @@ def check_task(evidence: Evidence, folder: str, task: str, searches: Searches) -
     reasons = [
         *_check_gate(block, task, gate, reached),
         # A rate that is too high may well end in one class; of the block of gates only the best rate counts.
-        *_check_constant(references if folder == GATES else runs),
+        *_check_constant(references if folder == GATES else judged),
         *_check_improving(block, improving),
         *_check_data(runs),
         *_check_budget(block, runs, searches),
     ]
-    return Health(tuple(reasons), gate, reached, improving, tuple(_missing_seeds(block, task)))
+    return Health(
+        reasons=tuple(reasons),
+        gate=gate,
+        reached=reached,
+        improving=improving,
+        missing=tuple(_missing_seeds(block, task)),
+        exempt=(*_check_constant(floors), *_count_improving(floors)),
+    )
 
 
 def comparable_tasks(evidence: Evidence, folder: str, searches: Searches) -> list[str]:
@@ -114,6 +125,12 @@ def _check_improving(block: Block, improving: tuple[int, int]) -> Iterator[str]:
     limit = block.plan.max_improving if block.plan else 0.2
     if count > limit * runs:
         yield f"{count} of {runs} runs still improve at their last evaluation, more than {limit:.0%}".replace("%", " %")
+
+
+def _count_improving(floors: list[EvidenceRun]) -> Iterator[str]:
+    improving = [run.still_improving for run in floors]
+    if any(improving):
+        yield f"{sum(improving)} of {len(floors)} runs of the floors still improve at their last evaluation"
 
 
 def _check_data(runs: list[EvidenceRun]) -> Iterator[str]:

@@ -24,7 +24,7 @@ MIN_SEEDS = 3
 OF_RUNS = ("rates_of", "carry", "epochs", "eval_steps", "max_train", "direction")
 FIELDS = (
     "gates", "gate_method", "gate_experiment", "budget", "regime", "seeds", "min_seeds", "max_improving", "reference",
-    "exploratory", *OF_RUNS,
+    "exploratory", "floors", "share", *OF_RUNS,
 )  # fmt: skip
 
 
@@ -46,6 +46,8 @@ class Plan:
         gate_experiment: folder whose runs decide the gates, if this plan does not train `gate_method`.
         reference: arm that the others are compared with; None: the table's usual one.
         exploratory: whether its results are apart from the evidence.
+        floors: methods that are shown to read the others by, and need not learn.
+        share: share of each MLP weight that every method should train, besides the floors; None: no such rule.
         grid: sweeper parameter -> values.
         method: options that all its arms share.
         hparams: where learning rates come from.
@@ -65,6 +67,8 @@ class Plan:
     max_improving: float = 0.2
     reference: str | None = None
     exploratory: bool = False
+    floors: tuple[str, ...] = ()
+    share: float | None = None
     grid: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     method: Mapping[str, Any] = field(default_factory=dict)
     hparams: str | None = None
@@ -97,6 +101,7 @@ def read_plan(experiment: str, conf: Path = CONF) -> Plan | None:
     params = ((content.get("hydra") or {}).get("sweeper") or {}).get("params") or {}
     grid = {key: tuple(part.strip() for part in str(value).split(",")) for key, value in params.items()}
     rules = _check_rules(content.get("evidence") or {}, path)
+    _check_floors(rules, grid, path)
     seeds = rules.pop("seeds", None) or tuple(int(seed) for seed in grid.get("seed", ()) if seed.isdigit())
     known: dict[str, Any] = {
         "folder": str(content.get("name", experiment)),
@@ -110,13 +115,15 @@ def read_plan(experiment: str, conf: Path = CONF) -> Plan | None:
 
 
 def load_node(path: Path) -> DictConfig:
-    """A YAML over the experiments that its defaults name; its choices of other groups stay as they are."""
+    """A YAML over those beside it that its defaults name; choices of other groups stay in `defaults`, its own last."""
     node = OmegaConf.load(path)
     assert isinstance(node, DictConfig)
     bases = [path.with_name(f"{one}.yaml") for one in node.get("defaults", []) if isinstance(one, str)]
     parents = [load_node(base) for base in bases if base.is_file() and base != path]
     merged = OmegaConf.merge(*parents, node)
     assert isinstance(merged, DictConfig)
+    if parents:  # a merge replaces lists, which would lose the parents' choices
+        merged.defaults = [one for each in (*parents, node) for one in each.get("defaults", [])]
     return merged
 
 
@@ -134,9 +141,25 @@ def _check_rules(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if "max_improving" in rules:
         check_number(f"{where}.max_improving", rules["max_improving"], at_least=0.0, at_most=1.0)
     check_choice(f"{where}.regime", rules.get("regime", "paper"), REGIMES)
+    if rules.get("share") is not None:
+        check_number(f"{where}.share", rules["share"], above=0.0, at_most=1.0)
     seeds = rules.get("seeds")
     if seeds is not None:
         if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
             raise fail(f"{where}.seeds", seeds, "give a list of integers, such as [42, 3705, 2023]")
         rules["seeds"] = tuple(dict.fromkeys(seeds))
     return {name: value for name, value in rules.items() if value is not None and name not in OF_RUNS}
+
+
+def _check_floors(rules: dict[str, Any], grid: Mapping[str, tuple[str, ...]], path: Path) -> None:
+    """Floors are methods of the plan, and not the one that the others are compared with."""
+    where, floors = f"{path.name}: evidence.floors", rules.get("floors")
+    if floors is None:
+        return
+    if not isinstance(floors, list):
+        raise fail(where, floors, "give a list of methods, such as [frozen, bitfit]")
+    for floor in floors:
+        check_choice(where, floor, grid.get("method", ()))
+        if floor == rules.get("reference"):
+            raise fail(where, floor, "it is evidence.reference", "choose another reference")
+    rules["floors"] = tuple(floors)

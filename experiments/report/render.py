@@ -16,6 +16,7 @@ def write_table(table: Table, folder: Path) -> list[Path]:
     Raises:
         UserError: when the folder cannot be written.
     """
+    assert not table.frame.isna().any(axis=None), f"{table.name}: an empty cell is an empty text"
     texts = {"md": markdown(table), "tex": latex(table), "csv": table.frame.to_csv(index=False, lineterminator="\n")}
     paths = [folder / f"{table.name}.{suffix}" for suffix in texts]
     for path, text in zip(paths, texts.values(), strict=True):

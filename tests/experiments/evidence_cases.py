@@ -12,7 +12,7 @@ import yaml
 
 from experiments.report import evidence
 from experiments.report.plans import Plan, read_plan
-from sparsegrad.files import write_json
+from sparsegrad.files import read_json, write_json
 from sparsegrad.runs.plan import plan_hash
 from sparsegrad.runs.predictions import describe_arrays, write_predictions
 
@@ -87,6 +87,18 @@ class Cases:
         }
         write_json(path, record)
         write_predictions(path, arrays)
+        return path
+
+    def loss(self, method: str, seed: int, nll: float, *, folder: str) -> Path:
+        """Write one run of a language model whose mean loss per token is `nll`."""
+        path = self.run(method, "oasst1", seed, 0.5, folder=folder)
+        rows = np.random.default_rng(3).normal(0, 0.1, ROWS) + np.random.default_rng(seed).normal(0, 0.02, ROWS)
+        arrays = {"nll": (10 * (nll + rows - rows.mean())).astype(np.float32), "tokens": np.full(ROWS, 10, np.uint16)}
+        write_predictions(path, arrays)
+        record = read_json(path)
+        record["result"] |= {"metric": "nll", "value": nll}
+        record["evaluations"] = [{"step": step, "nll": nll + 0.1} for step in (10, 20)]
+        write_json(path, {**record, "predictions": describe_arrays(arrays)})
         return path
 
     def study(self, method: str, task: str, trials: int = 8) -> None:

@@ -7,16 +7,24 @@ from typing import Any
 
 import pytest
 from evidence_cases import SEEDS, Cases, cases  # noqa: F401
+from hydra import compose, initialize_config_dir
 
 from experiments.compare import __main__ as command
+from experiments.compare.block import find_shared
 from experiments.compare.forgetting import FOLDER, mean_loss, read_texts
+from experiments.compare.notes import PLANS
 from experiments.compare.table import make_table, write_comparison
+from experiments.paths import CONF
 from experiments.report.collect import collect_cells
+from experiments.report.departures import find_departures
 from experiments.report.plans import read_plan as read_stored_plan
-from experiments.report.tables.base import Context
+from experiments.report.tables.base import Context, Table
 from experiments.reproduce.plans import read_plan
 from sparsegrad.errors import UserError
 from sparsegrad.files import read_json, write_json
+from sparsegrad.methods.peft import Peft
+from sparsegrad.methods.peft_size import fit_budget
+from sparsegrad.runs.config import build
 
 RULES: dict[str, Any] = {"regime": "mlp_only", "gate_experiment": "evidence_paper", "reference": "lora_tuned"}
 GRID = {"task": "sst2,mrpc", "seed": "42,3705,2023", "method": "lora_tuned,peft/dora,sparsegrad"}
@@ -30,10 +38,10 @@ def _plans_of_the_cases(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
         monkeypatch.setattr("experiments.compare.block.read_plan", lambda name: read_stored_plan(name, conf))
 
 
-def fill(made: Cases) -> None:
+def fill(made: Cases, rules: dict[str, Any] | None = None, grid: dict[str, str] = GRID) -> None:
     """Three methods on two tasks; SparseGrad's runs are those of another plan with the same protocol."""
     made.healthy()
-    made.plan("compare", RULES, grid=GRID)
+    made.plan("compare", {**RULES, **(rules or {})}, grid=grid)
     made.plan("evidence_mlp_only", RULES, grid=GRID)
     trainable = {"mlp": {"trained": 1, "total": 100}}
     for task in ("sst2", "mrpc"):
@@ -46,6 +54,11 @@ def fill(made: Cases) -> None:
             made.run("sparsegrad", task, seed, 0.88 + gain, folder="evidence_mlp_only", **more)
 
 
+def show(made: Cases, folder: str = "compare") -> Table:
+    """The table of what is on disk."""
+    return make_table(Context(made.results, collect_cells(made.results / "runs"), "mini"), folder)[0]
+
+
 def test_the_table_is_sorted_by_score_and_counts_equal_runs_of_other_plans(cases: Cases) -> None:  # noqa: F811
     fill(cases)
     context = Context(cases.results, collect_cells(cases.results / "runs"), "mini")
@@ -56,13 +69,15 @@ def test_the_table_is_sorted_by_score_and_counts_equal_runs_of_other_plans(cases
     assert list(rows.index) == ["SparseGrad exact", "dora", "LoRA, alpha = 2 rank"]
     assert rows.loc["dora", "average"].startswith("84.")
     assert rows.loc["dora", "trainable"] == "1.00 %"
-    assert rows.loc["dora", "forgetting"] == "+0.500"
+    assert rows.loc["dora", "forgetting"] == "+0.500 (1)"
+    assert rows.loc["SparseGrad exact", "forgetting"] == "not measured"
     assert rows.loc["SparseGrad exact", "sst2"].endswith("(3)")
     minus = next(name for name in rows.columns if name.startswith("minus"))
     assert rows.loc["LoRA, alpha = 2 rank", minus] == "reference"
     assert float(rows.loc["SparseGrad exact", minus]) == pytest.approx(8, abs=1)
     assert any("cannot merge them: dora" in note for note in table.notes)
-    assert all(interval is not None and interval[0] < value < interval[1] for _, value, interval in points)
+    assert all(one.interval is not None and one.interval[0] < one.value < one.interval[1] for one in points)
+    assert [one.label for one in points] == list(rows.index)
     text = write_comparison(cases.results, "compare")
     assert "SparseGrad exact" in text
     assert {path.name for path in (cases.results / "compare").iterdir()} >= {"compare.md", "compare.csv", "compare.png"}
@@ -72,6 +87,98 @@ def test_a_comparison_without_runs_says_how_to_make_them(cases: Cases) -> None: 
     cases.plan("compare", RULES, grid=GRID)
     cases.plan("evidence_paper")
     assert "make compare SCALE=mini" in write_comparison(cases.results, "compare")
+
+
+def test_a_run_in_two_plans_counts_once_and_only_where_its_plan_is_as_it_was(cases: Cases) -> None:  # noqa: F811
+    """One key is one run: both records agree, and what the command skips is what the table counts."""
+    fill(cases)
+    again = cases.run("sparsegrad", "sst2", 42, 0.876, folder="compare")
+    rows = show(cases).frame.set_index("method")
+    assert rows.loc["SparseGrad exact", "sst2"].endswith("(3)")
+    cases.plan("compare", {**RULES, "gates": {"sst2": 61, "mrpc": 60}}, grid=GRID)  # the own record is stale now
+    assert show(cases).frame.set_index("method").loc["SparseGrad exact", "sst2"].endswith("(3)")
+    other = Path("evidence_mlp_only") / again.name
+    assert find_shared(cases.results, "compare", again.stem) == other
+    (cases.results / "runs" / other).with_suffix(".npz").unlink()
+    assert find_shared(cases.results, "compare", again.stem) is None, "without predictions it does not count"
+    cases.plan("evidence_mlp_only", {**RULES, "budget": 9}, grid=GRID)
+    assert find_shared(cases.results, "compare", "sparsegrad-sst2-3705") is None, "its plan was edited"
+    assert "SparseGrad exact" not in set(show(cases).frame["method"])
+
+
+def test_a_run_of_another_model_is_not_shared(cases: Cases) -> None:  # noqa: F811
+    """The departures look at the model, too: its name and what the plan sets of it."""
+    cases.plan("compare", RULES, grid=GRID, model={"lora_rank": 47, "usual": {"keep": 5}})
+    path = cases.run("sparsegrad", "sst2", 42, 0.8, folder="compare")
+    plan = read_stored_plan("compare", cases.conf)
+    assert plan is not None
+    record = {**read_json(path), "hparams": {"from": "search"}}
+    assert find_departures(record, plan) == ["model.lora_rank=None", "model.usual.keep=None"]
+    record["config"]["model"] |= {"lora_rank": 47, "usual": {"keep": 5, "density": None}}
+    assert find_departures(record, plan) == []
+
+
+def test_a_method_with_fewer_tasks_is_compared_on_those_and_marked(cases: Cases) -> None:  # noqa: F811
+    fill(cases)
+    for seed in SEEDS:
+        cases.run("hra", "sst2", seed, 0.9, folder="compare")
+    table = show(cases)
+    rows = table.frame.set_index("method")
+    label = "hra (sst2 only)"
+    assert list(rows.index)[-1] == label, "below all rows whose averages have more tasks, though its score is higher"
+    assert (rows.loc[label, "average"], rows.loc[label, "mrpc"]) == (rows.loc[label, "sst2"], "missing")
+    minus = next(name for name in rows.columns if name.startswith("minus"))
+    assert float(rows.loc[label, minus]) == pytest.approx(10, abs=1), "over the task that both have"
+    assert any(label in note and "cannot be compared" in note for note in table.notes)
+
+
+def test_the_reference_is_the_planned_one_where_it_has_runs_and_never_the_best(cases: Cases) -> None:  # noqa: F811
+    fill(cases)
+    folder = cases.results / "runs" / "compare"
+    for path in folder.glob("lora_tuned-mrpc-*"):
+        path.unlink()
+    rows = show(cases).frame.set_index("method")
+    minus = next(name for name in rows.columns if name.startswith("minus"))
+    assert rows.loc["dora", minus].endswith("(sst2 only)")
+    assert rows.loc["LoRA, alpha = 2 rank (sst2 only)", minus] == "reference"
+    for path in folder.glob("lora_tuned-*"):
+        path.unlink()
+    table = show(cases)
+    assert list(table.frame["method"]) == ["SparseGrad exact", "dora"]
+    assert "minus dora" in table.frame, "the first method of the plan that has runs"
+    assert any("METHODS=lora_tuned" in note for note in table.notes)
+
+
+def test_a_floor_that_predicts_one_class_does_not_void_its_task(cases: Cases) -> None:  # noqa: F811
+    fill(cases, {"floors": ["frozen"], "share": 0.02}, {**GRID, "method": GRID["method"] + ",frozen"})
+    nothing = {"trainable": {"mlp": {"trained": 0, "total": 100}}}
+    for seed in SEEDS:
+        cases.run("frozen", "sst2", seed, 0.5, folder="compare", constant=True, **nothing)
+    table = show(cases)
+    assert any("sst2: ok" in note and "frozen seed 42" in note for note in table.notes)
+    assert "head alone (sst2 only)" in set(table.frame["method"])
+    assert any("Floors" in note and "head alone" in note for note in table.notes)
+    (sizes,) = [note for note in table.notes if "equal sizes" in note]
+    assert "dora 1 %" in sizes
+    assert "head alone" not in sizes
+
+
+def test_a_loss_is_called_a_loss(cases: Cases) -> None:  # noqa: F811
+    cases.plan("compare_smollm2", {**RULES, "gates": {}}, grid={**GRID, "task": "oasst1"})
+    cases.plan("evidence_paper")
+    assert "TREES=" in show(cases, "compare_smollm2").frame["method"][0]
+    for method, loss in (("lora_tuned", 2.0), ("dora", 1.5)):
+        for number, seed in enumerate(SEEDS):
+            cases.loss(method, seed, loss + 0.01 * number, folder="compare_smollm2")
+    table = show(cases, "compare_smollm2")
+    assert list(table.frame["method"]) == ["dora", "LoRA, alpha = 2 rank"], "the lowest loss first"
+    said = " ".join([table.title, *table.notes])
+    assert "SmolLM2" in table.title
+    assert "lower is better" in said
+    assert "points" not in said
+    assert "head alone" not in said
+    assert "h to target" not in table.frame
+    assert "(lower is better)" in PLANS["compare_smollm2"].score
 
 
 def test_the_whole_path_from_searches_to_the_table(
@@ -139,6 +246,35 @@ def test_the_committed_plan_compares_ten_methods_in_the_protocol_of_the_searches
     assert mine.budget == theirs.budget
     assert set(mine.params["method"]) <= set(command.list_methods())
     assert len(read_plan("compare_smollm2").params["method"]) == 5
+    assert PLANS.keys() == set(command.PLANS)
+
+
+def test_every_method_of_the_language_model_trains_the_planned_share() -> None:
+    plan = read_stored_plan("compare_smollm2")
+    assert plan is not None
+    assert plan.share is not None
+    for method in plan.grid["method"]:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = build(compose("config", [f"experiment={plan.experiment}", f"method={method}", "hparams=null"]))
+        sizes = config.model.architecture
+        out, columns = int(sizes["hidden_size"]), int(sizes["intermediate_size"])
+        assert share_of(config.method, out, columns) == pytest.approx(plan.share, rel=0.02), method
+        assert config.save_adapter == "sparsegrad"
+    search = command.search_all.plan_search(read_plan(plan.experiment), "peft/dora", "oasst1", "trees", ())
+    assert search.plan.base.save_adapter is None, "only runs keep adapters, not the trials of a search"
+
+
+def share_of(method: Any, out: int, columns: int) -> float:
+    """Share of the entries of a weight of each shape that a method trains."""
+    if isinstance(method, Peft):
+        shapes = {"up": (columns, out), "down": (out, columns)}
+        found = fit_budget(
+            dict(method.config), shapes, dict.fromkeys(shapes, 1), float(method.budget.partition(":")[2])
+        )
+        return float(found["share"])
+    if rank := getattr(method, "rank", None):
+        return float(rank * (out + columns) / (out * columns))
+    return float(method.density or method.keep / (out * columns))
 
 
 def test_the_loss_on_general_text_is_the_mean_over_tokens(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,23 @@ def test_one_seed_that_predicts_one_class_is_named(cases: Cases) -> None:
     cases.run("sparsegrad", "sst2", 3705, 0.5, constant=True)
     assert "sparsegrad seed 3705 predicts one class for all rows of sst2" in health(cases).verdict
     assert health(cases, "mrpc").is_comparable
+
+
+def test_a_floor_need_not_learn_and_is_named(cases: Cases) -> None:
+    """Constant predictions and rising curves of floors stop no comparison; different data still does."""
+    cases.healthy()
+    cases.plan(rules={"floors": ["sparsegrad"]})
+    for path in sorted((cases.results / "runs" / "evidence_paper").glob("*.json")):
+        replan(path, cases)
+    for seed in SEEDS:
+        cases.run("sparsegrad", "sst2", seed, 0.5, constant=True, steps=((10, 0.3), (20, 0.5), (30, 0.7)))
+        cases.run("sparsegrad", "mrpc", seed, 0.5, fingerprint="other")
+    found = health(cases)
+    assert found.is_comparable, found.reasons
+    assert found.improving == (0, 6)
+    assert "sparsegrad seed 42" in found.exempt[0]
+    assert "3 of 3 runs of the floors still improve" in found.exempt[1]
+    assert "different data" in health(cases, "mrpc").verdict
 
 
 def test_runs_that_still_improve_fail_above_a_fifth(cases: Cases) -> None:
@@ -211,6 +229,10 @@ def test_two_records_of_one_seed_contradict_each_other(cases: Cases) -> None:
         ({"max_improving": 2}, r"max_improving=2"),
         ({"seeds": "42"}, r"seeds=42 .*list of integers"),
         ({"budjet": 3}, r"budjet .*budget"),
+        ({"floors": "full"}, r"floors=full .*list of methods"),
+        ({"floors": ["magic"]}, r"floors=magic .*full, lora_tuned"),
+        ({"floors": ["lora_tuned"]}, r"floors=lora_tuned .*reference"),
+        ({"share": 0}, r"share=0 "),
     ],
 )
 def test_a_rule_that_is_not_allowed_is_one_error(cases: Cases, rules: dict[str, Any], said: str) -> None:
@@ -229,7 +251,24 @@ def test_the_plans_of_the_repository_are_readable() -> None:
     assert read_plan("no_such_plan") is None
 
 
-@pytest.mark.parametrize("name", list(BLOCKS))
+def test_a_plan_keeps_the_choices_of_the_plan_below_it(cases: Cases) -> None:
+    """Otherwise what a protocol or a model says would not be checked in runs of a plan with a parent."""
+    folder = cases.conf / "experiment"
+    shutil.copytree(CONF / "protocol", cases.conf / "protocol")
+    shutil.copytree(CONF / "model", cases.conf / "model")
+    cases.plan("parent", defaults=[{"override /protocol": "both"}, {"override /model": "minilm"}])
+    (folder / "child.yaml").write_text("defaults: [parent, {override /model: smollm2}, _self_]\nname: child\n")
+    plan = read_plan("child", cases.conf)
+    assert plan is not None
+    record = json.loads(cases.run("full", "sst2", 42, 0.9, experiment="parent").read_text())
+    record["config"]["protocol"] |= {"select": "validation", "watch_validation": True, "max_steps": None}
+    found = find_departures(record, plan)
+    assert "protocol.select=validation" in found
+    assert "model.name=minilm" in found
+    assert not any("defaults" in one or "watch_validation" in one for one in found)
+
+
+@pytest.mark.parametrize("name", [*BLOCKS, "compare", "compare_smollm2"])
 def test_a_run_of_a_plan_follows_it(name: str) -> None:
     plan = read_plan(name)
     assert plan is not None
@@ -242,6 +281,8 @@ def test_a_run_of_a_plan_follows_it(name: str) -> None:
     assert find_departures(record, plan) == []
     config["protocol"]["max_steps"] = 4
     assert find_departures(record, plan) == ["protocol.max_steps=4"]
+    config["model"]["name"] = "another"
+    assert find_departures(record, plan) == ["protocol.max_steps=4", "model.name=another"]
 
 
 def test_an_arm_is_named_by_what_differs_from_its_yaml() -> None:
@@ -254,3 +295,17 @@ def test_an_arm_is_named_by_what_differs_from_its_yaml() -> None:
     assert arm_of({"model": {}, "method": sparse}) == "sparsegrad density=0.05 sides=small"
     assert arm_of({"model": {"usual": {"density": 0.05}}, "method": {**sparse, "sides": "both"}}) == "sparsegrad"
     assert arm_of({"model": {}, "method": {"name": "new_method", "depth": 3}}) == "new_method"
+
+
+@pytest.mark.parametrize(
+    ("option", "model"),
+    [("peft/dora", "smollm2"), ("peft/shira", "minilm"), ("peft", "minilm"), ("lora_xs", "smollm2")],
+)
+def test_an_arm_of_any_option_is_its_name_until_something_is_changed(option: str, model: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("config", [f"method={option}", f"model={model}"])
+    config: Any = OmegaConf.to_container(composed, resolve=True)
+    assert arm_of(config) == option.rpartition("/")[2]
+    if "config" in config["method"]:
+        config["method"] |= {"budget": "density:0.05", "config": {**config["method"]["config"], "layers": 3}}
+        assert arm_of(config) == f"{option.rpartition('/')[2]} budget=density:0.05 config.layers=3"

@@ -79,7 +79,7 @@ def _empty_table(block: Block) -> Table:
     planned = block.plan.planned if block.plan else 0
     text = f"{NOT_RUN} ({planned} runs planned): {command(block.folder)}"
     frame = pd.DataFrame([{"method": text}])
-    return Table(block.folder, BLOCKS[block.folder].title, frame, _apart_notes(block))
+    return Table(block.folder, BLOCKS[block.folder].title, frame, apart_notes(block))
 
 
 def _main_table(
@@ -101,7 +101,7 @@ def _main_table(
         average = format_averages(block, arm, tasks)
         rows.append({"method": style_of(arm).name, **scores, **average, **difference, **expense})
     notes = [*_health_notes(health), *RULES, _describe_reference(reference, tasks), describe_machine(block, machine)]
-    notes += [*_left_out_notes(found), *_apart_notes(block)]
+    notes += [*_left_out_notes(found), *apart_notes(block)]
     return Table(block.folder, BLOCKS[block.folder].title, _name_difference(rows, reference), notes, _records(block))
 
 
@@ -192,7 +192,7 @@ def _left_out_notes(found: Mapping[str, Difference | None]) -> list[str]:
     return [f"Seeds that only one of the two arms has are left out of differences: {', '.join(left)}."] if left else []
 
 
-def _apart_notes(block: Block) -> list[str]:
+def apart_notes(block: Block) -> list[str]:
     """Records that do not count, by reason, and runs that failed."""
     lines = [f"Not counted: {line}." for line in block.apart[:SHOWN]]
     if len(block.apart) > SHOWN:
