@@ -17,7 +17,6 @@ from experiments.compare.block import SHARED
 from experiments.compare.methods import find_method
 from experiments.compare.methods import list_methods as list_methods
 from experiments.compare.table import write_comparison
-from experiments.paths import CONF
 from experiments.reproduce import commands, dry_run, evidence, search_all
 from experiments.reproduce.cells import Cell, in_evidence, list_cells
 from experiments.reproduce.commands import last_wins, split_names
@@ -25,7 +24,6 @@ from experiments.reproduce.plans import read_plan
 from experiments.reproduce.searches import Search
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.runs.overrides import key_of
-from sparsegrad.runs.plan import plan_hash
 from sparsegrad.runs.records import find_complete
 from sparsegrad.sweeps.search_results import SearchMissingError
 
@@ -180,13 +178,9 @@ def _list_cells(
 
 
 def is_shared(cell: Cell) -> bool:
-    """Whether another plan, as it is now, has made this very run: its key covers all that determines the result."""
-    for folder in SHARED:
-        record = find_complete(Path(cell.config.results_dir) / "runs" / folder / f"{cell.config.key}.json")
-        current = plan_hash(CONF / "experiment" / f"{folder}.yaml")
-        if record is not None and (record.get("plan") or {}).get("sha256") == current:
-            return True
-    return False
+    """Whether another plan has made this very run: its key covers all that determines the result."""
+    runs = Path(cell.config.results_dir) / "runs"
+    return any(find_complete(runs / folder / f"{cell.config.key}.json") is not None for folder in SHARED)
 
 
 def _has_runs(name: str, results: Path) -> bool:

@@ -8,17 +8,21 @@ from typing import Any
 
 import optuna
 import pytest
+from evidence_cases import SEEDS, Cases, cases  # noqa: F401
 from optuna.trial import TrialState
 
 from experiments.compare import __main__ as command
 from experiments.compare.methods import find_method
+from experiments.report.collect import collect_cells
+from experiments.report.command import write_comparisons
+from experiments.report.plans import read_plan as read_stored_plan
+from experiments.report.tables.base import Context
 from experiments.reproduce import search_all
 from experiments.reproduce.cells import list_cells
 from experiments.reproduce.plans import read_plan
 from experiments.reproduce.searches import Search
 from sparsegrad.errors import UserError
 from sparsegrad.files import read_json, write_json
-from sparsegrad.runs.plan import plan_hash
 from sparsegrad.sweeps.ledger import REASON
 from sparsegrad.sweeps.show import export
 from sparsegrad.sweeps.study import open_study
@@ -158,15 +162,6 @@ def test_a_wrong_value_does_not_count_as_waiting(where: tuple[str, str], capsys:
     assert "protocol.epochs=0" in capsys.readouterr().err
 
 
-def test_a_shared_run_counts_only_under_its_plan_as_it_is_now(where: tuple[str, str]) -> None:
-    (cell,) = list_cells("compare", ["method=lora_tuned", "task=stsb", "seed=42", "hparams=null", *where])
-    folder = Path(cell.config.results_dir) / "runs" / "evidence_mlp_only"
-    record = {"schema": 1, "status": "complete", "config": cell.config.resolved}
-    for sha256, expected in (("old", False), (plan_hash(command.CONF / "experiment" / "evidence_mlp_only.yaml"), True)):
-        write_json(folder / f"{cell.config.key}.json", {**record, "plan": {"sha256": sha256}})
-        assert command.is_shared(cell) is expected
-
-
 def test_a_method_is_found_by_the_name_in_messages_and_tables() -> None:
     assert find_method("dora") == find_method("peft/dora") == "peft/dora"
     assert find_method("peft") == "peft"
@@ -207,3 +202,23 @@ def test_without_trees_the_table_of_existing_runs_is_rebuilt(
     assert command.compare("compare_smollm2", request) == 0
     assert written == ["compare_smollm2"]
     assert "TREES=" in capsys.readouterr().out
+
+
+def test_a_report_of_everything_has_the_comparisons_that_have_runs(
+    cases: Cases,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("experiments.compare.block.read_plan", lambda name: read_stored_plan(name, cases.conf))
+    cases.healthy()
+    rules = {"regime": "mlp_only", "gate_experiment": "evidence_paper", "reference": "lora_tuned"}
+    grid = {"task": "mrpc", "seed": "42,3705,2023", "method": "lora_tuned,peft/dora"}
+    for name in command.PLANS:
+        cases.plan(name, rules, grid=grid)
+    for seed in SEEDS:
+        for method, accuracy in (("lora_tuned", 0.8), ("dora", 0.84)):
+            cases.run(method, "mrpc", seed, accuracy, folder="compare")
+    context = Context(cases.results, collect_cells(cases.results / "runs"), "mini")
+    tables, figures = write_comparisons(context)
+    assert [table.name for table in tables] == ["compare"]
+    assert [path.name for path in figures.values()] == ["compare.png"]
+    assert {path.suffix for path in (cases.results / "compare").iterdir()} >= {".md", ".csv", ".png"}
