@@ -11,7 +11,7 @@ MAKE_VENV = $(PYTHON) -c "import signal, venv; signal.signal(signal.SIGINT, sign
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two targets install into one environment
 .PHONY: bench bench-quick docs help install assets quickstart test check format clean dashboard sweep-table report
-.PHONY: test-lowest test-latest test-wheel lock audit search evidence compare
+.PHONY: test-lowest test-latest test-wheel lock audit search evidence compare forgetting
 
 # Lines `target: ... ## text` are listed below the last heading `##@ group`.
 help: ## list the targets
@@ -149,3 +149,9 @@ evidence: $(INSTALLED) ## BLOCK=0..6|all DATA=<glue>: the runs of a block
 
 compare: $(INSTALLED) ## SCALE=mini DATA=<glue>: many PEFT methods, one table
 	@$(BIN)/python -m experiments.compare --scale $(SCALE) $(GIVEN) $(NARROWED) $(ARGS)
+
+# TEXTS: JSON lines or a JSON list such as Alpaca's, other text than that of TREES. Runs without an adapter are trained
+# again, which needs TREES; ARGS="--rows 200 --tokens 128".
+forgetting: $(INSTALLED) ## TEXTS=<json> TREES=<file>: loss on general text
+	@$(BIN)/python -m experiments.compare.forgetting $(if $(TEXTS),--texts $(TEXTS)) $(if $(TREES),--trees $(TREES)) \
+		--workers $(WORKERS) $(if $(DRY),--dry) $(if $(METHODS),--methods $(METHODS)) $(ARGS)

@@ -14,15 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.compare.block import SHARED, find_shared
+from experiments.compare.methods import find_method
+from experiments.compare.methods import list_methods as list_methods
 from experiments.compare.table import write_comparison
-from experiments.paths import CONF
 from experiments.reproduce import commands, dry_run, evidence, search_all
 from experiments.reproduce.cells import Cell, in_evidence, list_cells
 from experiments.reproduce.commands import last_wins, split_names
 from experiments.reproduce.plans import read_plan
+from experiments.reproduce.searches import Search
 from sparsegrad.errors import UserError, check_choice
+from sparsegrad.runs.overrides import key_of
+from sparsegrad.sweeps.search_results import SearchMissingError
 
 PLANS = ("compare", "compare_smollm2")
+# Overrides that other arguments of the command replace.
+CHOSEN = {"method": "give METHODS=", "task": "give TASKS=", "experiment": "TASKS= chooses the plan"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,16 @@ class Request:
         given = [one.partition("=")[2] for one in self.overrides if one.startswith("results_dir=")]
         return Path(given[-1])
 
+    @property
+    def of_searches(self) -> tuple[str, ...]:
+        """Overrides of the searches, whose seed is none of the report's."""
+        return tuple(one for one in self.overrides if key_of(one) != "seed")
+
+    @property
+    def of_runs(self) -> tuple[str, ...]:
+        """Overrides of the runs."""
+        return tuple(one for one in self.overrides if not key_of(one).startswith("sweep."))
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: status 0 if all is complete, 1 if something failed, 2 after bad input, 130 after Ctrl-C."""
@@ -53,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _compare_plans(options: argparse.Namespace) -> int:
     commands.check_small(options, "SCALE=paper is not planned: the comparison is of the small models; give SCALE=mini")
     request = Request(
-        methods=split_names(options.methods),
+        methods=tuple(dict.fromkeys(find_method(one) for one in split_names(options.methods))),
         tasks=split_names(options.tasks),
         data=options.data,
         trees=options.trees,
@@ -61,74 +77,114 @@ def _compare_plans(options: argparse.Namespace) -> int:
         dry=options.dry,
         overrides=last_wins(in_evidence(options.overrides)),
     )
+    _check_overrides(request.overrides)
     return max(compare(name, request) for name in _choose_plans(request))
 
 
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse overrides that would change what METHODS and TASKS choose."""
+    for one in overrides:
+        if key_of(one) in CHOSEN:
+            raise UserError(f"ARGS={one} is not allowed here: {CHOSEN[key_of(one)]}")
+
+
 def _choose_plans(request: Request) -> list[str]:
-    """The plans that have one of the tasks; that of the language model only with trees, or if its task is named.
+    """The plans that have one of the tasks.
 
     Raises:
-        UserError: for an unknown method or task, or a language task without trees.
+        UserError: for an unknown task, or language tasks alone without trees.
     """
     plans = {name: read_plan(name) for name in PLANS}
     known = [task for plan in plans.values() for task in plan.params["task"]]
     for task in request.tasks:
         check_choice("TASKS", task, known)
-    for method in request.methods:
-        check_choice("METHODS", method, list_methods(), "a YAML of yours in conf/method/peft counts too")
     chosen = [name for name, plan in plans.items() if set(plan.params["task"]) & set(request.tasks or known)]
-    for name in list(chosen):
-        if plans[name].takes_trees and request.trees is None:
-            if request.tasks and chosen == [name]:
-                raise UserError(f"TASKS={','.join(request.tasks)} needs TREES=<file of conversation trees>")
-            print(f"{name} is left out: it needs TREES=<file of conversation trees>", flush=True)
-            chosen.remove(name)
+    if request.trees is None and all(plans[name].takes_trees for name in chosen):
+        raise UserError(f"TASKS={','.join(request.tasks)} needs TREES=<file of conversation trees>")
     return chosen
-
-
-def list_methods() -> list[str]:
-    """The options of conf/method."""
-    folder = CONF / "method"
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def compare(name: str, request: Request) -> int:
     """Search, run and show one plan."""
     plan = read_plan(name)
+    if plan.takes_trees and request.trees is None:
+        print(f"{name}: no new searches and runs, which need TREES=<file of conversation trees>", flush=True)
+        if not request.dry and _has_runs(name, request.results):
+            print(write_comparison(request.results, name), flush=True)
+        return 0
     methods = list(request.methods) or plan.params["method"]
     tasks = [task for task in plan.params["task"] if task in (request.tasks or [task])]
     data = request.trees if plan.takes_trees else request.data
     print(f"{name}: {len(methods)} methods, {', '.join(tasks)}, {plan.budget} trials each", flush=True)
     arms = [(method, task) for method in methods for task in tasks]
-    found = [search_all.plan_search(plan, *arm, data, request.overrides) for arm in arms]
+    found = [search_all.plan_search(plan, *arm, data, request.of_searches) for arm in arms]
+    _check_names(methods, [found[number * len(tasks)] for number in range(len(methods))])
     status = search_all.make(found, request.workers, dry=request.dry)
-    cells = [cell for arm in arms for cell in _list_cells(name, *arm, data, request, skips=request.dry or status != 0)]
-    if not cells:
-        print(f"{name}: the runs wait for their searches", flush=True)
-        return status
+    cells, left_out = _list_cells(name, arms, data, request)
     mine = [cell for cell in cells if not is_shared(cell)]
     print(f"{len(cells) - len(mine)} of {len(cells)} cells are runs of {', '.join(SHARED)}", flush=True)
     if request.dry:
-        dry_run.show(mine)
+        if mine:
+            dry_run.show(mine)
         return status
-    status = max(status, evidence.make(mine, request.workers))
+    if mine:
+        status = max(status, evidence.make(mine, request.workers))
     print(write_comparison(request.results, name), flush=True)
-    return status
+    return max(status, int(left_out > 0))
 
 
-def _list_cells(name: str, method: str, task: str, data: str | None, request: Request, *, skips: bool) -> list[Cell]:
-    """The runs of one method on one task; none where its search is not finished, if `skips`."""
-    try:
-        return list_cells(name, (*request.overrides, f"method={method}", f"task={task}"), data)
-    except UserError:
-        if skips:
-            return []
-        raise
+def _check_names(methods: Sequence[str], found: Sequence[Search]) -> None:
+    """Refuse methods whose searches, records and rows would have the name of another.
+
+    Raises:
+        UserError: for a YAML whose name is not that of its file, or two files of one name.
+    """
+    named: dict[str, str] = {}
+    for method, search in zip(methods, found, strict=True):
+        name, stem = search.plan.base.method.name, method.rpartition("/")[2]
+        if name != stem:
+            raise UserError(
+                f"METHODS={method} has name: {name}, by which its searches and rows would be those of {name}: write "
+                f"name: {stem} into conf/method/{method}.yaml"
+            )
+        if name in named:
+            raise UserError(f"METHODS={named[name]},{method} have the same name: rename one file and its name:")
+        named[name] = method
+
+
+def _list_cells(
+    name: str, arms: Sequence[tuple[str, str]], data: str | None, request: Request
+) -> tuple[list[Cell], int]:
+    """The runs of all arms, and the number of arms that are left out because their search gave no rate.
+
+    A dry run lists those too: with another rate they take the same time.
+    """
+    cells, waiting, left_out = list[Cell](), 0, 0
+    for method, task in arms:
+        given = (*request.of_runs, f"method={method}", f"task={task}")
+        try:
+            cells += list_cells(name, given, data)
+        except SearchMissingError as error:
+            if request.dry:
+                more = list_cells(name, (*given, "hparams=null"), data)
+                cells, waiting = [*cells, *more], waiting + len(more)
+            else:
+                print(f"left out: {method} on {task}: {error}", flush=True)
+                left_out += 1
+    if waiting:
+        print(f"{name}: {waiting} cells wait for their searches", flush=True)
+    return cells, left_out
 
 
 def is_shared(cell: Cell) -> bool:
     """Whether another plan has made this very run, and the table counts it."""
     return find_shared(Path(cell.config.results_dir), cell.experiment, cell.config.key) is not None
+
+
+def _has_runs(name: str, results: Path) -> bool:
+    """Whether the language model has runs of this plan, or of one that shares its runs."""
+    folders = [name, *(one for one in SHARED if read_plan(one).takes_trees)]
+    return any(next((results / "runs" / folder).glob("*.json"), None) for folder in folders)
 
 
 def _parser() -> argparse.ArgumentParser:

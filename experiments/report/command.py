@@ -1,8 +1,8 @@
 """Make tables and figures from the results on disk: `python -m experiments.report table4`, or `... all`.
 
-Tables are written to results/tables as Markdown, LaTeX and CSV, figures to results/figures. With `all`, the page
-results/report/index.html and, if results/mtbench has answers, results/report/answers.html are written too. Nothing is
-run.
+Tables are written to results/tables as Markdown, LaTeX and CSV, figures to results/figures. With `all`, the comparisons
+of `make compare` in results/compare, the page results/report/index.html and, if results/mtbench has answers,
+results/report/answers.html are written too. Nothing is run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from experiments.compare.block import load_comparison
+from experiments.compare.table import make_table, write_comparison
 from experiments.paths import SCALES
 from experiments.report import figures, findings
 from experiments.report.answers_page import write_answers_page
@@ -91,6 +93,7 @@ MINI: dict[str, Maker] = {
     "basis": lambda context: [*evidence.block_tables(context, "evidence_basis"), basis.table(context)],
     "quality": lambda context: [*evidence.block_tables(context, "evidence_paper"), energy.table(context)],
 }
+COMPARISONS = ("compare", "compare_smollm2")
 FIGURES = ("figure1", "figure2", "figure3")
 CURVES = dict.fromkeys(("ablation", "table11", "table12"), "ablation") | {
     "basis": "basis"
@@ -144,7 +147,8 @@ def write_report(name: str, scale: str, results: Path) -> None:
         write_table(table, results / "tables")
     if name == "all":
         drawn = _figures(context, "all")
-        print(write_page(context, tables, drawn))
+        compared, pictures = write_comparisons(context)
+        print(write_page(context, [*tables, *compared], drawn | pictures))
         if answers := write_answers_page(results):
             print(answers)
     else:
@@ -175,6 +179,22 @@ def everything(context: Context) -> list[Table]:
             found += maker(context)
             bar.step()
     return list({table.name: table for table in found}.values())  # some names share a table
+
+
+def write_comparisons(context: Context) -> tuple[list[Table], dict[str, Path]]:
+    """Write the comparisons that have runs to results/compare; their tables, and title -> PNG.
+
+    Raises:
+        UserError: for a damaged plan or result, or a folder that cannot be written.
+    """
+    tables, drawn = list[Table](), dict[str, Path]()
+    for folder in COMPARISONS:
+        if load_comparison(context, folder).blocks[folder].runs:
+            write_comparison(context.results, folder)
+            tables.append(make_table(context, folder)[0])
+            figure = context.results / "compare" / f"{folder}.png"
+            drawn |= {tables[-1].title: figure} if figure.is_file() else {}
+    return tables, drawn
 
 
 def _figures(context: Context, name: str) -> dict[str, Path]:

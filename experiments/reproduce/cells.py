@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.paths import CONF, SCALES
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.runs.config import RunConfig, build
-from sparsegrad.runs.overrides import expand_aliases, explain
+from sparsegrad.runs.overrides import expand_aliases, explain, key_of
 from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps import hparams
 from sparsegrad.sweeps.search_results import SearchMissingError
@@ -166,5 +166,5 @@ def _cell(experiment: str, point: dict[str, str], extra: Sequence[str], data: st
 def _fill(composed: DictConfig, overrides: Iterable[str]) -> None:
     """Insert the hyperparameters that `hparams` selects, as run.py does."""
     if composed.get("hparams") is not None:
-        hparams.apply(composed, {one.partition("=")[0] for one in overrides})
+        hparams.apply(composed, {key_of(one) for one in overrides})
     OmegaConf.resolve(composed)

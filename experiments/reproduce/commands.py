@@ -39,5 +39,5 @@ def last_wins(overrides: Sequence[str]) -> tuple[str, ...]:
 
 
 def split_names(text: str | None) -> tuple[str, ...]:
-    """The names of a comma-separated option; none without it."""
-    return tuple(one.strip() for one in text.split(",") if one.strip()) if text else ()
+    """The names of a comma-separated option, each once; none without it."""
+    return tuple(dict.fromkeys(one.strip() for one in text.split(",") if one.strip())) if text else ()

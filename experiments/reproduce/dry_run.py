@@ -23,9 +23,9 @@ def state(cell: Cell) -> str:
     return "missing" if record is None else str(record["status"])
 
 
-def show(cells: Sequence[Cell]) -> None:
-    """Print the total hours, then one line per model, method and task."""
-    estimates = Estimates(Path(cells[0].config.results_dir) / "runs")
+def show(cells: Sequence[Cell], runs: Path | None = None) -> None:
+    """Print the total hours, then one line per model, method and task; `runs` has the records of similar runs."""
+    estimates = Estimates(runs or Path(cells[0].config.results_dir) / "runs")
     groups: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:
         facts = facts_of(cell.config.resolved)

@@ -24,6 +24,7 @@ from experiments.reproduce.plans import Block, list_blocks, read_plan
 from experiments.reproduce.processes import Ended, Job, cell_job, is_held, last_error, run_jobs
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_integer
+from sparsegrad.sweeps.search_results import SearchMissingError
 
 POLL_SECONDS = 5.0
 
@@ -76,7 +77,7 @@ def _make_plan(name: str, block: Block, request: Request) -> int:
     overrides = last_wins((*block.overrides, *request.overrides))
     try:
         cells = list_cells(name, overrides, request.trees if block.takes_trees else request.data)
-    except UserError as error:
+    except SearchMissingError as error:
         if not request.dry:
             raise
         print(f"{name}: waits for its searches ({error})", flush=True)

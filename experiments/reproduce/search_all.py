@@ -9,11 +9,10 @@ reads.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +25,12 @@ from experiments.reproduce.processes import Ended, Job, last_error, run_jobs
 from experiments.reproduce.searches import Search
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_choice
+from sparsegrad.runs.overrides import key_of
+from sparsegrad.sweeps.ledger import REASON
 from sparsegrad.sweeps.search_results import SWEEPS
 from sparsegrad.sweeps.show import export
-from sparsegrad.sweeps.study import load_study, quiet
+from sparsegrad.sweeps.storage import open_store
+from sparsegrad.sweeps.study import delete, load_study, quiet
 
 COUNT_SECONDS = 20.0  # between two counts of the finished trials
 
@@ -78,22 +80,16 @@ def plan_searches(request: Request) -> list[Search]:
     if request.trees is None:
         plans = [plan for plan in plans if not plan.takes_trees]
         print("SmolLM2's searches are left out: they need TREES=<file of conversation trees>", flush=True)
-    found = [search for plan in plans for search in _searches_of(plan, request)]
-    for search in found:
-        _check_budget(search)
-    return found
+    return [search for plan in plans for search in _searches_of(plan, request)]
 
 
 def _check_budget(search: Search) -> None:
     """Refuse a summary of another budget: its search would count as finished here."""
-    try:
-        spent = json.loads(search.summary.read_text())["budget"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if spent != search.plan.budget:
+    spent = search.read_summary().get("budget", search.plan.budget)
+    if spent != search.plan.budget and not search.plan.sweep.overwrite:
         raise UserError(
             f"search {search.study} has a budget of {spent} trials, its plan one of {search.plan.budget}: all methods "
-            f"need the same; delete {search.summary.parent} and call again with ARGS=sweep.overwrite=true"
+            "need the same; ARGS=sweep.overwrite=true makes it anew"
         )
 
 
@@ -108,10 +104,16 @@ def _searches_of(plan: EvidencePlan, request: Request) -> list[Search]:
 
 
 def plan_search(plan: EvidencePlan, method: str, task: str, data: str | None, overrides: Sequence[str]) -> Search:
-    """The search of one method on one task, with the plan's budget and regime."""
+    """The search of one method on one task, with the plan's budget and regime.
+
+    Raises:
+        UserError: for a value that is not allowed, or another search of the same name.
+    """
     sweep = SWEEPS[plan.regime == "paper"]
     about = [f"experiment={plan.name}", f"sweep={sweep}", f"task={task}", f"method={method}"]
-    return searches.make_search([*about, *overrides, "hydra.mode=RUN"], task, data)
+    found = searches.make_search([*about, *overrides, "hydra.mode=RUN"], task, data)
+    _check_budget(found)
+    return found
 
 
 def make(found: Sequence[Search], workers: int, *, dry: bool) -> int:
@@ -120,6 +122,9 @@ def make(found: Sequence[Search], workers: int, *, dry: bool) -> int:
     if dry:
         searches.show(found)
         return 0
+    for one in found:
+        if one.plan.sweep.overwrite:
+            _delete_found(one)
     jobs = {search_job(one): one for one in found}
     for one in found:  # also those that others finished, but that have no summary yet
         export_finished(one)
@@ -142,22 +147,43 @@ def make(found: Sequence[Search], workers: int, *, dry: bool) -> int:
     left = [one for one in found if not one.is_finished]
     for one in left:
         print(f"left: search {one.study}: {one.finished()} of {one.plan.budget} trials; the next call continues it")
-    return 1 if left else 0
+    barren = [one for one in found if one.is_finished and not one.is_summarised]
+    for one in barren:
+        print(
+            f"failed: search {one.study}: none of its {one.plan.budget} trials was completed ({_read_reason(one)}): "
+            "correct the method's settings, then make it anew with METHODS= of this method and "
+            "ARGS=sweep.overwrite=true"
+        )
+    return 1 if left or barren else 0
 
 
 def search_job(search: Search) -> Job:
     """The process that adds a worker to a search."""
     log = Path(search.plan.base.work_dir) / "logs" / f"{search.study}.log"
-    return Job(label=search.study, command=(sys.executable, str(ROOT / "run.py"), *search.overrides), log=log)
+    # `make` has deleted what is to be overwritten; another worker must not delete the study of the first.
+    own = [one for one in search.overrides if key_of(one) != "sweep.overwrite"]
+    return Job(label=search.study, command=(sys.executable, str(ROOT / "run.py"), *own), log=log)
+
+
+def _delete_found(search: Search) -> None:
+    """Delete the study of a search, and its summary; the records of its trials are kept."""
+    if search.load_study() is not None:
+        delete(open_store(search.plan.sweep.storage), search.study)
+    search.summary.unlink(missing_ok=True)
 
 
 def export_finished(search: Search) -> None:
-    """Write the summary of a finished search that has none yet."""
-    if not search.summary.is_file() and search.is_finished:
-        try:
+    """Write the summary of a finished search that has none of all trials yet."""
+    if search.is_finished and not search.is_summarised:
+        with suppress(UserError):  # no trial was completed: `make` reports it at the end, and the others go on
             export(load_study(search.plan.sweep.storage, search.study), search.summary.parent)
-        except UserError as error:  # every trial diverged: there is nothing to use, and the others go on
-            print(f"search {search.study}: {error}", flush=True)
+
+
+def _read_reason(search: Search) -> str:
+    """Why the last trial of a search without a completed trial ended."""
+    study = search.load_study()
+    reasons = [trial.user_attrs[REASON] for trial in study.get_trials() if REASON in trial.user_attrs] if study else []
+    return reasons[-1] if reasons else "no reason is stored"
 
 
 def _report(ended: Ended, search: Search, found: Sequence[Search]) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 from hydra import compose, initialize_config_dir
@@ -24,11 +25,13 @@ from experiments.published import TASKS
 from experiments.reproduce.costs import Estimates, facts_of
 from experiments.reproduce.dry_run import format_left, print_listing
 from experiments.reproduce.plans import read_plan
-from sparsegrad.runs.overrides import explain
+from sparsegrad.errors import UserError
+from sparsegrad.runs.overrides import explain, key_of
 from sparsegrad.sweeps.config import Plan, make_plan
 from sparsegrad.sweeps.ledger import Ledger
+from sparsegrad.sweeps.search_results import OWN_NAME, find_difference, read_settings, select_settings
 from sparsegrad.sweeps.storage import JOURNAL, open_store
-from sparsegrad.sweeps.study import quiet
+from sparsegrad.sweeps.study import IDENTITY, quiet
 
 TABLES = {
     "table13": ("bert_base", "sparsegrad"),
@@ -70,25 +73,42 @@ class Search:
         """Whether all its trials are finished."""
         return self.finished() >= self.plan.budget
 
+    @property
+    def is_summarised(self) -> bool:
+        """Whether the summary is of all trials, so that runs can use it."""
+        return self._count_summarised() >= self.plan.budget
+
     def finished(self) -> int:
         """Number of finished trials, from the storage or, where that is gone, from the summary."""
-        return min(self.plan.budget, max(self._stored(), self._summarised()))
+        return min(self.plan.budget, max(self._count_stored(), self._count_summarised()))
 
-    def _stored(self) -> int:
+    def read_summary(self) -> dict[str, Any]:
+        """The content of the summary; empty if it is missing or damaged, because the next export replaces it."""
+        try:
+            found = json.loads(self.summary.read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def load_study(self) -> optuna.Study | None:
+        """The study in the storage; None if there is none."""
         where = self.plan.sweep.storage
         if "://" not in where and not Path(where.removeprefix(JOURNAL)).is_file():
-            return 0
+            return None
         storage = open_store(where).storage  # only now: opening would create a missing file
         if self.study not in optuna.get_all_study_names(storage):
-            return 0
-        trials = optuna.load_study(study_name=self.study, storage=storage).get_trials(deepcopy=False)
-        return len(Ledger(trials).finished(self.plan.budget))
+            return None
+        return optuna.load_study(study_name=self.study, storage=storage)
 
-    def _summarised(self) -> int:
+    def _count_stored(self) -> int:
+        study = self.load_study()
+        return 0 if study is None else len(Ledger(study.get_trials(deepcopy=False)).finished(self.plan.budget))
+
+    def _count_summarised(self) -> int:
         try:
-            trials = json.loads(self.summary.read_text())["trials"]
+            trials = self.read_summary()["trials"]
             return int(trials["complete"]) + int(trials["pruned"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return 0
 
 
@@ -120,13 +140,39 @@ def make_search(overrides: list[str], task: str, data: str | None) -> Search:
     """Compose and check one search; `data` is the folder of every task but the snippets.
 
     Raises:
-        UserError: for a value that is not allowed.
+        UserError: for a value that is not allowed, or if the search of this name has other settings of the method.
     """
     given = [*overrides, f"data.dir={data}"] if data and task != "snippets" else overrides
     try:
-        return Search(tuple(given), make_plan(compose_sweep(given)))
+        search = Search(tuple(given), make_plan(compose_sweep(given)))
+        if not search.plan.sweep.overwrite:
+            _check_settings(search)
     except HydraException as error:
         raise explain(error, given, CONF) from None
+    return search
+
+
+def _check_settings(search: Search) -> None:
+    """Refuse a study or summary of other settings of the method: it would count as this search."""
+    here, study = read_settings(search.plan.composed, search.plan.base.seed), search.load_study()
+    stored = [] if study is None else [select_settings(study.user_attrs.get(IDENTITY, {}).get("fixed", {}))]
+    if summary := search.read_summary():
+        stored.append(summary.get("method") or _read_defaults(search))  # earlier summaries do not list settings
+    for there in filter(None, stored):
+        searched = search.plan.space.distributions  # these have no fixed value
+        there = {key: value for key, value in there.items() if f"method.{key}" not in searched}
+        if found := find_difference(there, {key: here[key] for key in here if f"method.{key}" not in searched}):
+            raise UserError(
+                f"search {search.study} was made with {found}: {OWN_NAME}; or make it anew with "
+                "ARGS=sweep.overwrite=true"
+            )
+
+
+def _read_defaults(search: Search) -> dict[str, Any]:
+    """The settings of the method without those of the command line."""
+    usual = [one for one in search.overrides if not key_of(one).startswith("method.")]
+    composed = compose_sweep(usual) if len(usual) < len(search.overrides) else search.plan.composed
+    return read_settings(composed, search.plan.base.seed)
 
 
 def make(found: Sequence[Search], launcher: str, *, dry: bool) -> int:

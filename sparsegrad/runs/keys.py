@@ -63,3 +63,14 @@ def determining(resolved: Mapping[str, Any]) -> dict[str, Any]:
         if name in kept.get(group, {}):
             kept[group][name] = values.get(kept[group][name], kept[group][name])
     return kept
+
+
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to {dotted key: value}."""
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

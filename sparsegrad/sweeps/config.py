@@ -17,11 +17,11 @@ from sparsegrad.errors import UserError, check_choice, check_integer, check_numb
 from sparsegrad.metrics import metric_config
 from sparsegrad.metrics.text_classification.text_classification import CONFIGS
 from sparsegrad.runs.config import BESIDE_RUN, RunConfig, build
-from sparsegrad.runs.keys import determining
+from sparsegrad.runs.keys import determining, flatten
 from sparsegrad.runs.names import with_current_names
 from sparsegrad.runs.overrides import check_fields, list_given
 from sparsegrad.sweeps import adaptive_grid
-from sparsegrad.sweeps.space import Space, flatten, parse_space
+from sparsegrad.sweeps.space import Space, parse_space
 
 SAMPLERS = ("tpe", "gp", "qmc", "random", "grid", adaptive_grid.NAME)
 PRUNERS = ("none", "median", "hyperband", "patience")

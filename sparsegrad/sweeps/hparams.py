@@ -43,13 +43,13 @@ def apply(composed: DictConfig, by_hand: Collection[str] | None = None) -> dict[
         UserError: if there are no values for this model, method and task.
     """
     name, facts = str(composed.hparams), dict[str, Any]()
+    kept = list_given() if by_hand is None else by_hand
     if name == SEARCH:
-        values, facts = read_search(composed)
+        values, facts = read_search(composed, kept)
     elif name.startswith(STUDY):
         values = _read_study(composed, name.removeprefix(STUDY))
     else:
         values = _read_file(composed, name)
-    kept = list_given() if by_hand is None else by_hand
     taken = {key: value for key, value in values.items() if key not in kept}
     for key, value in taken.items():
         OmegaConf.update(composed, key, value)

@@ -6,36 +6,80 @@ The exported summaries in results/studies are enough: neither Optuna nor the sto
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from sparsegrad.errors import UserError, check_integer
+from sparsegrad.errors import UserError, check_integer, first_line
+from sparsegrad.runs.keys import determining, flatten
 
 KEY = "train.lr"
 DEFAULT, COMMITTED = "outputs", "results"  # results_dir of a user's runs, and the folder of the committed evidence
 # Name of the sweep by whether the parameters outside the MLP weights train: each regime has searches of its own.
 SWEEPS = {True: "evidence", False: "evidence_mlp_only"}
+COMPARISON = "compare"  # start of the names of the plans whose searches `make compare` makes
+OWN_NAME = "store these settings as conf/method/NAME.yaml with name: NAME, and give METHODS=NAME to make compare"
+# A plan may train other numbers of entries at one searched rate, as evidence_density does; `make search` and
+# `make compare` refuse these, too.
+_AMOUNT = ("density", "keep")
 
 
 class SearchMissingError(UserError):
-    """A run needs the result of a search that has not been made."""
+    """A run needs the result of a search that has not been made or is not finished."""
 
 
-def read_search(composed: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_settings(composed: DictConfig, seed: int) -> dict[str, Any]:
+    """The settings of a composed method that determine its result, by dotted key, without its name.
+
+    Args:
+        composed: the whole configuration, to which the method's settings refer.
+        seed: stands for the seed, on which settings such as `random_seed: ${seed}` depend: a search has one of its own.
+
+    Raises:
+        UserError: if a setting cannot be resolved.
+    """
+    config = composed.copy()
+    config.seed = seed
+    try:
+        node: Any = OmegaConf.to_container(config.method, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"the configuration cannot be resolved: {first_line(error)}") from None
+    return select_settings(flatten(determining({"method": node})))
+
+
+def select_settings(fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the method among the values that all trials of a study share, as JSON stores them."""
+    found = {key.removeprefix("method."): value for key, value in fixed.items() if key.startswith("method.")}
+    return {key: value for key, value in json.loads(json.dumps(found)).items() if key != "name"}
+
+
+def find_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The first setting in which a search and a run differ, in words; empty if all are the same."""
+    keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+    return f"method.{keys[0]}={there.get(keys[0])}, not {here.get(keys[0])}" if keys else ""
+
+
+def read_search(composed: DictConfig, by_hand: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the rate for a composed configuration.
 
     A plan may say `evidence.budget`, the number of trials that the search must have; `evidence.rates_of`, a mapping of
     methods that use another method's search; and `evidence.carry`, for a model without searches: its `full_lr` times
-    the ratio of the method's rate to full fine-tuning's on `model`.
+    the ratio of the method's rate to full fine-tuning's on `model`. Otherwise the search must be of this run's
+    settings of the method, except for the number of kept entries.
+
+    Args:
+        composed: the configuration.
+        by_hand: keys that the command line sets; a summary that does not list settings is of the defaults.
 
     Returns:
         The values to set, and facts on the search for the record.
 
     Raises:
-        UserError: if the search is missing, damaged, unfinished, of another regime, or has another budget.
+        UserError: if the search is missing, damaged, unfinished, of another regime, of other settings of the method, or
+            has another budget.
     """
     plan: Mapping[str, Any] = composed.get("evidence") or {}
     if "budget" in plan:
@@ -44,6 +88,8 @@ def read_search(composed: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     carry = plan.get("carry")
     if carry is None:
         found = _read_summary(composed, composed.model.name, method, plan.get("budget"))
+        if method == composed.method.name:
+            _check_settings(composed, found, by_hand)
         return {KEY: float(found["best"]["values"][KEY])}, _make_facts(found)
     found, full = (_read_summary(composed, str(carry["model"]), one, plan.get("budget")) for one in (method, "full"))
     ratio = float(found["best"]["values"][KEY]) / float(full["best"]["values"][KEY])
@@ -71,11 +117,13 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
     task, train_rest = composed.task.name, bool(composed.train.train_rest)
     name = study_name(model, method, task, train_rest)
     path = find_exported(composed.results_dir, f"studies/{name}/summary.json")
-    remedy = f"make search SCALE=mini METHODS={method} TASKS={task} fills what is missing"
+    command = "compare" if str(composed.name).startswith(COMPARISON) else "search"
+    remedy = f"make {command} SCALE=mini METHODS={method} TASKS={task} fills what is missing"
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         labels = tuple(found["labels"][key] for key in ("model", "method", "task"))
         finished = found["trials"]["complete"] + found["trials"]["pruned"]
+        found["method"] = dict(found["method"]) if found.get("method") else None
         facts = found["budget"], found["train_rest"], found["objective"], float(found["best"]["values"][KEY])
     except FileNotFoundError:
         raise SearchMissingError(f"hparams=search: the search {name} is missing ({path}): {remedy}") from None
@@ -98,7 +146,24 @@ def _check_budget(name: str, spent: Any, finished: int, budget: int | None, reme
     if budget is not None and spent != budget:
         raise UserError(
             f"hparams=search: {name} has a budget of {spent} trials, this plan one of {budget}: all methods need the "
-            f"same; delete its folder, then {remedy} with ARGS=sweep.overwrite=true"
+            f"same; {remedy} with ARGS=sweep.overwrite=true"
         )
     if not isinstance(spent, int) or finished < spent:
-        raise UserError(f"hparams=search: {name} has {finished} of {spent} trials: {remedy}")
+        raise SearchMissingError(f"hparams=search: {name} has {finished} of {spent} trials: {remedy}")
+
+
+def _check_settings(composed: DictConfig, summary: Mapping[str, Any], by_hand: Collection[str]) -> None:
+    """Refuse a rate that was searched for other settings of the method."""
+    if summary["method"] is None:
+        given = sorted(key for key in by_hand if key.startswith("method.") and key[len("method.") :] not in _AMOUNT)
+        found = f"the defaults, not {given[0]}={OmegaConf.select(composed, given[0])}" if given else ""
+    else:
+        here = read_settings(composed, composed.seed if summary.get("seed") is None else summary["seed"])
+        found = find_difference(
+            *({key: one[key] for key in one if key not in _AMOUNT} for one in (summary["method"], here))
+        )
+    if found:
+        raise UserError(
+            f"hparams=search: {summary['study']} was searched with {found}: {OWN_NAME}; or set train.lr by hand and "
+            "hparams=null"
+        )

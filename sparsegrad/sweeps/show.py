@@ -18,6 +18,7 @@ from sparsegrad.files import write_json
 from sparsegrad.sweeps.ledger import FINISHED, REASON, SURPLUS
 from sparsegrad.sweeps.plots import PLOTS, draw_html, draw_png
 from sparsegrad.sweeps.reporter import PROGRESS
+from sparsegrad.sweeps.search_results import select_settings
 from sparsegrad.sweeps.study import CONTENT, IDENTITY, LABELS
 
 
@@ -34,14 +35,16 @@ def summary(study: Study) -> dict[str, Any]:
     best = study.best_trial
     seconds, saved = _measure_seconds(trials)
     identity = study.user_attrs.get(IDENTITY, {})
+    fixed = identity.get("fixed", {})
     return {
         "study": study.study_name,
         "labels": study.user_attrs.get(LABELS, {}),
         "metric": identity.get("metric"),
         "objective": identity.get("objective"),
         "budget": identity.get("budget"),
-        "train_rest": identity.get("fixed", {}).get("train.train_rest"),
-        "seed": identity.get("fixed", {}).get("seed"),
+        "train_rest": fixed.get("train.train_rest"),
+        "seed": fixed.get("seed"),
+        "method": select_settings(fixed) or None,
         "content": study.user_attrs.get(CONTENT, {}),
         "best": {"trial": best.number, "value": best.value, "values": best.params},
         "at_edge": _is_at_edge(best, trials) if "budget" in identity else None,

@@ -17,6 +17,7 @@ from optuna.distributions import (
 )
 
 from sparsegrad.errors import UserError, check_integer, check_number
+from sparsegrad.runs.keys import flatten
 
 _FORMS = "{float: [low, high], log: true}, {int: [low, high]} or {choice: [a, b]}"
 _OPTIONS = {"float": {"log", "points"}, "int": {"log", "step"}, "choice": set()}  # allowed beside the values
@@ -171,17 +172,6 @@ def _check_key(key: str, config: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else "see python run.py --help for the keys"
         raise UserError(f"sweep.space: the configuration has no value {key}; {hint}")
-
-
-def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings to {dotted key: value}."""
-    flat: dict[str, Any] = {}
-    for name, value in node.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _make_dimension(key: str, entry: Mapping[str, Any]) -> Dimension:

@@ -88,7 +88,7 @@ def test_a_search_runs_with_equal_budgets_and_its_rates_are_used(
     (results / "studies" / "studies.db").unlink()
     assert search_all.main(given) == 0
     assert "finished in" not in capsys.readouterr().out, "its summary is enough"
-    cells = list_cells("evidence_paper", [places[0], "task=mrpc", "method=lora,meprop", "seed=42"])
+    cells = list_cells("evidence_paper", [*TINY, places[0], "task=mrpc", "method=lora,meprop", "seed=42"])
     assert [cell.config.train.lr for cell in cells] == [1e-3, 1e-3], "the stand-in is best there"
 
 
