@@ -104,7 +104,7 @@ class Peft:
         """See `Method`."""
         weights = describe_weights(linears)
         counts = measure_size(self._resolve(weights)[0], weights, merge=False).counts
-        return sum(count * weights[kind].count for kind, count in counts.items())
+        return sum(count * weights[kind].number for kind, count in counts.items())
 
     def _describe(self, linears: Linears) -> tuple[dict[str, Any], dict[str, Any]]:
         """All fields of the method; and what the record says of them."""

@@ -28,7 +28,7 @@ class Weight(NamedTuple):
     rows: int
     columns: int
     bias: bool
-    count: int
+    number: int
 
 
 Weights = Mapping[str, Weight]
@@ -113,7 +113,7 @@ def fit_budget(node: Mapping[str, Any], weights: Weights, density: float) -> dic
     """
     kind = str(node["peft_type"]).upper()
     field = size_field(kind)
-    whole = sum(one.count * one.rows * one.columns for one in weights.values())
+    whole = sum(one.number * one.rows * one.columns for one in weights.values())
     if field is None:
         counts = measure_size(node, weights, merge=False).counts
         own = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -129,7 +129,7 @@ def fit_budget(node: Mapping[str, Any], weights: Weights, density: float) -> dic
                 counts = measure_size({**node, field: value, **_counterpart(kind)}, weights, merge=False).counts
             except UserError:
                 return None
-            shares[value] = sum(weights[name].count * count for name, count in counts.items()) / whole
+            shares[value] = sum(weights[name].number * count for name, count in counts.items()) / whole
         return shares[value]
 
     _search(share, density, max(one.rows * one.columns for one in weights.values()))
