@@ -23,7 +23,7 @@ from experiments.reproduce.plans import read_plan
 from sparsegrad.errors import UserError
 from sparsegrad.files import read_json, write_json
 from sparsegrad.methods.peft import Peft
-from sparsegrad.methods.peft_size import fit_budget
+from sparsegrad.methods.peft_size import Weight, fit_budget
 from sparsegrad.runs.config import build
 
 RULES: dict[str, Any] = {"regime": "mlp_only", "gate_experiment": "evidence_paper", "reference": "lora_tuned"}
@@ -268,9 +268,8 @@ def share_of(method: Any, out: int, columns: int) -> float:
     """Share of the entries of a weight of each shape that a method trains."""
     if isinstance(method, Peft):
         shapes = {"up": (columns, out), "down": (out, columns)}
-        found = fit_budget(
-            dict(method.config), shapes, dict.fromkeys(shapes, 1), float(method.budget.partition(":")[2])
-        )
+        weights = {kind: Weight(*shape, False, 1) for kind, shape in shapes.items()}
+        found = fit_budget(dict(method.config), weights, float(method.budget.partition(":")[2]))
         return float(found["share"])
     if rank := getattr(method, "rank", None):
         return float(rank * (out + columns) / (out * columns))
