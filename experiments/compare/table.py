@@ -64,12 +64,16 @@ def write_comparison(results: Path, folder: str) -> str:
     Raises:
         UserError: for a damaged record or plan, or a folder that cannot be written.
     """
-    context = Context(results, collect_cells(results / "runs"), "mini")
+    return markdown(write_files(Context(results, collect_cells(results / "runs"), "mini"), folder))
+
+
+def write_files(context: Context, folder: str) -> Table:
+    """As `write_comparison`, from results that are read already; the table."""
     table, points = make_table(context, folder)
-    write_table(table, results / "compare")
+    write_table(table, context.results / "compare")
     if points:
-        draw(points, notes.PLANS[folder].score, results / "compare" / f"{folder}.png")
-    return markdown(table)
+        draw(points, notes.PLANS[folder].score, context.results / "compare" / f"{folder}.png")
+    return table
 
 
 def make_table(context: Context, folder: str) -> tuple[Table, list[Point]]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments.compare.block import load_comparison
-from experiments.compare.table import make_table, write_comparison
+from experiments.compare.table import write_files
 from experiments.paths import SCALES
 from experiments.report import figures, findings
 from experiments.report.answers_page import write_answers_page
@@ -190,8 +190,7 @@ def write_comparisons(context: Context) -> tuple[list[Table], dict[str, Path]]:
     tables, drawn = list[Table](), dict[str, Path]()
     for folder in COMPARISONS:
         if load_comparison(context, folder).blocks[folder].runs:
-            write_comparison(context.results, folder)
-            tables.append(make_table(context, folder)[0])
+            tables.append(write_files(context, folder))
             figure = context.results / "compare" / f"{folder}.png"
             drawn |= {tables[-1].title: figure} if figure.is_file() else {}
     return tables, drawn

@@ -69,7 +69,7 @@ def figures_by_name(figures: Mapping[str, Path]) -> dict[str, str]:
 def _sort_sections(tables: Sequence[dict[str, Any]], images: Sequence[dict[str, str]]) -> dict[str, Any]:
     """The parts of the page in their order; tables without anything of ours are folded away."""
     by_name = {table["name"]: table for table in tables}
-    first = [name for name in by_name if name in (LEDGER, FINDINGS) or name.startswith("evidence_")]
+    first = [name for name in by_name if name in (LEDGER, FINDINGS) or name.startswith(("evidence_", "compare"))]
     others = [table for name, table in by_name.items() if name not in first]
     return {
         "ledger": by_name.get(LEDGER),

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.paths import CONF
+from experiments.report import plans as report_plans
 from sparsegrad.errors import UserError, check_choice, check_integer, fail, first_line
 
 REGIMES = {"paper": True, "mlp_only": False}  # -> train.train_rest
@@ -95,6 +96,7 @@ def read_plan(name: str) -> EvidencePlan:
         str(key): [one.strip() for one in str(text).split(",")] for key, text in composed.hydra.sweeper.params.items()
     }
     _check_evidence(name, node, params, train_rest)
+    report_plans.read_plan(name, CONF)  # what only the report needs is refused now, not after the runs
     return EvidencePlan(
         name=name,
         params=params,

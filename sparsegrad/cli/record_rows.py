@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sparsegrad.errors import UserError, did_you_mean
-from sparsegrad.runs.keys import determining
+from sparsegrad.runs.keys import determining, flatten
 from sparsegrad.runs.records import PRUNED, read_record, summary
 
 Row = dict[str, Any]
@@ -54,15 +54,6 @@ def _read_minutes(environment: Any) -> float | None:
         return (finished - started).total_seconds() / 60
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in node.items():
-        whole = f"{prefix}{name}"
-        flat.update(flatten(value, f"{whole}.") if isinstance(value, Mapping) and value else {whole: value})
-    return flat
 
 
 def narrow(rows: Sequence[Row], conditions: Iterable[str]) -> list[Row]:
