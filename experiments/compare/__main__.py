@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.compare.block import SHARED, find_shared
 from experiments.compare.methods import find_method
 from experiments.compare.methods import list_methods as list_methods
-from experiments.compare.table import write_comparison
+from experiments.report.comparison.block import SHARED, find_shared
+from experiments.report.comparison.table import write_comparison
 from experiments.reproduce import commands, dry_run, evidence, search_all
 from experiments.reproduce.cells import Cell, in_evidence, list_cells
 from experiments.reproduce.commands import last_wins, split_names

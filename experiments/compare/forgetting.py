@@ -20,16 +20,18 @@ from typing import Any
 
 import torch
 
-from experiments.compare.block import SHARED
 from experiments.compare.general_text import mean_loss, read_texts
 from experiments.compare.methods import find_method
+from experiments.report.comparison.block import SHARED
+from experiments.report.comparison.forgotten import FOLDER, describe_texts, read_forgetting
+from experiments.report.comparison.table import write_comparison
 from experiments.reproduce import commands, dry_run, evidence
 from experiments.reproduce.cells import Cell, in_evidence, list_cells
 from experiments.reproduce.commands import last_wins, split_names
 from experiments.reproduce.plans import read_plan
 from sparsegrad.adapter import load_adapter
 from sparsegrad.errors import UserError, check_integer
-from sparsegrad.files import read_json, write_json
+from sparsegrad.files import write_json
 from sparsegrad.hashing import SHORT, file_sha256
 from sparsegrad.models.loading import load_model, load_tokenizer
 from sparsegrad.models.source import find_sources
@@ -38,7 +40,6 @@ from sparsegrad.runs.records import find_complete
 from sparsegrad.sweeps.search_results import SearchMissingError
 
 PLAN = "compare_smollm2"
-FOLDER = Path("compare") / "forgetting"
 RUN_FOLDERS = (PLAN, *SHARED)  # where a run of this plan may be
 
 
@@ -67,8 +68,8 @@ def _measure(options: argparse.Namespace) -> int:
         raise UserError("TEXTS is missing: give TEXTS=<JSON lines, or a JSON list such as Alpaca's>")
     request = Request(
         texts=Path(options.texts),
-        rows=check_integer("ROWS", options.rows, at_least=1),
-        tokens=check_integer("TOKENS", options.tokens, at_least=2, remedy="the first token has no loss"),
+        rows=check_integer("--rows", options.rows, at_least=1),
+        tokens=check_integer("--tokens", options.tokens, at_least=2, remedy="the first token has no loss"),
         methods=tuple(dict.fromkeys(find_method(one) for one in split_names(options.methods))),
         trees=options.trees,
         workers=check_integer("WORKERS", options.workers, at_least=1),
@@ -101,8 +102,6 @@ def measure_all(request: Request) -> int:
     failed = _measure_cells(missing, again, texts, about, request.workers) if missing else {}
     for label, reason in {**unfinished, **failed}.items():
         print(f"left: {label}: {reason}", flush=True)
-    from experiments.compare.table import write_comparison  # here: it reads what this module writes
-
     print(write_comparison(results, PLAN), flush=True)
     return 1 if unfinished or failed else 0
 
@@ -198,44 +197,14 @@ def _measure_cells(
     return failed
 
 
-def read_forgetting(results: Path) -> dict[str, dict[str, Any]]:
-    """Key of a run -> its losses `before` and `after`, all measured on the same texts.
-
-    Raises:
-        UserError: for a damaged result, or results of different texts.
-    """
-    found = {path: _read_result(path) for path in sorted((results / FOLDER).glob("*.json"))}
-    first = next(iter(found), None)
-    for path, one in found.items():
-        if first is not None and _describe_texts(one) != _describe_texts(found[first]):
-            raise UserError(
-                f"{path} was measured with {_describe_texts(one)}, {first.name} with {_describe_texts(found[first])}: "
-                f"delete {results / FOLDER} and run make forgetting again"
-            )
-    return {path.stem: one for path, one in found.items()}
-
-
-def _read_result(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = read_json(path)
-        float(found["before"]), float(found["after"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is not a result of make forgetting ({error!r}): delete it, and run it again") from None
-    return found
-
-
 def _check_same_texts(results: Path, about: Mapping[str, Any]) -> None:
     """Refuse to add results to those of other texts: differences between methods would be differences of texts."""
     for key, one in read_forgetting(results).items():
-        if _describe_texts(one) != _describe_texts(about):
+        if describe_texts(one) != describe_texts(about):
             raise UserError(
-                f"{results / FOLDER}/{key}.json was measured with {_describe_texts(one)}, this call has "
-                f"{_describe_texts(about)}: give the same, or delete the folder to measure all runs again"
+                f"{results / FOLDER}/{key}.json was measured with {describe_texts(one)}, this call has "
+                f"{describe_texts(about)}: give the same, or delete the folder to measure all runs again"
             )
-
-
-def _describe_texts(about: Mapping[str, Any]) -> str:
-    return f"TEXTS of hash {about.get('texts')}, ROWS={about.get('rows')}, TOKENS={about.get('tokens')}"
 
 
 def _parser() -> argparse.ArgumentParser:

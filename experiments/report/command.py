@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from experiments.compare.block import load_comparison
-from experiments.compare.table import write_files
 from experiments.paths import SCALES
 from experiments.report import figures, findings
 from experiments.report.answers_page import write_answers_page
 from experiments.report.collect import collect_cells
+from experiments.report.comparison.block import load_comparison
+from experiments.report.comparison.table import write_files
 from experiments.report.evidence import BLOCKS, IN_SMALL
 from experiments.report.page import problems, write_figure1, write_page
 from experiments.report.render import markdown, write_table

@@ -10,12 +10,13 @@ from evidence_cases import SEEDS, Cases, cases  # noqa: F401
 from hydra import compose, initialize_config_dir
 
 from experiments.compare import __main__ as command
-from experiments.compare.block import find_shared
-from experiments.compare.forgetting import FOLDER, mean_loss, read_texts
-from experiments.compare.notes import PLANS
-from experiments.compare.table import make_table, write_comparison
+from experiments.compare.general_text import mean_loss, read_texts
 from experiments.paths import CONF
 from experiments.report.collect import collect_cells
+from experiments.report.comparison.block import find_shared
+from experiments.report.comparison.forgotten import FOLDER
+from experiments.report.comparison.notes import PLANS
+from experiments.report.comparison.table import make_table, write_comparison
 from experiments.report.departures import find_departures
 from experiments.report.plans import read_plan as read_stored_plan
 from experiments.report.tables.base import Context, Table
@@ -35,7 +36,7 @@ def _plans_of_the_cases(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     """The comparison reads the plans of `cases`, in tests that have them."""
     if "cases" in request.fixturenames:
         conf = request.getfixturevalue("cases").conf
-        monkeypatch.setattr("experiments.compare.block.read_plan", lambda name: read_stored_plan(name, conf))
+        monkeypatch.setattr("experiments.report.comparison.block.read_plan", lambda name: read_stored_plan(name, conf))
 
 
 def fill(made: Cases, rules: dict[str, Any] | None = None, grid: dict[str, str] = GRID) -> None:

@@ -208,7 +208,9 @@ def test_a_report_of_everything_has_the_comparisons_that_have_runs(
     cases: Cases,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("experiments.compare.block.read_plan", lambda name: read_stored_plan(name, cases.conf))
+    monkeypatch.setattr(
+        "experiments.report.comparison.block.read_plan", lambda name: read_stored_plan(name, cases.conf)
+    )
     cases.healthy()
     rules = {"regime": "mlp_only", "gate_experiment": "evidence_paper", "reference": "lora_tuned"}
     grid = {"task": "mrpc", "seed": "42,3705,2023", "method": "lora_tuned,peft/dora"}

@@ -14,7 +14,8 @@ from quick_python import quick_python
 from run_fixtures import ROOT, environment, last_wins
 
 from experiments.compare import forgetting
-from experiments.compare.forgetting import FOLDER, PLAN, read_forgetting
+from experiments.compare.forgetting import PLAN
+from experiments.report.comparison.forgotten import FOLDER, read_forgetting
 from experiments.reproduce.cells import Cell, list_cells
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
@@ -31,7 +32,7 @@ def texts(tmp_path: Path) -> Path:
 def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One run of a tiny model that is stored in a folder, as an adapter needs a base; processes start at once."""
     monkeypatch.setattr(sys, "executable", quick_python())
-    monkeypatch.setattr("experiments.compare.table.write_comparison", lambda results, folder: f"table of {folder}")
+    monkeypatch.setattr(forgetting, "write_comparison", lambda results, folder: f"table of {folder}")
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     for name, value in environment(PYTHONPATH=path).items():
         monkeypatch.setenv(name, value)
@@ -85,16 +86,16 @@ def test_a_shared_run_without_adapter_is_trained_again_and_its_record_stays(
     assert "1 of 1 complete runs are measured" in capsys.readouterr().out
     assert made.stat().st_mtime_ns == stamp
     assert forgetting.main([*call, "--tokens", "8"]) == 2
-    assert "TOKENS=128" in (error := capsys.readouterr().err)
+    assert "--tokens 128" in (error := capsys.readouterr().err)
     assert "delete the folder" in error
 
 
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        ('{"text": "a b"}', ["--rows", "0"], "ROWS=0 is not allowed"),
-        ('{"text": "a b"}', ["--rows", "-1"], "ROWS=-1 is not allowed"),
-        ('{"text": "a b"}', ["--tokens", "1"], "TOKENS=1 is not allowed"),
+        ('{"text": "a b"}', ["--rows", "0"], "--rows=0 is not allowed"),
+        ('{"text": "a b"}', ["--rows", "-1"], "--rows=-1 is not allowed"),
+        ('{"text": "a b"}', ["--tokens", "1"], "--tokens=1 is not allowed"),
         ('{"text": "a b"}', ["--workers", "0"], "WORKERS=0 is not allowed"),
         ('{"text": "a b"}', ["--methods", "magic"], "METHODS=magic is not allowed"),
         ('["a b"]', [], "entry 1 is 'a b', not an object"),
@@ -119,7 +120,7 @@ def test_bad_input_is_one_line(
     ("other", "message"),
     [
         ({"before": 2.0, "after": 2.5, "texts": "b", "rows": 4, "tokens": 8}, "TEXTS of hash b.*delete"),
-        ({"before": 2.0, "after": 2.5, "texts": "a", "rows": 4, "tokens": 16}, "TOKENS=16.*delete"),
+        ({"before": 2.0, "after": 2.5, "texts": "a", "rows": 4, "tokens": 16}, "--tokens 16.*delete"),
         ({"before": 2.0}, "is not a result.*delete"),
         ({"before": 2.0, "after": None}, "is not a result.*delete"),
     ],

@@ -10,12 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.compare import notes
-from experiments.compare.block import load_comparison
-from experiments.compare.figure import Point, draw
-from experiments.compare.forgetting import read_forgetting
 from experiments.palette import style_of
 from experiments.report.collect import collect_cells
+from experiments.report.comparison import notes
+from experiments.report.comparison.block import load_comparison
+from experiments.report.comparison.figure import Point, draw
+from experiments.report.comparison.forgotten import read_forgetting
 from experiments.report.evidence import Block, Evidence, EvidenceRun
 from experiments.report.gates import Health, check_task
 from experiments.report.render import markdown, write_table

@@ -1,0 +1,1 @@
+"""Table and figure of `make compare` from the runs on disk."""
