@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sparsegrad.distributed import is_main, world_size
@@ -39,7 +40,7 @@ def describe_run(
         "key": config.key,
         "status": "failed",
         **labels,
-        "config": config.resolved,
+        "config": _hide_place(config.resolved),
         "source": {**sources.as_json(), "vocabulary": describe_tokenizer(parts.tokenizer)},
         "batch": {
             "per_process": config.train.batch_size,
@@ -67,6 +68,14 @@ def describe_run(
         "calibration": prepared.calibration,
         **({"method": prepared.notes} if prepared.notes else {}),
     }
+
+
+def _hide_place(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the name of the data folder only: records are shared, and the path is this machine's."""
+    data = dict(resolved["data"])
+    if data.get("dir"):
+        data["dir"] = Path(data["dir"]).name
+    return {**resolved, "data": data}
 
 
 def score_run(config: RunConfig, trainer: RunTrainer, parts: Parts) -> tuple[dict[str, Any], Arrays]:

@@ -25,6 +25,7 @@ def test_a_checkpoint_of_other_data_is_not_continued(tiny: Tiny, tmp_path: Path)
     record, _ = run(tiny(other), callbacks=[again])
     assert again.began == 0
     assert record["data"]["train_rows"] == 20
+    assert record["config"]["data"]["dir"] == "other", "records are shared: the path of this machine stays out"
 
 
 @pytest.mark.parametrize("engine", ["exact", "layer"])
