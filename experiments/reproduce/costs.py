@@ -12,6 +12,7 @@ from experiments.paths import DATA
 from experiments.report.collect import hours
 from sparsegrad.errors import UserError
 from sparsegrad.runs.records import read_record
+from sparsegrad.trainer.device import pick_device
 
 AUTHORS = DATA / "authors_runs.csv"
 # Facts that similar runs share, from the closest match to the loosest.
@@ -27,16 +28,26 @@ _LIKE = (
 _THEIRS = (("model", "method", "task"), ("model", "task"), ("model",))
 
 
+Rows = list[tuple[dict[str, str], float]]  # facts of a run, and its hours
+RECORDS = "records"
+
+
 class Estimates:
-    """Estimates of hours, from all records below a folder and from the authors' logs."""
+    """Estimates of hours: from records, those of this kind of device before others, or from the authors' logs."""
 
     def __init__(self, runs: Path) -> None:
-        self._rows = list(_own(runs)), list(_theirs())
+        own = {True: Rows(), False: Rows()}
+        here = pick_device("auto").type
+        for record in _read_complete(runs):
+            if (spent := hours(record)) is not None:
+                kind = record.get("memory", {}).get("device", here)
+                own[kind == here].append((facts_of(record["config"]), spent))
+        self._rows = {RECORDS: own[True], "another device": own[False], "authors' GPU": list(_theirs())}
 
     def of(self, facts: Mapping[str, str]) -> tuple[float | None, str]:
         """(median hours or None, source or a dash) for a run with these `experiment`, `model`, `method` and `task`."""
-        sources = ("records", "authors' GPU")
-        for rows, likes, source in zip(self._rows, (_LIKE, _THEIRS), sources, strict=True):
+        for source, rows in self._rows.items():
+            likes = _THEIRS if source == "authors' GPU" else _LIKE
             for like in likes:  # the first definition of "similar" that any run meets
                 found = [spent for row, spent in rows if all(row[name] == facts[name] for name in like)]
                 if found:
@@ -44,15 +55,14 @@ class Estimates:
         return None, "-"
 
 
-def _own(runs: Path) -> Iterable[tuple[dict[str, str], float]]:
+def _read_complete(runs: Path) -> Iterable[Mapping[str, Any]]:
     for path in sorted(runs.rglob("*.json")):
         try:
             record = read_record(path)
         except UserError:
             continue  # the report lists damaged records
-        spent = hours(record)
-        if spent is not None and record.get("status") == "complete":
-            yield facts_of(record["config"]), spent
+        if record.get("status") == "complete":
+            yield record
 
 
 def facts_of(config: Mapping[str, Any]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from statistics import median
 from experiments.reproduce import commands, dry_run, search_all
 from experiments.reproduce.cells import Cell, in_evidence, list_cells
 from experiments.reproduce.commands import last_wins
-from experiments.reproduce.costs import Estimates, facts_of
+from experiments.reproduce.costs import RECORDS, Estimates, facts_of
 from experiments.reproduce.plans import Block, list_blocks, read_plan
 from experiments.reproduce.processes import Ended, Job, cell_job, is_held, last_error, run_jobs
 from sparsegrad import progress
@@ -135,7 +135,7 @@ def _print_progress(
     hours = 0.0
     for cell in left:
         known, source = estimates.of(facts_of(cell.config.resolved))
-        hours += known if known is not None and source == "records" else usual
+        hours += known if known is not None and source == RECORDS else usual
     what = failed.get(ended.job.label, "done")
     progress.say(
         f"{ended.job.label}: {what} ({ended.minutes:.1f} min); {len(left)} cells left, "

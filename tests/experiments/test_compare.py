@@ -76,7 +76,7 @@ def test_the_table_is_sorted_by_score_and_counts_equal_runs_of_other_plans(cases
     minus = next(name for name in rows.columns if name.startswith("minus"))
     assert rows.loc["LoRA, alpha = 2 rank", minus] == "reference"
     assert float(rows.loc["SparseGrad exact", minus]) == pytest.approx(8, abs=1)
-    assert any("cannot merge them: dora" in note for note in table.notes)
+    assert any("cannot merge these into the weights: dora" in note for note in table.notes)
     assert all(one.interval is not None and one.interval[0] < one.value < one.interval[1] for one in points)
     assert [one.label for one in points] == list(rows.index)
     text = write_comparison(cases.results, "compare")

@@ -215,6 +215,14 @@ def test_dry_lists_what_exists_and_what_is_missing(
     shown = capsys.readouterr().out
     assert "1 of 4 cells complete; about 1.5 hours left" in shown
     assert shown.splitlines()[-1].split() == ["minilm", "full", "sst2", "1", "1", "2", "1.50", "records"]
+    quick = {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:00:36+00:00"}
+    elsewhere = {**record, "environment": quick, "memory": {"device": "another"}, "config": cells[1].config.resolved}
+    write_json(cells[1].config.record_path, elsewhere)
+    assert runner.main(["table5", "--scale", "mini", "--dry", *overrides, "seed=0,1,2,3"]) == 0
+    assert "2 of 4 cells complete; about 1.0 hours left" in capsys.readouterr().out, "runs of another device count last"
+    cells[0].config.record_path.unlink()
+    assert runner.main(["table5", "--scale", "mini", "--dry", *overrides, "seed=0,1,2,3"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[-3:] == ["0.03", "another", "device"]
 
 
 def test_dry_lists_runs_that_wait_for_a_search_and_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

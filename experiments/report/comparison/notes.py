@@ -52,7 +52,7 @@ RULES = (
 TARGET = "h to target: until full fine-tuning's held-out score minus one point is first reached."
 FORGETTING = (
     "Forgetting: loss on general text after training minus before, mean over the runs that were measured (their "
-    "number); 0 is best."
+    "number); positive means forgetting."
 )
 
 
@@ -129,4 +129,4 @@ def describe_sizes(block: Block, shares: Mapping[str, float]) -> list[str]:
 def describe_unmerged(block: Block) -> list[str]:
     """The methods whose change cannot be merged into the weights, by their records."""
     names = {run.arm for run in block.all_runs() if (run.record.get("method") or {}).get("merges") is False}
-    return [f"Evaluated unmerged, because peft cannot merge them: {', '.join(sorted(names))}."] if names else []
+    return [f"peft cannot merge these into the weights: {', '.join(sorted(names))}."] if names else []
