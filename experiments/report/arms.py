@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import yaml
 
 from experiments.paths import CONF
 from experiments.report.plans import Plan
+from sparsegrad.runs.keys import flatten
 from sparsegrad.runs.records import ENGINE_NAMES
 
 SKIPPED = ("_target_", "name", "steps", "rotation_order")  # no arm differs in these alone
@@ -29,10 +30,10 @@ def arm_of(config: Mapping[str, Any], plan: Plan | None = None) -> str:
             learning rate of the gates, are.
     """
     method = config["method"]
-    defaults = {**_read_defaults(str(method["name"])), **dict(flatten(plan.method if plan else {}))}
+    defaults = {**_read_defaults(str(method["name"])), **flatten(plan.method if plan else {})}
     options = {
         name: value
-        for name, value in flatten(method)
+        for name, value in flatten(method).items()
         if _is_known(name, defaults) and _normalise(value) != _normalise(_resolve(defaults.get(name), config))
     }
     others = [key for key in (plan.grid if plan else ()) if key not in ("seed", "task", "method")]
@@ -44,15 +45,6 @@ def arm_name(method: str, options: Mapping[str, Any]) -> str:
     """`method key=value ...`, sorted by key."""
     shown = [f"{name}={_format(value)}" for name, value in sorted(options.items()) if name not in SKIPPED]
     return " ".join([method, *shown])
-
-
-def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every value in nested mappings."""
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def find_value(config: Mapping[str, Any], path: str) -> Any:
@@ -96,7 +88,7 @@ def _read_options(path: Path, conf: Path) -> dict[str, Any]:
         base = conf / name.lstrip("/") if name.startswith("/") else path.parent / name
         if base.is_file() and base != path:
             merged |= _read_options(base, conf)
-    return {**merged, **dict(flatten(found))}
+    return {**merged, **flatten(found)}
 
 
 def _resolve(value: Any, config: Mapping[str, Any]) -> Any:

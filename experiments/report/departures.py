@@ -12,8 +12,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.report.arms import find_value, flatten
+from experiments.report.arms import find_value
 from experiments.report.plans import Plan, load_node
+from sparsegrad.runs.keys import flatten
 
 SECTIONS = ("train", "protocol", "data", "model")
 # Where the data are, on which device, and how many rows an evaluation takes at once do not change a result.
@@ -81,7 +82,7 @@ def _overrides(node: DictConfig) -> Iterator[tuple[str, str]]:
 def _leaves(node: Any) -> Iterator[tuple[str, Any]]:
     for section in SECTIONS:
         raw: Any = OmegaConf.to_container(node[section], resolve=False) if section in node else {}
-        for key, value in flatten(raw, f"{section}."):
+        for key, value in flatten(raw, f"{section}.").items():
             # Defaults of the model or task: a record does not say what they were.
             if key not in FREE and not OF_MODEL.search(str(value)):
                 with contextlib.suppress(OmegaConfBaseException):

@@ -61,7 +61,7 @@ def _read_existing(folder: str) -> Plan:
 
 
 def _list_names(plan: Plan, store: Store | None = None) -> tuple[str, ...]:
-    """Names of the methods: of the plan, whose options may lie in a folder (`peft/dora`), and of its runs.
+    """Names of the methods: of the plan, whose options may be in a folder (`peft/dora`), and of its runs.
 
     METHODS takes any method, so none is a departure from the plan.
     """
