@@ -152,7 +152,9 @@ def _store_latest(
         place: slot (count, k) of each new entry that is known.
         known: which new entries replace an old one, whose copy in `old` is then discarded.
     """
-    stale = old["used"].scatter(1, place, torch.where(known, -1, old["used"].gather(1, place)))
+    # A new position that has no slot may have the place of one that has: only a sum keeps both, in any order.
+    replaced = torch.zeros_like(old["used"]).scatter_add_(1, place, known.int())
+    stale = old["used"].masked_fill(replaced > 0, -1)
     slots = old["index"].shape[1]
     # Among equally recent entries those of the lowest positions, as devices would choose differently.
     position = torch.cat([old["index"], new["index"]], 1)
