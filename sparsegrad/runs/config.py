@@ -46,7 +46,9 @@ class TrainConfig:
         precision: `fp32`; `bf16` (autocast; weights and optimizer stay float32); or `bf16_weights`: autocast, and
             frozen weights in bfloat16. Weights that train stay float32, so that small updates are not rounded away.
         train_rest: whether parameters outside the MLP weights and the head train.
-        group_by_length: whether batches have rows of similar length, which saves padding.
+        group_by_length: whether batches have rows of similar length, which saves padding: False; `shuffled`, such
+            batches in random order; or True, as in transformers, where they get shorter over up to 50 batches. Where
+            labels depend on the length, True can prevent learning for a long time.
         device: `auto`, `cpu` or `cuda`.
         schedule: of the learning rate: `constant` (GLUE), `cosine` (the paper's LLaMA runs) or `linear`, both to 0.
         warmup_steps: optimizer steps in which the learning rate rises from 0.
@@ -64,7 +66,7 @@ class TrainConfig:
     weight_decay: float
     precision: str
     train_rest: bool
-    group_by_length: bool
+    group_by_length: bool | str
     device: str
     schedule: str = "constant"
     warmup_steps: int = 0
@@ -89,7 +91,7 @@ class TrainConfig:
             check_number("train.rest_lr", self.rest_lr, above=0, below=10, remedy="null takes train.lr")
         check_choice("train.gradient_checkpointing", self.gradient_checkpointing, (True, False))
         check_choice("train.train_rest", self.train_rest, (True, False))
-        check_choice("train.group_by_length", self.group_by_length, (True, False))
+        check_choice("train.group_by_length", self.group_by_length, (False, "shuffled", True))
         check_choice("train.device", self.device, ("auto", "cpu", "cuda"))
         check_choice("train.parallel", self.parallel, ("ddp", "fsdp2"))
 

@@ -75,6 +75,7 @@ def make_trainer(
         compute_metrics=compute_metrics(config.task),
         preprocess_logits_for_metrics=token_losses if config.task.is_language else None,
         language=config.task.is_language,
+        shuffles_groups=config.train.group_by_length == "shuffled",
         watched=sets.report if config.protocol.watch_validation else None,
         callbacks=callbacks,
         optimizers=(optimizer, None),

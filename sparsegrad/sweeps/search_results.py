@@ -50,9 +50,9 @@ def read_settings(composed: DictConfig, seed: int) -> dict[str, Any]:
     return select_settings(flatten(determining({"method": node})))
 
 
-def select_settings(fixed: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the method among the values that all trials of a study share, as JSON stores them."""
-    found = {key.removeprefix("method."): value for key, value in fixed.items() if key.startswith("method.")}
+def select_settings(fixed: Mapping[str, Any], group: str = "method") -> dict[str, Any]:
+    """The settings of one group among the values that all trials of a study share, as JSON stores them."""
+    found = {key.removeprefix(f"{group}."): value for key, value in fixed.items() if key.startswith(f"{group}.")}
     return {key: value for key, value in json.loads(json.dumps(found)).items() if key != "name"}
 
 

@@ -45,6 +45,7 @@ def summary(study: Study) -> dict[str, Any]:
         "train_rest": fixed.get("train.train_rest"),
         "seed": fixed.get("seed"),
         "method": select_settings(fixed) or None,
+        "train": select_settings(fixed, "train") or None,
         "content": study.user_attrs.get(CONTENT, {}),
         "best": {"trial": best.number, "value": best.value, "values": best.params},
         "at_edge": _is_at_edge(best, trials) if "budget" in identity else None,

@@ -19,6 +19,7 @@ from sparsegrad.errors import UserError, first_line
 from sparsegrad.trainer.callbacks import LossWatch, Progress
 from sparsegrad.trainer.checkpoints import PREFIX, load_state, prune, read_manifest, seal
 from sparsegrad.trainer.last_batch import own_rows, weighted, without_labels
+from sparsegrad.trainer.length_groups import ShuffledLengthGroups
 
 VALIDATION = "validation"  # prefix in the log of scores that do not choose the checkpoint
 
@@ -30,6 +31,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         loss_watch: receives the loss of each micro-batch.
         language: whether a causal language model is trained.
         watched: rows that are scored for the log alone; None: none.
+        shuffles_groups: whether batches of rows of similar length come in random order.
         *args, **kwargs: of the Trainer.
     """
 
@@ -39,10 +41,12 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         loss_watch: LossWatch,
         language: bool = False,
         watched: datasets.Dataset | None = None,
+        shuffles_groups: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.watched = watched
+        self._shuffles_groups = shuffles_groups
         # What evaluations predicted, by step: the newest and the best, which need not be computed again at the end.
         self._predicted: dict[int, EvalLoopOutput] = {}
         # A classifier accepts any keyword, from which the Trainer concludes that its loss is divided by the size of the
@@ -86,6 +90,10 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _report_unreadable(checkpoint):
             super()._load_rng_state(checkpoint)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        return ShuffledLengthGroups(sampler.batch_size, lengths=sampler.lengths) if self._shuffles_groups else sampler
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run forward and backward on one micro-batch and check its loss."""
