@@ -29,7 +29,13 @@ from sparsegrad.errors import UserError
 from sparsegrad.runs.overrides import explain, key_of
 from sparsegrad.sweeps.config import Plan, make_plan
 from sparsegrad.sweeps.ledger import Ledger
-from sparsegrad.sweeps.search_results import OWN_NAME, find_difference, read_settings, select_settings
+from sparsegrad.sweeps.search_results import (
+    OWN_NAME,
+    find_difference,
+    find_training_difference,
+    read_settings,
+    select_settings,
+)
 from sparsegrad.sweeps.storage import JOURNAL, open_store
 from sparsegrad.sweeps.study import IDENTITY, quiet
 
@@ -140,16 +146,28 @@ def make_search(overrides: list[str], task: str, data: str | None) -> Search:
     """Compose and check one search; `data` is the folder of every task but the snippets.
 
     Raises:
-        UserError: for a value that is not allowed, or if the search of this name has other settings of the method.
+        UserError: for a value that is not allowed, or if the search of this name has other settings of the method or
+            of training.
     """
     given = [*overrides, f"data.dir={data}"] if data and task != "snippets" else overrides
     try:
         search = Search(tuple(given), make_plan(compose_sweep(given)))
         if not search.plan.sweep.overwrite:
+            _check_training(search)
             _check_settings(search)
     except HydraException as error:
         raise explain(error, given, CONF) from None
     return search
+
+
+def _check_training(search: Search) -> None:
+    """Refuse a summary of other training: it would count as this search. The workers check a study themselves."""
+    summary = search.read_summary()
+    if summary.get("best") and (found := find_training_difference(summary, search.plan.composed)):
+        raise UserError(
+            f"search {search.study} was made with {found}: leave that setting as it was, or make it anew with "
+            "ARGS=sweep.overwrite=true"
+        )
 
 
 def _check_settings(search: Search) -> None:

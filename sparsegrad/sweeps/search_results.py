@@ -31,11 +31,12 @@ class SearchMissingError(UserError):
     """A run needs the result of a search that has not been made or is not finished."""
 
 
-def read_settings(composed: DictConfig, seed: int) -> dict[str, Any]:
-    """The settings of a composed method that determine its result, by dotted key, without its name.
+def read_settings(composed: DictConfig, seed: int, group: str = "method") -> dict[str, Any]:
+    """The settings of one group of a composed configuration that determine the result, by dotted key, without a name.
 
     Args:
-        composed: the whole configuration, to which the method's settings refer.
+        composed: the whole configuration, to which the settings refer.
+        group: `method` or `train`.
         seed: stands for the seed, on which settings such as `random_seed: ${seed}` depend: a search has one of its own.
 
     Raises:
@@ -44,10 +45,10 @@ def read_settings(composed: DictConfig, seed: int) -> dict[str, Any]:
     config = composed.copy()
     config.seed = seed
     try:
-        node: Any = OmegaConf.to_container(config.method, resolve=True, throw_on_missing=True)
+        node: Any = OmegaConf.to_container(config[group], resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"the configuration cannot be resolved: {first_line(error)}") from None
-    return select_settings(flatten(determining({"method": node})))
+    return select_settings(flatten(determining({group: node})), group)
 
 
 def select_settings(fixed: Mapping[str, Any], group: str = "method") -> dict[str, Any]:
@@ -56,10 +57,22 @@ def select_settings(fixed: Mapping[str, Any], group: str = "method") -> dict[str
     return {key: value for key, value in json.loads(json.dumps(found)).items() if key != "name"}
 
 
-def find_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+def find_difference(there: Mapping[str, Any], here: Mapping[str, Any], group: str = "method") -> str:
     """The first setting in which a search and a run differ, in words; empty if all are the same."""
     keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-    return f"method.{keys[0]}={there.get(keys[0])}, not {here.get(keys[0])}" if keys else ""
+    return f"{group}.{keys[0]}={there.get(keys[0])}, not {here.get(keys[0])}" if keys else ""
+
+
+def find_training_difference(summary: Mapping[str, Any], composed: DictConfig) -> str:
+    """`find_difference` for how a search and a run train, except for what was searched.
+
+    Summaries of earlier versions do not list it: nothing is found there.
+    """
+    if not summary.get("train"):
+        return ""
+    searched = {key.removeprefix("train.") for key in summary["best"]["values"]}
+    here = read_settings(composed, composed.seed, "train")
+    return find_difference(summary["train"], {key: here[key] for key in here.keys() - searched}, "train")
 
 
 def read_search(composed: DictConfig, by_hand: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -78,8 +91,8 @@ def read_search(composed: DictConfig, by_hand: Collection[str] = ()) -> tuple[di
         The values to set, and facts on the search for the record.
 
     Raises:
-        UserError: if the search is missing, damaged, unfinished, of another regime, of other settings of the method, or
-            has another budget.
+        UserError: if the search is missing, damaged, unfinished, of another regime, of other settings of the method or
+            of training, or has another budget.
     """
     plan: Mapping[str, Any] = composed.get("evidence") or {}
     if "budget" in plan:
@@ -88,6 +101,7 @@ def read_search(composed: DictConfig, by_hand: Collection[str] = ()) -> tuple[di
     carry = plan.get("carry")
     if carry is None:
         found = _read_summary(composed, composed.model.name, method, plan.get("budget"))
+        _check_training(composed, found)
         if method == composed.method.name:
             _check_settings(composed, found, by_hand)
         return {KEY: float(found["best"]["values"][KEY])}, _make_facts(found)
@@ -150,6 +164,15 @@ def _check_budget(name: str, spent: Any, finished: int, budget: int | None, reme
         )
     if not isinstance(spent, int) or finished < spent:
         raise SearchMissingError(f"hparams=search: {name} has {finished} of {spent} trials: {remedy}")
+
+
+def _check_training(composed: DictConfig, summary: Mapping[str, Any]) -> None:
+    """Refuse a rate that was searched for other training, such as another batch size or order of batches."""
+    if found := find_training_difference(summary, composed):
+        raise UserError(
+            f"hparams=search: {summary['study']} was searched with {found}: leave that setting as it was, or set "
+            "train.lr by hand and hparams=null"
+        )
 
 
 def _check_settings(composed: DictConfig, summary: Mapping[str, Any], by_hand: Collection[str]) -> None:

@@ -90,6 +90,20 @@ def test_a_search_is_not_used_for_other_settings_of_the_method(
     assert plan("peft", *where, "method.config.peft_type=LORA").is_finished, "a default may be given"
 
 
+def test_a_search_is_not_used_for_other_training(where: tuple[str, str], results: Path) -> None:
+    """A plan that is edited after its searches would take their rates, found in another order of batches."""
+    search, other = plan("lora_tuned", *where), "train.group_by_length=false"
+    assert finish(search)["train"]["group_by_length"] == "shuffled"
+    (results / "studies" / "studies.db").unlink()
+    with pytest.raises(UserError, match=r"group_by_length=shuffled, not False.*sweep\.overwrite=true"):
+        plan("lora_tuned", *where, other)
+    run = ["method=lora_tuned", "task=mrpc", "seed=42", *where]
+    with pytest.raises(UserError, match=r"group_by_length=shuffled, not False.*hparams=null"):
+        list_cells("compare", [*run, other])
+    assert list_cells("compare", [*run, "train.eval_batch_size=16"]), "changes no result"
+    assert plan("lora_tuned", *where, other, "sweep.overwrite=true").study == search.study
+
+
 def test_a_search_is_found_by_runs_of_another_seed_and_of_plans_that_borrow_its_rate(
     where: tuple[str, str], results: Path
 ) -> None:

@@ -27,7 +27,9 @@ def trend(batches: list[tuple[int, ...]], window: int = ROWS // (4 * SIZE)) -> f
     """How a batch's mean length correlates with its place among those that the sampler sorts together; the mean."""
     means = torch.tensor([sum(LENGTHS[row] for row in batch) / len(batch) for batch in batches])
     parts = [means[start : start + window] for start in range(0, len(means) - window, window)]
-    return float(torch.stack([torch.corrcoef(torch.stack([part, torch.arange(window)]))[0, 1] for part in parts]).mean())
+    return float(
+        torch.stack([torch.corrcoef(torch.stack([part, torch.arange(window)]))[0, 1] for part in parts]).mean()
+    )
 
 
 def test_the_batches_are_those_of_the_sampler_in_another_order_and_the_incomplete_one_is_last() -> None:
