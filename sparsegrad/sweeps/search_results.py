@@ -182,9 +182,8 @@ def _check_settings(composed: DictConfig, summary: Mapping[str, Any], by_hand: C
         found = f"the defaults, not {given[0]}={OmegaConf.select(composed, given[0])}" if given else ""
     else:
         here = read_settings(composed, composed.seed if summary.get("seed") is None else summary["seed"])
-        found = find_difference(
-            *({key: one[key] for key in one if key not in _AMOUNT} for one in (summary["method"], here))
-        )
+        there, here = ({key: one[key] for key in one if key not in _AMOUNT} for one in (summary["method"], here))
+        found = find_difference(there, here)
     if found:
         raise UserError(
             f"hparams=search: {summary['study']} was searched with {found}: {OWN_NAME}; or set train.lr by hand and "
