@@ -21,7 +21,7 @@ from sparsegrad.runs.plan import plan_hash
 REGIMES = ("paper", "mlp_only")
 MIN_SEEDS = 3
 # Fields that runs and searches read, and tables do not.
-OF_RUNS = ("rates_of", "carry", "epochs", "eval_steps", "max_train", "direction")
+OF_RUNS = ("rates_of", "carry", "epochs", "eval_steps", "patience_from", "max_train", "direction")
 FIELDS = (
     "gates", "gate_method", "gate_experiment", "budget", "regime", "seeds", "min_seeds", "max_improving", "reference",
     "exploratory", "floors", "share", *OF_RUNS,

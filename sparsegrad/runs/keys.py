@@ -38,6 +38,7 @@ _LATER: dict[tuple[str, str], Any] = {
     ("train", "gradient_checkpointing"): False,
     ("train", "parallel"): "ddp",
     ("protocol", "eval_at_start"): False,
+    ("protocol", "patience_from"): 0,
     ("protocol", "watch_validation"): False,
 }
 # Values that were renamed: (group, name) -> today's value -> the earlier one, which keys are made of.

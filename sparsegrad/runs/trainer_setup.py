@@ -9,11 +9,7 @@ import datasets
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import (
-    EarlyStoppingCallback,
-    ProgressCallback,
-    TrainingArguments,
-)
+from transformers import ProgressCallback, TrainingArguments
 
 from sparsegrad.distributed import is_main, rank, world_size
 from sparsegrad.metrics import compute_metrics
@@ -23,6 +19,7 @@ from sparsegrad.runs.tokenized_splits import TokenSets
 from sparsegrad.trainer.callbacks import EvaluationSteps, LossWatch, Progress, Stopwatch
 from sparsegrad.trainer.checkpoints import last_checkpoint
 from sparsegrad.trainer.device import pick_device
+from sparsegrad.trainer.early_stopping import make_early_stopping
 from sparsegrad.trainer.parallel import ShardedTrainer
 from sparsegrad.trainer.peak_memory import PeakMemory
 from sparsegrad.trainer.signals import StopOnSignal
@@ -64,7 +61,7 @@ def make_trainer(
     stopwatch = Stopwatch(memory)
     callbacks: list[Any] = [stopwatch, EvaluationSteps(), stop or StopOnSignal()]
     if config.protocol.patience is not None:
-        callbacks.append(EarlyStoppingCallback(config.protocol.patience))
+        callbacks.append(make_early_stopping(config.protocol.patience, config.protocol.patience_from))
     maker = ShardedTrainer if config.train.parallel == "fsdp2" else RunTrainer
     trainer = maker(
         model=model,

@@ -1,0 +1,44 @@
+"""When a run is stopped early: after evaluations in a row that are no better, counted from a given step on."""
+
+from __future__ import annotations
+
+import pytest
+from run_fixtures import Tiny
+from test_runs import Stop, curves
+
+from sparsegrad.errors import UserError
+from sparsegrad.runs.runner import run
+
+# A rate that changes no prediction: every evaluation has the same score.
+FLAT = ("train.lr=1e-9", "protocol.max_steps=8", "protocol.eval_steps=1", "protocol.patience=2")
+
+
+def evaluated(record: dict) -> list[int]:
+    return [one["step"] for one in record["evaluations"]]
+
+
+@pytest.mark.parametrize(("start", "last"), [(0, 3), (5, 6), (9, 8)])
+def test_patience_counts_from_a_step_on(tiny: Tiny, start: int, last: int) -> None:
+    """The first evaluation is the best one so far, whatever its score; from step 5 on, two more end the run."""
+    record, _ = run(tiny(*FLAT, f"protocol.patience_from={start}"))
+    assert evaluated(record) == list(range(1, last + 1))
+
+
+def test_a_resumed_run_goes_on_counting(tiny: Tiny) -> None:
+    config = tiny(*FLAT, "protocol.patience_from=4")
+    whole, _ = run(config)
+    config.record_path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run(config, callbacks=[Stop(4)])
+    again = Stop()
+    resumed, _ = run(config, callbacks=[again])
+    assert again.began in (3, 4)
+    assert evaluated(resumed) == evaluated(whole) == [1, 2, 3, 4, 5]
+    assert curves(resumed) == curves(whole)
+
+
+def test_a_start_without_patience_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"protocol\.patience_from=5 .*patience=null.*leave it out"):
+        tiny("protocol.patience=null", "protocol.patience_from=5")
+    with pytest.raises(UserError, match=r"protocol\.patience_from=-1 "):
+        tiny("protocol.patience_from=-1")
