@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +27,22 @@ from sparsegrad.optim.summary import describe
 from sparsegrad.targets import Linears, Names, all_linears, check_trainable, find_mlp
 
 ENGINES = ("exact", "fast")
+# Options that engine `fast` does not have, with the value that they must have there.
+_FAST_DEFAULTS = {"keep": None, "sides": "both", "moments": "dense", "rotation_order": "auto", "rotation_dtype": None}
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What `prepare` was given on how the linears train; see there."""
+
+    engine: str
+    keep: int | None
+    density: float | None
+    sides: str
+    moments: str
+    rotation_order: str
+    rotation_dtype: torch.dtype | None
 
 
 @renamed_arguments(quiet=True, mlp="target_modules")
@@ -103,21 +119,19 @@ def prepare(
     if engine == "merged":
         warn_renamed('engine="merged"', 'engine="exact"')
         engine = "exact"
-    _check_options(batches, lr, sides, moments, bases)
-    check_choice("rotation_order", rotation_order, ORDERS)
-    _check_engine(
-        engine,
-        model,
+    options = _Options(
+        engine=engine,
         keep=keep,
+        density=0.01 if density is None and keep is None else density,
         sides=sides,
         moments=moments,
         rotation_order=rotation_order,
         rotation_dtype=rotation_dtype,
     )
+    _check_arguments(batches, lr, bases, options)
+    _check_engine(model, options)
     model = unwrapped(model)  # names, and back-propagation without DDP's gradient averaging
-    density = 0.01 if density is None and keep is None else density
-    linears = _find_linears(model, target_modules, keep, density, engine)
-    check_rotation_dtype(rotation_dtype, next(all_linears(linears)).weight.device)
+    linears = _find_linears(model, target_modules, options)
     # Calibration may take minutes: construct a throwaway optimizer first, so that bad options fail before it.
     SparseGradAdamW(model.parameters(), lr=lr, **adamw)
     if bases is None:
@@ -129,51 +143,33 @@ def prepare(
     else:
         check_same_weights(model)  # `calibrate` checks this in the other case
         bases = _fit_bases(bases, linears, sides)
-    if engine == "fast":
-        assert density is not None
-        groups = core_groups(model, use_blocks(model, linears, bases, density))
-    else:
-        rotations = rotate_gradients(linears, bases, order=rotation_order, dtype=rotation_dtype)
-        groups = param_groups(
-            model,
-            linears,
-            bases,
-            keep=keep,
-            density=density,
-            moments=moments,
-            rotations=rotations,
-        )
-    optimizer = SparseGradAdamW(groups, lr=lr, **adamw)
+    optimizer = SparseGradAdamW(_make_groups(model, linears, bases, options), lr=lr, **adamw)
     # Counted last: engine `fast` has added its cores to the model's parameters.
     optimizer.model_size = sum(parameter.numel() for parameter in model.parameters())
     logger.info("SparseGrad trains:\n%s", describe(optimizer))
     return optimizer
 
 
-def _check_options(batches: Any, lr: Any, sides: Any, moments: Any, bases: Any) -> None:
+def _check_arguments(batches: Any, lr: Any, bases: Any, options: _Options) -> None:
+    """Check what needs no model."""
     check_number("lr", lr, above=0)
-    check_choice("sides", sides, SIDES)
-    check_choice("moments", moments, tuple(MOMENTS))
+    check_choice("sides", options.sides, SIDES)
+    check_choice("moments", options.moments, tuple(MOMENTS))
     if isinstance(batches, Mapping):
         raise UserError("batches is one batch: give several, as a list of batches or a DataLoader")
     if batches is None and bases is None:
         raise UserError("batches=None leaves nothing to calibrate on: give batches, or stored bases as bases=")
     if bases is not None and not (isinstance(bases, Mapping) and all(isinstance(b, Basis) for b in bases.values())):
         raise UserError(f"bases is a {type(bases).__name__}: give {{kind: Basis}}, as load_bases reads it from a file")
+    check_choice("rotation_order", options.rotation_order, ORDERS)
 
 
-def _check_engine(engine: Any, model: Any, **options: Any) -> None:
-    """Check that the engine is known and supports the given options."""
-    if check_choice("engine", engine, ENGINES) == "exact":
+def _check_engine(model: Any, options: _Options) -> None:
+    """Check that the engine is known and supports the other options."""
+    if check_choice("engine", options.engine, ENGINES) == "exact":
         return
-    defaults = {
-        "keep": None,
-        "sides": "both",
-        "moments": "dense",
-        "rotation_order": "auto",
-        "rotation_dtype": None,
-    }
-    if other := [f"{name}={options[name]}" for name in defaults if options[name] != defaults[name]]:
+    given = {name: getattr(options, name) for name in _FAST_DEFAULTS}
+    if other := [f"{name}={value}" for name, value in given.items() if value != _FAST_DEFAULTS[name]]:
         raise UserError(
             f'engine="fast" does not take {", ".join(other)}: density alone sets its block, and sides="both", '
             'moments="dense" are all it supports; leave the others out, or give engine="exact"'
@@ -185,22 +181,21 @@ def _check_engine(engine: Any, model: Any, **options: Any) -> None:
         )
 
 
-def _find_linears(
-    model: nn.Module, names: Names | None, keep: int | None, density: float | None, engine: str
-) -> Linears:
+def _find_linears(model: nn.Module, names: Names | None, options: _Options) -> Linears:
     """Find the MLP linears and check that each can train, has enough entries and suits the engine."""
     linears = find_mlp(model, names)
     reshard(model)  # an evaluation before may have left whole weights behind
-    if engine != "fast":
+    if options.engine != "fast":
         refuse_shards(model)
     check_trainable(linears)
-    for found in linears.values():
-        for linear in found.values():
-            count_kept(linear.weight.shape, keep=keep, density=density)  # for its check: keep must fit every weight
-            if engine == "fast":
-                check_linear(linear, 'engine="fast"', 'give engine="exact"')
-            if is_managed(linear) or is_shard(linear.weight):
-                check_shards(linear)
+    for linear in all_linears(linears):
+        # For its check: keep must fit every weight.
+        count_kept(linear.weight.shape, keep=options.keep, density=options.density)
+        if options.engine == "fast":
+            check_linear(linear, 'engine="fast"', 'give engine="exact"')
+        if is_managed(linear) or is_shard(linear.weight):
+            check_shards(linear)
+    check_rotation_dtype(options.rotation_dtype, next(all_linears(linears)).weight.device)
     return linears
 
 
@@ -219,6 +214,24 @@ def _fit_bases(bases: Mapping[str, Basis], linears: Linears, sides: str) -> dict
                     f"{kind}: give the bases of this model, or calibrate again"
                 )
     return {kind: bases[kind].only(sides) for kind in linears}
+
+
+def _make_groups(
+    model: nn.Module, linears: Linears, bases: Mapping[str, Basis], options: _Options
+) -> list[dict[str, Any]]:
+    """Set up the engine in the model, and return the optimizer's parameter groups."""
+    if options.engine == "fast":
+        assert options.density is not None
+        return core_groups(model, use_blocks(model, linears, bases, options.density))
+    return param_groups(
+        model,
+        linears,
+        bases,
+        keep=options.keep,
+        density=options.density,
+        moments=options.moments,
+        rotations=rotate_gradients(linears, bases, order=options.rotation_order, dtype=options.rotation_dtype),
+    )
 
 
 def print_trainable_parameters(optimizer: Any) -> None:

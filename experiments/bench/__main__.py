@@ -95,6 +95,17 @@ def run(options: argparse.Namespace) -> None:
     if options.list:
         _list(planned, apart)
         return
+    bench = _make_bench(options, device, schedule)
+    if options.render:
+        bench.document = read(bench.out)
+        bench.write()
+    else:
+        bench.run(planned, apart)
+    print(f"{bench.out}; next to it a table (.md) and, if matplotlib is installed, a plot (.png)")
+
+
+def _make_bench(options: argparse.Namespace, device: torch.device, schedule: Schedule) -> Bench:
+    """The benchmark of one machine, after a check that its results can be written."""
     threads = options.threads or machine.default_threads()
     bench = Bench(
         out=_out(options, device, threads),
@@ -107,12 +118,7 @@ def run(options: argparse.Namespace) -> None:
         tell=say,
     )
     check_writable(bench.out.parent)
-    if options.render:
-        bench.document = read(bench.out)
-        bench.write()
-    else:
-        bench.run(planned, apart)
-    print(f"{bench.out}; next to it a table (.md) and, if matplotlib is installed, a plot (.png)")
+    return bench
 
 
 def parser() -> argparse.ArgumentParser:

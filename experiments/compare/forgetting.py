@@ -11,14 +11,16 @@ a file in results/compare/forgetting, named by the key of its run; the same comm
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from experiments.compare.general_text import mean_loss, read_texts
 from experiments.compare.methods import find_method
@@ -173,28 +175,34 @@ def _measure_cells(
     if again:
         evidence.make(again, workers)
     model = load_model(config.model, config.task, tokenizer, torch.float32, sources.model)
-    before, failed = mean_loss(model, tokenizer, texts, about["tokens"]), dict[str, str]()
+    measure = functools.partial(mean_loss, model, tokenizer, texts, about["tokens"])
+    before, failed = measure(), dict[str, str]()
     for cell in cells:
         adapter = find_adapter(cell)
         if adapter is None:
             failed[cell.label] = "its run has no adapter; TREES=<file of conversation trees> trains it again"
             continue
         try:
-            merged = load_adapter(model, adapter)
-            merged.merge()
-            after = mean_loss(model, tokenizer, texts, about["tokens"])
-            merged.unmerge()
+            after = _measure_merged(model, adapter, measure)
         except UserError as error:
             failed[cell.label] = str(error)
-            continue
-        if not math.isfinite(after):
-            failed[cell.label] = f"its loss on these texts is {after}; the run diverged, so delete its record"
             continue
         result = {"before": round(before, 5), "after": round(after, 5), **about}
         trained_again = {"trained_again": True} if adapter.is_relative_to(_folder_again(cell)) else {}
         write_json(_result_path(cell), {**result, **trained_again})
         print(f"{cell.label}: {before:.4f} -> {after:.4f}", flush=True)
     return failed
+
+
+def _measure_merged(model: nn.Module, adapter: Path, measure: Callable[[], float]) -> float:
+    """The loss of `model` with the adapter, which is removed again; `UserError` if it does not fit or has no loss."""
+    merged = load_adapter(model, adapter)
+    merged.merge()
+    loss = measure()
+    merged.unmerge()
+    if not math.isfinite(loss):
+        raise UserError(f"its loss on these texts is {loss}; the run diverged, so delete its record")
+    return loss
 
 
 def _check_same_texts(results: Path, about: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,16 +217,21 @@ def grade(
 
         # One task per prompt: equal answers are graded once, and `missing` copies the verdict to the others.
         distinct = {task.key(grading.judge): task for task in reversed(tasks)}.values()
-        # `stop` wakes threads that wait between two attempts; otherwise the pool could not shut down.
-        futures = [pool.submit(work, task) for task in distinct]
-        try:
-            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in finished:
-                future.result()
-        finally:
-            client.stop.set()
-            pool.shutdown(cancel_futures=True)
+        _run_all(work, distinct, client, pool)
     return tally
+
+
+def _run_all(work: Callable[[Task], None], tasks: Iterable[Task], client: Client, pool: ThreadPoolExecutor) -> None:
+    """Call `work` on every task in the threads of `pool`; the first error ends them all and is raised."""
+    futures = [pool.submit(work, task) for task in tasks]
+    try:
+        finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in finished:
+            future.result()
+    finally:
+        # `stop` wakes threads that wait between two attempts; otherwise the pool could not shut down.
+        client.stop.set()
+        pool.shutdown(cancel_futures=True)
 
 
 Outcome = tuple[list[Reply], float | None] | str

@@ -125,9 +125,15 @@ def make(found: Sequence[Search], workers: int, *, dry: bool) -> int:
     for one in found:
         if one.plan.sweep.overwrite:
             _delete_found(one)
-    jobs = {search_job(one): one for one in found}
     for one in found:  # also those that others finished, but that have no summary yet
         export_finished(one)
+    _run_workers(found, workers)
+    return 1 if _report_open(found) else 0
+
+
+def _run_workers(found: Sequence[Search], workers: int) -> None:
+    """Run a worker for each search that is not finished, `workers` at a time, and show the trials."""
+    jobs = {search_job(one): one for one in found}
     budget = sum(one.plan.budget for one in found)
     counted = time.monotonic()
 
@@ -144,6 +150,10 @@ def make(found: Sequence[Search], workers: int, *, dry: bool) -> int:
         for job in ended:
             _report(job, jobs[job.job], found)
             bar.update(done=budget - _count_left(found))
+
+
+def _report_open(found: Sequence[Search]) -> bool:
+    """Print the searches with trials left, and those without a completed trial; whether there are any."""
     left = [one for one in found if not one.is_finished]
     for one in left:
         print(f"left: search {one.study}: {one.finished()} of {one.plan.budget} trials; the next call continues it")
@@ -154,7 +164,7 @@ def make(found: Sequence[Search], workers: int, *, dry: bool) -> int:
             "correct the method's settings, then make it anew with METHODS= of this method and "
             "ARGS=sweep.overwrite=true"
         )
-    return 1 if left or barren else 0
+    return bool(left or barren)
 
 
 def search_job(search: Search) -> Job:

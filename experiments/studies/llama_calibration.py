@@ -51,17 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(out_features: int, in_features: int, count: int) -> dict[str, Any]:
     """Seconds of summing `count` gradients (out, in) and of the decomposition, separately, and peak memory."""
-    generator, grams = torch.Generator().manual_seed(0), Grams()
+    grams = Grams()
     before = time.process_time()
     memory = PeakMemory(torch.device("cpu"))
     memory.start()
-    spent = 0.0
-    for _ in range(count):
-        G = torch.randn(out_features, in_features, generator=generator)
-        start = time.perf_counter()
-        grams.add(G)
-        spent += time.perf_counter() - start
-    del G  # a gradient must not count towards the peak of the decomposition
+    spent = _add_gradients(grams, out_features, in_features, count)
     start = time.perf_counter()
     basis = grams.basis()
     decomposition = time.perf_counter() - start
@@ -80,6 +74,20 @@ def measure(out_features: int, in_features: int, count: int) -> dict[str, Any]:
         "orthogonality": orthogonality(basis),
         "time": now(),
     }
+
+
+def _add_gradients(grams: Grams, out_features: int, in_features: int, count: int) -> float:
+    """Add `count` random gradients (out, in), and return the seconds that this takes without drawing them.
+
+    No gradient is left afterwards: it would count towards the peak of the decomposition.
+    """
+    generator, spent = torch.Generator().manual_seed(0), 0.0
+    for _ in range(count):
+        G = torch.randn(out_features, in_features, generator=generator)
+        start = time.perf_counter()
+        grams.add(G)
+        spent += time.perf_counter() - start
+    return spent
 
 
 def orthogonality(basis: Basis) -> float:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,9 +161,8 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[s
         UserError: for files that are missing, damaged, of another version or inconsistent, or hold values that are not
             finite.
     """
-    path = folder / FACTS
-    try:
-        facts = _read_facts(path)
+    with _explained_errors(folder):
+        facts = _read_facts(folder / FACTS)
         stored = tensors_path(folder, facts["sha256"])
         if not _is_as_written(stored, facts["sha256"]):
             raise UserError(f"{stored} is damaged or belongs to another adapter (its sha256 differs): copy it again")
@@ -172,6 +172,14 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[s
         if tensors:
             raise UserError(f"{stored} holds {len(tensors)} tensors that {FACTS} does not name: copy it again")
         _check_rotated(entries, bases)
+    return facts, entries, bases
+
+
+@contextmanager
+def _explained_errors(folder: Path) -> Iterator[None]:
+    """Within: a file that is missing or damaged becomes an error for the user."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise UserError(
             f"no adapter in {folder}: {error.filename or FACTS} is missing; name a folder of save_adapter"
@@ -192,7 +200,6 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[s
         raise UserError(
             f"{folder} is not a readable adapter ({type(error).__name__}: {error}): save it again"
         ) from None
-    return facts, entries, bases
 
 
 def _read_facts(path: Path) -> dict[str, Any]:

@@ -8,21 +8,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from sparsegrad.adapter.base import Base, check_plain, get_class_name, read_base, unwrap_compiled, write_gathered
 from sparsegrad.adapter.lora_card import SavedLora, write_lora_card
 from sparsegrad.adapter.lora_files import write_lora
 from sparsegrad.adapter.lora_layout import Layout, is_linear, is_transposed, make_config, plan_layout
 from sparsegrad.adapter.low_rank import Factors, factor_block, subtract, truncate
 from sparsegrad.adapter.merge import named_tensors
-from sparsegrad.adapter.save import (
-    Base,
-    _check_plain,
-    _check_storable,
-    _get_class_name,
-    _read_base,
-    _unwrap_compiled,
-    _view_bytes,
-    write_gathered,
-)
+from sparsegrad.adapter.save import _check_storable, _view_bytes
 from sparsegrad.distributed import refuse_fsdp1
 from sparsegrad.errors import UserError, check_integer, check_number, renamed_arguments
 from sparsegrad.layers.block import BlockLinear
@@ -77,14 +69,14 @@ def save_lora(
             that equals its base, is wrapped or sharded by FSDP1; weights that are tied, quantized or not finite; a
             change that peft cannot store; or a folder that cannot be written, which keeps its old adapter.
     """
-    model = _unwrap_compiled(model)
+    model = unwrap_compiled(model)
     refuse_fsdp1(model)
     with _plain_linears(model) as blocks:
         _check_options(blocks, rank, max_error, target_modules)
-        _check_plain(model)
+        check_plain(model)
         _refuse_quantized(model)
         named = {} if target_modules is None else _find_named(model, target_modules, rank)
-        source, before, new = _read_base(model, base, _expect_names(model, base, {**named, **blocks}))
+        source, before, new = read_base(model, base, _expect_names(model, base, {**named, **blocks}))
         changed = _find_changed(model, before, new)
         layout = _plan(model, changed, new, blocks, None if target_modules is None else named, rank, max_error)
         factors = {name: _factor(model, name, before, blocks, rank, max_error) for name in layout.targets}
@@ -94,7 +86,7 @@ def save_lora(
     errors = {name: found.error for name, found in factors.items()}
     sizes = [sum(tensor.nbytes for tensor in part.values()) for part in (tensors, whole)]
     saved = SavedLora(Path(folder), ranks, errors, tuple(layout.whole), layout.bias, *sizes)
-    write_lora_card(saved, source, _get_class_name(model))
+    write_lora_card(saved, source, get_class_name(model))
     return saved
 
 
@@ -173,7 +165,7 @@ def _shorter_side(model: nn.Module, name: str) -> int:
 
 
 def _expect_names(model: nn.Module, base: Base | None, named: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Names of weights that the base must have; `_read_base` refuses a base of another architecture by them."""
+    """Names of weights that the base must have; `read_base` refuses a base of another architecture by them."""
     if not named and not isinstance(base, Mapping):
         named = {name: module for name, module in model.named_modules() if is_linear(module)}
     return {f"{name}.weight": "" for name in named}

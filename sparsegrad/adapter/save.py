@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsegrad.adapter.base import (
+    Base,
+    check_plain,
+    format_names,
+    get_class_name,
+    read_base,
+    unwrap_compiled,
+    write_gathered,
+)
 from sparsegrad.adapter.card import write_card
 from sparsegrad.adapter.format import BASIS_PARTS, DTYPES, Entry, digest, write_adapter
 from sparsegrad.adapter.merge import named_tensors
 from sparsegrad.adapter.sizes import Saved, summarize
 from sparsegrad.basis import Basis
-from sparsegrad.distributed import from_gathered
-from sparsegrad.errors import UserError, check_number, first_line, renamed_arguments
-from sparsegrad.layers.replace import merge_shards, refuse_layers
+from sparsegrad.errors import UserError, check_number, renamed_arguments
 from sparsegrad.optim.summary import describe
 from sparsegrad.targets import Names, find_mlp
 
-Base = nn.Module | Mapping[str, Tensor] | str | Path
 _SMALL = 2**16  # entries; smaller tensors outside the MLP are stored whole, such as a head, which no base has
 # Bytes of a number -> an integer type of that size. Compared as integers, NaN equals itself and 0.0 differs from -0.0.
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-
-Arguments = ParamSpec("Arguments")
-Value = TypeVar("Value")
-
-
-def write_gathered(
-    save: Callable[Concatenate[nn.Module, Arguments], Value],
-) -> Callable[Concatenate[nn.Module, Arguments], Value]:
-    """Let the main process alone call `save` for a model that FSDP2 shards, with whole weights on the CPU.
-
-    All processes must call the result together; each gets what `save` returns, or its `UserError`.
-    """
-
-    @functools.wraps(save)
-    def call(model: nn.Module, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:
-        plain = _unwrap_compiled(model)
-        merge_shards(plain)
-        return from_gathered(plain, lambda: save(model, *args, **kwargs))
-
-    return call  # type: ignore[return-value]
 
 
 @renamed_arguments(quiet=True, mlp="target_modules")
@@ -85,12 +70,12 @@ def save_adapter(
             its base; weights that are not finite or of an unsupported dtype; or a folder that cannot be written.
     """
     check_number("tolerance", tolerance, at_least=0, below=1)
-    model = _unwrap_compiled(model)
-    _check_plain(model)
+    model = unwrap_compiled(model)
+    check_plain(model)
     if tolerance and optimizer is None:
         raise UserError(f"tolerance={tolerance} needs the bases: give optimizer=, what sparsegrad.prepare returned")
     kinds = _find_kinds(model, optimizer, target_modules)
-    source, before, new = _read_base(model, base, kinds)
+    source, before, new = read_base(model, base, kinds)
     entries = _compare(named_tensors(model), before, new, kinds)
     if not entries:
         raise UserError("the model equals its base in every weight: train it first, or name the base it came from")
@@ -100,27 +85,10 @@ def save_adapter(
             if group.get("kind") is not None and group["basis"] is not None:
                 _rotate_kind(group, named_tensors(model), before, entries, bases, tolerance)
     saved = summarize(Path(folder), entries, bases, kinds, optimizer)
-    facts = {"base": source, "model": _get_class_name(model), "tolerance": tolerance, "mlp": kinds}
+    facts = {"base": source, "model": get_class_name(model), "tolerance": tolerance, "mlp": kinds}
     write_adapter(Path(folder), facts, entries, bases)
-    write_card(Path(folder), source, _get_class_name(model), str(saved), tolerance)
+    write_card(Path(folder), source, get_class_name(model), str(saved), tolerance)
     return saved
-
-
-def _unwrap_compiled(model: nn.Module) -> nn.Module:
-    """The model that was compiled, which shares every weight; or `model` itself."""
-    return getattr(model, "_orig_mod", model)
-
-
-def _get_class_name(model: nn.Module) -> str:
-    """The name of the model's class, without the prefix that FSDP2 puts before it."""
-    return type(model).__name__.removeprefix("FSDP")
-
-
-def _check_plain(model: nn.Module) -> None:
-    """Raise `UserError` for a model that is wrapped or has layers of an engine: its names are not those of the base."""
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise UserError(f"the model is wrapped by {type(model).__name__}: save the plain one, model.module")
-    refuse_layers(model)
 
 
 def _find_kinds(model: nn.Module, optimizer: Any, names: Names | None) -> dict[str, str]:
@@ -135,7 +103,7 @@ def _find_kinds(model: nn.Module, optimizer: Any, names: Names | None) -> dict[s
     kinds = {_strip_compiled(tensors, name): group.kind for group in describe(optimizer).taken for name in group.names}
     if unknown := set(kinds) - set(tensors):
         raise UserError(
-            f"the optimizer trains {_format_names(unknown)}, which the model does not have: give the model that was "
+            f"the optimizer trains {format_names(unknown)}, which the model does not have: give the model that was "
             "prepared, not wrapped; or leave out optimizer="
         )
     return kinds
@@ -144,63 +112,6 @@ def _find_kinds(model: nn.Module, optimizer: Any, names: Names | None) -> dict[s
 def _strip_compiled(tensors: Mapping[str, Tensor], name: str) -> str:
     """The name of a parameter in the plain model, if the model was compiled when it was prepared."""
     return name if name in tensors else name.replace("_orig_mod.", "")
-
-
-def _read_base(model: nn.Module, base: Base | None, mlp: Mapping[str, str]) -> tuple[str, dict[str, Tensor], set[str]]:
-    """The base's name, its tensors by name, and the names of tensors that only the model has."""
-    if base is None:
-        base = getattr(getattr(model, "config", None), "_name_or_path", None)
-    if base is None or base == "":
-        raise UserError("base=None: the model does not know where it came from; give base=, its hub id or a copy of it")
-    if isinstance(base, str | Path):
-        return _load_base(model, str(base), mlp)
-    names = set(named_tensors(model))
-    if isinstance(base, nn.Module):
-        tensors = named_tensors(_unwrap_compiled(base))
-        if unknown := names ^ set(tensors):
-            raise UserError(
-                f"model and base differ in the tensors {_format_names(unknown)}: give the plain model and its own base"
-            )
-        return _get_class_name(model), tensors, set()
-    if lacking := [name for name in mlp if name not in base]:
-        found = _format_names(set(base)) or "nothing"
-        raise UserError(
-            f"base= has no tensor {lacking[0]}, a SparseGrad weight of the model, but {found}: "
-            "give tensors by the names of the plain model, as a copy of its state_dict() from before training has them"
-        )
-    return _get_class_name(model), dict(base), names - set(base)
-
-
-def _load_base(model: nn.Module, source: str, mlp: Mapping[str, str]) -> tuple[str, dict[str, Tensor], set[str]]:
-    """As `_read_base`, for a hub id or folder."""
-    load = getattr(type(model), "from_pretrained", None)
-    if load is None:
-        raise UserError(
-            f"base={source} cannot be loaded for a {type(model).__name__}: give a copy of the model instead"
-        )
-    try:
-        with torch.random.fork_rng():  # initializing a new head must not change the caller's random state
-            dtype = next(model.parameters()).dtype
-            loaded, info = load(source, config=getattr(model, "config", None), dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        if "ignore_mismatched_sizes" in str(error):
-            raise UserError(
-                f"base={source} has tensors of other shapes than the model, as after resizing its embeddings: give "
-                "base= as a copy of the model from after the resizing and before training"
-            ) from None
-        raise UserError(
-            f"base={source} cannot be loaded ({first_line(error)}): give base= as a folder or a copy of it"
-        ) from None
-    tensors, new = named_tensors(loaded), set(info["missing_keys"])
-    # `from_pretrained` initializes all missing tensors and only warns: if every MLP weight is missing, the files are of
-    # another architecture.
-    drawn = set(mlp) if new.issuperset(mlp) else set()
-    if unknown := drawn | set(named_tensors(model)) - set(tensors):
-        raise UserError(
-            f"base={source} does not have {_format_names(unknown)} of the model: name the base that it came from"
-        )
-    name = Path(source).name if Path(source).exists() else source  # the local path of a folder is private
-    return name, tensors, new
 
 
 def _compare(
@@ -277,18 +188,22 @@ def _rotate_kind(
     # Only rows and columns with a nonzero entry in any core are stored, and only their columns of the basis.
     used = torch.stack([core != 0 for core in cores.values()]).any(0) if cores else torch.zeros(1, 1)
     rows, columns = used.any(1), used.any(0)  # (out,) and (in,)
-    rotated = {}
-    for name, core in cores.items():
-        flat = core[rows][:, columns].flatten()
-        index = flat.nonzero().flatten().to(torch.int32)
-        old, kind = entries[name], group["kind"]
-        values = flat[index.long()].float()
-        rotated[name] = Entry("rotated", old.shape, old.dtype, digest(before[name]), values, index, kind)
+    rotated = {
+        name: _make_rotated(core[rows][:, columns], entries[name], before[name], group["kind"])
+        for name, core in cores.items()
+    }
     matrices = (V[:, rows].float(), U[:, columns].float())  # (out, c) and (in, r)
     size = sum(matrix.nbytes for matrix in matrices) + sum(entry.size for entry in rotated.values())
     if cores and size < sum(entries[name].size for name in names):
         entries.update(rotated)
         bases.update({f"{group['kind']}.{part}": matrix for part, matrix in zip(BASIS_PARTS, matrices, strict=True)})
+
+
+def _make_rotated(core: Tensor, old: Entry, before: Tensor, kind: str) -> Entry:
+    """The rotated form of an entry, from the part (c, r) of the rotated change that is stored."""
+    flat = core.flatten()
+    index = flat.nonzero().flatten().to(torch.int32)
+    return Entry("rotated", old.shape, old.dtype, digest(before), flat[index.long()].float(), index, kind)
 
 
 def _rotate_change(basis: Basis, after: Tensor, before: Tensor, tolerance: float) -> Tensor:
@@ -298,9 +213,3 @@ def _rotate_change(basis: Basis, after: Tensor, before: Tensor, tolerance: float
     dropped = order[energy.cumsum(0) <= tolerance**2 * energy.sum()]
     core.view(-1)[dropped] = 0
     return core
-
-
-def _format_names(names: set[str]) -> str:
-    """The first three names, and the number of others."""
-    listed = sorted(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -89,11 +89,7 @@ def calibrate(
     check_choice("sides", sides, SIDES)
     _check_device(gram_device)
     model = unwrapped(model)
-    reshard(model)
-    set_up_shards(model)
-    refuse_fsdp1(model)
-    if not is_managed(model):
-        refuse_shards(model)  # of tensor parallelism
+    _prepare_shards(model)
     check_same_weights(model)
     found = {kind: list(linears) for kind, linears in mlp.items()}
     weights = {kind: [linear.weight for linear in linears] for kind, linears in found.items()}
@@ -106,13 +102,7 @@ def calibrate(
             if update is not None:
                 average_(_other_gradients(model, weights))
                 update()
-    # A weight that the forward pass does not use gets no gradient: its kind's count is too low.
-    for kind, sums in grams.items():
-        if sums.count != steps * len(weights[kind]):
-            raise UserError(
-                f"calibration got {sums.count} gradients of kind {kind}, not {steps} for each of its "
-                f"{len(weights[kind])} weights: name only linears that the model's forward pass uses"
-            )
+    _check_counts(grams, weights, steps)
     # `pop` frees the sums of a kind before the next is decomposed.
     return {kind: grams.pop(kind).basis().to(device) for kind in progress(list(grams), desc="decomposition")}
 
@@ -124,6 +114,25 @@ def _check_device(device: torch.device | str | None) -> None:
         raise UserError(
             f"gram_device={device} cannot be used ({first_line(error)}): give cpu, or None for that of the weights"
         ) from None
+
+
+def _prepare_shards(model: nn.Module) -> None:
+    """Bring a model that FSDP2 shards into its initial state, and refuse any other sharding."""
+    reshard(model)
+    set_up_shards(model)
+    refuse_fsdp1(model)
+    if not is_managed(model):
+        refuse_shards(model)  # of tensor parallelism
+
+
+def _check_counts(grams: Mapping[str, Grams], weights: Mapping[str, list[Tensor]], steps: int) -> None:
+    """Raise `UserError` if a weight got no gradient, which is so if the forward pass does not use it."""
+    for kind, sums in grams.items():
+        if sums.count != steps * len(weights[kind]):
+            raise UserError(
+                f"calibration got {sums.count} gradients of kind {kind}, not {steps} for each of its "
+                f"{len(weights[kind])} weights: name only linears that the model's forward pass uses"
+            )
 
 
 @contextmanager

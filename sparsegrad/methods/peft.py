@@ -6,7 +6,7 @@ import functools
 from ast import literal_eval
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import peft
@@ -127,18 +127,12 @@ class Peft:
         shapes = {name: (linear.out_features, linear.in_features) for name, linear in named.items()}
         config = make_config(fields, shapes)
         before = next(iter(named.values())).weight.detach().clone()
-
-        def insert() -> BaseTuner:
-            if self.collects_gradients:
-                _read_data(model, config, named, context, self.steps)
-            return wrap(model, config)
-
-        tuner, cost = context.measure(insert) if self.collects_gradients else (insert(), {})
+        tuner, cost = self._insert(model, config, named, context)
         check_apart(tuner)
         adapters = {id(parameter) for parameter in tuner.parameters() if parameter.requires_grad}
         freeze(model, linears, context, mlp_weights=False)
         layers = {kind: [model.get_submodule(name) for name in found] for kind, found in linears.items()}
-        for layer in (layer for found in layers.values() for layer in found):
+        for layer in chain.from_iterable(layers.values()):
             _set_trainable(layer, adapters)
         parameters = trainable_parameters(model)
         # An initialisation such as PiSSA's takes its part out of W, so the adapter does not fit the model as published.
@@ -153,6 +147,19 @@ class Peft:
             save=save,
             notes=notes,
         )
+
+    def _insert(
+        self, model: nn.Module, config: Any, linears: Mapping[str, nn.Linear], context: Context
+    ) -> tuple[BaseTuner, dict[str, Any]]:
+        """Put peft's layers into the model; and what an initialisation from data cost."""
+        if not self.collects_gradients:
+            return wrap(model, config), {}
+
+        def read_and_wrap() -> BaseTuner:
+            _read_data(model, config, linears, context, self.steps)
+            return wrap(model, config)
+
+        return context.measure(read_and_wrap)
 
 
 @functools.lru_cache(maxsize=16)

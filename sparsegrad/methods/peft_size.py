@@ -113,46 +113,51 @@ def fit_budget(node: Mapping[str, Any], weights: Weights, density: float) -> dic
     """
     kind = str(node["peft_type"]).upper()
     field = size_field(kind)
-    whole = sum(one.number * one.rows * one.columns for one in weights.values())
     if field is None:
         counts = measure_size(node, weights, merge=False).counts
         own = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise fail(
-            "method.budget", f"density:{density:g}", f"the size of {kind} is fixed ({own} per weight)", "set it to null"
-        )
-    shares: dict[int, float] = {}
+        raise _refuse_budget(density, f"the size of {kind} is fixed ({own} per weight)", "set it to null")
+    shares = _Shares(node, weights, field)
+    _search(shares.measure, density, max(one.rows * one.columns for one in weights.values()))
+    if not shares.measured:
+        shares.count(4)  # raises, with peft's reason
+        raise _refuse_budget(density, f"no {field} fits these linears", f"set it to null and {field} by hand")
+    best = min(shares.measured, key=lambda value: (abs(shares.measured[value] - density), value))
+    share = shares.measured[best]
+    if not density / 2 <= share <= 2 * density:
+        least = share > density
+        about = f"the {'smallest' if least else 'largest'} share of {kind} is {share:.2g}, with {field}={best}"
+        raise _refuse_budget(density, about, f"give at {'least' if least else 'most'} density:{share:.2g}")
+    return {"field": field, "value": best, "share": round(share, 6)}
 
-    def share(value: int) -> float | None:
+
+def _refuse_budget(density: float, reason: str, remedy: str) -> UserError:
+    return fail("method.budget", f"density:{density:g}", reason, remedy)
+
+
+class _Shares:
+    """The trainable shares of one method at values of its size field; `measured` has those that peft accepts."""
+
+    def __init__(self, node: Mapping[str, Any], weights: Weights, field: str) -> None:
+        # OFT takes its rank or its block size; its default sets the second already.
+        self._node = {**node, "r": 0} if str(node["peft_type"]).upper() == "OFT" else node
+        self._weights, self._field = weights, field
+        self._whole = sum(one.number * one.rows * one.columns for one in weights.values())
+        self.measured: dict[int, float] = {}
+
+    def count(self, value: int) -> int:
+        """Trainable parameters of all linears with the field at `value`; `UserError` where peft refuses it."""
+        counts = measure_size({**self._node, self._field: value}, self._weights, merge=False).counts
+        return sum(self._weights[name].number * count for name, count in counts.items())
+
+    def measure(self, value: int) -> float | None:
         """The trainable share with the field at `value`; None where peft refuses it."""
-        if value not in shares:
+        if value not in self.measured:
             try:
-                counts = measure_size({**node, field: value, **_counterpart(kind)}, weights, merge=False).counts
+                self.measured[value] = self.count(value) / self._whole
             except UserError:
                 return None
-            shares[value] = sum(weights[name].number * count for name, count in counts.items()) / whole
-        return shares[value]
-
-    _search(share, density, max(one.rows * one.columns for one in weights.values()))
-    if not shares:
-        measure_size({**node, field: 4, **_counterpart(kind)}, weights, merge=False)  # raises, with peft's reason
-        raise fail(
-            "method.budget",
-            f"density:{density:g}",
-            f"no {field} fits these linears",
-            f"set it to null and {field} by hand",
-        )
-    best = min(shares, key=lambda value: (abs(shares[value] - density), value))
-    if not density / 2 <= shares[best] <= 2 * density:
-        least = shares[best] > density
-        about = f"the {'smallest' if least else 'largest'} share of {kind} is {shares[best]:.2g}, with {field}={best}"
-        remedy = f"give at {'least' if least else 'most'} density:{shares[best]:.2g}"
-        raise fail("method.budget", f"density:{density:g}", about, remedy)
-    return {"field": field, "value": best, "share": round(shares[best], 6)}
-
-
-def _counterpart(kind: str) -> dict[str, int]:
-    """OFT takes its rank or its block size; its default sets the second already."""
-    return {"r": 0} if kind == "OFT" else {}
+        return self.measured[value]
 
 
 def _search(share: Callable[[int], float | None], density: float, largest: int) -> None:

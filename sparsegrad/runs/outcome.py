@@ -13,11 +13,12 @@ from sparsegrad.files import write_json
 from sparsegrad.methods.base import Prepared
 from sparsegrad.models.loading import describe_tokenizer
 from sparsegrad.models.source import Sources
-from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.config import RunConfig, TrainConfig
 from sparsegrad.runs.environment import now
 from sparsegrad.runs.parts import Parts
 from sparsegrad.runs.predictions import Arrays, make_arrays
 from sparsegrad.runs.records import SCHEMA
+from sparsegrad.runs.tokenized_splits import TokenSets
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.callbacks import NonFiniteLossError
 from sparsegrad.trainer.checkpoints import weights_fingerprint
@@ -34,7 +35,6 @@ def describe_run(
     labels: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The part of a record that is known before training; its status is `failed` until the run is complete."""
-    counts = {"counts": {**splits.counts, **parts.sets.counts}} if parts.sets.counts else {}
     return {
         "schema": SCHEMA,
         "key": config.key,
@@ -42,29 +42,9 @@ def describe_run(
         **labels,
         "config": _hide_place(config.resolved),
         "source": {**sources.as_json(), "vocabulary": describe_tokenizer(parts.tokenizer)},
-        "batch": {
-            "per_process": config.train.batch_size,
-            "accumulation": config.train.grad_accumulation,
-            "processes": world_size(),
-            "global": config.train.batch_size * config.train.grad_accumulation * world_size(),
-        },
-        "data": {
-            "fingerprint": splits.fingerprint,
-            "train_rows": len(parts.sets.train),
-            "choose_rows": len(parts.sets.choose),
-            "validation_rows": len(splits.validation),
-            **counts,
-        },
-        "trainable": {
-            "total": prepared.trainable,
-            "per_weight": prepared.trainable_per_weight,
-            "model": parts.size,
-            "share": round(prepared.trainable / parts.size, 6),
-            "mlp": {
-                "trained": sum(each * len(parts.linears[kind]) for kind, each in prepared.trainable_per_weight.items()),
-                "total": parts.mlp_size,
-            },
-        },
+        "batch": _describe_batch(config.train),
+        "data": _describe_data(splits, parts.sets),
+        "trainable": _describe_trainable(parts, prepared),
         "calibration": prepared.calibration,
         **({"method": prepared.notes} if prepared.notes else {}),
     }
@@ -76,6 +56,40 @@ def _hide_place(resolved: Mapping[str, Any]) -> dict[str, Any]:
     if data.get("dir"):
         data["dir"] = Path(data["dir"]).name
     return {**resolved, "data": data}
+
+
+def _describe_batch(train: TrainConfig) -> dict[str, int]:
+    return {
+        "per_process": train.batch_size,
+        "accumulation": train.grad_accumulation,
+        "processes": world_size(),
+        "global": train.batch_size * train.grad_accumulation * world_size(),
+    }
+
+
+def _describe_data(splits: Splits, sets: TokenSets) -> dict[str, Any]:
+    return {
+        "fingerprint": splits.fingerprint,
+        "train_rows": len(sets.train),
+        "choose_rows": len(sets.choose),
+        "validation_rows": len(splits.validation),
+        **({"counts": {**splits.counts, **sets.counts}} if sets.counts else {}),
+    }
+
+
+def _describe_trainable(parts: Parts, prepared: Prepared) -> dict[str, Any]:
+    """What trains of the model, and of its MLP weights alone."""
+    per_weight = prepared.trainable_per_weight
+    return {
+        "total": prepared.trainable,
+        "per_weight": per_weight,
+        "model": parts.size,
+        "share": round(prepared.trainable / parts.size, 6),
+        "mlp": {
+            "trained": sum(each * len(parts.linears[kind]) for kind, each in per_weight.items()),
+            "total": parts.mlp_size,
+        },
+    }
 
 
 def score_run(config: RunConfig, trainer: RunTrainer, parts: Parts) -> tuple[dict[str, Any], Arrays]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 from sparsegrad.distributed import is_main, rank
 from sparsegrad.errors import UserError
 from sparsegrad.files import is_of_writing, unwritable, write_json
+from sparsegrad.methods.base import Prepared
 from sparsegrad.models.source import Sources
 from sparsegrad.progress import job
 from sparsegrad.runs.announcement import announce, announce_time
@@ -19,7 +21,7 @@ from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.environment import describe_environment, now
 from sparsegrad.runs.method_setup import prepare_method
 from sparsegrad.runs.outcome import describe_run, score_run, write_failed
-from sparsegrad.runs.parts import load_parts
+from sparsegrad.runs.parts import Parts, load_parts
 from sparsegrad.runs.predictions import Arrays, describe_arrays, write_predictions
 from sparsegrad.runs.preflight import check_run
 from sparsegrad.runs.run_folder import prepare_checkpoints, remove_checkpoints, run_lock
@@ -27,7 +29,7 @@ from sparsegrad.runs.saving import save_results
 from sparsegrad.runs.tracking import tracked
 from sparsegrad.runs.trainer_setup import make_trainer
 from sparsegrad.tasks.base import Splits
-from sparsegrad.trainer.callbacks import NonFiniteLossError
+from sparsegrad.trainer.callbacks import NonFiniteLossError, Stopwatch
 from sparsegrad.trainer.device import pick_device
 from sparsegrad.trainer.log_history import history
 from sparsegrad.trainer.main_process import on_main
@@ -102,33 +104,54 @@ def _train(
     environment = describe_environment(device)  # now: the checkout may change while the run lasts
     stop = StopOnSignal()
     with stop.listening():
-        checkpoint = prepare_checkpoints(config, splits, sources)
-        with job("loading the model"):
-            parts = load_parts(config, splits, sources, device)
-        if announces:
-            announce(config, parts.sets)
-        memory = PeakMemory(device)
-        prepared = prepare_method(config, parts, splits, device, resuming=checkpoint is not None)
-        trainer, stopwatch = make_trainer(
-            config, parts.model, prepared.optimizer, parts.sets, parts.tokenizer, memory, stop
-        )
-        if announces:
-            announce_time(config, trainer, parts.sets)
+        setup = _set_up(config, splits, sources, device, stop, announces)
+        parts, trainer, stopwatch = setup.parts, setup.trainer, setup.stopwatch
         for callback in callbacks:
             trainer.add_callback(callback)
-        record = describe_run(config, parts, splits, sources, prepared, labels)
+        record = describe_run(config, parts, splits, sources, setup.prepared, labels)
         with tracked(config, trainer, record, stopwatch):
             try:
-                _run_trainer(config, trainer, checkpoint)
+                _run_trainer(config, trainer, setup.checkpoint)
                 result, arrays = score_run(config, trainer, parts)
             except (NonFiniteLossError, UserError) as error:
                 raise write_failed(config, record, trainer, environment, error) from None
-            record |= {"status": "complete", "result": result, "speed": stopwatch.report(), "memory": memory.report()}
+            measured = {"speed": stopwatch.report(), "memory": stopwatch.memory.report()}
+            record |= {"status": "complete", "result": result, **measured}
         if config.save_model or config.save_adapter:
-            save_results(config, parts, prepared, sources)
+            save_results(config, parts, setup.prepared, sources)
     finished = {**environment, "finished": now()}
     record |= {"predictions": describe_arrays(arrays)}
     return {**record, **history(trainer.state.log_history), "environment": finished}, arrays
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Setup:
+    """What one run trains with; `checkpoint` is where it continues, None at the start."""
+
+    parts: Parts
+    prepared: Prepared
+    trainer: RunTrainer
+    stopwatch: Stopwatch
+    checkpoint: str | None
+
+
+def _set_up(
+    config: RunConfig, splits: Splits, sources: Sources, device: torch.device, stop: StopOnSignal, announces: bool
+) -> _Setup:
+    """Load the model, prepare the method on it and build its Trainer."""
+    checkpoint = prepare_checkpoints(config, splits, sources)
+    with job("loading the model"):
+        parts = load_parts(config, splits, sources, device)
+    if announces:
+        announce(config, parts.sets)
+    memory = PeakMemory(device)
+    prepared = prepare_method(config, parts, splits, device, resuming=checkpoint is not None)
+    trainer, stopwatch = make_trainer(
+        config, parts.model, prepared.optimizer, parts.sets, parts.tokenizer, memory, stop
+    )
+    if announces:
+        announce_time(config, trainer, parts.sets)
+    return _Setup(parts=parts, prepared=prepared, trainer=trainer, stopwatch=stopwatch, checkpoint=checkpoint)
 
 
 def _run_trainer(config: RunConfig, trainer: RunTrainer, checkpoint: str | None) -> None:

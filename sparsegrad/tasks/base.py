@@ -12,14 +12,12 @@ from functools import cached_property
 from typing import Any
 
 import datasets
-import numpy as np
 
 from sparsegrad.errors import UserError, check_choice, check_integer, check_number, fail
 from sparsegrad.progress import job
+from sparsegrad.tasks.subsets import split_heldout, subset
 
 PAD_MODES = ("longest", "max_length")
-# Every subset and held-out part uses this one seed, so that runs with different seeds see the same rows.
-SPLIT_SEED = 20240507
 _FINGERPRINT_ROWS = 1000
 
 
@@ -225,30 +223,6 @@ def label_kind(task: Task) -> datasets.Value:
     return datasets.Value("float32" if task.is_regression else "int64")
 
 
-def split_heldout(train: datasets.Dataset, share: float = 0.1) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Split rows for protocol `heldout`: the same rows in every run, each part in the order of the file.
-
-    Args:
-        train: the training rows.
-        share: of the rows that are held out.
-
-    Returns:
-        (train, held out).
-
-    Raises:
-        UserError: if one of the parts would be empty.
-    """
-    count = round(len(train) * share)
-    if not 0 < count < len(train):
-        raise UserError(
-            f"{len(train)} training rows cannot give a held-out share of {share:g}: at least "
-            f"{math.ceil(1 / share) if 0 < share < 1 else 2} rows are needed; raise data.max_train, or give more data"
-        )
-    order = _shuffle_rows(len(train))
-    # Sorted: each part keeps the order of the file.
-    return train.select(np.sort(order[count:])), train.select(np.sort(order[:count]))
-
-
 def tokenize(dataset: datasets.Dataset, task: Task, tokenizer: Any, data: DataConfig) -> datasets.Dataset:
     """Tokenize texts to input_ids, attention_mask, labels and, for some models, token_type_ids.
 
@@ -296,13 +270,3 @@ def _check_rows(task: Task, part: str, rows: datasets.Dataset) -> None:
     if wrong:
         labels = ", ".join(map(str, wrong[:5]))
         raise UserError(f"task={task.name}: the {part} split has the label {labels}; allowed is {task.label_help}")
-
-
-def subset(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
-    """Return `count` rows after a fixed shuffle; None, or more than exist: all, in their order."""
-    return rows if count is None or count >= len(rows) else rows.select(_shuffle_rows(len(rows))[:count])
-
-
-def _shuffle_rows(count: int) -> Any:
-    # NumPy guarantees that the stream of RandomState never changes: the same rows on every machine and version.
-    return np.random.RandomState(SPLIT_SEED).permutation(count)

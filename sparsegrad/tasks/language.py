@@ -14,8 +14,9 @@ import numpy as np
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.hashing import text_sha256
 from sparsegrad.progress import job
-from sparsegrad.tasks.base import DataConfig, Splits, Task, check_tokenizer, subset
+from sparsegrad.tasks.base import DataConfig, Splits, Task, check_tokenizer
 from sparsegrad.tasks.dialogue import Turn, write_chat, write_inst
+from sparsegrad.tasks.subsets import subset
 
 FORMATS = ("inst", "chat")
 IGNORED = -100  # label of a token without loss: the default ignore_index of torch's cross entropy
