@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.report.arms import find_value
 from experiments.report.plans import Plan, load_node
-from sparsegrad.runs.keys import flatten
+from sparsegrad.runs.keys import LATER, flatten
 
 SECTIONS = ("train", "protocol", "data", "model")
 # Where the data are, on which device, and how many rows an evaluation takes at once do not change a result.
@@ -31,9 +31,15 @@ def find_departures(record: Mapping[str, Any], plan: Plan) -> list[str]:
     found = [
         f"{key}={value}"
         for key, expected in _expected(plan.path, plan.sha256, str(config["task"]["name"])).items()
-        if not _is_swept(key, plan) and not _equal(value := find_value(config, key), expected)
+        if not _is_swept(key, plan) and not _equal(value := _read_value(config, key), expected)
     ]
     return [*found, *_other_cell(record, plan)]
+
+
+def _read_value(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a setting in a record; the one that means "as before" if the setting is newer than the record."""
+    value = find_value(config, key)
+    return LATER.get(tuple(key.split(".", 1)), None) if value is None else value
 
 
 def _other_cell(record: Mapping[str, Any], plan: Plan) -> Iterator[str]:

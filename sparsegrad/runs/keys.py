@@ -14,7 +14,7 @@ _OUTSIDE_KEY = (
 _OUTSIDE_KEY_NESTED = (("data", "dir"), ("train", "device"), ("train", "eval_batch_size"))
 # Settings that came after the first records, with the value that means "as before": left out of the key there, so
 # that older records keep theirs.
-_LATER: dict[tuple[str, str], Any] = {
+LATER: dict[tuple[str, str], Any] = {
     ("method", "sides"): "both",
     ("method", "moments"): "dense",
     ("method", "release_gradients"): False,
@@ -57,7 +57,7 @@ def determining(resolved: Mapping[str, Any]) -> dict[str, Any]:
         kept.pop(name, None)
     for group, name in _OUTSIDE_KEY_NESTED:
         kept.get(group, {}).pop(name, None)
-    for (group, name), before in _LATER.items():
+    for (group, name), before in LATER.items():
         if kept.get(group, {}).get(name, before) == before:
             kept.get(group, {}).pop(name, None)
     for (group, name), values in _EARLIER.items():
