@@ -38,8 +38,8 @@ def find_departures(record: Mapping[str, Any], plan: Plan) -> list[str]:
 
 def _read_value(config: Mapping[str, Any], key: str) -> Any:
     """The value of a setting in a record; the one that means "as before" if the setting is newer than the record."""
-    value = find_value(config, key)
-    return LATER.get(tuple(key.split(".", 1)), None) if value is None else value
+    value, (group, _, name) = find_value(config, key), key.partition(".")
+    return LATER.get((group, name)) if value is None else value
 
 
 def _other_cell(record: Mapping[str, Any], plan: Plan) -> Iterator[str]:
