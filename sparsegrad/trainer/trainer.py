@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from sparsegrad.distributed import average_
+from sparsegrad.distributed import average_, world_size
 from sparsegrad.errors import UserError, first_line
 from sparsegrad.trainer.callbacks import LossWatch, Progress
 from sparsegrad.trainer.checkpoints import PREFIX, load_state, prune, read_manifest, seal
@@ -93,7 +93,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
-        return ShuffledLengthGroups(sampler.batch_size, lengths=sampler.lengths) if self._shuffles_groups else sampler
+        if not self._shuffles_groups:
+            return sampler
+        return ShuffledLengthGroups(sampler.batch_size * world_size(), sampler.lengths, self.args.data_seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run forward and backward on one micro-batch and check its loss."""
