@@ -113,6 +113,7 @@ def test_runs_of_two_processes_are_those_of_one_with_the_same_global_batch(bert:
     cases = {
         **{name: (*bert, f"method={name}") for name in METHODS},
         "accumulated": (*bert, "method=full", "train.grad_accumulation=2", "seed=5"),
+        "grouped": (*bert, "method=full", "train.group_by_length=shuffled"),
         "language accumulated": (*language, "train.grad_accumulation=2", "seed=5"),
     }
     sizes = {name: 2 if name == "accumulated" else 1 if "language" in name else 4 for name in cases}
