@@ -27,6 +27,16 @@ RULES: dict[str, Any] = {
 }
 
 
+def draw_predictions(accuracy: float, seed: int) -> dict[str, Any]:
+    """Predictions and labels of `ROWS` rows; rows that are hard are hard for every seed."""
+    label = np.random.default_rng(0).integers(0, 2, ROWS).astype(np.uint8)
+    hard = np.random.default_rng(1).random(ROWS) + 0.2 * np.random.default_rng(seed).random(ROWS)
+    wrong = np.argsort(hard)[round(accuracy * ROWS) :]
+    predicted = label.copy()
+    predicted[wrong] = 1 - label[wrong]
+    return {"predicted": predicted, "label": label}
+
+
 class Cases:
     """Writes plans and runs below a folder."""
 
@@ -44,23 +54,14 @@ class Cases:
     def run(
         self, method: str, task: str, seed: int, accuracy: float, *, folder: str = "evidence_paper", **more: Any
     ) -> Path:
-        """Write one run whose predictions have about this accuracy, between 0 and 1; rows that are hard are hard for
-        every run.
-        """
-        label = np.random.default_rng(0).integers(0, 2, ROWS).astype(np.uint8)
-        hard = np.random.default_rng(1).random(ROWS) + 0.2 * np.random.default_rng(
-            seed + zlib.crc32(method.encode())
-        ).random(ROWS)
-        wrong = np.argsort(hard)[round(accuracy * ROWS) :]
-        predicted = label.copy()
-        predicted[wrong] = 1 - label[wrong]
+        """Write one run whose predictions have about this accuracy, between 0 and 1."""
+        arrays = draw_predictions(accuracy, seed + zlib.crc32(method.encode()))
         if more.pop("constant", False):
-            predicted[:] = 1
-        arrays = {"predicted": predicted, "label": label}
+            arrays["predicted"][:] = 1
         path = self.results / "runs" / folder / f"{more.pop('name', f'{method}-{task}-{seed}')}.json"
         experiment = more.pop("experiment", folder)
         plan = {"experiment": experiment, "sha256": plan_hash(self.conf / "experiment" / f"{experiment}.yaml")}
-        value = float((predicted == label).mean())
+        value = float((arrays["predicted"] == arrays["label"]).mean())
         steps = more.pop("steps", ((10, value - 0.1), (20, value), (30, value - 0.02)))
         best = max(steps, key=lambda row: row[1])
         record = {

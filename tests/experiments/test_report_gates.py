@@ -1,27 +1,18 @@
-"""Plans, gates and health: what counts as evidence, and why the rest does not."""
+"""Gates and health: which tasks can be compared, and why the others cannot."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from evidence_cases import SEEDS, Cases
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from test_experiments_report import context
 
-from experiments.paths import CONF
-from experiments.report.arms import arm_of
-from experiments.report.departures import find_departures
-from experiments.report.evidence import BLOCKS, Evidence, load_evidence
+from experiments.report.evidence import Evidence, load_evidence
 from experiments.report.gates import Health, check_task, comparable_tasks
 from experiments.report.plans import read_plan
 from experiments.report.searches import Searches
-from sparsegrad.errors import UserError
 
 
 def load(cases: Cases) -> Evidence:
@@ -158,154 +149,3 @@ def test_missing_seeds_are_listed_and_do_not_stop_a_comparison(cases: Cases) -> 
     found = health(cases)
     assert found.missing == ("sparsegrad: 2023",)
     assert found.is_comparable
-
-
-def test_a_plan_edited_after_its_runs_leaves_them_exploratory(cases: Cases) -> None:
-    cases.healthy()
-    cases.plan(rules={"gates": {"sst2": 50, "mrpc": 60}})
-    cases.run("sparsegrad", "sst2", 42, 0.86)
-    block = load(cases).blocks["evidence_paper"]
-    assert len(list(block.all_runs())) == 1, "the run of the plan as it is now"
-    assert len(block.apart) == 17
-    assert all("its plan evidence_paper was edited afterwards" in line for line in block.apart)
-
-
-@pytest.mark.parametrize(
-    ("plan", "why"),
-    [(None, "made without a plan"), ({"experiment": "gone", "sha256": "0"}, "its plan gone no longer exists")],
-)
-def test_a_record_without_its_plan_is_exploratory(cases: Cases, plan: Any, why: str) -> None:
-    cases.plan()
-    cases.run("full", "sst2", 42, 0.9, plan=plan)
-    block = load(cases).blocks["evidence_paper"]
-    assert not block.runs
-    assert why in block.apart[0]
-
-
-def test_a_record_that_departs_from_its_plan_is_exploratory(cases: Cases) -> None:
-    protocol = {"epochs": "${evidence.epochs.${task.name}}"}
-    rules = {"epochs": {"sst2": 3}}
-    cases.plan(rules=rules, hparams="search", train={"batch_size": 16, "lr": 1e-3}, protocol=protocol)
-    cases.run("full", "sst2", 42, 0.9)
-    cases.run("lora", "sst2", 5, 0.9)
-    found = load(cases).blocks["evidence_paper"].apart
-    said = "train.batch_size=32, protocol.epochs=None, "
-    assert found[0].endswith(f"not as its plan evidence_paper says: {said}train.lr=0.0001 by hand")
-    assert found[1].endswith(f"{said}seed=5, method=lora, train.lr=0.0001 by hand")
-
-
-def test_a_record_of_the_search_and_the_protocol_follows_its_plan(cases: Cases) -> None:
-    cases.plan(hparams="search", train={"batch_size": 32})
-    cases.run("full", "sst2", 42, 0.9, hparams={"from": "search", "train.lr": 1e-4, "study": "s"})
-    assert load(cases).blocks["evidence_paper"].apart == []
-
-
-def test_predictions_of_another_record_are_left_out(cases: Cases) -> None:
-    cases.healthy()
-    path = cases.results / "runs" / "evidence_paper" / "full-sst2-42.npz"
-    path.write_bytes((path.parent / "full-sst2-3705.npz").read_bytes())
-    block = load(cases).blocks["evidence_paper"]
-    assert sorted(block.of("full", "sst2")) == [2023, 3705]
-    assert "does not belong to full-sst2-42.json" in block.apart[0]
-
-
-def test_two_records_of_one_seed_contradict_each_other(cases: Cases) -> None:
-    cases.healthy()
-    for name in ("a", "b"):
-        cases.run("full", "sst2", 42, 0.9, name=name)
-    block = load(cases).blocks["evidence_paper"]
-    assert sorted(block.of("full", "sst2")) == [2023, 3705]
-    assert [line for line in block.apart if "two records" in line] == [
-        "full sst2 seed 42: two records (a.json, b.json): delete the wrong one"
-    ]
-
-
-@pytest.mark.parametrize(
-    ("rules", "said"),
-    [
-        ({"budget": 0}, r"budget=0 .*at least 1"),
-        ({"gates": {"sst2": "high"}}, r"gates\.sst2=high"),
-        ({"regime": "all"}, r"regime=all .*mlp_only"),
-        ({"max_improving": 2}, r"max_improving=2"),
-        ({"seeds": "42"}, r"seeds=42 .*list of integers"),
-        ({"budjet": 3}, r"budjet .*budget"),
-        ({"floors": "full"}, r"floors=full .*list of methods"),
-        ({"floors": ["magic"]}, r"floors=magic .*full, lora_tuned"),
-        ({"floors": ["lora_tuned"]}, r"floors=lora_tuned .*reference"),
-        ({"share": 0}, r"share=0 "),
-    ],
-)
-def test_a_rule_that_is_not_allowed_is_one_error(cases: Cases, rules: dict[str, Any], said: str) -> None:
-    cases.plan(rules=rules)
-    with pytest.raises(UserError, match=said):
-        load(cases)
-
-
-def test_the_plans_of_the_repository_are_readable() -> None:
-    found = {name: read_plan(name) for name in BLOCKS}
-    for name, plan in found.items():
-        if plan is not None:
-            assert plan.folder == name
-            assert plan.planned > 0
-            assert plan.gates or name == "evidence_smollm2"
-    assert read_plan("no_such_plan") is None
-
-
-def test_a_plan_keeps_the_choices_of_the_plan_below_it(cases: Cases) -> None:
-    """Otherwise what a protocol or a model says would not be checked in runs of a plan with a parent."""
-    folder = cases.conf / "experiment"
-    shutil.copytree(CONF / "protocol", cases.conf / "protocol")
-    shutil.copytree(CONF / "model", cases.conf / "model")
-    cases.plan("parent", defaults=[{"override /protocol": "both"}, {"override /model": "minilm"}])
-    (folder / "child.yaml").write_text("defaults: [parent, {override /model: smollm2}, _self_]\nname: child\n")
-    plan = read_plan("child", cases.conf)
-    assert plan is not None
-    record = json.loads(cases.run("full", "sst2", 42, 0.9, experiment="parent").read_text())
-    record["config"]["protocol"] |= {"select": "validation", "watch_validation": True, "max_steps": None}
-    found = find_departures(record, plan)
-    assert "protocol.select=validation" in found
-    assert "model.name=minilm" in found
-    assert not any("defaults" in one or "watch_validation" in one for one in found)
-
-
-@pytest.mark.parametrize("name", [*BLOCKS, "compare", "compare_smollm2"])
-def test_a_run_of_a_plan_follows_it(name: str) -> None:
-    plan = read_plan(name)
-    assert plan is not None
-    others = {key: values[-1] for key, values in plan.grid.items() if key != "seed"}
-    overrides = [f"experiment={name}", f"seed={plan.seeds[0]}", *(f"{key}={value}" for key, value in others.items())]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("config", overrides)
-    config: Any = OmegaConf.to_container(composed, resolve=True)
-    record = {"config": config, "hparams": {"from": "search", "train.lr": 1e-4}}
-    assert find_departures(record, plan) == []
-    config["protocol"]["max_steps"] = 4
-    assert find_departures(record, plan) == ["protocol.max_steps=4"]
-    config["model"]["name"] = "another"
-    assert find_departures(record, plan) == ["protocol.max_steps=4", "model.name=another"]
-
-
-def test_an_arm_is_named_by_what_differs_from_its_yaml() -> None:
-    authors = yaml.safe_load((CONF / "method" / "sparsegrad_authors.yaml").read_text())
-    config = {"model": {"name": "minilm", "authors_keep": 7019}, "method": {**authors, "keep": 7019}, "seed": 1}
-    assert arm_of(config) == "sparsegrad_authors"
-    config["method"] = {**config["method"], "transposed_in_basis": False}  # type: ignore[dict-item]
-    assert arm_of(config) == "sparsegrad_authors transposed_in_basis=false"
-    sparse = {"name": "sparsegrad", "density": 0.05, "keep": None, "engine": "merged", "basis": None, "sides": "small"}
-    assert arm_of({"model": {}, "method": sparse}) == "sparsegrad density=0.05 sides=small"
-    assert arm_of({"model": {"usual": {"density": 0.05}}, "method": {**sparse, "sides": "both"}}) == "sparsegrad"
-    assert arm_of({"model": {}, "method": {"name": "new_method", "depth": 3}}) == "new_method"
-
-
-@pytest.mark.parametrize(
-    ("option", "model"),
-    [("peft/dora", "smollm2"), ("peft/shira", "minilm"), ("peft", "minilm"), ("lora_xs", "smollm2")],
-)
-def test_an_arm_of_any_option_is_its_name_until_something_is_changed(option: str, model: str) -> None:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("config", [f"method={option}", f"model={model}"])
-    config: Any = OmegaConf.to_container(composed, resolve=True)
-    assert arm_of(config) == option.rpartition("/")[2]
-    if "config" in config["method"]:
-        config["method"] |= {"budget": "density:0.05", "config": {**config["method"]["config"], "layers": 3}}
-        assert arm_of(config) == f"{option.rpartition('/')[2]} budget=density:0.05 config.layers=3"

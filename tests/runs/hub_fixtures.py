@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hub_models as made
@@ -16,6 +18,7 @@ from huggingface_hub.utils import close_session
 from run_fixtures import SHORT, Composer, last_wins
 
 from sparsegrad.assets import hub as client
+from sparsegrad.models.loading import load_model, load_tokenizer
 from sparsegrad.runs.config import RunConfig, build
 
 
@@ -69,3 +72,30 @@ def hub_run(conf: Composer, places: tuple[str, str]) -> Any:
         return build(conf(*last_wins("model=bert_base", *SHORT, "model.lora_rank=2", *places, *overrides)))
 
     return configuration
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's waits between its attempts take no time, and its patience is short. For modules that import it."""
+    no_wait = SimpleNamespace(sleep=lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", no_wait)
+    monkeypatch.setattr("huggingface_hub.file_download.time", no_wait)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(client, "_PATIENT", 0.8)
+    monkeypatch.setattr(client, "_QUICK", 0.5)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def load(config: RunConfig) -> tuple[Any, Any]:
+    """Tokenizer and model, with a new head that is always the same."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(config.model)
+    return tokenizer, load_model(config.model, config.task, tokenizer)
+
+
+def assert_clean(found: tuple[Any, Any], site: Site) -> None:
+    """Check that tokenizer and weights are those of the hub's BERT."""
+    tokenizer, model = found
+    assert tokenizer("good film")["input_ids"] == [2, 8, 11, 3]
+    for name, parameter in model.bert.named_parameters():
+        assert torch.equal(parameter, site.tensors[made.BERT][f"bert.{name}"]), name

@@ -171,67 +171,75 @@ def error(status: int, message: str, code: str | None = None) -> tuple[int, dict
     return status, headers, json.dumps({"error": message}).encode()
 
 
+class _Handler(BaseHTTPRequestHandler):
+    """Answers for the hub of its server, as the rule for the request says."""
+
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def do_GET(self) -> None:
+        rule = self.server.hub.fault(f"{self.command} {self.path}")
+        time.sleep(rule.seconds)
+        if rule.drop:
+            self.close_connection = True
+            return
+        parts = urlsplit(self.path)
+        answer = self.server.hub.answer(unquote(parts.path), parse_qs(parts.query), self._read_token())
+        with suppress(OSError):  # the client did not wait
+            self._send(rule, *answer)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def do_POST(self) -> None:
+        rule = self.server.hub.fault(f"{self.command} {self.path}")
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if rule.drop:
+            self.close_connection = True
+            return
+        self._send(rule, *hub_uploads.accept(self.server.hub, self.path, content, self._read_token()))
+
+    do_PUT = do_POST  # noqa: N815
+
+    def _read_token(self) -> str | None:
+        return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+
+    def _send(self, rule: Rule, status: int, headers: dict[str, str], body: bytes) -> None:
+        if rule.status is not None:
+            status, headers, body = rule.status, rule.headers, rule.body
+        if rule.garble:
+            middle = len(body) // 2
+            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        if asked and status == 200:
+            first = int(asked[1])
+            headers = {**headers, "Content-Range": f"bytes {first}-{len(body) - 1}/{len(body)}"}
+            status, body = 206, body[first:]
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body if rule.cut is None else body[: int(len(body) * rule.cut)])
+            self.close_connection = rule.cut is not None
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, hub: Hub) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.hub = hub
+
+
 @contextmanager
 def serve() -> Iterator[Hub]:
     """A hub at `.url`, gone afterwards."""
     hub = Hub()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            rule = hub.fault(f"{self.command} {self.path}")
-            time.sleep(rule.seconds)
-            if rule.drop:
-                self.close_connection = True
-                return
-            parts = urlsplit(self.path)
-            token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
-            status, headers, body = hub.answer(unquote(parts.path), parse_qs(parts.query), token)
-            if rule.status is not None:
-                status, headers, body = rule.status, rule.headers, rule.body
-            with suppress(OSError):  # the client did not wait
-                self._send(rule, status, headers, body)
-
-        def _send(self, rule: Rule, status: int, headers: dict[str, str], body: bytes) -> None:
-            if rule.garble:
-                middle = len(body) // 2
-                body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
-            asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-            if asked and status == 200:
-                first = int(asked[1])
-                headers = {**headers, "Content-Range": f"bytes {first}-{len(body) - 1}/{len(body)}"}
-                status, body = 206, body[first:]
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body if rule.cut is None else body[: int(len(body) * rule.cut)])
-                self.close_connection = rule.cut is not None
-
-        do_HEAD = do_GET  # noqa: N815
-
-        def do_POST(self) -> None:
-            rule = hub.fault(f"{self.command} {self.path}")
-            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if rule.drop:
-                self.close_connection = True
-                return
-            token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
-            status, headers, body = hub_uploads.accept(hub, self.path, content, token)
-            if rule.status is not None:
-                status, headers, body = rule.status, rule.headers, rule.body
-            self._send(rule, status, headers, body)
-
-        do_PUT = do_POST  # noqa: N815
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.block_on_close = False
+    server = _Server(hub)
     threading.Thread(target=lambda: server.serve_forever(0.02), daemon=True).start()
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     yield hub

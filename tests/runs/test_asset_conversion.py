@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_assets import CONTENT, Toy, contents, giving, offline, sha, tarball, wheel
-from test_assets import toy as toy  # the fixture
+from asset_cases import CONTENT, Toy, contents, giving, offline, sha, tarball, wheel
+from asset_cases import toy as toy  # the fixture
 
 from sparsegrad.assets import disk
 from sparsegrad.assets import download as assets

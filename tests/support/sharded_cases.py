@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -85,12 +86,17 @@ def prepared_first(dtype: torch.dtype) -> dict[str, Any]:
     """Calibrate and prepare whole, then shard, with the optimizer's parameters exchanged, as Accelerate does."""
     model = bert(dtype)
     optimizer = prepare(model, batches(), **FAST)
+    shard_prepared(model, optimizer, cut)
+    return end(model, loop(model, optimizer, STEPS), optimizer)
+
+
+def shard_prepared(model: Any, optimizer: torch.optim.Optimizer, shard: Callable[[Any], Any]) -> None:
+    """Shard the model, and give the optimizer the sharded parameters."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    cut(model)
+    shard(model)
     sharded = dict(model.named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [sharded[names[id(parameter)]] for parameter in group["params"]]
-    return end(model, loop(model, optimizer, STEPS), optimizer)
 
 
 def by_ddp(dtype: torch.dtype) -> dict[str, Any]:
@@ -170,60 +176,67 @@ def bfloat16_weights() -> dict[str, Any]:
 
 def refusals() -> dict[str, str]:
     """What is refused, and with what words."""
-
-    def exact(**options: Any) -> None:
-        model = bert()
-        cut(model)
-        prepare(model, batches(), density=0.05, calibration_steps=2, **options)
-
-    def tensor_parallel() -> None:
-        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-        model: Any = bert()
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        plan = {f"bert.encoder.layer.{number}.intermediate.dense": ColwiseParallel() for number in range(2)}
-        prepare(parallelize_module(model, mesh, plan), batches(), **FAST)
-
-    def single_linears() -> None:
-        model: Any = bert()
-        for layer in model.bert.encoder.layer:
-            fully_shard(layer.output.dense)
-        cut(model)
-        prepare(model, batches(), **FAST)
-
-    def root_alone() -> None:
-        model = bert()
-        optimizer = prepare(model, batches(), **FAST)
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        fully_shard(model)
-        sharded = dict(model.named_parameters())
-        for group in optimizer.param_groups:
-            group["params"] = [sharded[names[id(parameter)]] for parameter in group["params"]]
-        loop(model, optimizer, 2)
-
-    def rounded() -> None:
-        model = bert(torch.float32)
-        prepare(model, batches(), **FAST)
-        cut(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False))
-        model(**next(batches()))
-
-    def a_part() -> None:
-        model: Any = bert()
-        cut(model)
-        optimizer = prepare(model, batches(), **FAST)
-        loop(model, optimizer, 1)
-        model.bert.encoder.layer[0](torch.zeros(1, 6, 16, dtype=torch.float64))
-
-    def fsdp1() -> None:
-        wrapper = type("FullyShardedDataParallel", (nn.Sequential,), {})
-        prepare(wrapper(bert()), batches(), **FAST)
-
     calls = {
-        "exact": exact, "small": lambda: exact(sides="small"), "tensor parallel": tensor_parallel,
-        "single linears": single_linears, "root alone": root_alone, "rounded": rounded, "a part": a_part,
-        "fsdp1": fsdp1,
-    }  # fmt: skip
+        "exact": prepare_exact,
+        "small": lambda: prepare_exact(sides="small"),
+        "tensor parallel": prepare_tensor_parallel,
+        "single linears": shard_single_linears,
+        "root alone": shard_root_alone,
+        "rounded": round_prepared,
+        "a part": call_a_part,
+        "fsdp1": prepare_fsdp1,
+    }
     return dict(zip(calls, messages(*calls.values()), strict=True))
+
+
+def prepare_exact(**options: Any) -> None:
+    model = bert()
+    cut(model)
+    prepare(model, batches(), density=0.05, calibration_steps=2, **options)
+
+
+def prepare_tensor_parallel() -> None:
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model: Any = bert()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {f"bert.encoder.layer.{number}.intermediate.dense": ColwiseParallel() for number in range(2)}
+    prepare(parallelize_module(model, mesh, plan), batches(), **FAST)
+
+
+def shard_single_linears() -> None:
+    model: Any = bert()
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer.output.dense)
+    cut(model)
+    prepare(model, batches(), **FAST)
+
+
+def shard_root_alone() -> None:
+    model = bert()
+    optimizer = prepare(model, batches(), **FAST)
+    shard_prepared(model, optimizer, fully_shard)
+    loop(model, optimizer, 2)
+
+
+def round_prepared() -> None:
+    model = bert(torch.float32)
+    prepare(model, batches(), **FAST)
+    cut(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False))
+    model(**next(batches()))
+
+
+def call_a_part() -> None:
+    model: Any = bert()
+    cut(model)
+    optimizer = prepare(model, batches(), **FAST)
+    loop(model, optimizer, 1)
+    model.bert.encoder.layer[0](torch.zeros(1, 6, 16, dtype=torch.float64))
+
+
+def prepare_fsdp1() -> None:
+    wrapper = type("FullyShardedDataParallel", (nn.Sequential,), {})
+    prepare(wrapper(bert()), batches(), **FAST)
 
 
 def offloaded() -> str:
