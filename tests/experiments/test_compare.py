@@ -119,20 +119,6 @@ def test_a_run_of_another_model_is_not_shared(cases: Cases) -> None:  # noqa: F8
     assert find_departures(record, plan) == []
 
 
-@pytest.mark.parametrize(("start", "departures"), [(0, []), (5, ["protocol.patience_from=0"])])
-def test_a_setting_that_is_newer_than_a_record_has_its_old_meaning_there(
-    cases: Cases,  # noqa: F811
-    start: int,
-    departures: list[str],
-) -> None:
-    cases.plan("compare", RULES, grid=GRID, protocol={"patience_from": start})
-    record = {**read_json(cases.run("sparsegrad", "sst2", 42, 0.8, folder="compare")), "hparams": {"from": "search"}}
-    assert "patience_from" not in record["config"].get("protocol", {})
-    plan = read_stored_plan("compare", cases.conf)
-    assert plan is not None
-    assert [one for one in find_departures(record, plan) if one.startswith("protocol")] == departures
-
-
 def test_a_method_with_fewer_tasks_is_compared_on_those_and_marked(cases: Cases) -> None:  # noqa: F811
     fill(cases)
     for seed in SEEDS:

@@ -170,3 +170,15 @@ def test_an_arm_of_any_option_is_its_name_until_something_is_changed(option: str
     if "config" in config["method"]:
         config["method"] |= {"budget": "density:0.05", "config": {**config["method"]["config"], "layers": 3}}
         assert arm_of(config) == f"{option.rpartition('/')[2]} budget=density:0.05 config.layers=3"
+
+
+@pytest.mark.parametrize(("start", "departures"), [(0, []), (5, ["protocol.patience_from=0"])])
+def test_a_setting_that_is_newer_than_a_record_has_its_old_meaning_there(
+    cases: Cases, start: int, departures: list[str]
+) -> None:
+    cases.plan(protocol={"patience_from": start})
+    record = {**json.loads(cases.run("sparsegrad", "sst2", 42, 0.8).read_text()), "hparams": {"from": "search"}}
+    assert "patience_from" not in record["config"].get("protocol", {})
+    plan = read_plan("evidence_paper", cases.conf)
+    assert plan is not None
+    assert [one for one in find_departures(record, plan) if one.startswith("protocol")] == departures
