@@ -66,7 +66,7 @@ def check_run(config: RunConfig, device: torch.device) -> Checked:
     check_pooling(config)
     check_saving(config)
     check_precision(config, device)
-    check_method_for_processes(config)
+    check_settings_for_processes(config)
     check_launcher(config)
     check_process_count(config)
     finished = None if config.force else find_finished(config)
@@ -101,10 +101,15 @@ def check_precision(config: RunConfig, device: torch.device) -> None:
 
 
 @on_main
-def check_method_for_processes(config: RunConfig) -> None:
-    """Several processes can train with this method."""
+def check_settings_for_processes(config: RunConfig) -> None:
+    """Several processes can train with this method, and see the same order of rows."""
     if world_size() == 1:
         return
+    if config.train.group_by_length is True:
+        raise UserError(
+            "train.group_by_length=true is not allowed with several processes: each would draw an order of its own, so "
+            "that some rows come twice and others never; give shuffled, or false"
+        )
     if getattr(config.method, "engine", "exact") == "layer":
         raise UserError(
             "method.engine=layer is not allowed with several processes: each would keep other entries of its own "

@@ -149,6 +149,7 @@ def refusals(case: Case) -> list[str]:
     found = [
         outcome((*case, *LAYER))["error"],
         outcome((*case, "method=sparsegrad", "method.release_gradients=true"))["error"],
+        outcome((*case, "method=full", "train.group_by_length=true"))["error"],
         outcome((*case, "method=full", f"seed={os.environ['RANK']}"))["error"],
     ]
     found += [outcome((*case, "method=sparsegrad", f"method.sides={sides}", "train.parallel=fsdp2"))["error"]
@@ -161,9 +162,11 @@ def refusals(case: Case) -> list[str]:
 
 
 def test_what_several_processes_cannot_do_is_refused(bert: Case) -> None:
-    for layer, released, seeds, exact, small, fsdp1, fsdp, deepspeed in together(2, refusals, bert):
+    for layer, released, by_length, seeds, exact, small, fsdp1, fsdp, deepspeed in together(2, refusals, bert):
         assert "method.engine=layer is not allowed with several processes" in layer
         assert "method.release_gradients=true is not allowed with several processes" in released
+        assert "train.group_by_length=true is not allowed with several processes" in by_length
+        assert "give shuffled" in by_length
         assert "the configuration differs between the processes" in seeds
         assert "start all with the same command" in seeds
         for sharded_exact in (exact, small):
