@@ -47,6 +47,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.watched = watched
         self._shuffles_groups = shuffles_groups
+        self._groups: ShuffledLengthGroups | None = None
         # What evaluations predicted, by step: the newest and the best, which need not be computed again at the end.
         self._predicted: dict[int, EvalLoopOutput] = {}
         # A classifier accepts any keyword, from which the Trainer concludes that its loss is divided by the size of the
@@ -95,7 +96,20 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         sampler = super()._get_train_sampler(*args, **kwargs)
         if not self._shuffles_groups:
             return sampler
-        return ShuffledLengthGroups(sampler.batch_size * world_size(), sampler.lengths, self.args.data_seed)
+        rows = sampler.batch_size * world_size()
+        self._groups = ShuffledLengthGroups(rows, sampler.lengths, self.args.data_seed)
+        return self._groups
+
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's; shuffled groups are put where the epoch is set.
+
+        With several processes, a run that is resumed within an epoch wraps the sampler so deep that neither the Trainer
+        nor Accelerate would reach it: it would stay in the first epoch.
+        """
+        loader = super().get_train_dataloader()
+        if self._groups is not None and hasattr(loader, "set_sampler"):
+            loader.set_sampler(self._groups)
+        return loader
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run forward and backward on one micro-batch and check its loss."""

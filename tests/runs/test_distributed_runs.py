@@ -178,12 +178,13 @@ def test_what_several_processes_cannot_do_is_refused(bert: Case) -> None:
 
 
 def test_a_run_is_continued_by_as_many_processes_and_by_no_other_number(bert: Case, tmp_path: Path) -> None:
-    case = (*bert, "method=sparsegrad")
+    """An epoch has 3 steps: the run goes on in the middle of its second, whose order it needs."""
+    case = (*bert, "method=sparsegrad", "train.group_by_length=shuffled", "protocol.max_steps=6")
     whole = together(2, outcome, (*case, *places(tmp_path / "whole")))[0]
-    assert [found["error"] for found in together(2, at, case, 3)] == ["interrupted"] * 2
+    assert [found["error"] for found in together(2, at, case, 5)] == ["interrupted"] * 2
     assert "is of this run with 2 processes, and cannot be continued by 1" in outcome(case)["error"]
     first, second = together(2, at, case, 0)
-    assert first["began"] == second["began"] == 2
+    assert first["began"] == second["began"] == 4
     assert_same(first, whole, 0, "continued by two")
     assert at((*case, "seed=7"), 3)["error"] == "interrupted"
     for found in together(2, outcome, (*case, "seed=7")):
