@@ -161,13 +161,15 @@ def make_search(overrides: list[str], task: str, data: str | None) -> Search:
 
 
 def _check_training(search: Search) -> None:
-    """Refuse a summary of other training: it would count as this search. The workers check a study themselves."""
-    summary = search.read_summary()
-    if summary.get("best") and (found := find_training_difference(summary, search.plan.composed)):
-        raise UserError(
-            f"search {search.study} was made with {found}: leave that setting as it was, or make it anew with "
-            "ARGS=sweep.overwrite=true"
-        )
+    """Refuse a study or summary of other training: it would count as this search."""
+    study, searched = search.load_study(), search.plan.space.distributions
+    stored = [] if study is None else [select_settings(study.user_attrs.get(IDENTITY, {}).get("fixed", {}), "train")]
+    for there in filter(None, [*stored, search.read_summary().get("train")]):
+        if found := find_training_difference(there, search.plan.composed, searched):
+            raise UserError(
+                f"search {search.study} was made with {found}: make it anew with ARGS=sweep.overwrite=true, or leave "
+                "that setting as it was"
+            )
 
 
 def _check_settings(search: Search) -> None:

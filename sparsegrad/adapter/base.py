@@ -1,4 +1,4 @@
-"""What an adapter is made from: the model without its wrappers, and the base that it is compared with."""
+"""What saving needs: the whole model without its wrappers and shards, and the base that it is compared with."""
 
 from __future__ import annotations
 

@@ -68,5 +68,5 @@ def _describe_steps(config: RunConfig, rows: int) -> str:
     most, stop = "", ""
     if protocol.patience is not None:
         most, stop = "at most ", f", until {protocol.patience} in a row are no better"
-        stop += f" after step {protocol.patience_from:,}" if protocol.patience_from else ""
+        stop += f", counted from step {protocol.patience_from:,} on" if protocol.patience_from else ""
     return f"{most}{steps:,} of {batch} rows, {evaluations:,} evaluations{stop}"

@@ -108,7 +108,7 @@ class ProtocolConfig:
         max_steps: at most, instead of `epochs`; null: no such limit.
         eval_steps: steps between evaluations; null: the authors' int(task.eval_base * 16 / batch_size).
         patience: evaluations without improvement before stopping; null: never.
-        patience_from: evaluations before this step do not count for `patience`.
+        patience_from: evaluations before this step do not count for `patience`; no effect without it.
         eval_at_start: whether the untrained model is evaluated too.
         watch_validation: with `heldout`, score the validation split at every evaluation too, without a part in any
             choice: the record then has the value of both protocols.
@@ -138,10 +138,6 @@ class ProtocolConfig:
             if getattr(self, name) is not None:
                 check_integer(f"protocol.{name}", getattr(self, name), at_least=1, remedy="null leaves it out")
         check_integer("protocol.patience_from", self.patience_from, at_least=0)
-        if self.patience_from and self.patience is None:
-            raise fail(
-                "protocol.patience_from", self.patience_from, "protocol.patience=null never stops", "leave it out"
-            )
 
     def steps_between_evaluations(self, eval_base: int, batch_size: int, total: int) -> int:
         """The interval in steps; at least one evaluation falls within `total` steps."""

@@ -105,7 +105,7 @@ def check_settings_for_processes(config: RunConfig) -> None:
     """Several processes can train with this method, and see the same order of rows."""
     if world_size() == 1:
         return
-    if config.train.group_by_length is True:
+    if config.train.group_by_length not in (False, "shuffled"):
         raise UserError(
             "train.group_by_length=true is not allowed with several processes: each would draw an order of its own, so "
             "that some rows come twice and others never; give shuffled, or false"

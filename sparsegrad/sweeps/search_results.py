@@ -6,6 +6,7 @@ The exported summaries in results/studies are enough: neither Optuna nor the sto
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sparsegrad.distributed import world_size
 from sparsegrad.errors import UserError, check_integer, first_line
-from sparsegrad.runs.keys import determining, flatten
+from sparsegrad.runs.keys import LATER, determining, flatten
 
 KEY = "train.lr"
 DEFAULT, COMMITTED = "outputs", "results"  # results_dir of a user's runs, and the folder of the committed evidence
@@ -25,6 +27,8 @@ OWN_NAME = "store these settings as conf/method/NAME.yaml with name: NAME, and g
 # A plan may train other numbers of entries at one searched rate, as evidence_density does; `make search` and
 # `make compare` refuse these, too.
 _AMOUNT = ("density", "keep")
+_COST_ONLY = ("parallel", "gradient_checkpointing")  # settings of training that change no result
+_SIZES = ("batch_size", "grad_accumulation")  # rows of a step, for each process
 
 
 class SearchMissingError(UserError):
@@ -60,19 +64,34 @@ def select_settings(fixed: Mapping[str, Any], group: str = "method") -> dict[str
 def find_difference(there: Mapping[str, Any], here: Mapping[str, Any], group: str = "method") -> str:
     """The first setting in which a search and a run differ, in words; empty if all are the same."""
     keys = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-    return f"{group}.{keys[0]}={there.get(keys[0])}, not {here.get(keys[0])}" if keys else ""
-
-
-def find_training_difference(summary: Mapping[str, Any], composed: DictConfig) -> str:
-    """`find_difference` for how a search and a run train, except for what was searched.
-
-    Summaries of earlier versions do not list it: nothing is found there.
-    """
-    if not summary.get("train"):
+    if not keys:
         return ""
-    searched = {key.removeprefix("train.") for key in summary["best"]["values"]}
+    # Settings that came later are left out where they mean "as before".
+    values = [settings.get(keys[0], LATER.get((group, keys[0]))) for settings in (there, here)]
+    return f"{group}.{keys[0]}={values[0]}, not {values[1]}"
+
+
+def find_training_difference(there: Mapping[str, Any] | None, composed: DictConfig, searched: Collection[str]) -> str:
+    """`find_difference` for how a search and a run train.
+
+    Args:
+        there: the settings of `train` that all trials of the search share; None: a summary of an earlier version does
+            not list them, and nothing is found.
+        composed: the configuration of the run.
+        searched: the keys that the search tries, such as `train.lr`.
+    """
+    if not there:
+        return ""
     here = read_settings(composed, composed.seed, "train")
-    return find_difference(summary["train"], {key: here[key] for key in here.keys() - searched}, "train")
+    left_out = {*_COST_ONLY, *_SIZES, *(key.removeprefix("train.") for key in searched)}
+    alike = {key: there[key] for key in there.keys() - left_out}, {key: here[key] for key in here.keys() - left_out}
+    if found := find_difference(alike[0], alike[1], "train"):
+        return found
+    if not all(key in there for key in _SIZES):  # the batch size is searched
+        return ""
+    rows = [math.prod(int(one[key]) for key in _SIZES) for one in (there, here)]
+    rows[1] *= world_size()
+    return "" if rows[0] == rows[1] else f"{rows[0]} rows per step, not {rows[1]}"
 
 
 def read_search(composed: DictConfig, by_hand: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -101,7 +120,6 @@ def read_search(composed: DictConfig, by_hand: Collection[str] = ()) -> tuple[di
     carry = plan.get("carry")
     if carry is None:
         found = _read_summary(composed, composed.model.name, method, plan.get("budget"))
-        _check_training(composed, found)
         if method == composed.method.name:
             _check_settings(composed, found, by_hand)
         return {KEY: float(found["best"]["values"][KEY])}, _make_facts(found)
@@ -153,6 +171,11 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
     if facts[2] != "heldout":
         raise UserError(f"hparams=search: {name} was chosen on {facts[2]} rows, a table needs heldout: {remedy}")
     _check_budget(name, facts[0], finished, budget, remedy)
+    if other := find_training_difference(found.get("train"), composed, found["best"]["values"]):
+        raise SearchMissingError(
+            f"hparams=search: {name} was searched with {other}: {remedy} with ARGS=sweep.overwrite=true; or leave that "
+            "setting as it was"
+        )
     return found
 
 
@@ -164,15 +187,6 @@ def _check_budget(name: str, spent: Any, finished: int, budget: int | None, reme
         )
     if not isinstance(spent, int) or finished < spent:
         raise SearchMissingError(f"hparams=search: {name} has {finished} of {spent} trials: {remedy}")
-
-
-def _check_training(composed: DictConfig, summary: Mapping[str, Any]) -> None:
-    """Refuse a rate that was searched for other training, such as another batch size or order of batches."""
-    if found := find_training_difference(summary, composed):
-        raise UserError(
-            f"hparams=search: {summary['study']} was searched with {found}: leave that setting as it was, or set "
-            "train.lr by hand and hparams=null"
-        )
 
 
 def _check_settings(composed: DictConfig, summary: Mapping[str, Any], by_hand: Collection[str]) -> None:

@@ -24,6 +24,7 @@ from experiments.reproduce.searches import Search
 from sparsegrad.errors import UserError
 from sparsegrad.files import read_json, write_json
 from sparsegrad.sweeps.ledger import REASON
+from sparsegrad.sweeps.search_results import SearchMissingError
 from sparsegrad.sweeps.show import export
 from sparsegrad.sweeps.study import open_study
 
@@ -93,15 +94,39 @@ def test_a_search_is_not_used_for_other_settings_of_the_method(
 def test_a_search_is_not_used_for_other_training(where: tuple[str, str], results: Path) -> None:
     """A plan that is edited after its searches would take their rates, found in another order of batches."""
     search, other = plan("lora_tuned", *where), "train.group_by_length=false"
-    assert finish(search)["train"]["group_by_length"] == "shuffled"
+    summary = finish(search)
+    assert summary["train"]["group_by_length"] == "shuffled"
+    search.summary.unlink()
+    with pytest.raises(UserError, match=r"group_by_length=shuffled, not False.*sweep\.overwrite=true"):
+        plan("lora_tuned", *where, other)  # the study says so
     (results / "studies" / "studies.db").unlink()
+    write_json(search.summary, summary)
     with pytest.raises(UserError, match=r"group_by_length=shuffled, not False.*sweep\.overwrite=true"):
         plan("lora_tuned", *where, other)
-    run = ["method=lora_tuned", "task=mrpc", "seed=42", *where]
-    with pytest.raises(UserError, match=r"group_by_length=shuffled, not False.*hparams=null"):
-        list_cells("compare", [*run, other])
-    assert list_cells("compare", [*run, "train.eval_batch_size=16"]), "changes no result"
     assert plan("lora_tuned", *where, other, "sweep.overwrite=true").study == search.study
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("train.group_by_length=false", "train.group_by_length=shuffled, not False"),
+        ("train.schedule=linear", "train.schedule=constant, not linear"),
+        ("train.batch_size=16", "32 rows per step, not 16"),
+        ("train.eval_batch_size=16", ""),
+        ("train.gradient_checkpointing=true", ""),
+        ("train.batch_size=16 train.grad_accumulation=2", ""),
+    ],
+)
+def test_a_run_takes_a_rate_that_was_searched_with_the_same_training(
+    where: tuple[str, str], change: str, why: str
+) -> None:
+    finish(plan("lora_tuned", *where))
+    run = ["method=lora_tuned", "task=mrpc", "seed=42", *where, *change.split()]
+    if not why:
+        assert list_cells("compare", run)[0].config.train.lr == 1e-4
+        return
+    with pytest.raises(SearchMissingError, match=f"was searched with {why}: make compare .*sweep.overwrite=true"):
+        list_cells("compare", run)
 
 
 def test_a_search_is_found_by_runs_of_another_seed_and_of_plans_that_borrow_its_rate(

@@ -37,8 +37,9 @@ def test_a_resumed_run_goes_on_counting(tiny: Tiny) -> None:
     assert curves(resumed) == curves(whole)
 
 
-def test_a_start_without_patience_is_refused(tiny: Tiny) -> None:
-    with pytest.raises(UserError, match=r"protocol\.patience_from=5 .*patience=null.*leave it out"):
-        tiny("protocol.patience=null", "protocol.patience_from=5")
+def test_a_start_has_no_effect_without_patience_and_is_no_negative_step(tiny: Tiny) -> None:
+    """A plan sets it, and a sweep on top of the plan may turn patience off."""
+    record, _ = run(tiny(*FLAT, "protocol.patience=null", "protocol.patience_from=5"))
+    assert evaluated(record) == list(range(1, 9))
     with pytest.raises(UserError, match=r"protocol\.patience_from=-1 "):
         tiny("protocol.patience_from=-1")
