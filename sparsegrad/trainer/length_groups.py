@@ -12,9 +12,8 @@ class ShuffledLengthGroups(LengthGroupedSampler):  # type: ignore[misc]
     """The batches of `LengthGroupedSampler`, shuffled.
 
     That sampler orders up to 50 batches from long rows to short ones, again and again. Where the label depends on the
-    length, as in STS-B, the mean label drifts with them. A model then follows the drift instead of learning the task:
-    with MiniLM on STS-B, the correlation was near 0 or negative for 100 to 250 steps. Only an incomplete batch keeps
-    its place, the last.
+    length, as in STS-B, the mean label drifts with them, and a model can follow this drift instead of learning the task
+    (docs/evidence.md has an example). Here only an incomplete batch keeps its place, the last.
 
     The order depends on the seed and the epoch alone, so that it is the same in all processes.
 
