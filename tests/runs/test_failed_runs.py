@@ -8,8 +8,6 @@ import json
 import math
 import os
 import re
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import pytest
 from bad_input_cases import Refused
 from bad_input_cases import nothing_loaded as nothing_loaded  # the fixtures
 from bad_input_cases import refused as refused
-from run_fixtures import Composer, last_wins
+from run_fixtures import Composer, last_wins, small_files
 from transformers import TrainerCallback
 
 from sparsegrad import cli
@@ -52,20 +50,6 @@ def test_a_full_disk_while_writing_the_record(
     monkeypatch.setattr(runs, "write_json", full)  # the record's; the basis is stored before
     assert re.search(r"cannot write .*results.*No space left on device; free space", refused())
     assert leftovers(tmp_path / "results") == []
-
-
-@contextlib.contextmanager
-def small_files(size: int) -> Iterator[None]:
-    """Within, this process can write no file larger than `size` bytes, as on a disk that is full.
-
-    Only around the command itself: pytest's own progress may go to a log file that is larger.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("megabytes", [1, 6])  # the model has 4.1, its optimizer's state 8.2

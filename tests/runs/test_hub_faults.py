@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import shlex
-import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ import pytest
 from hub_fixtures import Site, assert_clean, load, point_at
 from hub_fixtures import impatient as impatient  # the fixture
 from hub_server import Hub, Rule
+from run_fixtures import small_files
 
 from sparsegrad.assets import hub as client
 from sparsegrad.errors import UserError
@@ -150,18 +147,6 @@ def test_a_damaged_cache_is_found_and_the_remedy_works(
             load(config)
         follow_remedy(refused.value)
     assert_clean(load(config), site)
-
-
-@contextmanager
-def small_files(size: int) -> Iterator[None]:
-    """Files may not grow beyond `size` bytes, as on a full disk."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_is_named_and_leaves_nothing_behind(hub: Hub, hub_run: Any, site: Site) -> None:

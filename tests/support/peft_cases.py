@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_cases import bert
 from peft import LoraConfig
 from run_fixtures import ROOT, Composer
 from test_methods import batch, context
@@ -21,14 +22,8 @@ SIZES = {"fourierft": 0.05, "waveft": 0.05, "boft": 0.3, "randlora": 0.5, "miss"
 
 
 def fresh() -> BertForSequenceClassification:
-    from transformers import BertConfig
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    return BertForSequenceClassification(config).train()
+    model: BertForSequenceClassification = bert(torch.float32)
+    return model
 
 
 def made(conf: Composer, name: str, *overrides: str) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -100,6 +102,20 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("glue"))
 
 
+@contextlib.contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """Within, this process can write no file larger than `size` bytes, as on a disk that is full.
+
+    Only around the command itself: pytest's own progress may go to a log file that is larger.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.fixture
 def places(tmp_path: Path) -> tuple[str, str]:
     """Overrides that keep records and work files of one test in its own folder."""
@@ -179,11 +195,6 @@ def start_run_py(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]
 @pytest.fixture
 def small_bert() -> Any:
     """A BERT classifier of the right architecture, small, without dropout."""
-    from transformers import BertConfig, BertForSequenceClassification
+    from distributed_cases import bert
 
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    return BertForSequenceClassification(config)
+    return bert(torch.float32)
