@@ -108,7 +108,8 @@ def prepare(
         rotation_dtype: `torch.bfloat16` rotates gradients in bfloat16 with sums in float32, on hardware that has it. It
             rounds, so that a few of the kept entries differ. None: the dtype of the weights, at least float32.
         progress: shows the progress of the calibration with the remaining time, e.g. `tqdm`; see `calibrate`.
-        **adamw: `betas`, `eps`, `weight_decay`, `fused`, `foreach` of `SparseGradAdamW`.
+        **adamw: `betas`, `eps`, `weight_decay`, `fused`, `foreach` of `SparseGradAdamW`. `weight_decay` acts on biases
+            and normalization, too.
 
     Raises:
         UserError: before any batch is read, for values out of range; a model without the named linears; weights that

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.hashing import tensors_sha256
+from sparsegrad.precision import without_autocast
 
 FORMAT = "sparsegrad-basis-1"
 SIDES = ("both", "in", "out", "small")
@@ -115,6 +116,7 @@ class Basis:
         U, V = self.in_basis, self.out_basis
         return Basis(None if U is None else U.T.contiguous().T, None if V is None else V.T.contiguous().T)
 
+    @without_autocast
     def rotate(self, matrix: Tensor) -> Tensor:
         """V^T G U for G (..., out, in): a weight or gradient in the rotated space (Table 2, Grad Weights)."""
         self._check_shape(matrix)
@@ -122,6 +124,7 @@ class Basis:
             matrix = matrix @ self.in_basis  # (..., out, in)
         return matrix if self.out_basis is None else self.out_basis.T @ matrix
 
+    @without_autocast
     def unrotate(self, matrix: Tensor) -> Tensor:
         """V G~ U^T for G~ (..., out, in): the inverse of `rotate`."""
         self._check_shape(matrix)
@@ -129,6 +132,7 @@ class Basis:
             matrix = matrix @ self.in_basis.T
         return matrix if self.out_basis is None else self.out_basis @ matrix
 
+    @without_autocast
     def unrotate_sparse(self, index: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
         """V S U^T (count, out, in) for `count` sparse matrices S of `shape` (out, in).
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sparsegrad.basis import Basis
 from sparsegrad.distributed import is_managed, is_shard, whole
 from sparsegrad.errors import UserError, check_integer
-from sparsegrad.layers.common import check_linear, product_dtype
+from sparsegrad.layers.common import check_linear, product_dtype, refuse_second_order
 from sparsegrad.layers.shards import average_shards, check_shards, count_writes, layout_of, new_core, own_part
 from sparsegrad.optim.rounding import add_stochastic
 from sparsegrad.optim.selection import check_density
@@ -42,6 +42,7 @@ class _BlockLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order("use engine='exact' with rotation_order='gradient'")
         (dy,), (x_r, W, V_c) = grads, ctx.saved_tensors
         # FSDP2 has gathered W again by now. Storing a cast copy between the passes would undo that: it is made twice.
         dx = dy @ W.to(dy.dtype) if ctx.needs_input_grad[0] else None
@@ -216,7 +217,9 @@ class BlockLinear(nn.Module):
         state = (dtype, W._version, W.data_ptr())
         if self._cast is None or self._cast[0] != state:
             self._cast = None  # frees the old copy first
-            self._cast = (state, W.detach().to(dtype))
+            # A copy made in inference mode could not be saved for the backward pass of a later training step.
+            with torch.inference_mode(False):
+                self._cast = (state, W.detach().to(dtype))
         return self._cast[1]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What all layers of this package share: the check of the linear they replace, and the dtype of their products."""
+"""What the layers of this package share: the check of the linear they replace, and rules for their products."""
 
 from __future__ import annotations
 
@@ -18,3 +18,15 @@ def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of `nn.Linear`'s product for input `x`: that of autocast if it is enabled, otherwise that of `x`."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def refuse_second_order(remedy: str) -> None:
+    """Raise `UserError` in a backward pass that autograd records to differentiate it again.
+
+    These layers give `weight.grad` (or the core) another meaning than autograd, which would add its own gradient of the
+    second order to it. Compiled code cannot be asked; torch refuses second orders there itself.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise UserError(
+            f"create_graph=True, as for a penalty on gradients, does not work with the layers of this engine: {remedy}"
+        )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.layers.common import check_linear, product_dtype
+from sparsegrad.layers.common import check_linear, product_dtype, refuse_second_order
 from sparsegrad.optim.orders import rotated_gradient
 from sparsegrad.optim.rotation import Rotation
 
@@ -37,7 +37,14 @@ class _LeanLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,), (x, W, U, V) = grads, ctx.saved_tensors
+        refuse_second_order("give prepare rotation_order='gradient', and leave drop_padding and save_dtype off")
+        # Autograd runs this in the caller's autocast: a backward pass within it would round the rotations.
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _LeanLinear._multiply(ctx, *grads)
+
+    @staticmethod
+    def _multiply(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, U, V = ctx.saved_tensors
         needs, tokens, dx, dW = ctx.needs_input_grad, len(dy), None, None
         rows, empty = ctx.layer.find_rows(dy)
         if rows is not None:  # the other rows of dy are zero, and so are their rows of dx
@@ -71,7 +78,8 @@ class LeanLinear(nn.Linear):
     save_dtype: torch.dtype | None = None
     rotation: Rotation | None = None
     _guard: Any = None  # handle of the hook that checks gradients
-    _noted: tuple[Tensor, ...] = ()  # gradients of W that this backward pass has computed so far
+    _noted: tuple[Tensor, ...] = ()  # gradients of W that the backward pass `_noted_in` has computed so far
+    _noted_in: int = -1
     _traced: bool = False  # compiled code does not note its gradients
 
     def __init__(
@@ -118,7 +126,7 @@ class LeanLinear(nn.Linear):
             self.rotation.in_layers = False
         if self._guard is not None:
             self._guard.remove()
-        for name in ("drop_padding", "save_dtype", "rotation", "_guard", "_noted", "_traced"):
+        for name in ("drop_padding", "save_dtype", "rotation", "_guard", "_noted", "_noted_in", "_traced"):
             self.__dict__.pop(name, None)
         self.__class__ = nn.Linear  # type: ignore[assignment]
 
@@ -139,6 +147,7 @@ class LeanLinear(nn.Linear):
         """x (..., in) to y (..., out). Under autocast the products use its dtype, as in `nn.Linear`."""
         dtype, U, V = product_dtype(x), None, None
         if self.rotation is not None and torch.is_grad_enabled() and self.weight.requires_grad:
+            self._refuse_replica()
             basis = self.rotation.for_gradients(self.weight)
             U, V = basis.in_basis, basis.out_basis
             self._traced = torch.compiler.is_compiling()
@@ -147,6 +156,15 @@ class LeanLinear(nn.Linear):
             bias = None if self.bias is None else self.bias.to(dtype)
             y = _LeanLinear.apply(tokens, self.weight, bias, U, V, self)  # type: ignore[no-untyped-call]
         return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+
+    def _refuse_replica(self) -> None:
+        """Raise `UserError` in a copy that `nn.DataParallel` makes, whose gradients the original could not check."""
+        if getattr(self, "_is_replica", False):
+            raise UserError(
+                "nn.DataParallel copies the model in each step, which rotated gradients do not survive: start one "
+                "process per GPU with torchrun, show this process one GPU (CUDA_VISIBLE_DEVICES=0), or give prepare "
+                "rotation_order='gradient'"
+            )
 
     def find_rows(self, dy: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Indices of the tokens whose output gradient dy (tokens, out) is not zero, and of the others.
@@ -176,9 +194,13 @@ class LeanLinear(nn.Linear):
     def note(self, gradient: Tensor) -> None:
         """Remember a gradient of this backward pass for `_check_gradient`."""
         if self._guard is not None and not torch.compiler.is_compiling():
+            # Those of an earlier pass are left where it did not ask for the weight's gradient, as `autograd.grad` for
+            # an input: then no hook has run.
+            task = torch._C._current_graph_task_id()
+            earlier = self._noted if task == self._noted_in else ()
             # An alias: while it exists, autograd adds other gradients into a new tensor instead of this one. Two are
             # enough to know that there were several.
-            self._noted = (*self._noted, gradient.detach())[:2]
+            self._noted, self._noted_in = (*earlier, gradient.detach())[:2], task
 
     def _check_gradient(self, gradient: Tensor) -> None:
         """Hook on the weight: raise `UserError` if `gradient` (out, in) has a part that this layer did not compute.
@@ -198,4 +220,4 @@ class LeanLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the hook, which neither a copy nor a file can have."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_guard", "_noted")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_guard", "_noted", "_noted_in")}

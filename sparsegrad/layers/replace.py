@@ -95,7 +95,7 @@ def rotate_gradients(
 
     Each linear becomes a `LeanLinear` in place. With `order="gradient"`, and for a kind with a module that cannot
     compute its own gradient (GPT-2's `Conv1D`, a subclass or a patched `forward`), the optimizer rotates plain
-    gradients.
+    gradients. Gradients that the weights have from before are deleted.
 
     Args:
         linears: linears of one model, as `find_mlp` returns them; changed in place.
@@ -116,6 +116,7 @@ def rotate_gradients(
         rotation = rotations[kind] = _find_rotation(found.values(), Rotation(bases[kind], order, dtype))
         rotation.in_layers = order != "gradient" and all(map(computes_gradient, found.values()))
         for linear in found.values():
+            linear.weight.grad = None  # of an earlier pass, in whatever space: it must not be added to the next ones
             if rotation.in_layers or drop_padding or save_dtype is not None:
                 check_linear(linear, "a lean linear", "leave drop_padding and save_dtype off")
                 own = rotation if rotation.in_layers else None

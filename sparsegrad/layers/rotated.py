@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.layers.common import check_linear, product_dtype
+from sparsegrad.layers.common import check_linear, product_dtype, refuse_second_order
 from sparsegrad.layers.sparse_matmul import sparse_dense_matmul
 from sparsegrad.optim.selection import count_kept, top_k_index
 
@@ -32,6 +32,7 @@ class _RotatedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order("use engine='exact' with rotation_order='gradient'")
         x_rotated, weight, U, V = ctx.saved_tensors
         dy_rotated = ctx.matmul(grads[0], V)  # (tokens, out)
         dx = ctx.matmul(dy_rotated, weight.to(U.dtype)) @ U.T if ctx.needs_input_grad[0] else None

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError
+from sparsegrad.layers.common import check_linear
 from sparsegrad.methods.base import Context, Prepared, adamw, freeze, trainable_parameters
 from sparsegrad.methods.sparsegrad import BASES, SparseGrad, calibrated_bases, transpose_in_basis
-from sparsegrad.targets import Linears
+from sparsegrad.targets import Linears, all_linears
 
 MAX_NORM = 1.0  # of the Trainer's clipping
 
@@ -52,6 +53,12 @@ class SparseGradAuthors(SparseGrad):
                 f"method.basis={self.basis} skips the calibration that method.training_calibration=true asks for: set "
                 "that to false, or method.basis to null"
             )
+
+    def check(self, linears: Linears) -> None:
+        """See `Method`; also refuse GPT-2's `Conv1D`, whose weight (in, out) has its sides the other way round."""
+        super().check(linears)
+        for linear in all_linears(linears):
+            check_linear(linear, f"method={self.name}", "use method=sparsegrad")
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""

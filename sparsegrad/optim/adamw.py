@@ -1,9 +1,9 @@
 """Engine `exact`: SparseGrad as an optimizer over ordinary linears (paper, section 3.2).
 
 The bases are orthogonal. So training the rotated weight W~ = V^T W U is the same as rotating the gradient, keeping its
-largest entries, running Adam on them in the rotated space, and rotating the sparse update back into W. The model is not
-modified, and whatever works with a `torch.optim.Optimizer` works with this one. The weights of a layer kind share their
-basis, so they are rotated, selected from and updated together.
+largest entries, running Adam on them in the rotated space, and rotating the sparse update back into W. The model keeps
+its function and its parameters, and whatever works with a `torch.optim.Optimizer` works with this one. The weights of a
+layer kind share their basis, so they are rotated, selected from and updated together.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sparsegrad.optim.group_checks import check_group, check_hyperparameters, ch
 from sparsegrad.optim.scratch import Scratch
 from sparsegrad.optim.selection import Selection, select, together
 from sparsegrad.optim.updates import apply
+from sparsegrad.precision import without_autocast
 
 
 class SparseGradAdamW(torch.optim.AdamW):
@@ -122,6 +123,7 @@ class SparseGradAdamW(torch.optim.AdamW):
             for weight in group["params"]:
                 weight.register_post_accumulate_grad_hook(_make_release_hook(self))
 
+    @without_autocast
     @torch.no_grad()
     def _release(self, weight: Tensor) -> None:
         """Update `weight`, whose gradient is complete, and free the gradient."""
@@ -138,6 +140,7 @@ class SparseGradAdamW(torch.optim.AdamW):
         self._update([select(group, [weight], self.state, self._buffers())])
         weight.grad = None
 
+    @without_autocast
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient; `closure` as in every torch optimizer."""

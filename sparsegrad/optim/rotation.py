@@ -82,12 +82,17 @@ class Rotation:
         sides = "out" if U is None else "in" if V is None else "both"
         return cheapest_order(len(dy), features, dy.shape[1], sides, dy.device.type)
 
-    def check_gradients(self, values: Tensor) -> None:
-        """Check the kept entries (count, k) of rotated gradients.
+    def check_gradients(self, index: Tensor, values: Tensor, columns: int) -> None:
+        """Check the kept entries of rotated gradients.
 
-        Clipping by value leaves many entries of exactly the bound, which a rotated gradient never has. Counting them
-        costs a little, so only calls 1, 2, 4, 8, ... do. The CPU does not wait for a GPU: it reads a count in the first
-        call after the GPU has come to it.
+        Clipping by value leaves many entries of exactly the bound, in many rows and columns, which a rotated gradient
+        never has. Counting them costs a little, so only calls 1, 2, 4, 8, ... do. The CPU does not wait for a GPU: it
+        reads a count in the first call after the GPU has come to it.
+
+        Args:
+            index: flat positions (count, k).
+            values: the entries (count, k).
+            columns: inputs of the weights.
 
         Raises:
             UserError: for gradients clipped by value, or an optimizer whose layers belong to another one.
@@ -99,7 +104,7 @@ class Rotation:
             )
         self._steps += 1
         if self.in_layers and not self._steps & (self._steps - 1):
-            self._ties.append(_Ties(values))
+            self._ties.append(_Ties(index, values, columns))
         while self._ties and self._ties[0].has_arrived:
             ties = int(self._ties.pop(0).count)
             if ties >= _TIES:
@@ -110,16 +115,22 @@ class Rotation:
 
 
 class _Ties:
-    """How many of some kept entries (count, k) have the largest magnitude of their row; at most of any row.
+    """How many of a gradient's kept entries have its largest magnitude; the most of any of some gradients.
+
+    Ties within one column or one row do not count: with a basis of one side, neurons that are alike have them.
 
     Attributes:
         count: on the CPU; not valid before `has_arrived`.
     """
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, index: Tensor, values: Tensor, columns: int) -> None:
         magnitudes = values.abs()
         largest = magnitudes.amax(1, keepdim=True)
-        ties = ((magnitudes == largest) & (largest > 0) & largest.isfinite()).sum(1).max()
+        tied = (magnitudes == largest) & (largest > 0) & largest.isfinite()  # (count, k)
+        first = index.gather(1, tied.int().argmax(1, keepdim=True))  # position of a tied entry
+        rows = (tied & (index // columns != first // columns)).any(1)
+        within = (tied & (index % columns != first % columns)).any(1)
+        ties = (tied.sum(1) * (rows & within)).max()
         self.count = ties.to("cpu", non_blocking=ties.is_cuda)
         self._arrival = torch.cuda.Event() if values.is_cuda else None  # type: ignore[no-untyped-call]
         if self._arrival is not None:

@@ -113,7 +113,7 @@ def select(
         index = top_k_index(rotated, count_kept(first.shape, keep=group["keep"], density=group["density"]), scratch)
     values = rotated.flatten(1).gather(1, index)
     if group["rotation"] is not None:
-        group["rotation"].check_gradients(values)
+        group["rotation"].check_gradients(index, values, first.shape[1])
     return Selection(group, weights, index, values, basis)
 
 

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from run_fixtures import Composer
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 
 from sparsegrad import Basis, UserError, calibrate, find_mlp
 from sparsegrad.methods.base import Context, Prepared, adamw
@@ -185,6 +186,11 @@ def test_a_head_that_matches_nothing_is_named(model) -> None:
 def test_a_given_basis_and_a_training_calibration_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="training_calibration=true"):
         SparseGradAuthors(keep=9, basis=str(tmp_path / "basis.safetensors"))
+
+
+def test_the_authors_method_refuses_weights_whose_sides_are_the_other_way_round() -> None:
+    with pytest.raises(UserError, match=r"not Conv1D.*method=sparsegrad"):
+        SparseGradAuthors(keep=2).check({"up": {"a": Conv1D(4, 3)}})
 
 
 def test_a_fused_step_counts_as_a_write() -> None:

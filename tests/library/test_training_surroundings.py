@@ -1,0 +1,144 @@
+"""What surrounds a training step: autocast, inference mode, averaged weights, gradients of the second order."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from engine_checks import ENGINES, IN, OUT, TOKENS, basis_of, draw
+from fast_checks import BATCHES, bert, blocks, fast, train
+from test_orders import NAMES, Network, bases, loss_of, optimizer_for, tokens
+from torch import nn
+
+from sparsegrad import UserError, prepare
+from sparsegrad.layers.rotated import SparseGradLinear
+
+
+def _in_autocast(enabled: bool = True) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+def _merged_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model whose cores are merged."""
+    merged = copy.deepcopy(model)
+    for layer in blocks(merged):
+        layer.merge()
+    return merged
+
+
+@pytest.mark.parametrize("order", ["auto", "tokens", "gradient"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_and_step_within_autocast_are_those_outside(order: str, dtype: torch.dtype) -> None:
+    changed: list[Any] = []
+    for inside in (False, True):
+        model = Network().to(dtype)
+        optimizer = prepare(model, None, NAMES, keep=9, bases=bases(), rotation_order=order, lr=1e-3)
+        for step in range(3):
+            with _in_autocast(enabled=dtype == torch.float32):  # the products of the forward pass are alike
+                loss = loss_of(model, tokens(20).to(dtype))
+                if inside and order != "gradient":  # otherwise the product itself is autocast's
+                    loss.backward()
+            if not inside or order == "gradient":
+                loss.backward()
+            with _in_autocast(enabled=inside):
+                torch.manual_seed(step)
+                optimizer.step()
+            optimizer.zero_grad()
+        changed.append([parameter.detach() for parameter in model.parameters()])
+    for outside, inside_ in zip(*changed, strict=True):
+        assert torch.equal(outside, inside_)
+
+
+def test_the_layer_rotates_its_weight_exactly_within_autocast() -> None:
+    linear, basis = nn.Linear(IN, OUT), basis_of(OUT, IN).to(dtype=torch.float32)
+    with _in_autocast():
+        layer = SparseGradLinear.from_linear(linear, basis, density=0.5)
+    assert torch.equal(layer.rotated_weight, basis.rotate(linear.weight))
+
+
+def test_fast_trains_on_after_a_validation_in_inference_mode() -> None:
+    model = bert()
+    optimizer = fast(model)
+    with _in_autocast():
+        with torch.inference_mode():
+            model(**BATCHES[0])
+        train(model, optimizer)
+
+
+def test_averaging_a_fast_model_with_its_buffers_averages_its_weights() -> None:
+    model = bert()
+    optimizer, seen = fast(model), []
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    for batch in BATCHES:
+        train(model, optimizer, [batch])
+        average.update_parameters(model)
+        seen.append([layer.weight for layer in blocks(_merged_copy(model))])
+    expected = [torch.stack(weights).mean(0) for weights in zip(*seen, strict=True)]
+    for layer, weight in zip(blocks(average), expected, strict=True):
+        layer.merge()
+        torch.testing.assert_close(layer.weight.detach(), weight.detach())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_gradient_of_the_second_order_is_refused(engine: str) -> None:
+    layer = ENGINES[engine](nn.Linear(IN, OUT).double(), basis_of(OUT, IN), 0.5)
+    x = draw(TOKENS, IN).requires_grad_()
+    with pytest.raises(UserError, match=r"create_graph=True.*rotation_order='gradient'"):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+
+
+def test_the_remedy_for_second_orders_gives_those_of_autograd() -> None:
+    x = tokens(5).requires_grad_()
+    gradients = []
+    for model in (Network(), Network()):
+        if not gradients:
+            optimizer_for(model, "gradient")
+        (slope,) = torch.autograd.grad(loss_of(model, x), x, create_graph=True)
+        slope.square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_a_pass_that_needs_no_weight_gradient_leaves_nothing_for_the_next() -> None:
+    model = Network()
+    optimizer_for(model, "auto")
+    x = tokens(5).requires_grad_()
+    torch.autograd.grad(loss_of(model, x), x)
+    with pytest.raises(UserError, match="penalty on the weight"):
+        (loss_of(model, x) + model.up.weight.square().sum()).backward()
+
+
+def test_prepare_drops_plain_gradients_of_the_weights_it_rotates() -> None:
+    model, fresh = Network(), Network()
+    loss_of(model, tokens(5)).backward()
+    optimizers = [optimizer_for(one, "auto") for one in (model, fresh)]
+    for one, optimizer in zip((model, fresh), optimizers, strict=True):
+        loss_of(one, tokens(7)).backward()
+        optimizer.step()
+    assert torch.equal(model.up.weight, fresh.up.weight)
+
+
+def test_a_copy_of_data_parallel_is_refused() -> None:
+    model = Network()
+    optimizer_for(model, "auto")
+    replica = model.up._replicate_for_data_parallel()
+    replica.weight, replica.bias = (
+        model.up.weight * 1,
+        model.up.bias * 1,
+    )  # tensors with a history, as DataParallel gives
+    with pytest.raises(UserError, match=r"DataParallel.*torchrun.*rotation_order='gradient'"):
+        replica(tokens(3))
+
+
+@pytest.mark.parametrize(("sides", "alike"), [("in", "rows"), ("out", "columns")])
+def test_neurons_that_are_alike_are_not_taken_for_clipped_gradients(sides: str, alike: str) -> None:
+    linear = nn.Linear(16, 16, bias=False).double()
+    model = nn.Sequential(linear)
+    optimizer = prepare(model, None, {"up": "0"}, keep=64, bases={"up": basis_of(16, 16)}, sides=sides)
+    dy, x = draw(TOKENS, 16), draw(TOKENS, 16, seed=1)
+    alone = dy if alike == "rows" else x
+    alone.copy_(alone[:, :1].expand_as(alone))
+    (model(x) * dy).sum().backward()
+    optimizer.step()
