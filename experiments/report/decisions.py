@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from experiments.mtbench.scores import compute_scores
@@ -25,6 +25,8 @@ from sparsegrad.errors import UserError
 SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED = "supported", "contradicted", "undecided", "not tested here"
 FINAL_SEEDS = 5  # a verdict from fewer is provisional
 Spec = Mapping[str, Any]
+Rule = Callable[[Difference, bool, int], str]
+"""Difference of a part, whether lower is better, number of parts of its claim -> verdict."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,14 @@ class Decision:
     place: str = ""
 
 
-def decide(context: Context, spec: Spec) -> list[Decision]:
+def decide(context: Context, spec: Spec, parts: int = 1) -> list[Decision]:
     """The decisions of one part of a claim, one for each place where it can be tested.
+
+    Args:
+        context: whose results decide.
+        spec: the part, from claims.yaml.
+        parts: number of differences that decide the claim. Each of them can refute it, so that a refutation must
+            survive the correction for their number. No correction is due for support, which needs all of them.
 
     Raises:
         UserError: for an unknown kind.
@@ -59,15 +67,15 @@ def decide(context: Context, spec: Spec) -> list[Decision]:
     kind = spec.get("kind")
     if kind not in KINDS:
         raise UserError(f"claims.yaml: kind={kind} is not allowed: choose one of {', '.join(KINDS)}")
-    return list(KINDS[kind](context, spec))
+    return list(KINDS[kind](context, {**spec, "parts": parts}))
 
 
-def _decide_pairs(context: Context, spec: Spec, rule: Callable[[Difference, bool], str]) -> Iterable[Decision]:
+def _decide_pairs(context: Context, spec: Spec, rule: Rule) -> Iterable[Decision]:
     for folder in spec["blocks"]:
         yield _decide_pair(context, spec, folder, rule)
 
 
-def _decide_pair(context: Context, spec: Spec, folder: str, rule: Callable[[Difference, bool], str]) -> Decision:
+def _decide_pair(context: Context, spec: Spec, folder: str, rule: Rule) -> Decision:
     """Two arms of one block, over its comparable tasks that both have."""
     evidence, searches = load_evidence(context), Searches(context.results)
     block, see = evidence.blocks[folder], (folder,)
@@ -94,29 +102,29 @@ def _decide_pair(context: Context, spec: Spec, folder: str, rule: Callable[[Diff
         f"{', '.join(tasks)}, {found.seeds} seeds"
     )
     unit = "in loss" if is_loss else "points"
-    return Decision(rule(found, spec.get("expect") == "lower"), measured, found.bound or 0.0, unit, found.seeds, see)
+    verdict = rule(found, spec.get("expect") == "lower", spec["parts"])
+    return Decision(verdict, measured, found.bound or 0.0, unit, found.seeds, see)
 
 
 def _name(arm: str) -> str:
     return style_of(arm).name
 
 
-def _rule_difference(found: Difference, lower: bool) -> str:
-    """Supported or contradicted if the interval is on one side of 0."""
-    assert found.interval is not None
-    low, high = (-found.interval[1], -found.interval[0]) if lower else found.interval
-    return SUPPORTED if low > 0 else CONTRADICTED if high < 0 else UNDECIDED
-
-
-def _rule_margin(found: Difference, lower: bool, bound: float) -> str:
+def _rule_margin(found: Difference, lower: bool, parts: int, bound: float = 0.0) -> str:
     """Supported if the interval excludes a loss of `bound` or more; contradicted if it lies beyond it."""
-    assert found.interval is not None
-    low, high = (-found.interval[1], -found.interval[0]) if lower else found.interval
+    low = _orient(found.interval_of(1), lower)[0]
+    high = _orient(found.interval_of(parts), lower)[1]
     return SUPPORTED if low > -bound else CONTRADICTED if high < -bound else UNDECIDED
 
 
+def _orient(interval: tuple[float, float] | None, lower: bool) -> tuple[float, float]:
+    """The interval of a gain: where lower is better, that of the negative difference."""
+    assert interval is not None
+    return (-interval[1], -interval[0]) if lower else interval
+
+
 def _decide_difference(context: Context, spec: Spec) -> Iterable[Decision]:
-    return _decide_pairs(context, spec, _rule_difference)
+    return _decide_pairs(context, spec, _rule_margin)
 
 
 def _decide_margin(context: Context, spec: Spec) -> Iterable[Decision]:
@@ -136,7 +144,7 @@ def _decide_bench(context: Context, spec: Spec) -> Iterable[Decision]:
     for machine, ratios in found.items():
         holds = [ratio <= bound if lower else ratio >= bound for ratio in ratios]
         verdict = SUPPORTED if all(holds) else UNDECIDED if any(holds) else CONTRADICTED
-        times = f"{mean(ratios):.2f} times that of {spec['over']} ({machine})"
+        times = f"{median(ratios):.2f} times that of {spec['over']} ({machine})"
         place = f"on {ON_CPU}" if ON_CPU in machine else ""
         off = 100 * max(abs(ratio - bound) for ratio in ratios)
         yield Decision(verdict, f"{what} of {spec['arm']} {times}", off, "percent", see=("table3",), place=place)

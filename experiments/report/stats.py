@@ -97,9 +97,13 @@ class Difference:
     @property
     def interval(self) -> tuple[float, float] | None:
         """95 % interval; None for fewer than three seeds, or if nothing varies."""
+        return self.interval_of(1)
+
+    def interval_of(self, comparisons: int) -> tuple[float, float] | None:
+        """The interval of one of several comparisons, all of which hold together with 95 % confidence (Bonferroni)."""
         if self.se is None:
             return None
-        half = self._quantile(0.5 + LEVEL / 2) * self.se
+        half = self._quantile(_upper(comparisons)) * self.se
         return self.value - half, self.value + half
 
     @property
@@ -107,15 +111,15 @@ class Difference:
         """Two-sided p-value of no difference; None without an interval."""
         return None if self.se is None else float(2 * stats.t.sf(abs(self.value) / self.se, self.df))
 
-    @property
-    def detectable(self) -> float | None:
+    def detectable(self, comparisons: int = 1) -> float | None:
         """Minimal detectable difference: the smallest true one that this comparison finds in 80 % of repetitions.
 
-        (t_0.975 + t_0.8) times the standard error: two-sided at 5 %, without correction for other comparisons.
+        (t_q + t_0.8) times the standard error, with q = 0.975 for one comparison. Of several it is the first that
+        Holm's procedure looks at, q = 1 - 0.025 / comparisons: the later ones find smaller differences.
         """
         if self.se is None:
             return None
-        return (self._quantile(0.5 + LEVEL / 2) + self._quantile(POWER)) * self.se
+        return (self._quantile(_upper(comparisons)) + self._quantile(POWER)) * self.se
 
     def _quantile(self, share: float) -> float:
         return float(stats.t.ppf(share, self.df))
@@ -124,6 +128,11 @@ class Difference:
     def bound(self) -> float | None:
         """Largest absolute difference inside the interval: larger ones are excluded with 95 % confidence."""
         return None if self.interval is None else max(abs(end) for end in self.interval)
+
+
+def _upper(comparisons: int) -> float:
+    """Share of a distribution below the upper end of a two-sided interval."""
+    return 1 - (1 - LEVEL) / 2 / comparisons
 
 
 @dataclass(frozen=True)

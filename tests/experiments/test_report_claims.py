@@ -97,19 +97,27 @@ def test_two_paired_seeds_decide_nothing(cases: Cases) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kinds", "verdict"),
+    ("kinds", "verdict", "text"),
     [
-        ([SUPPORTED, NOT_TESTED], SUPPORTED),
-        ([SUPPORTED, CONTRADICTED], CONTRADICTED),
-        ([SUPPORTED, UNDECIDED], UNDECIDED),
-        ([NOT_TESTED], NOT_TESTED),
+        ([SUPPORTED, SUPPORTED], SUPPORTED, "supported"),
+        ([SUPPORTED, NOT_TESTED], SUPPORTED, "supported in 1 of 2 parts, the others are not tested"),
+        ([SUPPORTED, CONTRADICTED], CONTRADICTED, "contradicted"),
+        ([SUPPORTED, UNDECIDED], UNDECIDED, "supported in 1 of 2 parts; in others no difference larger than 1.2 points"),
+        ([UNDECIDED, NOT_TESTED], UNDECIDED, "no difference larger than 1.2 points"),
+        ([NOT_TESTED], NOT_TESTED, "not tested here"),
     ],
 )
-def test_a_claim_says_all_of_its_parts(kinds: list[str], verdict: str) -> None:
+def test_a_claim_says_all_of_its_parts(kinds: list[str], verdict: str, text: str) -> None:
     parts = [Decision(kind, "", bound=1.25, seeds=5) for kind in kinds]
     one = Verdict({}, parts, [])
     assert one.kind == verdict
-    assert one.text == ("no difference larger than 1.2 points" if verdict == UNDECIDED else verdict)
+    assert one.text == text
+
+
+def test_each_of_many_parts_must_refute_a_claim_more_clearly_but_not_support_it(cases: Cases) -> None:
+    cases.healthy(0.02)
+    verdicts = [decide(of(cases), {**PAIR, "expect": expect}, 10**9)[0].verdict for expect in ("higher", "lower")]
+    assert verdicts == [SUPPORTED, UNDECIDED]
 
 
 @pytest.mark.parametrize(

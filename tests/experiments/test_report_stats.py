@@ -114,7 +114,7 @@ def test_an_average_over_tasks_covers_and_is_narrower_than_one_task() -> None:
 def test_the_smallest_detectable_difference_is_found_in_four_of_five_repetitions() -> None:
     generator, spread, repetitions = np.random.default_rng(5), 0.06, 600
     sizes = [
-        found.detectable
+        found.detectable()
         for _ in range(200)
         if (found := stats.compare({"task": "accuracy"}, *classified(generator, (1.0, 0.85), 5, spread), draws=100))
     ]
@@ -198,7 +198,7 @@ def test_seeds_alone_give_the_t_interval() -> None:
     theirs = reference.ttest_rel(a, b)
     assert found.p == pytest.approx(theirs.pvalue)
     assert found.interval == pytest.approx(tuple(theirs.confidence_interval(0.95)))
-    assert found.detectable == pytest.approx((4.302653 + 1.060660) * of_seeds**0.5, rel=1e-5)
+    assert found.detectable() == pytest.approx((4.302653 + 1.060660) * of_seeds**0.5, rel=1e-5)
     assert found.bound == pytest.approx(max(abs(end) for end in found.interval or ()))
 
 
@@ -236,7 +236,7 @@ def test_seeds_of_one_arm_are_left_out_and_counted() -> None:
         del b["task"][seed]
     few = stats.compare({"task": "accuracy"}, a, b, draws=50)
     assert few is not None
-    assert (few.seeds, few.left_out, few.interval, few.p, few.detectable) == (2, 3, None, None, None)
+    assert (few.seeds, few.left_out, few.interval, few.p, few.detectable()) == (2, 3, None, None, None)
     assert stats.compare({"task": "accuracy"}, a, {"task": {}}, draws=50) is None
     assert stats.compare({"task": "accuracy", "more": "accuracy"}, a, b, draws=50) is None, "a task without runs"
 

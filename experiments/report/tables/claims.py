@@ -51,13 +51,19 @@ class Verdict:
 
     @property
     def text(self) -> str:
-        """The verdict in words; one from few seeds is provisional."""
+        """The verdict in words, with the number of parts that it rests on; one from few seeds is provisional."""
         words = self.kind
+        tested = [one for one in self.decisions if one.verdict != NOT_TESTED]
+        holding = sum(one.verdict == SUPPORTED for one in tested)
+        if self.kind == SUPPORTED and holding < len(self.decisions):
+            words = f"{words} in {holding} of {len(self.decisions)} parts, the others are not tested"
         if self.kind == UNDECIDED:
             open_ones = [one for one in self.decisions if one.verdict == UNDECIDED]
             largest = max(open_ones, key=lambda one: one.bound)
             digits = 3 if largest.unit == "in loss" else 1
             words = f"no difference larger than {largest.bound:.{digits}f} {largest.unit}"
+            if holding:
+                words = f"supported in {holding} of {len(self.decisions)} parts; in others {words}"
         words = " ".join([words, *dict.fromkeys(one.place for one in self.decisions if one.place)])
         seeds = [one.seeds for one in self.decisions if one.seeds]
         is_provisional = self.kind != NOT_TESTED and seeds and min(seeds) < FINAL_SEEDS
@@ -95,8 +101,11 @@ def judge(context: Context) -> list[Verdict]:
 def _judge_claim(context: Context, claim: Mapping[str, Any]) -> Verdict:
     decisions: list[Decision] = []
     others: list[Decision] = []
+    deciding = [spec for spec in claim["decide"] if spec.get("decides", True)]
+    parts = sum(len(spec.get("blocks", [])) for spec in deciding)
     for spec in claim["decide"]:
-        (decisions if spec.get("decides", True) else others).extend(decide(context, spec))
+        is_deciding = spec in deciding
+        (decisions if is_deciding else others).extend(decide(context, spec, parts if is_deciding else 1))
     return Verdict(claim, decisions, others)
 
 
@@ -105,9 +114,10 @@ def table(context: Context) -> Table:
     rows = [_row(one) for one in judge(context)]
     notes = [
         "A verdict is computed from the results (experiments/data/claims.yaml says how). Supported: every tested part "
-        "holds, with a 95 % interval or in every repeat. Contradicted: a part is refuted in that way. No difference "
-        "larger than x: neither, and x is the end of the interval that is farthest from 0. Not tested here: its runs "
-        "are missing, or full fine-tuning did not reach its gate.",
+        "holds, with a 95 % interval or in every repeat. Contradicted: a part is refuted in that way; for a claim of "
+        "several parts with intervals that are corrected for their number (Bonferroni). No difference larger than x: "
+        "neither, and x is the end of the interval that is farthest from 0. Not tested here: its runs are missing, or "
+        "full fine-tuning did not reach its gate.",
         "All runs here are of small models (MiniLM, MPNet-base, SmolLM2), not the paper's; the benchmark has "
         "RoBERTa-base's shape with random weights.",
         "Provisional: from fewer than 5 seeds. Intervals are not corrected for the number of claims; those of the "

@@ -95,7 +95,9 @@ def _main_table(
     for arm in block.arms:
         scores = {task: format_score(block.scores(arm, task), block.metric(task)) for task in block.tasks}
         difference = (
-            {} if reference is None else format_difference(found[arm], adjusted.get(arm), arm == reference, health)
+            {}
+            if reference is None
+            else format_difference(found[arm], adjusted.get(arm), arm == reference, health, len(adjusted))
         )
         expense = {**format_costs(evidence, block, arm, tasks, searches), **format_speed(block, arm, costs)}
         average = format_averages(block, arm, tasks)
@@ -128,21 +130,24 @@ def _task_table(evidence: Evidence, block: Block, health: Mapping[str, Health]) 
         for arm in block.arms
     }
     adjusted = _adjust({" ".join(key): one for key, one in found.items()})
-    rows = [
-        _task_row(block, arm, task, one, adjusted.get(f"{task} {arm}"), reference, health)
-        for (task, arm), one in found.items()
+    rows = [_task_row(block, arm, task, one, adjusted, reference, health) for (task, arm), one in found.items()]
+    notes = [
+        *_health_notes(health),
+        *RULES[:2],
+        "Still improving: runs whose best evaluation is the last one and half a point above all but the last three.",
     ]
-    notes = [*_health_notes(health), *RULES[:2], "Still improving: runs whose best evaluation is the last one."]
     title = f"{BLOCKS[block.folder].title}: per task"
     return Table(f"{block.folder}_tasks", title, _name_difference(rows, reference), notes, _records(block))
 
 
 def _task_row(
-    block: Block, arm: str, task: str, found: Difference | None, p: float | None, reference: str | None,
+    block: Block, arm: str, task: str, found: Difference | None, adjusted: Mapping[str, float], reference: str | None,
     health: Mapping[str, Health],
 ) -> dict[str, str]:  # fmt: skip
-    runs = block.of(arm, task).values()
-    difference = {} if reference is None else format_difference(found, p, arm == reference, {task: health[task]})
+    runs, p = block.of(arm, task).values(), adjusted.get(f"{task} {arm}")
+    difference = (
+        {} if reference is None else format_difference(found, p, arm == reference, {task: health[task]}, len(adjusted))
+    )
     return {
         "method": style_of(arm).name,
         "task": task,

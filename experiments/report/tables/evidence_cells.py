@@ -48,9 +48,13 @@ def format_averages(block: Block, arm: str, tasks: Sequence[str]) -> dict[str, s
 
 
 def format_difference(
-    found: Difference | None, p: float | None, is_reference: bool, health: Mapping[str, Health]
+    found: Difference | None,
+    p: float | None,
+    is_reference: bool,
+    health: Mapping[str, Health],
+    comparisons: int,
 ) -> dict[str, str]:
-    """The columns of a comparison; the reason where there is none."""
+    """The columns of one of several comparisons; the reason where there is none."""
     blank = dict.fromkeys(("difference", "95 %", "p (Holm)", "detectable"), "")
     if is_reference:
         return {**blank, "difference": "reference"}
@@ -63,13 +67,14 @@ def format_difference(
         return {**blank, "difference": f"{found.value:+.2f}", "95 %": f"too few seeds ({found.seeds} paired)"}
     if found.interval is None:
         return {**blank, "difference": f"{found.value:+.2f}", "95 %": "equal in every run"}
-    digits = 3 if abs(found.value) < 0.1 and (found.detectable or 0.0) < 0.1 else 2
+    smallest = found.detectable(comparisons) or 0.0
+    digits = 3 if abs(found.value) < 0.1 and smallest < 0.1 else 2
     low, high = found.interval
     return {
         "difference": f"{found.value:+.{digits}f}",
         "95 %": interval_text(found.interval) if digits == 2 else f"{low:+.3f} to {high:+.3f}",
         "p (Holm)": "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
-        "detectable": f"{found.detectable:.{digits}f}",
+        "detectable": f"{smallest:.{digits}f}",
     }
 
 
