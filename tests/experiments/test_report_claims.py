@@ -102,7 +102,11 @@ def test_two_paired_seeds_decide_nothing(cases: Cases) -> None:
         ([SUPPORTED, SUPPORTED], SUPPORTED, "supported"),
         ([SUPPORTED, NOT_TESTED], SUPPORTED, "supported in 1 of 2 parts, the others are not tested"),
         ([SUPPORTED, CONTRADICTED], CONTRADICTED, "contradicted"),
-        ([SUPPORTED, UNDECIDED], UNDECIDED, "supported in 1 of 2 parts; in others no difference larger than 1.2 points"),
+        (
+            [SUPPORTED, UNDECIDED],
+            UNDECIDED,
+            "supported in 1 of 2 parts; in others no difference larger than 1.2 points",
+        ),
         ([UNDECIDED, NOT_TESTED], UNDECIDED, "no difference larger than 1.2 points"),
         ([NOT_TESTED], NOT_TESTED, "not tested here"),
     ],
@@ -166,11 +170,11 @@ def test_a_typed_verdict_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_readme_gets_three_lines(cases: Cases, capsys: pytest.CaptureFixture[str]) -> None:
-    cases.healthy()
+    cases.healthy(0.15)
     assert report.main(["claims", "--lines", "3", "--results-dir", str(cases.results)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["Holds", "Does not hold", "Open"]
-    assert "SparseGrad beats LoRA" in lines[0], "one pair is tested, and holds"
-    assert "not tested here: SparseGrad beats MeProp" in lines[2]
+    assert "SparseGrad beats full fine-tuning" in lines[0], "its tested part holds"
+    assert "SparseGrad beats MeProp" in lines[2]
     assert report.main(["table1", "--lines", "3", "--results-dir", str(cases.results)]) == 2
     assert "--lines=3" in capsys.readouterr().err
