@@ -38,7 +38,9 @@ BLOCKS = {
     "evidence_mlp_only": About("All methods, MLP weights and head alone, MiniLM", "MiniLM, MLP only", "3"),
     "evidence_base": About("Base size, the paper's regime, MPNet-base", "MPNet-base", "5"),
     "evidence_density": About("Number of kept entries, MLP weights and head alone, MiniLM", "kept entries", "4"),
-    "evidence_basis": About("HOSVD's and the authors' basis, MLP weights and head alone, MiniLM", "bases", "4"),
+    "evidence_basis": About(
+        "HOSVD's basis, the authors', a random one and none, MLP weights and head alone, MiniLM", "bases", "4"
+    ),
     "evidence_smollm2": About("Language model, validation loss, SmolLM2", "SmolLM2", "6"),
     "evidence_gates": About("Health gates: full fine-tuning at several rates, MiniLM", "gates", "0"),
 }

@@ -97,10 +97,10 @@ def find_training_difference(there: Mapping[str, Any] | None, composed: DictConf
 def read_search(composed: DictConfig, by_hand: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the rate for a composed configuration.
 
-    A plan may say `evidence.budget`, the number of trials that the search must have; `evidence.rates_of`, a mapping of
-    methods that use another method's search; and `evidence.carry`, for a model without searches: its `full_lr` times
-    the ratio of the method's rate to full fine-tuning's on `model`. Otherwise the search must be of this run's
-    settings of the method, except for the number of kept entries.
+    A plan may say `evidence.budget`, the number of trials that the search must have; `evidence.rates_of`, which names
+    for a method the method whose search it uses, whatever its own settings; and `evidence.carry`, for a model without
+    searches: its `full_lr` times the ratio of the method's rate to full fine-tuning's on `model`. Otherwise the search
+    must be of this run's settings of the method, except for the number of kept entries.
 
     Args:
         composed: the configuration.
@@ -120,7 +120,7 @@ def read_search(composed: DictConfig, by_hand: Collection[str] = ()) -> tuple[di
     carry = plan.get("carry")
     if carry is None:
         found = _read_summary(composed, composed.model.name, method, plan.get("budget"))
-        if method == composed.method.name:
+        if composed.method.name not in (plan.get("rates_of") or {}):
             _check_settings(composed, found, by_hand)
         return {KEY: float(found["best"]["values"][KEY])}, _make_facts(found)
     found, full = (_read_summary(composed, str(carry["model"]), one, plan.get("budget")) for one in (method, "full"))

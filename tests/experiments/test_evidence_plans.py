@@ -19,10 +19,10 @@ from sparsegrad.errors import UserError
 
 CELLS = {
     "evidence_gates": 12,
-    "evidence_paper": 140,
-    "evidence_mlp_only": 70,
+    "evidence_paper": 160,
+    "evidence_mlp_only": 105,
     "evidence_density": 36,
-    "evidence_basis": 12,
+    "evidence_basis": 24,
     "evidence_base": 30,
     "evidence_smollm2": 15,
 }
@@ -58,7 +58,7 @@ def test_every_cell_of_a_plan_builds(cells: dict[str, list[Cell]], name: str) ->
             assert cell.config.protocol.epochs == node["epochs"][cell.config.task.name]
             assert cell.config.protocol.eval_steps == node["eval_steps"][cell.config.task.name]
             assert cell.config.train.batch_size == 32
-            rows = {"sst2": 8000}.get(cell.config.task.name)
+            rows = {"sst2": 8000 if name == "evidence_gates" else 32000}.get(cell.config.task.name)
             assert cell.config.data.max_train == rows
 
 
@@ -73,13 +73,15 @@ def test_a_plan_is_one_file(name: str) -> None:
     assert "hours on one core" in head
 
 
-def test_patience_can_end_a_run_before_its_cap() -> None:
-    rows = {"stsb": 5174, "mrpc": 3300, "sst2": 7200, "cola": 7696}
+def test_patience_counts_from_the_middle_of_a_run() -> None:
+    rows = {"stsb": 5174, "mrpc": 3300, "sst2": 28800, "cola": 7696}
     for name in ("evidence_paper", "evidence_mlp_only", "evidence_base"):
         node = load(name)["evidence"]
         for task, epochs in node["epochs"].items():
             evaluations = rows[task] // 32 * epochs / node["eval_steps"][task]
-            assert 13 <= evaluations <= 16, (name, task)
+            assert 9 <= evaluations <= 14, (name, task)
+            begin = node["patience_from"][task] / node["eval_steps"][task]
+            assert begin == pytest.approx(evaluations / 2, abs=1), (name, task)
 
 
 def test_blocks_2a_and_2b_are_the_plan_in_two_parts() -> None:
@@ -110,7 +112,7 @@ def test_every_method_and_task_of_a_plan_has_a_search_of_its_own(searches: list[
         model = "smollm2" if plan.takes_trees else "minilm"
         wanted = {f"{sweep}-{model}-{m}-{t}" for m, t in product(plan.params["method"], plan.params["task"])}
         assert wanted <= {one.study for one in searches}
-    assert len(searches) == len({one.study for one in searches}) == 28 + 14 + 5
+    assert len(searches) == len({one.study for one in searches}) == 32 + 21 + 5
 
 
 def test_all_searches_of_a_plan_have_the_same_budget_and_protocol(searches: list[Search]) -> None:

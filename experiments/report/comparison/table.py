@@ -153,7 +153,7 @@ def _make_frame(
             **{task: format_score(block.scores(arm.name, task), block.metric(task)) for task in block.tasks},
             "average": format_averages(block, arm.name, tasks)["average"],
             "95 % of average": "" if arm.average is None else _plain_interval(arm.average.interval),
-            **_format_difference(arm, adjusted.get(arm.name), arm.name == reference, health),
+            **_format_difference(arm, adjusted, arm.name == reference, health),
             **_describe_cost(block, arm.name),
             **format_costs(evidence, block, arm.name, tasks, searches),
             **_describe_forgetting(block, arm.name, forgotten),
@@ -162,9 +162,11 @@ def _make_frame(
     return frame.loc[:, (frame != "").any()]
 
 
-def _format_difference(arm: Arm, p: float | None, is_reference: bool, health: Mapping[str, Health]) -> dict[str, str]:
+def _format_difference(
+    arm: Arm, adjusted: Mapping[str, float], is_reference: bool, health: Mapping[str, Health]
+) -> dict[str, str]:
     """The columns of a difference, with its tasks if they are not those of the row."""
-    cells = format_difference(arm.difference, p, is_reference, health)
+    cells = format_difference(arm.difference, adjusted.get(arm.name), is_reference, health, len(adjusted))
     if arm.difference is not None and arm.difference.tasks != arm.tasks:
         cells["difference"] += f" ({', '.join(arm.difference.tasks)} only)"
     return cells

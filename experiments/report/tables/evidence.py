@@ -29,7 +29,7 @@ SHOWN = 5  # records that do not count are listed up to this number
 # Arms that a table compares with, if its plan names none.
 REFERENCES = {
     "evidence_density": "sparsegrad keep=589824",
-    "evidence_basis": "sparsegrad_authors transposed_in_basis=false",
+    "evidence_basis": "sparsegrad basis=hosvd",
     "evidence_smollm2": "lora",
 }
 REFERENCE = "lora_tuned"
