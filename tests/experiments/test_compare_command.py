@@ -110,7 +110,7 @@ def test_a_search_is_not_used_for_other_training(where: tuple[str, str], results
     ("change", "why"),
     [
         ("train.group_by_length=false", "train.group_by_length=shuffled, not False"),
-        ("train.schedule=linear", "train.schedule=constant, not linear"),
+        ("train.schedule=constant", "train.schedule=linear, not constant"),
         ("train.batch_size=16", "32 rows per step, not 16"),
         ("train.eval_batch_size=16", ""),
         ("train.gradient_checkpointing=true", ""),

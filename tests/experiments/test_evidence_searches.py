@@ -162,10 +162,12 @@ def test_a_rate_is_carried_to_a_larger_model_as_a_multiple_of_fulls(results: Pat
     assert [cell.config.train.lr for cell in cells] == [3e-5, 9.48e-5]
 
 
-def test_a_method_may_use_the_rate_of_another(results: Path, places: list[str]) -> None:
-    store(results, summary("sparsegrad", 5e-4, train_rest=False))
-    cells = list_cells("evidence_basis", ["task=cola", "seed=42", places[0]])
-    assert {cell.config.method.name for cell in cells} == {"sparsegrad_authors"}
+def test_bases_share_the_rate_of_the_method(results: Path, places: list[str]) -> None:
+    labels = {"model": "minilm", "method": "sparsegrad", "task": "stsb"}
+    name = "evidence_mlp_only-minilm-sparsegrad-stsb"
+    store(results, summary("sparsegrad", 5e-4, train_rest=False, study=name, labels=labels))
+    cells = list_cells("evidence_basis", ["task=stsb", "seed=42", places[0]])
+    assert [cell.config.method.basis for cell in cells] == ["hosvd", "authors", "random", "none"]
     assert {cell.config.train.lr for cell in cells} == {5e-4}
 
 
