@@ -47,7 +47,8 @@ def _basis(context: Context) -> Iterator[Finding]:
             for kind in figures.KINDS
         )
         yield (
-            f"What share of the gradient energy is in the largest 1 % of entries ({_measured_on(found)})?",
+            "What share of the gradient energy is in the largest 1 % of entries, on average over steps "
+            f"({_measured_on(found)})?",
             said,
             "basis",
         )
