@@ -14,7 +14,7 @@ from torch import nn
 from sparsegrad.basis import Basis, load_bases, save_bases
 from sparsegrad.distributed import whole
 from sparsegrad.errors import UserError
-from sparsegrad.files import read_json, write_json
+from sparsegrad.files import load_json, unreadable, write_json
 from sparsegrad.hashing import SHORT, tensors_sha256
 from sparsegrad.trainer.main_process import on_main
 from sparsegrad.trainer.peak_memory import PeakMemory
@@ -67,9 +67,11 @@ class BasisStore:
 
     def _read_cost(self) -> dict[str, Any]:
         try:
-            cost = read_json(self._own_cost)
-        except ValueError as error:
+            cost = load_json(self._own_cost)
+        except (FileNotFoundError, ValueError) as error:
             raise UserError(f"{self._own_cost} is damaged ({error}): resume=false starts the run over") from None
+        except OSError as error:
+            raise unreadable(self._own_cost, error) from error
         if not isinstance(cost, dict):
             raise UserError(f"{self._own_cost} is damaged: resume=false starts the run over")
         return cost

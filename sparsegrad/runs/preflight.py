@@ -24,7 +24,7 @@ from sparsegrad.runs.keys import config_key
 from sparsegrad.runs.records import find_complete
 from sparsegrad.runs.saving import check_saving
 from sparsegrad.tasks.base import Splits
-from sparsegrad.trainer.checkpoints import MANIFEST, PREFIX
+from sparsegrad.trainer.checkpoints import has_checkpoint
 from sparsegrad.trainer.main_process import on_main
 from sparsegrad.trainer.parallel import check_parallel
 from sparsegrad.trainer.processes import check_same, from_main
@@ -142,22 +142,18 @@ def check_process_count(config: RunConfig) -> None:
 
     The number is part of the key, so such a checkpoint would be passed over in silence.
     """
-    if config.force or not config.resume or config.record_path.exists() or _has_checkpoint(config.checkpoints):
+    if config.force or not config.resume or config.record_path.exists() or has_checkpoint(config.checkpoints):
         return
     settings = {name: value for name, value in config.resolved.items() if name != "processes"}
     for count in range(1, _MAX_PROCESSES + 1):
         processes = {"processes": count} if count > 1 else {}
         folder = Path(config.work_dir) / config_key({**settings, **processes}) / "checkpoints"
-        if _has_checkpoint(folder):
+        if has_checkpoint(folder):
             by = "1 process" if count == 1 else f"{count} processes"
             raise UserError(
                 f"{folder} is of this run with {by}, and cannot be continued by {world_size()}: rows per step, their "
                 f"order and the random states are those of {count}; start {by}, or begin anew with resume=false"
             )
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    return any(folder.glob(f"{PREFIX}*/{MANIFEST}"))
 
 
 @on_main

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsegrad.errors import UserError
-from sparsegrad.files import read_json
+from sparsegrad.files import load_json, unreadable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,11 +22,14 @@ def read_record(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: when it is damaged, has another schema, or lacks a field that tables need.
+        ResourceError: when the disk does not let it be read.
     """
     try:
-        record = read_json(path)
-    except ValueError as error:
+        record = load_json(path)
+    except (FileNotFoundError, IsADirectoryError, ValueError) as error:
         raise UserError(f"{path} is not a readable record ({error}): delete it and run again") from None
+    except OSError as error:
+        raise unreadable(path, error) from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         found = record.get("schema") if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{path} has record schema {found}, this version reads {SCHEMA}: delete it and run again")

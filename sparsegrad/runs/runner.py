@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from sparsegrad.distributed import is_main, rank
-from sparsegrad.errors import UserError
+from sparsegrad.errors import ResourceError, UserError
 from sparsegrad.files import is_of_writing, unwritable, write_json
 from sparsegrad.methods.base import Prepared
 from sparsegrad.models.source import Sources
@@ -29,7 +29,7 @@ from sparsegrad.runs.saving import save_results
 from sparsegrad.runs.tracking import tracked
 from sparsegrad.runs.trainer_setup import make_trainer
 from sparsegrad.tasks.base import Splits
-from sparsegrad.trainer.callbacks import NonFiniteLossError, Stopwatch
+from sparsegrad.trainer.callbacks import Stopwatch
 from sparsegrad.trainer.device import pick_device
 from sparsegrad.trainer.log_history import history
 from sparsegrad.trainer.main_process import on_main
@@ -59,6 +59,7 @@ def run(
 
     Raises:
         UserError: for whatever the user can mend; if training has begun, a record marked failed is left.
+        ResourceError: if a disk or another process failed; the same command continues from the last checkpoint.
     """
     device = pick_device(config.train.device)
     with _explained_errors(config):
@@ -113,7 +114,9 @@ def _train(
             try:
                 _run_trainer(config, trainer, setup.checkpoint)
                 result, arrays = score_run(config, trainer, parts)
-            except (NonFiniteLossError, UserError) as error:
+            except ResourceError:
+                raise  # the run itself is sound: no failed record, and its checkpoints are kept
+            except UserError as error:
                 raise write_failed(config, record, trainer, environment, error) from None
             measured = {"speed": stopwatch.report(), "memory": stopwatch.memory.report()}
             record |= {"status": "complete", "result": result, **measured}

@@ -12,12 +12,13 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from sparsegrad import progress
+from sparsegrad.errors import FailedRunError
 from sparsegrad.trainer.peak_memory import PeakMemory
 
 WARM_UP_STEPS = 3  # not timed: the first steps allocate memory and choose kernels
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(FailedRunError):
     """The training loss became NaN or infinite at `step`."""
 
     def __init__(self, step: int) -> None:

@@ -15,12 +15,16 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from sparsegrad.distributed import average_, world_size
-from sparsegrad.errors import UserError, first_line
+from sparsegrad.errors import ResourceError, UserError, first_line
+from sparsegrad.files import unreadable
 from sparsegrad.trainer.callbacks import LossWatch, Progress
-from sparsegrad.trainer.checkpoints import PREFIX, load_state, prune, read_manifest, seal
+from sparsegrad.trainer.checkpoints import OR_RESTART, PREFIX, load_state, prune, read_manifest, seal
 from sparsegrad.trainer.last_batch import own_rows, weighted, without_labels
 from sparsegrad.trainer.length_groups import ShuffledLengthGroups
+from sparsegrad.trainer.processes import is_of_connection
 
+# Failures of memory or device, which say nothing about a checkpoint. The last one is missing in torch before 2.8.
+_OF_DEVICE = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
 VALIDATION = "validation"  # prefix in the log of scores that do not choose the checkpoint
 
 
@@ -216,13 +220,21 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
 @contextmanager
 def _report_unreadable(checkpoint: str | None) -> Iterator[None]:
-    """Turn errors of loading a checkpoint into a `UserError`; its hashes were checked before."""
+    """Turn errors of loading a checkpoint into a `ResourceError`; its hashes were checked before.
+
+    Errors of memory, device and connection stay as they are: the checkpoint may be good.
+    """
     try:
         yield
-    except UserError:
+    except (UserError, *_OF_DEVICE):
         raise
-    except Exception as error:  # replaced files, or those of another torch version or model
-        raise UserError(
+    except OSError as error:
+        raise unreadable(error.filename or checkpoint, error, OR_RESTART) from error
+    except Exception as error:
+        if is_of_connection(error):
+            raise
+        # Replaced files, or those of another torch version or model.
+        raise ResourceError(
             f"{checkpoint} cannot be loaded ({first_line(error)}): restart the run with resume=false"
         ) from error
 
