@@ -23,6 +23,7 @@ from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.keys import config_key
 from sparsegrad.runs.records import find_complete
 from sparsegrad.runs.saving import check_saving
+from sparsegrad.runs.tokenized_splits import describe_batch
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.checkpoints import has_checkpoint
 from sparsegrad.trainer.main_process import on_main
@@ -222,13 +223,13 @@ def _load_in_turn(config: RunConfig) -> Splits:
 
 
 def check_rows(config: RunConfig, splits: Splits | None) -> None:
-    """The training rows fill one batch at least; fewer are a mistake in the data or in `data.max_train`."""
+    """The training rows fill one batch of all processes; fewer are a mistake in the data or in `data.max_train`."""
     assert splits is not None  # a run that is not finished has its data
     share = 0.9 if config.protocol.select == "heldout" else 1.0
-    rows, batch = math.floor(len(splits.train) * share), config.train.batch_size
-    if rows < batch:
+    rows = math.floor(len(splits.train) * share)
+    if rows < config.train.batch_size * world_size():
         raise UserError(
-            f"train.batch_size={batch} is not allowed: {config.task.name} has {rows} training rows; "
+            f"{describe_batch(config)} is not allowed: {config.task.name} has {rows} training rows; "
             "give more rows (data.max_train) or a smaller batch"
         )
     if len(splits.validation) < 2:
