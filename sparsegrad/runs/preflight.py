@@ -18,10 +18,12 @@ import torch
 from sparsegrad.distributed import world_size
 from sparsegrad.errors import UserError, fail, missing_package
 from sparsegrad.files import check_writable
+from sparsegrad.hashing import SHORT
 from sparsegrad.models.source import Sources, find_sources
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.keys import config_key
 from sparsegrad.runs.records import find_complete
+from sparsegrad.runs.run_folder import hash_basis
 from sparsegrad.runs.saving import check_saving
 from sparsegrad.runs.tokenized_splits import describe_batch
 from sparsegrad.tasks.base import Splits
@@ -72,6 +74,7 @@ def check_run(config: RunConfig, device: torch.device) -> Checked:
     check_process_count(config)
     finished = None if config.force else find_finished(config)
     sources = check_sources(config, finished)  # before the data: a gated model would be found out late
+    check_basis(config, finished)
     splits = load_splits(config, finished)
     if finished is None:
         check_rows(config, splits)
@@ -187,6 +190,21 @@ def check_sources(config: RunConfig, finished: Mapping[str, Any] | None) -> Sour
                 f"{identity}): choose another name=, or force=true to replace it"
             )
     return sources
+
+
+@on_main
+def check_basis(config: RunConfig, finished: Mapping[str, Any] | None) -> None:
+    """A finished run's file of bases has the content that it had.
+
+    Where it is not at hand, or the record is of a version that did not note its hash, the record counts as it is.
+    """
+    before = None if finished is None else finished.get("calibration", {}).get("sha256")
+    now = hash_basis(config)
+    if before is not None and now is not None and before != now:
+        raise UserError(
+            f"{config.record_path} was made with another content of method.basis={config.method.basis_file} (sha256 "
+            f"{before[:SHORT]}, now {now[:SHORT]}): choose another name=, or force=true to replace it"
+        )
 
 
 def load_splits(config: RunConfig, finished: Mapping[str, Any] | None) -> Splits | None:
