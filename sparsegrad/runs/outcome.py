@@ -14,7 +14,6 @@ from sparsegrad.methods.base import Prepared
 from sparsegrad.models.loading import describe_tokenizer
 from sparsegrad.models.source import Sources
 from sparsegrad.runs.config import RunConfig, TrainConfig
-from sparsegrad.runs.environment import now
 from sparsegrad.runs.parts import Parts
 from sparsegrad.runs.predictions import Arrays, make_arrays
 from sparsegrad.runs.records import PRUNED, SCHEMA
@@ -136,7 +135,7 @@ def write_failed(
     if isinstance(error, NonFiniteLossError):
         reason = f"{error}: training diverged; lower train.lr={config.train.lr:g}, or check the data"
     if is_main():  # the other processes may not fail, or not here
-        rest = {"reason": reason, "environment": {**environment, "finished": now()}}
+        rest = {"reason": reason, "environment": environment}
         write_json(config.record_path, {**record, **history(trainer.state.log_history), **rest})
         if isinstance(error, FailedRunError) or reason.startswith(PRUNED):
             shutil.rmtree(config.checkpoints, ignore_errors=True)

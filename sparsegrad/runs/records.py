@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,21 @@ def find_complete(path: Path) -> dict[str, Any] | None:
         return None
     record = read_record(path)
     return record if record["status"] == "complete" else None
+
+
+def run_seconds(record: Mapping[str, Any]) -> float | None:
+    """Wall-clock seconds of a run, with those of the processes that it continued; None if they are unknown.
+
+    Records of earlier versions have the times of the last process only.
+    """
+    environment = record.get("environment", {})
+    try:
+        if "seconds" in environment:
+            return None if environment["seconds"] is None else float(environment["seconds"])
+        started, finished = (datetime.fromisoformat(environment[name]) for name in ("started", "finished"))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return (finished - started).total_seconds()
 
 
 def load_records(folder: Path | str, on_bad: Callable[[UserError], None] | None = None) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from sparsegrad.models.source import Sources
 from sparsegrad.progress import job
 from sparsegrad.runs.announcement import announce, announce_time
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.runs.environment import describe_environment, now
+from sparsegrad.runs.environment import describe_environment, finish_environment
 from sparsegrad.runs.method_setup import prepare_method
 from sparsegrad.runs.outcome import describe_run, score_run, write_failed
 from sparsegrad.runs.parts import Parts, load_parts
@@ -102,11 +103,12 @@ def _train(
     announces: bool,
 ) -> tuple[dict[str, Any], Arrays]:
     """Load, calibrate, train and evaluate; the record and the predictions."""
-    environment = describe_environment(device)  # now: the checkout may change while the run lasts
+    environment, began = describe_environment(device), time.monotonic()  # now: the checkout may change during the run
     stop = StopOnSignal()
     with stop.listening():
         setup = _set_up(config, splits, sources, device, stop, announces)
         parts, trainer, stopwatch = setup.parts, setup.trainer, setup.stopwatch
+        stopwatch.began = began  # the time of a run includes loading and calibration
         for callback in callbacks:
             trainer.add_callback(callback)
         record = describe_run(config, parts, splits, sources, setup.prepared, labels)
@@ -117,12 +119,13 @@ def _train(
             except ResourceError:
                 raise  # the run itself is sound: no failed record, and its checkpoints are kept
             except UserError as error:
-                raise write_failed(config, record, trainer, environment, error) from None
+                finished = finish_environment(environment, stopwatch.run_seconds())
+                raise write_failed(config, record, trainer, finished, error) from None
             measured = {"speed": stopwatch.report(), "memory": stopwatch.memory.report()}
             record |= {"status": "complete", "result": result, **measured}
         if config.save_model or config.save_adapter:
             save_results(config, parts, setup.prepared, sources)
-    finished = {**environment, "finished": now()}
+    finished = finish_environment(environment, stopwatch.run_seconds())
     record |= {"predictions": describe_arrays(arrays)}
     return {**record, **history(trainer.state.log_history), "environment": finished}, arrays
 

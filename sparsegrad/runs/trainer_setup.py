@@ -79,6 +79,7 @@ def make_trainer(
         callbacks=callbacks,
         optimizers=(optimizer, None),
         loss_watch=LossWatch(),
+        stopwatch=stopwatch,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress)

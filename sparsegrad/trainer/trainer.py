@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from sparsegrad.distributed import average_, world_size
 from sparsegrad.errors import ResourceError, UserError, first_line
 from sparsegrad.files import unreadable
-from sparsegrad.trainer.callbacks import LossWatch, Progress
+from sparsegrad.trainer.callbacks import LossWatch, Progress, Stopwatch
 from sparsegrad.trainer.checkpoints import OR_RESTART, PREFIX, load_state, prune, read_manifest, seal
 from sparsegrad.trainer.last_batch import own_rows, weighted, without_labels
 from sparsegrad.trainer.length_groups import ShuffledLengthGroups
@@ -33,6 +33,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         loss_watch: receives the loss of each micro-batch.
+        stopwatch: one of the callbacks, whose times checkpoints store; None: none.
         language: whether a causal language model is trained.
         watched: rows that are scored for the log alone; None: none.
         shuffles_groups: whether batches of rows of similar length come in random order.
@@ -43,13 +44,14 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self,
         *args: Any,
         loss_watch: LossWatch,
+        stopwatch: Stopwatch | None = None,
         language: bool = False,
         watched: datasets.Dataset | None = None,
         shuffles_groups: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.watched = watched
+        self.watched, self.stopwatch = watched, stopwatch
         self._shuffles_groups = shuffles_groups
         self._groups: ShuffledLengthGroups | None = None
         # What evaluations predicted, by step: the newest and the best, which need not be computed again at the end.
@@ -75,13 +77,18 @@ class RunTrainer(Trainer):  # type: ignore[misc]
                     callback.close()
 
     def _is_done(self, checkpoint: str) -> bool:
-        """Whether training had ended at the checkpoint: then restore its state, otherwise only its unlogged losses."""
+        """Whether training had ended at the checkpoint: then restore its state, otherwise only its unlogged losses.
+
+        Times are restored in either case.
+        """
         with _report_unreadable(checkpoint):
-            state = load_state(checkpoint)
+            state, manifest = load_state(checkpoint), read_manifest(checkpoint)
+            if self.stopwatch is not None:
+                self.stopwatch.restore(manifest.get("clock"))
             if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
                 self.state = state
                 return True
-            self.add_callback(_RestoreLosses(self, **read_manifest(checkpoint)["unlogged"]))
+            self.add_callback(_RestoreLosses(self, **manifest["unlogged"]))
         return False
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
@@ -204,7 +211,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             super()._save_checkpoint(*args, **kwargs)
             self.accelerator.wait_for_everyone()  # each process writes its own random state
             if self.args.should_save:
-                seal(checkpoint, {"unlogged": unlogged})
+                clock = {} if self.stopwatch is None else {"clock": self.stopwatch.state()}
+                seal(checkpoint, {"unlogged": unlogged, **clock})
                 prune(checkpoint.parent, self.state.best_global_step)
         except Exception:
             shutil.rmtree(checkpoint, ignore_errors=True)  # on a full disk, an incomplete checkpoint only takes space
