@@ -198,11 +198,11 @@ def check_basis(config: RunConfig, finished: Mapping[str, Any] | None) -> None:
 
     Where it is not at hand, or the record is of a version that did not note its hash, the record counts as it is.
     """
-    before = None if finished is None else finished.get("calibration", {}).get("sha256")
-    now = hash_basis(config)
+    calibration = (finished or {}).get("calibration") or {}
+    before, now = calibration.get("sha256"), hash_basis(config)
     if before is not None and now is not None and before != now:
         raise UserError(
-            f"{config.record_path} was made with another content of method.basis={config.method.basis_file} (sha256 "
+            f"{config.record_path} was made with another content of method.basis={calibration.get('file')} (sha256 "
             f"{before[:SHORT]}, now {now[:SHORT]}): choose another name=, or force=true to replace it"
         )
 
