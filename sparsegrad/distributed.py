@@ -50,8 +50,20 @@ def average_(tensors: Iterable[Tensor]) -> None:
             tensor.div_(dist.get_world_size())
 
 
+def copy_main_(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by the main process's, in place; every process keeps it on its own device."""
+    if connected():
+        for tensor in tensors:
+            found = tensor.contiguous()  # as the collective needs it
+            dist.broadcast(found, src=0)
+            tensor.copy_(found)
+
+
 def from_main(make: Callable[[], Value]) -> Value:
     """Call `make` in the main process and return its result in every process.
+
+    The result is sent by pickle: a tensor on a GPU would come to the main process's GPU in every process. For such
+    tensors use `copy_main_`.
 
     Raises:
         UserError: in every process, if `make` raises one.

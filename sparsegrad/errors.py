@@ -29,6 +29,14 @@ class BusyError(UserError):
     """Another process is working on the same run."""
 
 
+class ResourceError(UserError):
+    """A file, disk, device or process failed, which says nothing about the run: its checkpoints are kept."""
+
+
+class FailedRunError(UserError):
+    """Training showed that a run of this configuration cannot succeed, as when it diverges."""
+
+
 def fail(name: str, value: object, allowed: str, remedy: str = "") -> UserError:
     """Build the error for `name=value`; the caller raises it."""
     return UserError(f"{name}={value} is not allowed: {allowed}" + (f"; {remedy}" if remedy else ""))

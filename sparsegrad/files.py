@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from sparsegrad.errors import UserError, first_line
+from sparsegrad.errors import ResourceError, first_line
 
 MAX_JSON = 64 * 2**20  # bytes; a record has about 10,000
 # Error codes of a full, read-only or protected file system, and how safetensors and torch.save report them.
@@ -23,7 +23,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as JSON, atomically: `path` has either its old content or all of the new.
 
     Raises:
-        UserError: when the folder cannot be written or the disk is full; no partial file remains.
+        ResourceError: when the folder cannot be written or the disk is full; no partial file remains.
     """
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
@@ -50,10 +50,18 @@ def write_bytes(path: Path, content: bytes) -> None:
             scratch.unlink(missing_ok=True)
 
 
-def unwritable(path: Path, error: Exception) -> UserError:
+def unwritable(path: Path, error: Exception) -> ResourceError:
     """The error for a path that cannot be written."""
     reason = getattr(error, "strerror", None) or first_line(error)
-    return UserError(f"cannot write {path}: {reason}; free space there or choose another folder")
+    return ResourceError(f"cannot write {path}: {reason}; free space there or choose another folder")
+
+
+def unreadable(path: Path | str | None, error: OSError, otherwise: str = "") -> ResourceError:
+    """The error for a file that exists but cannot be read, as after a temporary failure of the disk."""
+    reason = error.strerror or first_line(error)
+    return ResourceError(
+        f"cannot read {path} ({reason}): nothing was deleted; try again when it can be read{otherwise}"
+    )
 
 
 def is_of_writing(error: Exception, folders: Iterable[Path | str]) -> bool:
@@ -67,7 +75,7 @@ def is_of_writing(error: Exception, folders: Iterable[Path | str]) -> bool:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise `UserError` unless a file can be created in `folder`, which is created if needed."""
+    """Raise `ResourceError` unless a file can be created in `folder`, which is created if needed."""
     probe = folder / f".probe.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,12 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sparsegrad.files import read_json
-from sparsegrad.runs.records import PRUNED, SCHEMA
+from sparsegrad.runs.records import PRUNED, SCHEMA, run_seconds
 
 # Folders that tables read. In others, such as those of sweeps, records of one seed differ by design.
 READ = re.compile(r"(glue|ablation)_.*|table6.*")
@@ -133,9 +132,5 @@ def skipped_summary(store: Store) -> str:
 
 def hours(record: Mapping[str, Any]) -> float | None:
     """Wall-clock hours of one run; None if the record has no times."""
-    environment = record.get("environment", {})
-    try:
-        began, ended = (datetime.fromisoformat(environment[name]) for name in ("started", "finished"))
-    except (KeyError, TypeError, ValueError):
-        return None
-    return (ended - began).total_seconds() / 3600
+    seconds = run_seconds(record)
+    return None if seconds is None else seconds / 3600

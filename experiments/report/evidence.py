@@ -98,11 +98,14 @@ class EvidenceRun:
         best = min if self.metric in LOWER_IS_BETTER else max
         return best((score for _, score in self._evaluations()), default=float("nan"))
 
+    def reaches(self, target: float) -> bool:
+        """Whether an evaluation reaches a score."""
+        return any(score >= target for _, score in self._evaluations())
+
     def hours_until(self, target: float) -> float | None:
-        """Hours until an evaluation first reaches a score; None if none does."""
+        """Hours until an evaluation first reaches a score; None if none does, or the run has no steps/s."""
         rate = self.record.get("speed", {}).get("steps_per_second")
-        reached = (step for step, score in self._evaluations() if score >= target)
-        step = next(reached, None)
+        step = next((step for step, score in self._evaluations() if score >= target), None)
         return None if step is None or not rate else step / rate / 3600
 
     def _evaluations(self) -> list[tuple[int, float]]:

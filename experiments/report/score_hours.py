@@ -31,12 +31,15 @@ class Point:
 
 
 def points(context: Context, folder: str) -> list[Point]:
-    """The arms of a block that have every comparable task; empty without such a task."""
+    """The arms of a block that have every comparable task and known times; empty without such a task."""
     evidence, tasks = load_evidence(context), comparable(context, folder)
     block, found = evidence.blocks[folder], []
     for arm in block.arms if tasks else ():
         score = evidence.compare(folder, arm, None, tasks)
-        reached, _ = hours_to_target(evidence, block, arm, tasks)
+        target = hours_to_target(evidence, block, arm, tasks)
+        if target.unknown and not target.missed:
+            continue  # it reaches the target, at an unknown time
+        reached = target.hours
         spent = training_hours(block, arm, tasks) if reached is None else reached
         if score is not None and spent is not None:
             found.append(Point(arm, spent, score.value, score.interval, reached is not None))

@@ -75,7 +75,8 @@ class Prepared:
 class Method(Protocol):
     """One method: a frozen dataclass whose fields are the keys of its YAML, checked when it is created.
 
-    For the estimate of a run's memory, a method may also have
+    A method that reads bases from a file has `basis_file`, its path or None: a run compares its content with that of
+    an earlier one. For the estimate of a run's memory, a method may also have
 
     - `count_added(linears) -> int`, if it freezes the MLP weights: the parameters that train in their place;
     - `collects_gradients`: whether it holds the gradients of all MLP weights at once before the training;

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from sparsegrad.basis import SIDES, Basis, load_bases
 from sparsegrad.calibration.gradients import calibrate
 from sparsegrad.errors import UserError, check_choice, check_integer
+from sparsegrad.hashing import file_sha256
 from sparsegrad.layers.replace import replace_linear, rotate_gradients, to_linears
 from sparsegrad.layers.rotated import BACKWARDS, SparseGradLinear
 from sparsegrad.methods.base import (
@@ -156,8 +158,13 @@ class SparseGrad:
     def check(self, linears: Linears) -> None:
         """Raise `UserError` if `keep` exceeds the size of a weight, or a given basis file does not fit the shapes."""
         kept_per_weight(linears, self.density, self.keep)
-        if self.basis is not None and self.basis not in BASES:
+        if self.basis_file is not None:
             self._load_bases(linears)
+
+    @property
+    def basis_file(self) -> Path | None:
+        """See `Method`."""
+        return None if self.basis is None or self.basis in BASES else Path(self.basis)
 
     @property
     def collects_gradients(self) -> bool:
@@ -186,10 +193,9 @@ class SparseGrad:
         if self.basis == "authors":
             bases, cost = calibrated_bases(model, linears, context, self.steps, sides=self.sides)
             return {kind: transpose_in_basis(basis) for kind, basis in bases.items()}, cost
-        if self.basis is not None and self.basis not in BASES:
-            return {kind: basis.only(self.sides) for kind, basis in self._load_bases(linears).items()}, {
-                "file": self.basis
-            }
+        if self.basis_file is not None:
+            given = {kind: basis.only(self.sides) for kind, basis in self._load_bases(linears).items()}
+            return given, {"file": self.basis, "sha256": file_sha256(self.basis_file)}
         return calibrated_bases(model, linears, context, self.steps, sides=self.sides)
 
     def build(

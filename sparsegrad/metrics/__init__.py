@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsegrad.errors import UserError, fail
+from sparsegrad.errors import FailedRunError, fail
 from sparsegrad.metrics.language import language_metrics
 from sparsegrad.metrics.text_classification.text_classification import CONFIGS, TextClassification
 from sparsegrad.tasks.base import Task
@@ -49,7 +49,7 @@ def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
     For a language task, the function expects what `sparsegrad.metrics.language.token_losses` returns.
 
     Raises:
-        UserError: from the returned function, if the model predicts NaN or infinity.
+        FailedRunError: from the returned function, if the model predicts NaN or infinity.
     """
     if task.is_language:
         return language_metrics
@@ -70,7 +70,7 @@ def _make_predictions(task: Task, logits: Any) -> Any:
     """Convert logits (rows, num_labels) to label ids (rows,), or for a regression to numbers (rows,)."""
     bad = int((~np.isfinite(logits)).reshape(len(logits), -1).any(axis=1).sum())
     if bad:
-        raise UserError(
+        raise FailedRunError(
             f"the model predicts NaN or infinity for {bad} of {len(logits)} rows of {task.name}: training has "
             "diverged; lower train.lr, or use train.precision=fp32"
         )

@@ -21,7 +21,8 @@ from sparsegrad.trainer.main_process import on_main
 from sparsegrad.trainer.processes import from_main
 
 ASSET = "asset:"
-_CONTENT = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model")  # files that loading may read
+# Files that loading may read; the code of a model with model.trust_remote_code=true is one of them.
+_CONTENT = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.py")
 
 
 @dataclass(frozen=True)

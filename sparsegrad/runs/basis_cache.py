@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from sparsegrad.basis import Basis, load_bases, save_bases
-from sparsegrad.distributed import whole
+from sparsegrad.distributed import copy_main_, whole
 from sparsegrad.errors import UserError
-from sparsegrad.files import read_json, write_json
+from sparsegrad.files import load_json, unreadable, write_json
 from sparsegrad.hashing import SHORT, tensors_sha256
 from sparsegrad.trainer.main_process import on_main
 from sparsegrad.trainer.peak_memory import PeakMemory
@@ -46,8 +46,11 @@ class BasisStore:
         found = self._find(fingerprint)
         if found is None:
             made, cost = self.measure(compute)
+            # The same bases bit for bit on every process, each on its own device.
+            matrices = (matrix for basis in made.values() for matrix in (basis.in_basis, basis.out_basis))
+            copy_main_(matrix for matrix in matrices if matrix is not None)
             facts = {} if fingerprint is None else {"fingerprint": fingerprint, "reused": False}
-            found = self._keep(made, {**facts, **cost}, fingerprint)
+            found = made, self._keep(made, {**facts, **cost}, fingerprint)
         # One memory layout, whether computed or read: otherwise products round differently, and a resumed run differs.
         return {kind: basis.by_columns() for kind, basis in found[0].items()}, found[1]
 
@@ -57,38 +60,37 @@ class BasisStore:
 
     @on_main
     def _find(self, fingerprint: str | None) -> tuple[dict[str, Basis], dict[str, Any]] | None:
-        """The bases of this run, or of an equal calibration."""
+        """The bases of this run, or of an equal calibration; on the CPU, as they are read."""
         if self.resuming and self.own.exists():
             return load_bases(self.own), self._read_cost()
         if fingerprint is None or not self._stored(fingerprint).exists():
             return None
         bases, cost = load_bases(self._stored(fingerprint), fingerprint), {"fingerprint": fingerprint, "reused": True}
-        return self._write(bases, cost, None)
+        self._write(bases, cost, None)
+        return bases, cost
 
     def _read_cost(self) -> dict[str, Any]:
         try:
-            cost = read_json(self._own_cost)
-        except ValueError as error:
+            cost = load_json(self._own_cost)
+        except (FileNotFoundError, ValueError) as error:
             raise UserError(f"{self._own_cost} is damaged ({error}): resume=false starts the run over") from None
+        except OSError as error:
+            raise unreadable(self._own_cost, error) from error
         if not isinstance(cost, dict):
             raise UserError(f"{self._own_cost} is damaged: resume=false starts the run over")
         return cost
 
     @on_main
-    def _keep(
-        self, bases: dict[str, Basis], cost: dict[str, Any], fingerprint: str | None
-    ) -> tuple[dict[str, Basis], dict[str, Any]]:
-        """Write the bases for this run, and under `fingerprint` for later ones."""
-        return self._write(bases, cost, fingerprint)
+    def _keep(self, bases: dict[str, Basis], cost: dict[str, Any], fingerprint: str | None) -> dict[str, Any]:
+        """Write the bases for this run, and under `fingerprint` for later ones; return what they cost."""
+        self._write(bases, cost, fingerprint)
+        return cost
 
-    def _write(
-        self, bases: dict[str, Basis], cost: dict[str, Any], fingerprint: str | None
-    ) -> tuple[dict[str, Basis], dict[str, Any]]:
+    def _write(self, bases: dict[str, Basis], cost: dict[str, Any], fingerprint: str | None) -> None:
         if fingerprint is not None:
             save_bases(self._stored(fingerprint), bases, fingerprint)
         save_bases(self.own, bases)
         write_json(self._own_cost, cost)
-        return bases, cost
 
     def _stored(self, fingerprint: str) -> Path:
         return self.folder / f"{fingerprint}.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +28,11 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "hardware": hardware(device),
         "started": now(),
     }
+
+
+def finish_environment(environment: Mapping[str, Any], seconds: float | None) -> dict[str, Any]:
+    """Add the current time, and the seconds of the run: a resumed run started in an earlier process."""
+    return {**environment, "finished": now(), "seconds": seconds}
 
 
 def now() -> str:

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad.distributed import is_main, world_size
-from sparsegrad.errors import UserError
+from sparsegrad.errors import FailedRunError, UserError
 from sparsegrad.files import write_json
 from sparsegrad.methods.base import Prepared
 from sparsegrad.models.loading import describe_tokenizer
 from sparsegrad.models.source import Sources
 from sparsegrad.runs.config import RunConfig, TrainConfig
-from sparsegrad.runs.environment import now
 from sparsegrad.runs.parts import Parts
 from sparsegrad.runs.predictions import Arrays, make_arrays
-from sparsegrad.runs.records import SCHEMA
+from sparsegrad.runs.records import PRUNED, SCHEMA
 from sparsegrad.runs.tokenized_splits import TokenSets
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.callbacks import NonFiniteLossError
@@ -129,13 +128,15 @@ def write_failed(
 ) -> UserError:
     """Write the record of a run that failed while it trained; the error for the user, which the caller raises.
 
-    Its checkpoints are deleted: on the way to NaN they are of no use to the next try.
+    Checkpoints are deleted if training showed that the run cannot succeed, or its sweep stopped it: they lead there
+    again. After any other error they are kept: the next try continues from them.
     """
     reason = str(error)
     if isinstance(error, NonFiniteLossError):
         reason = f"{error}: training diverged; lower train.lr={config.train.lr:g}, or check the data"
     if is_main():  # the other processes may not fail, or not here
-        rest = {"reason": reason, "environment": {**environment, "finished": now()}}
+        rest = {"reason": reason, "environment": environment}
         write_json(config.record_path, {**record, **history(trainer.state.log_history), **rest})
-        shutil.rmtree(config.checkpoints, ignore_errors=True)
+        if isinstance(error, FailedRunError) or reason.startswith(PRUNED):
+            shutil.rmtree(config.checkpoints, ignore_errors=True)
     return UserError(f"{reason} (record {config.record_path}, marked failed)")

@@ -18,13 +18,16 @@ import torch
 from sparsegrad.distributed import world_size
 from sparsegrad.errors import UserError, fail, missing_package
 from sparsegrad.files import check_writable
+from sparsegrad.hashing import SHORT
 from sparsegrad.models.source import Sources, find_sources
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.keys import config_key
 from sparsegrad.runs.records import find_complete
+from sparsegrad.runs.run_folder import hash_basis
 from sparsegrad.runs.saving import check_saving
+from sparsegrad.runs.tokenized_splits import describe_batch
 from sparsegrad.tasks.base import Splits
-from sparsegrad.trainer.checkpoints import MANIFEST, PREFIX
+from sparsegrad.trainer.checkpoints import has_checkpoint
 from sparsegrad.trainer.main_process import on_main
 from sparsegrad.trainer.parallel import check_parallel
 from sparsegrad.trainer.processes import check_same, from_main
@@ -71,6 +74,7 @@ def check_run(config: RunConfig, device: torch.device) -> Checked:
     check_process_count(config)
     finished = None if config.force else find_finished(config)
     sources = check_sources(config, finished)  # before the data: a gated model would be found out late
+    check_basis(config, finished)
     splits = load_splits(config, finished)
     if finished is None:
         check_rows(config, splits)
@@ -142,22 +146,18 @@ def check_process_count(config: RunConfig) -> None:
 
     The number is part of the key, so such a checkpoint would be passed over in silence.
     """
-    if config.force or not config.resume or config.record_path.exists() or _has_checkpoint(config.checkpoints):
+    if config.force or not config.resume or config.record_path.exists() or has_checkpoint(config.checkpoints):
         return
     settings = {name: value for name, value in config.resolved.items() if name != "processes"}
     for count in range(1, _MAX_PROCESSES + 1):
         processes = {"processes": count} if count > 1 else {}
         folder = Path(config.work_dir) / config_key({**settings, **processes}) / "checkpoints"
-        if _has_checkpoint(folder):
+        if has_checkpoint(folder):
             by = "1 process" if count == 1 else f"{count} processes"
             raise UserError(
                 f"{folder} is of this run with {by}, and cannot be continued by {world_size()}: rows per step, their "
                 f"order and the random states are those of {count}; start {by}, or begin anew with resume=false"
             )
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    return any(folder.glob(f"{PREFIX}*/{MANIFEST}"))
 
 
 @on_main
@@ -190,6 +190,21 @@ def check_sources(config: RunConfig, finished: Mapping[str, Any] | None) -> Sour
                 f"{identity}): choose another name=, or force=true to replace it"
             )
     return sources
+
+
+@on_main
+def check_basis(config: RunConfig, finished: Mapping[str, Any] | None) -> None:
+    """A finished run's file of bases has the content that it had.
+
+    Where it is not at hand, or the record is of a version that did not note its hash, the record counts as it is.
+    """
+    calibration = (finished or {}).get("calibration") or {}
+    before, now = calibration.get("sha256"), hash_basis(config)
+    if before is not None and now is not None and before != now:
+        raise UserError(
+            f"{config.record_path} was made with another content of method.basis={calibration.get('file')} (sha256 "
+            f"{before[:SHORT]}, now {now[:SHORT]}): choose another name=, or force=true to replace it"
+        )
 
 
 def load_splits(config: RunConfig, finished: Mapping[str, Any] | None) -> Splits | None:
@@ -226,13 +241,13 @@ def _load_in_turn(config: RunConfig) -> Splits:
 
 
 def check_rows(config: RunConfig, splits: Splits | None) -> None:
-    """The training rows fill one batch at least; fewer are a mistake in the data or in `data.max_train`."""
+    """The training rows fill one batch of all processes; fewer are a mistake in the data or in `data.max_train`."""
     assert splits is not None  # a run that is not finished has its data
     share = 0.9 if config.protocol.select == "heldout" else 1.0
-    rows, batch = math.floor(len(splits.train) * share), config.train.batch_size
-    if rows < batch:
+    rows = math.floor(len(splits.train) * share)
+    if rows < config.train.batch_size * world_size():
         raise UserError(
-            f"train.batch_size={batch} is not allowed: {config.task.name} has {rows} training rows; "
+            f"{describe_batch(config)} is not allowed: {config.task.name} has {rows} training rows; "
             "give more rows (data.max_train) or a smaller batch"
         )
     if len(splits.validation) < 2:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsegrad.errors import UserError
-from sparsegrad.files import read_json
+from sparsegrad.files import load_json, unreadable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,11 +23,14 @@ def read_record(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: when it is damaged, has another schema, or lacks a field that tables need.
+        ResourceError: when the disk does not let it be read.
     """
     try:
-        record = read_json(path)
-    except ValueError as error:
+        record = load_json(path)
+    except (FileNotFoundError, IsADirectoryError, ValueError) as error:
         raise UserError(f"{path} is not a readable record ({error}): delete it and run again") from None
+    except OSError as error:
+        raise unreadable(path, error) from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         found = record.get("schema") if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{path} has record schema {found}, this version reads {SCHEMA}: delete it and run again")
@@ -57,6 +61,21 @@ def find_complete(path: Path) -> dict[str, Any] | None:
         return None
     record = read_record(path)
     return record if record["status"] == "complete" else None
+
+
+def run_seconds(record: Mapping[str, Any]) -> float | None:
+    """Wall-clock seconds of a run, with those of the processes that it continued; None if they are unknown.
+
+    Records of earlier versions have the times of the last process only.
+    """
+    environment = record.get("environment", {})
+    try:
+        if "seconds" in environment:
+            return None if environment["seconds"] is None else float(environment["seconds"])
+        started, finished = (datetime.fromisoformat(environment[name]) for name in ("started", "finished"))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return (finished - started).total_seconds()
 
 
 def load_records(folder: Path | str, on_bad: Callable[[UserError], None] | None = None) -> pd.DataFrame:

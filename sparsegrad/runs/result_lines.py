@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from sparsegrad.errors import UserError
 from sparsegrad.progress import format_seconds
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.predictions import Arrays, read_predictions
-from sparsegrad.runs.records import find_complete
+from sparsegrad.runs.records import find_complete, run_seconds
 from sparsegrad.runs.saving import model_folder
 
 LABEL = 9  # columns of the words before each line
@@ -118,11 +117,9 @@ def _facts(record: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _describe_time(record: Mapping[str, Any]) -> str:
-    about, speed = record.get("environment", {}), record["speed"]
-    parts = []
-    if "started" in about and "finished" in about:
-        whole = datetime.fromisoformat(about["finished"]) - datetime.fromisoformat(about["started"])
-        parts.append(format_seconds(whole.total_seconds()))
+    speed, parts = record["speed"], []
+    if (whole := run_seconds(record)) is not None:
+        parts.append(format_seconds(whole))
     if speed["steps_per_second"] is not None:
         parts.append(f"{speed['steps_per_second']:.2f} steps/s")
     calibration = record.get("calibration") or {}

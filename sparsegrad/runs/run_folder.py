@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sparsegrad.errors import BusyError
+from sparsegrad.hashing import file_sha256
 from sparsegrad.models.source import Sources
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.tasks.base import Splits
@@ -47,27 +48,31 @@ def _acquire(lock: FileLock, key: str) -> None:
 def prepare_checkpoints(config: RunConfig, splits: Splits, sources: Sources) -> str | None:
     """The checkpoint to continue from, or None.
 
-    The folder of checkpoints is emptied when a new start was asked for, or when other data or another model of the same
-    name made what it holds.
+    The folder of checkpoints is emptied when a new start was asked for, or when other data, another model or another
+    file of bases of the same name made what it holds.
     """
-    data, source = config.checkpoints / "data", config.checkpoints / "source"
-    same_data = _content(data) == splits.fingerprint
-    # Checkpoints of earlier versions do not say what model they began with.
-    same_source = not source.exists() or _content(source) == _as_text(sources)
-    if config.force or not config.resume or not same_data or not same_source:
-        shutil.rmtree(config.checkpoints, ignore_errors=True)
-        config.checkpoints.mkdir(parents=True, exist_ok=True)
-        data.write_text(splits.fingerprint, encoding="utf-8")
-        source.write_text(_as_text(sources), encoding="utf-8")
-    return last_checkpoint(config.checkpoints)
+    made_from = {"data": splits.fingerprint, "source": json.dumps(sources.as_json(), sort_keys=True)}
+    if (basis := hash_basis(config)) is not None:
+        made_from["basis"] = basis
+    folder = config.checkpoints
+    # Checkpoints of earlier versions do not say what model and bases they began with.
+    known = {name: text for name, text in made_from.items() if name == "data" or (folder / name).exists()}
+    if config.force or not config.resume or any(_content(folder / name) != text for name, text in known.items()):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in made_from.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    return last_checkpoint(folder)
+
+
+def hash_basis(config: RunConfig) -> str | None:
+    """SHA-256 of the file of bases that the method reads; None without one, or where it is not at hand."""
+    path = getattr(config.method, "basis_file", None)
+    return file_sha256(path) if path is not None and path.is_file() else None
 
 
 def _content(path: Path) -> str | None:
     return path.read_bytes().decode(errors="replace") if path.is_file() else None
-
-
-def _as_text(sources: Sources) -> str:
-    return json.dumps(sources.as_json(), sort_keys=True)
 
 
 @on_main

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,14 +12,14 @@ import torch
 from transformers import TrainerCallback
 
 from sparsegrad.distributed import is_main, rank
-from sparsegrad.errors import UserError
+from sparsegrad.errors import ResourceError, UserError
 from sparsegrad.files import is_of_writing, unwritable, write_json
 from sparsegrad.methods.base import Prepared
 from sparsegrad.models.source import Sources
 from sparsegrad.progress import job
 from sparsegrad.runs.announcement import announce, announce_time
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.runs.environment import describe_environment, now
+from sparsegrad.runs.environment import describe_environment, finish_environment
 from sparsegrad.runs.method_setup import prepare_method
 from sparsegrad.runs.outcome import describe_run, score_run, write_failed
 from sparsegrad.runs.parts import Parts, load_parts
@@ -29,7 +30,7 @@ from sparsegrad.runs.saving import save_results
 from sparsegrad.runs.tracking import tracked
 from sparsegrad.runs.trainer_setup import make_trainer
 from sparsegrad.tasks.base import Splits
-from sparsegrad.trainer.callbacks import NonFiniteLossError, Stopwatch
+from sparsegrad.trainer.callbacks import Stopwatch
 from sparsegrad.trainer.device import pick_device
 from sparsegrad.trainer.log_history import history
 from sparsegrad.trainer.main_process import on_main
@@ -59,6 +60,7 @@ def run(
 
     Raises:
         UserError: for whatever the user can mend; if training has begun, a record marked failed is left.
+        ResourceError: if a disk or another process failed; the same command continues from the last checkpoint.
     """
     device = pick_device(config.train.device)
     with _explained_errors(config):
@@ -101,11 +103,12 @@ def _train(
     announces: bool,
 ) -> tuple[dict[str, Any], Arrays]:
     """Load, calibrate, train and evaluate; the record and the predictions."""
-    environment = describe_environment(device)  # now: the checkout may change while the run lasts
+    environment, began = describe_environment(device), time.monotonic()  # now: the checkout may change during the run
     stop = StopOnSignal()
     with stop.listening():
         setup = _set_up(config, splits, sources, device, stop, announces)
         parts, trainer, stopwatch = setup.parts, setup.trainer, setup.stopwatch
+        stopwatch.began = began  # the time of a run includes loading and calibration
         for callback in callbacks:
             trainer.add_callback(callback)
         record = describe_run(config, parts, splits, sources, setup.prepared, labels)
@@ -113,13 +116,16 @@ def _train(
             try:
                 _run_trainer(config, trainer, setup.checkpoint)
                 result, arrays = score_run(config, trainer, parts)
-            except (NonFiniteLossError, UserError) as error:
-                raise write_failed(config, record, trainer, environment, error) from None
+            except ResourceError:
+                raise  # the run itself is sound: no failed record, and its checkpoints are kept
+            except UserError as error:
+                finished = finish_environment(environment, stopwatch.run_seconds())
+                raise write_failed(config, record, trainer, finished, error) from None
             measured = {"speed": stopwatch.report(), "memory": stopwatch.memory.report()}
             record |= {"status": "complete", "result": result, **measured}
         if config.save_model or config.save_adapter:
             save_results(config, parts, setup.prepared, sources)
-    finished = {**environment, "finished": now()}
+    finished = finish_environment(environment, stopwatch.run_seconds())
     record |= {"predictions": describe_arrays(arrays)}
     return {**record, **history(trainer.state.log_history), "environment": finished}, arrays
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 
+from sparsegrad.distributed import world_size
 from sparsegrad.errors import UserError
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.tasks.base import Splits
@@ -30,7 +31,7 @@ def token_sets(config: RunConfig, splits: Splits, tokenizer: Any) -> TokenSets:
     """Tokenize the rows that train, choose the checkpoint and are reported under the run's protocol.
 
     Raises:
-        UserError: when packing leaves too few rows for one batch.
+        UserError: when packing leaves too few rows for one batch of all processes.
     """
     counts: dict[str, Any] = {}
 
@@ -49,12 +50,18 @@ def token_sets(config: RunConfig, splits: Splits, tokenizer: Any) -> TokenSets:
         report=None if report is None else tokens(report, "validation"),
         counts=counts,
     )
-    if len(sets.train) < config.train.batch_size:  # conversations are packed: fewer rows than before
+    if len(sets.train) < config.train.batch_size * world_size():  # conversations are packed: fewer rows than before
         raise UserError(
-            f"train.batch_size={config.train.batch_size} is not allowed: {config.task.name} fills {len(sets.train)} "
+            f"{describe_batch(config)} is not allowed: {config.task.name} fills {len(sets.train)} "
             "windows; give more conversations, a shorter data.max_length or a smaller batch"
         )
     return sets
+
+
+def describe_batch(config: RunConfig) -> str:
+    """The setting of the batch, with the number of processes that each have one."""
+    processes = f" with {world_size()} processes" if world_size() > 1 else ""
+    return f"train.batch_size={config.train.batch_size}{processes}"
 
 
 def log_counts(*counts: Mapping[str, Any]) -> None:

@@ -34,6 +34,8 @@ def training_batches(rows: datasets.Dataset, config: RunConfig, tokenizer: Any) 
     With several processes, each gets its own rows of the common batch.
     """
     generator, size = torch.Generator().manual_seed(config.seed), config.train.batch_size
+    # Otherwise the loader has no batch, and the loop below never ends; `tokenized_splits` checks it.
+    assert len(rows) >= size * world_size()
     loader = DataLoader(
         rows,
         batch_size=size * world_size(),
@@ -77,6 +79,7 @@ def make_trainer(
         callbacks=callbacks,
         optimizers=(optimizer, None),
         loss_watch=LossWatch(),
+        stopwatch=stopwatch,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress)

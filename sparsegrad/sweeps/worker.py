@@ -15,7 +15,7 @@ import torch
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sparsegrad import progress
-from sparsegrad.errors import BusyError, UserError
+from sparsegrad.errors import BusyError, ResourceError, UserError
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.records import find_complete
 from sparsegrad.sweeps.config import runner
@@ -25,6 +25,7 @@ from sparsegrad.sweeps.packing import Packing
 from sparsegrad.sweeps.reporter import Reporter
 from sparsegrad.sweeps.storage import is_unavailable, patiently, unavailable
 from sparsegrad.sweeps.study import SharedStudy
+from sparsegrad.trainer.checkpoints import has_checkpoint
 from sparsegrad.trainer.signals import StopOnSignal
 
 _MAX_PAUSE = 5.0  # seconds between the first looks at a study that has no free trial
@@ -106,7 +107,13 @@ class Worker:
         try:
             record, is_new = self._run_admitted(config, trial, reporter)
         except torch.OutOfMemoryError:
+            if has_checkpoint(config.checkpoints):
+                # It has fitted before, so another program may hold the memory: tried again, as after a crash.
+                facts = {FAILURE: CRASHED, REASON: "out of device memory, where it trained before"}
+                return self._count_crash(trial), None, facts
             return TrialState.PRUNED, None, {REASON: "out of device memory"}
+        except ResourceError:
+            raise  # of this machine, not of the values
         except UserError:
             # A run that failed in training left a record: its values are poor. Other errors would affect every trial.
             reason = _read_failure(config, self._make_label(trial))
@@ -150,9 +157,13 @@ class Worker:
 
     def _close_crashed(self, trial: Trial, error: Exception) -> None:
         """Close a trial after a programming error; it is tried again, but at most `sweep.retries` times."""
-        plan, deaths = self.shared.plan, self.shared.ledger().deaths(trial.number)
-        state = TrialState.FAIL if deaths < plan.sweep.retries else TrialState.PRUNED
-        self.shared.close(trial, state, {FAILURE: CRASHED, REASON: f"{type(error).__name__}: {error}"[:500]})
+        facts = {FAILURE: CRASHED, REASON: f"{type(error).__name__}: {error}"[:500]}
+        self.shared.close(trial, self._count_crash(trial), facts)
+
+    def _count_crash(self, trial: Trial) -> TrialState:
+        """The state of a crashed trial: FAIL, to be tried again, but at most `sweep.retries` times."""
+        deaths = self.shared.ledger().deaths(trial.number)
+        return TrialState.FAIL if deaths < self.shared.plan.sweep.retries else TrialState.PRUNED
 
     def _free_memory(self) -> None:
         """Free memory before the next model is loaded."""

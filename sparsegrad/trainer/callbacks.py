@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,12 +12,13 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from sparsegrad import progress
+from sparsegrad.errors import FailedRunError
 from sparsegrad.trainer.peak_memory import PeakMemory
 
 WARM_UP_STEPS = 3  # not timed: the first steps allocate memory and choose kernels
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(FailedRunError):
     """The training loss became NaN or infinite at `step`."""
 
     def __init__(self, step: int) -> None:
@@ -26,16 +27,22 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Stopwatch(TrainerCallback):  # type: ignore[misc]
-    """Measures seconds and peak memory of training steps, without evaluation, logging and saving.
+    """Measures seconds and peak memory of training steps, without evaluation, logging and saving; and the whole run.
 
-    The first `WARM_UP_STEPS` of a process are not timed.
+    The first `WARM_UP_STEPS` of a process are not timed. Seconds include those of the processes that the run continues,
+    up to their last checkpoint; the peak of memory is that of this process.
+
+    Attributes:
+        began: time at which this process began the run, by `time.monotonic`.
     """
 
     def __init__(self, memory: PeakMemory) -> None:
         self.memory = memory
+        self.began = time.monotonic()
         self.seen = 0
         self.steps = 0
         self.seconds = 0.0
+        self._before: float | None = 0.0  # seconds of the processes that the run continues; None: unknown
         self._mark = 0.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -78,6 +85,22 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
             "timed_steps": self.steps,
             "timed_seconds": round(self.seconds, 3),
         }
+
+    def run_seconds(self) -> float | None:
+        """Return the seconds of the whole run so far; None if it continues one that did not store them."""
+        return None if self._before is None else round(self._before + time.monotonic() - self.began, 1)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint stores of this clock."""
+        return {"steps": self.steps, "seconds": round(self.seconds, 3), "run_seconds": self.run_seconds()}
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Add what `state` returned in an earlier process; None for a checkpoint of an earlier version."""
+        if state is None:
+            self._before = None
+            return
+        self.steps, self.seconds = self.steps + int(state["steps"]), self.seconds + float(state["seconds"])
+        self._before = None if state["run_seconds"] is None else float(state["run_seconds"])
 
     def _resume(self) -> None:
         self._mark = time.monotonic()

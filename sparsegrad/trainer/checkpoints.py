@@ -15,13 +15,14 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from sparsegrad.distributed import whole
-from sparsegrad.errors import UserError
-from sparsegrad.files import load_json, read_json, write_json
+from sparsegrad.errors import ResourceError
+from sparsegrad.files import load_json, unreadable, write_json
 from sparsegrad.hashing import SHORT, file_sha256, tensors_sha256
 
 MANIFEST = "manifest.json"
 KEEP = 2  # newest checkpoints that are kept, besides the best one
 PREFIX = "checkpoint-"
+OR_RESTART = ", or restart the run with resume=false"
 # Error numbers of files that do not exist. Any other, such as EIO, says nothing about the file.
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 _log = logging.getLogger("sparsegrad")
@@ -31,7 +32,7 @@ def seal(checkpoint: Path, facts: Mapping[str, Any]) -> None:
     """Write the manifest; only then does the checkpoint count. `read_manifest` returns `facts` again.
 
     Raises:
-        UserError: if the manifest cannot be written.
+        ResourceError: if the manifest cannot be written.
     """
     files = {path.name: _fingerprint_file(path) for path in sorted(checkpoint.iterdir()) if path.name != MANIFEST}
     write_json(checkpoint / MANIFEST, {"files": files, **facts})
@@ -39,15 +40,20 @@ def seal(checkpoint: Path, facts: Mapping[str, Any]) -> None:
 
 def read_manifest(checkpoint: Path | str) -> dict[str, Any]:
     """Read the manifest of a complete checkpoint."""
-    content: dict[str, Any] = read_json(Path(checkpoint) / MANIFEST)
+    content: dict[str, Any] = load_json(Path(checkpoint) / MANIFEST)
     return content
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a checkpoint was completed in `folder`; its files are not read."""
+    return any(folder.glob(f"{PREFIX}*/{MANIFEST}"))
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether every file of the manifest exists and is unchanged; reads all of them.
 
     Raises:
-        UserError: if a file exists but cannot be read, as after a temporary failure of the disk.
+        ResourceError: if a file exists but cannot be read, as after a temporary failure of the disk.
     """
     return _run_check(lambda: _matches_manifest(checkpoint))
 
@@ -58,7 +64,7 @@ def last_checkpoint(folder: Path) -> str | None:
     Newer ones that are damaged are deleted.
 
     Raises:
-        UserError: if a file cannot be read; then nothing is deleted.
+        ResourceError: if a file cannot be read; then nothing is deleted.
     """
     damaged: list[Path] = []
     found = None
@@ -99,19 +105,16 @@ def _run_check(check: Callable[[], bool]) -> bool:
     """Return the result of `check`; False also if a file is missing or malformed.
 
     Raises:
-        UserError: if a file exists but cannot be read.
+        ResourceError: if a file exists but cannot be read.
     """
     try:
         return check()
-    except UserError:
+    except ResourceError:
         raise
     except OSError as error:
         if error.errno in _ABSENT:
             return False
-        raise UserError(
-            f"cannot read {error.filename} ({error.strerror or error}): nothing was deleted; try again when it can be "
-            "read, or restart the run with resume=false"
-        ) from error
+        raise unreadable(error.filename, error, OR_RESTART) from error
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return False
 

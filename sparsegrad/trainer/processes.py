@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 from sparsegrad.distributed import _shared, connected, rank, world_size
 from sparsegrad.distributed import from_main as from_main
-from sparsegrad.errors import UserError
+from sparsegrad.errors import ResourceError, UserError
 
 # Messages of gloo, which raises a plain RuntimeError; NCCL raises a `DistError`.
 _CONNECTION_ERRORS = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
@@ -53,15 +53,20 @@ def check_same(name: str, value: str) -> None:
             )
 
 
-def lost_process(error: Exception) -> UserError | None:
+def is_of_connection(error: Exception) -> bool:
+    """Whether `error` means that another process has ended."""
+    broken = isinstance(error, dist.DistError) or any(sign in str(error) for sign in _CONNECTION_ERRORS)
+    return connected() and broken
+
+
+def lost_process(error: Exception) -> ResourceError | None:
     """Return the error to report if `error` means that another process has ended; None for any other error.
 
     Only the first process that notices prints it; in the others the error is silent.
     """
-    broken = isinstance(error, dist.DistError) or any(sign in str(error) for sign in _CONNECTION_ERRORS)
-    if not connected() or not broken:
+    if not is_of_connection(error):
         return None
-    lost = UserError(
+    lost = ResourceError(
         f"process {rank()} of {world_size()} lost the connection to another, which has ended: for the cause see its "
         "output, or the launcher's summary; the same command continues from the last checkpoint"
     )

@@ -15,12 +15,16 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from sparsegrad.distributed import average_, world_size
-from sparsegrad.errors import UserError, first_line
-from sparsegrad.trainer.callbacks import LossWatch, Progress
-from sparsegrad.trainer.checkpoints import PREFIX, load_state, prune, read_manifest, seal
+from sparsegrad.errors import ResourceError, UserError, first_line
+from sparsegrad.files import unreadable
+from sparsegrad.trainer.callbacks import LossWatch, Progress, Stopwatch
+from sparsegrad.trainer.checkpoints import OR_RESTART, PREFIX, load_state, prune, read_manifest, seal
 from sparsegrad.trainer.last_batch import own_rows, weighted, without_labels
 from sparsegrad.trainer.length_groups import ShuffledLengthGroups
+from sparsegrad.trainer.processes import is_of_connection
 
+# Failures of memory or device, which say nothing about a checkpoint. The last one is missing in torch before 2.8.
+_OF_DEVICE = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
 VALIDATION = "validation"  # prefix in the log of scores that do not choose the checkpoint
 
 
@@ -29,6 +33,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         loss_watch: receives the loss of each micro-batch.
+        stopwatch: one of the callbacks, whose times checkpoints store; None: none.
         language: whether a causal language model is trained.
         watched: rows that are scored for the log alone; None: none.
         shuffles_groups: whether batches of rows of similar length come in random order.
@@ -39,13 +44,14 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self,
         *args: Any,
         loss_watch: LossWatch,
+        stopwatch: Stopwatch | None = None,
         language: bool = False,
         watched: datasets.Dataset | None = None,
         shuffles_groups: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.watched = watched
+        self.watched, self.stopwatch = watched, stopwatch
         self._shuffles_groups = shuffles_groups
         self._groups: ShuffledLengthGroups | None = None
         # What evaluations predicted, by step: the newest and the best, which need not be computed again at the end.
@@ -71,13 +77,18 @@ class RunTrainer(Trainer):  # type: ignore[misc]
                     callback.close()
 
     def _is_done(self, checkpoint: str) -> bool:
-        """Whether training had ended at the checkpoint: then restore its state, otherwise only its unlogged losses."""
+        """Whether training had ended at the checkpoint: then restore its state, otherwise only its unlogged losses.
+
+        Times are restored in either case.
+        """
         with _report_unreadable(checkpoint):
-            state = load_state(checkpoint)
+            state, manifest = load_state(checkpoint), read_manifest(checkpoint)
+            if self.stopwatch is not None:
+                self.stopwatch.restore(manifest.get("clock"))
             if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
                 self.state = state
                 return True
-            self.add_callback(_RestoreLosses(self, **read_manifest(checkpoint)["unlogged"]))
+            self.add_callback(_RestoreLosses(self, **manifest["unlogged"]))
         return False
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
@@ -200,7 +211,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             super()._save_checkpoint(*args, **kwargs)
             self.accelerator.wait_for_everyone()  # each process writes its own random state
             if self.args.should_save:
-                seal(checkpoint, {"unlogged": unlogged})
+                clock = {} if self.stopwatch is None else {"clock": self.stopwatch.state()}
+                seal(checkpoint, {"unlogged": unlogged, **clock})
                 prune(checkpoint.parent, self.state.best_global_step)
         except Exception:
             shutil.rmtree(checkpoint, ignore_errors=True)  # on a full disk, an incomplete checkpoint only takes space
@@ -216,13 +228,21 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
 @contextmanager
 def _report_unreadable(checkpoint: str | None) -> Iterator[None]:
-    """Turn errors of loading a checkpoint into a `UserError`; its hashes were checked before."""
+    """Turn errors of loading a checkpoint into a `ResourceError`; its hashes were checked before.
+
+    Errors of memory, device and connection stay as they are: the checkpoint may be good.
+    """
     try:
         yield
-    except UserError:
+    except (UserError, *_OF_DEVICE):
         raise
-    except Exception as error:  # replaced files, or those of another torch version or model
-        raise UserError(
+    except OSError as error:
+        raise unreadable(error.filename or checkpoint, error, OR_RESTART) from error
+    except Exception as error:
+        if is_of_connection(error):
+            raise
+        # Replaced files, or those of another torch version or model.
+        raise ResourceError(
             f"{checkpoint} cannot be loaded ({first_line(error)}): restart the run with resume=false"
         ) from error
 

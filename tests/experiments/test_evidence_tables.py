@@ -38,6 +38,14 @@ def test_the_main_table_has_scores_differences_and_costs(cases: Cases) -> None:
     assert len(main.records["SparseGrad exact sst2"]) == 3
 
 
+def test_a_run_without_a_speed_has_reached_the_target_at_an_unknown_time(cases: Cases) -> None:
+    cases.healthy()
+    cases.run("sparsegrad", "sst2", SEEDS[0], 0.86, speed={"steps_per_second": None})
+    main, *_ = evidence.tables(of(cases))
+    assert cell(main, "h to target", method="SparseGrad exact") == "unknown on sst2"
+    assert "sparsegrad" not in {point.arm for point in score_hours.points(of(cases), "evidence_paper")}
+
+
 def test_a_failed_gate_stands_in_place_of_differences(cases: Cases) -> None:
     cases.healthy()
     for seed in SEEDS:

@@ -20,7 +20,7 @@ from test_sweep_dashboard import BROWSER
 
 from experiments.report import command as report
 from experiments.report import figures, render
-from experiments.report.collect import collect_cells
+from experiments.report.collect import collect_cells, hours
 from experiments.report.evidence import BLOCKS
 from experiments.report.tables import accuracy
 from experiments.report.tables.base import MINI_MARK, Context
@@ -90,6 +90,10 @@ def test_a_cell_holds_mean_spread_count_interval_protocol_and_cost(results: Path
     of = {"method": "full", "task": "cola", "protocol": "paper"}
     assert cell(table, "ours", **of) == "82.00 ± 2.00"
     assert (cell(table, "n", **of), cell(table, "hours", **of)) == ("3", "0.75")
+    resumed = record("full", "cola", 7, 0.82)
+    resumed["environment"]["seconds"] = 1800.0  # with those before the last start
+    assert hours(resumed) == 0.5
+    assert hours({**resumed, "environment": {**resumed["environment"], "seconds": None}}) is None
     lora = {**of, "method": "lora"}
     assert cell(table, "ours", **lora) == "72.00 ± 2.83"
     assert cell(table, "n", **lora) == "2 of 3"

@@ -7,6 +7,8 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,9 @@ from run_fixtures import RunPy, write_rows
 from sparsegrad.assets import download as assets
 from sparsegrad.assets.download import assets_root
 from sparsegrad.basis import Basis, save_bases
+from sparsegrad.errors import UserError
+from sparsegrad.runs.preflight import check_rows
+from sparsegrad.runs.tokenized_splits import token_sets
 
 
 @pytest.mark.usefixtures("nothing_loaded")
@@ -180,3 +185,24 @@ def test_a_missing_tracker_is_named(refused: Refused, monkeypatch: pytest.Monkey
     line = refused("tracker=wandb")
     assert "pip install -e '.[wandb]'" in line
     assert "tracker=none" in line
+
+
+@pytest.mark.parametrize("check", ["rows", "windows"])
+def test_rows_must_fill_a_batch_of_all_processes(monkeypatch: pytest.MonkeyPatch, check: str) -> None:
+    """With fewer, the calibration would wait for its first batch forever."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    task = SimpleNamespace(name="sst2", tokens=lambda rows, *_: (rows, {}))
+    config: Any = SimpleNamespace(
+        task=task, data=None, protocol=SimpleNamespace(select="validation"), train=SimpleNamespace(batch_size=4)
+    )
+
+    def call(rows: int) -> None:
+        splits: Any = SimpleNamespace(train=range(rows), validation=range(10))
+        if check == "rows":
+            check_rows(config, splits)
+        else:
+            token_sets(config, splits, None)
+
+    call(8)
+    with pytest.raises(UserError, match=f"train.batch_size=4 with 2 processes is not allowed: .* 7 .*{check}"):
+        call(7)

@@ -48,6 +48,7 @@ def test_a_checkpoint_continues_to_the_same_end(folder: Path, conf: Composer, be
     record, is_new = run(config, callbacks=[watch])
     assert is_new
     assert watch.began == 2
+    assert record["environment"]["seconds"] is None, "the checkpoint does not say how long it took"
     for curve in ("losses", "evaluations"):
         assert len(record[curve]) == len(before[curve])
         for row, expected in zip(record[curve], before[curve], strict=True):

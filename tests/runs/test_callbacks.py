@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,6 +56,27 @@ def test_a_run_of_few_steps_has_no_speed(clock: Clock) -> None:
         clock.now += 1
         watch.on_step_end()
     assert watch.report()["steps_per_second"] is None
+
+
+def test_a_resumed_run_counts_the_times_of_earlier_processes(clock: Clock) -> None:
+    first = Stopwatch(PeakMemory(torch.device("cpu")))
+    clock.now += 50  # loading
+    first.on_train_begin()
+    for _ in range(WARM_UP_STEPS + 10):
+        clock.now += 0.5
+        first.on_step_end()
+    stored = json.loads(json.dumps(first.state()))
+    clock.now += 10_000  # nothing runs
+    again = Stopwatch(PeakMemory(torch.device("cpu")))
+    again.restore(stored)
+    clock.now += 20
+    again.on_train_begin()
+    clock.now += 9
+    again.on_step_end()  # not timed, so this process alone would have no speed
+    assert again.report() == {"steps_per_second": 2.0, "timed_steps": 10, "timed_seconds": 5.0}
+    assert again.run_seconds() == 50 + 0.5 * (WARM_UP_STEPS + 10) + 29
+    again.restore(None)  # a checkpoint of an earlier version
+    assert again.run_seconds() is again.state()["run_seconds"] is None
 
 
 def bad_step(losses: list[float], accumulation: int, log_every: int, start: int = 0) -> int | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from run_fixtures import Tiny, write_rows
 from test_runs import Stop, curves
 
-from sparsegrad.basis import load_bases, save_bases
+from sparsegrad.basis import Basis, load_bases, save_bases
+from sparsegrad.errors import UserError
+from sparsegrad.hashing import file_sha256
 from sparsegrad.runs.runner import run
 from sparsegrad.runs.saving import model_folder
 
@@ -26,6 +29,28 @@ def test_a_checkpoint_of_other_data_is_not_continued(tiny: Tiny, tmp_path: Path)
     assert again.began == 0
     assert record["data"]["train_rows"] == 20
     assert record["config"]["data"]["dir"] == "other", "records are shared: the path of this machine stays out"
+
+
+def test_a_file_of_bases_stands_for_its_content(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "bases.safetensors"
+    config = tiny("method=sparsegrad", f"method.basis={path}", "protocol.eval_steps=1")
+
+    def write(shift: int) -> None:
+        inner, outer = (torch.eye(size).roll(shift, 0) for size in (32, 64))  # orthogonal
+        save_bases(path, {"intermediate": Basis(inner, outer), "output": Basis(outer, inner)})
+
+    write(1)
+    interrupted(config, 2)
+    write(2)
+    again = Stop()
+    record, _ = run(config, callbacks=[again])
+    assert again.began == 0, "a checkpoint of other bases was continued"
+    assert record["calibration"] == {"file": str(path), "sha256": file_sha256(path)}
+    write(3)
+    with pytest.raises(UserError, match=rf"another content of method\.basis={path} .*name=, or force=true"):
+        run(config)
+    path.unlink()
+    assert run(config) == (record, False)
 
 
 @pytest.mark.parametrize("engine", ["exact", "layer"])

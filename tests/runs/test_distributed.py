@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from distributed_cases import (
     walk_prepared,
 )
 from process_group import together
+from torch import distributed as dist
+
+from sparsegrad.basis import Basis
+from sparsegrad.runs.basis_cache import BasisStore
 
 
 def assert_equal(found: dict[str, Any], wanted: dict[str, Any], most: float, what: str) -> None:
@@ -63,6 +68,21 @@ def test_prepare_and_ddp_in_either_order(wrap_first: bool) -> None:
         assert found["names"] == wanted["names"]
         assert np.allclose(found["losses"], wanted["losses"], atol=1e-10, rtol=0)
         assert_equal(found["weights"], wanted["weights"], 1e-10, "")
+
+
+def test_calibrated_bases_stay_on_the_device_of_each_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sent by pickle from the main process's GPU, they would be on that GPU in every process."""
+    pickled: list[bytes] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda objects, src: pickled.append(pickle.dumps(objects)))
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, src: tensor.fill_(7))
+    own = tmp_path / "own.safetensors"
+    store = BasisStore(folder=tmp_path, model=torch.nn.Linear(2, 2), facts={}, own=own, resuming=False)
+    bases, _ = store.calibrated({"steps": 1}, lambda: {"up": Basis(torch.eye(2).T, None)})
+    assert pickled
+    assert not any(b"Basis" in sent for sent in pickled)
+    assert torch.equal(bases["up"].in_basis, torch.full((2, 2), 7.0))
 
 
 def bfloat16() -> dict[str, Any]:

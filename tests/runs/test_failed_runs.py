@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
-import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from bad_input_cases import Refused
 from bad_input_cases import nothing_loaded as nothing_loaded  # the fixtures
 from bad_input_cases import refused as refused
-from run_fixtures import Composer, last_wins, small_files
-from transformers import TrainerCallback
+from run_fixtures import Composer, Tiny, last_wins, small_files
+from transformers import Trainer, TrainerCallback
 
 from sparsegrad import cli
+from sparsegrad.errors import UserError
 from sparsegrad.runs import runner as runs
+from sparsegrad.runs.runner import run
+from sparsegrad.trainer.checkpoints import has_checkpoint, last_checkpoint, seal
 
 
 @pytest.mark.usefixtures("nothing_loaded")
@@ -43,9 +46,6 @@ def test_a_full_disk_while_writing_the_record(
         with monkeypatch.context() as disk:
             disk.setattr(os, "fsync", no_space)
             write(path, content)
-
-    def no_space(number: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(runs, "write_json", full)  # the record's; the basis is stored before
     assert re.search(r"cannot write .*results.*No space left on device; free space", refused())
@@ -82,42 +82,86 @@ def test_an_error_that_is_not_of_writing_keeps_its_name(
         cli.run_command(conf(*small))
 
 
-class Poison(TrainerCallback):  # type: ignore[misc]
-    """Makes a weight NaN after step 2."""
+class At(TrainerCallback):  # type: ignore[misc]
+    """Does something after a step, and notes whether a checkpoint was there."""
+
+    def __init__(self, step: int, action: Callable[[Any], None]) -> None:
+        self.step, self.action, self.was_saved = step, action, False
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        if state.global_step == 2:
-            next(model.parameters()).data.fill_(float("nan"))
+        if state.global_step == self.step:
+            self.was_saved = has_checkpoint(Path(args.output_dir))
+            self.action(model)
 
 
-def test_a_diverged_run_names_the_step_leaves_a_failed_record_and_is_tried_again(
-    conf: Composer, small: tuple[str, ...], refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    real = runs.run
-    monkeypatch.setattr(runs, "run", lambda config, **more: real(config, callbacks=[Poison()], **more))
-    line = refused("protocol.eval_steps=4")
-    assert re.search(r"not a finite number at step 3: .*lower train\.lr=0\.01.*record .*marked failed", line)
+def poison(model: Any) -> None:
+    for weight in model.parameters():
+        weight.data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("step", "interval", "message"),
+    [
+        (3, 2, r"not a finite number at step 4: .*lower train\.lr=0\.01"),  # the next loss is NaN
+        (2, 1, r"predicts NaN or infinity for 10 of 10 rows.*lower train\.lr"),  # an evaluation comes first
+    ],
+)
+def test_a_diverged_run_leaves_a_failed_record_and_no_checkpoint_and_is_tried_again(
+    conf: Composer, small: tuple[str, ...], refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    step: int, interval: int, message: str,
+) -> None:  # fmt: skip
+    real, spoilt = runs.run, At(step, poison)
+    monkeypatch.setattr(runs, "run", lambda config, **more: real(config, callbacks=[spoilt], **more))
+    line = refused("method=full", f"protocol.eval_steps={interval}")
+    assert re.search(f"{message}.*record .*marked failed", line)
     (path,) = leftovers(tmp_path / "results")
     record = json.loads(path.read_text())
     assert record["status"] == "failed"
-    assert "at step 3" in record["reason"]
+    assert re.search(message, record["reason"])
+    assert spoilt.was_saved, "without a checkpoint its deletion proves nothing"
+    assert not list((tmp_path / "work").glob("*/checkpoints"))
     monkeypatch.setattr(runs, "run", real)
-    cli.run_command(conf(*last_wins(*small, "protocol.eval_steps=4")))
+    cli.run_command(conf(*last_wins(*small, "method=full", f"protocol.eval_steps={interval}")))
     assert json.loads(path.read_text())["status"] == "complete"
 
 
-def test_a_huge_rate_ends_in_one_line_or_in_finite_numbers(
-    conf: Composer, small: tuple[str, ...], tmp_path: Path
+def disk_full(checkpoint: Path, facts: Any) -> None:
+    with pytest.MonkeyPatch.context() as disk:
+        disk.setattr(os, "fsync", no_space)
+        seal(checkpoint, facts)
+
+
+def no_space(number: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fault(error: Exception) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+def test_what_fails_around_a_run_costs_no_checkpoint_and_is_no_failed_run(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    overrides = last_wins(*small, "method=full", "train.lr=9.9", "protocol.max_steps=20")
-    with contextlib.suppress(SystemExit):
-        cli.run_command(conf(*overrides))
-    (path,) = leftovers(tmp_path / "results")
-    record = json.loads(path.read_text())
-    if record["status"] == "complete":
-        assert all(math.isfinite(row["loss"]) for row in record["evaluations"] + record["losses"])
-    else:
-        assert re.search(r"step \d+|predicts NaN", record["reason"])
+    """A full disk while a checkpoint is sealed; then, on resuming, a lack of memory, a disk error, another version."""
+    config = tiny("method=full", "protocol.eval_steps=1")
+    saving = At(2, lambda model: monkeypatch.setattr("sparsegrad.trainer.trainer.seal", disk_full))
+    with pytest.raises(UserError, match=r"cannot write .*manifest\.json: No space left"):
+        run(config, callbacks=[saving])
+    faults = {
+        "out of memory": torch.OutOfMemoryError("CUDA out of memory"),
+        "cannot read .*checkpoint-1.* try again": OSError(errno.EIO, "Input/output error"),
+        "checkpoint-1 cannot be loaded .* resume=false": ValueError("a parameter group is missing"),
+    }
+    for message, error in faults.items():
+        monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", fault(error))
+        with pytest.raises((UserError, torch.OutOfMemoryError), match=message):
+            run(config)
+        assert has_checkpoint(config.checkpoints), message
+        assert leftovers(tmp_path / "results") == [], message
+    assert str(last_checkpoint(config.checkpoints)).endswith("checkpoint-1")
 
 
 def test_a_damaged_record_is_named(refused: Refused, conf: Composer, small: tuple[str, ...], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from test_runs import METHODS, Stop, curves, method, steps
 from sparsegrad.errors import UserError
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.runner import run
-from sparsegrad.trainer.checkpoints import last_checkpoint
+from sparsegrad.trainer.checkpoints import last_checkpoint, read_manifest
 
 
 def test_early_stopping_stops_and_survives_an_interruption(tiny: Tiny) -> None:
@@ -62,9 +62,12 @@ def test_a_run_interrupted_after_its_last_step_trains_no_further(tiny: Tiny) -> 
     config = tiny(f"work_dir={tiny().work_dir}-again")
     with pytest.raises(KeyboardInterrupt):
         run(config, callbacks=[Stop(0)])
+    clock = read_manifest(last_checkpoint(config.checkpoints) or "")["clock"]
     again = Stop()
     resumed, _ = run(config, callbacks=[again])
     assert again.began == -1  # not trained at all
+    assert resumed["speed"]["timed_steps"] == whole["speed"]["timed_steps"] == clock["steps"] == 1
+    assert resumed["environment"]["seconds"] > clock["run_seconds"] > 0
     assert curves(resumed) == pytest.approx(curves(whole))
     assert resumed["result"] == whole["result"]
 

@@ -218,3 +218,10 @@ def test_an_asset_is_known_by_the_hashes_of_its_files(conf: Composer) -> None:
     sources = find_sources(build(conf()).model)
     assert sources.as_json()["model"] == sources.as_json()["tokenizer"]
     assert sources.tokenizer.identity.startswith("asset:")
+
+
+def test_the_code_of_a_folder_is_part_of_its_content(made: Made, source: Path) -> None:
+    """`model.trust_remote_code=true` runs it."""
+    before = find_sources(made().model).as_json()
+    (source / "modeling_own.py").write_text("SCALE = 2\n")
+    assert find_sources(made().model).as_json() != before

@@ -155,6 +155,32 @@ def test_a_trial_that_runs_out_of_memory_is_run_again_alone(composed: Sweep, mon
     assert sorted(sizes) == [4, 8, 16, 32, 40]
 
 
+def test_a_trial_that_trained_before_is_not_given_up_when_memory_is_short(
+    composed: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has fitted: another program holds the memory, at most `sweep.retries` times."""
+    tried: list[int] = []
+
+    def run(config: Any, **rest: Any) -> Any:
+        rows = config.train.batch_size
+        tried.append(rows)
+        if rows == 8 or (rows == 16 and tried.count(16) <= 2):  # each attempt is repeated alone
+            (config.checkpoints / "checkpoint-2").mkdir(parents=True, exist_ok=True)
+            (config.checkpoints / "checkpoint-2" / "manifest.json").touch()
+            raise torch.OutOfMemoryError
+        return original(config, **rest)
+
+    original = sweep_fakes.run
+    monkeypatch.setattr(sweep_fakes, "run", run)
+    sweep = composed("sweep.device_share=1", "sweep.retries=2")
+    run_sweep(sweep)
+    trials = load_study(make_plan(sweep).sweep.storage, "s").trials
+    states: dict[int, list[str]] = {rows: [] for rows in (4, 8, 16, 32)}
+    for trial in trials:
+        states[trial.params["train.batch_size"]].append(trial.state.name)
+    assert states == {4: ["COMPLETE"], 8: ["FAIL", "FAIL", "PRUNED"], 16: ["FAIL", "COMPLETE"], 32: ["COMPLETE"]}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mean
 
 from experiments.report.evidence import Block, Evidence
@@ -103,26 +104,40 @@ def training_hours(block: Block, arm: str, tasks: Sequence[str]) -> float | None
     return total if tasks else None
 
 
-def hours_to_target(
-    evidence: Evidence, block: Block, arm: str, tasks: Sequence[str]
-) -> tuple[float | None, tuple[str, ...]]:
-    """Hours over these tasks until full fine-tuning's held-out score minus one point is first reached.
+@dataclass(frozen=True)
+class TargetTime:
+    """Hours over tasks until a target score, the sum of the means over seeds; None if a task has none.
 
-    Returns:
-        (sum of the means over seeds, or None; tasks on which some seed does not reach it).
+    Attributes:
+        hours: the sum.
+        missed: tasks on which some seed does not reach the target.
+        unknown: tasks on which all seeds reach it, but some at an unknown time, because its speed was not measured.
     """
-    total, missed = 0.0, []
+
+    hours: float | None = None
+    missed: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+
+def hours_to_target(evidence: Evidence, block: Block, arm: str, tasks: Sequence[str]) -> TargetTime:
+    """Hours over these tasks until full fine-tuning's held-out score minus one point is first reached."""
+    total, missed, unknown = 0.0, [], []
     method = block.plan.gate_method if block.plan else "full"
     for task in tasks:
         references = reference_runs(evidence, block.folder, task, method)
         if not references or block.metric(task) in LOWER_IS_BETTER:
-            return None, ()
+            return TargetTime()
         target = mean(run.chosen_score for run in references) - TARGET
-        times = [run.hours_until(target) for run in block.of(arm, task).values()]
-        if not times or None in times:
+        runs = block.of(arm, task).values()
+        times = [time for run in runs if (time := run.hours_until(target)) is not None]
+        if not runs or not all(run.reaches(target) for run in runs):
             missed.append(task)
-        total += mean(time for time in times if time is not None) if any(times) else 0.0
-    return (None if missed or not tasks else total), tuple(missed)
+        elif len(times) < len(runs):
+            unknown.append(task)
+        else:
+            total += mean(times)
+    found = tasks and not missed and not unknown
+    return TargetTime(total if found else None, tuple(missed), tuple(unknown))
 
 
 def _format_hours(number: float | None) -> str:
@@ -130,8 +145,10 @@ def _format_hours(number: float | None) -> str:
 
 
 def _format_target(evidence: Evidence, block: Block, arm: str, tasks: Sequence[str]) -> str:
-    spent, missed = hours_to_target(evidence, block, arm, tasks)
-    return f"not reached on {', '.join(missed)}" if missed else _format_hours(spent)
+    found = hours_to_target(evidence, block, arm, tasks)
+    if found.missed:
+        return f"not reached on {', '.join(found.missed)}"
+    return f"unknown on {', '.join(found.unknown)}" if found.unknown else _format_hours(found.hours)
 
 
 def format_speed(block: Block, arm: str, costs: Mapping[str, Cost]) -> dict[str, str]:
