@@ -60,7 +60,7 @@ def apply(composed: DictConfig, by_hand: Collection[str] | None = None) -> dict[
 def _has_size(composed: DictConfig, key: str, by_hand: Collection[str]) -> bool:
     """Whether the command line gives the method's size in the other way than `key` does."""
     other = _OTHER_SIZE.get(key)
-    return other in by_hand and OmegaConf.select(composed, other) is not None
+    return other is not None and other in by_hand and OmegaConf.select(composed, other) is not None
 
 
 def set_values(composed: DictConfig, values: Mapping[str, Any]) -> None:
