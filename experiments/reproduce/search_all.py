@@ -25,10 +25,9 @@ from experiments.reproduce.processes import Ended, Job, last_error, run_jobs
 from experiments.reproduce.searches import Search
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.runs.overrides import key_of
 from sparsegrad.sweeps.ledger import REASON
 from sparsegrad.sweeps.search_results import SWEEPS
-from sparsegrad.sweeps.show import export
+from sparsegrad.sweeps.show import export, write_plots
 from sparsegrad.sweeps.storage import open_store
 from sparsegrad.sweeps.study import delete, load_study, quiet
 
@@ -116,8 +115,25 @@ def plan_search(plan: EvidencePlan, method: str, task: str, data: str | None, ov
     return found
 
 
-def make(found: Sequence[Search], workers: int, *, dry: bool) -> int:
-    """Finish the searches, `workers` at a time, or list what they lack if `dry`; status 1 if trials are left."""
+def make(
+    found: Sequence[Search],
+    workers: int,
+    *,
+    dry: bool,
+    launcher: str = "local",
+    threads: int | None = 1,
+    plots: bool = False,
+) -> int:
+    """Finish the searches, or list what they lack if `dry`; status 1 if trials are left.
+
+    Args:
+        found: the searches.
+        workers: number of processes at a time on this machine.
+        dry: whether it only lists.
+        launcher: `local`, or the Hydra launcher that starts a worker for each search instead.
+        threads: of each process on this machine; None: as many as it takes by itself.
+        plots: whether the plots of a finished search are stored beside its summary.
+    """
     quiet()
     if dry:
         searches.show(found)
@@ -126,12 +142,17 @@ def make(found: Sequence[Search], workers: int, *, dry: bool) -> int:
         if one.plan.sweep.overwrite:
             _delete_found(one)
     for one in found:  # also those that others finished, but that have no summary yet
-        export_finished(one)
-    _run_workers(found, workers)
+        export_finished(one, plots=plots)
+    if launcher == "local":
+        _run_workers(found, workers, threads, plots=plots)
+    else:
+        searches.launch([one for one in found if not one.is_finished], launcher)
+        for one in found:
+            export_finished(one, plots=plots)
     return 1 if _report_open(found) else 0
 
 
-def _run_workers(found: Sequence[Search], workers: int) -> None:
+def _run_workers(found: Sequence[Search], workers: int, threads: int | None, *, plots: bool) -> None:
     """Run a worker for each search that is not finished, `workers` at a time, and show the trials."""
     jobs = {search_job(one): one for one in found}
     budget = sum(one.plan.budget for one in found)
@@ -145,9 +166,10 @@ def _run_workers(found: Sequence[Search], workers: int) -> None:
 
     with (
         progress.job("trials", budget, unit="trials", done=budget - _count_left(found)) as bar,
-        closing(run_jobs(jobs, workers, lambda job: not jobs[job].is_finished, count)) as ended,
+        closing(run_jobs(jobs, workers, lambda job: not jobs[job].is_finished, count, threads=threads)) as ended,
     ):
         for job in ended:
+            export_finished(jobs[job.job], plots=plots)
             _report(job, jobs[job.job], found)
             bar.update(done=budget - _count_left(found))
 
@@ -170,9 +192,7 @@ def _report_open(found: Sequence[Search]) -> bool:
 def search_job(search: Search) -> Job:
     """The process that adds a worker to a search."""
     log = Path(search.plan.base.work_dir) / "logs" / f"{search.study}.log"
-    # `make` has deleted what is to be overwritten; another worker must not delete the study of the first.
-    own = [one for one in search.overrides if key_of(one) != "sweep.overwrite"]
-    return Job(label=search.study, command=(sys.executable, str(ROOT / "run.py"), *own), log=log)
+    return Job(label=search.study, command=(sys.executable, str(ROOT / "run.py"), *search.worker_overrides), log=log)
 
 
 def _delete_found(search: Search) -> None:
@@ -182,11 +202,14 @@ def _delete_found(search: Search) -> None:
     search.summary.unlink(missing_ok=True)
 
 
-def export_finished(search: Search) -> None:
-    """Write the summary of a finished search that has none of all trials yet."""
+def export_finished(search: Search, *, plots: bool = False) -> None:
+    """Write the summary of a finished search that has none of all trials yet, and with `plots` its plots."""
     if search.is_finished and not search.is_summarised:
         with suppress(UserError):  # no trial was completed: `make` reports it at the end, and the others go on
-            export(load_study(search.plan.sweep.storage, search.study), search.summary.parent)
+            study = load_study(search.plan.sweep.storage, search.study)
+            export(study, search.summary.parent)
+            if plots:
+                list(write_plots(study, search.summary.parent))
 
 
 def _read_reason(search: Search) -> str:
@@ -198,7 +221,6 @@ def _read_reason(search: Search) -> str:
 
 def _report(ended: Ended, search: Search, found: Sequence[Search]) -> None:
     """One line on a search whose worker has ended."""
-    export_finished(search)
     left = _count_left(found)
     what = "finished" if search.is_finished else last_error(ended.job.log) or f"ended with status {ended.status}"
     progress.say(f"search {search.study}: {what} in {ended.minutes:.1f} min; {left} trials left")
