@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.paths import ROOT
+from experiments.report.plans import Plan
 from experiments.reproduce import commands, searches
 from experiments.reproduce.cells import in_evidence
 from experiments.reproduce.commands import split_names
-from experiments.reproduce.plans import SEARCHED, EvidencePlan, read_plan
+from experiments.reproduce.plans import SEARCHED, read_plan
 from experiments.reproduce.processes import Ended, Job, last_error, run_jobs
 from experiments.reproduce.searches import Search
 from sparsegrad import progress
@@ -73,7 +74,7 @@ def plan_searches(request: Request) -> list[Search]:
     """
     plans = [read_plan(name) for name in SEARCHED]
     for key, chosen in (("method", request.methods), ("task", request.tasks)):
-        known = list(dict.fromkeys(value for plan in plans for value in plan.params[key]))
+        known = list(dict.fromkeys(value for plan in plans for value in plan.grid[key]))
         for one in chosen:
             check_choice(f"{key.upper()}S", one, known)
     if request.trees is None:
@@ -92,24 +93,24 @@ def _check_budget(search: Search) -> None:
         )
 
 
-def _searches_of(plan: EvidencePlan, request: Request) -> list[Search]:
+def _searches_of(plan: Plan, request: Request) -> list[Search]:
     data = request.trees if plan.takes_trees else request.data
     found = []
-    for task in plan.params["task"]:
-        for method in plan.params["method"]:
+    for task in plan.grid["task"]:
+        for method in plan.grid["method"]:
             if task in (request.tasks or [task]) and method in (request.methods or [method]):
                 found.append(plan_search(plan, method, task, data, request.overrides))
     return found
 
 
-def plan_search(plan: EvidencePlan, method: str, task: str, data: str | None, overrides: Sequence[str]) -> Search:
+def plan_search(plan: Plan, method: str, task: str, data: str | None, overrides: Sequence[str]) -> Search:
     """The search of one method on one task, with the plan's budget and regime.
 
     Raises:
         UserError: for a value that is not allowed, or another search of the same name.
     """
     sweep = SWEEPS[plan.regime == "paper"]
-    about = [f"experiment={plan.name}", f"sweep={sweep}", f"task={task}", f"method={method}"]
+    about = [f"experiment={plan.experiment}", f"sweep={sweep}", f"task={task}", f"method={method}"]
     found = searches.make_search([*about, *overrides, "hydra.mode=RUN"], task, data)
     _check_budget(found)
     return found

@@ -134,7 +134,7 @@ def planned_searches(table: str, scale: str, data: str | None, overrides: Sequen
     if scale == "paper":
         tasks, about = list(TASKS.values()), ["sweep=paper", f"model={model}", f"method={method}"]
     else:
-        tasks = read_plan(MINI_PLAN).params["task"]
+        tasks = list(read_plan(MINI_PLAN).grid["task"])
         about = [f"experiment={MINI_PLAN}", "sweep=evidence", f"method={method}", "hydra.mode=RUN"]
     tasks = narrowed[-1] if narrowed else tasks
     return [make_search([*about, f"task={task}", *rest], task, data) for task in tasks]
