@@ -79,7 +79,7 @@ def from_main(make: Callable[[], Value]) -> Value:
     dist.broadcast_object_list(outcome, src=0)
     value, failure = outcome[0]
     if failure is not None:
-        raise _shared(failure)
+        raise mark_shared(failure)
     return value  # type: ignore[return-value]
 
 
@@ -96,7 +96,7 @@ def check_same_weights(model: nn.Module) -> None:
     dist.all_gather_object(sums, {name: _sum_bits(parameter) for name, parameter in named.items()})
     for name in sums[0]:
         if len({own.get(name) for own in sums}) > 1:
-            raise _shared(
+            raise mark_shared(
                 UserError(
                     f"{name} differs between the processes: make the model with the same seed on each "
                     "(torch.manual_seed), or load the same weights"
@@ -215,7 +215,7 @@ def _sum_bits(tensor: Tensor) -> int:
     return int(tensor.detach().contiguous().view(whole).sum(dtype=torch.int64))
 
 
-def _shared(error: UserError) -> UserError:
+def mark_shared(error: UserError) -> UserError:
     """Mark an error that all processes raise, so that only the main one prints it."""
     error.silent = not is_main()
     return error

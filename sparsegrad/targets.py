@@ -172,7 +172,7 @@ def _get_linears(model: nn.Module, kind: str, names: list[str]) -> dict[str, nn.
 def _check_module(name: str, module: nn.Module) -> nn.Linear:
     """Return `module` if it is a linear or a `Conv1D` with a weight of its own, or raise `UserError`."""
     weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and _is_quantized(weight):
+    if isinstance(weight, Tensor) and is_quantized(weight):
         raise UserError(
             f"{name}.weight is quantized ({type(weight).__name__}, {weight.dtype}): SparseGrad changes the weight "
             "itself; load the model in float32 or bfloat16, or use LoRA for a quantized one"
@@ -189,7 +189,7 @@ def _check_module(name: str, module: nn.Module) -> nn.Linear:
     raise UserError(f"{name} is a {type(module).__name__}, not a linear with a weight of its own: name only linears")
 
 
-def _is_quantized(weight: Tensor) -> bool:
+def is_quantized(weight: Tensor) -> bool:
     """Whether a weight is quantized, in any of the common ways.
 
     bitsandbytes marks its 4-bit weights by `quant_state`, torchao uses its own tensor classes, and others store

@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.bench.arithmetic import Linear, relative_speed
 from experiments.bench.arms import ARMS, REFERENCES, lora_rank
-from experiments.bench.settings import Setting, setting_from
+from experiments.bench.settings import Setting
 from sparsegrad.errors import UserError
 from sparsegrad.layers.block import core_shape
 
@@ -169,9 +169,3 @@ def _identity(cell: dict[str, Any]) -> tuple[str, str, int]:
 
 def _failed(cell: dict[str, Any]) -> bool:
     return bool(cell["status"] != "complete")
-
-
-def setting_of(document: Document, key: str) -> Setting:
-    """The setting with this key in a document."""
-    fields = document["settings"][key]
-    return setting_from({name: fields[name] for name in Setting.__dataclass_fields__})

@@ -95,10 +95,10 @@ def _choose_plans(request: Request) -> list[str]:
         UserError: for an unknown task, or language tasks alone without trees.
     """
     plans = {name: read_plan(name) for name in PLANS}
-    known = [task for plan in plans.values() for task in plan.params["task"]]
+    known = [task for plan in plans.values() for task in plan.grid["task"]]
     for task in request.tasks:
         check_choice("TASKS", task, known)
-    chosen = [name for name, plan in plans.items() if set(plan.params["task"]) & set(request.tasks or known)]
+    chosen = [name for name, plan in plans.items() if set(plan.grid["task"]) & set(request.tasks or known)]
     if request.trees is None and all(plans[name].takes_trees for name in chosen):
         raise UserError(f"TASKS={','.join(request.tasks)} needs TREES=<file of conversation trees>")
     return chosen
@@ -112,8 +112,8 @@ def compare(name: str, request: Request) -> int:
         if not request.dry and _has_runs(name, request.results):
             print(write_comparison(request.results, name), flush=True)
         return 0
-    methods = list(request.methods) or plan.params["method"]
-    tasks = [task for task in plan.params["task"] if task in (request.tasks or [task])]
+    methods = request.methods or plan.grid["method"]
+    tasks = [task for task in plan.grid["task"] if task in (request.tasks or [task])]
     data = request.trees if plan.takes_trees else request.data
     print(f"{name}: {len(methods)} methods, {', '.join(tasks)}, {plan.budget} trials each", flush=True)
     arms = [(method, task) for method in methods for task in tasks]

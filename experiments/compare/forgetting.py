@@ -112,7 +112,7 @@ def _list_complete(request: Request) -> tuple[list[Cell], dict[str, str]]:
     """The cells whose run is complete; and of the others, label -> why they cannot be measured."""
     found, unfinished = list[Cell](), dict[str, str]()
     remedy = "not run yet; make compare SCALE=mini TASKS=oasst1 TREES=<file of conversation trees> runs it"
-    for method in request.methods or read_plan(PLAN).params["method"]:
+    for method in request.methods or read_plan(PLAN).grid["method"]:
         try:
             cells = list_cells(PLAN, (*request.overrides, f"method={method}"), request.trees)
         except SearchMissingError:

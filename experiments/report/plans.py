@@ -18,7 +18,7 @@ from experiments.paths import CONF
 from sparsegrad.errors import UserError, check_choice, check_integer, check_number, fail, first_line
 from sparsegrad.runs.plan import plan_hash
 
-REGIMES = ("paper", "mlp_only")
+REGIMES = {"paper": True, "mlp_only": False}  # -> train.train_rest
 MIN_SEEDS = 3
 # Fields that runs and searches read, and tables do not.
 OF_RUNS = ("rates_of", "carry", "epochs", "eval_steps", "patience_from", "max_train", "direction")
@@ -83,6 +83,11 @@ class Plan:
         """Tasks of the grid, or those with a gate."""
         return self.grid.get("task", tuple(self.gates))
 
+    @property
+    def takes_trees(self) -> bool:
+        """Whether its task reads conversation trees instead of GLUE."""
+        return "oasst1" in self.tasks
+
 
 def read_plan(experiment: str, conf: Path = CONF) -> Plan | None:
     """The plan of an experiment; None if it has no YAML.
@@ -140,7 +145,7 @@ def _check_rules(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
         check_integer(f"{where}.min_seeds", rules["min_seeds"], at_least=1)
     if "max_improving" in rules:
         check_number(f"{where}.max_improving", rules["max_improving"], at_least=0.0, at_most=1.0)
-    check_choice(f"{where}.regime", rules.get("regime", "paper"), REGIMES)
+    check_choice(f"{where}.regime", rules.get("regime", "paper"), tuple(REGIMES))
     if rules.get("share") is not None:
         check_number(f"{where}.share", rules["share"], above=0.0, at_most=1.0)
     seeds = rules.get("seeds")

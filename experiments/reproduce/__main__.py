@@ -11,13 +11,11 @@ import argparse
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.paths import ROOT, SCALES
-from experiments.reproduce import benchmarks, commands, searches
+from experiments.reproduce import benchmarks, commands, evidence, search_all, searches
 from experiments.reproduce.cells import (
     ELSEWHERE,
     EXPERIMENTS,
@@ -29,27 +27,12 @@ from experiments.reproduce.cells import (
     list_for_show,
 )
 from experiments.reproduce.dry_run import show
-from experiments.reproduce.processes import cell_job, is_held, last_error
 from experiments.studies import gradients as measure
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.progress import job, say
 
 LAUNCHERS = ("local", "joblib", "slurm", "ray")
 FIGURE_KEYS = ("block", "step", "steps")  # options of figures 2 and 3 and the basis study, such as block=2 step=40
 FOR_EVERY_SWEEP = ("results_dir=", "work_dir=", "sweep.")  # overrides that `all` also passes to sweeps
-POLL_SECONDS = 5.0
-_BUSY = "is at work in another process"  # part of the message of `BusyError`, which a run prints in its own process
-
-Runner = Callable[[Cell], "str | None"]
-"""Makes one cell; returns None when its record is complete, else the reason."""
-
-
-@dataclass
-class Outcome:
-    """Result of one call: number of cells made, and label -> reason of each failed cell."""
-
-    done: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,7 +54,8 @@ def _make_table(options: argparse.Namespace) -> int:
     measured = [_measure(name, options) for name in MEASURED.get(options.table, ())]
     measured += [_benchmark(preset, options) for preset in benchmarks.PRESETS.get(options.table, ())]
     made = [_group(cells, options) for cells in groups]
-    searched = [searches.make(found, options.launcher, dry=options.dry) for found in studies]
+    given = {"dry": options.dry, "launcher": options.launcher}
+    searched = [search_all.make(found, workers=1, **given, threads=None, plots=True) for found in studies]
     return max([0, *measured, *made, *searched])
 
 
@@ -86,7 +70,9 @@ def _group(cells: list[Cell], options: argparse.Namespace) -> int:
     if options.dry:
         show(cells)
         return 0
-    return _report(_launch(cells, options.launcher), cells)
+    if options.launcher == "local":
+        return evidence.make(cells, workers=1, threads=None)
+    return _launch(cells, options.launcher)
 
 
 def _benchmark(preset: str, options: argparse.Namespace) -> int:
@@ -146,85 +132,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _launch(cells: Sequence[Cell], launcher: str) -> Outcome:
-    if launcher == "local":
-        return work(cells, run_cell)
+def _launch(cells: Sequence[Cell], launcher: str) -> int:
     missing = [cell for cell in cells if not cell.is_complete]
     # One multirun has one `data.dir`, so cells with and without a data folder are launched apart.
     for group in ([cell for cell in missing if cell.takes_data is data] for data in (True, False)):
         if group:
             subprocess.run(_multirun(group, launcher), check=False)
-    left = {cell.label: _reason(cell) for cell in missing if not cell.is_complete}
-    return Outcome(done=len(missing) - len(left), failed=left)
-
-
-def work(cells: Sequence[Cell], run: Runner, poll: float = POLL_SECONDS) -> Outcome:
-    """Make every cell without a complete record, sharing the work with other processes.
-
-    Args:
-        cells: the cells of the table.
-        run: makes one cell.
-        poll: seconds between two checks of cells that other processes are running.
-    """
-    outcome, began = Outcome(), time.time()
-    waiting = [cell for cell in cells if not cell.is_complete]
-    with job("cells", len(cells), unit="cells", done=len(cells) - len(waiting)) as bar:
-        while waiting:
-            busy = []
-            for number, cell in enumerate(waiting):
-                if cell.is_complete:  # another process has made it meanwhile
-                    pass
-                elif is_held(cell):
-                    busy.append(cell)
-                elif _failed_since(cell, began):
-                    outcome.failed[cell.label] = _reason(cell)
-                else:
-                    bar.update(note=cell.label)
-                    _make(cell, run, outcome, busy)
-                bar.update(done=len(cells) - (len(waiting) - number - 1) - len(busy))
-            if len(busy) == len(waiting):  # nothing was left for this process: wait for the others
-                time.sleep(poll)
-            waiting = busy
-    return outcome
-
-
-def _make(cell: Cell, run: Runner, outcome: Outcome, busy: list[Cell]) -> None:
-    say(f"{cell.experiment}: {cell.label}")
-    began, reason = time.monotonic(), run(cell)
-    # Another process may take the lock between our check and the start of the run.
-    if reason is not None and _BUSY in reason:
-        busy.append(cell)
-        return
-    outcome.done += reason is None
-    if reason is not None:
-        outcome.failed[cell.label] = reason
-    say(f"  {reason or 'done'} ({(time.monotonic() - began) / 60:.1f} min)")
-
-
-def run_cell(cell: Cell) -> str | None:
-    """Make one cell in a process of its own, which frees its memory at the end; its output is written to a log file."""
-    made = cell_job(cell)
-    made.log.parent.mkdir(parents=True, exist_ok=True)
-    with made.log.open("w") as output:
-        process = subprocess.Popen(made.command, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            status = process.wait()
-        finally:
-            process.kill()  # after Ctrl-C; without effect on a process that has ended
-    if status == 0 and cell.is_complete:
-        return None
-    return last_error(made.log) or f"ended with status {status}, see {made.log}"
-
-
-def _failed_since(cell: Cell, began: float) -> bool:
-    """Whether another process has failed at this cell since `began`: one attempt per call is enough."""
-    path = cell.config.record_path
-    return path.exists() and path.stat().st_mtime >= began and not cell.is_complete
-
-
-def _reason(cell: Cell) -> str:
-    record = cell.record()
-    return "no record: see the launcher's log" if record is None else str(record.get("reason", "failed"))
+    failed = {cell.label: evidence.read_reason(cell) for cell in missing if not cell.is_complete}
+    return evidence.report(cells, len(missing) - len(failed), failed)
 
 
 def _multirun(cells: Sequence[Cell], launcher: str) -> list[str]:
@@ -238,14 +153,6 @@ def _multirun(cells: Sequence[Cell], launcher: str) -> list[str]:
     grid = [f"{key}={','.join(values)}" for key, values in axes.items()]
     command = [sys.executable, str(ROOT / "run.py"), "-m", f"experiment={cells[0].experiment}"]
     return [*command, *grid, *rest, f"hydra/launcher={launcher}"]
-
-
-def _report(outcome: Outcome, cells: Sequence[Cell]) -> int:
-    complete = sum(cell.is_complete for cell in cells)
-    print(f"{complete} of {len(cells)} cells complete, {outcome.done} of them by this call")
-    for label, reason in outcome.failed.items():
-        print(f"failed: {label}: {reason}; the next call tries it again")
-    return 1 if outcome.failed else 0
 
 
 if __name__ == "__main__":

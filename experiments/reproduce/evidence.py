@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from sparsegrad.errors import UserError, check_integer
 from sparsegrad.sweeps.search_results import SearchMissingError
 
 POLL_SECONDS = 5.0
+_BUSY = "is at work in another process"  # part of the message of `BusyError`, which a run prints in its own process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,22 +89,34 @@ def _make_plan(name: str, block: Block, request: Request) -> int:
     return make(cells, request.workers)
 
 
-def make(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS) -> int:
+def make(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS, threads: int | None = 1) -> int:
     """Make every cell without a complete record, `workers` at a time; status 1 if some failed.
 
-    A cell that another call is running is left to it, and looked at again at the end.
+    A cell that another call is running is left to it, and looked at again at the end. A cell that fails is tried once.
+
+    Args:
+        cells: in the order of execution.
+        workers: number of processes at a time.
+        poll: seconds between two looks at cells that another call is running.
+        threads: of each process; None: as many as it takes by itself.
     """
     jobs = {cell_job(cell): cell for cell in cells if not cell.is_complete}
     failed: dict[str, str] = {}
     minutes: list[float] = []
+    began = time.time()
+
+    def is_left(job: Job) -> bool:
+        if not jobs[job].is_complete and job.label not in failed and _failed_elsewhere(jobs[job], began):
+            failed[job.label] = read_reason(jobs[job])
+        return not jobs[job].is_complete and job.label not in failed
 
     def is_needed(job: Job) -> bool:
-        return not jobs[job].is_complete and job.label not in failed and not is_held(jobs[job])
+        return is_left(job) and not is_held(jobs[job])
 
     with progress.job("cells", len(cells), unit="cells", done=len(cells) - len(jobs)) as bar:
-        while any(not cell.is_complete and job.label not in failed for job, cell in jobs.items()):
+        while any(is_left(job) for job in jobs):
             started = 0
-            with closing(run_jobs(jobs, workers, is_needed)) as ended:
+            with closing(run_jobs(jobs, workers, is_needed, threads=threads)) as ended:
                 for one in ended:
                     started += 1
                     _note(one, jobs[one.job], failed, minutes)
@@ -111,18 +124,38 @@ def make(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS) -> int
                     bar.update(done=sum(cell.is_complete for cell in cells), left=3600 * left)
             if not started:  # the rest is in the hands of another call
                 time.sleep(poll)
+    return report(cells, len(minutes), failed)
+
+
+def report(cells: Sequence[Cell], done: int, failed: Mapping[str, str]) -> int:
+    """Print how many cells are complete, `done` of them by this call, and the reasons of those that failed."""
     complete = sum(cell.is_complete for cell in cells)
-    print(f"{complete} of {len(cells)} cells complete, {len(minutes)} of them by this call", flush=True)
+    print(f"{complete} of {len(cells)} cells complete, {done} of them by this call", flush=True)
     for label, reason in failed.items():
         print(f"failed: {label}: {reason}; the next call tries it again", flush=True)
     return 1 if failed else 0
 
 
+def read_reason(cell: Cell) -> str:
+    """Why a cell failed, from its record."""
+    record = cell.record()
+    return "no record: see the launcher's log" if record is None else str(record.get("reason", "failed"))
+
+
+def _failed_elsewhere(cell: Cell, began: float) -> bool:
+    """Whether another call has failed at this cell since `began`, and is not trying it again."""
+    path = cell.config.record_path
+    return path.exists() and path.stat().st_mtime >= began and not is_held(cell) and not cell.is_complete
+
+
 def _note(ended: Ended, cell: Cell, failed: dict[str, str], minutes: list[float]) -> None:
+    reason = last_error(ended.job.log)
+    if _BUSY in reason:  # another call took it between the check and the start
+        return
     if cell.is_complete:
         minutes.append(ended.minutes)
-    elif not is_held(cell):  # held: another call took it between the check and the start
-        failed[ended.job.label] = last_error(ended.job.log) or f"ended with status {ended.status}, see {ended.job.log}"
+    elif not is_held(cell):
+        failed[ended.job.label] = reason or f"ended with status {ended.status}, see {ended.job.log}"
 
 
 def _print_progress(

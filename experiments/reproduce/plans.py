@@ -13,9 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.paths import CONF
 from experiments.report import plans as report_plans
-from sparsegrad.errors import UserError, check_choice, check_integer, fail, first_line
-
-REGIMES = {"paper": True, "mlp_only": False}  # -> train.train_rest
+from experiments.report.plans import REGIMES, Plan
+from sparsegrad.errors import UserError, check_choice, fail, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,25 +47,6 @@ BLOCKS = (
 SEARCHED = ("evidence_paper", "evidence_mlp_only", "evidence_smollm2")  # plans with searches of their own
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvidencePlan:
-    """What the code needs of one plan.
-
-    Attributes:
-        name: of its YAML.
-        params: the sweeper parameters, key -> values.
-        budget: number of search trials for each method and task.
-        regime: `paper` or `mlp_only`.
-        takes_trees: whether its task reads conversation trees instead of GLUE.
-    """
-
-    name: str
-    params: dict[str, list[str]]
-    budget: int
-    regime: str
-    takes_trees: bool
-
-
 def list_blocks(name: str) -> list[Block]:
     """The blocks that a name stands for, in the order of execution: one, both of `2`, or `all`.
 
@@ -77,44 +57,36 @@ def list_blocks(name: str) -> list[Block]:
     return [block for block in BLOCKS if name in ("all", block.name, block.name[0])]
 
 
-def read_plan(name: str) -> EvidencePlan:
-    """Read a plan and check its `evidence` node.
+def read_plan(name: str) -> Plan:
+    """Read a plan and check that its runs follow its `evidence` node.
 
     Raises:
         UserError: if the YAML cannot be composed, or a value of `evidence` is missing or not allowed.
     """
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("config", [f"experiment={name}"], return_hydra_config=True)
+            composed = compose("config", [f"experiment={name}"])
         node: Any = OmegaConf.to_container(composed.evidence, resolve=False) if composed.evidence else None
         train_rest = composed.train.train_rest
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"plan {name}: {first_line(error)}") from None
     if not isinstance(node, Mapping):
         raise UserError(f"plan {name} has no evidence node: conf/experiment/evidence_paper.yaml shows one")
-    params = {
-        str(key): [one.strip() for one in str(text).split(",")] for key, text in composed.hydra.sweeper.params.items()
-    }
-    _check_evidence(name, node, params, train_rest)
-    report_plans.read_plan(name, CONF)  # what only the report needs is refused now, not after the runs
-    return EvidencePlan(
-        name=name,
-        params=params,
-        budget=node["budget"],
-        regime=node["regime"],
-        takes_trees=composed.task.name == "oasst1",
-    )
-
-
-def _check_evidence(name: str, node: Mapping[str, Any], params: Mapping[str, list[str]], train_rest: bool) -> None:
     for key in ("regime", "gates", "budget", "seeds", "min_seeds", "max_improving"):
         if key not in node:
             raise UserError(f"plan {name} lacks evidence.{key}: conf/experiment/evidence_paper.yaml shows it")
-    check_integer(f"plan {name}: evidence.budget", node["budget"], at_least=1)
-    check_choice(f"plan {name}: evidence.regime", node["regime"], tuple(REGIMES))
-    if REGIMES[node["regime"]] is not train_rest:
+    plan = report_plans.read_plan(name, CONF)  # what only the report needs is refused now, not after the runs
+    assert plan is not None
+    _check_runs(plan, train_rest)
+    return plan
+
+
+def _check_runs(plan: Plan, train_rest: bool) -> None:
+    """Refuse a plan whose runs have another regime, or other seeds, than its rules."""
+    where = f"plan {plan.experiment}: evidence"
+    if REGIMES[plan.regime] is not train_rest:
         reason = f"train.train_rest is {str(train_rest).lower()}"
-        raise fail(f"plan {name}: evidence.regime", node["regime"], reason, "make both of one regime")
-    if [str(seed) for seed in node["seeds"]] != params.get("seed"):
-        seeds = ",".join(params.get("seed", []))
-        raise fail(f"plan {name}: evidence.seeds", node["seeds"], f"its runs have {seeds}", "make both the same")
+        raise fail(f"{where}.regime", plan.regime, reason, "make both of one regime")
+    seeds = plan.grid.get("seed", ())
+    if tuple(map(str, plan.seeds)) != seeds:
+        raise fail(f"{where}.seeds", list(plan.seeds), f"its runs have {','.join(seeds)}", "make both the same")

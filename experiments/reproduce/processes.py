@@ -75,21 +75,25 @@ def run_jobs(
     workers: int,
     is_needed: Callable[[Job], bool] = lambda job: True,
     on_wait: Callable[[], None] = lambda: None,
+    *,
+    threads: int | None = 1,
 ) -> Generator[Ended, None, None]:
-    """Run jobs, `workers` at a time and each with one thread; yield each as it ends.
+    """Run jobs, `workers` at a time; yield each as it ends.
 
     Args:
         jobs: in the order of their start.
         workers: number of processes at a time.
         is_needed: asked just before a job starts, as another process may have done it meanwhile.
         on_wait: called several times a second while jobs run.
+        threads: of each job; None: as many as it takes by itself. Two pools of threads that compete for the cores slow
+            both down tenfold.
     """
     waiting, running = iter(jobs), dict[Job, tuple[subprocess.Popen[bytes], float]]()
     with _stop_on_signal():
         try:
             while True:
                 while len(running) < workers and (job := next(filter(is_needed, waiting), None)) is not None:
-                    running[job] = _start(job), time.monotonic()
+                    running[job] = _start(job, threads), time.monotonic()
                 ended = [job for job, (process, _) in running.items() if process.poll() is not None]
                 for job in ended:
                     process, began = running.pop(job)
@@ -103,11 +107,10 @@ def run_jobs(
             _stop([process for process, _ in running.values()])
 
 
-def _start(job: Job) -> subprocess.Popen[bytes]:
+def _start(job: Job, threads: int | None) -> subprocess.Popen[bytes]:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("w") as output:
-        # One thread each: two pools of threads that compete for the cores slow both down tenfold.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
         return subprocess.Popen(job.command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 

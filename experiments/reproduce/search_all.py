@@ -17,18 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.paths import ROOT
+from experiments.report.plans import Plan
 from experiments.reproduce import commands, searches
 from experiments.reproduce.cells import in_evidence
 from experiments.reproduce.commands import split_names
-from experiments.reproduce.plans import SEARCHED, EvidencePlan, read_plan
+from experiments.reproduce.plans import SEARCHED, read_plan
 from experiments.reproduce.processes import Ended, Job, last_error, run_jobs
 from experiments.reproduce.searches import Search
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.runs.overrides import key_of
 from sparsegrad.sweeps.ledger import REASON
 from sparsegrad.sweeps.search_results import SWEEPS
-from sparsegrad.sweeps.show import export
+from sparsegrad.sweeps.show import export, write_plots
 from sparsegrad.sweeps.storage import open_store
 from sparsegrad.sweeps.study import delete, load_study, quiet
 
@@ -74,7 +74,7 @@ def plan_searches(request: Request) -> list[Search]:
     """
     plans = [read_plan(name) for name in SEARCHED]
     for key, chosen in (("method", request.methods), ("task", request.tasks)):
-        known = list(dict.fromkeys(value for plan in plans for value in plan.params[key]))
+        known = list(dict.fromkeys(value for plan in plans for value in plan.grid[key]))
         for one in chosen:
             check_choice(f"{key.upper()}S", one, known)
     if request.trees is None:
@@ -93,31 +93,48 @@ def _check_budget(search: Search) -> None:
         )
 
 
-def _searches_of(plan: EvidencePlan, request: Request) -> list[Search]:
+def _searches_of(plan: Plan, request: Request) -> list[Search]:
     data = request.trees if plan.takes_trees else request.data
     found = []
-    for task in plan.params["task"]:
-        for method in plan.params["method"]:
+    for task in plan.grid["task"]:
+        for method in plan.grid["method"]:
             if task in (request.tasks or [task]) and method in (request.methods or [method]):
                 found.append(plan_search(plan, method, task, data, request.overrides))
     return found
 
 
-def plan_search(plan: EvidencePlan, method: str, task: str, data: str | None, overrides: Sequence[str]) -> Search:
+def plan_search(plan: Plan, method: str, task: str, data: str | None, overrides: Sequence[str]) -> Search:
     """The search of one method on one task, with the plan's budget and regime.
 
     Raises:
         UserError: for a value that is not allowed, or another search of the same name.
     """
     sweep = SWEEPS[plan.regime == "paper"]
-    about = [f"experiment={plan.name}", f"sweep={sweep}", f"task={task}", f"method={method}"]
+    about = [f"experiment={plan.experiment}", f"sweep={sweep}", f"task={task}", f"method={method}"]
     found = searches.make_search([*about, *overrides, "hydra.mode=RUN"], task, data)
     _check_budget(found)
     return found
 
 
-def make(found: Sequence[Search], workers: int, *, dry: bool) -> int:
-    """Finish the searches, `workers` at a time, or list what they lack if `dry`; status 1 if trials are left."""
+def make(
+    found: Sequence[Search],
+    workers: int,
+    *,
+    dry: bool,
+    launcher: str = "local",
+    threads: int | None = 1,
+    plots: bool = False,
+) -> int:
+    """Finish the searches, or list what they lack if `dry`; status 1 if trials are left.
+
+    Args:
+        found: the searches.
+        workers: number of processes at a time on this machine.
+        dry: whether it only lists.
+        launcher: `local`, or the Hydra launcher that starts a worker for each search instead.
+        threads: of each process on this machine; None: as many as it takes by itself.
+        plots: whether the plots of a finished search are stored beside its summary.
+    """
     quiet()
     if dry:
         searches.show(found)
@@ -126,12 +143,17 @@ def make(found: Sequence[Search], workers: int, *, dry: bool) -> int:
         if one.plan.sweep.overwrite:
             _delete_found(one)
     for one in found:  # also those that others finished, but that have no summary yet
-        export_finished(one)
-    _run_workers(found, workers)
+        export_finished(one, plots=plots)
+    if launcher == "local":
+        _run_workers(found, workers, threads, plots=plots)
+    else:
+        searches.launch([one for one in found if not one.is_finished], launcher)
+        for one in found:
+            export_finished(one, plots=plots)
     return 1 if _report_open(found) else 0
 
 
-def _run_workers(found: Sequence[Search], workers: int) -> None:
+def _run_workers(found: Sequence[Search], workers: int, threads: int | None, *, plots: bool) -> None:
     """Run a worker for each search that is not finished, `workers` at a time, and show the trials."""
     jobs = {search_job(one): one for one in found}
     budget = sum(one.plan.budget for one in found)
@@ -145,9 +167,10 @@ def _run_workers(found: Sequence[Search], workers: int) -> None:
 
     with (
         progress.job("trials", budget, unit="trials", done=budget - _count_left(found)) as bar,
-        closing(run_jobs(jobs, workers, lambda job: not jobs[job].is_finished, count)) as ended,
+        closing(run_jobs(jobs, workers, lambda job: not jobs[job].is_finished, count, threads=threads)) as ended,
     ):
         for job in ended:
+            export_finished(jobs[job.job], plots=plots)
             _report(job, jobs[job.job], found)
             bar.update(done=budget - _count_left(found))
 
@@ -170,9 +193,7 @@ def _report_open(found: Sequence[Search]) -> bool:
 def search_job(search: Search) -> Job:
     """The process that adds a worker to a search."""
     log = Path(search.plan.base.work_dir) / "logs" / f"{search.study}.log"
-    # `make` has deleted what is to be overwritten; another worker must not delete the study of the first.
-    own = [one for one in search.overrides if key_of(one) != "sweep.overwrite"]
-    return Job(label=search.study, command=(sys.executable, str(ROOT / "run.py"), *own), log=log)
+    return Job(label=search.study, command=(sys.executable, str(ROOT / "run.py"), *search.worker_overrides), log=log)
 
 
 def _delete_found(search: Search) -> None:
@@ -182,11 +203,14 @@ def _delete_found(search: Search) -> None:
     search.summary.unlink(missing_ok=True)
 
 
-def export_finished(search: Search) -> None:
-    """Write the summary of a finished search that has none of all trials yet."""
+def export_finished(search: Search, *, plots: bool = False) -> None:
+    """Write the summary of a finished search that has none of all trials yet, and with `plots` its plots."""
     if search.is_finished and not search.is_summarised:
         with suppress(UserError):  # no trial was completed: `make` reports it at the end, and the others go on
-            export(load_study(search.plan.sweep.storage, search.study), search.summary.parent)
+            study = load_study(search.plan.sweep.storage, search.study)
+            export(study, search.summary.parent)
+            if plots:
+                list(write_plots(study, search.summary.parent))
 
 
 def _read_reason(search: Search) -> str:
@@ -198,7 +222,6 @@ def _read_reason(search: Search) -> str:
 
 def _report(ended: Ended, search: Search, found: Sequence[Search]) -> None:
     """One line on a search whose worker has ended."""
-    export_finished(search)
     left = _count_left(found)
     what = "finished" if search.is_finished else last_error(ended.job.log) or f"ended with status {ended.status}"
     progress.say(f"search {search.study}: {what} in {ended.minutes:.1f} min; {left} trials left")

@@ -1,8 +1,7 @@
-"""Tables 13-15: list the trials that each task's study lacks, and start workers that finish it.
+"""Searches: their composition and checks, the trials that they lack, and those of Tables 13-15.
 
-At the paper's scale the search is the one of its text (sweep=paper); at the mini scale those of the evidence plan on
-MiniLM (sweep=evidence, which `make search` makes for all methods). Results and plots of a finished study are stored in
-results/studies.
+At the paper's scale, the search of a table is the one of the paper's text (sweep=paper); at the mini scale those of the
+evidence plan on MiniLM (sweep=evidence, which `make search` makes for all methods). `search_all.make` finishes them.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from sparsegrad.sweeps.search_results import (
     select_settings,
 )
 from sparsegrad.sweeps.storage import JOURNAL, open_store
-from sparsegrad.sweeps.study import IDENTITY, quiet
+from sparsegrad.sweeps.study import IDENTITY
 
 TABLES = {
     "table13": ("bert_base", "sparsegrad"),
@@ -52,7 +51,7 @@ class Search:
     """One study of a table.
 
     Attributes:
-        overrides: overrides with which run.py adds a worker to it.
+        overrides: overrides of run.py that compose it.
         plan: the checked sweep.
     """
 
@@ -63,6 +62,11 @@ class Search:
     def study(self) -> str:
         """Name of the study."""
         return self.plan.sweep.study
+
+    @property
+    def worker_overrides(self) -> list[str]:
+        """The overrides without `sweep.overwrite`: `search_all.make` deletes what is to be overwritten, once."""
+        return [one for one in self.overrides if key_of(one) != "sweep.overwrite"]
 
     @property
     def results(self) -> Path:
@@ -130,7 +134,7 @@ def planned_searches(table: str, scale: str, data: str | None, overrides: Sequen
     if scale == "paper":
         tasks, about = list(TASKS.values()), ["sweep=paper", f"model={model}", f"method={method}"]
     else:
-        tasks = read_plan(MINI_PLAN).params["task"]
+        tasks = list(read_plan(MINI_PLAN).grid["task"])
         about = [f"experiment={MINI_PLAN}", "sweep=evidence", f"method={method}", "hydra.mode=RUN"]
     tasks = narrowed[-1] if narrowed else tasks
     return [make_search([*about, f"task={task}", *rest], task, data) for task in tasks]
@@ -195,22 +199,13 @@ def _read_defaults(search: Search) -> dict[str, Any]:
     return read_settings(composed, search.plan.base.seed)
 
 
-def make(found: Sequence[Search], launcher: str, *, dry: bool) -> int:
-    """Finish the studies, or list what they lack if `dry`; status 1 if trials are left."""
-    quiet()
-    if dry:
-        show(found)
-        return 0
-    missing = [one for one in found if not one.is_finished]
-    for group in _groups(missing, launcher):
+def launch(missing: Sequence[Search], launcher: str) -> None:
+    """Add a worker to each study by a Hydra launcher, one command for all studies that share a data folder."""
+    groups: dict[str | None, list[Search]] = {}
+    for one in missing:
+        groups.setdefault(one.plan.base.data.dir, []).append(one)
+    for group in groups.values():
         call(_command(group, launcher))
-    for one in found:  # also studies that others finished, but that have no summary yet
-        if one.finished() and (one in missing or not one.summary.is_file()):
-            call(_export(one))
-    left = [one for one in found if not one.is_finished]
-    for one in left:
-        print(f"failed: study {one.study}: {one.finished()} of {one.plan.budget} trials; the next call continues it")
-    return 1 if left else 0
 
 
 def call(command: Sequence[str]) -> None:
@@ -218,31 +213,13 @@ def call(command: Sequence[str]) -> None:
     subprocess.run(command, check=False)
 
 
-def _groups(missing: Sequence[Search], launcher: str) -> list[list[Search]]:
-    """Studies that one command can finish: locally one study; with a launcher all that share a data folder."""
-    if launcher == "local":
-        return [[one] for one in missing]
-    groups: dict[str | None, list[Search]] = {}
-    for one in missing:
-        groups.setdefault(one.plan.base.data.dir, []).append(one)
-    return list(groups.values())
-
-
 def _command(group: Sequence[Search], launcher: str) -> list[str]:
-    """The command of a local worker, or of a launcher with one job per study."""
-    run = [sys.executable, str(ROOT / "run.py")]
-    if launcher == "local":
-        return [*run, *group[0].overrides]
+    """The command of a launcher with one job per study."""
     tasks = ",".join(one.plan.base.task.name for one in group)
-    rest = [one for one in group[-1].overrides if not one.startswith(("task=", "hydra.mode="))]
+    rest = [one for one in group[-1].worker_overrides if not one.startswith(("task=", "hydra.mode="))]
     # Without the sweeper parameters of a plan, its seeds among them: one job per study.
-    return [*run, "-m", *rest, f"task={tasks}", "hydra.sweeper.params=null", f"hydra/launcher={launcher}"]
-
-
-def _export(search: Search) -> list[str]:
-    """The command that writes summary, trials and plots of a study to results/studies."""
-    show = [sys.executable, "-m", "sparsegrad.sweeps", "show", search.study]
-    return [*show, "--storage", search.plan.sweep.storage, "--results-dir", str(search.results)]
+    more = [f"task={tasks}", "hydra.sweeper.params=null", f"hydra/launcher={launcher}"]
+    return [sys.executable, str(ROOT / "run.py"), "-m", *rest, *more]
 
 
 def show(found: Sequence[Search]) -> None:

@@ -14,12 +14,12 @@ from sparsegrad.adapter.lora_files import write_lora
 from sparsegrad.adapter.lora_layout import Layout, is_linear, is_transposed, make_config, plan_layout
 from sparsegrad.adapter.low_rank import Factors, factor_block, subtract, truncate
 from sparsegrad.adapter.merge import named_tensors
-from sparsegrad.adapter.save import _check_storable, _view_bytes
+from sparsegrad.adapter.save import check_storable, view_bytes
 from sparsegrad.distributed import refuse_fsdp1
 from sparsegrad.errors import UserError, check_integer, check_number, renamed_arguments
 from sparsegrad.layers.block import BlockLinear
 from sparsegrad.layers.replace import replace_module
-from sparsegrad.targets import Names, _is_quantized, find_mlp
+from sparsegrad.targets import Names, find_mlp, is_quantized
 
 _PREFIX = "base_model.model."  # what peft puts before the names of the model
 Blocks = Mapping[str, BlockLinear]
@@ -139,7 +139,7 @@ def _check_options(blocks: Blocks, rank: int | None, max_error: float | None, na
 def _refuse_quantized(model: nn.Module) -> None:
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and _is_quantized(weight):
+        if isinstance(weight, Tensor) and is_quantized(weight):
             raise UserError(
                 f"{name}.weight is quantized ({weight.dtype}), so its change cannot be computed: dequantize the model "
                 "and its base"
@@ -190,8 +190,8 @@ def _find_changed(model: nn.Module, before: Mapping[str, Tensor], new: set[str])
                 f"{name} is {tuple(old.shape)} {old.dtype} in the base and {tuple(tensor.shape)} {tensor.dtype} in the "
                 "model: give the base that the model was trained from"
             )
-        if old is None or not _view_bytes(old).equal(_view_bytes(tensor)):
-            _check_storable(name, tensor)
+        if old is None or not view_bytes(old).equal(view_bytes(tensor)):
+            check_storable(name, tensor)
             changed.add(name)
     if not changed:
         raise UserError("the model equals its base in every weight: train it first, or name the base it came from")

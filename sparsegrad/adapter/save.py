@@ -126,19 +126,19 @@ def _compare(
                 f"{name} is {tuple(old.shape)} {old.dtype} in the base and {tuple(tensor.shape)} {tensor.dtype} in the "
                 "model: give the base that the model was trained from"
             )
-        if old is not None and torch.equal(_view_bytes(old), _view_bytes(tensor)):
+        if old is not None and torch.equal(view_bytes(old), view_bytes(tensor)):
             continue
-        _check_storable(name, tensor)
+        check_storable(name, tensor)
         entries[name] = _make_entry(tensor, old, name in mlp)
     return entries
 
 
-def _view_bytes(tensor: Tensor) -> Tensor:
+def view_bytes(tensor: Tensor) -> Tensor:
     """All bytes of a tensor, on the CPU, so that the comparison does not depend on the dtype."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
 
 
-def _check_storable(name: str, tensor: Tensor) -> None:
+def check_storable(name: str, tensor: Tensor) -> None:
     """Raise `UserError` for an unsupported dtype, or values that are not finite."""
     if str(tensor.dtype) not in DTYPES:
         raise UserError(

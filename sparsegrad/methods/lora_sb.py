@@ -14,44 +14,34 @@ from torch import Tensor, nn
 
 from sparsegrad.errors import check_integer
 from sparsegrad.methods.base import Context, Prepared
-from sparsegrad.methods.core import Factors, check_size, count_cores, find_ranks, prepare_cores
+from sparsegrad.methods.core import Factors, prepare_cores
+from sparsegrad.methods.core_method import CoreMethod
 from sparsegrad.methods.gradients import mean_gradients
 from sparsegrad.targets import Linears
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSb:
+class LoraSb(CoreMethod):
     """W + B R A with B R A = U_r S_r V_r^T, the best approximation of rank r to Adam's first full step.
 
     That step is -lr sign(G) for the mean gradient G of the calibration. R (r, r) trains and starts at S_r.
 
     Attributes:
-        density: share of a weight's entries that the core has: r^2 is closest to it; or
-        rank: r.
+        density, rank: see `CoreMethod`.
         steps: calibration batches; the paper takes a thousandth of the training rows.
     """
 
-    density: float | None = 0.01
-    rank: int | None = None
     steps: int = 8
     name: str = "lora_sb"
     collects_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_size(self.density, self.rank)
+        super().__post_init__()
         check_integer("method.steps", self.steps, at_least=1, remedy="it initialises from gradients")
-
-    def check(self, linears: Linears) -> None:
-        """Raise `UserError` if the rank is 0 or exceeds the smaller side of a weight."""
-        find_ranks(linears, self.density, self.rank)
-
-    def count_added(self, linears: Linears) -> int:
-        """See `Method`."""
-        return count_cores(linears, find_ranks(linears, self.density, self.rank))
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""
-        ranks = find_ranks(linears, self.density, self.rank)
+        ranks = self.find_ranks(linears)
 
         def compute_factors() -> dict[str, Factors]:
             gradients = mean_gradients(model, linears, context, self.steps)

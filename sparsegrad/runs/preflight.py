@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sparsegrad.distributed import world_size
+from sparsegrad.distributed import from_main, world_size
 from sparsegrad.errors import UserError, fail, missing_package
 from sparsegrad.files import check_writable
 from sparsegrad.hashing import SHORT
@@ -30,7 +30,7 @@ from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.checkpoints import has_checkpoint
 from sparsegrad.trainer.main_process import on_main
 from sparsegrad.trainer.parallel import check_parallel
-from sparsegrad.trainer.processes import check_same, from_main
+from sparsegrad.trainer.processes import check_same
 
 # What `accelerate launch` sets for engines that do not keep every weight whole, or bring an optimizer of their own.
 _SHARDING_ENGINES = {

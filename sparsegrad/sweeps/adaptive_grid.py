@@ -7,6 +7,8 @@ with. Every later trial depends on those before it:
 - Otherwise: the geometric mean of the best value and its neighbour across the wider gap; of two equal gaps, the one
   whose neighbour scored better.
 - No trial has a score, as all diverged or were pruned: one step below the smallest value.
+- An extension ends 8 steps beyond the grid. From there, the next trial is the geometric mean of the edge and its
+  neighbour.
 
 So every study of a plan has the same number of trials, and an extension is paid from that budget.
 """
@@ -63,27 +65,35 @@ def find_ratio(dimension: Dimension) -> float:
     return float((high / low) ** (1 / (dimension.points - 1)))
 
 
-def next_value(tried: Mapping[float, float | None], ratio: float) -> float:
+def next_value(
+    tried: Mapping[float, float | None], ratio: float, bounds: tuple[float, float] = (0.0, math.inf)
+) -> float:
     """Return the value of the next trial after the grid; the module docstring has the rule.
 
     Args:
         tried: value -> score, higher is better; None: pruned, diverged or still running.
         ratio: the step of the grid.
+        bounds: the smallest and the largest value that an extension may reach.
     """
     values = sorted(tried)
     best = find_best(tried)
-    if best is None or best == values[0]:
-        return _round(values[0] / ratio)
-    if best == values[-1]:
-        return _round(best * ratio)
-    at = values.index(best)
-    below, above = values[at - 1], values[at + 1]
-    gap_below, gap_above = math.log(best / below), math.log(above / best)
+    at = 0 if best is None else values.index(best)
+    best = values[at]
+    if at == 0 and (below := max(_round(best / ratio), bounds[0])) < best * (1 - _SAME_GAP):
+        return below
+    if at == len(values) - 1 and (above := min(_round(best * ratio), bounds[1])) > best * (1 + _SAME_GAP):
+        return above
+    neighbours = [values[other] for other in (at - 1, at + 1) if 0 <= other < len(values)]
+    return _round(math.sqrt(best * _choose_neighbour(tried, best, neighbours)))
+
+
+def _choose_neighbour(tried: Mapping[float, float | None], best: float, neighbours: list[float]) -> float:
+    """The neighbour across the wider gap; of two equal gaps, the one with the better score."""
+    below, above = neighbours[0], neighbours[-1]
+    gap_below, gap_above = abs(math.log(best / below)), abs(math.log(above / best))
     if math.isclose(gap_below, gap_above, rel_tol=_SAME_GAP):
-        neighbour = below if _rank(tried[below]) >= _rank(tried[above]) else above
-    else:
-        neighbour = below if gap_below > gap_above else above
-    return _round(math.sqrt(best * neighbour))
+        return below if _rank(tried[below]) >= _rank(tried[above]) else above
+    return below if gap_below > gap_above else above
 
 
 def find_best(tried: Mapping[float, float | None]) -> float | None:
@@ -117,7 +127,9 @@ class AdaptiveGrid(BaseSampler):
             if key in attempts[0].params:
                 score = attempts[-1].value if attempts[-1].state == TrialState.COMPLETE else None
                 tried[attempts[0].params[key]] = None if score is None else sign * score
-        return {key: next_value(tried, find_ratio(self._dimension))}
+        limits = search_space[key]
+        assert isinstance(limits, FloatDistribution)
+        return {key: next_value(tried, find_ratio(self._dimension), (limits.low, limits.high))}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

@@ -21,14 +21,12 @@ from sparsegrad.runs.keys import determining, flatten
 from sparsegrad.runs.names import with_current_names
 from sparsegrad.runs.overrides import check_fields, list_given
 from sparsegrad.sweeps import adaptive_grid
+from sparsegrad.sweeps.hparams import set_values
 from sparsegrad.sweeps.space import Space, parse_space
 
 SAMPLERS = ("tpe", "gp", "qmc", "random", "grid", adaptive_grid.NAME)
 PRUNERS = ("none", "median", "hyperband", "patience")
 OBJECTIVES = ("heldout", "validation")
-
-# Two ways to give the size of a method, of which it takes one: the searched one.
-_SIZES = ("method.density", "method.keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,11 +215,7 @@ def _set_values(composed: DictConfig, sweep: SweepConfig, parameters: Mapping[st
     OmegaConf.set_struct(config, False)
     for name in set(BESIDE_RUN) - {"evidence"}:  # the protocol of a plan refers to `evidence`; `build` drops it
         config.pop(name, None)
-    for key, value in parameters.items():
-        OmegaConf.update(config, key, value)
-    for searched, other in (_SIZES, reversed(_SIZES)):
-        if searched in parameters and OmegaConf.select(config, other) is not None:
-            OmegaConf.update(config, other, None)
+    set_values(config, parameters)
     config.name = sweep.study
     if config.protocol.select != sweep.objective:
         # Tables group by the protocol's name: it must not name a split that did not choose the checkpoint.

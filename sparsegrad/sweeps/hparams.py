@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ FAMILY = {"sparsegrad_authors": "sparsegrad", "sparsegrad_fast": "sparsegrad"}
 # The authors did not search for MeProp: their BERT runs use the values of SparseGrad, and so do ours for RoBERTa.
 STAND_IN = {"meprop": "sparsegrad"}
 SEARCH = "search"
+# Two ways to give the size of a method, of which it takes one.
+_OTHER_SIZE = {"method.density": "method.keep", "method.keep": "method.density"}
 
 
 def apply(composed: DictConfig, by_hand: Collection[str] | None = None) -> dict[str, Any]:
@@ -50,10 +52,24 @@ def apply(composed: DictConfig, by_hand: Collection[str] | None = None) -> dict[
         values = _read_study(composed, name.removeprefix(STUDY))
     else:
         values = _read_file(composed, name)
-    taken = {key: value for key, value in values.items() if key not in kept}
-    for key, value in taken.items():
-        OmegaConf.update(composed, key, value)
+    taken = {key: value for key, value in values.items() if key not in kept and not _has_size(composed, key, kept)}
+    set_values(composed, taken)
     return {"from": name, **facts, **taken}
+
+
+def _has_size(composed: DictConfig, key: str, by_hand: Collection[str]) -> bool:
+    """Whether the command line gives the method's size in the other way than `key` does."""
+    other = _OTHER_SIZE.get(key)
+    return other is not None and other in by_hand and OmegaConf.select(composed, other) is not None
+
+
+def set_values(composed: DictConfig, values: Mapping[str, Any]) -> None:
+    """Set values by dotted key, in place; a size of the method takes the place of the one given the other way."""
+    for key, value in values.items():
+        OmegaConf.update(composed, key, value)
+        other = _OTHER_SIZE.get(key)
+        if other is not None and OmegaConf.select(composed, other) is not None:
+            OmegaConf.update(composed, other, None)
 
 
 def default_storage(results_dir: str) -> str:

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 REDO_OF, SURPLUS, FAILURE, REASON = "redo_of", "surplus", "failure", "reason"
 # DIED and CRASHED count against `sweep.retries`; a stop by the user, or a mistake that the user can correct, does not.
+# A trial is pruned for a MISTAKE that is due to its own values.
 DIED, CRASHED, STOPPED, MISTAKE = "died", "crashed", "stopped", "mistake"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 

@@ -18,6 +18,7 @@ from sparsegrad.errors import UserError
 from sparsegrad.progress import NO_BARS, QUIET, remark, say
 from sparsegrad.sweeps.config import Plan, make_plan
 from sparsegrad.sweeps.hparams import default_storage
+from sparsegrad.sweeps.ledger import FAILURE, MISTAKE, REASON
 from sparsegrad.sweeps.packing import check_packing, count_slots, take_device
 from sparsegrad.sweeps.search_results import DEFAULT
 from sparsegrad.sweeps.storage import hide_password
@@ -145,6 +146,9 @@ def _summarize(shared: SharedStudy) -> str:
     finished = shared.finished()
     pruned = sum(trial.state == TrialState.PRUNED for trial in finished)
     text = f"study {shared.plan.sweep.study}: {_count_finished(shared, finished)}, {pruned} of them pruned"
+    refused = [trial for trial in finished if trial.user_attrs.get(FAILURE) == MISTAKE]
+    if refused:
+        text += f" ({len(refused)} refused, the first: trial {refused[0].number}, {refused[0].user_attrs[REASON]})"
     if pruned == len(finished):
         return f"{text}; no trial was completed"
     best = shared.study.best_trial

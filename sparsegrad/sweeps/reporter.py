@@ -22,16 +22,19 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
 
     Evaluations are numbered 1, 2, 3, ... for the pruner. Step numbers would not be comparable, because the number of
     steps in a run depends on its batch size.
+
+    Attributes:
+        has_begun: whether the training has begun.
     """
 
     def __init__(self, trial: Trial, metric: str, heartbeat: Heartbeat) -> None:
         self._trial, self._metric, self._heartbeat = trial, metric, heartbeat
         self._reported = 0
-        self._training = False
+        self._training = self.has_begun = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Report the evaluations that a checkpoint contains."""
-        self._training = True
+        self._training = self.has_begun = True
         self._report_new(state)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:

@@ -18,6 +18,7 @@ from sparsegrad import progress
 from sparsegrad.errors import BusyError, ResourceError, UserError
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.records import find_complete
+from sparsegrad.sweeps.base_run import can_start
 from sparsegrad.sweeps.config import runner
 from sparsegrad.sweeps.leases import Heartbeat, TrialLostError
 from sparsegrad.sweeps.ledger import CRASHED, FAILURE, MISTAKE, REASON, REDO_OF, STOPPED
@@ -102,24 +103,27 @@ class Worker:
 
     def _find_outcome(self, trial: Trial, heartbeat: Heartbeat) -> tuple[TrialState, float | None, dict[str, Any]]:
         """Run the configuration of a trial; return its state, its value, and facts to store with it."""
-        config = self.shared.plan.trial_config(trial.params)
         reporter = Reporter(trial, self.shared.plan.metric, heartbeat)
+        config: RunConfig | None = None
         try:
+            config = self.shared.plan.trial_config(trial.params)
             record, is_new = self._run_admitted(config, trial, reporter)
         except torch.OutOfMemoryError:
-            if has_checkpoint(config.checkpoints):
+            if config is not None and has_checkpoint(config.checkpoints):
                 # It has fitted before, so another program may hold the memory: tried again, as after a crash.
                 facts = {FAILURE: CRASHED, REASON: "out of device memory, where it trained before"}
                 return self._count_crash(trial), None, facts
             return TrialState.PRUNED, None, {REASON: "out of device memory"}
         except ResourceError:
             raise  # of this machine, not of the values
-        except UserError:
-            # A run that failed in training left a record: its values are poor. Other errors would affect every trial.
-            reason = _read_failure(config, self._make_label(trial))
-            if reason is None:
+        except UserError as error:
+            # A run that failed in training left a record: its values are poor.
+            reason = None if config is None else _read_failure(config, self._make_label(trial))
+            if reason is not None:
+                return TrialState.PRUNED, _find_last_value(self.shared, trial), {REASON: reason}
+            if not self._is_of_values(trial, reporter):
                 raise
-            return TrialState.PRUNED, _find_last_value(self.shared, trial), {REASON: reason}
+            return TrialState.PRUNED, None, {FAILURE: MISTAKE, REASON: str(error)}
         self.shared.check_content(record)
         value = _read_score(record, self.shared.plan.metric)
         # Not stored in the study: only this call found the run done.
@@ -128,6 +132,17 @@ class Worker:
         if value is None:
             return TrialState.PRUNED, None, facts | {REASON: f"{self.shared.plan.metric} is not a number"}
         return TrialState.COMPLETE, value, facts
+
+    def _is_of_values(self, trial: Trial, reporter: Reporter) -> bool:
+        """Whether the refusal of a trial is due to its values; other refusals would affect every trial.
+
+        Many checks need the model, so that `make_plan` cannot try them on the ends of each range.
+        """
+        if reporter.has_begun:  # no check, but for example a full disk
+            return False
+        plan, waiting = self.shared.plan, Waiting(trial, reporter, self._pause)
+        with self._packing.admitted(plan.base, waiting.pause):
+            return can_start(plan, self._run)
 
     def _run_admitted(self, config: RunConfig, trial: Trial, reporter: Reporter) -> tuple[dict[str, Any], bool]:
         """Run the trial when its device has room and no other worker runs its values; the record, and if it is new."""

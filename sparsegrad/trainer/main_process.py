@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from sparsegrad.trainer.processes import from_main
+from sparsegrad.distributed import from_main
 
 Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")

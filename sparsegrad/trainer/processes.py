@@ -8,8 +8,7 @@ import threading
 import torch
 from torch import distributed as dist
 
-from sparsegrad.distributed import _shared, connected, rank, world_size
-from sparsegrad.distributed import from_main as from_main
+from sparsegrad.distributed import connected, mark_shared, rank, world_size
 from sparsegrad.errors import ResourceError, UserError
 
 # Messages of gloo, which raises a plain RuntimeError; NCCL raises a `DistError`.
@@ -45,7 +44,7 @@ def check_same(name: str, value: str) -> None:
         values: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(values, value)
         if len(set(values)) > 1:
-            raise _shared(
+            raise mark_shared(
                 UserError(
                     f"{name} differs between the processes ({', '.join(values)}): start all with the same command and "
                     "the same seed"

@@ -17,7 +17,7 @@ from experiments.bench.bars import measured_bars
 from experiments.bench.presets import Decomposition, Planned, Schedule
 from experiments.bench.render import write_table
 from experiments.bench.runner import Bench, interleaved, run_process
-from experiments.bench.settings import Setting
+from experiments.bench.settings import Setting, setting_from
 from sparsegrad.errors import UserError
 
 CPU = torch.device("cpu")
@@ -171,7 +171,7 @@ def test_the_document_has_the_fields_that_its_schema_names(tmp_path: Path) -> No
     setting = document["settings"][SETTING.key]
     assert setting["tokens"] == 16
     assert setting["presets"] == ["core"]
-    assert results.setting_of(document, SETTING.key) == SETTING
+    assert setting_from({name: setting[name] for name in Setting.__dataclass_fields__}) == SETTING
     assert set(setting["predicted"]["full"]) == set(ARMS)
     assert setting["predicted"]["full"]["full"] == 1
 

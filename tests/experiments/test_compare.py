@@ -243,10 +243,10 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytes
 
 def test_the_committed_plan_compares_ten_methods_in_the_protocol_of_the_searches() -> None:
     mine, theirs = read_plan("compare"), read_plan("evidence_mlp_only")
-    assert len(mine.params["method"]) >= 10
+    assert len(mine.grid["method"]) >= 10
     assert mine.budget == theirs.budget
-    assert set(mine.params["method"]) <= set(command.list_methods())
-    assert len(read_plan("compare_smollm2").params["method"]) == 5
+    assert set(mine.grid["method"]) <= set(command.list_methods())
+    assert len(read_plan("compare_smollm2").grid["method"]) == 5
     assert PLANS.keys() == set(command.PLANS)
 
 

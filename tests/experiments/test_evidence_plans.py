@@ -11,9 +11,10 @@ import pytest
 from omegaconf import OmegaConf
 from run_fixtures import ROOT
 
+from experiments.report.plans import REGIMES
 from experiments.reproduce import plans, search_all
 from experiments.reproduce.cells import Cell, list_cells
-from experiments.reproduce.plans import BLOCKS, REGIMES, SEARCHED, list_blocks, read_plan
+from experiments.reproduce.plans import BLOCKS, SEARCHED, list_blocks, read_plan
 from experiments.reproduce.searches import Search
 from sparsegrad.errors import UserError
 
@@ -110,7 +111,7 @@ def test_every_method_and_task_of_a_plan_has_a_search_of_its_own(searches: list[
         plan = read_plan(name)
         sweep = "evidence" if plan.regime == "paper" else "evidence_mlp_only"
         model = "smollm2" if plan.takes_trees else "minilm"
-        wanted = {f"{sweep}-{model}-{m}-{t}" for m, t in product(plan.params["method"], plan.params["task"])}
+        wanted = {f"{sweep}-{model}-{m}-{t}" for m, t in product(plan.grid["method"], plan.grid["task"])}
         assert wanted <= {one.study for one in searches}
     assert len(searches) == len({one.study for one in searches}) == 32 + 21 + 5
 
@@ -121,7 +122,7 @@ def test_all_searches_of_a_plan_have_the_same_budget_and_protocol(searches: list
         plan = read_plan(name)
         own = [one for one in searches if f"experiment={name}" in one.overrides]
         assert {one.plan.budget for one in own} == {plan.budget}
-        cells = list_cells(name, [UNSEARCHED, f"seed={plan.params['seed'][0]}"])
+        cells = list_cells(name, [UNSEARCHED, f"seed={plan.grid['seed'][0]}"])
         for one in own:
             trial = one.plan.trial_config({"train.lr": 1e-3})
             same = next(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -18,7 +19,6 @@ from experiments.reproduce import evidence
 from experiments.reproduce.cells import Cell, list_cells
 from experiments.reproduce.processes import Job, last_error, run_jobs
 from sparsegrad.runs.plan import plan_hash
-from sparsegrad.runs.run_folder import run_lock
 
 
 @pytest.fixture
@@ -29,6 +29,11 @@ def cells(places: list[str], glue: Path) -> list[Cell]:
     return list_cells("evidence_gates", given, str(glue))
 
 
+def lock_of(cell: Cell) -> Path:
+    """The file that a run locks."""
+    return Path(cell.config.work_dir) / "locks" / f"{cell.config.key}.lock"
+
+
 @pytest.fixture
 def quick(cells: list[Cell], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Cells that only take half a second and write their record; a folder with a note of each start."""
@@ -37,7 +42,12 @@ def quick(cells: list[Cell], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     script = tmp_path / "cell.py"
     script.write_text(
         "import pathlib, sys, time\n"
-        "number, record, text, notes = sys.argv[1:]\n"
+        "from filelock import FileLock, Timeout\n"
+        "number, record, text, notes, lock = sys.argv[1:]\n"
+        "held = FileLock(lock)\n"
+        "try: held.acquire(timeout=0)\n"
+        "except Timeout: sys.exit('error: the run is at work in another process')\n"
+        "if pathlib.Path(record).exists(): sys.exit()\n"
         "(pathlib.Path(notes) / f'{number}-{time.monotonic_ns()}').touch()\n"
         "time.sleep(0.5)\n"
         "if (pathlib.Path(notes) / f'broken{number}').exists(): sys.exit('error: the loss is not a finite number')\n"
@@ -49,7 +59,7 @@ def quick(cells: list[Cell], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         stamps = {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T01:00:00+00:00"}
         record = {"schema": 1, "status": "complete", "config": cell.config.resolved, "environment": stamps}
         command = [sys.executable, str(script), str(numbers[cell.label]), str(cell.config.record_path)]
-        command += [json.dumps(record), str(notes)]
+        command += [json.dumps(record), str(notes), str(lock_of(cell))]
         return Job(label=cell.label, command=tuple(command), log=tmp_path / f"{numbers[cell.label]}.log")
 
     monkeypatch.setattr(evidence, "cell_job", job)
@@ -84,23 +94,52 @@ def test_a_failed_cell_is_named_and_tried_again_by_the_next_call(
     assert starts(quick) == ["0", "1", "1", "2", "3"]
 
 
-def test_a_cell_in_the_hands_of_another_call_is_waited_for(cells: list[Cell], quick: Path) -> None:
-    record = {"schema": 1, "status": "complete", "config": cells[0].config.resolved}
+@pytest.mark.parametrize(
+    ("left_by_the_other", "made_here"),
+    [({"status": "complete"}, ["1", "2", "3"]), ({"status": "failed", "reason": "diverged"}, ["1", "2", "3"]),
+     (None, ["0", "1", "2", "3"])],
+)  # fmt: skip
+def test_a_cell_in_the_hands_of_another_call_is_waited_for_and_taken_up_if_nothing_came_of_it(
+    cells: list[Cell],
+    quick: Path,
+    left_by_the_other: dict[str, str] | None,
+    made_here: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    record = {"schema": 1, "config": cells[0].config.resolved, **(left_by_the_other or {})}
     program = (
         "import sys, time\nfrom filelock import FileLock\n"
         "with FileLock(sys.argv[1]):\n    print('held', flush=True); time.sleep(2)\n"
         "    import pathlib; p = pathlib.Path(sys.argv[2]); p.parent.mkdir(parents=True, exist_ok=True)\n"
-        "    p.write_text(sys.argv[3])\n"
+        "    if sys.argv[3]: p.write_text(sys.argv[3])\n"
     )
-    with run_lock(cells[0].config):
-        lock = next(Path(cells[0].config.work_dir).rglob("*.lock"))
-    arguments = [str(lock), str(cells[0].config.record_path), json.dumps(record)]
+    lock_of(cells[0]).parent.mkdir(parents=True)
+    arguments = [str(lock_of(cells[0])), str(cells[0].config.record_path)]
+    arguments += [json.dumps(record) if left_by_the_other else ""]
     other = subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE)
     assert other.stdout is not None
     assert other.stdout.readline() == b"held\n"
-    assert evidence.make(cells, workers=3, poll=0.1) == 0
-    assert starts(quick) == ["1", "2", "3"], "the other call made the first"
+    has_failed = left_by_the_other is not None and left_by_the_other["status"] == "failed"
+    assert evidence.make(cells, workers=3, poll=0.1) == int(has_failed)
+    assert (f"failed: {cells[0].label}" in (said := capsys.readouterr().out)) is has_failed
+    assert ("diverged" in said) is has_failed
+    assert starts(quick) == made_here
     assert other.wait() == 0
+
+
+def test_two_calls_make_each_cell_once(cells: list[Cell], quick: Path) -> None:
+    context = multiprocessing.get_context("fork")
+
+    def work() -> None:
+        sys.exit(evidence.make(cells, workers=1, poll=0.05))
+
+    calls = [context.Process(target=work) for _ in range(2)]
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join(60)
+    assert [call.exitcode for call in calls] == [0, 0]
+    assert starts(quick) == ["0", "1", "2", "3"]
 
 
 def test_the_last_error_of_a_log_is_not_the_advice_after_it(tmp_path: Path) -> None:

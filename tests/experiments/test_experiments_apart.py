@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from experiments.bench.presets import Planned
 from experiments.bench.results import empty, find_cell, put_cell, read
 from experiments.bench.settings import Setting
 from experiments.reproduce import __main__ as runner
-from experiments.reproduce import benchmarks, searches
+from experiments.reproduce import benchmarks, search_all, searches
+from experiments.reproduce.processes import Ended, Job
 from experiments.studies import gradients as measure
 from sparsegrad.files import write_json
 from sparsegrad.sweeps.pool import run_sweep
@@ -124,37 +125,40 @@ def test_tables_13_to_15_are_one_study_a_task(tmp_path: Path) -> None:
 
 
 def test_a_search_is_listed_run_exported_and_not_repeated(
-    small: list[str], commands: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Job] = []
+    works = False
+
+    def run_jobs(jobs: Iterable[Job], workers: int, is_needed: Callable[[Job], bool], *_: Any, **__: Any) -> Any:
+        for job in filter(is_needed, jobs):
+            started.append(job)
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            job.log.write_text("error: a mistake")
+            if works:
+                run_sweep(searches.compose_sweep(job.command[2:]), {})
+            yield Ended(job=job, status=0, minutes=0.0)
+
+    monkeypatch.setattr(search_all, "run_jobs", run_jobs)
     arguments = ["table13", "--scale", "mini", "--data", "glue", "task=mrpc", *small]
     assert runner.main([*arguments, "--dry"]) == 0
     assert "0 of 1 studies complete" in capsys.readouterr().out
-    assert commands == []
+    assert started == []
     assert runner.main(arguments) == 1
-    assert "study evidence-minilm-sparsegrad-mrpc: 0 of 3 trials" in capsys.readouterr().out
-    assert [Path(one[1]).name for one in commands] == ["run.py"], "without a trial there is nothing to export"
-
-    def call(command: Sequence[str]) -> None:
-        commands.append(list(command))
-        if "show" in command:
-            from sparsegrad.sweeps.__main__ import main
-
-            assert main(command[3:]) == 0
-        else:
-            run_sweep(searches.compose_sweep(command[2:]), {})
-
-    monkeypatch.setattr(searches, "call", call)
-    commands.clear()
+    assert "evidence-minilm-sparsegrad-mrpc: 0 of 3 trials" in capsys.readouterr().out
+    folder = tmp_path / "results" / "studies" / "evidence-minilm-sparsegrad-mrpc"
+    assert [Path(one.command[1]).name for one in started] == ["run.py"]
+    assert not folder.exists(), "without a trial there is nothing to export"
+    works = True
     assert runner.main(arguments) == 0
-    assert len(commands) == 2
-    summary = tmp_path / "results" / "studies" / "evidence-minilm-sparsegrad-mrpc" / "summary.json"
-    assert json.loads(summary.read_text())["labels"]["method"] == "sparsegrad"
+    assert len(started) == 2
+    assert json.loads((folder / "summary.json").read_text())["labels"]["method"] == "sparsegrad"
+    assert (folder / "history.png").is_file()
     assert runner.main(arguments) == 0
-    assert len(commands) == 2, "a finished study is left alone"
+    assert len(started) == 2, "a finished study is left alone"
     (tmp_path / "results" / "studies" / "studies.db").unlink()
     assert runner.main(arguments) == 0
-    assert len(commands) == 2, "its summary is enough"
+    assert len(started) == 2, "its summary is enough"
 
 
 def test_a_launcher_gets_one_job_a_study(commands: list[list[str]], tmp_path: Path) -> None:

@@ -54,6 +54,14 @@ def refuse(
     raise UserError("the model is not there")
 
 
+def fill_disk(
+    config: RunConfig, *, callbacks: Sequence[Any] = (), labels: Mapping[str, Any]
+) -> tuple[dict[str, Any], bool]:
+    """A fault in training that leaves no record, and is no fault of the values."""
+    _tell("on_train_begin", callbacks, SimpleNamespace(global_step=0, max_steps=EVALUATIONS, log_history=[]))
+    raise UserError("the disk is full")
+
+
 def _run(config: RunConfig, callbacks: Sequence[Any], labels: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     found = find_complete(config.record_path)
     if found is not None:

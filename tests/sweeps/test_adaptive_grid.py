@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytest
 import sweep_fakes
 from omegaconf import DictConfig
@@ -15,11 +16,12 @@ from optuna.trial import TrialState
 from run_fixtures import Composer, last_wins
 
 from sparsegrad.errors import UserError
-from sparsegrad.sweeps.adaptive_grid import find_best, find_ratio, first_values, next_value
+from sparsegrad.sweeps.adaptive_grid import distributions, find_best, find_ratio, first_values, next_value
 from sparsegrad.sweeps.config import make_plan
 from sparsegrad.sweeps.pool import run_sweep
+from sparsegrad.sweeps.samplers import sampler
 from sparsegrad.sweeps.show import export, summary
-from sparsegrad.sweeps.space import Dimension
+from sparsegrad.sweeps.space import Dimension, Space
 from sparsegrad.sweeps.study import load_study, open_study
 
 GRID = Dimension(key="train.lr", kind="float", values=(1e-5, 1e-2), log=True, points=4)
@@ -85,6 +87,24 @@ def test_the_rule_finds_the_best_rate_of_a_smooth_function_within_eight_trials()
         assert best is not None
         assert min(tried) < best < max(tried), peak
         assert abs(math.log10(best) - peak) < 0.3, peak
+
+
+@pytest.mark.parametrize("rates_improve", [None, False, True])
+def test_an_extension_ends_eight_steps_beyond_the_grid(rates_improve: bool | None) -> None:
+    """Further trials narrow: whether none has a score, or the smallest or the largest always wins."""
+    space = Space((GRID,))
+    study = optuna.create_study(direction="maximize", sampler=sampler("adaptive_grid", space, 0, 1))
+    for _ in range(16):
+        trial = study.ask(distributions(space))
+        rate = trial.params["train.lr"]
+        if rates_improve is None:
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, rate if rates_improve else -rate)
+    found = rates(study)
+    assert len(set(found)) == 16
+    edge = max(found) / 1e-2 if rates_improve else 1e-5 / min(found)
+    assert edge == pytest.approx(1e8)
 
 
 def test_a_search_narrows_within_its_budget(composed: Sweep) -> None:

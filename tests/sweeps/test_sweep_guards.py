@@ -15,6 +15,7 @@ from sparsegrad.cli import running
 from sparsegrad.errors import UserError
 from sparsegrad.sweeps.config import make_plan
 from sparsegrad.sweeps.pool import run_sweep
+from sparsegrad.sweeps.show import summary
 from sparsegrad.sweeps.storage import hide_password, patiently
 
 
@@ -26,6 +27,32 @@ def test_a_user_error_ends_the_sweep_and_the_next_call_redoes_the_trial(composed
     study = study_of(composed())
     assert states(study) == ["FAIL"] * 4 + ["COMPLETE"] * 6
     assert {trial.params["train.lr"] for trial in study.trials[:5]} == {study.trials[0].params["train.lr"]}
+
+
+def test_a_value_that_is_refused_with_the_model_is_pruned_and_the_sweep_goes_on(
+    composed: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = composed(
+        "sweep.runner=sparsegrad.runs.run", "method=lora", "sweep.sampler=grid", "protocol.max_steps=2",
+        "sweep.space={method.rank:{choice:[64,4]}}",  # the weights are 32 x 64
+    )  # fmt: skip
+    run_sweep(options)
+    study = study_of(options)
+    assert states(study) == ["PRUNED", "COMPLETE"]
+    assert "rank=64" in study.trials[0].user_attrs["reason"]
+    assert "rank=64" in summary(study)["reasons"]["0"]
+    assert "1 refused" in capsys.readouterr().out
+    # Whether the other values can start was tried without a trace.
+    assert len(list((tmp_path / "results" / "runs" / "s").glob("*.json"))) == 1
+    assert not (tmp_path / "work" / make_plan(options).base.key).exists()
+    assert not list((tmp_path / "work").glob("tmp*"))
+
+
+def test_a_fault_in_training_that_is_not_due_to_the_values_ends_the_sweep(composed: Sweep) -> None:
+    options = composed("sweep.runner=sweep_fakes.fill_disk")
+    with pytest.raises(UserError, match="the disk is full"):
+        run_sweep(options)
+    assert states(study_of(options)) == ["FAIL"]
 
 
 def test_a_crash_is_not_retried_forever(composed: Sweep) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_fixtures import Composer
@@ -13,7 +14,9 @@ from test_sweep import composed as composed  # the fixture
 from experiments.report.tables import searched
 from sparsegrad.cli import running
 from sparsegrad.errors import UserError
+from sparsegrad.runs.config import build
 from sparsegrad.sweeps import __main__ as sweep
+from sparsegrad.sweeps import hparams
 from sparsegrad.sweeps.pool import run_sweep
 
 
@@ -27,6 +30,21 @@ def test_the_best_feeds_back(composed: Sweep, conf: Composer, small: tuple[str, 
         running.apply_hparams(conf(*small, "hparams=study:t"))
     with pytest.raises(UserError, match="searched minilm / sparsegrad / sst2, this run is minilm / lora / sst2"):
         running.apply_hparams(conf(*small, "hparams=study:s", "method=lora"))
+
+
+def test_a_searched_size_takes_the_place_of_the_default_but_not_of_one_by_hand(
+    composed: Sweep, conf: Composer, small: tuple[str, ...]
+) -> None:
+    run_sweep(composed("sweep.space={method.keep:{choice:[68,69]}}", "sweep.sampler=grid", "sweep.trials=1"))
+    options = conf(*small, "hparams=study:s")
+    assert options.method.density == 0.01
+    running.apply_hparams(options)
+    method: Any = build(options).method
+    assert (method.density, method.keep) == (None, 68)
+    by_hand = conf(*small, "hparams=study:s", "method.density=0.02")
+    assert hparams.apply(by_hand, ["method.density"]) == {"from": "study:s"}
+    method = build(by_hand).method
+    assert (method.density, method.keep) == (0.02, None)
 
 
 def test_published_and_authors_values(conf: Composer) -> None:

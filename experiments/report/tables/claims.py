@@ -12,6 +12,7 @@ import pandas as pd
 import yaml
 
 from experiments.paths import DATA
+from experiments.published import SEEDS as PAPER_SEEDS
 from experiments.published import TASKS, authors_runs, cells
 from experiments.report.decisions import (
     CONTRADICTED,
@@ -22,7 +23,7 @@ from experiments.report.decisions import (
     Decision,
     decide,
 )
-from experiments.report.tables.accuracy import AVERAGE, LOGGED_SEEDS, PAPER_SEEDS, logs
+from experiments.report.tables.accuracy import AVERAGE, LOGGED_SEEDS, logs
 from experiments.report.tables.base import Context, Table
 from sparsegrad.errors import UserError
 

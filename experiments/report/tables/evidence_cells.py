@@ -11,7 +11,7 @@ from experiments.report.gates import Health, reference_runs
 from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.searches import Searches
 from experiments.report.stats import MIN_SEEDS, Difference, interquartile_mean, summarise
-from experiments.report.tables.base import MISSING, interval_text
+from experiments.report.tables.base import MISSING, hours, interval_text
 from experiments.report.tables.costs import Cost
 
 # Arm -> arm of the benchmark.
@@ -88,7 +88,7 @@ def format_costs(
     return {
         "trials per search": " / ".join(map(str, trials)) or "none",
         "search h": f"{sum(search.hours for search in behind):.2f}" if behind else "",
-        "training h": _format_hours(training_hours(block, arm, tasks)),
+        "training h": hours(training_hours(block, arm, tasks)),
         "h to target": _format_target(evidence, block, arm, tasks),
     }
 
@@ -140,15 +140,11 @@ def hours_to_target(evidence: Evidence, block: Block, arm: str, tasks: Sequence[
     return TargetTime(total if found else None, tuple(missed), tuple(unknown))
 
 
-def _format_hours(number: float | None) -> str:
-    return "" if number is None else f"{number:.2f}"
-
-
 def _format_target(evidence: Evidence, block: Block, arm: str, tasks: Sequence[str]) -> str:
     found = hours_to_target(evidence, block, arm, tasks)
     if found.missed:
         return f"not reached on {', '.join(found.missed)}"
-    return f"unknown on {', '.join(found.unknown)}" if found.unknown else _format_hours(found.hours)
+    return f"unknown on {', '.join(found.unknown)}" if found.unknown else hours(found.hours)
 
 
 def format_speed(block: Block, arm: str, costs: Mapping[str, Cost]) -> dict[str, str]:
