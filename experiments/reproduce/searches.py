@@ -31,8 +31,9 @@ from sparsegrad.sweeps.ledger import Ledger
 from sparsegrad.sweeps.search_results import (
     OWN_NAME,
     find_difference,
-    find_training_difference,
+    find_other_condition,
     read_settings,
+    select_conditions,
     select_settings,
 )
 from sparsegrad.sweeps.storage import JOURNAL, open_store
@@ -157,19 +158,19 @@ def make_search(overrides: list[str], task: str, data: str | None) -> Search:
     try:
         search = Search(tuple(given), make_plan(compose_sweep(given)))
         if not search.plan.sweep.overwrite:
-            _check_training(search)
+            _check_conditions(search)
             _check_settings(search)
     except HydraException as error:
         raise explain(error, given, CONF) from None
     return search
 
 
-def _check_training(search: Search) -> None:
-    """Refuse a study or summary of other training: it would count as this search."""
+def _check_conditions(search: Search) -> None:
+    """Refuse a study or summary of other training, data or protocol: it would count as this search."""
     study, searched = search.load_study(), search.plan.space.distributions
-    stored = [] if study is None else [select_settings(study.user_attrs.get(IDENTITY, {}).get("fixed", {}), "train")]
-    for there in filter(None, [*stored, search.read_summary().get("train")]):
-        if found := find_training_difference(there, search.plan.composed, searched):
+    stored = [] if study is None else [select_conditions(study.user_attrs.get(IDENTITY, {}).get("fixed", {}))]
+    for there in (*stored, search.read_summary()):
+        if found := find_other_condition(there, search.plan.composed, searched):
             raise UserError(
                 f"search {search.study} was made with {found}: make it anew with ARGS=sweep.overwrite=true, or leave "
                 "that setting as it was"

@@ -27,8 +27,14 @@ OWN_NAME = "store these settings as conf/method/NAME.yaml with name: NAME, and g
 # A plan may train other numbers of entries at one searched rate, as evidence_density does; `make search` and
 # `make compare` refuse these, too.
 _AMOUNT = ("density", "keep")
-_COST_ONLY = ("parallel", "gradient_checkpointing")  # settings of training that change no result
+# Groups whose settings a search and its runs have in common, apart from the method.
+CONDITIONS = ("train", "data", "protocol", "model")
 _SIZES = ("batch_size", "grad_accumulation")  # rows of a step, for each process
+_APART = {  # settings that change no result, or are compared otherwise
+    "train": ("parallel", "gradient_checkpointing", *_SIZES),
+    "protocol": ("watch_validation",),
+}
+_OF_MODEL = ("pooling", "keep_head")  # the rest of it is its name, or the size of a method
 
 
 class SearchMissingError(UserError):
@@ -40,7 +46,7 @@ def read_settings(composed: DictConfig, seed: int, group: str = "method") -> dic
 
     Args:
         composed: the whole configuration, to which the settings refer.
-        group: `method` or `train`.
+        group: `method`, or one of `CONDITIONS`.
         seed: stands for the seed, on which settings such as `random_seed: ${seed}` depend: a search has one of its own.
 
     Raises:
@@ -71,23 +77,37 @@ def find_difference(there: Mapping[str, Any], here: Mapping[str, Any], group: st
     return f"{group}.{keys[0]}={values[0]}, not {values[1]}"
 
 
-def find_training_difference(there: Mapping[str, Any] | None, composed: DictConfig, searched: Collection[str]) -> str:
-    """`find_difference` for how a search and a run train.
+def select_conditions(fixed: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
+    """`select_settings` of each of `CONDITIONS`; None for a group without any."""
+    return {group: select_settings(fixed, group) or None for group in CONDITIONS}
+
+
+def find_other_condition(
+    there: Mapping[str, Mapping[str, Any] | None], composed: DictConfig, searched: Collection[str]
+) -> str:
+    """`find_difference` for the conditions under which a search and a run train.
 
     Args:
-        there: the settings of `train` that all trials of the search share; None: a summary of an earlier version does
-            not list them, and nothing is found.
+        there: group -> the settings that all trials of the search share. A group that is None or missing is not
+            compared: a summary of an earlier version does not list it.
         composed: the configuration of the run.
         searched: the keys that the search tries, such as `train.lr`.
     """
-    if not there:
-        return ""
-    here = read_settings(composed, composed.seed, "train")
-    left_out = {*_COST_ONLY, *_SIZES, *(key.removeprefix("train.") for key in searched)}
-    alike = {key: there[key] for key in there.keys() - left_out}, {key: here[key] for key in here.keys() - left_out}
-    if found := find_difference(alike[0], alike[1], "train"):
-        return found
-    if not all(key in there for key in _SIZES):  # the batch size is searched
+    for group in CONDITIONS:
+        stored, here = there.get(group), read_settings(composed, composed.seed, group)
+        if not stored:
+            continue
+        left_out = {*_APART.get(group, ()), *(key.removeprefix(f"{group}.") for key in searched)}
+        compared = set(_OF_MODEL) if group == "model" else (stored.keys() | here.keys()) - left_out
+        before, now = ({key: one[key] for key in one if key in compared} for one in (stored, here))
+        if found := find_difference(before, now, group):
+            return found
+    return _find_other_rows(there.get("train") or {}, read_settings(composed, composed.seed, "train"))
+
+
+def _find_other_rows(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Whether a search and a run have other numbers of rows per step, in words."""
+    if not all(key in there for key in _SIZES):  # an earlier summary, or the batch size is searched
         return ""
     rows = [math.prod(int(one[key]) for key in _SIZES) for one in (there, here)]
     rows[1] *= world_size()
@@ -110,7 +130,7 @@ def read_search(composed: DictConfig, by_hand: Collection[str] = ()) -> tuple[di
         The values to set, and facts on the search for the record.
 
     Raises:
-        UserError: if the search is missing, damaged, unfinished, of another regime, of other settings of the method or
+        UserError: if the search is missing, damaged, unfinished, of another regime, of other settings of the method, or
             of training, or has another budget.
     """
     plan: Mapping[str, Any] = composed.get("evidence") or {}
@@ -171,7 +191,10 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
     if facts[2] != "heldout":
         raise UserError(f"hparams=search: {name} was chosen on {facts[2]} rows, a table needs heldout: {remedy}")
     _check_budget(name, facts[0], finished, budget, remedy)
-    if other := find_training_difference(found.get("train"), composed, found["best"]["values"]):
+    # A search on another model has its own protocol; the rate is carried over.
+    groups = CONDITIONS if model == composed.model.name else ("train",)
+    conditions = {group: found.get(group) for group in groups}
+    if other := find_other_condition(conditions, composed, found["best"]["values"]):
         raise SearchMissingError(
             f"hparams=search: {name} was searched with {other}: {remedy} with ARGS=sweep.overwrite=true; or leave that "
             "setting as it was"

@@ -18,7 +18,7 @@ from sparsegrad.files import write_json
 from sparsegrad.sweeps.ledger import FINISHED, REASON, SURPLUS
 from sparsegrad.sweeps.plots import PLOTS, draw_html, draw_png
 from sparsegrad.sweeps.reporter import PROGRESS
-from sparsegrad.sweeps.search_results import select_settings
+from sparsegrad.sweeps.search_results import select_conditions, select_settings
 from sparsegrad.sweeps.study import CONTENT, IDENTITY, LABELS
 
 
@@ -45,7 +45,7 @@ def summary(study: Study) -> dict[str, Any]:
         "train_rest": fixed.get("train.train_rest"),
         "seed": fixed.get("seed"),
         "method": select_settings(fixed) or None,
-        "train": select_settings(fixed, "train") or None,
+        **select_conditions(fixed),
         "content": study.user_attrs.get(CONTENT, {}),
         "best": {"trial": best.number, "value": best.value, "values": best.params},
         "at_edge": _is_at_edge(best, trials) if "budget" in identity else None,

@@ -112,12 +112,16 @@ def test_a_search_is_not_used_for_other_training(where: tuple[str, str], results
         ("train.group_by_length=false", "train.group_by_length=shuffled, not False"),
         ("train.schedule=constant", "train.schedule=linear, not constant"),
         ("train.batch_size=16", "32 rows per step, not 16"),
+        ("protocol.epochs=2", "protocol.epochs=6, not 2"),
+        ("data.max_train=100", "data.max_train=None, not 100"),
+        ("model.pooling=null", "model.pooling=mean, not None"),
+        ("protocol=both", ""),
         ("train.eval_batch_size=16", ""),
         ("train.gradient_checkpointing=true", ""),
         ("train.batch_size=16 train.grad_accumulation=2", ""),
     ],
 )
-def test_a_run_takes_a_rate_that_was_searched_with_the_same_training(
+def test_a_run_takes_a_rate_that_was_searched_under_the_same_conditions(
     where: tuple[str, str], change: str, why: str
 ) -> None:
     finish(plan("lora_tuned", *where))
@@ -137,7 +141,9 @@ def test_a_search_is_found_by_runs_of_another_seed_and_of_plans_that_borrow_its_
     summary = finish(plan("sparsegrad", *where))
     name = "evidence_mlp_only-minilm-sparsegrad-stsb"
     labels = {"model": "minilm", "method": "sparsegrad", "task": "stsb"}
-    write_json(results / "studies" / name / "summary.json", {**summary, "study": name, "labels": labels})
+    write_json(
+        results / "studies" / name / "summary.json", {**summary, "study": name, "labels": labels, "protocol": None}
+    )
     for borrowing, own in (("evidence_density", "method.keep=4500"), ("evidence_basis", "method.steps=30")):
         cells = list_cells(borrowing, ["task=stsb", "seed=42", own, *where])
         assert {cell.config.train.lr for cell in cells} == {1e-4}
@@ -148,7 +154,7 @@ def test_a_finished_search_is_made_anew_only_if_asked(where: tuple[str, str], mo
     finish(search)
     started: list[Any] = []
 
-    def run(jobs: Any, *_: Any) -> Any:
+    def run(jobs: Any, *_: Any, **__: Any) -> Any:
         started.extend(job for job in jobs if not jobs[job].is_finished)
         yield from ()
 
