@@ -122,7 +122,7 @@ def test_attention_output_is_no_mlp(model) -> None:
         (lambda model: prepare(model, batches(3)), "ran out of batches at 3 of 30"),
         (lambda model: prepare(model, batches(3), calibration_steps=0), "steps=0"),
         (lambda model: prepare(model, batches(3), density=2.0), "density=2.0"),
-        (lambda model: prepare(model, batches(3), keep=513), "keep=513 .* at most 512"),
+        (lambda model: prepare(model, batches(3), keep=513), "keep=513 .* to 512"),
         (lambda model: prepare(model, batches(3), lr=-1.0), "lr=-1.0"),
         (lambda model: prepare(batches(3), model), "model is a list, not a torch.nn.Module"),
         (lambda model: prepare(model, batches(1)[0]), "batches is one batch: give several"),
