@@ -113,7 +113,7 @@ def test_attention_output_is_no_mlp(model) -> None:
     [
         (lambda model: prepare(torch.nn.Linear(2, 2), batches(1)), "no known layout .*bert"),
         (lambda model: prepare(model, batches(30), target_modules="gpt9"), "target_modules=gpt9 .* bert"),
-        (lambda model: prepare(model, batches(30), target_modules={"up": ".*nothing"}), "has no MLP linear of kind up"),
+        (lambda model: prepare(model, batches(30), target_modules={"up": ".*nothing"}), "has no linear of kind up"),
         (lambda model: prepare(model, batches(30), target_modules={"up": "("}), "not a regular expression"),
         (
             lambda model: prepare(model, batches(30), target_modules={"mixed": r".*layer\.\d\.(\w+)\.dense"}),

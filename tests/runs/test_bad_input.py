@@ -103,7 +103,7 @@ def test_a_wrong_value_is_named_before_anything_is_loaded(refused: Refused, over
         (("method.basis=nowhere.safetensors",), r"no basis file nowhere\.safetensors"),
         (("data.max_length=4096",), r"data\.max_length=4096 .*at most 512"),
         (("model.mlp=gpt9",), r"mlp=gpt9 .*bert, roberta"),
-        (("model.mlp={up: '.*up'}",), r"no MLP linear of kind up"),
+        (("model.mlp={up: '.*up'}",), r"no linear of kind up, model\.mlp="),
         (("model.architecture=3",), r"model\.architecture=3 .*fields"),
         (("model.architecture.num_attention_heads=3",), r"model\.architecture=.* makes no model"),
         (("model.architecture.model_type=brt",), r"model\.architecture=.* makes no model"),
