@@ -45,7 +45,7 @@ from sparsegrad.basis import Basis, save_bases
         ("method.keep=5", r"method\.density=0\.01 and method\.keep=5: give one"),
         ("method.density=null", r"method\.density=None and method\.keep=None: give one"),
         ("method.steps=0", r"method\.steps=0 .*at least 1"),
-        ("method.engine=slow", r"method\.engine=slow .*exact, layer"),
+        ("method.engine=slow", r"method\.engine=slow .*exact, layer, fast"),
         (
             "method.backward=sparse_dense",
             r"backward=sparse_dense does not belong to method\.engine=exact: set method\.b",
