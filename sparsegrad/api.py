@@ -261,19 +261,19 @@ def _make_groups(
 def print_trainable_parameters(optimizer: Any) -> None:
     """Print one line with what trains and how it is counted, as `peft`'s method of this name does.
 
-    The MLP weights and everything else are counted apart. Of an MLP weight, engine `exact` changes a few rotated
+    The target weights and everything else are counted apart. Of a target weight, engine `exact` changes a few rotated
     entries per step, which it selects again in each step; engine `fast` trains a core beside the frozen weight.
 
     Args:
         optimizer: what `prepare` returned; it may be wrapped by Accelerate or a Trainer.
 
     Raises:
-        UserError: for another optimizer.
+        UserError: for another optimizer, or for the model.
     """
     plan = describe(optimizer)
     cores = sum(len(group.names) * group.kept for group in plan.taken if group.core)
     counted = "as cores" if cores else "in each step"
-    parts = [f"MLP weights {_format_share(plan.kept, plan.mlp_size)} {counted}"]
+    parts = [f"target weights {_format_share(plan.kept, plan.mlp_size)} {counted}"]
     if plan.model_size is None:
         parts += [f"rest {plan.rest:,}", f"together {plan.trainable:,}"]
     else:
