@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsegrad.distributed import refuse_fsdp1
 from sparsegrad.errors import UserError, renamed_arguments
-from sparsegrad.targets_errors import EXAMPLE, describe_linears, explain_missing, explain_unknown_layout, is_linear
+from sparsegrad.targets_errors import describe_linears, explain_missing, explain_unknown_layout, is_linear
 
 # Layer kind -> pattern that must match the whole module name. Many families share names: Gemma, Phi-1 and others are
 # found by the names of a family listed here. ViT has BERT's names in transformers 5.3 and `mlp.fc1` in 5.23.
@@ -113,7 +113,7 @@ def _detect_layout(model: nn.Module) -> dict[str, str]:
     if not fitting:
         raise UserError(
             f"{type(model).__name__} has the MLP names of no known layout ({', '.join(LAYOUTS)}): name the linears to "
-            f"train, as in target_modules={EXAMPLE}; {describe_linears(model)}"
+            f"train as target_modules=[...]; {describe_linears(model)}"
         )
     if len(fitting) > 1:
         raise UserError(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
 from sparsegrad.errors import UserError, closest, did_you_mean
 
-EXAMPLE = '["intermediate.dense", "output.dense"]'
+_EXAMPLE = '["intermediate.dense", "output.dense"]'
 _MOST = 8  # names in one message
 
 
@@ -40,7 +40,7 @@ def explain_missing(model: nn.Module, kind: str, names: Mapping[str, str] | Sequ
     if isinstance(names, str):
         return UserError(
             f"{model_name} has no linear of kind {kind}, which the layout {names} has: leave target_modules out to "
-            f"detect the layout, or name the linears, as in target_modules={EXAMPLE}; {describe_linears(model)}"
+            f"detect the layout, or name the linears as target_modules=[...]; {describe_linears(model)}"
         )
     if isinstance(names, Mapping):
         # Without the characters of expressions, a misspelt pattern resembles the name that was meant.
@@ -66,14 +66,18 @@ def explain_unknown_layout(model: nn.Module, name: str, layouts: Collection[str]
             f"as the paper does, or name others in a list; {describe_linears(model)}"
         )
     known = ", ".join(layouts)
-    # peft reads such a string as an expression, so that it names modules there.
+    if re.search(r"[*+?|(\[^$\\]", name):  # peft reads a string as an expression
+        return UserError(
+            f"target_modules={name} is not a layout ({known}): an expression is given with a name for what it matches, "
+            f"as target_modules={json.dumps({'mlp': name})}"
+        )
     similar = name if any(_ends_in(one, name) for one in _list_linears(model)) else _find_similar(model, name)
     if similar and closest(name, layouts) is None:
         return UserError(
             f"target_modules={name} is not a layout ({known}): modules are named in a list, as "
             f"target_modules={json.dumps([similar])}"
         )
-    hint = did_you_mean(name, layouts) or f"or name modules in a list, as target_modules={EXAMPLE}"
+    hint = did_you_mean(name, layouts) or f"or name modules in a list, as target_modules={_EXAMPLE}"
     return UserError(f"target_modules={name} is not allowed: choose one of {known}; {hint}")
 
 
@@ -88,9 +92,12 @@ def _ends_in(name: str, end: str) -> bool:
 def _find_similar(model: nn.Module, wanted: str) -> str | None:
     """The end of a linear's name that `wanted` is probably a misspelling of: of as many parts, else of any number."""
     split = [name.split(".") for name in _list_linears(model)]
-    length = len(wanted.strip(".").split("."))
-    same: dict[str, Any] = dict.fromkeys(".".join(parts[-length:]) for parts in split)
-    every = dict.fromkeys(
-        ".".join(parts[start:]) for parts in split for start in range(len(parts)) if not parts[start].isdigit()
-    )
-    return closest(wanted, same) or closest(wanted, every)
+    ends = dict.fromkeys(".".join(parts[start:]) for parts in split for start in range(len(parts)))
+    if not _has_number(wanted):  # a name with the number of a block would train that block alone
+        ends = {end: None for end in ends if not _has_number(end)}
+    length = wanted.strip(".").count(".")
+    return closest(wanted, [end for end in ends if end.count(".") == length]) or closest(wanted, ends)
+
+
+def _has_number(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))

@@ -188,6 +188,12 @@ class TwoLayouts(nn.Module):
         # A string is a layout; LoRA's users give names and expressions as one.
         (skeleton("bert"), "intermediate.dense", re.escape("not a layout (bert, ") + r'.*=\["intermediate\.dense"\]'),
         (skeleton("bert"), "intermediat.dense", r'not a layout .*=\["intermediate\.dense"\]'),
+        (
+            skeleton("bert"),
+            r".*intermediate.*",
+            r'expression is given .*target_modules=\{"mlp": "\.\*intermediate\.\*"\}',
+        ),
+        (skeleton("gpt2"), ["h.9.mlp.c_fc"], r'did you mean target_modules=\["h\.\d\.mlp\.c_fc"\]\?'),
         (skeleton("bert"), "all-linear", "all-linear exists in peft only: leave target_modules out"),
         (skeleton("bert"), "robertta", "target_modules=robertta is not allowed: .* did you mean roberta?"),
     ],
