@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,9 +12,17 @@ import torch
 from torch import nn
 
 from sparsegrad.basis import SIDES, Basis
-from sparsegrad.calibration.gradients import Batch, Progress, calibrate
+from sparsegrad.calibration.gradients import Batch, Progress, calibrate, take_batches
 from sparsegrad.distributed import check_same_weights, is_managed, is_shard, refuse_shards, reshard, unwrapped
-from sparsegrad.errors import UserError, check_choice, check_number, renamed_arguments, warn_renamed
+from sparsegrad.errors import (
+    UserError,
+    check_choice,
+    check_integer,
+    check_number,
+    did_you_mean,
+    renamed_arguments,
+    warn_renamed,
+)
 from sparsegrad.layers.common import check_linear
 from sparsegrad.layers.replace import rotate_gradients, use_blocks
 from sparsegrad.layers.shards import check_shards
@@ -112,14 +121,15 @@ def prepare(
             and normalization, too.
 
     Raises:
-        UserError: before any batch is read, for values out of range; a model without the named linears; weights that
-            are frozen, tied, quantized or sharded; models that differ between processes; bases that do not fit; or
-            options that engine `fast` does not support (`keep`, `sides`, `moments`, `Conv1D`). During calibration, for
-            batches without labels.
+        UserError: before any batch is read, for an unknown argument; values out of range; a model without the named
+            linears; weights that are frozen, tied, quantized or sharded; models that differ between processes; bases
+            that do not fit; or options that engine `fast` does not support (`keep`, `sides`, `moments`, `Conv1D`).
+            During calibration, for too few batches or batches without labels.
     """
     if engine == "merged":
         warn_renamed('engine="merged"', 'engine="exact"')
         engine = "exact"
+    _refuse_unknown(adamw)
     options = _Options(
         engine=engine,
         keep=keep,
@@ -129,7 +139,7 @@ def prepare(
         rotation_order=rotation_order,
         rotation_dtype=rotation_dtype,
     )
-    _check_arguments(batches, lr, bases, options)
+    _check_arguments(batches, lr, bases, calibration_steps, options)
     _check_engine(model, options)
     model = unwrapped(model)  # names, and back-propagation without DDP's gradient averaging
     linears = _find_linears(model, target_modules, options)
@@ -138,8 +148,9 @@ def prepare(
     if bases is None:
         assert batches is not None
         by_kind = {kind: found.values() for kind, found in linears.items()}
+        taken = take_batches(batches, calibration_steps, "calibration_steps")  # too few: names this argument
         bases = calibrate(
-            model, batches, by_kind, calibration_steps, sides=sides, gram_device=gram_device, progress=progress
+            model, taken, by_kind, calibration_steps, sides=sides, gram_device=gram_device, progress=progress
         )
     else:
         check_same_weights(model)  # `calibrate` checks this in the other case
@@ -151,13 +162,25 @@ def prepare(
     return optimizer
 
 
-def _check_arguments(batches: Any, lr: Any, bases: Any, options: _Options) -> None:
+def _refuse_unknown(adamw: Mapping[str, Any]) -> None:
+    """Raise `UserError` for an argument of neither `prepare` nor its optimizer, whose error would name the class."""
+    optional = [name for name in inspect.signature(SparseGradAdamW).parameters if name not in ("params", "lr")]
+    for name in adamw:
+        if name not in optional:
+            known = [one for one in inspect.signature(prepare).parameters if one != "adamw"] + optional
+            hint = did_you_mean(name, known) or f"choose from {', '.join(known)}"
+            raise UserError(f"prepare has no argument {name}: {hint}")
+
+
+def _check_arguments(batches: Any, lr: Any, bases: Any, calibration_steps: Any, options: _Options) -> None:
     """Check what needs no model."""
     check_number("lr", lr, above=0)
     check_choice("sides", options.sides, SIDES)
     check_choice("moments", options.moments, tuple(MOMENTS))
     if isinstance(batches, Mapping):
         raise UserError("batches is one batch: give several, as a list of batches or a DataLoader")
+    if bases is None:
+        check_integer("calibration_steps", calibration_steps, at_least=1, remedy="the paper uses 30")
     if batches is None and bases is None:
         raise UserError("batches=None leaves nothing to calibrate on: give batches, or stored bases as bases=")
     if bases is not None and not (isinstance(bases, Mapping) and all(isinstance(b, Basis) for b in bases.values())):
@@ -238,19 +261,19 @@ def _make_groups(
 def print_trainable_parameters(optimizer: Any) -> None:
     """Print one line with what trains and how it is counted, as `peft`'s method of this name does.
 
-    The MLP weights and everything else are counted apart. Of an MLP weight, engine `exact` changes a few rotated
+    The target weights and everything else are counted apart. Of a target weight, engine `exact` changes a few rotated
     entries per step, which it selects again in each step; engine `fast` trains a core beside the frozen weight.
 
     Args:
         optimizer: what `prepare` returned; it may be wrapped by Accelerate or a Trainer.
 
     Raises:
-        UserError: for another optimizer.
+        UserError: for another optimizer, or for the model.
     """
     plan = describe(optimizer)
     cores = sum(len(group.names) * group.kept for group in plan.taken if group.core)
     counted = "as cores" if cores else "in each step"
-    parts = [f"MLP weights {_format_share(plan.kept, plan.mlp_size)} {counted}"]
+    parts = [f"target weights {_format_share(plan.kept, plan.mlp_size)} {counted}"]
     if plan.model_size is None:
         parts += [f"rest {plan.rest:,}", f"together {plan.trainable:,}"]
     else:

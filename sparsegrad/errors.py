@@ -145,7 +145,7 @@ def check_number(
     # bool is an int in Python; the comparison with the largest float excludes infinity and NaN.
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not number or not (value > above and at_least <= value <= at_most and value < below):
-        raise fail(name, value, "give " + _format_bounds("a number", above, at_least, at_most, below), remedy)
+        raise _refuse_number(name, value, _format_bounds("a number", above, at_least, at_most, below), remedy)
     return float(value)
 
 
@@ -154,9 +154,8 @@ def check_integer(
 ) -> int:
     """Return `value` as an int inside the bounds, or raise `UserError`."""
     if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
-        raise fail(
-            name, value, "give " + _format_bounds("a whole number", -math.inf, at_least, at_most, math.inf), remedy
-        )
+        bounds = _format_bounds("a whole number", -math.inf, at_least, at_most, math.inf)
+        raise _refuse_number(name, value, bounds, remedy)
     return value
 
 
@@ -176,14 +175,28 @@ def check_text(name: str, value: Any) -> str:
     return value
 
 
+def _refuse_number(name: str, value: Any, bounds: str, remedy: str) -> UserError:
+    """The error for a value that is not a number within `bounds`, or only looks like one when it is printed."""
+    if not isinstance(value, int | float):
+        try:
+            float(value)
+        except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+            pass
+        else:  # "0.01", a tensor, numpy's float32: the value may be right, but its type is not
+            return UserError(
+                f"{name}={value!r} is a {type(value).__name__}: give {bounds}" + (remedy and f"; {remedy}")
+            )
+    return fail(name, value, f"give {bounds}", remedy)
+
+
 def _format_bounds(kind: str, above: float, at_least: float, at_most: float, below: float) -> str:
-    parts = [kind]
-    if above > -math.inf:
-        parts.append(f"above {above:g}")
-    if at_least > -math.inf:
-        parts.append(f"of at least {at_least:g}")
-    if at_most < math.inf:
-        parts.append(f"of at most {at_most:g}")
-    if below < math.inf:
-        parts.append(f"below {below:g}")
-    return " ".join(parts)
+    if at_least > -math.inf and at_most < math.inf:
+        return f"{kind} from {_format_bound(at_least)} to {_format_bound(at_most)}"
+    words = {"above": above, "at least": at_least, "at most": at_most, "below": below}
+    bounds = " and ".join(f"{word} {_format_bound(bound)}" for word, bound in words.items() if math.isfinite(bound))
+    return f"{kind} {'of ' if bounds.startswith('at ') else ''}{bounds}".strip()
+
+
+def _format_bound(bound: float) -> str:
+    # Not `:g` for an integer: it would round 4294967295 to 4.29497e+09.
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"

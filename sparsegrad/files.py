@@ -15,7 +15,9 @@ from sparsegrad.errors import ResourceError, first_line
 
 MAX_JSON = 64 * 2**20  # bytes; a record has about 10,000
 # Error codes of a full, read-only or protected file system, and how safetensors and torch.save report them.
-_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+_PROTECTED = {errno.EROFS, errno.EACCES, errno.EPERM}
+_IN_THE_WAY = {errno.ENOTDIR, errno.EEXIST}  # a file is in the place of a folder
+_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, *_PROTECTED, errno.ENOTDIR}
 _WRITING_MARKS = ("Error while serializing: I/O error", "inline_container", "PytorchStreamWriter", "iostream error")
 
 
@@ -51,9 +53,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def unwritable(path: Path, error: Exception) -> ResourceError:
-    """The error for a path that cannot be written."""
+    """The error for a path that cannot be written, with the remedy for its cause."""
     reason = getattr(error, "strerror", None) or first_line(error)
-    return ResourceError(f"cannot write {path}: {reason}; free space there or choose another folder")
+    return ResourceError(f"cannot write {path}: {reason}; {_find_remedy(path, getattr(error, 'errno', None))}")
 
 
 def unreadable(path: Path | str | None, error: OSError, otherwise: str = "") -> ResourceError:
@@ -62,6 +64,17 @@ def unreadable(path: Path | str | None, error: OSError, otherwise: str = "") -> 
     return ResourceError(
         f"cannot read {path} ({reason}): nothing was deleted; try again when it can be read{otherwise}"
     )
+
+
+def _find_remedy(path: Path, number: int | None) -> str:
+    if number in _IN_THE_WAY:
+        blocking = next((one for one in (path, *path.parents) if one.exists() and not one.is_dir()), None)
+        return "choose another folder" if blocking is None else f"{blocking} is a file: choose a folder"
+    if number == errno.EISDIR:
+        return f"{path} is a folder: choose another name"
+    if number in _PROTECTED:
+        return "check the permissions or choose another folder"
+    return "free space there or choose another folder"  # also for errors without a number, as safetensors raises them
 
 
 def is_of_writing(error: Exception, folders: Iterable[Path | str]) -> bool:

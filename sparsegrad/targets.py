@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.distributed import refuse_fsdp1
-from sparsegrad.errors import UserError, check_choice, renamed_arguments
+from sparsegrad.errors import UserError, renamed_arguments
+from sparsegrad.targets_errors import describe_linears, explain_missing, explain_unknown_layout, is_linear
 
 # Layer kind -> pattern that must match the whole module name. Many families share names: Gemma, Phi-1 and others are
 # found by the names of a family listed here. ViT has BERT's names in transformers 5.3 and `mlp.fc1` in 5.23.
@@ -62,9 +63,13 @@ def find_mlp(model: nn.Module, target_modules: Names | None = None) -> Linears:
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"model is a {type(model).__name__}, not a torch.nn.Module: give the model itself")
-    refuse_fsdp1(model)  # before the search: its flat parameters would give misleading errors
+    # Before the search, as frozen weights and flat parameters would give misleading errors.
+    _refuse_peft(model)
+    refuse_fsdp1(model)
     named = _resolve_names(model, target_modules)
     _refuse_overlap(named)
+    if missing := [kind for kind, names in named.items() if not names]:
+        raise explain_missing(model, missing[0], target_modules)
     linears = {kind: _get_linears(model, kind, names) for kind, names in named.items()}
     _refuse_shared(model, linears)
     return linears
@@ -77,7 +82,7 @@ def check_trainable(linears: Linears) -> None:
             if not linear.weight.requires_grad:
                 raise UserError(
                     f"{name}.weight is frozen (requires_grad=False): call requires_grad_(True) on it, or name only "
-                    "the other linears with target_modules={kind: pattern}"
+                    "the other linears with target_modules=[...]"
                 )
             check_updated(linear.weight, f"{name}.weight")
 
@@ -87,7 +92,8 @@ def _resolve_names(model: nn.Module, names: Names | None) -> dict[str, list[str]
     if names is None:
         return _match_patterns(model, _detect_layout(model))
     if isinstance(names, str):
-        check_choice("target_modules", names, LAYOUTS, "or give {kind: pattern} or a list")
+        if names not in LAYOUTS:
+            raise explain_unknown_layout(model, names, LAYOUTS)
         return _match_patterns(model, LAYOUTS[names])
     if isinstance(names, Mapping) and names and all(isinstance(pattern, str) for pattern in names.values()):
         return _match_patterns(model, names)
@@ -106,8 +112,8 @@ def _detect_layout(model: nn.Module) -> dict[str, str]:
     fitting = dict(pair for pair in distinct.values() if all(_match_patterns(model, pair[1]).values()))
     if not fitting:
         raise UserError(
-            f"{type(model).__name__} has the MLP names of no known layout ({', '.join(LAYOUTS)}): give "
-            "target_modules={kind: pattern of module names}, or a list of names"
+            f"{type(model).__name__} has the MLP names of no known layout ({', '.join(LAYOUTS)}): name the linears to "
+            f"train as target_modules=[...]; {describe_linears(model)}"
         )
     if len(fitting) > 1:
         raise UserError(
@@ -134,13 +140,26 @@ def _match_ends(model: nn.Module, wanted: Sequence[str]) -> dict[str, list[str]]
     for end in wanted:
         found = [name for name, _ in model.named_modules() if name == end or name.endswith(f".{end}")]
         if not found:
-            named[end] = []  # an empty kind: `_get_linears` reports it
+            named[end] = []  # an empty kind: `find_mlp` reports it
         for name in found:
             kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
             named.setdefault(kind, [])
             if name not in named[kind]:
                 named[kind].append(name)
     return named
+
+
+def _refuse_peft(model: nn.Module) -> None:
+    """Raise `UserError` for a model of peft: it has other names, and its weights are frozen on purpose."""
+    # Recognized by where the classes come from, so that the library does not depend on peft. transformers' own
+    # `add_adapter` wraps single linears too, in a model of an ordinary class.
+    wrapped = [name for name, module in model.named_modules() if type(module).__module__.split(".")[0] == "peft"]
+    if wrapped:
+        layer = next((name for name in wrapped if hasattr(model.get_submodule(name), "base_layer")), None)
+        raise UserError(
+            f"{layer or type(model).__name__} is wrapped by peft: give the plain model, which unload() or "
+            "merge_and_unload() of the peft model returns, and call requires_grad_(True) on it, as peft has frozen it"
+        )
 
 
 def _refuse_overlap(named: Mapping[str, list[str]]) -> None:
@@ -157,11 +176,6 @@ def _refuse_overlap(named: Mapping[str, list[str]]) -> None:
 
 def _get_linears(model: nn.Module, kind: str, names: list[str]) -> dict[str, nn.Linear]:
     """The modules of `names`, after a check that they are linears of one shape."""
-    if not names:
-        raise UserError(
-            f"{type(model).__name__} has no MLP linear of kind {kind}: name the model's own modules in "
-            "target_modules={kind: pattern}"
-        )
     found = {name: _check_module(name, model.get_submodule(name)) for name in names}
     shapes = {tuple(linear.weight.shape) for linear in found.values()}
     if len(shapes) > 1:
@@ -177,16 +191,14 @@ def _check_module(name: str, module: nn.Module) -> nn.Linear:
             f"{name}.weight is quantized ({type(weight).__name__}, {weight.dtype}): SparseGrad changes the weight "
             "itself; load the model in float32 or bfloat16, or use LoRA for a quantized one"
         )
-    # `Conv1D` is recognized by its name, so that the library does not depend on transformers.
-    if isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf")):
+    if is_linear(module):
         return module  # type: ignore[return-value]
-    if hasattr(module, "base_layer"):  # peft's name for what it wraps
-        raise UserError(
-            f"{name} is wrapped by peft: call merge_and_unload() on the peft model first, and give its result"
-        )
     if hasattr(module, "to_linear"):  # a layer of this library, from an earlier `prepare`
         raise UserError(f"{name} is a {type(module).__name__} already: call sparsegrad.to_linears(model) first")
-    raise UserError(f"{name} is a {type(module).__name__}, not a linear with a weight of its own: name only linears")
+    inside = next((f", such as {name}.{child}" for child, one in module.named_modules() if is_linear(one)), "")
+    raise UserError(
+        f"{name} is a {type(module).__name__}, not a linear with a weight of its own: name only linears{inside}"
+    )
 
 
 def is_quantized(weight: Tensor) -> bool:

@@ -10,6 +10,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sparsegrad.adapter.hub import must_use_cache
 from sparsegrad.adapter.merge import named_tensors
 from sparsegrad.distributed import from_gathered
 from sparsegrad.errors import UserError, first_line
@@ -101,10 +102,12 @@ def _load_pretrained(model: nn.Module, source: str) -> tuple[nn.Module, set[str]
         raise UserError(
             f"base={source} cannot be loaded for a {type(model).__name__}: give a copy of the model instead"
         )
+    away = not Path(source).exists() and must_use_cache(source, "or give base= as a folder or a copy of it")
+    options = {"local_files_only": True} if away else {}
     try:
         with torch.random.fork_rng():  # initializing a new head must not change the caller's random state
-            dtype = next(model.parameters()).dtype
-            loaded, info = load(source, config=getattr(model, "config", None), dtype=dtype, output_loading_info=True)
+            dtype, config = next(model.parameters()).dtype, getattr(model, "config", None)
+            loaded, info = load(source, config=config, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         if "ignore_mismatched_sizes" in str(error):
             raise UserError(

@@ -50,7 +50,7 @@ def write_card(folder: Path, source: str, model: str, size: str, tolerance: floa
     Raises:
         UserError: when the file cannot be read or written.
     """
-    exact = "bit for bit" if not tolerance else f"up to {tolerance:g} of each MLP weight's change"
+    exact = "bit for bit" if not tolerance else f"up to {tolerance:g} of each target weight's change"
     text = _CARD.format(quoted=json.dumps(source), source=source, model=model, exact=exact, size=size)
     write_unless_edited(folder / "README.md", text, _MARK)
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sparsegrad.adapter.lora_files import CONFIG
 from sparsegrad.errors import UserError
 from sparsegrad.files import unwritable, write_json
 from sparsegrad.hashing import file_sha256, tensors_sha256
@@ -180,10 +181,8 @@ def _explained_errors(folder: Path) -> Iterator[None]:
     """Within: a file that is missing or damaged becomes an error for the user."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise UserError(
-            f"no adapter in {folder}: {error.filename or FACTS} is missing; name a folder of save_adapter"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"no adapter in {folder}: {_explain_missing(folder, error.filename or FACTS)}") from None
     except UserError:
         raise
     except (
@@ -200,6 +199,20 @@ def _explained_errors(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{folder} is not a readable adapter ({type(error).__name__}: {error}): save it again"
         ) from None
+
+
+def _explain_missing(folder: Path, missing: str) -> str:
+    """What is in place of an adapter, and what to do with it."""
+    if folder.is_file():
+        return "it is a file; name the folder"
+    if not folder.is_dir():
+        return "there is no such folder; name a folder of save_adapter, or a repository on the hub as org/name"
+    if not (folder / FACTS).is_file():
+        if (folder / CONFIG).is_file():
+            return "this is a peft adapter: load it with peft.PeftModel.from_pretrained(model, folder)"
+        if (folder / "config.json").is_file():
+            return "this is a whole model: load it with from_pretrained, or name a folder of save_adapter"
+    return f"{missing} is missing; name a folder of save_adapter"
 
 
 def _read_facts(path: Path) -> dict[str, Any]:

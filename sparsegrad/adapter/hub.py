@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sparsegrad.progress import foreign_bars, is_quiet, job
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")  # org/name
 _CARD = "README.md"
 _INSTALL = "install huggingface_hub (`pip install huggingface_hub`)"
+_PATIENT = 30.0  # seconds for the hub to answer
 _LOGIN = "log in with `hf auth login` or give token="
 
 
@@ -47,9 +48,34 @@ def find_folder(source: str | Path, revision: str | None = None, token: str | bo
     if not (found / FACTS).is_file():
         raise UserError(
             f"{source} on the hub has no {FACTS}: name a repository with an adapter of save_adapter; load a LoRA "
-            "adapter with peft"
+            "adapter with peft.PeftModel.from_pretrained"
         )
     return found
+
+
+def must_use_cache(name: str, otherwise: str) -> bool:
+    """Ask the hub once whether it has a model, before `from_pretrained` asks several times for each of its files.
+
+    Args:
+        name: the model's name on the hub.
+        otherwise: how to do without the hub.
+
+    Returns:
+        Whether the hub cannot be used now, but the cache has the model.
+
+    Raises:
+        UserError: for a model that is neither on the hub nor in the cache, or a hub that cannot be reached.
+    """
+    hub = _import_hub(f"there is no folder {name} here; to look for it on the hub, {_INSTALL}")
+    try:
+        hub.HfApi().model_info(name, timeout=_PATIENT)
+    except Exception as error:  # see `find_folder`
+        # The file that every model of transformers has; None or a marker of its absence if it is not in the cache.
+        with suppress(ValueError):  # the name is no name of the hub
+            if isinstance(hub.try_to_load_from_cache(name, "config.json"), str):
+                return True
+        raise _explain(error, name, otherwise) from None
+    return False
 
 
 def push_to_hub(

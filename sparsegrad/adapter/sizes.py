@@ -35,7 +35,7 @@ class Saved:
     def __str__(self) -> str:
         forms = ", ".join(f"{count} {form}" for form, count in self.forms.items() if count)
         lora = "" if self.lora_bytes is None else f" (LoRA of the same count: {_format_bytes(self.lora_bytes)})"
-        sizes = f"MLP weights {_format_bytes(self.mlp_bytes)}{lora}, the rest {_format_bytes(self.rest_bytes)}"
+        sizes = f"target weights {_format_bytes(self.mlp_bytes)}{lora}, the rest {_format_bytes(self.rest_bytes)}"
         return f"{sizes}; tensors: {forms}"
 
 

@@ -25,13 +25,18 @@ def check_disk(asset: Asset, root: Path, say: Callable[[str], None]) -> None:
         return
     there = next((folder for folder in (root, *root.parents) if folder.exists()), Path.cwd())
     free = shutil.disk_usage(there).free
-    say(f"{asset.name}: needs {_format_size(asset.disk)} of disk while it is fetched, {_format_size(free)} are free")
+    say(f"{asset.name}: needs {format_size(asset.disk)} of disk while it is fetched, {format_size(free)} are free")
     if free < asset.disk:
         raise UserError(
-            f"asset {asset.name}: needs {_format_size(asset.disk)} in {root}, but only {_format_size(free)} are free: "
+            f"asset {asset.name}: needs {format_size(asset.disk)} in {root}, but only {format_size(free)} are free: "
             "free some space, or set SPARSEGRAD_ASSETS to a folder on another disk"
         )
 
 
-def _format_size(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+def format_size(size: int) -> str:
+    """A number of bytes in decimal units, as pip writes it, such as `1.3 GB`, `84 MB` or `79 kB`."""
+    if size >= 100_000_000:
+        return f"{size / 1e9:.1f} GB"
+    unit, name = (1e6, "MB") if size >= 1_000_000 else (1e3, "kB")
+    number = size / unit
+    return f"{number:.0f} {name}" if number >= 10 else f"{number:.1f} {name}"

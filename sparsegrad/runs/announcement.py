@@ -67,6 +67,7 @@ def _describe_steps(config: RunConfig, rows: int) -> str:
     batch = train.batch_size * train.grad_accumulation * world_size()
     most, stop = "", ""
     if protocol.patience is not None:
-        most, stop = "at most ", f", until {protocol.patience} in a row are no better"
+        count = "1 evaluation" if protocol.patience == 1 else f"{protocol.patience} evaluations in a row"
+        most, stop = "at most ", f"; stops after {count} without improvement"
         stop += f", counted from step {protocol.patience_from:,} on" if protocol.patience_from else ""
     return f"{most}{steps:,} of {batch} rows, {evaluations:,} evaluations{stop}"

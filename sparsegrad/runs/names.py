@@ -7,8 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sparsegrad.errors import fail, warn_renamed
+from sparsegrad.errors import check_choice, fail, warn_renamed
 
+_ENGINES = ("exact", "layer", "fast")
 # What engine `fast` does not have, with the value that leaves it out.
 _NOT_FAST: dict[str, Any] = {
     "keep": None, "backward": "regular", "sides": "both", "moments": "dense", "release_gradients": False,
@@ -21,13 +22,17 @@ def with_current_names(composed: DictConfig) -> DictConfig:
     """`composed` with today's names: engine `merged` is `exact`; engine `fast` is the method of that name.
 
     Raises:
-        UserError: for settings beside `method.engine=fast` that this engine does not have.
+        UserError: for an unknown engine of the method `sparsegrad`, or for settings beside `method.engine=fast` that
+            this engine does not have.
     """
     engine = OmegaConf.select(composed, "method.engine")
     if engine == "merged":
         warn_renamed("method.engine=merged", "method.engine=exact")
         composed = composed.copy()
         composed.method.engine = "exact"
+    elif engine is not None and composed.method.name == "sparsegrad":
+        # Here, because the method's own check does not know `fast`, which is a method of its own.
+        check_choice("method.engine", engine, _ENGINES)
     if engine == "fast" and composed.method.name == "sparsegrad":
         composed = composed.copy()
         OmegaConf.update(composed, "method", _fast_method(composed), merge=False, force_add=True)

@@ -111,7 +111,7 @@ def _take(source: Any, count: int) -> Any:
         (["--shape", "bert"], "shape=bert is not allowed: choose one of bert_base"),
         (["--shape", "bert_base", "--precision", "tf32", "--device", "cpu"], "fp32"),
         (["--shape", "bert_base", "--precision", "fp8"], "choose one of fp32, tf32"),
-        (["--shape", "bert_base", "--blocks", "13"], "of at most 12"),
+        (["--shape", "bert_base", "--blocks", "13"], "from 1 to 12"),
         (["--shape", "mlp_768", "--padding", "longest"], "give none"),
         (["--shape", "minilm", "--task", "qnli"], "choose one of cola"),
         (["--batch", "8"], "--batch belongs to --shape"),

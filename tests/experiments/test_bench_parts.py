@@ -83,7 +83,7 @@ def test_a_cut_model_keeps_its_widths_and_says_what_was_cut() -> None:
     assert shape.cut(3) == (3, 30522 // 4)
     assert "scaled: 3 of 12 blocks" in shape.label(3)
     assert "all 12 blocks" in shape.label(None)
-    with pytest.raises(UserError, match="of at most 12"):
+    with pytest.raises(UserError, match="from 1 to 12"):
         shape.cut(13)
 
 

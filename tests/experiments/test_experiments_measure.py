@@ -85,4 +85,4 @@ def test_heat_maps_and_energies(made: Any, tmp_path: Path) -> None:
 def test_a_block_that_is_not_there_is_one_line(glue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["figure2", "--data", str(glue), "--block", "2", *TINY, "train.batch_size=4", f"results_dir={tmp_path}"]
     assert measure.main(arguments) == 2
-    assert "block=2 is not allowed: give a whole number of at least 0 of at most 1" in capsys.readouterr().err
+    assert "block=2 is not allowed: give a whole number from 0 to 1" in capsys.readouterr().err

@@ -92,6 +92,30 @@ def test_a_json_that_cannot_be_written_leaves_the_old_adapter(tmp_path: Path, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", FACTS, TENSORS]
 
 
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("adapter_config.json", r"this is a peft adapter: load it with peft\.PeftModel\.from_pretrained"),
+        ("config.json", "this is a whole model: load it with from_pretrained"),
+        (None, "there is no such folder"),
+        ("notes.txt", rf"{FACTS} is missing; name a folder of save_adapter"),
+    ],
+)
+def test_what_is_no_adapter_is_named(file: str | None, remedy: str, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    if file is not None:
+        folder.mkdir()
+        (folder / file).write_text("{}")
+    with pytest.raises(UserError, match=rf"^no adapter in .*: .*{remedy}"):
+        load_adapter(own_model(), folder)
+
+
+def test_a_file_is_no_folder_of_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("{}")
+    with pytest.raises(UserError, match=r"^no adapter in .*: it is a file; name the folder"):
+        load_adapter(own_model(), tmp_path / "file")
+
+
 def test_no_value_in_the_json_names_a_file_outside(tmp_path: Path) -> None:
     """The tensors are read from the folder alone, and a file of somebody else that lies there is not removed."""
     save(tmp_path / "one", 1.0)

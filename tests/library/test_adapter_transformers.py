@@ -62,7 +62,7 @@ def test_a_folder_of_another_architecture_is_no_base(tmp_path: Path) -> None:
 
 
 def test_a_base_that_cannot_be_had_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match=r"is not a name on the hub: .* base="):
         save_adapter(tiny_model("bert"), tmp_path / "adapter", "nowhere/at-all-" + "x" * 99)
     assert not (tmp_path / "adapter").exists()
 
@@ -79,11 +79,18 @@ def test_the_size_beside_lora_is_what_peft_saves(tmp_path: Path) -> None:
     assert saved.lora_bytes == sum(tensor.nbytes for tensor in stored.values()) == 4 * 4 * 48
 
 
-def test_a_peft_model_is_refused_with_the_remedy() -> None:
+@pytest.mark.parametrize("targets", ["intermediate.dense", "query"])  # an MLP linear, or none
+@pytest.mark.parametrize("through", ["peft", "transformers"])
+def test_a_peft_model_is_refused_with_the_remedy(targets: str, through: str) -> None:
+    """Where LoRA wraps no MLP linear, the weights are frozen only; to unfreeze them would train both methods."""
     peft = pytest.importorskip("peft")
-    wrapped = peft.get_peft_model(tiny_model("bert"), peft.LoraConfig(target_modules=["intermediate.dense"]))
-    with pytest.raises(UserError, match=r"intermediate\.dense is wrapped by peft: call merge_and_unload"):
-        prepare(wrapped, tiny_batches("bert", 2), calibration_steps=2)
+    model, lora = tiny_model("bert"), peft.LoraConfig(target_modules=[targets])
+    if through == "peft":
+        model = peft.get_peft_model(model, lora)
+    else:
+        model.add_adapter(lora)
+    with pytest.raises(UserError, match=rf"{targets} is wrapped by peft: give the plain model.* merge_and_unload\(\)"):
+        prepare(model, tiny_batches("bert", 2), calibration_steps=2)
 
 
 def test_a_base_folder_from_before_the_embeddings_were_resized_is_refused_with_the_remedy(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_the_block_has_the_asked_share_of_entries() -> None:
 
 
 def test_bad_input_is_named(linear, basis) -> None:
-    with pytest.raises(UserError, match=r"in directions=8 .* at most 7"):
+    with pytest.raises(UserError, match=r"in directions=8 .* to 7"):
         BlockLinear.from_linear(linear, basis, (4, 8))
     with pytest.raises(UserError, match=r"basis for \(11, 7\) does not fit a linear of \(7, 11\)"):
         BlockLinear.from_linear(nn.Linear(OUT, IN), basis, CORE)

@@ -16,6 +16,7 @@ ORDER = (
     ("errors", "hashing"),
     ("files", "distributed"),
     ("basis",),
+    ("targets_errors",),
     ("targets",),
     ("optim",),
     ("layers",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -166,11 +167,40 @@ class TwoLayouts(nn.Module):
         (TwoLayouts(), None, "fits the layouts .*gpt2.*: choose one"),
         (nn.Linear(2, 2), [], "names no layer kind"),
         (nn.Linear(2, 2), [3], "names no layer kind"),
-        (nn.Linear(2, 2), ["up_proj"], "no MLP linear of kind up_proj"),
-        (skeleton("t5-gated"), "t5", "no MLP linear of kind wi:"),
+        (nn.Linear(2, 2), ["up_proj"], "no module named up_proj: the model has no linear"),
+        (skeleton("t5-gated"), "t5", "no linear of kind wi, .*layout t5 .* its linears end in wi_0, wi_1, wo"),
+        # Misspelt names: the closest that the model has, in the form that was given.
+        (
+            skeleton("bert"),
+            ["intermediat.dense", "output.dense"],
+            re.escape('did you mean target_modules=["intermediate.dense", "output.dense"]?'),
+        ),
+        (skeleton("llama"), ["up_prj"], re.escape('did you mean target_modules=["up_proj"]?')),
+        (
+            skeleton("bert"),
+            ["intermediate"],
+            r"a Module, not a linear .*: name only linears, such as .*intermediate\.dense",
+        ),
+        (skeleton("bert"), ["intermediat"], re.escape('did you mean target_modules=["intermediate.dense"]?')),
+        (skeleton("llama"), ["wi"], "no module named wi: .* its linears end in gate_proj, up_proj, down_proj"),
+        (skeleton("bert"), {"up": r".*intermediat\.dense"}, r"whole name .* such as \S+\.0\.intermediate\.dense"),
+        (skeleton("bert"), {"up": ".*wi"}, r"no linear of kind up, .*\.\*wi.* its linears end in dense"),
+        # A string is a layout; LoRA's users give names and expressions as one.
+        (skeleton("bert"), "intermediate.dense", re.escape("not a layout (bert, ") + r'.*=\["intermediate\.dense"\]'),
+        (skeleton("bert"), "intermediat.dense", r'not a layout .*=\["intermediate\.dense"\]'),
+        (
+            skeleton("bert"),
+            r".*intermediate.*",
+            r'expression is given .*target_modules=\{"mlp": "\.\*intermediate\.\*"\}',
+        ),
+        (skeleton("gpt2"), ["h.9.mlp.c_fc"], r'did you mean target_modules=\["h\.\d\.mlp\.c_fc"\]\?'),
+        (skeleton("bert"), "all-linear", "all-linear exists in peft only: leave target_modules out"),
+        (skeleton("bert"), "robertta", "target_modules=robertta is not allowed: .* did you mean roberta?"),
     ],
 )
-def test_unclear_names_are_refused(model: nn.Module, target_modules: Any, message: str) -> None:
+def test_names_that_find_nothing_are_refused_with_the_closest(
+    model: nn.Module, target_modules: Any, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         find_mlp(model, target_modules)
 

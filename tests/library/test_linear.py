@@ -123,7 +123,7 @@ def test_state_dict_has_no_copy_of_the_basis(linear, basis) -> None:
 def test_bad_input_is_named(linear, basis) -> None:
     with pytest.raises(UserError, match="exactly one"):
         SparseGradLinear.from_linear(linear, basis)
-    with pytest.raises(UserError, match=r"keep=78 .* at most 77"):
+    with pytest.raises(UserError, match=r"keep=78 .* to 77"):
         SparseGradLinear.from_linear(linear, basis, keep=OUT * IN + 1)
     with pytest.raises(UserError, match="density=0 "):
         SparseGradLinear.from_linear(linear, basis, density=0)

@@ -66,7 +66,7 @@ def test_describe_ends_with_the_line_that_peft_prints(small_bert: ToyBert) -> No
     mlp = sum(linear.weight.numel() for found in find_mlp(small_bert).values() for linear in found.values())
     rest = size - mlp - sum(parameter.numel() for parameter in small_bert.bert.embeddings.parameters())
     *_, shares, total = str(describe(optimizer)).splitlines()
-    assert shares == f"MLP weights: 20 of {mlp:,} ({20 / mlp:.2%}); rest: {rest:,} of {size - mlp:,} by AdamW"
+    assert shares == f"target weights: 20 of {mlp:,} ({20 / mlp:.2%}); rest: {rest:,} of {size - mlp:,} by AdamW"
     share = 100 * (20 + rest) / size
     assert total == f"trainable params: {20 + rest:,} || all params: {size:,} || trainable%: {share:.4f}"
 

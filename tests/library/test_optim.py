@@ -261,7 +261,7 @@ def test_bad_hyperparameters_are_named(arguments: dict, message: str) -> None:
     [
         ({"density": 0}, "density=0 "),
         ({"density": 1.5}, "density=1.5 "),
-        ({"keep": OUT * IN + 1}, "keep=97 .* at most 96"),
+        ({"keep": OUT * IN + 1}, "keep=97 .* to 96"),
         ({"keep": 0}, "keep=0 "),
         ({"keep": 3, "density": 0.1}, "exactly one"),
         ({"basis": Basis.identity(4, 4)}, "needs keep or density"),

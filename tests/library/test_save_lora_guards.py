@@ -42,7 +42,7 @@ def test_the_card_states_the_errors_and_is_kept_once_edited(tmp_path: Path, capl
         ({"rank": WIDTH + 1}, f"rank={WIDTH + 1}.* give a smaller rank"),
         (
             {"rank": WIDTH + 1, "target_modules": list(MLP)},
-            rf"rank={WIDTH + 1} .* at most {WIDTH}.*intermediate\.dense",
+            rf"rank={WIDTH + 1} .* to {WIDTH};.*intermediate\.dense",
         ),
         ({"max_error": 0}, "max_error=0 .* below 1"),
         ({"max_error": 1.0}, "max_error=1.0 .* below 1"),

@@ -31,10 +31,15 @@ def test_the_line_adds_up_to_the_model(engine: str, frozen: bool, capsys: pytest
     )
     how = "as cores" if engine == "fast" else "in each step"
     assert capsys.readouterr().out == (
-        f"trainable: MLP weights {kept:,} of {mlp_size:,} ({kept / mlp_size:.2%}) {how}; "
+        f"trainable: target weights {kept:,} of {mlp_size:,} ({kept / mlp_size:.2%}) {how}; "
         f"rest {rest:,} of {size - mlp_size:,} ({rest / (size - mlp_size):.2%}); "
         f"together {kept + rest:,} of {size:,} ({(kept + rest) / size:.2%})\n"
     )
+
+
+def test_a_model_is_refused_with_the_optimizer_as_remedy() -> None:
+    with pytest.raises(UserError, match=r"Linear is a model: give the optimizer that sparsegrad\.prepare returned"):
+        print_trainable_parameters(torch.nn.Linear(2, 2))
 
 
 def test_another_optimizer_is_refused() -> None:

@@ -6,13 +6,14 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 from adapter_checks import changed, own_model
 from hub_fixtures import point_at
 from hub_server import Hub, Rule, serve
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.utils import close_session
 from model_states import bits, has_bits
 
@@ -144,6 +145,46 @@ def test_a_refused_load_is_one_line(
     with pytest.raises(UserError, match=message) as error:
         load_adapter(own_model(), source)
     assert "\n" not in str(error.value)
+
+
+class Loadable(torch.nn.Linear):
+    """A model whose class loads like those of transformers, and notes how it was asked to."""
+
+    options: ClassVar[list[dict[str, Any]]] = []
+
+    @classmethod
+    def from_pretrained(cls, source: str, **options: Any) -> tuple[Loadable, dict[str, set[str]]]:
+        cls.options.append(options)
+        return cls(2, 2), {"missing_keys": set()}
+
+
+def save_with_base(folder: Path, base: str) -> None:
+    save_adapter(Loadable(2, 2), folder, base, target_modules={"all": ".*"})
+
+
+def test_a_base_on_the_hub_is_asked_for_once(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`from_pretrained` asks six times for each of five names of files, and then says that the files do not exist."""
+    monkeypatch.setattr(Loadable, "options", [])
+    hub.add("models/me/base", {"config.json": b"{}"})
+    save_with_base(tmp_path / "online", "me/base")
+    hf_hub_download("me/base", "config.json")
+    hub.rules.append(Rule("", drop=True))
+    save_with_base(tmp_path / "cached", "me/base")
+    assert ["local_files_only" in options for options in Loadable.options] == [False, True]
+    hub.asked.clear()
+    with pytest.raises(UserError, match=r"me/other: the hub cannot be reached .* or give base= as a folder") as error:
+        save_with_base(tmp_path / "away", "me/other")
+    assert "\n" not in str(error.value)
+    assert len(hub.asked) == 1
+    assert len(Loadable.options) == 2
+
+
+@pytest.mark.parametrize(
+    ("base", "message"), [("me/nope", "me/nope is not on the hub"), ("./nope", "not a name on the hub: .* base= as a")]
+)
+def test_a_base_that_the_hub_does_not_have_is_named(hub: Hub, base: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        save_with_base(tmp_path, base)
 
 
 def test_an_unknown_revision_is_named(hub: Hub, folder: Path) -> None:

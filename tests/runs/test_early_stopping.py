@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from run_fixtures import Tiny
 from test_runs import Stop, curves
 
 from sparsegrad.errors import UserError
+from sparsegrad.runs.announcement import _describe_steps
 from sparsegrad.runs.runner import run
 
 # A rate that changes no prediction: every evaluation has the same score.
@@ -22,6 +25,18 @@ def test_patience_counts_from_a_step_on(tiny: Tiny, start: int, last: int) -> No
     """The first evaluation is the best one so far, whatever its score; from step 5 on, two more end the run."""
     record, _ = run(tiny(*FLAT, f"protocol.patience_from={start}"))
     assert evaluated(record) == list(range(1, last + 1))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ((), "at most 8 .*; stops after 2 evaluations in a row without improvement$"),
+        (("protocol.patience=1", "protocol.patience_from=5"), "after 1 evaluation without .*, counted from step 5 on$"),
+        (("protocol.patience=null",), "^8 of [^;]*$"),
+    ],
+)
+def test_the_header_of_a_run_says_when_it_stops(tiny: Tiny, overrides: tuple[str, ...], said: str) -> None:
+    assert re.search(said, _describe_steps(tiny(*FLAT, *overrides), rows=64))
 
 
 def test_a_resumed_run_goes_on_counting(tiny: Tiny) -> None:

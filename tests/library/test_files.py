@@ -1,0 +1,54 @@
+"""A path that cannot be written is reported with the remedy for its cause."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from adapter_checks import Prepared, own_model
+
+from sparsegrad import UserError, save_adapter
+from sparsegrad.files import check_writable, unwritable, write_json
+
+
+def save(folder: Path) -> None:
+    model = own_model()
+    model[0].weight.data += 1
+    save_adapter(model, folder, own_model(), Prepared(model[0].weight))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        save,
+        lambda taken: save(taken / "below"),
+        check_writable,
+        lambda taken: check_writable(taken / "runs" / "adhoc"),
+        lambda taken: write_json(taken / "record.json", {}),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_named(write: Callable[[Path], None], tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    with pytest.raises(UserError, match=rf"cannot write .*; {taken} is a file: choose a folder$"):
+        write(taken)
+    assert taken.read_text() == "mine"
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "record.json").mkdir()
+    with pytest.raises(UserError, match=r"record\.json is a folder: choose another name"):
+        write_json(tmp_path / "record.json", {})
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.EACCES, "permissions"), (errno.EROFS, "permissions"), (errno.ENOSPC, "free space there")],
+)
+def test_the_remedy_fits_the_error(number: int, remedy: str, tmp_path: Path) -> None:
+    said = str(unwritable(tmp_path, OSError(number, os.strerror(number))))
+    assert said.startswith(f"cannot write {tmp_path}: {os.strerror(number)}; ")
+    assert remedy in said
