@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsegrad.errors import UserError, check_choice
+from sparsegrad.files import unreadable
 from sparsegrad.hashing import tensors_sha256
 from sparsegrad.precision import without_autocast
 
@@ -263,8 +264,10 @@ def load_bases(path: str | os.PathLike[str], fingerprint: str | None = None) -> 
         raise UserError(f"no basis file {path}: calibrate first, or name an existing file") from None
     except UserError:
         raise
+    except OSError as error:
+        raise unreadable(os.fspath(path), error) from error
     # A damaged or hostile file can fail anywhere: in the header, in the JSON, or in the types of what it holds.
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a readable basis file ({error}): delete it and calibrate again") from None
 
 

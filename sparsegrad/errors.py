@@ -34,7 +34,7 @@ class ResourceError(UserError):
 
 
 class FailedRunError(UserError):
-    """Training showed that a run of this configuration cannot succeed, as when it diverges."""
+    """Training showed that a run is not worth finishing: it diverges, or its sweep stops it. No checkpoint is kept."""
 
 
 def fail(name: str, value: object, allowed: str, remedy: str = "") -> UserError:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from sparsegrad.errors import UserError, did_you_mean
 from sparsegrad.runs.keys import determining, flatten
-from sparsegrad.runs.records import PRUNED, read_record, summary
+from sparsegrad.runs.records import PRUNED, read_record, run_seconds, summary
 
 Row = dict[str, Any]
 """A record, flat: the facts of `summary`, `key`, `path` and `minutes`, and its settings by their dotted names."""
@@ -45,15 +44,8 @@ def _make_row(path: Path, record: Mapping[str, Any]) -> Row:
         row["status"] = "pruned"
     if _is_number(row["peak_mib"]) and _is_number(row["baseline_mib"]):
         row["peak_mib"] -= row["baseline_mib"]  # what training needs; the loaded model is there anyway
-    return {**row, "minutes": _read_minutes(record.get("environment", {}))}
-
-
-def _read_minutes(environment: Any) -> float | None:
-    try:
-        started, finished = (datetime.fromisoformat(environment[name]) for name in ("started", "finished"))
-        return (finished - started).total_seconds() / 60
-    except (KeyError, TypeError, ValueError):
-        return None
+    seconds = run_seconds(record)
+    return {**row, "minutes": None if seconds is None else seconds / 60}
 
 
 def narrow(rows: Sequence[Row], conditions: Iterable[str]) -> list[Row]:

@@ -16,7 +16,7 @@ from sparsegrad.models.source import Sources
 from sparsegrad.runs.config import RunConfig, TrainConfig
 from sparsegrad.runs.parts import Parts
 from sparsegrad.runs.predictions import Arrays, make_arrays
-from sparsegrad.runs.records import PRUNED, SCHEMA
+from sparsegrad.runs.records import SCHEMA
 from sparsegrad.runs.tokenized_splits import TokenSets
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.callbacks import NonFiniteLossError
@@ -128,8 +128,8 @@ def write_failed(
 ) -> UserError:
     """Write the record of a run that failed while it trained; the error for the user, which the caller raises.
 
-    Checkpoints are deleted if training showed that the run cannot succeed, or its sweep stopped it: they lead there
-    again. After any other error they are kept: the next try continues from them.
+    After a `FailedRunError` checkpoints are deleted: they lead there again. After any other error they are kept: the
+    next try continues from them.
     """
     reason = str(error)
     if isinstance(error, NonFiniteLossError):
@@ -137,6 +137,6 @@ def write_failed(
     if is_main():  # the other processes may not fail, or not here
         rest = {"reason": reason, "environment": environment}
         write_json(config.record_path, {**record, **history(trainer.state.log_history), **rest})
-        if isinstance(error, FailedRunError) or reason.startswith(PRUNED):
+        if isinstance(error, FailedRunError):
             shutil.rmtree(config.checkpoints, ignore_errors=True)
     return UserError(f"{reason} (record {config.record_path}, marked failed)")

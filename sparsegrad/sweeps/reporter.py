@@ -9,7 +9,7 @@ from typing import Any
 from optuna.trial import Trial
 from transformers import TrainerCallback
 
-from sparsegrad.errors import UserError
+from sparsegrad.errors import FailedRunError
 from sparsegrad.runs.records import PRUNED
 from sparsegrad.sweeps.leases import Heartbeat
 from sparsegrad.sweeps.storage import patiently
@@ -18,7 +18,7 @@ PROGRESS = "progress"
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc]
-    """Reports each evaluation on the split that chooses; stops a run by a `UserError`, which leaves a failed record.
+    """Reports each evaluation on the split that chooses; stops a run by a `FailedRunError`: its record says why.
 
     Evaluations are numbered 1, 2, 3, ... for the pruner. Step numbers would not be comparable, because the number of
     steps in a run depends on its batch size.
@@ -47,7 +47,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
             return
         self._report_new(state)
         if state.global_step < state.max_steps and self._trial.should_prune():
-            raise UserError(f"{PRUNED} after evaluation {self._reported}, step {state.global_step}")
+            raise FailedRunError(f"{PRUNED} after evaluation {self._reported}, step {state.global_step}")
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Stop reporting."""
@@ -59,7 +59,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         for value in values[self._reported :]:
             self._reported += 1
             if not math.isfinite(value):
-                raise UserError(f"{self._metric} is not a number at evaluation {self._reported}")
+                raise FailedRunError(f"{self._metric} is not a number at evaluation {self._reported}")
             patiently(partial(self._trial.report, value, self._reported), self._heartbeat.lease)
         if values:
             steps = [state.global_step, state.max_steps]

@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsegrad.distributed import reshard, world_size
 from sparsegrad.errors import UserError
-from sparsegrad.trainer.trainer import RunTrainer, _report_unreadable
+from sparsegrad.trainer.trainer import RunTrainer, report_unreadable
 
 SHARDED_METHODS = ("sparsegrad_fast", "full")  # methods that `fsdp2` supports
 SCHEDULER = "scheduler.pt"
@@ -101,13 +101,13 @@ class ShardedTrainer(RunTrainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *_: Any, **__: Any) -> None:
-        with _report_unreadable(resume_from_checkpoint):
+        with report_unreadable(resume_from_checkpoint):
             self._load_state(resume_from_checkpoint, with_optimizer=False)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        with _report_unreadable(checkpoint):
+        with report_unreadable(checkpoint):
             self._load_state(checkpoint, with_optimizer=True)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 

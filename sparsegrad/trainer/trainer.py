@@ -81,7 +81,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
         Times are restored in either case.
         """
-        with _report_unreadable(checkpoint):
+        with report_unreadable(checkpoint):
             state, manifest = load_state(checkpoint), read_manifest(checkpoint)
             if self.stopwatch is not None:
                 self.stopwatch.restore(manifest.get("clock"))
@@ -92,15 +92,15 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         return False
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        with _report_unreadable(resume_from_checkpoint):
+        with report_unreadable(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _report_unreadable(checkpoint):
+        with report_unreadable(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _report_unreadable(checkpoint):
+        with report_unreadable(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -227,7 +227,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
 
 @contextmanager
-def _report_unreadable(checkpoint: str | None) -> Iterator[None]:
+def report_unreadable(checkpoint: str | None) -> Iterator[None]:
     """Turn errors of loading a checkpoint into a `ResourceError`; its hashes were checked before.
 
     Errors of memory, device and connection stay as they are: the checkpoint may be good.

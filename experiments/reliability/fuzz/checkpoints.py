@@ -79,7 +79,7 @@ def _read(folder: Path) -> None:
     trainer._is_done(found)
     # Each load adds this callback; the shared trainer would collect thousands of them.
     trainer.callback_handler.callbacks = [
-        one for one in trainer.callback_handler.callbacks if "Unlogged" not in str(one)
+        one for one in trainer.callback_handler.callbacks if "RestoreLosses" not in str(one)
     ]
     trainer._load_from_checkpoint(found)
     trainer._load_optimizer_and_scheduler(found)
