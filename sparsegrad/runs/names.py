@@ -25,15 +25,15 @@ def with_current_names(composed: DictConfig) -> DictConfig:
         UserError: for an unknown engine of the method `sparsegrad`, or for settings beside `method.engine=fast` that
             this engine does not have.
     """
-    engine = OmegaConf.select(composed, "method.engine")
+    engine, name = (OmegaConf.select(composed, f"method.{key}") for key in ("engine", "name"))
     if engine == "merged":
         warn_renamed("method.engine=merged", "method.engine=exact")
         composed = composed.copy()
         composed.method.engine = "exact"
-    elif engine is not None and composed.method.name == "sparsegrad":
+    elif engine is not None and name == "sparsegrad":
         # Here, because the method's own check does not know `fast`, which is a method of its own.
         check_choice("method.engine", engine, _ENGINES)
-    if engine == "fast" and composed.method.name == "sparsegrad":
+    if engine == "fast" and name == "sparsegrad":
         composed = composed.copy()
         OmegaConf.update(composed, "method", _fast_method(composed), merge=False, force_add=True)
     return composed
