@@ -14,13 +14,19 @@ from sparsegrad.trainer.callbacks import Progress
 from sparsegrad.trainer.trainer import RunTrainer
 
 
-def announce(config: RunConfig, sets: TokenSets) -> None:
-    """Print a line each on the run, what differs from the defaults, the data, the steps, and the record."""
+def announce(config: RunConfig, sets: TokenSets, checkpoint: str | None = None) -> None:
+    """Print a line each on the run, what differs from the defaults, the data, the steps, and the record.
+
+    Args:
+        config: of the run.
+        sets: its tokenized rows.
+        checkpoint: where it continues; None at the start.
+    """
     lines = {
         "run": describe_run_briefly(config),
         "changed": " ".join(list_changes()),
         "data": _describe_data(sets),
-        "steps": _describe_steps(config, len(sets.train)),
+        "steps": _describe_steps(config, len(sets.train)) + ("" if checkpoint is None else _describe_start(checkpoint)),
         "record": str(config.record_path),
     }
     for name, text in lines.items():
@@ -57,6 +63,10 @@ def list_changes() -> list[str]:
 def _describe_data(sets: TokenSets) -> str:
     text = f"{len(sets.train):,} rows train, {len(sets.choose):,} choose the checkpoint"
     return text if sets.report is None else f"{text}, {len(sets.report):,} are reported"
+
+
+def _describe_start(checkpoint: str) -> str:
+    return f"; continues after step {int(checkpoint.rpartition('-')[2]):,}"
 
 
 def _describe_steps(config: RunConfig, rows: int) -> str:

@@ -149,7 +149,7 @@ def _set_up(
     with job("loading the model"):
         parts = load_parts(config, splits, sources, device)
     if announces:
-        announce(config, parts.sets)
+        announce(config, parts.sets, checkpoint)
     memory = PeakMemory(device)
     prepared = prepare_method(config, parts, splits, device, resuming=checkpoint is not None)
     trainer, stopwatch = make_trainer(

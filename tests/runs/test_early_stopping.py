@@ -39,15 +39,17 @@ def test_the_header_of_a_run_says_when_it_stops(tiny: Tiny, overrides: tuple[str
     assert re.search(said, _describe_steps(tiny(*FLAT, *overrides), rows=64))
 
 
-def test_a_resumed_run_goes_on_counting(tiny: Tiny) -> None:
+def test_a_resumed_run_goes_on_counting(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
     config = tiny(*FLAT, "protocol.patience_from=4")
     whole, _ = run(config)
     config.record_path.unlink()
     with pytest.raises(KeyboardInterrupt):
         run(config, callbacks=[Stop(4)])
     again = Stop()
-    resumed, _ = run(config, callbacks=[again])
+    with caplog.at_level("INFO"):
+        resumed, _ = run(config, callbacks=[again])
     assert again.began in (3, 4)
+    assert f"; continues after step {again.began}" in caplog.text
     assert evaluated(resumed) == evaluated(whole) == [1, 2, 3, 4, 5]
     assert curves(resumed) == curves(whole)
 
