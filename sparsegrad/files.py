@@ -69,7 +69,7 @@ def unreadable(path: Path | str | None, error: OSError, otherwise: str = "") -> 
 def _find_remedy(path: Path, number: int | None) -> str:
     if number in _IN_THE_WAY:
         blocking = next((one for one in (path, *path.parents) if one.exists() and not one.is_dir()), None)
-        return "choose another folder" if blocking is None else f"{blocking} is a file: choose a folder"
+        return "choose another folder" if blocking is None else f"{blocking} is a file: choose another folder"
     if number == errno.EISDIR:
         return f"{path} is a folder: choose another name"
     if number in _PROTECTED:

@@ -112,8 +112,8 @@ def _detect_layout(model: nn.Module) -> dict[str, str]:
     fitting = dict(pair for pair in distinct.values() if all(_match_patterns(model, pair[1]).values()))
     if not fitting:
         raise UserError(
-            f"{type(model).__name__} has the MLP names of no known layout ({', '.join(LAYOUTS)}): name the linears to "
-            f"train as target_modules=[...]; {describe_linears(model)}"
+            f"{type(model).__name__} has the MLP names of no known layout ({', '.join(LAYOUTS)}): give "
+            f"target_modules=[...] with the names of the linears to train; {describe_linears(model)}"
         )
     if len(fitting) > 1:
         raise UserError(

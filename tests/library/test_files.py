@@ -33,7 +33,7 @@ def save(folder: Path) -> None:
 def test_a_file_in_the_place_of_a_folder_is_named(write: Callable[[Path], None], tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.write_text("mine")
-    with pytest.raises(UserError, match=rf"cannot write .*; {taken} is a file: choose a folder$"):
+    with pytest.raises(UserError, match=rf"cannot write .*; {taken} is a file: choose another folder$"):
         write(taken)
     assert taken.read_text() == "mine"
 
