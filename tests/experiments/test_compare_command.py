@@ -148,7 +148,7 @@ def test_a_finished_search_is_made_anew_only_if_asked(where: tuple[str, str], mo
     finish(search)
     started: list[Any] = []
 
-    def run(jobs: Any, *_: Any) -> Any:
+    def run(jobs: Any, *_: Any, **__: Any) -> Any:
         started.extend(job for job in jobs if not jobs[job].is_finished)
         yield from ()
 

@@ -190,7 +190,7 @@ def test_the_trials_of_a_running_search_are_counted(places: list[str], monkeypat
     """A study takes its worker hours: the line of progress must not wait for its end."""
     left, shown = [8, 8, 7, 5, 5, 5], []
 
-    def waits(*arguments: Any) -> Iterator[Any]:
+    def waits(*arguments: Any, **_: Any) -> Iterator[Any]:
         for _ in range(3):
             arguments[-1]()
         yield from ()
