@@ -9,6 +9,7 @@ from run_fixtures import Tiny
 from test_runs import Stop, curves
 
 from sparsegrad.errors import UserError
+from sparsegrad.runs import announcement
 from sparsegrad.runs.announcement import _describe_steps
 from sparsegrad.runs.runner import run
 
@@ -39,17 +40,18 @@ def test_the_header_of_a_run_says_when_it_stops(tiny: Tiny, overrides: tuple[str
     assert re.search(said, _describe_steps(tiny(*FLAT, *overrides), rows=64))
 
 
-def test_a_resumed_run_goes_on_counting(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_resumed_run_goes_on_counting(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(announcement, "remark", said.append)
     config = tiny(*FLAT, "protocol.patience_from=4")
     whole, _ = run(config)
     config.record_path.unlink()
     with pytest.raises(KeyboardInterrupt):
         run(config, callbacks=[Stop(4)])
     again = Stop()
-    with caplog.at_level("INFO"):
-        resumed, _ = run(config, callbacks=[again])
+    resumed, _ = run(config, callbacks=[again], announces=True)
     assert again.began in (3, 4)
-    assert f"; continues after step {again.began}" in caplog.text
+    assert any(line.endswith(f"; continues after step {again.began}") for line in said)
     assert evaluated(resumed) == evaluated(whole) == [1, 2, 3, 4, 5]
     assert curves(resumed) == curves(whole)
 
