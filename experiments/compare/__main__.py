@@ -78,6 +78,8 @@ def _compare_plans(options: argparse.Namespace) -> int:
         overrides=last_wins(in_evidence(options.overrides)),
     )
     _check_overrides(request.overrides)
+    if request.dry:
+        dry_run.warn_of_missing(request.data, request.trees)
     return max(compare(name, request) for name in _choose_plans(request))
 
 

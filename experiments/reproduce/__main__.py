@@ -26,7 +26,7 @@ from experiments.reproduce.cells import (
     list_cells,
     list_for_show,
 )
-from experiments.reproduce.dry_run import show
+from experiments.reproduce.dry_run import show, warn_of_missing
 from experiments.studies import gradients as measure
 from sparsegrad.errors import UserError, check_choice
 
@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _make_table(options: argparse.Namespace) -> int:
     check_choice("LAUNCHER", options.launcher, LAUNCHERS)
     options.overrides = in_evidence(options.overrides)
+    if options.dry:
+        warn_of_missing(options.data)
     names = experiments_of(options.table, options.scale)
     of_runs = [one for one in options.overrides if one.partition("=")[0] not in FIGURE_KEYS]
     listed = list_for_show if options.dry else list_cells

@@ -23,6 +23,13 @@ def state(cell: Cell) -> str:
     return "missing" if record is None else str(record["status"])
 
 
+def warn_of_missing(*places: str | None) -> None:
+    """Print a line for each file or folder of data that does not exist: a listing does not read them, but runs will."""
+    for place in places:
+        if place and not Path(place).expanduser().exists():
+            print(f"{place} does not exist: the runs themselves would be refused", file=sys.stderr)
+
+
 def show(cells: Sequence[Cell], runs: Path | None = None) -> None:
     """Print the total hours, then one line per model, method and task; `runs` has the records of similar runs."""
     estimates = Estimates(runs or Path(cells[0].config.results_dir) / "runs")

@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _make_blocks(name: str, request: Request) -> int:
     check_integer("WORKERS", request.workers, at_least=1)
+    if request.dry:
+        dry_run.warn_of_missing(request.data, request.trees)
     return max(_make_block(block, request, is_only=name != "all") for block in list_blocks(name))
 
 

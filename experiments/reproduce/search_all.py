@@ -18,7 +18,7 @@ from pathlib import Path
 
 from experiments.paths import ROOT
 from experiments.report.plans import Plan
-from experiments.reproduce import commands, searches
+from experiments.reproduce import commands, dry_run, searches
 from experiments.reproduce.cells import in_evidence
 from experiments.reproduce.commands import split_names
 from experiments.reproduce.plans import SEARCHED, read_plan
@@ -63,6 +63,8 @@ def _search(options: argparse.Namespace) -> int:
         trees=options.trees,
         overrides=tuple(in_evidence(options.overrides)),
     )
+    if options.dry:
+        dry_run.warn_of_missing(options.data, options.trees)
     return make(plan_searches(request), options.workers, dry=options.dry)
 
 

@@ -80,7 +80,7 @@ def test_patience_counts_from_the_middle_of_a_run() -> None:
         node = load(name)["evidence"]
         for task, epochs in node["epochs"].items():
             evaluations = rows[task] // 32 * epochs / node["eval_steps"][task]
-            assert 9 <= evaluations <= 14, (name, task)
+            assert 8 < evaluations < 14, (name, task)
             begin = node["patience_from"][task] / node["eval_steps"][task]
             assert begin == pytest.approx(evaluations / 2, abs=1), (name, task)
 

@@ -57,7 +57,9 @@ def test_a_search_runs_with_equal_budgets_and_its_rates_are_used(
 ) -> None:
     given = ["--methods", "lora,meprop", "--tasks", "mrpc", "--data", "glue", *FAKE, *places]
     assert search_all.main([*given, "--dry"]) == 0
-    assert "0 of 2 studies complete" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "0 of 2 studies complete" in shown.out
+    assert "glue does not exist" in shown.err, "a listing reads no data, but says what the runs would"
     assert search_all.main(given) == 0
     said = capsys.readouterr().out
     assert "search evidence-minilm-lora-mrpc: finished in" in said

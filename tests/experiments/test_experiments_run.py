@@ -55,7 +55,7 @@ def cells(overrides: list[str]) -> list[Cell]:
 def test_the_cells_of_a_table_are_those_of_its_yaml(conf: Any) -> None:
     short = ["hparams=null", "protocol.epochs=1", "protocol.eval_steps=9", "data.max_train=null"]
     found = list_cells("evidence_paper", [*short, "seed=3705", "task=snippets,stsb"], data="somewhere")
-    assert len(found) == 2 * 7
+    assert len(found) == 2 * 8
     assert len({cell.config.key for cell in found}) == len(found)
     cell = next(cell for cell in found if cell.config.method.name == "meprop" and cell.config.task.name == "stsb")
     assert "data.dir=somewhere" in cell.overrides

@@ -30,7 +30,7 @@ from sparsegrad.trainer.checkpoints import has_checkpoint, last_checkpoint, seal
 def test_an_unwritable_folder_is_named_first(refused: Refused, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")
     line = refused(f"{place}={tmp_path / 'file' / 'below'}")
-    assert re.search(r"cannot write .*file.below.*is a file: choose a folder", line)
+    assert re.search(r"cannot write .*file.below.*is a file: choose another folder", line)
 
 
 def leftovers(folder: Path) -> list[Path]:
