@@ -201,8 +201,7 @@ def _multiply_sparse(rows: Tensor, columns: Tensor, values: Tensor, size: int, d
     count = len(values)
     rows = rows + torch.arange(count, device=rows.device)[:, None] * size
     index = torch.stack([rows.flatten(), columns.flatten()])
-    shape = (count * size, dense.shape[0])
-    sparse = torch.sparse_coo_tensor(index, values.flatten(), shape, check_invariants=False)
+    sparse = torch.sparse_coo_tensor(index, values.flatten(), (count * size, len(dense)), check_invariants=False)
     return torch.sparse.mm(sparse, dense).view(count, size, -1)  # type: ignore[no-any-return]
 
 
@@ -277,8 +276,7 @@ def _check_content(
     """Raise for a file whose content was changed after it was written, or that never held bases."""
     if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
         raise ValueError("kinds are not a list of names")
-    unknown = set(tensors) - {f"{kind}.{side}_basis" for kind in kinds for side in ("in", "out")}
-    if unknown:
+    if unknown := set(tensors) - {f"{kind}.{side}_basis" for kind in kinds for side in ("in", "out")}:
         raise ValueError(f"{len(unknown)} tensors belong to no kind")
     if not all(tensor.is_floating_point() for tensor in tensors.values()):
         raise ValueError("a matrix is not of floating point numbers")
@@ -295,8 +293,7 @@ def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 def _check_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str], fingerprint: str | None) -> None:
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} has format {metadata.get('format')}, not {FORMAT}: delete it and calibrate again")
-    if fingerprint is not None and metadata.get("fingerprint") != fingerprint:
-        found = metadata.get("fingerprint")
+    if fingerprint is not None and (found := metadata.get("fingerprint")) != fingerprint:
         raise UserError(
             f"{path} was made from another model, data or settings (fingerprint {found}, not {fingerprint}): "
             "name another file or delete it"

@@ -51,7 +51,7 @@ def _print_table() -> None:
         for line in (
             f"{format_size(asset.download)} to download, {format_size(asset.stored)} on disk; licence: {asset.licence}",
             f"from {asset.package}=={asset.version}{parts}, {asset.source}",
-            missing or f"there: {assets_root() / asset.name}",
+            missing or f"downloaded to {assets_root() / asset.name}",
         ):
             print(textwrap.fill(line, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
 

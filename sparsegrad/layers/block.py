@@ -217,8 +217,7 @@ class BlockLinear(nn.Module):
         state = (dtype, W._version, W.data_ptr())
         if self._cast is None or self._cast[0] != state:
             self._cast = None  # frees the old copy first
-            # A copy made in inference mode could not be saved for the backward pass of a later training step.
-            with torch.inference_mode(False):
+            with torch.inference_mode(False):  # else no later training step could save it for its backward pass
                 self._cast = (state, W.detach().to(dtype))
         return self._cast[1]
 
@@ -265,8 +264,7 @@ class BlockLinear(nn.Module):
         self._merged_state = ()
 
     def extra_repr(self) -> str:
-        out_features, in_features = self.weight.shape
-        return f"in={in_features}, out={out_features}, core={tuple(self.core.shape)}"
+        return f"in={self.weight.shape[1]}, out={self.weight.shape[0]}, core={tuple(self.core.shape)}"
 
 
 def _factor_change(change: Tensor, U_r: Tensor, V_c: Tensor) -> tuple[Tensor, Tensor]:

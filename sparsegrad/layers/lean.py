@@ -38,8 +38,11 @@ class _LeanLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order("give prepare rotation_order='gradient', and leave drop_padding and save_dtype off")
+        device = grads[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return _LeanLinear._multiply(ctx, *grads)
         # Autograd runs this in the caller's autocast: a backward pass within it would round the rotations.
-        with torch.autocast(grads[0].device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return _LeanLinear._multiply(ctx, *grads)
 
     @staticmethod

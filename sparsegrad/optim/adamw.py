@@ -140,7 +140,6 @@ class SparseGradAdamW(torch.optim.AdamW):
         self._update([select(group, [weight], self.state, self._buffers())])
         weight.grad = None
 
-    @without_autocast
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient; `closure` as in every torch optimizer."""
@@ -148,6 +147,11 @@ class SparseGradAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update_all()
+        return loss
+
+    @without_autocast
+    def _update_all(self) -> None:
         sparse = [group for group in self.param_groups if is_sparse(group)]
         # Select everything first: a value that is not finite anywhere must stop the update of every weight.
         batches = [(group, weights) for group in sparse for weights in together(group["params"])]
@@ -158,7 +162,6 @@ class SparseGradAdamW(torch.optim.AdamW):
         self._finite = self._scratch = None
         if self._released is not None:
             self._released.clear()
-        return loss
 
     def _update(self, selections: list[Selection]) -> None:
         """Move the selected weights if all kept entries of this step are finite.

@@ -68,7 +68,7 @@ def set_values(composed: DictConfig, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         OmegaConf.update(composed, key, value)
         other = _OTHER_SIZE.get(key)
-        if other is not None and OmegaConf.select(composed, other) is not None:
+        if value is not None and other is not None and OmegaConf.select(composed, other) is not None:
             OmegaConf.update(composed, other, None)
 
 

@@ -140,6 +140,7 @@ class Worker:
         """
         if reporter.has_begun:  # no check, but for example a full disk
             return False
+        self._free_memory()
         plan, waiting = self.shared.plan, Waiting(trial, reporter, self._pause)
         with self._packing.admitted(plan.base, waiting.pause):
             return can_start(plan, self._run)

@@ -259,7 +259,9 @@ def test_every_method_of_the_language_model_trains_the_planned_share() -> None:
             config = build(compose("config", [f"experiment={plan.experiment}", f"method={method}", "hparams=null"]))
         sizes = config.model.architecture
         out, columns = int(sizes["hidden_size"]), int(sizes["intermediate_size"])
-        assert share_of(config.method, out, columns) == pytest.approx(plan.share, rel=0.13), method  # by whole ranks
+        assert share_of(config.method, out, columns) == pytest.approx(
+            plan.share, rel=0.13 if method == "peft/dora" else 0.001
+        ), f"{method}: DoRA has magnitudes beside its whole ranks"
         assert config.save_adapter == "sparsegrad"
     search = command.search_all.plan_search(read_plan(plan.experiment), "peft/dora", "oasst1", "trees", ())
     assert search.plan.base.save_adapter is None, "only runs keep adapters, not the trials of a search"

@@ -17,6 +17,8 @@ from experiments.reproduce.cells import Cell, list_cells
 from experiments.reproduce.plans import BLOCKS, SEARCHED, list_blocks, read_plan
 from experiments.reproduce.searches import Search
 from sparsegrad.errors import UserError
+from sparsegrad.runs.keys import determining, flatten
+from sparsegrad.sweeps.search_results import find_other_condition, select_conditions, study_name
 
 CELLS = {
     "evidence_gates": 12,
@@ -104,6 +106,15 @@ def test_blocks_come_in_their_order() -> None:
 def searches(tmp_path_factory: pytest.TempPathFactory) -> list[Search]:
     where = f"results_dir={tmp_path_factory.mktemp('results')}"
     return search_all.plan_searches(search_all.Request(data="glue", trees="trees", overrides=(where,)))
+
+
+def test_plans_that_share_a_search_train_as_it_does(cells: dict[str, list[Cell]], searches: list[Search]) -> None:
+    stored = {one.study: select_conditions(flatten(determining(one.plan.base.resolved))) for one in searches}
+    compared = list_cells("compare", [UNSEARCHED, "seed=42", "method=sparsegrad", "task=stsb,cola"])
+    names = ("evidence_paper", "evidence_mlp_only", "evidence_density", "evidence_basis")
+    for config in (cell.config for cell in [*compared, *(cell for name in names for cell in cells[name])]):
+        study = study_name(config.model.name, config.method.name, config.task.name, config.train.train_rest)
+        assert not find_other_condition(stored[study], OmegaConf.create(config.resolved), ["train.lr"]), config.name
 
 
 def test_every_method_and_task_of_a_plan_has_a_search_of_its_own(searches: list[Search]) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 # From the ground up; a row may import itself and all rows above it in this list. `tasks` and `metrics` see each other.
 ORDER = (
     ("namesake",),
-    ("errors", "hashing"),
+    ("errors", "hashing", "precision"),
     ("files", "distributed"),
     ("basis",),
     ("targets_errors",),

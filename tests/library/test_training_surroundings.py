@@ -51,6 +51,21 @@ def test_backward_and_step_within_autocast_are_those_outside(order: str, dtype: 
         assert torch.equal(outside, inside_)
 
 
+def test_a_closure_runs_in_the_autocast_of_its_caller() -> None:
+    model, seen = Network().float(), []
+    optimizer = prepare(model, None, NAMES, keep=9, bases=bases())
+
+    def closure() -> float:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        loss = loss_of(model, tokens(5).float())
+        loss.backward()
+        return float(loss)
+
+    with _in_autocast():
+        optimizer.step(closure)
+    assert seen == [True]
+
+
 def test_the_layer_rotates_its_weight_exactly_within_autocast() -> None:
     linear, basis = nn.Linear(IN, OUT), basis_of(OUT, IN).to(dtype=torch.float32)
     with _in_autocast():
