@@ -50,6 +50,15 @@ def average_(tensors: Iterable[Tensor]) -> None:
             tensor.div_(dist.get_world_size())
 
 
+def disconnect() -> None:
+    """Close the connections of this process at the end of a program.
+
+    Otherwise their threads may still run when Python exits, which has aborted a process whose run was complete.
+    """
+    if connected():
+        dist.destroy_process_group()
+
+
 def copy_main_(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by the main process's, in place; every process keeps it on its own device."""
     if connected():

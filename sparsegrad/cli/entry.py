@@ -40,7 +40,12 @@ def start_run(main: Callable[[], Any], conf: Path) -> int:
     """
     replace_unprintable()
     words = sys.argv[1:]
-    return run_as_command(lambda: _start(main, words, conf))
+    status = run_as_command(lambda: _start(main, words, conf))
+    if status == 0 and "torch" in sys.modules:  # a help text does not import it
+        from sparsegrad.distributed import disconnect
+
+        disconnect()
+    return status
 
 
 def _start(main: Callable[[], Any], words: Sequence[str], conf: Path) -> int:
