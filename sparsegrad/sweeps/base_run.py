@@ -44,5 +44,5 @@ def can_start(plan: Plan, run: Callable[..., Any]) -> bool:
     except (UserError, OSError, torch.OutOfMemoryError):  # without memory it is not known
         return False
     except _StartedError:
-        return True
-    raise AssertionError("a run without a training that begins")
+        pass
+    return True  # also for a runner of the user's own that finishes without calling back
