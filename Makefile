@@ -109,7 +109,7 @@ format: $(INSTALLED) ## let ruff format and mend what it can
 
 ##@ Results of the paper and of this project
 report: $(INSTALLED) ## every table and figure from the records; runs nothing
-	@$(BIN)/python -m experiments.report all
+	@$(BIN)/python -m experiments.report all $(ARGS)
 
 sweep-table: $(INSTALLED) ## Tables 13-15: rates and batch sizes beside published
 	@$(BIN)/python -m experiments.report.tables.searched

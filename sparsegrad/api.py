@@ -97,7 +97,7 @@ def prepare(
         keep: number of kept entries per weight, instead of `density`.
         calibration_steps: number of calibration batches (paper: 30).
         sides: which sides are rotated: `both` (the method), or only `in`, `out` or `small`, the side with fewer
-            features. One side costs a sixth of the rotation, but is not the exact method.
+            features. One side costs at most a sixth of the rotation, but is not the exact method.
         moments: `dense` (the method), or `support`, which uses a tenth of the memory but is not exact; see
             `sparsegrad.optim.moments`.
         bases: layer kind -> basis, from `load_bases` or from `optimizer.bases` of an earlier call. They replace the

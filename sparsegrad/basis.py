@@ -35,8 +35,8 @@ _DENSE_FROM_TF32 = 370
 class Basis:
     """Orthogonal matrices whose columns are singular vectors by decreasing energy, for both sides or for one.
 
-    A side that is None is not rotated. Rotating only the smaller side costs a sixth of rotating both and keeps most of
-    the concentration, but it is not the paper's method, which rotates both.
+    A side that is None is not rotated. Rotating only the smaller side costs at most a sixth of rotating both and keeps
+    most of the concentration, but it is not the paper's method, which rotates both.
 
     Attributes:
         in_basis: U (in, in), the paper's U^T; or None.
