@@ -11,7 +11,7 @@ from typing import Any
 from experiments.mtbench.scores import compute_scores
 from experiments.palette import style_of
 from experiments.report import figures
-from experiments.report.bench_ratios import ON_CPU, repeat_ratios
+from experiments.report.bench_ratios import ON_CPU, machine_ratios
 from experiments.report.evidence import BLOCKS, load_evidence
 from experiments.report.gates import check_task
 from experiments.report.resampling import LOWER_IS_BETTER
@@ -133,7 +133,7 @@ def _decide_margin(context: Context, spec: Spec) -> Iterable[Decision]:
 
 def _decide_bench(context: Context, spec: Spec) -> Iterable[Decision]:
     """A ratio of two arms of the benchmark in the setting of Table 3; every repeat must be on one side of the bound."""
-    found = repeat_ratios(context.results, spec["arm"], spec["over"], spec["field"])
+    found = machine_ratios(context.results, spec["arm"], spec["over"], spec["field"])
     what = "steps/s" if spec["field"] == "steps_per_second" else "peak memory"
     if not found:
         yield Decision(

@@ -10,6 +10,7 @@ import torch
 from test_experiments_report import cell, context
 
 from experiments.bench.arms import ARMS
+from experiments.bench.presets import ACCURACY_SETTING
 from experiments.report import command as report
 from experiments.report.tables import costs, energy
 from experiments.report.tables.evidence_cells import BENCHED
@@ -20,7 +21,7 @@ from sparsegrad.files import write_json
 
 
 def bench(results: Path, name: str, speeds: dict[str, float], **other: Any) -> None:
-    setting = {**costs.SETTING, "batch": 16, "precision": "fp32", **other}
+    setting = {**ACCURACY_SETTING.as_json(), **other}
     cells = [
         {
             "setting": "s",
@@ -44,7 +45,8 @@ def test_the_speeds_are_one_machines_in_the_right_setting(tmp_path: Path) -> Non
     assert costs.measured(tmp_path) == ("", {})
     bench(tmp_path, "box", {"exact": 5.0, "lora_peft": 8.0, "fast": 10.0, "full": 6.0})
     bench(tmp_path, "other", {"fast": 99.0})
-    bench(tmp_path, "padded", dict.fromkeys(ARMS, 99.0), padding="max_length")
+    for number, own in enumerate(({"padding": "max_length"}, {"density": 0.5}, {"length": 64}, {"precision": "bf16"})):
+        bench(tmp_path, f"own{number}", dict.fromkeys(ARMS, 99.0), **own)
     machine, found = costs.measured(tmp_path)
     assert machine == "box, batch 16, fp32"
     assert found["fast"] == costs.Cost(speed=10.0, peak_mib=100.0), "medians over repeats"
