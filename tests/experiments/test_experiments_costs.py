@@ -17,6 +17,7 @@ from experiments.report.tables.evidence_cells import BENCHED
 from experiments.studies.captured import ARMS as CAPTURING
 from experiments.studies.captured import capture, leading_energy
 from sparsegrad import hosvd
+from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
 
 
@@ -77,3 +78,11 @@ def test_the_energy_table_has_first_last_and_mean(tmp_path: Path) -> None:
     assert found == ["0.200", "0.900", "0.500"]
     assert report.main(["quality", "--results-dir", str(tmp_path)]) == 0
     assert (tmp_path / "tables" / "quality_energy.md").is_file()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_energy_is_one_error_with_the_remedy(tmp_path: Path, content: str) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "energy.json").write_text(content)
+    with pytest.raises(UserError, match=r"energy\.json is damaged .* experiments\.studies\.gradients energy"):
+        energy.table(context(tmp_path))
