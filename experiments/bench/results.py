@@ -78,10 +78,11 @@ def is_final(cell: dict[str, Any] | None) -> bool:
 
     Any other failure, such as a timeout, a killed process or a crash of CUDA, says nothing about the arm.
     """
-    if cell is None:
-        return False
+    if cell is None or cell["status"] == "complete":
+        return cell is not None
+    reason: str = cell["reason"]
     # A reason that only contains these words is another failure: for a killed process, for example, they are a guess.
-    return cell["status"] == "complete" or cell["reason"].removeprefix(NO_BASES).startswith(OUT_OF_MEMORY)
+    return reason.removeprefix(NO_BASES).startswith(OUT_OF_MEMORY)
 
 
 def put_cell(document: Document, cell: dict[str, Any]) -> None:

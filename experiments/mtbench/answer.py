@@ -47,8 +47,10 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{beside} cannot be read ({error}): delete it and {path.name}") from None
     unknown = {key: settings[key] for key in _LATER if before.get(key) in (None, "auto")}
     remedy = "choose another --name, or delete that file and its settings"
-    for key in (settings.keys() | before.keys()) - unknown.keys():
-        if before.get(key) != settings.get(key):
+    # Where the content is known it decides: the folder may have moved.
+    skipped = {*unknown} if "source" in unknown else {*unknown, "model"}
+    for key in dict.fromkeys([*settings, *before]):
+        if key not in skipped and before.get(key) != settings.get(key):
             raise UserError(f"{path} was started with {key}={before.get(key)}, not {settings.get(key)}: {remedy}")
     if unknown:
         raise UserError(

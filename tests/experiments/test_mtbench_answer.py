@@ -154,6 +154,7 @@ def test_answers_of_another_model_in_the_same_folder_are_not_mixed(
     assert run("--model", str(copy), "--ids", "1", "--dtype", "float32") == 0, "what auto is on a CPU"
     assert run("--model", str(copy), "--ids", "1", "--dtype", "bfloat16") == 2
     assert "dtype=float32, not bfloat16: choose another --name" in capsys.readouterr().err
+    assert run("--ids", "1") == 0, "the same model in another folder"
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
     assert run("--model", str(copy), "--ids", "1") == 2
