@@ -78,8 +78,10 @@ def is_final(cell: dict[str, Any] | None) -> bool:
 
     Any other failure, such as a timeout, a killed process or a crash of CUDA, says nothing about the arm.
     """
-    if cell is None or cell["status"] == "complete":
-        return cell is not None
+    if cell is None:
+        return False
+    if cell["status"] == "complete":
+        return True
     reason: str = cell["reason"]
     # A reason that only contains these words is another failure: for a killed process, for example, they are a guess.
     return reason.removeprefix(NO_BASES).startswith(OUT_OF_MEMORY)
