@@ -2,9 +2,9 @@
 
 An arm is a method, in one variant; a setting is a model with its batches and precision. Each arm, setting and repeat is
 measured in its own process. The arms take turns within a repeat, and ratios are computed within a repeat. Results that
-exist are not measured again, so the same command continues an interrupted benchmark. A GPU measures more settings than
-a CPU. The benchmark runs from a checkout without installing the package; it needs torch, transformers, peft, psutil and
-safetensors.
+exist are not measured again, so the same command continues an interrupted benchmark; it repeats failed measurements,
+except those that ran out of GPU memory. A GPU measures more settings than a CPU. The benchmark runs from a checkout
+without installing the package; it needs torch, transformers, peft, psutil and safetensors.
 
 Schema of `results/bench/HARDWARE.json` (schema 1):
 

@@ -141,7 +141,7 @@ ARMS: dict[str, Arm] = {
 FIT_ARM = "full"  # measured first in every setting; the steps that fit into its time limit are those of all arms
 PAPER_ARMS = ("full", "lora_peft", "layer_sparse_dense", "layer_regular", "exact", "fast")
 MAIN_ARMS = ("full", "lora_peft", "exact", "fast")
-REFERENCES = ("full", "lora_peft", "layer_regular")
+REFERENCES = ("full", "lora_peft", "layer_regular", "layer_sparse_dense")
 
 
 def find_arm(name: str) -> Arm:

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.arms import ARMS, MAIN_ARMS
+from experiments.bench.arms import MAIN_ARMS
 from experiments.bench.shapes import find_shape
 from experiments.palette import style_of_bench_arm
 from sparsegrad.errors import UserError
 
 _SWEPT = ("blocks", "padding", "rest", "precision", "mode", "density")
-_EARLIER = {"exact": "merged"}  # names of arms in results that were measured before they changed
 Points = dict[float, str]
 """Tokens per step or width -> key of the setting."""
 
@@ -77,7 +76,7 @@ def _bars(axes: Any, document: Mapping[str, Any]) -> None:
     key = max(summary, key=lambda name: len(summary[name]), default=None)
     if key is None:
         return
-    arms = _sort_arms(arm for arm in summary[key] if (summary[key][arm] or {}).get("speed", {}).get("full"))
+    arms = [arm for arm, found in summary[key].items() if found["speed"]["full"]]
     ratios = [summary[key][arm]["speed"]["full"] for arm in arms]
     reach = [[r["median"] - r["min"] for r in ratios], [r["max"] - r["median"] for r in ratios]]
     colours = [style_of_bench_arm(arm).colour for arm in arms]
@@ -97,34 +96,20 @@ def _bars(axes: Any, document: Mapping[str, Any]) -> None:
     axes.set(title=title, xlabel="speed, steps/s over full fine-tuning")
 
 
-def _sort_arms(found: Any) -> list[str]:
-    """Arms in the order of `ARMS`, also those with an earlier name."""
-    known, today = list(ARMS), {earlier: arm for arm, earlier in _EARLIER.items()}
-
-    def place(arm: str) -> int:
-        word, _, rest = arm.partition("_")
-        name = "_".join(part for part in (today.get(word, word), rest) if part)
-        return known.index(name) if name in known else len(known)
-
-    return sorted(found, key=place)
-
-
 def _lines(axes: Any, document: Mapping[str, Any], points: Points, name: str) -> list[tuple[float, float, str, str]]:
     """Draw one line per arm, and a dashed one for its prediction; the ends (x, y, arm, colour) of the measured ones."""
     ends = []
     for arm in MAIN_ARMS:
-        style, earlier = style_of_bench_arm(arm), _EARLIER.get(arm, arm)
-        found: dict[float, Any] = {}
-        for x, key in points.items():
-            summary = document["summary"][key]
-            found[x] = (summary.get(arm) or summary.get(earlier) or {}).get("speed", {}).get("full")
+        style = style_of_bench_arm(arm)
+        summaries = {x: document["summary"][key].get(arm) for x, key in points.items()}
+        found = {x: one["speed"]["full"] for x, one in summaries.items() if one}
         xs = sorted(x for x, ratio in found.items() if ratio)
         if not xs:
             continue
         measured = [found[x]["median"] for x in xs]
         predictions = [document["settings"][points[x]]["predicted"]["full"] for x in xs]
         axes.plot(xs, measured, marker=style.marker, color=style.colour)
-        axes.plot(xs, [one.get(arm, one.get(earlier)) for one in predictions], "--", color=style.colour, linewidth=0.9)
+        axes.plot(xs, [one.get(arm) for one in predictions], "--", color=style.colour, linewidth=0.9)
         ends.append((xs[-1], measured[-1], arm, style.colour))
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(points), [f"{x:g}" for x in sorted(points)])

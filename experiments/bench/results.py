@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,7 +15,10 @@ from sparsegrad.errors import UserError
 from sparsegrad.layers.block import core_shape
 
 SCHEMA = 1
+Cell = Mapping[str, Any]
 Document = dict[str, Any]
+OUT_OF_MEMORY = "out of memory"  # a reason that the process gave itself begins with it
+NO_BASES = "no calibration: "  # precedes the reason of a calibration, in the cells that needed its bases
 # Earlier names of arms, in results measured before the engines were renamed.
 _EARLIER_ARMS = {
     "merged": "exact",
@@ -71,11 +74,17 @@ def find_cell(document: Document, setting: str, arm: str, repeat: int) -> dict[s
 
 
 def is_final(cell: dict[str, Any] | None) -> bool:
-    """Whether a measurement is not to be repeated: it is complete, or failed for lack of memory, as it would again.
+    """Whether a measurement is not to be repeated: it is complete, or failed for lack of GPU memory, as it would again.
 
-    Any other failure, such as a timeout or a killed process, says nothing about the arm.
+    Any other failure, such as a timeout, a killed process or a crash of CUDA, says nothing about the arm.
     """
-    return cell is not None and (cell["status"] == "complete" or "memory" in cell["reason"])
+    if cell is None:
+        return False
+    if cell["status"] == "complete":
+        return True
+    reason: str = cell["reason"]
+    # A reason that only contains these words is another failure: for a killed process, for example, they are a guess.
+    return reason.removeprefix(NO_BASES).startswith(OUT_OF_MEMORY)
 
 
 def put_cell(document: Document, cell: dict[str, Any]) -> None:
@@ -111,29 +120,32 @@ def summarise(document: Document) -> dict[str, dict[str, Any]]:
 def _summarise_arm(document: Document, setting: str, arm: str) -> dict[str, Any]:
     cells = list(complete(document, setting, arm))
     failed = [cell["reason"] for cell in document["cells"] if _identity(cell)[:2] == (setting, arm) and _failed(cell)]
-    pairs = {reference: list(_pairs(document, setting, arm, reference)) for reference in REFERENCES}
+    others = {reference: list(complete(document, setting, reference)) for reference in REFERENCES}
     return {
         "steps_per_second": spread(cell["steps_per_second"] for cell in cells),
         "peak_mib": spread(cell["peak_mib"] for cell in cells),
-        "speed": {
-            name: spread(a["steps_per_second"] / b["steps_per_second"] for a, b in pairs[name]) for name in pairs
-        },
-        "memory": {
-            name: spread(a["peak_mib"] / b["peak_mib"] for a, b in pairs[name] if b["peak_mib"]) for name in pairs
-        },
+        "speed": {name: spread(repeat_ratios(cells, of, "steps_per_second")) for name, of in others.items()},
+        "memory": {name: spread(repeat_ratios(cells, of, "peak_mib")) for name, of in others.items()},
         "steps": sum(cell["steps"] for cell in cells),
         "failed": failed[:1],
     }
 
 
-def _pairs(document: Document, setting: str, arm: str, reference: str) -> Iterator[tuple[Any, Any]]:
-    """Cells of the arm and of the reference from the same repeat, if they ran the same number of steps."""
-    others = {cell["repeat"]: cell for cell in complete(document, setting, reference)}
-    for cell in complete(document, setting, arm):
-        other = others.get(cell["repeat"])
-        # Fewer steps mean other batches, so such cells are not comparable.
-        if other is not None and other["steps"] == cell["steps"]:
-            yield cell, other
+def repeat_ratios(cells: Iterable[Cell], others: Iterable[Cell], field: str) -> list[float]:
+    """`field` of an arm divided by that of another arm, in each repeat in which both ran the same number of steps.
+
+    In one call of the benchmark the arms of a repeat are measured one after the other, so that slow drift of the
+    machine cancels. Nothing guarantees the same load: it may change from one process to the next, and a cell that was
+    missing or had failed is measured by a later call, perhaps with other code. `time` and `commit` of a cell tell.
+
+    Args:
+        cells, others: cells of the two arms in one setting; those that failed are left out.
+        field: `steps_per_second` or `peak_mib`. A repeat in which the other arm's is 0 has no ratio.
+    """
+    of = {cell["repeat"]: cell for cell in others if not _failed(cell)}
+    pairs = [(cell, of[cell["repeat"]]) for cell in cells if not _failed(cell) and cell["repeat"] in of]
+    # Fewer steps mean other batches, so such cells are not comparable.
+    return [cell[field] / other[field] for cell, other in pairs if cell["steps"] == other["steps"] and other[field]]
 
 
 def complete(document: Document, setting: str, arm: str) -> Iterator[dict[str, Any]]:
@@ -163,9 +175,9 @@ def _arms(document: Document, setting: str) -> list[str]:
     return [arm for arm in ARMS if arm in found] + sorted(found - set(ARMS))
 
 
-def _identity(cell: dict[str, Any]) -> tuple[str, str, int]:
+def _identity(cell: Cell) -> tuple[str, str, int]:
     return cell["setting"], cell["arm"], cell["repeat"]
 
 
-def _failed(cell: dict[str, Any]) -> bool:
+def _failed(cell: Cell) -> bool:
     return bool(cell["status"] != "complete")

@@ -59,7 +59,10 @@ class Bench:
     _start: float = field(default_factory=time.monotonic)
 
     def run(self, planned: list[tuple[Planned, list[str]]], apart: list[Decomposition | Calibration]) -> None:
-        """Measure what the results lack; a failed measurement is recorded, and repeated by the next call."""
+        """Measure what the results lack.
+
+        A failed measurement is recorded. The next call repeats it, unless the GPU's memory was too small for it.
+        """
         self.document = {**results.read(self.out), **self._head()}
         left, total = 0, len(apart) + self.schedule.repeats * sum(len(arms) for _, arms in planned)
         with progress.job("benchmark", total, unit="measurements") as bar:
@@ -78,6 +81,7 @@ class Bench:
                     else:
                         self._cell(chosen, arm, repeat)
                     bar.step()
+        self.document["finished"] = now()
         self.write()
         if left:
             minutes = self.schedule.minutes
@@ -85,7 +89,6 @@ class Bench:
 
     def write(self) -> None:
         """Write results, table and plot."""
-        self.document["finished"] = now()
         self.document["summary"] = results.summarise(self.document)
         self.document["bars"] = measured_bars(self.document)
         write_json(self.out, self.document)
@@ -170,7 +173,7 @@ class Bench:
         answer = self._process("calibrate", setting=fields, **arguments)
         self.document["calibrations"][key] = {**answer, **self._stamp()}
         self.tell(f"{key} calibration: {_format_answer(answer)}")
-        return path if answer["status"] == "complete" else f"no calibration: {answer['reason']}"
+        return path if answer["status"] == "complete" else f"{results.NO_BASES}{answer['reason']}"
 
     def _decomposition(self, wanted: Decomposition) -> None:
         found = self.document["decompositions"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -93,6 +94,11 @@ class Setting:
         """The fields, and `tokens` and `label`, which follow from them."""
         about = {"tokens": round(self.tokens, 1), "label": self.architecture.label(self.blocks)}
         return {**asdict(self), **about}
+
+
+def matches(fields: Mapping[str, Any], setting: Setting, *, but: Container[str] = ()) -> bool:
+    """Whether `fields`, as `as_json` gives them, are those of `setting`, apart from the fields named in `but`."""
+    return all(fields.get(name) == value for name, value in asdict(setting).items() if name not in but)
 
 
 def setting_from(fields: dict[str, Any]) -> Setting:

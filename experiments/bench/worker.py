@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from experiments.bench import decompose, measure
+from experiments.bench.results import OUT_OF_MEMORY
 from sparsegrad.errors import first_line
 from sparsegrad.files import write_json
 
@@ -43,7 +44,7 @@ def reason(error: Exception) -> str:
     """The error in one line."""
     first = first_line(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return f"out of memory: {first}"
+        return f"{OUT_OF_MEMORY}: {first}"
     return f"{type(error).__name__}: {first}"
 
 

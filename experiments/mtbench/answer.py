@@ -17,6 +17,7 @@ from sparsegrad.errors import UserError, fail
 from sparsegrad.files import write_json
 
 Say = Callable[[str], None]
+_LATER = ("source", "dtype")  # settings that earlier versions did not store, or as `auto`
 
 
 def answers_path(out: Path, name: str) -> Path:
@@ -34,7 +35,8 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Store the settings of the answers in `path`; on later calls, check that they are the same.
 
     Raises:
-        UserError: when a setting differs, or the stored settings cannot be read.
+        UserError: when a setting differs, the stored settings cannot be read, or they are of an earlier version, which
+            stored neither the content of the model nor the dtype that `auto` stood for.
     """
     beside = path.with_suffix(".settings.json")
     if not beside.exists():
@@ -43,12 +45,18 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
         before = json.loads(beside.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{beside} cannot be read ({error}): delete it and {path.name}") from None
-    for key in settings.keys() | before.keys():
-        if before.get(key) != settings.get(key):
-            raise UserError(
-                f"{path} was started with {key}={before.get(key)}, not {settings.get(key)}: choose another --name, "
-                "or delete that file and its settings"
-            )
+    unknown = {key: settings[key] for key in _LATER if before.get(key) in (None, "auto")}
+    remedy = "choose another --name, or delete that file and its settings"
+    # Where the content is known it decides: the folder may have moved.
+    skipped = {*unknown} if "source" in unknown else {*unknown, "model"}
+    for key in dict.fromkeys([*settings, *before]):
+        if key not in skipped and before.get(key) != settings.get(key):
+            raise UserError(f"{path} was started with {key}={before.get(key)}, not {settings.get(key)}: {remedy}")
+    if unknown:
+        raise UserError(
+            f"{path} does not say by which content of {settings['model']} and in which dtype it was started: {remedy}; "
+            f"if it was with these, add them to {beside}: {json.dumps(unknown)[1:-1]}"
+        )
     return None
 
 

@@ -91,7 +91,8 @@ def _judge_options(parser: argparse.ArgumentParser) -> None:
 
 def _answer(options: argparse.Namespace) -> int:
     from experiments.mtbench.answer import answer_questions, answers_path, check_settings, describe
-    from experiments.mtbench.generation import FORMATS, Writer
+    from experiments.mtbench.generation import FORMATS, Writer, pick_dtype
+    from sparsegrad.models.source import find_source
     from sparsegrad.trainer.quiet import quiet_transformers
 
     path = answers_path(options.out, options.name)
@@ -100,13 +101,15 @@ def _answer(options: argparse.Namespace) -> int:
     check_integer("batch_size", options.batch_size, at_least=1)
     check_integer("seed", options.seed, at_least=0)
     questions = select(load_questions(options.questions), options.ids)
-    names = ("model", "format", "max_new_tokens", "batch_size", "seed", "dtype")
-    settings = describe(questions, **{name: getattr(options, name) for name in names})
+    source, dtype = find_source(options.model), pick_dtype(options.dtype, options.device)
+    given = {name: getattr(options, name) for name in ("model", "format", "max_new_tokens", "batch_size", "seed")}
+    # The content of the model counts, not only its name: a folder can be changed in place.
+    settings = describe(questions, **given, source=source.identity, dtype=str(dtype).removeprefix("torch."))
     quiet_transformers()
-    how = {name: getattr(options, name) for name in ("format", "max_new_tokens", "device", "dtype")}
+    how = {name: getattr(options, name) for name in ("format", "max_new_tokens", "device")}
 
     def load() -> Writer:
-        writer = Writer.load(options.model, **how)
+        writer = Writer.load(source, **how, dtype=dtype)
         check_settings(path, settings)  # writes a file, so only after the model could be loaded
         return writer
 

@@ -9,11 +9,21 @@ from typing import Any
 import torch
 
 from sparsegrad.errors import UserError, check_choice, first_line
-from sparsegrad.models.source import find_source
+from sparsegrad.models.source import Source
 from sparsegrad.trainer.device import pick_device
 
 FORMATS = ("auto", "chat", "inst")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """The number type called `name`; `auto` is bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        UserError: for another name, or a device that does not exist.
+    """
+    default = torch.bfloat16 if pick_device(device, "--device").type == "cuda" else torch.float32
+    return DTYPES[check_choice("dtype", name, DTYPES)] or default
 
 
 def write_prompt(turns: Sequence[str], tokenizer: Any, chosen: str) -> str:
@@ -49,8 +59,8 @@ class Writer:
     max_new_tokens: int = 1024
 
     @classmethod
-    def load(cls, source: str, *, format: str, max_new_tokens: int, device: str, dtype: str) -> Writer:
-        """Load model and tokenizer from a folder, the hub or `asset:NAME`.
+    def load(cls, source: Source, *, format: str, max_new_tokens: int, device: str, dtype: torch.dtype) -> Writer:
+        """Load model and tokenizer; from the hub, what is missing on this machine is downloaded.
 
         Raises:
             UserError: when they cannot be loaded, or the device does not exist.
@@ -58,14 +68,12 @@ class Writer:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         place = pick_device(device, "--device")
-        default = torch.bfloat16 if place.type == "cuda" else torch.float32
-        number_type = DTYPES[check_choice("dtype", dtype, DTYPES)] or default
-        folder = str(find_source(source).fetch())
+        folder = str(source.fetch())
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=number_type)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"model {source} cannot be read: {first_line(error)}") from None
+            raise UserError(f"model {folder} cannot be read: {first_line(error)}") from None
         return cls(model.to(place).eval(), tokenizer, format, max_new_tokens)
 
     def __post_init__(self) -> None:

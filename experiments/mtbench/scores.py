@@ -7,10 +7,24 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
+from types import UnionType
 
 from experiments.mtbench.lines import Row, read_lines
 from experiments.mtbench.schema import Answer, Question, QuestionId, load_answers, load_questions, select
 from sparsegrad.errors import UserError
+
+# The fields of a verdict that are used here, and their types. `judge` is the judge's name and that of the prompt.
+_FIELDS: Mapping[str, type | UnionType] = {
+    "question_id": int | str,
+    "model": str,
+    "judge": list,
+    "score": int | float,
+    "turn": int,
+    "tstamp": int | float,
+    "category": str,
+    "answer_id": str,
+    "judge_model": str | None,
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,7 @@ def compute_scores(folder: Path | str) -> list[ModelScores]:
     judgments = _by_judge(Path(folder))
     for path in sorted((Path(folder) / "model_answer").glob("*.jsonl")):
         answers = load_answers(path)
-        own = {judge: _select_verdicts(rows, path.stem, answers) for judge, rows in judgments.items()}
+        own = {judge: _select_verdicts(rows, answers) for judge, rows in judgments.items()}
         graded = [_score(path.stem, judge, rows, answers) for judge, rows in sorted(own.items()) if rows]
         found += graded or [_score(path.stem, None, [], answers)]
     return found
@@ -64,17 +78,27 @@ def compute_scores(folder: Path | str) -> list[ModelScores]:
 def _by_judge(folder: Path) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {}
     for path in sorted((folder / "model_judgment").glob("*_single.jsonl")):
-        for row in read_lines(path):
-            rows.setdefault(str(row["judge"][0]), []).append(row)
+        for number, row in enumerate(read_lines(path), start=1):
+            if "answer_id" in row:  # FastChat's own verdicts do not say which answer they are for, so they never count
+                _check_verdict(row, f"{path}, verdict {number}")
+                rows.setdefault(str(row["judge"][0]), []).append(row)
     return rows
 
 
-def _select_verdicts(rows: Iterable[Row], model: str, answers: Sequence[Answer]) -> list[Row]:
+def _check_verdict(row: Row, where: str) -> None:
+    """Raise `UserError` for a verdict that lacks a field, or has one of another type."""
+    wrong = [name for name, kinds in _FIELDS.items() if not isinstance(row.get(name), kinds)]
+    if wrong or not row["judge"]:
+        remedy = "delete the line, and `python -m experiments.mtbench judge` asks for it again"
+        raise UserError(f"{where}: {', '.join(wrong or ['judge'])} is missing or of another type: {remedy}")
+
+
+def _select_verdicts(rows: Iterable[Row], answers: Sequence[Answer]) -> list[Row]:
     """The last verdict for each turn of the answers that this model has now."""
     present = {(answer.model, answer.question_id, answer.answer_id) for answer in answers}
     last = {}
     for row in rows:
-        if (row["model"], row["question_id"], row.get("answer_id")) in present:
+        if (row["model"], row["question_id"], row["answer_id"]) in present:
             last[row["question_id"], row["turn"]] = row
     return list(last.values())
 

@@ -67,10 +67,13 @@ def _count_texts(name: str, chosen: Sequence[SideBySide]) -> dict[str, int]:
 
 
 def _describe_question(one: SideBySide) -> dict[str, Any]:
-    """A question with its turns: the answers that have text, and the names of the models whose answer is empty."""
+    """A question with its turns: the answers that have text, and the names of the models whose answer is empty.
+
+    An answer to fewer turns than the question has, as the judge accepts it, is empty in the others.
+    """
     turns = []
     for index, question in enumerate(one.turns):
-        texts = {model: answers[index] for model, answers in one.answers.items()}
+        texts = {model: answers[index] if index < len(answers) else "" for model, answers in one.answers.items()}
         empty = [model for model, text in texts.items() if not text.strip()]
         turns.append(
             {"question": question, "texts": {m: t for m, t in texts.items() if m not in empty}, "empty": empty}

@@ -11,7 +11,7 @@ from typing import Any
 from experiments.mtbench.scores import compute_scores
 from experiments.palette import style_of
 from experiments.report import figures
-from experiments.report.bench_ratios import ON_CPU, repeat_ratios
+from experiments.report.bench_ratios import ON_CPU, machine_ratios
 from experiments.report.evidence import BLOCKS, load_evidence
 from experiments.report.gates import check_task
 from experiments.report.resampling import LOWER_IS_BETTER
@@ -19,7 +19,7 @@ from experiments.report.searches import Searches
 from experiments.report.stats import MIN_SEEDS, Difference
 from experiments.report.tables import basis, calibration
 from experiments.report.tables.base import Context
-from experiments.report.tables.grades import grade
+from experiments.report.tables.grades import ALL_TURNS, complete_grades, grade
 from sparsegrad.errors import UserError
 
 SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED = "supported", "contradicted", "undecided", "not tested here"
@@ -133,7 +133,7 @@ def _decide_margin(context: Context, spec: Spec) -> Iterable[Decision]:
 
 def _decide_bench(context: Context, spec: Spec) -> Iterable[Decision]:
     """A ratio of two arms of the benchmark in the setting of Table 3; every repeat must be on one side of the bound."""
-    found = repeat_ratios(context.results, spec["arm"], spec["over"], spec["field"])
+    found = machine_ratios(context.results, spec["arm"], spec["over"], spec["field"])
     what = "steps/s" if spec["field"] == "steps_per_second" else "peak memory"
     if not found:
         yield Decision(
@@ -202,14 +202,20 @@ def _decide_calibration(context: Context, spec: Spec) -> Iterable[Decision]:
 
 
 def _decide_grade(context: Context, spec: Spec) -> Iterable[Decision]:
-    """Mean grades of two arms by a judge."""
-    graded, see = compute_scores(context.results / "mtbench"), tuple(spec["see"])
-    scores = [grade(graded, str(spec["model"]), str(spec[name]))["judge's score"] for name in ("a", "b")]
-    if not all(scores):
-        yield Decision(NOT_TESTED, f"{spec['model']}: no judged answers", see=see)
+    """Mean grades of two arms by the same judge; every judge that graded both completely must be on one side."""
+    model, methods, see = str(spec["model"]), [str(spec[name]) for name in ("a", "b")], tuple(spec["see"])
+    graded = compute_scores(context.results / "mtbench")
+    found = complete_grades(graded, model, methods)
+    if not found:
+        both = all(grade(graded, model, method)["judge's score"] for method in methods)
+        why = f"no judge graded all {ALL_TURNS} turns of both" if both else "no judged answers"
+        yield Decision(NOT_TESTED, f"{model}: {why}", see=see)
         return
-    a, b = (float(score.split(";")[0]) for score in scores)
-    yield Decision(SUPPORTED if a > b else CONTRADICTED, f"{spec['model']}: grades {a:.2f} and {b:.2f}", see=see)
+    gains = [a - b for a, b in found.values()]
+    above, below = all(gain > 0 for gain in gains), all(gain < 0 for gain in gains)
+    verdict = SUPPORTED if above else CONTRADICTED if below else UNDECIDED
+    shown = "; ".join(f"grades {a:.2f} and {b:.2f} by {judge}" for judge, (a, b) in found.items())
+    yield Decision(verdict, f"{model}: {shown}", max(map(abs, gains)), "in grade", see=see)
 
 
 KINDS: dict[str, Callable[[Context, Spec], Iterable[Decision]]] = {

@@ -77,6 +77,19 @@ def sent_bytes() -> int:
     return sum(_read_sent(int(name)) for name in os.listdir("/proc/self/fd"))
 
 
+def count_sent(action: Callable[[], object]) -> int:
+    """Bytes that this process sends during `action`, which every process must call together."""
+    dist.barrier()
+    before = sent_bytes()
+    action()
+    sent = sent_bytes() - before
+    # A process that ends closes its connections; its peers then close theirs, and the counts of those sockets are
+    # lost. So no process may go on before all have counted.
+    dist.barrier()
+    assert sent >= 0, f"{-sent} bytes were sent over sockets that have been closed since"
+    return sent
+
+
 def _read_sent(descriptor: int) -> int:
     try:
         own = os.dup(descriptor)  # closing the socket object must not close the original
@@ -148,21 +161,22 @@ def per_step(step: Callable[[], None], payload: Payload) -> dict[str, int]:
     """Both counters per step, averaged over `STEPS`; during the warm-up DDP rebuilds its buckets."""
     for _ in range(WARM_UP):
         step()
-    dist.barrier()
-    payload.bytes, before = 0, sent_bytes()
-    for _ in range(STEPS):
-        step()
-    return {"payload": payload.bytes // STEPS, "sent": (sent_bytes() - before) // STEPS}
+    payload.bytes = 0
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            step()
+
+    sent = count_sent(steps)
+    return {"payload": payload.bytes // STEPS, "sent": sent // STEPS}
 
 
 def count_calibration(blocks: int) -> dict[str, int]:
     """Sent bytes per calibration batch."""
     model = base_model(blocks)
     mlp = {kind: list(found.values()) for kind, found in find_mlp(model).items()}
-    dist.barrier()
-    before = sent_bytes()
-    calibrate(model, batches(), mlp, STEPS, sides="in")
-    return {"sent": (sent_bytes() - before) // STEPS}
+    sent = count_sent(lambda: calibrate(model, batches(), mlp, STEPS, sides="in"))
+    return {"sent": sent // STEPS}
 
 
 def worker(rank: int, processes: int, blocks: int, folder: str) -> None:

@@ -1,6 +1,6 @@
 """Measure what several trials on one device gain over one at a time: total time, and how busy the device is.
 
-    python -m experiments.studies.packed_trials --workers 1 2 4 --out results/studies/packed_trials.json
+    python -m experiments.studies.packed_trials --workers 1 2 4
 
 Each number of workers N runs the same new sweep: MiniLM on movie-review snippets, a grid of learning rates and batch
 sizes. Each worker has 1/N of the CPU cores, but at least one thread, or 1/N of the GPU (`sweep.workers=N
@@ -87,7 +87,7 @@ def _measure_busy(device: str) -> Iterator[list[float]]:
 def main() -> int:
     """The command line: measure each number of workers in turn, print and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=ROOT / "results/studies/packed_trials.json")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--method", default="sparsegrad")
     parser.add_argument("--steps", type=int, default=40)

@@ -1,6 +1,6 @@
 """Compare how soon samplers find a good learning rate, with the authors' 81 Optuna studies as surrogates.
 
-    python -m experiments.studies.samplers --out results/studies/sampler_check.json
+    python -m experiments.studies.samplers
 
 Nothing is trained. A proposed (batch size, learning rate) gets the score of the nearest completed trial of the same
 study: same batch size, nearest learning rate on the logarithmic scale. Samplers are compared by the number of trials
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import optuna
 
-from experiments.paths import DATA
+from experiments.paths import DATA, ROOT
 from sparsegrad.files import write_json
 from sparsegrad.sweeps.samplers import sampler
 from sparsegrad.sweeps.space import Dimension, Space
@@ -100,7 +100,7 @@ def check(name: str, studies: dict[str, Surrogate], seeds: int, most: int) -> di
 def main() -> int:
     """The command line: compare the samplers, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=ROOT / "results/studies/sampler_check.json")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=40)
     options = parser.parse_args()

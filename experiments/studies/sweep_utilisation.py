@@ -1,6 +1,6 @@
 """Measure how busy the workers of a sweep are, with real worker processes and trials that sleep instead of training.
 
-    python -m experiments.studies.sweep_utilisation --out results/studies/utilisation.json
+    python -m experiments.studies.sweep_utilisation
 
 Each trial sleeps for 1 to 8 seconds, the value of its parameter. `busy` is the share of worker time spent in trials,
 from the start of the first trial to the end of the last. `busy_while_trials_were_left` counts only the time from the
@@ -23,7 +23,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from optuna.trial import FrozenTrial
 
-from experiments.paths import CONF
+from experiments.paths import CONF, ROOT
 from sparsegrad.files import write_json
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.sweeps.config import make_plan
@@ -101,7 +101,7 @@ def figures(trials: list[FrozenTrial], workers: int) -> dict[str, Any]:
 def main() -> int:
     """The command line: measure, print and write the shares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=ROOT / "results/studies/utilisation.json")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--trials", type=int, default=120)
     options = parser.parse_args()

@@ -50,6 +50,14 @@ def test_questions_and_answers_stand_side_by_side_as_they_are(results: Path) -> 
     ]
 
 
+def test_an_answer_to_fewer_turns_is_empty_in_the_others(results: Path) -> None:
+    path = results / "mtbench" / "model_answer" / "tiny-lora.jsonl"
+    path.write_text(json.dumps(Answer(7, "tiny-lora", ("2 & 2",), "a", 1.0).row()) + "\n")
+    page = write_answers_page(results)
+    assert page is not None
+    assert "No text from tiny-lora." in page.read_text()
+
+
 def test_links_lead_to_what_is_there(results: Path) -> None:
     path = write_answers_page(results)
     assert path is not None

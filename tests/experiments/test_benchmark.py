@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import pytest
 import torch
 
 from experiments.bench import __main__ as benchmark
-from experiments.bench import results
-from experiments.bench.arms import ARMS
-from experiments.bench.bars import measured_bars
+from experiments.bench import results, worker
+from experiments.bench.arms import ARMS, REFERENCES
+from experiments.bench.bars import _list_bars, measured_bars
 from experiments.bench.presets import Decomposition, Planned, Schedule
 from experiments.bench.render import write_table
 from experiments.bench.runner import Bench, interleaved, run_process
@@ -22,7 +23,9 @@ from sparsegrad.errors import UserError
 
 CPU = torch.device("cpu")
 SETTING = Setting(shape="mlp_tiny", batch=2, length=8, padding="none", density=0.05)
-SPEEDS = {"full": 2.0, "lora_peft": 4.0, "exact": 1.0, "fast": 5.0}
+SPEEDS = {
+    "full": 2.0, "lora_peft": 4.0, "exact": 1.0, "fast": 5.0, "layer_regular": 0.5, "layer_sparse_dense": 2.0,
+}  # fmt: skip
 SCHEDULE = Schedule(repeats=2, warmup=2, steps=3, calibration_steps=2)
 # Packages that a GPU machine may lack, and that the benchmark must not import.
 BLOCKED = ("hydra", "omegaconf", "datasets", "evaluate", "optuna", "pandas", "sklearn", "tensorly")
@@ -122,15 +125,22 @@ def test_a_failure_is_a_result_and_stops_no_other(tmp_path: Path) -> None:
     assert "failed: out of memory" in bench.out.with_suffix(".md").read_text()
 
 
-@pytest.mark.parametrize(("reason", "again"), [("out of memory", []), ("took longer", [("full", 0), ("full", 1)])])
-def test_a_failure_is_measured_again_unless_memory_is_short(
-    tmp_path: Path, reason: str, again: list[tuple[str, int]]
-) -> None:
+@pytest.mark.parametrize(
+    ("reason", "repeats"),
+    [
+        (worker.reason(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), False),
+        (f"{results.NO_BASES}{worker.reason(torch.OutOfMemoryError('CUDA out of memory'))}", False),
+        ("took longer than 1200 seconds", True),
+        ("killed by signal 9, probably out of memory", True),
+        (worker.reason(RuntimeError("CUDA error: an illegal memory access was encountered")), True),
+    ],
+)
+def test_a_failure_is_measured_again_unless_memory_is_short(tmp_path: Path, reason: str, repeats: bool) -> None:
     bench, second = fake(tmp_path), fake(tmp_path)
     bench.failing, bench.reason = "full", reason
     run(bench)
     run(second)
-    assert second.measured == again
+    assert second.measured == [("full", 0), ("full", 1)] * repeats
 
 
 def test_nothing_new_is_started_after_the_minutes(tmp_path: Path) -> None:
@@ -145,6 +155,16 @@ def test_the_bars_are_read_from_the_summary(tmp_path: Path) -> None:
     assert found["fast, speed over peft LoRA"]["met"] is True
     assert found["fast, memory over peft LoRA"]["met"] is False
     assert "exact, speed over full fine-tuning" not in found  # has a bar only at 4,096 tokens
+
+
+def test_every_bar_has_a_reference_that_ratios_are_computed_to(tmp_path: Path) -> None:
+    document = run(fake(tmp_path), ("full", "lora_peft", "layer_regular", "layer_sparse_dense", "exact"))
+    found = {bar["bar"]: bar for bar in measured_bars(document)}
+    assert found["exact, speed over the paper's layer, Sparse-by-Dense"]["measured"]["median"] == 0.5
+    for gpu, stack, tokens in product((True, False), (True, False), (180, 512, 2048, 4096)):
+        for _, arm, _, reference, _, _ in _list_bars(gpu, stack, tokens):
+            assert arm in ARMS
+            assert reference in REFERENCES
 
 
 def test_calibration_is_compared_at_the_same_count_or_extrapolated_and_says_so() -> None:
@@ -190,6 +210,14 @@ def test_a_table_of_nothing_is_written_too(tmp_path: Path) -> None:
     bench.run([], [])
     write_table(json.loads(bench.out.read_text()), tmp_path / "t.md")
     assert "# Speed and memory" in (tmp_path / "t.md").read_text()
+
+
+def test_rendering_again_does_not_change_when_the_results_were_finished(tmp_path: Path) -> None:
+    before = run(fake(tmp_path))
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({**before, "finished": "then", "summary": {}}))
+    assert benchmark.main(["--render", "--out", str(path)]) == 0
+    assert json.loads(path.read_text()) == {**before, "finished": "then"}
 
 
 def test_results_of_another_schema_are_not_touched(tmp_path: Path) -> None:

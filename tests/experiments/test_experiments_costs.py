@@ -10,17 +10,19 @@ import torch
 from test_experiments_report import cell, context
 
 from experiments.bench.arms import ARMS
+from experiments.bench.presets import ACCURACY_SETTING
 from experiments.report import command as report
 from experiments.report.tables import costs, energy
 from experiments.report.tables.evidence_cells import BENCHED
 from experiments.studies.captured import ARMS as CAPTURING
 from experiments.studies.captured import capture, leading_energy
 from sparsegrad import hosvd
+from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
 
 
 def bench(results: Path, name: str, speeds: dict[str, float], **other: Any) -> None:
-    setting = {**costs.SETTING, "batch": 16, "precision": "fp32", **other}
+    setting = {**ACCURACY_SETTING.as_json(), **other}
     cells = [
         {
             "setting": "s",
@@ -44,7 +46,8 @@ def test_the_speeds_are_one_machines_in_the_right_setting(tmp_path: Path) -> Non
     assert costs.measured(tmp_path) == ("", {})
     bench(tmp_path, "box", {"exact": 5.0, "lora_peft": 8.0, "fast": 10.0, "full": 6.0})
     bench(tmp_path, "other", {"fast": 99.0})
-    bench(tmp_path, "padded", dict.fromkeys(ARMS, 99.0), padding="max_length")
+    for number, own in enumerate(({"padding": "max_length"}, {"density": 0.5}, {"length": 64}, {"precision": "bf16"})):
+        bench(tmp_path, f"own{number}", dict.fromkeys(ARMS, 99.0), **own)
     machine, found = costs.measured(tmp_path)
     assert machine == "box, batch 16, fp32"
     assert found["fast"] == costs.Cost(speed=10.0, peak_mib=100.0), "medians over repeats"
@@ -75,3 +78,11 @@ def test_the_energy_table_has_first_last_and_mean(tmp_path: Path) -> None:
     assert found == ["0.200", "0.900", "0.500"]
     assert report.main(["quality", "--results-dir", str(tmp_path)]) == 0
     assert (tmp_path / "tables" / "quality_energy.md").is_file()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_energy_is_one_error_with_the_remedy(tmp_path: Path, content: str) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "energy.json").write_text(content)
+    with pytest.raises(UserError, match=r"energy\.json is damaged .* experiments\.studies\.gradients energy"):
+        energy.table(context(tmp_path))

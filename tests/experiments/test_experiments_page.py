@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_experiments_report import FOLDER, cell, context, fill, record, write
 
+from experiments.bench.presets import paper_setting
 from experiments.report import command as report
 from experiments.report import findings, page
+from experiments.report.bench_ratios import machine_ratios
 from experiments.report.tables import accuracy, architecture, evidence, hyperparams, speed
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
@@ -25,16 +28,15 @@ def results(tmp_path: Path) -> Path:
 
 def bench(results: Path, name: str, cells: list[dict[str, Any]], **setting: Any) -> None:
     """Write a benchmark of one machine, with one setting for padded and one for dynamic batches."""
-    about = {"shape": "roberta_base", "batch": 16, "precision": "fp32", "mode": "eager", "rest": "trained", **setting}
     settings = {
-        "padded": {**about, "padding": "max_length", "task": "cola"},
-        "dynamic": {**about, "padding": "longest", "task": "mrpc"},
+        "padded": {**asdict(paper_setting()), **setting},
+        "dynamic": {**asdict(paper_setting(padding="longest", task="mrpc")), **setting},
     }
     write_json(results / "bench" / f"{name}.json", {"schema": 1, "settings": settings, "cells": cells})
 
 
 def measurement(setting: str, arm: str, speed: float | None, peak: float = 100.0) -> dict[str, Any]:
-    status: dict[str, Any] = {"status": "complete", "steps_per_second": speed, "peak_mib": peak}
+    status: dict[str, Any] = {"status": "complete", "steps": 50, "steps_per_second": speed, "peak_mib": peak}
     failed = {"status": "failed", "reason": "out of memory"}
     return {"setting": setting, "arm": arm, "repeat": 0, **(failed if speed is None else status)}
 
@@ -87,6 +89,32 @@ def test_a_machines_whole_model_stands_before_its_cut_one(results: Path) -> None
         "ours padded, steps/s, cpu",
         "ours dynamic, steps/s, cpu (scaled)",
     ]
+
+
+def test_a_setting_of_ones_own_replaces_none_of_the_paper(results: Path) -> None:
+    own: list[dict[str, Any]] = [
+        {"density": 0.5},
+        {"length": 64},
+        {"task": "mrpc"},
+        {"batch": 32},
+        {"mode": "compiled"},
+    ]
+    own.append({"blocks": 1, "label": "scaled: 1 of 12 blocks"})
+    others = {f"own{number}": {**asdict(paper_setting()), **other} for number, other in enumerate(own)}
+    # Before and after the planned setting, as neither the first nor the last match may count.
+    settings = {**others, "planned": asdict(paper_setting()), **{f"{key} again": one for key, one in others.items()}}
+    cells = [
+        {**measurement(key, arm, speed), "repeat": repeat}
+        for repeat in range(3)
+        for key in settings
+        for arm, speed in (("exact", 2.0 if key == "planned" else 9.0), ("full", 1.0))
+    ]
+    write_json(results / "bench" / "box.json", {"schema": 1, "settings": settings, "cells": cells})
+    three, seven, _, every = speed.tables(context(results))
+    assert cell(three, "ours padded, steps/s, box", arm="exact") == "2"
+    assert cell(seven, "ours padded, steps/s, box", arm="exact", task="mrpc") == "2"
+    assert machine_ratios(results, "exact", "full", "steps_per_second") == {"box, a CPU, 3 repeats": [2.0] * 3}
+    assert {"roberta_base, density 0.5", "roberta_base, length 64", "roberta_base"} < set(every.frame["model"])
 
 
 def test_damaged_benchmarks_and_summaries_are_named(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import pytest
 from test_experiments_report import FOLDER, cell, context, fill, record, write
 
 from experiments import published
+from experiments.bench.presets import paper_setting
 from experiments.mtbench.scores import ModelScores
 from experiments.report.stats import summarise, welch_interval
 from experiments.report.tables import ablation, accuracy, architecture, basis, calibration, correspondence, llama, speed
@@ -101,14 +102,15 @@ def test_the_ablation_counts_what_is_kept_and_sees_the_copied_row(results: Path)
 
 
 def test_speed_takes_medians_and_ratios_within_a_setting(results: Path) -> None:
-    setting = {"shape": "roberta_base", "task": "mrpc", "padding": "longest", "batch": 16, "precision": "fp32"}
+    setting = paper_setting(task="mrpc", padding="longest").as_json()
     cells = [("full", 0, 2.0, 100.0), ("full", 1, 4.0, 100.0), ("full", 2, 3.0, 100.0), ("exact", 1, 6.0, 50.0)]
     rows = [
-        {"setting": "s", "arm": arm, "repeat": i, "status": "complete", "steps_per_second": speed, "peak_mib": peak}
+        {"setting": "s", "arm": arm, "repeat": i, "status": "complete", "steps": 9}
+        | {"steps_per_second": speed, "peak_mib": peak}
         for arm, i, speed, peak in cells
     ]
     failed = {**rows[0], "arm": "fast", "status": "failed", "reason": "no memory"}
-    settings = {"s": {**setting, "rest": "trained"}, "other": {**setting, "rest": "frozen"}}
+    settings = {"s": setting, "other": {**setting, "rest": "frozen"}}
     write_json(results / "bench" / "cpu.json", {"schema": 1, "settings": settings, "cells": [*rows, failed]})
     (results / "bench" / "torn.json").write_text("{")
     table = next(one for one in speed.tables(context(results)) if one.name == "table3_measured")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from experiments.mtbench.schema import (
 from sparsegrad.assets.download import assets_root, problem
 from sparsegrad.assets.table import ASSETS
 from sparsegrad.errors import UserError
+from sparsegrad.models.source import find_source
 
 QUESTIONS = [
     {"question_id": 1, "category": "writing", "turns": ["alpha beta", "gamma"]},
@@ -84,6 +87,10 @@ def said(tmp_path: Path, out: str = "out") -> dict[Any, tuple[str, ...]]:
     return {one.question_id: one.turns for one in load_answers(tmp_path / out / "model_answer" / "tiny.jsonl")}
 
 
+def load_writer(model: Path, count: int) -> Writer:
+    return Writer.load(find_source(str(model)), format="inst", max_new_tokens=count, device="cpu", dtype=torch.float32)
+
+
 def test_every_question_is_answered_in_fastchats_schema(run: Answering, tmp_path: Path) -> None:
     assert run() == 0
     rows = read_lines(tmp_path / "out" / "model_answer" / "tiny.jsonl")
@@ -132,6 +139,47 @@ def test_answers_made_otherwise_are_not_mixed(run: Answering, capsys: pytest.Cap
     assert "started with seed=42, not 7: choose another --name" in capsys.readouterr().err
 
 
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the model's answers."""
+    monkeypatch.setattr(Writer, "write", lambda self, conversations, *_: ["said"] * len(conversations))
+
+
+@pytest.mark.usefixtures("cheap")
+def test_answers_of_another_model_in_the_same_folder_are_not_mixed(
+    run: Answering, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(model, tmp_path / "copy")
+    assert run("--model", str(copy), "--ids", "1") == 0
+    assert run("--model", str(copy), "--ids", "1", "--dtype", "float32") == 0, "what auto is on a CPU"
+    assert run("--model", str(copy), "--ids", "1", "--dtype", "bfloat16") == 2
+    assert "dtype=float32, not bfloat16: choose another --name" in capsys.readouterr().err
+    assert run("--ids", "1") == 0, "the same model in another folder"
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    assert run("--model", str(copy), "--ids", "1") == 2
+    assert re.search(r"source=files:\w+, not files:\w+: choose another --name", capsys.readouterr().err)
+
+
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_answers_of_an_earlier_version_continue_when_the_missing_settings_are_added(
+    run: Answering, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    run("--ids", "1")
+    beside = tmp_path / "out" / "model_answer" / "tiny.settings.json"
+    now = json.loads(beside.read_text())
+    old = {key: value for key, value in {**now, "dtype": dtype}.items() if key != "source"}
+    beside.write_text(json.dumps(old))
+    assert run("--ids", "1") == 2
+    error = capsys.readouterr().err
+    assert "choose another --name" in error
+    added = json.loads("{" + error.rpartition("settings.json: ")[2] + "}")
+    assert set(added) == {"source", "dtype"} - ({"dtype"} if dtype == "float32" else set())
+    beside.write_text(json.dumps({**old, **added}))
+    assert run("--ids", "1") == 0
+
+
 def test_temperatures_are_mt_benchs(monkeypatch: pytest.MonkeyPatch, run: Answering) -> None:
     asked: list[tuple[float, int]] = []
 
@@ -163,7 +211,7 @@ def test_the_second_turn_sees_the_first_answer(model: Path) -> None:
 
 
 def test_padding_changes_no_greedy_answer(model: Path) -> None:
-    writer = Writer.load(str(model), format="inst", max_new_tokens=5, device="cpu", dtype="float32")
+    writer = load_writer(model, 5)
     conversations = [["alpha"], ["beta gamma alpha beta gamma"], ["gamma gamma"]]
     alone = [writer.write([one], 0.0, 0)[0] for one in conversations]
     assert writer.write(conversations, 0.0, 0) == alone
@@ -184,7 +232,7 @@ def test_the_papers_format_and_the_chat_template(model: Path) -> None:
 
 
 def test_a_conversation_beyond_the_window_is_named(model: Path) -> None:
-    writer = Writer.load(str(model), format="inst", max_new_tokens=50, device="cpu", dtype="float32")
+    writer = load_writer(model, 50)
     assert writer.write([["alpha " * 120]], 0.0, 0)  # a little room is left
     with pytest.raises(UserError, match=r"fills the model's window of 128: lower --max-new-tokens"):
         writer.write([["alpha " * 128]], 0.0, 0)

@@ -10,6 +10,7 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from judge_cases import PROMPTS, QUESTIONS, TURNS, run, verdicts, write_answers
@@ -20,8 +21,8 @@ from experiments.mtbench import compute_scores, side_by_side
 from experiments.mtbench import judge as judging
 from experiments.mtbench.cli import main
 from experiments.mtbench.judge import parse_grade
-from experiments.mtbench.lines import read_lines
-from experiments.mtbench.schema import Answer
+from experiments.mtbench.lines import append_line, read_lines
+from experiments.mtbench.schema import Answer, load_answers
 
 pytestmark = pytest.mark.usefixtures("own_prompts")
 
@@ -178,6 +179,25 @@ def test_means_by_turn_and_category(folder: Path, judge: Judge) -> None:
     assert one.mean == pytest.approx(30 / 5)
     assert one.categories == {"math": 7, "own": 10, "writing": 3}
     assert one.label == f"j, {datetime.now(UTC).date()}"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"judge": None}, "judge"), ({"judge": []}, "judge"), ({"model": None, "turn": "1"}, "model, turn")],
+)
+def test_a_damaged_verdict_is_one_error(
+    folder: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], named: str
+) -> None:
+    answer = load_answers(folder / "model_answer" / "tiny.jsonl")[0]
+    fastchats = {"question_id": 1, "model": "tiny", "judge": ["j", "single-v1"], "score": 7, "turn": 1, "tstamp": 1.0}
+    ours = {**fastchats, "category": "writing", "answer_id": answer.answer_id, "judge_model": "j-2024"}
+    path = folder / "model_judgment" / "j_single.jsonl"
+    append_line(path, {"judgment": "of another program"})
+    append_line(path, ours)
+    assert compute_scores(folder)[0].judged == 1
+    append_line(path, {**ours, **change})
+    assert main(["show", "--out", str(folder)]) == 2
+    assert f"verdict 3: {named} is missing" in capsys.readouterr().err
 
 
 def test_show_says_what_is_not_judged(folder: Path, judge: Judge, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,10 @@ from test_experiments_page import measurement
 from test_experiments_report import context
 
 from experiments import published
+from experiments.bench.presets import paper_setting
+from experiments.mtbench.scores import ModelScores
 from experiments.report import command as report
-from experiments.report import figures
+from experiments.report import decisions, figures
 from experiments.report.decisions import CONTRADICTED, KINDS, NOT_TESTED, SUPPORTED, UNDECIDED, Decision, decide
 from experiments.report.evidence import BLOCKS
 from experiments.report.tables.base import Context
@@ -129,8 +131,7 @@ def test_each_of_many_parts_must_refute_a_claim_more_clearly_but_not_support_it(
     [({"at_least": 2.0}, SUPPORTED), ({"at_least": 4.0}, CONTRADICTED), ({"at_most": 3.0}, UNDECIDED)],
 )
 def test_a_ratio_needs_three_repeats_on_one_side(cases: Cases, limit: dict[str, float], verdict: str) -> None:
-    setting = {"shape": "roberta_base", "batch": 16, "precision": "fp32", "mode": "eager", "rest": "trained"}
-    setting |= {"padding": "max_length", "task": "cola", "label": "RoBERTa-base"}
+    setting = paper_setting().as_json()
     cells = []
     for repeat, ratio in enumerate((2.9, 3.0, 3.1)):
         cells += [{**measurement("s", "exact", 2.0 * ratio), "repeat": repeat}]
@@ -141,8 +142,45 @@ def test_a_ratio_needs_three_repeats_on_one_side(cases: Cases, limit: dict[str, 
     (found,) = decide(of(cases), spec)
     assert (found.verdict, found.place) == (verdict, "on a CPU")
     assert "3.00 times that of full (box, a CPU, 3 repeats)" in found.measured
+    shorter = [{**cell, "steps": 3} if cell["repeat"] == 2 and cell["arm"] == "full" else cell for cell in cells]
+    write_json(cases.results / "bench" / "box.json", {**document, "cells": shorter})
+    assert decide(of(cases), spec)[0].verdict == NOT_TESTED, "cells of different length are not compared"
     write_json(cases.results / "bench" / "box.json", {**document, "cells": cells[:4]})
     assert decide(of(cases), spec)[0].verdict == NOT_TESTED
+
+
+GRADE = {"kind": "grade", "a": "sparsegrad", "b": "lora", "model": "llama2_7b", "see": ["table6"]}
+
+
+@pytest.mark.parametrize(
+    ("scores", "verdict"),
+    [
+        ([("sparsegrad-1", "j", 6.0, 160), ("sparsegrad-2", "j", 7.0, 160), ("lora", "j", 6.4, 160)], SUPPORTED),
+        ([("sparsegrad", "j", 6.0, 160), ("lora", "j", 6.4, 160)], CONTRADICTED),
+        ([("sparsegrad", "j", 6.4, 160), ("lora", "j", 6.4, 160)], UNDECIDED),
+        ([("sparsegrad", "j", 9.0, 160), ("lora", "k", 2.0, 160)], NOT_TESTED),  # of two judges
+        ([("sparsegrad", "j", 9.0, 159), ("lora", "j", 2.0, 160)], NOT_TESTED),
+        ([("sparsegrad", "j", 9.0, 3), ("lora", "j", 2.0, 3)], NOT_TESTED),
+        ([("sparsegrad-1", "j", 9.0, 160), ("sparsegrad-2", None, None, 0), ("lora", "j", 2.0, 160)], NOT_TESTED),
+        # `a` comes first, but only `z` graded both.
+        ([("sparsegrad", "a", 1.0, 160), ("sparsegrad", "z", 7.0, 160), ("lora", "z", 6.0, 160)], SUPPORTED),
+        ([(arm, judge, grade, 160) for arm, judge, grade in zip(
+            ("sparsegrad", "lora") * 2, "jjkk", (7.0, 6.0, 5.0, 6.0), strict=True
+        )], UNDECIDED),
+    ],
+)  # fmt: skip
+def test_grades_decide_if_a_judge_gave_all_of_both_arms(
+    cases: Cases, monkeypatch: pytest.MonkeyPatch, scores: list[tuple[str, str | None, float | None, int]], verdict: str
+) -> None:
+    found = [
+        ModelScores(
+            model=f"llama2_7b-{arm}", judge=judge, turn1=None, turn2=None, mean=mean, categories={}, judged=judged,
+            unparsable=0, unjudged=max(0, 160 - judged) if judged > 3 else 0, date="2026-01-02",
+        )
+        for arm, judge, mean, judged in scores
+    ]  # fmt: skip
+    monkeypatch.setattr(decisions, "compute_scores", lambda folder: found)
+    assert decide(of(cases), GRADE)[0].verdict == verdict
 
 
 def test_zeros_on_padding_contradict_strides(cases: Cases) -> None:

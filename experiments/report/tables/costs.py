@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from experiments.bench.presets import ACCURACY_SETTING
+from experiments.bench.settings import matches
 from experiments.report.tables.speed import documents
-
-SETTING = {"shape": "minilm", "padding": "longest", "task": "snippets", "rest": "trained", "mode": "eager"}
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,15 @@ class Cost:
 
 
 def measured(results: Path) -> tuple[str, dict[str, Cost]]:
-    """(machine with the most arms in the benchmark's MiniLM setting, arm -> its cost there)."""
+    """(machine with the most arms in the benchmark's MiniLM setting, arm -> its cost there).
+
+    The setting is that of the benchmark's plan; others of the same model, measured on their own, do not count.
+    """
     found: dict[str, dict[str, Cost]] = {}
     for name, document in documents(results):
         for key, setting in document["settings"].items():
-            if all(setting.get(field) == value for field, value in SETTING.items()):
-                where = f"{name}, batch {setting.get('batch')}, {setting.get('precision')}"
+            if matches(setting, ACCURACY_SETTING):
+                where = f"{name}, batch {setting['batch']}, {setting['precision']}"
                 found[where] = _costs(document, key)
     best = max(found, key=lambda where: len(found[where]), default="")
     return best, found.get(best, {})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
 import pandas as pd
 
+from experiments.report.figure_data import read_figure_data
 from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table
 
 # Names of the arms in energy.json -> names here.
@@ -21,9 +21,13 @@ CAPTURED = {
 
 
 def table(context: Context) -> Table:
-    """Share of the gradient that each engine captures, by layer kind, at the first and last measured step."""
-    path = context.results / "figures" / "energy.json"
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    """Share of the gradient that each engine captures, by layer kind, at the first and last measured step.
+
+    Raises:
+        UserError: when the measurement cannot be read.
+    """
+    found = read_figure_data(context.results, "energy", "rows")
+    rows = [] if found is None else found["rows"]
     steps = sorted({row["step"] for row in rows})
     lines = [_shares(rows, arm, steps) for arm in dict.fromkeys(row["arm"] for row in rows)]
     notes = [

@@ -9,6 +9,7 @@ from statistics import fmean
 from experiments.mtbench.scores import ModelScores
 
 NOT_JUDGED = "not judged"
+ALL_TURNS = 160  # MT-Bench's and I-Bench's 80 questions of two turns
 
 
 def grade(graded: Sequence[ModelScores], model: str, method: str) -> dict[str, str]:
@@ -18,14 +19,40 @@ def grade(graded: Sequence[ModelScores], model: str, method: str) -> dict[str, s
         graded: scores from `experiments.mtbench`.
         model, method: names of the run.
     """
-    name = re.compile(rf"{re.escape(model)}-{re.escape(method)}(-\d+)?")
-    judged = [one for one in graded if name.fullmatch(one.model) and one.mean is not None]
+    judged = [one for one in _of_method(graded, model, method) if one.mean is not None]
     judges = sorted({str(one.judge) for one in judged})
     found = [[one for one in judged if one.judge == judge] for judge in judges]
     return {
         "judge's score": "; ".join(f"{fmean(one.mean for one in of if one.mean is not None):.2f}" for of in found),
         "judge": "; ".join(map(_describe_judge, found)) or NOT_JUDGED,
     }
+
+
+def complete_grades(graded: Sequence[ModelScores], model: str, methods: Sequence[str]) -> dict[str, list[float]]:
+    """Judge -> mean grade of each method, for the judges that graded all 160 turns of every answers file of each.
+
+    Grades of different judges or of different turns cannot be compared.
+    """
+    found = [_complete_means(_of_method(graded, model, method)) for method in methods]
+    common = set[str].intersection(*map(set, found))
+    return {judge: [means[judge] for means in found] for judge in sorted(common)}
+
+
+def _complete_means(of: Sequence[ModelScores]) -> dict[str, float]:
+    """Judge -> mean grade over the answers files of a method, for the judges that graded each of them completely."""
+    whole: dict[str, dict[str, float]] = {}
+    for one in of:
+        is_whole = (one.judged, one.unparsable, one.unjudged) == (ALL_TURNS, 0, 0)
+        if is_whole and one.judge is not None and one.mean is not None:
+            whole.setdefault(one.judge, {})[one.model] = one.mean
+    files = {one.model for one in of}
+    return {judge: fmean(means.values()) for judge, means in whole.items() if set(means) == files}
+
+
+def _of_method(graded: Sequence[ModelScores], model: str, method: str) -> list[ModelScores]:
+    """The scores of the answers named MODEL-METHOD or MODEL-METHOD-SEED."""
+    name = re.compile(rf"{re.escape(model)}-{re.escape(method)}(-\d+)?")
+    return [one for one in graded if name.fullmatch(one.model)]
 
 
 def _describe_judge(of: Sequence[ModelScores]) -> str:

@@ -14,17 +14,18 @@ from typing import Any
 import pandas as pd
 
 from experiments.bench.lengths import histograms
-from experiments.bench.results import with_current_arms
+from experiments.bench.presets import PADDED_TASK, PAPER_MODEL, paper_setting
+from experiments.bench.results import repeat_ratios, with_current_arms
+from experiments.bench.settings import Setting, matches
 from experiments.published import TASKS, authors_runs, cells, contradicts
 from experiments.report.tables.accuracy import AVERAGE, contradicted
 from experiments.report.tables.base import MISSING, SCALED, Context, Table
 
-MODEL = "roberta_base"
 Cells = Sequence[Mapping[str, Any]]
 SCHEMA = 1
 PER_TASK = (7, 8)
-PADDINGS = {"max_length": "padded", "longest": "dynamic"}  # padding of the benchmark -> name in columns
-BATCH = 16  # batch size of the cells of Tables 3, 7 and 8; the table of all settings has others
+# Padding of the benchmark -> name in columns. Padded dynamically, tasks differ in cost.
+PADDINGS = {"max_length": "padded", "longest": "dynamic"}
 # Row as printed -> our arm. The arms in `EXTRA` are not in the paper.
 ARMS = {
     "Regular FT": "full",
@@ -83,7 +84,7 @@ def _document(path: Path) -> dict[str, Any] | str:
     return current
 
 
-def measured(results: Path, shape: str = MODEL) -> list[dict[str, Any]]:
+def measured(results: Path, shape: str = PAPER_MODEL) -> list[dict[str, Any]]:
     """One row per machine, setting and arm: medians over repeats, or None and a reason where all failed."""
     rows = []
     for name, document in documents(results):
@@ -100,9 +101,8 @@ def measured(results: Path, shape: str = MODEL) -> list[dict[str, Any]]:
 
 
 def _row(name: str, setting: Mapping[str, Any], arm: str, found: Cells, of: Mapping[str, Cells]) -> dict[str, Any]:
-    what = ("label", "task", "padding", "batch", "precision", "mode")
     good = [cell for cell in found if cell["status"] == "complete"]
-    about = {field: setting.get(field) or "" for field in what}
+    about = {field: setting.get(field) or "" for field in ("label", *Setting.__dataclass_fields__)}
     medians = {
         name: median(cell[field] for cell in good) if good else None
         for name, field in (("speed", "steps_per_second"), ("peak", "peak_mib"))
@@ -110,18 +110,11 @@ def _row(name: str, setting: Mapping[str, Any], arm: str, found: Cells, of: Mapp
     reason = "" if good else str(found[0].get("reason", ""))
     ratios = {
         f"{name}_over": {
-            other: ratio for other, cells in of.items() if (ratio := paired_ratio(good, cells, field)) is not None
+            other: median(ratios) for other, cells in of.items() if (ratios := repeat_ratios(good, cells, field))
         }
         for name, field in (("speed", "steps_per_second"), ("peak", "peak_mib"))
     }
     return {"machine": name, "arm": arm, **about, "n": len(good), **medians, **ratios, "reason": reason}
-
-
-def paired_ratio(mine: Cells, others: Cells, field: str) -> float | None:
-    """The median over repeats of the ratio within a repeat, in which both arms see the same load of the machine."""
-    of = {cell["repeat"]: cell[field] for cell in others if cell["status"] == "complete" and cell[field]}
-    found = [cell[field] / of[cell["repeat"]] for cell in mine if cell["repeat"] in of]
-    return median(found) if found else None
 
 
 def tables(context: Context) -> list[Table]:
@@ -170,11 +163,10 @@ def _cells_of(found: list[dict[str, Any]], arm: str, task: str | None, units: Ma
     paddings = ("max_length",) if task is None else tuple(PADDINGS)
     columns = {}
     for padding in paddings:
+        own = task is not None and (padding == "longest" or arm == SKIPS_PADDING)
         for (machine, label), place in (_places(found, padding) or {("", ""): ""}).items():
             same = [row for row in found if (row["machine"], row["label"], row["arm"]) == (machine, label, arm)]
-            hits = [row for row in same if _is_cell(row, padding)]
-            if task is not None and (padding == "longest" or arm == SKIPS_PADDING):
-                hits = [row for row in hits if row["task"] == task]
+            hits = [row for row in same if _is_cell(row, padding, str(task) if own else PADDED_TASK)]
             for field, unit in units.items():
                 text = "" if task == AVERAGE else _format_median(hits, field)
                 columns[f"ours {PADDINGS[padding]}, {unit}{place and f', {place}'}"] = text
@@ -186,7 +178,9 @@ def _places(found: list[dict[str, Any]], padding: str) -> dict[tuple[str, str], 
     places = {}
     for machine in dict.fromkeys(row["machine"] for row in found):
         rows = [row for row in found if row["machine"] == machine]
-        labels = [row["label"] for row in rows if _is_cell(row, padding)] or [row["label"] for row in rows]
+        shown = TASKS.values() if padding == "longest" else (PADDED_TASK,)
+        labels = [row["label"] for row in rows if any(_is_cell(row, padding, task) for task in shown)]
+        labels = labels or [row["label"] for row in rows]
         label = min(labels, key=lambda name: bool(_mark_scaled(name)))
         places[machine, label] = machine + _mark_scaled(label)
     return places
@@ -196,14 +190,17 @@ def _mark_scaled(label: str) -> str:
     return f" {SCALED}" if "scaled" in label else ""
 
 
-def is_main(row: Mapping[str, Any]) -> bool:
-    """Whether a row of `measured` has the setting of Table 3."""
-    return _is_cell(row, "max_length")
+def is_main(setting: Mapping[str, Any]) -> bool:
+    """Whether a row of `measured`, or a setting of a benchmark file, has the setting of Table 3."""
+    return _is_cell(setting, "max_length", PADDED_TASK)
 
 
-def _is_cell(row: Mapping[str, Any], padding: str) -> bool:
-    """Whether a row has the setting of the paper: its batch size, float32, not compiled."""
-    return (row["batch"], row["padding"], row["precision"], row["mode"]) == (BATCH, padding, "fp32", "eager")
+def _is_cell(setting: Mapping[str, Any], padding: str, task: str) -> bool:
+    """Whether a row has the setting of the paper for a task; the label says whether its model was cut.
+
+    Other settings of the same model get here too, from `python -m experiments.bench --shape`.
+    """
+    return setting.get("task") == task and matches(setting, paper_setting(padding=padding), but=("task", "blocks"))
 
 
 def _format_median(hits: list[dict[str, Any]], field: str) -> str:
@@ -222,8 +219,9 @@ def _describe_source(found: list[dict[str, Any]]) -> str:
         "; ".join(f"{machine}: {label}" for machine, label in _places(found, padding) if label) for padding in PADDINGS
     )
     without = ", ".join(task for task in TASKS.values() if task not in histograms())
+    batch = paper_setting().batch
     return (
-        f"Ours: batch size {BATCH}, float32, medians over repeats. Padded to 128 tokens: {padded}; all tasks cost the "
+        f"Ours: batch size {batch}, float32, medians over repeats. Padded to 128 tokens: {padded}; all tasks cost the "
         f"same, except for {SKIPS_PADDING}, which skips padding and was measured on CoLA. Padded dynamically to the "
         f"longest row: {dynamic}; token lengths are not available for {without}. Scaled values are comparable only "
         "with each other."
@@ -248,7 +246,7 @@ def _logs(arm: str, task: str | None) -> dict[str, str]:
     if arm not in LOGGED:
         return dict.fromkeys([*columns, LOGGED_BATCH], "no log")
     tasks = [task] if task else list(TASKS.values())
-    frame = pd.concat([authors_runs(MODEL, LOGGED[arm], one) for one in tasks])
+    frame = pd.concat([authors_runs(PAPER_MODEL, LOGGED[arm], one) for one in tasks])
     sizes = sorted({int(size) for size in frame["batch_size"].dropna()})
     by_batch = {size: frame[frame["batch_size"] == size] for size in sizes}
     means = {
@@ -292,4 +290,11 @@ def _with_ratio(row: Mapping[str, Any]) -> dict[str, str]:
     failed = row["speed"] is None
     values = {"steps/s": f"failed: {row['reason']}" if failed else f"{row['speed']:.3f}"}
     values["peak MiB"] = "" if failed else f"{row['peak']:.0f}"
-    return {"model": str(row["label"] or MODEL), **about, **values, **ratios}
+    return {"model": _describe_model(row), **about, **values, **ratios}
+
+
+def _describe_model(row: Mapping[str, Any]) -> str:
+    """The label of a row, with density and length where they are not those of the paper's settings."""
+    usual = paper_setting().as_json()
+    unusual = [f"{field} {row[field]}" for field in ("density", "length") if row[field] != usual[field]]
+    return ", ".join([str(row["label"] or PAPER_MODEL), *unusual])
