@@ -6,6 +6,7 @@ import csv
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from sparsegrad.sweeps.plots import PLOTS, draw_html, draw_png
 from sparsegrad.sweeps.reporter import PROGRESS
 from sparsegrad.sweeps.search_results import select_conditions, select_settings
 from sparsegrad.sweeps.study import CONTENT, IDENTITY, LABELS
+
+_PLOT_PACKAGES = ("matplotlib", "plotly")
 
 
 def summary(study: Study) -> dict[str, Any]:
@@ -128,6 +131,13 @@ def write_plots(study: Study, folder: Path) -> Iterator[Path]:
             path = folder / f"{name}.{suffix}"
             if _draw_plot(draw, study, name, path):
                 yield path
+
+
+def check_plot_packages() -> None:
+    """Raise the `UserError` of `write_plots` for a missing package before there is a study."""
+    for package in _PLOT_PACKAGES:
+        if find_spec(package) is None:
+            raise missing_package("drawing plots", package, "sweep")
 
 
 def _silence_plots() -> None:
