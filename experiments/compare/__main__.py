@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.compare.methods import find_method
@@ -20,6 +20,7 @@ from experiments.report.comparison.table import write_comparison
 from experiments.reproduce import commands, dry_run, evidence, search_all
 from experiments.reproduce.cells import Cell, in_evidence, list_cells
 from experiments.reproduce.commands import last_wins, split_names
+from experiments.reproduce.counting import force_uncounted
 from experiments.reproduce.plans import read_plan
 from experiments.reproduce.searches import Search
 from sparsegrad.errors import UserError, check_choice
@@ -63,7 +64,7 @@ class Request:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: status 0 if all is complete, 1 if something failed, 2 after bad input, 130 after Ctrl-C."""
     options = _parser().parse_intermixed_args(arguments)
-    return commands.run(lambda: _compare_plans(options))
+    return commands.run(lambda: _compare_plans(options), options.overrides)
 
 
 def _compare_plans(options: argparse.Namespace) -> int:
@@ -125,6 +126,9 @@ def compare(name: str, request: Request) -> int:
     cells, left_out = _list_cells(name, arms, data, request)
     mine = [cell for cell in cells if not is_shared(cell)]
     print(f"{len(cells) - len(mine)} of {len(cells)} cells are runs of {', '.join(SHARED)}", flush=True)
+    # METHODS takes any method, so none is a departure from the plan.
+    names = tuple(dict.fromkeys(cell.config.method.name for cell in mine))
+    mine = force_uncounted(mine, replace(plan, grid={**plan.grid, "method": names}))
     if request.dry:
         if mine:
             dry_run.show(mine)

@@ -11,10 +11,11 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.paths import ROOT, SCALES
+from experiments.report.evidence import BLOCKS
 from experiments.reproduce import benchmarks, commands, evidence, search_all, searches
 from experiments.reproduce.cells import (
     ELSEWHERE,
@@ -26,19 +27,22 @@ from experiments.reproduce.cells import (
     list_cells,
     list_for_show,
 )
+from experiments.reproduce.counting import Watch, force_uncounted
 from experiments.reproduce.dry_run import show, warn_of_missing
+from experiments.reproduce.plans import read_plan
 from experiments.studies import gradients as measure
 from sparsegrad.errors import UserError, check_choice
 
 LAUNCHERS = ("local", "joblib", "slurm", "ray")
 FIGURE_KEYS = ("block", "step", "steps")  # options of figures 2 and 3 and the basis study, such as block=2 step=40
+FOR_EVERY_FIGURE = ("results_dir=", "work_dir=", "force=", *(f"{key}=" for key in FIGURE_KEYS))
 FOR_EVERY_SWEEP = ("results_dir=", "work_dir=", "sweep.")  # overrides that `all` also passes to sweeps
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: status 0 if all cells are complete, 1 if some failed, 2 after bad input, 130 after Ctrl-C."""
     options = _parser().parse_intermixed_args(arguments)
-    return commands.run(lambda: _make_table(options))
+    return commands.run(lambda: _make_table(options), options.overrides)
 
 
 def _make_table(options: argparse.Namespace) -> int:
@@ -53,7 +57,7 @@ def _make_table(options: argparse.Namespace) -> int:
     if reason := _explain_no_runs(options.table, options.scale):
         print(f"{options.table}: {reason}", flush=True)
     studies = _plan_studies(options)  # composed and checked before anything runs
-    measured = [_measure(name, options) for name in MEASURED.get(options.table, ())]
+    measured = [_measure(name, options, has_runs=bool(names)) for name in MEASURED.get(options.table, ())]
     measured += [_benchmark(preset, options) for preset in benchmarks.PRESETS.get(options.table, ())]
     made = [_group(cells, options) for cells in groups]
     given = {"dry": options.dry, "launcher": options.launcher}
@@ -69,6 +73,10 @@ def _explain_no_runs(table: str, scale: str) -> str:
 
 
 def _group(cells: list[Cell], options: argparse.Namespace) -> int:
+    experiment = cells[0].experiment
+    # A launcher runs the smallest grid around its cells: with force, it would repeat those between them, too.
+    is_judged = experiment in BLOCKS and options.launcher == "local"
+    cells = force_uncounted(cells, read_plan(experiment) if is_judged else None)
     if options.dry:
         show(cells)
         return 0
@@ -96,26 +104,36 @@ def _plan_studies(options: argparse.Namespace) -> list[list[searches.Search]]:
     return [searches.planned_searches(name, options.scale, options.data, given) for name in wanted]
 
 
-def _measure(name: str, options: argparse.Namespace) -> int:
-    """Measure a figure's data unless it exists for the requested block and step."""
+def _measure(name: str, options: argparse.Namespace, *, has_runs: bool) -> int:
+    """Measure a figure's data unless it exists with the requested settings."""
     path = _results(options) / "figures" / f"{name}.json"
-    chosen = {key: value for key, _, value in (one.partition("=") for one in options.overrides) if key in FIGURE_KEYS}
-    there = path.is_file() and "force=true" not in options.overrides and _is_of(path, chosen)
-    if there or options.dry:
-        print(f"{name}: {path} {'exists' if there else 'is missing: takes a few minutes on one core'}")
-        return 0
-    flags = [f"--{key}={value}" for key, value in chosen.items()]
-    rest = [one for one in options.overrides if one.partition("=")[0] not in FIGURE_KEYS]
-    return measure.main([name, *flags, *(["--data", options.data] if options.data else []), *rest])
+    # Where a table has runs too, the other overrides are theirs: those of several seeds or methods mean nothing here.
+    given = [one for one in options.overrides if not has_runs or one.startswith(FOR_EVERY_FIGURE)]
+    flags = [f"--{one}" for one in given if one.partition("=")[0] in FIGURE_KEYS]
+    rest = [one for one in given if one.partition("=")[0] not in FIGURE_KEYS]
+    arguments = [name, *flags, *(["--data", options.data] if options.data else []), *rest]
+    if "force=true" in rest:
+        reason = "is to be replaced (force=true)"
+    else:
+        reason = _find_other_setting(path, flags, arguments) if path.is_file() else "is missing"
+    print(f"{name}: {path} " + (f"{reason}: takes a few minutes on one core" if reason else "exists"), flush=True)
+    return measure.main(arguments) if reason and not options.dry else 0
 
 
-def _is_of(path: Path, chosen: Mapping[str, str]) -> bool:
-    """Whether the stored data was measured at these values; the number of steps is not stored."""
+def _find_other_setting(path: Path, flags: Sequence[str], arguments: Sequence[str]) -> str:
+    """How the stored data differs from what is requested, in words; empty if it does not."""
+    wanted = measure.read_settings(arguments)
+    if not any(one == "--data" or one.startswith("task=") for one in arguments):
+        # Without data, the snippets stand in for SST-2: what was measured on either is good enough.
+        wanted.pop("task")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return all(str(found.get(key)) == value for key, value in chosen.items())
-    except (OSError, ValueError, AttributeError):
-        return False
+        different = [key for key in wanted if found.get(key, wanted[key]) != wanted[key]]
+        # The number of steps is not stored, nor the block by some measurements: giving them measures anew.
+        different += [key for key in FIGURE_KEYS if key not in found and any(f"--{key}=" in one for one in flags)]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return "is not readable"
+    return "".join(f"has {key}={found.get(key)}, not {wanted[key]}" for key in different[:1])
 
 
 def _results(options: argparse.Namespace) -> Path:
@@ -135,13 +153,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _launch(cells: Sequence[Cell], launcher: str) -> int:
-    missing = [cell for cell in cells if not cell.is_complete]
+    watch = Watch(cells)
+    missing = [cell for cell in cells if not watch.is_made(cell)]
     # One multirun has one `data.dir`, so cells with and without a data folder are launched apart.
     for group in ([cell for cell in missing if cell.takes_data is data] for data in (True, False)):
         if group:
             subprocess.run(_multirun(group, launcher), check=False)
-    failed = {cell.label: evidence.read_reason(cell) for cell in missing if not cell.is_complete}
-    return evidence.report(cells, len(missing) - len(failed), failed)
+    failed = {cell.label: evidence.read_reason(cell) for cell in missing if not watch.is_made(cell)}
+    return evidence.report(sum(map(watch.is_made, cells)), len(cells), len(missing) - len(failed), failed)
 
 
 def _multirun(cells: Sequence[Cell], launcher: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,12 +64,14 @@ class Cell:
         point: values of the sweeper parameters, such as method and seed.
         overrides: overrides for run.py, besides `experiment=`.
         config: the composed and checked configuration.
+        hparams: what its record will say about the source of its hyperparameters; None without one.
     """
 
     experiment: str
     point: dict[str, str]
     overrides: tuple[str, ...]
     config: RunConfig
+    hparams: Mapping[str, Any] | None = None
 
     @property
     def label(self) -> str:
@@ -95,6 +97,10 @@ class Cell:
         """Whether a record of a successful run exists."""
         record = self.record()
         return record is not None and record["status"] == "complete"
+
+    def with_force(self) -> Cell:
+        """The same run, made again although its record exists."""
+        return replace(self, overrides=(*self.overrides, "force=true"), config=replace(self.config, force=True))
 
 
 def experiments_of(name: str, scale: str) -> tuple[str, ...]:
@@ -157,14 +163,15 @@ def _cell(experiment: str, point: dict[str, str], extra: Sequence[str], data: st
     overrides = [*(f"{key}={value}" for key, value in point.items()), *rest]
     own = [one for one in overrides if not one.startswith("hydra.")]  # options of Hydra are for the launcher
     composed = compose("config", [f"experiment={experiment}", *own])
-    _fill(composed, overrides)
+    source = _fill(composed, overrides)
     config = build(composed)
-    cell = Cell(experiment=experiment, point=point, overrides=tuple(overrides), config=config)
+    cell = Cell(experiment=experiment, point=point, overrides=tuple(overrides), config=config, hparams=source)
     return replace(cell, overrides=(*overrides, f"data.dir={data}")) if data and cell.takes_data else cell
 
 
-def _fill(composed: DictConfig, overrides: Iterable[str]) -> None:
-    """Insert the hyperparameters that `hparams` selects, as run.py does."""
-    if composed.get("hparams") is not None:
-        hparams.apply(composed, {key_of(one) for one in overrides})
+def _fill(composed: DictConfig, overrides: Iterable[str]) -> dict[str, Any] | None:
+    """Insert the hyperparameters that `hparams` selects, as run.py does; their source, for the record."""
+    selected = composed.get("hparams") is not None
+    found = hparams.apply(composed, {key_of(one) for one in overrides}) if selected else None
     OmegaConf.resolve(composed)
+    return found

@@ -9,9 +9,10 @@ from experiments.paths import SCALES
 from sparsegrad.errors import UserError, check_choice, check_integer, run_as_command
 
 
-def run(command: Callable[[], int]) -> int:
+def run(command: Callable[[], int], overrides: Sequence[str] = ()) -> int:
     """Run a command that can be stopped at any time: status as of `run_as_command`."""
-    return run_as_command(command, "interrupted: the same command continues where it stopped")
+    what = "makes all runs again, because of force=true" if "force=true" in overrides else "continues where it stopped"
+    return run_as_command(command, f"interrupted: the same command {what}")
 
 
 def add_places(parser: argparse.ArgumentParser, trees: str) -> None:

@@ -18,9 +18,11 @@ _SPARE = ("estimated from", "model", "failed")
 
 
 def state(cell: Cell) -> str:
-    """`complete`, `failed` or `missing`."""
+    """`complete`, `failed` or `missing`; `again` for a complete record that is to be replaced."""
     record = cell.record()
-    return "missing" if record is None else str(record["status"])
+    if record is None:
+        return "missing"
+    return "again" if cell.config.force and record["status"] == "complete" else str(record["status"])
 
 
 def warn_of_missing(*places: str | None) -> None:
@@ -45,8 +47,10 @@ def show(cells: Sequence[Cell], runs: Path | None = None) -> None:
         done, total = done + counts["complete"], total + left * (per_run or 0.0)
         unknown += left if per_run is None else 0
         row = dict(zip(("model", "method", "task"), names, strict=True))
-        row |= {name: str(counts[name]) for name in ("complete", "failed", "missing")}
+        row |= {name: str(counts[name]) for name in ("complete", "again", "failed", "missing")}
         rows.append({**row, "hours left": format_left(left, per_run), "estimated from": source if left else "-"})
+    if all(row["again"] == "0" for row in rows):  # so in most listings
+        rows = [{name: text for name, text in row.items() if name != "again"} for row in rows]
     print_listing(
         f"{done} of {len(cells)} cells complete; about {total:.1f} hours left, one run at a time"
         + (f"; {unknown} runs of unknown cost" if unknown else ""),

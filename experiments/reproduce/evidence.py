@@ -1,8 +1,9 @@
 """Make the runs of the evidence plans: `python -m experiments.reproduce.evidence 2a --data <glue folder>`.
 
 A block is a plan of conf/experiment (experiments/reproduce/plans.py has their order); `all` makes them one after the
-other. Every cell is a process of its own with one thread. Cells with a complete record are never repeated, so the same
-command continues after a kill, and several calls share the work. The records go to results/, with the plan's hash.
+other. Every cell is a process of its own with one thread. Cells with a complete record are not repeated, so the same
+command continues after a kill, and several calls share the work. A complete record that no table counts is made again,
+as all are with force=true. The records go to results/, with the plan's hash.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from experiments.reproduce import commands, dry_run, search_all
 from experiments.reproduce.cells import Cell, in_evidence, list_cells
 from experiments.reproduce.commands import last_wins
 from experiments.reproduce.costs import RECORDS, Estimates, facts_of
+from experiments.reproduce.counting import Watch, force_uncounted
 from experiments.reproduce.plans import Block, list_blocks, read_plan
-from experiments.reproduce.processes import Ended, Job, cell_job, is_held, last_error, run_jobs
+from experiments.reproduce.processes import Ended, Job, cell_job, explain_end, is_held, last_error, run_jobs
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_integer
 from sparsegrad.sweeps.search_results import SearchMissingError
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides=tuple(in_evidence(options.overrides)),
         dry=options.dry,
     )
-    return commands.run(lambda: _make_blocks(options.block, request))
+    return commands.run(lambda: _make_blocks(options.block, request), options.overrides)
 
 
 def _make_blocks(name: str, request: Request) -> int:
@@ -76,7 +78,7 @@ def _make_block(block: Block, request: Request, *, is_only: bool) -> int:
 
 
 def _make_plan(name: str, block: Block, request: Request) -> int:
-    read_plan(name)  # checks it
+    plan = read_plan(name)
     overrides = last_wins((*block.overrides, *request.overrides))
     try:
         cells = list_cells(name, overrides, request.trees if block.takes_trees else request.data)
@@ -85,6 +87,7 @@ def _make_plan(name: str, block: Block, request: Request) -> int:
             raise
         print(f"{name}: waits for its searches ({error})", flush=True)
         return 0
+    cells = force_uncounted(cells, plan)
     if request.dry:
         dry_run.show(cells)
         return 0
@@ -92,7 +95,7 @@ def _make_plan(name: str, block: Block, request: Request) -> int:
 
 
 def make(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS, threads: int | None = 1) -> int:
-    """Make every cell without a complete record, `workers` at a time; status 1 if some failed.
+    """Make every cell without a complete record, and those with `force` once; status 1 if some failed.
 
     A cell that another call is running is left to it, and looked at again at the end. A cell that fails is tried once.
 
@@ -102,18 +105,20 @@ def make(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS, thread
         poll: seconds between two looks at cells that another call is running.
         threads: of each process; None: as many as it takes by itself.
     """
-    jobs = {cell_job(cell): cell for cell in cells if not cell.is_complete}
+    watch = Watch(cells)
+    jobs = {cell_job(cell): cell for cell in cells if not watch.is_made(cell)}
     failed: dict[str, str] = {}
     minutes: list[float] = []
     began = time.time()
 
     def is_left(job: Job) -> bool:
-        if not jobs[job].is_complete and job.label not in failed and _failed_elsewhere(jobs[job], began):
+        if not watch.is_made(jobs[job]) and job.label not in failed and _failed_elsewhere(jobs[job], began):
             failed[job.label] = read_reason(jobs[job])
-        return not jobs[job].is_complete and job.label not in failed
+        return not watch.is_made(jobs[job]) and job.label not in failed
 
     def is_needed(job: Job) -> bool:
-        return is_left(job) and not is_held(jobs[job])
+        # In this order: a run writes its record before it releases its lock.
+        return not is_held(jobs[job]) and is_left(job)
 
     with progress.job("cells", len(cells), unit="cells", done=len(cells) - len(jobs)) as bar:
         while any(is_left(job) for job in jobs):
@@ -121,18 +126,18 @@ def make(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS, thread
             with closing(run_jobs(jobs, workers, is_needed, threads=threads)) as ended:
                 for one in ended:
                     started += 1
-                    _note(one, jobs[one.job], failed, minutes)
-                    left = _print_progress(one, cells, failed, minutes, workers)
-                    bar.update(done=sum(cell.is_complete for cell in cells), left=3600 * left)
+                    _note(one, jobs[one.job], watch, failed, minutes)
+                    left = [cell for cell in cells if not watch.is_made(cell)]
+                    hours = _print_progress(one, left, failed, minutes, workers)
+                    bar.update(done=len(cells) - len(left), left=3600 * hours)
             if not started:  # the rest is in the hands of another call
                 time.sleep(poll)
-    return report(cells, len(minutes), failed)
+    return report(sum(map(watch.is_made, cells)), len(cells), len(minutes), failed)
 
 
-def report(cells: Sequence[Cell], done: int, failed: Mapping[str, str]) -> int:
+def report(complete: int, planned: int, done: int, failed: Mapping[str, str]) -> int:
     """Print how many cells are complete, `done` of them by this call, and the reasons of those that failed."""
-    complete = sum(cell.is_complete for cell in cells)
-    print(f"{complete} of {len(cells)} cells complete, {done} of them by this call", flush=True)
+    print(f"{complete} of {planned} cells complete, {done} of them by this call", flush=True)
     for label, reason in failed.items():
         print(f"failed: {label}: {reason}; the next call tries it again", flush=True)
     return 1 if failed else 0
@@ -141,7 +146,9 @@ def report(cells: Sequence[Cell], done: int, failed: Mapping[str, str]) -> int:
 def read_reason(cell: Cell) -> str:
     """Why a cell failed, from its record."""
     record = cell.record()
-    return "no record: see the launcher's log" if record is None else str(record.get("reason", "failed"))
+    if record is None or record["status"] == "complete":  # an earlier one, which was to be replaced
+        return "no new record: see the launcher's log"
+    return str(record.get("reason", "failed"))
 
 
 def _failed_elsewhere(cell: Cell, began: float) -> bool:
@@ -150,27 +157,26 @@ def _failed_elsewhere(cell: Cell, began: float) -> bool:
     return path.exists() and path.stat().st_mtime >= began and not is_held(cell) and not cell.is_complete
 
 
-def _note(ended: Ended, cell: Cell, failed: dict[str, str], minutes: list[float]) -> None:
-    reason = last_error(ended.job.log)
-    if _BUSY in reason:  # another call took it between the check and the start
+def _note(ended: Ended, cell: Cell, watch: Watch, failed: dict[str, str], minutes: list[float]) -> None:
+    if _BUSY in last_error(ended.job.log):  # another call took it between the check and the start
         return
-    if cell.is_complete:
+    if watch.is_made(cell):
         minutes.append(ended.minutes)
     elif not is_held(cell):
-        failed[ended.job.label] = reason or f"ended with status {ended.status}, see {ended.job.log}"
+        failed[ended.job.label] = explain_end(ended)
 
 
 def _print_progress(
-    ended: Ended, cells: Sequence[Cell], failed: dict[str, str], minutes: Sequence[float], workers: int
+    ended: Ended, left: Sequence[Cell], failed: dict[str, str], minutes: Sequence[float], workers: int
 ) -> float:
-    """Print one line for a cell that has ended; the hours that are left."""
-    left = [cell for cell in cells if not cell.is_complete]
-    estimates = Estimates(Path(cells[0].config.results_dir) / "runs")  # anew: this cell's record is one of them
+    """Print one line for a cell that has ended; the hours of those that are left."""
     usual = median(minutes) / 60 if minutes else 0.0
     hours = 0.0
-    for cell in left:
-        known, source = estimates.of(facts_of(cell.config.resolved))
-        hours += known if known is not None and source == RECORDS else usual
+    if left:
+        estimates = Estimates(Path(left[0].config.results_dir) / "runs")  # anew: the new record is one of them
+        for cell in left:
+            known, source = estimates.of(facts_of(cell.config.resolved))
+            hours += known if known is not None and source == RECORDS else usual
     what = failed.get(ended.job.label, "done")
     progress.say(
         f"{ended.job.label}: {what} ({ended.minutes:.1f} min); {len(left)} cells left, "

@@ -60,14 +60,40 @@ def is_held(cell: Cell) -> bool:
 
 
 def last_error(log: Path) -> str:
-    """The last error message of a log, else the last exception of a traceback, else the last line."""
-    lines = [
-        line.strip() for line in log.read_text(errors="replace", encoding="utf-8").replace("\r", "\n").splitlines()
-    ]
+    """The last error message of a log, else the last exception of a traceback, else an empty text."""
+    lines = _read_lines(log)
     errors = [line for line in lines if line.startswith("error: ")]
     # An exception's text can have more lines: those of CUDA end in advice on debugging.
     exceptions = [line for line in lines if _EXCEPTION.match(line)]
-    return (errors or exceptions or [line for line in lines if line] or [""])[-1].removeprefix("error: ")
+    return (errors or exceptions or [""])[-1].removeprefix("error: ")
+
+
+def explain_end(ended: Ended) -> str:
+    """Why a job has not done its work: the signal that ended it and its error message, else its status."""
+    log, message = ended.job.log, last_error(ended.job.log)
+    if ended.status < 0:
+        # Such a process had no time to say why: the last line of its log is often a bar of progress.
+        killed = f"killed by {_name_signal(-ended.status)}, see {log}"
+        return f"{message}; {killed}" if message else killed
+    if message:
+        return message
+    last = _read_lines(log)[-1:]
+    return f"ended with status {ended.status}, see {log}" + "".join(f" (last line: {line})" for line in last)
+
+
+def _read_lines(log: Path) -> list[str]:
+    """The lines of a log that are not empty; those that a bar of progress has replaced are lines, too."""
+    text = log.read_text(errors="replace", encoding="utf-8").replace("\r", "\n")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _name_signal(number: int) -> str:
+    """`SIGTERM`; for SIGKILL, with its usual cause."""
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+    return f"{name} (often because memory ran out)" if name == "SIGKILL" else name
 
 
 def run_jobs(

@@ -12,7 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +22,13 @@ from experiments.reproduce import commands, dry_run, searches
 from experiments.reproduce.cells import in_evidence
 from experiments.reproduce.commands import split_names
 from experiments.reproduce.plans import SEARCHED, read_plan
-from experiments.reproduce.processes import Ended, Job, last_error, run_jobs
+from experiments.reproduce.processes import Ended, Job, explain_end, run_jobs
 from experiments.reproduce.searches import Search
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.sweeps.ledger import REASON
 from sparsegrad.sweeps.search_results import SWEEPS
-from sparsegrad.sweeps.show import export, write_plots
+from sparsegrad.sweeps.show import check_plot_packages, export, write_plots
 from sparsegrad.sweeps.storage import open_store
 from sparsegrad.sweeps.study import delete, load_study, quiet
 
@@ -91,7 +91,7 @@ def _check_budget(search: Search) -> None:
     if spent != search.plan.budget and not search.plan.sweep.overwrite:
         raise UserError(
             f"search {search.study} has a budget of {spent} trials, its plan one of {search.plan.budget}: all methods "
-            "need the same; ARGS=sweep.overwrite=true makes it anew"
+            f"need the same; {search.anew} makes it anew"
         )
 
 
@@ -113,7 +113,8 @@ def plan_search(plan: Plan, method: str, task: str, data: str | None, overrides:
     """
     sweep = SWEEPS[plan.regime == "paper"]
     about = [f"experiment={plan.experiment}", f"sweep={sweep}", f"task={task}", f"method={method}"]
-    found = searches.make_search([*about, *overrides, "hydra.mode=RUN"], task, data)
+    anew = f"METHODS={method} TASKS={task} ARGS=sweep.overwrite=true"
+    found = searches.make_search([*about, *overrides, "hydra.mode=RUN"], task, data, anew)
     _check_budget(found)
     return found
 
@@ -129,6 +130,8 @@ def make(
 ) -> int:
     """Finish the searches, or list what they lack if `dry`; status 1 if trials are left.
 
+    With `sweep.overwrite=true`, searches of other settings than those asked for are deleted first, and only those.
+
     Args:
         found: the searches.
         workers: number of processes at a time on this machine.
@@ -138,12 +141,14 @@ def make(
         plots: whether the plots of a finished search are stored beside its summary.
     """
     quiet()
+    if plots and not dry:
+        check_plot_packages()  # now: the plots are drawn when a search has taken its hours
+    stale = _find_stale(found)
     if dry:
-        searches.show(found)
+        searches.show(found, stale)
         return 0
-    for one in found:
-        if one.plan.sweep.overwrite:
-            _delete_found(one)
+    for one in stale:
+        _delete_found(one)
     for one in found:  # also those that others finished, but that have no summary yet
         export_finished(one, plots=plots)
     if launcher == "local":
@@ -153,6 +158,18 @@ def make(
         for one in found:
             export_finished(one, plots=plots)
     return 1 if _report_open(found) else 0
+
+
+def _find_stale(found: Sequence[Search]) -> list[Search]:
+    """The searches that `sweep.overwrite=true` makes anew; prints them with the reason, and how many it keeps."""
+    overwritten = [one for one in found if one.plan.sweep.overwrite]
+    reasons = [searches.find_staleness(one) for one in overwritten]
+    stale = [one for one, reason in zip(overwritten, reasons, strict=True) if reason]
+    for one, reason in zip(stale, filter(None, reasons), strict=True):
+        print(f"search {one.study} is made anew: {reason}", flush=True)
+    if kept := len(overwritten) - len(stale):
+        print(f"{kept} searches are kept: none of them has other settings than those asked for", flush=True)
+    return stale
 
 
 def _run_workers(found: Sequence[Search], workers: int, threads: int | None, *, plots: bool) -> None:
@@ -182,12 +199,11 @@ def _report_open(found: Sequence[Search]) -> bool:
     left = [one for one in found if not one.is_finished]
     for one in left:
         print(f"left: search {one.study}: {one.finished()} of {one.plan.budget} trials; the next call continues it")
-    barren = [one for one in found if one.is_finished and not one.is_summarised]
+    barren = [one for one in found if one.is_barren]
     for one in barren:
         print(
             f"failed: search {one.study}: none of its {one.plan.budget} trials was completed ({_read_reason(one)}): "
-            "correct the method's settings, then make it anew with METHODS= of this method and "
-            "ARGS=sweep.overwrite=true"
+            f"correct the method's settings, then make it anew with {one.anew}"
         )
     return bool(left or barren)
 
@@ -206,13 +222,15 @@ def _delete_found(search: Search) -> None:
 
 
 def export_finished(search: Search, *, plots: bool = False) -> None:
-    """Write the summary of a finished search that has none of all trials yet, and with `plots` its plots."""
-    if search.is_finished and not search.is_summarised:
-        with suppress(UserError):  # no trial was completed: `make` reports it at the end, and the others go on
-            study = load_study(search.plan.sweep.storage, search.study)
-            export(study, search.summary.parent)
-            if plots:
-                list(write_plots(study, search.summary.parent))
+    """Write the summary of a finished search that has none of all trials yet, and with `plots` its plots.
+
+    A search without a completed trial has no summary: `make` reports it at the end, and the others go on.
+    """
+    if search.is_finished and not search.is_summarised and not search.is_barren:
+        study = load_study(search.plan.sweep.storage, search.study)
+        export(study, search.summary.parent)
+        if plots:
+            list(write_plots(study, search.summary.parent))
 
 
 def _read_reason(search: Search) -> str:
@@ -225,7 +243,7 @@ def _read_reason(search: Search) -> str:
 def _report(ended: Ended, search: Search, found: Sequence[Search]) -> None:
     """One line on a search whose worker has ended."""
     left = _count_left(found)
-    what = "finished" if search.is_finished else last_error(ended.job.log) or f"ended with status {ended.status}"
+    what = "finished" if search.is_finished else explain_end(ended)
     progress.say(f"search {search.study}: {what} in {ended.minutes:.1f} min; {left} trials left")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import optuna
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig
+from optuna.trial import TrialState
 
 from experiments.paths import CONF, ROOT
 from experiments.published import TASKS
@@ -37,7 +38,7 @@ from sparsegrad.sweeps.search_results import (
     select_settings,
 )
 from sparsegrad.sweeps.storage import JOURNAL, open_store
-from sparsegrad.sweeps.study import IDENTITY
+from sparsegrad.sweeps.study import IDENTITY, find_refusal
 
 TABLES = {
     "table13": ("bert_base", "sparsegrad"),
@@ -54,10 +55,12 @@ class Search:
     Attributes:
         overrides: overrides of run.py that compose it.
         plan: the checked sweep.
+        anew: the arguments of `make` that make this search alone anew.
     """
 
     overrides: tuple[str, ...]
     plan: Plan
+    anew: str
 
     @property
     def study(self) -> str:
@@ -88,6 +91,12 @@ class Search:
     def is_summarised(self) -> bool:
         """Whether the summary is of all trials, so that runs can use it."""
         return self._count_summarised() >= self.plan.budget
+
+    @property
+    def is_barren(self) -> bool:
+        """Whether it is finished without a completed trial, so that it gives no rate."""
+        study = None if self.is_summarised or not self.is_finished else self.load_study()
+        return study is not None and not has_completed(study)
 
     def finished(self) -> int:
         """Number of finished trials, from the storage or, where that is gone, from the summary."""
@@ -123,6 +132,11 @@ class Search:
             return 0
 
 
+def has_completed(study: optuna.Study) -> bool:
+    """Whether a trial was completed; the others were pruned, or failed."""
+    return any(trial.state == TrialState.COMPLETE for trial in study.get_trials(deepcopy=False))
+
+
 def planned_searches(table: str, scale: str, data: str | None, overrides: Sequence[str]) -> list[Search]:
     """The studies of a table; `task=` among the overrides narrows its tasks.
 
@@ -138,7 +152,10 @@ def planned_searches(table: str, scale: str, data: str | None, overrides: Sequen
         tasks = list(read_plan(MINI_PLAN).grid["task"])
         about = [f"experiment={MINI_PLAN}", "sweep=evidence", f"method={method}", "hydra.mode=RUN"]
     tasks = narrowed[-1] if narrowed else tasks
-    return [make_search([*about, f"task={task}", *rest], task, data) for task in tasks]
+    return [
+        make_search([*about, f"task={task}", *rest], task, data, f'ARGS="task={task} sweep.overwrite=true"')
+        for task in tasks
+    ]
 
 
 def compose_sweep(overrides: Sequence[str]) -> DictConfig:
@@ -147,50 +164,88 @@ def compose_sweep(overrides: Sequence[str]) -> DictConfig:
         return compose("config", [one for one in overrides if not one.startswith("hydra.")])
 
 
-def make_search(overrides: list[str], task: str, data: str | None) -> Search:
-    """Compose and check one search; `data` is the folder of every task but the snippets.
+def make_search(overrides: list[str], task: str, data: str | None, anew: str) -> Search:
+    """Compose and check one search; `data` is the folder of every task but the snippets, `anew` as in `Search`.
 
     Raises:
         UserError: for a value that is not allowed, or if the search of this name has other settings of the method or
-            of training.
+            of training; `sweep.overwrite=true` makes such a search anew.
     """
     given = [*overrides, f"data.dir={data}"] if data and task != "snippets" else overrides
     try:
-        search = Search(tuple(given), make_plan(compose_sweep(given)))
+        search = Search(tuple(given), make_plan(compose_sweep(given)), anew)
         if not search.plan.sweep.overwrite:
-            _check_conditions(search)
-            _check_settings(search)
+            _check_stored(search)
     except HydraException as error:
         raise explain(error, given, CONF) from None
     return search
 
 
-def _check_conditions(search: Search) -> None:
-    """Refuse a study or summary of other training, data or protocol: it would count as this search."""
-    study, searched = search.load_study(), search.plan.space.distributions
-    stored = [] if study is None else [select_conditions(study.user_attrs.get(IDENTITY, {}).get("fixed", {}))]
-    for there in (*stored, search.read_summary()):
-        if found := find_other_condition(there, search.plan.composed, searched):
-            raise UserError(
-                f"search {search.study} was made with {found}: make it anew with ARGS=sweep.overwrite=true, or leave "
-                "that setting as it was"
-            )
+def _check_stored(search: Search) -> None:
+    """Refuse a study or summary of something else: it would count as this search."""
+    if found := _find_other_condition(search):
+        remedy = f"make it anew with {search.anew}, or leave that setting as it was"
+        raise UserError(f"search {search.study} was made with {found}: {remedy}")
+    if found := _find_other_setting(search):
+        raise UserError(f"search {search.study} was made with {found}: {OWN_NAME}; or make it anew with {search.anew}")
 
 
-def _check_settings(search: Search) -> None:
-    """Refuse a study or summary of other settings of the method: it would count as this search."""
-    here, study = read_settings(search.plan.composed, search.plan.base.seed), search.load_study()
-    stored = [] if study is None else [select_settings(study.user_attrs.get(IDENTITY, {}).get("fixed", {}))]
+def find_staleness(search: Search) -> str:
+    """Why `sweep.overwrite=true` makes a search anew; empty if there is none, or if it is the one asked for.
+
+    A search that was begun anew is the one asked for, so the same command continues it instead of deleting it again.
+    """
+    if found := _find_other_condition(search) or _find_other_setting(search):
+        return f"it was made with {found}"
+    if search.is_barren:
+        return "no trial was completed"
+    if found := _find_other_goal(search):
+        return found
+    study = None if search.is_finished else search.load_study()
+    # A worker compares more than what makes a finished search another one.
+    return "" if study is None else find_refusal(search.plan, study)
+
+
+def _find_other_condition(search: Search) -> str:
+    """How a study or summary was trained otherwise, on other data or with another protocol."""
+    searched = search.plan.space.distributions
+    stored = [select_conditions(fixed) for fixed in _read_fixed(search)]
+    found = (find_other_condition(one, search.plan.composed, searched) for one in (*stored, search.read_summary()))
+    return next(filter(None, found), "")
+
+
+def _find_other_setting(search: Search) -> str:
+    """Which setting of the method a study or summary has otherwise."""
+    here, stored = read_settings(search.plan.composed, search.plan.base.seed), list[Any]()
+    stored += [select_settings(fixed) for fixed in _read_fixed(search)]
     if summary := search.read_summary():
         stored.append(summary.get("method") or _read_defaults(search))  # earlier summaries do not list settings
+    searched = search.plan.space.distributions  # these have no fixed value
+    here = {key: value for key, value in here.items() if f"method.{key}" not in searched}
     for there in filter(None, stored):
-        searched = search.plan.space.distributions  # these have no fixed value
         there = {key: value for key, value in there.items() if f"method.{key}" not in searched}
-        if found := find_difference(there, {key: here[key] for key in here if f"method.{key}" not in searched}):
-            raise UserError(
-                f"search {search.study} was made with {found}: {OWN_NAME}; or make it anew with "
-                "ARGS=sweep.overwrite=true"
-            )
+        if found := find_difference(there, here):
+            return found
+    return ""
+
+
+def _find_other_goal(search: Search) -> str:
+    """Whether a study or summary looked for something else, or had another budget."""
+    wanted: dict[str, Any] = json.loads(json.dumps(search.plan.identity()))  # as a storage has it
+    study, summary = search.load_study(), search.read_summary()
+    for stored in (summary, {} if study is None else study.user_attrs.get(IDENTITY, {})):
+        for part in ("space", "direction", "metric", "objective", "budget"):
+            if part in wanted and stored.get(part, wanted[part]) != wanted[part]:
+                return f"its {part} is {stored[part]}, not {wanted[part]}"
+    if search.is_summarised and summary.get("best", {}).get("values", {}).keys() != wanted["space"].keys():
+        return "its summary has other values than those searched"
+    return ""
+
+
+def _read_fixed(search: Search) -> list[dict[str, Any]]:
+    """What all trials of the stored study share; empty without a study."""
+    study = search.load_study()
+    return [] if study is None else [study.user_attrs.get(IDENTITY, {}).get("fixed", {})]
 
 
 def _read_defaults(search: Search) -> dict[str, Any]:
@@ -223,18 +278,18 @@ def _command(group: Sequence[Search], launcher: str) -> list[str]:
     return [sys.executable, str(ROOT / "run.py"), "-m", *rest, *more]
 
 
-def show(found: Sequence[Search]) -> None:
-    """Print the total hours that are left, and one line per study."""
+def show(found: Sequence[Search], stale: Collection[Search] = ()) -> None:
+    """Print the total hours that are left, and one line per study; `stale` are those that are made anew."""
     estimates = Estimates(found[0].results / "runs")
     rows, total, unknown = [], 0.0, 0
     for one in found:
-        done, budget = one.finished(), one.plan.budget
+        done, budget = 0 if one in stale else one.finished(), one.plan.budget
         each, source = estimates.of({**facts_of(one.plan.base.resolved), "experiment": one.study})
         left = budget - done
         total, unknown = total + left * (each or 0.0), unknown + (left if each is None else 0)
         row = {"study": one.study, "trials finished": f"{done} of {budget}", "hours left": format_left(left, each)}
         rows.append({**row, "estimated from": source if left else "-"})
-    complete = sum(one.is_finished for one in found)
+    complete = sum(one.is_finished for one in found if one not in stale)
     print_listing(
         f"{complete} of {len(found)} studies complete; about {total:.1f} hours left, one trial at a time"
         + (f"; {unknown} trials of unknown cost" if unknown else ""),

@@ -71,14 +71,30 @@ def _config(options: argparse.Namespace) -> RunConfig:
     return compose_run(*given.values())
 
 
-def _facts(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
+def read_settings(arguments: Sequence[str]) -> dict[str, Any]:
+    """The settings that these arguments of `main` ask for; a measurement stores them, if it uses them, but `steps`.
+
+    Raises:
+        UserError: for a value that is not allowed.
+    """
+    options = _parser().parse_intermixed_args(arguments)
+    return {**_settings(_config(options)), **{key: getattr(options, key) for key in ("block", "step", "steps")}}
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
     return {
-        "schema": 1,
         "model": config.model.name,
         "task": config.task.name,
         "batch_size": config.train.batch_size,
         "lr": config.train.lr,
         "seed": config.seed,
+    }
+
+
+def _facts(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        **_settings(config),
         "trained_by": "SparseGrad, top 1 %, HOSVD of 30 calibration batches; the rest of the model trains too",
         "environment": describe_environment(torch.device("cpu")),
     }

@@ -6,6 +6,7 @@ import csv
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sparsegrad.errors import UserError, missing_package
 from sparsegrad.files import write_json
-from sparsegrad.sweeps.ledger import FINISHED, REASON, SURPLUS
+from sparsegrad.sweeps.ledger import FINISHED, REASON, RECORD_SECONDS, SURPLUS
 from sparsegrad.sweeps.plots import PLOTS, draw_html, draw_png
 from sparsegrad.sweeps.reporter import PROGRESS
 from sparsegrad.sweeps.search_results import select_conditions, select_settings
 from sparsegrad.sweeps.study import CONTENT, IDENTITY, LABELS
+
+_PLOT_PACKAGES = ("matplotlib", "plotly")
 
 
 def summary(study: Study) -> dict[str, Any]:
@@ -68,14 +71,21 @@ def _measure_seconds(trials: list[FrozenTrial]) -> tuple[float, float]:
     """Return the time of the finished trials, and the time that pruning saved, estimated at each trial's own speed."""
     spent = saved = 0.0
     for trial in trials:
-        if trial.state not in FINISHED or trial.duration is None:
+        seconds = _find_seconds(trial)
+        if trial.state not in FINISHED or seconds is None:
             continue
-        seconds = trial.duration.total_seconds()
         spent += seconds
         step, total = trial.user_attrs.get(PROGRESS, (0, 0))  # steps done, steps planned
         if trial.state == TrialState.PRUNED and step:
             saved += seconds * (total / step - 1)
     return spent, saved
+
+
+def _find_seconds(trial: FrozenTrial) -> float | None:
+    """The time of a trial, or that of the earlier run whose record it found; None while it runs."""
+    own = None if trial.duration is None else trial.duration.total_seconds()
+    found: float | None = trial.user_attrs.get(RECORD_SECONDS, own)
+    return found
 
 
 def export(study: Study, folder: Path) -> dict[str, Any]:
@@ -102,13 +112,13 @@ def write_trials(study: Study, path: Path) -> None:
 
 
 def _make_row(trial: FrozenTrial, keys: list[str]) -> list[Any]:
-    seconds = "" if trial.duration is None else round(trial.duration.total_seconds(), 2)
+    seconds = _find_seconds(trial)
     values = [trial.params.get(key, "") for key in keys]
     return [
         trial.number,
         trial.state.name.lower(),
         trial.value,
-        seconds,
+        "" if seconds is None else round(seconds, 2),
         len(trial.intermediate_values),
         *values,
         trial.user_attrs.get(REASON, ""),
@@ -128,6 +138,13 @@ def write_plots(study: Study, folder: Path) -> Iterator[Path]:
             path = folder / f"{name}.{suffix}"
             if _draw_plot(draw, study, name, path):
                 yield path
+
+
+def check_plot_packages() -> None:
+    """Raise the `UserError` of `write_plots` for a missing package before there is a study."""
+    for package in _PLOT_PACKAGES:
+        if find_spec(package) is None:
+            raise missing_package("drawing plots", package, "sweep")
 
 
 def _silence_plots() -> None:

@@ -13,7 +13,7 @@ from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateF
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from sparsegrad.errors import UserError, did_you_mean
+from sparsegrad.errors import ResourceError, UserError, did_you_mean
 from sparsegrad.sweeps.config import Plan
 from sparsegrad.sweeps.leases import WORKER, Watch, this_worker
 from sparsegrad.sweeps.ledger import DIED, FAILURE, REASON, REDO_OF, SURPLUS, Ledger
@@ -215,6 +215,18 @@ def _check_identity(plan: Plan, study: Study) -> None:
                 f"study {study.study_name} exists with another {key}: there {there.get(key)}, here {here.get(key)}; "
                 f"{remedy}"
             )
+
+
+def find_refusal(plan: Plan, study: Study) -> str:
+    """Why a worker of this plan would not continue a study, without the remedy; empty if it would."""
+    try:
+        _check_identity(plan, study)
+        _check_content(plan, study)
+    except ResourceError:
+        raise
+    except UserError as error:
+        return str(error).partition(";")[0]
+    return ""
 
 
 def _name_metric(plan: Plan, study: Study) -> None:

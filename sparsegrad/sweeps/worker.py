@@ -17,11 +17,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sparsegrad import progress
 from sparsegrad.errors import BusyError, ResourceError, UserError
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.runs.records import find_complete
+from sparsegrad.runs.records import find_complete, run_seconds
 from sparsegrad.sweeps.base_run import can_start
 from sparsegrad.sweeps.config import runner
 from sparsegrad.sweeps.leases import Heartbeat, TrialLostError
-from sparsegrad.sweeps.ledger import CRASHED, FAILURE, MISTAKE, REASON, REDO_OF, STOPPED
+from sparsegrad.sweeps.ledger import CRASHED, FAILURE, MISTAKE, REASON, RECORD_SECONDS, REDO_OF, STOPPED
 from sparsegrad.sweeps.packing import Packing
 from sparsegrad.sweeps.reporter import Reporter
 from sparsegrad.sweeps.storage import is_unavailable, patiently, unavailable
@@ -128,7 +128,9 @@ class Worker:
         value = _read_score(record, self.shared.plan.metric)
         # Not stored in the study: only this call found the run done.
         self._source = "" if is_new else f", from record {config.record_path}"
-        facts = {"record": str(config.record_path)}
+        facts: dict[str, Any] = {"record": str(config.record_path)}
+        if not is_new and (spent := run_seconds(record)) is not None:
+            facts[RECORD_SECONDS] = spent  # else a search that is made anew from its records would cost nothing
         if value is None:
             return TrialState.PRUNED, None, facts | {REASON: f"{self.shared.plan.metric} is not a number"}
         return TrialState.COMPLETE, value, facts

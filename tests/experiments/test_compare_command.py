@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +18,11 @@ from experiments.report.collect import collect_cells
 from experiments.report.command import write_comparisons
 from experiments.report.plans import read_plan as read_stored_plan
 from experiments.report.tables.base import Context
-from experiments.reproduce import search_all
+from experiments.reproduce import search_all, searches
 from experiments.reproduce.cells import list_cells
 from experiments.reproduce.plans import read_plan
 from experiments.reproduce.searches import Search
-from sparsegrad.errors import UserError
+from sparsegrad.errors import ResourceError, UserError
 from sparsegrad.files import read_json, write_json
 from sparsegrad.sweeps.ledger import REASON
 from sparsegrad.sweeps.search_results import SearchMissingError
@@ -75,7 +76,7 @@ def test_a_search_is_not_used_for_other_settings_of_the_method(
     error = capsys.readouterr().err
     assert "evidence_mlp_only-minilm-peft-mrpc was made with method.config.peft_type=LORA, not SHIRA" in error
     assert "name: NAME" in error
-    assert "sweep.overwrite=true" in error
+    assert "METHODS=peft TASKS=mrpc ARGS=sweep.overwrite=true" in error
     assert error.count("\n") == 1
 
     (results / "studies" / "studies.db").unlink()
@@ -97,7 +98,9 @@ def test_a_search_is_not_used_for_other_training(where: tuple[str, str], results
     summary = finish(search)
     assert summary["train"]["group_by_length"] == "shuffled"
     search.summary.unlink()
-    with pytest.raises(UserError, match=r"group_by_length=shuffled, not False.*sweep\.overwrite=true"):
+    with pytest.raises(
+        UserError, match=r"shuffled, not False.*METHODS=lora_tuned TASKS=mrpc ARGS=sweep\.overwrite=true"
+    ):
         plan("lora_tuned", *where, other)  # the study says so
     (results / "studies" / "studies.db").unlink()
     write_json(search.summary, summary)
@@ -149,9 +152,10 @@ def test_a_search_is_found_by_runs_of_another_seed_and_of_plans_that_borrow_its_
         assert {cell.config.train.lr for cell in cells} == {1e-4}
 
 
-def test_a_finished_search_is_made_anew_only_if_asked(where: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    search = plan("frozen", *where)
-    finish(search)
+def test_overwriting_deletes_another_search_once_and_none_that_is_asked_for(
+    where: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish(plan("frozen", *where))
     started: list[Any] = []
 
     def run(jobs: Any, *_: Any, **__: Any) -> Any:
@@ -159,13 +163,54 @@ def test_a_finished_search_is_made_anew_only_if_asked(where: tuple[str, str], mo
         yield from ()
 
     monkeypatch.setattr(search_all, "run_jobs", run)
-    assert search_all.make([search], 1, dry=False) == 0
+    same = plan("frozen", *where, "sweep.overwrite=true")
+    assert search_all.make([same], 1, dry=False) == 0
     assert not started
-    anew = plan("frozen", *where, "sweep.overwrite=true")
-    assert search_all.make([anew], 1, dry=False) == 1
-    assert not anew.summary.exists()
+    assert "1 searches are kept" in capsys.readouterr().out
+    assert same.is_summarised
+
+    other = plan("frozen", *where, "train.batch_size=16", "sweep.overwrite=true")
+    assert search_all.make([other], 1, dry=True) == 0
+    assert "0 of 1 studies complete" in (said := capsys.readouterr().out)
+    assert "frozen-mrpc is made anew: it was made with 32 rows per step, not 16" in said
+    assert same.is_summarised, "a listing deletes nothing"
+    assert search_all.make([other], 1, dry=False) == 1
+    assert not other.summary.exists()
     (job,) = started
     assert not any("overwrite" in word for word in job.command), "a second worker would delete the study of the first"
+    begun = open_study(other.plan).study
+    assert search_all.make([other], 1, dry=False) == 1
+    assert begun.get_trials() == [], "still there: the same command continues it"
+
+    store(other, TrialState.PRUNED)
+    assert searches.find_staleness(other) == "no trial was completed"
+    larger = replace(other.plan, sweep=replace(other.plan.sweep, trials=2))
+    assert "budget is 1, not 2" in searches.find_staleness(replace(other, plan=larger))
+
+
+def test_a_refused_search_of_a_table_names_its_task(where: tuple[str, str]) -> None:
+    given = ["task=mrpc", *where]
+    finish(searches.planned_searches("table13", "mini", None, given)[0])
+    with pytest.raises(UserError, match=r'make it anew with ARGS="task=mrpc sweep\.overwrite=true"'):
+        searches.planned_searches("table13", "mini", None, [*given, "train.batch_size=16"])
+
+
+def test_a_finished_search_that_cannot_be_summarised_now_does_not_count_as_without_trials(
+    where: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = plan("frozen", *where)
+    store(search, TrialState.COMPLETE)
+
+    def refuse(*_: Any) -> None:
+        raise ResourceError("summary.json cannot be written: the disk is full")
+
+    monkeypatch.setattr(search_all, "export", refuse)
+    assert not search.is_barren
+    with pytest.raises(ResourceError, match="the disk is full"):
+        search_all.make([search], 1, dry=False)
+    monkeypatch.setattr("sparsegrad.sweeps.show.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="matplotlib"):
+        search_all.make([search], 1, dry=False, plots=True)
 
 
 def test_an_unfinished_summary_is_exported_again(where: tuple[str, str]) -> None:
@@ -197,6 +242,7 @@ def test_a_method_whose_trials_all_diverged_does_not_stop_the_others(
     assert command.main([*given, "seed=42"]) == 1
     said = capsys.readouterr().out
     assert "frozen-mrpc: none of its 1 trials was completed (training diverged)" in said
+    assert "make it anew with METHODS=frozen TASKS=mrpc ARGS=sweep.overwrite=true" in said
     assert "left out: frozen on mrpc" in said
     assert made == ["mrpc 42 bitfit"]
     assert "the table" in said

@@ -7,9 +7,11 @@ import multiprocessing
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from evidence_commands import places as places  # the fixtures
 from evidence_commands import results as results
@@ -17,8 +19,12 @@ from run_fixtures import ROOT, SHORT, TINY
 
 from experiments.reproduce import evidence
 from experiments.reproduce.cells import Cell, list_cells
-from experiments.reproduce.processes import Job, last_error, run_jobs
+from experiments.reproduce.counting import Watch, force_uncounted
+from experiments.reproduce.plans import read_plan
+from experiments.reproduce.processes import Ended, Job, cell_job, explain_end, last_error, run_jobs
+from sparsegrad.files import write_json
 from sparsegrad.runs.plan import plan_hash
+from sparsegrad.runs.predictions import describe_arrays, predictions_path, write_predictions
 
 
 @pytest.fixture
@@ -43,11 +49,11 @@ def quick(cells: list[Cell], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     script.write_text(
         "import pathlib, sys, time\n"
         "from filelock import FileLock, Timeout\n"
-        "number, record, text, notes, lock = sys.argv[1:]\n"
+        "number, record, text, notes, lock, force = sys.argv[1:]\n"
         "held = FileLock(lock)\n"
         "try: held.acquire(timeout=0)\n"
         "except Timeout: sys.exit('error: the run is at work in another process')\n"
-        "if pathlib.Path(record).exists(): sys.exit()\n"
+        "if pathlib.Path(record).exists() and force != 'True': sys.exit()\n"
         "(pathlib.Path(notes) / f'{number}-{time.monotonic_ns()}').touch()\n"
         "time.sleep(0.5)\n"
         "if (pathlib.Path(notes) / f'broken{number}').exists(): sys.exit('error: the loss is not a finite number')\n"
@@ -59,7 +65,7 @@ def quick(cells: list[Cell], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         stamps = {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T01:00:00+00:00"}
         record = {"schema": 1, "status": "complete", "config": cell.config.resolved, "environment": stamps}
         command = [sys.executable, str(script), str(numbers[cell.label]), str(cell.config.record_path)]
-        command += [json.dumps(record), str(notes), str(lock_of(cell))]
+        command += [json.dumps(record), str(notes), str(lock_of(cell)), str(cell.config.force)]
         return Job(label=cell.label, command=tuple(command), log=tmp_path / f"{numbers[cell.label]}.log")
 
     monkeypatch.setattr(evidence, "cell_job", job)
@@ -92,6 +98,94 @@ def test_a_failed_cell_is_named_and_tried_again_by_the_next_call(
     (quick / "broken1").unlink()
     assert evidence.make(cells, workers=2) == 0
     assert starts(quick) == ["0", "1", "1", "2", "3"]
+
+
+def test_force_makes_complete_cells_again_once(
+    cells: list[Cell], quick: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evidence.make(cells[:2], workers=2) == 0
+    capsys.readouterr()
+    (quick / "broken1").touch()
+    assert evidence.make([cells[0].with_force(), cells[1].with_force(), cells[2]], workers=3) == 1
+    said = capsys.readouterr().out
+    assert "2 of 3 cells complete, 2 of them by this call" in said, "an earlier record is not what was asked for"
+    assert f"failed: {cells[1].label}: the loss is not a finite number" in said
+    assert starts(quick) == ["0", "0", "1", "1", "2"]
+
+
+def test_another_call_may_make_a_cell_with_force(cells: list[Cell]) -> None:
+    cell = cells[0].with_force()
+    record = {"schema": 1, "status": "complete", "config": cell.config.resolved}
+    write_json(cell.config.record_path, record)
+    watch = Watch([cell])
+    assert not watch.is_made(cell)
+    write_json(cell.config.record_path, record)
+    assert watch.is_made(cell)
+    assert "force=true" in cell_job(cell).command
+
+
+@pytest.fixture
+def planned(results: Path, places: list[str]) -> Cell:
+    """A cell of block 0 with a record that counts."""
+    (cell,) = list_cells("evidence_gates", ["task=stsb", "train.lr=1e-4", *places])
+    arrays = {"predicted": np.linspace(0, 1, 5, dtype=np.float32), "label": np.linspace(0, 1, 5, dtype=np.float32)}
+    record = {
+        "schema": 1,
+        "status": "complete",
+        "plan": {"experiment": "evidence_gates", "sha256": read_plan("evidence_gates").sha256},
+        "config": cell.config.resolved,
+        "result": {"metric": "pearson", "value": 0.5},
+        "predictions": describe_arrays(arrays),
+    }
+    write_json(cell.config.record_path, record)
+    write_predictions(cell.config.record_path, arrays)
+    return cell
+
+
+def change_plan(record: Path) -> None:
+    found = json.loads(record.read_text())
+    write_json(record, {**found, "plan": {**found["plan"], "sha256": "0" * 16}})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "given", "reason"),
+    [
+        (lambda _: None, (), ""),
+        (lambda _: None, ("force=true",), "1: force=true"),
+        (change_plan, (), "1: exploratory, its plan evidence_gates was edited afterwards"),
+        (lambda record: predictions_path(record).unlink(), (), "run it again with force=true"),
+    ],
+    ids=["counts", "asked", "edited plan", "no predictions"],
+)
+def test_a_record_that_no_table_counts_is_listed_and_made_again(
+    spoil: Callable[[Path], None],
+    given: tuple[str, ...],
+    reason: str,
+    planned: Cell,
+    places: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spoil(planned.config.record_path)
+    asked: list[bool] = []
+    monkeypatch.setattr(evidence, "make", lambda cells, _: asked.extend(one.config.force for one in cells) or 0)
+    arguments = ["0", "task=stsb", "train.lr=1e-4", *places, *given]
+    assert evidence.main([*arguments, "--dry"]) == 0
+    said = capsys.readouterr().out
+    assert ("1 complete records are made again" in said) is bool(reason)
+    assert reason in said
+    assert ("again 1" in said or "again" in said.split()) is bool(reason)
+    assert ("0 of 1" in said) is bool(reason)
+    assert evidence.main(arguments) == 0
+    assert asked == [bool(reason)]
+
+
+def test_a_record_that_would_not_count_again_is_not_repeated(planned: Cell) -> None:
+    plan = read_plan("evidence_gates")
+    change_plan(planned.config.record_path)
+    for other in (replace(plan, seeds=(7,)), replace(plan, exploratory=True), replace(plan, folder="elsewhere"), None):
+        assert force_uncounted([planned], other) == [planned]
+    assert force_uncounted([planned], plan)[0].config.force
 
 
 @pytest.mark.parametrize(
@@ -148,8 +242,27 @@ def test_the_last_error_of_a_log_is_not_the_advice_after_it(tmp_path: Path) -> N
     assert last_error(log) == "torch.AcceleratorError: CUDA error: illegal access"
     log.write_text("ValueError: early\nerror: train.lr=0 is not allowed\nbye\n")
     assert last_error(log) == "train.lr=0 is not allowed"
-    log.write_text("one\ntwo\n\n")
-    assert last_error(log) == "two"
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "said"),
+    [
+        (-9, "loading\n 50%|#####     | 5/10\r", ["SIGKILL", "memory"]),
+        (-6, "error: no space left\n", ["no space left", "SIGABRT"]),
+        (1, "one\ntwo\n\n", ["status 1", "two"]),
+        (1, "error: train.lr=0\nbye\n", ["train.lr=0"]),
+        (3, "", ["status 3"]),
+    ],
+)
+def test_a_process_that_was_killed_is_not_explained_by_a_line_of_its_log(
+    status: int, log: str, said: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "x.log"
+    path.write_text(log)
+    found = explain_end(Ended(job=Job(label="x", command=(), log=path), status=status, minutes=0.0))
+    assert all(one in found for one in said)
+    assert "%" not in found
+    assert (str(path) in found) is (status < 0 or "error" not in log)
 
 
 def test_a_stop_ends_the_processes(tmp_path: Path) -> None:

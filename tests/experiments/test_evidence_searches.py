@@ -122,7 +122,9 @@ def test_a_search_of_another_budget_is_refused(
 ) -> None:
     store(results, summary("lora", 1e-4, budget=6, trials={"complete": 6, "pruned": 0}))
     assert search_all.main(["--methods", "lora", "--tasks", "cola", *places]) == 2
-    assert "evidence-minilm-lora-cola has a budget of 6 trials, its plan one of 8" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "evidence-minilm-lora-cola has a budget of 6 trials, its plan one of 8" in error
+    assert "METHODS=lora TASKS=cola ARGS=sweep.overwrite=true" in error
 
 
 @pytest.mark.parametrize(

@@ -199,3 +199,33 @@ def test_another_block_of_a_figure_is_measured_again(tmp_path: Path, monkeypatch
     assert asked == [["figure2", "--block=1", "--step=40", where]]
     assert runner.main(["figure2", where, "force=true"]) == 0
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "other"),
+    [
+        (["figure2"], ""),
+        (["figure2", "--data", "glue"], ""),
+        (["figure2", "task=snippets"], "task=sst2, not snippets"),
+        (["figure2", "model=mpnet_base"], "model=minilm, not mpnet_base"),
+        (["figure2", "seed=7"], "seed=42, not 7"),
+        (["figure2", "train.lr=1e-3"], "lr=0.0001, not 0.001"),
+        (["quality", "--scale", "mini", "seed=7,8"], ""),  # its runs take these seeds
+    ],
+)
+def test_a_figure_of_other_settings_is_measured_again(
+    arguments: list[str],
+    other: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(runner, "list_for_show", lambda *_: [])
+    monkeypatch.setattr(runner, "_group", lambda *_: 0)
+    facts = {"model": "minilm", "task": "sst2", "batch_size": 16, "lr": 1e-4, "seed": 42, "block": 3, "step": 80}
+    for name in ("figure2", "energy"):
+        write_json(tmp_path / "figures" / f"{name}.json", facts)
+    assert runner.main([*arguments, "--dry", f"results_dir={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert other in said
+    assert said.rstrip().endswith("exists") is (not other)

@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 from run_fixtures import ROOT, Composer, last_wins
 
 from sparsegrad.errors import UserError
+from sparsegrad.files import write_json
 from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps.config import make_plan
 from sparsegrad.sweeps.pool import run_sweep
@@ -137,7 +138,10 @@ def test_a_trial_that_was_run_before_says_so_and_the_hints_name_the_place(
 ) -> None:
     run_sweep(composed())
     assert "from record" not in capsys.readouterr().out
+    for path in (tmp_path / "results" / "runs").rglob("*.json"):
+        write_json(path, {**json.loads(path.read_text()), "environment": {"seconds": 100.0}})
     run_sweep(composed("sweep.overwrite=true"))
+    assert summary(study_of(composed()))["seconds"] == 600, "the trials found their records, but the search took hours"
     again = capsys.readouterr().out
     results = tmp_path / "results"
     assert all(f", from record {results}" in line for line in again.splitlines() if line.startswith("trial "))
