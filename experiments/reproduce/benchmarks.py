@@ -94,7 +94,7 @@ def _cells(preset: str, document: dict[str, Any]) -> Iterator[Measurement]:
 
 
 def _forget_failures(preset: str, path: Path) -> None:
-    """Remove failed measurements: the benchmark itself does not repeat them, but each call for a table does."""
+    """Remove failed measurements: the benchmark does not repeat those without enough GPU memory, but each table does."""
     if not path.exists():
         return
     document = read(path)

@@ -22,6 +22,9 @@ from sparsegrad.runs.run_folder import run_lock
 POLL_SECONDS = 0.2
 _EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Interrupt): ")
 _PATIENCE = 60.0  # seconds for a stopped run to write its checkpoint
+# Each step allocates and frees the same large tensors. By default, glibc returns their memory to the system and gets it
+# back in small pages; kept, in huge pages, it saves a tenth of a step of MiniLM. Other systems ignore the variable.
+_KEEP_MEMORY = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +139,9 @@ def run_jobs(
 def _start(job: Job, threads: int | None) -> subprocess.Popen[bytes]:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("w") as output:
-        environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
+        environment = {"GLIBC_TUNABLES": _KEEP_MEMORY, **os.environ}
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
         return subprocess.Popen(job.command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 

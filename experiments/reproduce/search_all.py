@@ -32,7 +32,7 @@ from sparsegrad.sweeps.show import check_plot_packages, export, write_plots
 from sparsegrad.sweeps.storage import open_store
 from sparsegrad.sweeps.study import delete, load_study, quiet
 
-COUNT_SECONDS = 20.0  # between two counts of the finished trials
+COUNT_SECONDS = 60.0  # between two counts of the finished trials; one takes over a second of a core
 
 
 @dataclass(frozen=True, kw_only=True)
