@@ -70,6 +70,20 @@ def test_predictions_of_another_record_are_left_out(cases: Cases) -> None:
     assert "does not belong to full-sst2-42.json" in block.apart[0]
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut", "no archive"])
+def test_damaged_predictions_leave_their_record_out(cases: Cases, damage: str) -> None:
+    cases.plan()
+    path = cases.run("full", "sst2", 42, 0.9).with_suffix(".npz")
+    content = path.read_bytes()
+    path.write_bytes(
+        {"empty": b"", "cut": content[: len(content) // 2], "no archive": b"PK\x03\x04" + bytes(20)}[damage]
+    )
+    block = load(cases).blocks["evidence_paper"]
+    assert not block.runs
+    assert "full-sst2-42.npz cannot be read" in block.apart[0]
+    assert "force=true" in block.apart[0]
+
+
 def test_two_records_of_one_seed_contradict_each_other(cases: Cases) -> None:
     cases.healthy()
     for name in ("a", "b"):
