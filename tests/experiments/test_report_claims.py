@@ -14,8 +14,8 @@ from test_experiments_report import context
 from experiments import published
 from experiments.report import command as report
 from experiments.report import figures
+from experiments.report.blocks import BLOCKS
 from experiments.report.decisions import CONTRADICTED, KINDS, NOT_TESTED, SUPPORTED, UNDECIDED, Decision, decide
-from experiments.report.evidence import BLOCKS
 from experiments.report.tables.base import Context
 from experiments.report.tables.claims import Verdict, read_claims
 from sparsegrad.errors import UserError

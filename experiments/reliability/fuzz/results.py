@@ -22,6 +22,8 @@ from sparsegrad.files import read_json, write_json
 from sparsegrad.runs.predictions import describe_arrays, read_predictions, write_predictions
 from sparsegrad.runs.records import find_complete, load_records
 
+_COLLECTED = ("quickstart", "glue_bert_base")  # records of the second are compared with an experiment
+
 
 def _make_record(folder: Path) -> None:
     source = sorted((ROOT / "results/runs/quickstart").glob("*.json"))[0]
@@ -40,8 +42,9 @@ def _raise(error: UserError) -> None:
 
 
 def _make_collected(folder: Path) -> None:
-    (folder / "quickstart").mkdir()
-    _make_record(folder / "quickstart")
+    for name in _COLLECTED:
+        (folder / name).mkdir()
+        _make_record(folder / name)
 
 
 def _read_collected(folder: Path) -> None:
@@ -88,7 +91,9 @@ def _read_forgetting(folder: Path) -> None:
 
 RESULTS = {
     "records": Reader(_make_record, {"record.json": LINES}, _read_record),
-    "records of a report": Reader(_make_collected, {"quickstart/record.json": LINES}, _read_collected),
+    "records of a report": Reader(
+        _make_collected, {f"{name}/record.json": LINES for name in _COLLECTED}, _read_collected
+    ),
     "predictions": Reader(_make_predictions, {"run.npz": TEXT}, _read_predictions),
     "summaries of searches": Reader(_make_summary, {"studies/one/summary.json": LINES}, _read_summary),
     "losses of forgetting": Reader(_make_forgetting, {f"{FOLDER}/a.json": LINES}, _read_forgetting),
