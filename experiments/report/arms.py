@@ -113,7 +113,13 @@ def _resolve(value: Any, config: Mapping[str, Any]) -> Any:
 
 def _select(selected: re.Match[str], config: Mapping[str, Any]) -> Any:
     found = find_value(config, selected[1], default=_ABSENT)
-    return yaml.safe_load(selected[2] or "null") if found is _ABSENT else found  # a null that is there stays null
+    return parse_scalar(selected[2] or "null") if found is _ABSENT else found  # a null that is there stays null
+
+
+@functools.cache
+def parse_scalar(text: str) -> Any:
+    """A value as YAML reads it, remembered: a report reads the same few for every record."""
+    return yaml.safe_load(text)
 
 
 def normalise(value: Any) -> Any:

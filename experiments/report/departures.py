@@ -9,11 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.report.arms import changed_options, find_value, normalise
+from experiments.report.arms import changed_options, find_value, normalise, parse_scalar
 from experiments.report.plans import Plan, load_node
 from sparsegrad.runs.keys import LATER, flatten
 
@@ -75,7 +74,7 @@ def _parse_value(text: str) -> Any:
     try:
         return float(text)
     except ValueError:
-        value = yaml.safe_load(text)
+        value = parse_scalar(text)
     return normalise(value.rpartition("/")[2]) if isinstance(value, str) else value
 
 

@@ -9,24 +9,25 @@ from experiments.report.searches import CURRENT, Searches
 
 
 def settle_runs(block: Block, searches: Searches) -> None:
-    """Choose from `found` the `runs` of each seed; the others are named at the front of `apart`, as they need a remedy.
+    """Choose from `found` the `runs` of each seed; the others are named at the front of `apart`, because some need a remedy.
 
     A search that is made anew gives its arm another rate, so runs of the earlier rate do not mix with those of the new
     one. Two runs of one seed that both count contradict each other, so neither does.
     """
-    lines: list[str] = []
+    repeats, earlier = list[str](), list[str]()
     for (arm, task), found in block.found.items():
         counting, said = _split_by_search(found, searches)
-        lines += [f"{arm} {task}: {one}" for one in said]
+        earlier += [f"{arm} {task}: {one}" for one in said]
         by_seed: dict[int, list[EvidenceRun]] = {}
         for run in counting:
             by_seed.setdefault(run.seed, []).append(run)
-        lines += [f"{arm} {task} seed {seed}: {_name_repeats(same)}" for seed, same in by_seed.items() if len(same) > 1]
+        twice = {seed: same for seed, same in by_seed.items() if len(same) > 1}
+        repeats += [f"{arm} {task} seed {seed}: {_name_repeats(same)}" for seed, same in twice.items()]
         if runs := {seed: same[0] for seed, same in by_seed.items() if len(same) == 1}:
             block.runs[arm, task] = runs
         else:
-            lines.append(f"{arm} {task}: no run counts")
-    block.apart[:0] = lines
+            repeats.append(f"{arm} {task}: no run counts")
+    block.apart[:0] = [*repeats, *earlier]
 
 
 def _split_by_search(found: Sequence[EvidenceRun], searches: Searches) -> tuple[list[EvidenceRun], Iterator[str]]:

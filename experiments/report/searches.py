@@ -1,4 +1,4 @@
-"""The searches behind the evidence runs: trials and hours, from the summaries in results/studies."""
+"""The searches behind the evidence runs: trials, hours and best values, from the summaries in results/studies."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class Searches:
         about, search = run.record.get("hparams") or {}, self.of_run(run)
         if search is None:
             return None
-        if (before := about.get("ratio_to_full")) is not None:
-            return self._describe_ratio(run, search, float(before))
-        shared = [key for key in search.values if key in about]
-        other = [key for key in shared if float(about[key]) != search.values[key]]
+        if _is_number(before := about.get("ratio_to_full")):
+            return self._describe_ratio(run, search, before)
+        shared = [key for key in search.values if _is_number(about.get(key))]
+        other = [key for key in shared if about[key] != search.values[key]]
         if not shared:
             return None
         return ", ".join(f"{_name_value(key)} {about[key]:g}, now {search.values[key]:g}" for key in other)
@@ -55,7 +55,7 @@ class Searches:
         """As `describe_change`, of a run whose rate is carried over from another model by its ratio to `full`'s."""
         method = str(run.record["config"]["method"]["name"])
         full = self._found.get(search.study.replace(f"-{method}-", "-full-"))
-        if full is None:
+        if full is None or RATE not in search.values or not full.values.get(RATE):
             return None
         ratio = round(search.values[RATE] / full.values[RATE], 4)
         return CURRENT if ratio == before else f"{before:g} times the rate of full fine-tuning, now {ratio:g}"
