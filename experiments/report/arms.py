@@ -18,6 +18,7 @@ from sparsegrad.runs.records import ENGINE_NAMES
 
 SKIPPED = ("_target_", "name", "steps", "rotation_order")  # no arm differs in these alone
 SELECT = re.compile(r"\$\{oc\.select:([\w.]+)(?:,([^}]*))?\}")
+_ABSENT = object()
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -29,16 +30,21 @@ def arm_of(config: Mapping[str, Any], plan: Plan | None = None) -> str:
         plan: its plan. Options that all arms of the plan share are not named; other values of its grid, such as the
             learning rate of the gates, are.
     """
-    method = config["method"]
-    defaults = {**_read_defaults(str(method["name"])), **flatten(plan.method if plan else {})}
-    options = {
-        name: value
-        for name, value in flatten(method).items()
-        if _is_known(name, defaults) and _normalise(value) != _normalise(_resolve(defaults.get(name), config))
-    }
+    method, options = config["method"], changed_options(config, plan)
     others = [key for key in (plan.grid if plan else ()) if key not in ("seed", "task", "method")]
     options |= {key.rpartition(".")[2]: find_value(config, key) for key in others if not key.startswith("method.")}
     return arm_name(str(method["name"]), options)
+
+
+def changed_options(config: Mapping[str, Any], plan: Plan | None = None) -> dict[str, Any]:
+    """Options of a record's method in which it differs from conf/method/NAME.yaml and from what its plan sets."""
+    method = config["method"]
+    defaults = {**_read_defaults(str(method["name"])), **flatten(plan.method if plan else {})}
+    return {
+        name: value
+        for name, value in flatten(method).items()
+        if _is_known(name, defaults) and normalise(value) != normalise(_resolve(defaults.get(name), config))
+    }
 
 
 def arm_name(method: str, options: Mapping[str, Any]) -> str:
@@ -47,11 +53,13 @@ def arm_name(method: str, options: Mapping[str, Any]) -> str:
     return " ".join([method, *shown])
 
 
-def find_value(config: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted path; None if there is none."""
+def find_value(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
+    """The value at a dotted path; `default` if there is none."""
     node: Any = config
     for part in path.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
+        if not isinstance(node, Mapping) or part not in node:
+            return default
+        node = node[part]
     return node
 
 
@@ -104,11 +112,18 @@ def _resolve(value: Any, config: Mapping[str, Any]) -> Any:
 
 
 def _select(selected: re.Match[str], config: Mapping[str, Any]) -> Any:
-    found = find_value(config, selected[1])
-    return yaml.safe_load(selected[2] or "null") if found is None else found
+    found = find_value(config, selected[1], default=_ABSENT)
+    return parse_scalar(selected[2] or "null") if found is _ABSENT else found  # a null that is there stays null
 
 
-def _normalise(value: Any) -> Any:
+@functools.cache
+def parse_scalar(text: str) -> Any:
+    """A value as YAML reads it, remembered: a report reads the same few for every record."""
+    return yaml.safe_load(text)
+
+
+def normalise(value: Any) -> Any:
+    """An option's value, with the present name of an engine."""
     return ENGINE_NAMES.get(value, value) if isinstance(value, str) else value
 
 
@@ -117,4 +132,4 @@ def _format(value: Any) -> str:
         return str(value).lower().replace("none", "null")
     if isinstance(value, float):
         return f"{value:g}"
-    return Path(value).stem if isinstance(value, str) and "/" in value else str(_normalise(value))
+    return Path(value).stem if isinstance(value, str) and "/" in value else str(normalise(value))

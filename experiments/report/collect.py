@@ -9,11 +9,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.report.departures import find_departures
+from experiments.report.plans import Plan, read_plan
 from sparsegrad.files import read_json
 from sparsegrad.runs.records import PRUNED, SCHEMA, run_seconds
 
 # Folders that tables read. In others, such as those of sweeps, records of one seed differ by design.
 READ = re.compile(r"(glue|ablation)_.*|table6.*")
+
+# Folder of a table of the paper -> the experiment that makes its runs. Other records in it do not count.
+EXPERIMENTS = {
+    "glue_roberta_large": "table4",
+    "glue_bert_base": "table9",
+    "glue_roberta_base": "table10",
+    "ablation_bert_base": "table11",
+    "ablation_roberta_base": "table12",
+}
+# A run of protocol `both` has the values of two protocols, so it differs from each of them in these.
+OF_BOTH = ("protocol.select=", "protocol.watch_validation=")
 
 Key = tuple[str, str, str, str, str]
 """(folder, model, method, task, protocol); in an ablation the method includes its kept entries: `sparsegrad@18000`."""
@@ -21,13 +34,23 @@ Key = tuple[str, str, str, str, str]
 
 @dataclass(frozen=True)
 class Run:
-    """The facts of one record that tables use; `value` is in points (0 to 100), None for a failed run."""
+    """The facts of one record that tables use.
+
+    Attributes:
+        path: of the record, below results/runs.
+        seed: of the run.
+        value: in points (0 to 100); None for a failed run.
+        hours: wall-clock hours.
+        reason: why it failed.
+        departures: what differs from the experiment of its folder; empty if nothing does, or if it has none.
+    """
 
     path: Path
     seed: int
     value: float | None
     hours: float | None
     reason: str
+    departures: tuple[str, ...] = ()
 
 
 @dataclass
@@ -45,6 +68,19 @@ class Store:
     records: dict[Path, dict[str, Any]] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict, compare=False)  # what is computed once from these records
 
+    def counting(self, key: Key) -> list[Run]:
+        """The runs of a cell that follow its experiment."""
+        return [run for run in self.runs.get(key, []) if not run.departures]
+
+    def apart(self, folder: str) -> list[str]:
+        """One line for each complete record of a folder that does not follow its experiment, with what differs."""
+        runs = {run.path: run for key, of in self.runs.items() if key[0] == folder for run in of}
+        return [
+            f"{path}: not as experiment={EXPERIMENTS[folder]} says: {', '.join(run.departures)}"
+            for path, run in sorted(runs.items())
+            if run.departures and run.value is not None
+        ]
+
     def values(self, key: Key) -> list[float]:
         """The scores of a cell in order of seeds; seeds whose records disagree are left out."""
         return [value for _, value in sorted(self.by_seed(key).items())]
@@ -52,14 +88,15 @@ class Store:
     def by_seed(self, key: Key) -> dict[int, float]:
         """Seed -> score; seeds whose records disagree are left out."""
         found: dict[int, set[float]] = {}
-        for run in self.runs.get(key, []):
+        for run in self.counting(key):
             if run.value is not None:
                 found.setdefault(run.seed, set()).add(run.value)
         return {seed: values.pop() for seed, values in found.items() if len(values) == 1}
 
     def disagreements(self) -> Iterator[str]:
         """One line for each cell and seed that has more than one score."""
-        for key, runs in sorted((key, runs) for key, runs in self.runs.items() if READ.fullmatch(key[0])):
+        for key in sorted(key for key in self.runs if READ.fullmatch(key[0])):
+            runs = self.counting(key)
             for seed in sorted({run.seed for run in runs}):
                 of = [run for run in runs if run.seed == seed and run.value is not None]
                 if len({run.value for run in of}) > 1:
@@ -69,11 +106,11 @@ class Store:
     def failures(self, key: Key) -> list[str]:
         """Reasons of seeds that have only failed runs."""
         good = self.by_seed(key)
-        return [f"seed {run.seed}: {run.reason}" for run in self.runs.get(key, []) if _failed(run, good)]
+        return [f"seed {run.seed}: {run.reason}" for run in self.counting(key) if _failed(run, good)]
 
     def cost(self, key: Key) -> float | None:
         """Total hours of the successful runs of a cell; None without any."""
-        spent = [run.hours for run in self.runs.get(key, []) if run.hours is not None and run.value is not None]
+        spent = [run.hours for run in self.counting(key) if run.hours is not None and run.value is not None]
         return sum(spent) if spent else None
 
 
@@ -83,7 +120,10 @@ def _failed(run: Run, good: dict[int, float]) -> bool:
 
 def collect_cells(runs: Path) -> Store:
     """Read all records below `runs`; records that are damaged or of another schema are listed in `skipped`."""
-    store = Store()
+    store, plans = (
+        Store(),
+        {folder: read_plan(name) for folder, name in EXPERIMENTS.items() if (runs / folder).is_dir()},
+    )
     for path in sorted(runs.rglob("*.json")):
         place = path.relative_to(runs)
         try:
@@ -92,7 +132,7 @@ def collect_cells(runs: Path) -> Store:
                 found = record.get("schema") if isinstance(record, dict) else type(record).__name__
                 store.skipped.append(f"{place}: record schema {found}, this version reads {SCHEMA}")
                 continue
-            found_runs = dict(_runs(place, record))  # complete before the store changes
+            found_runs = dict(_runs(place, record, plans.get(place.parts[0])))  # complete before the store changes
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             store.skipped.append(f"{place}: not a readable record ({type(error).__name__})")
             continue
@@ -102,17 +142,19 @@ def collect_cells(runs: Path) -> Store:
     return store
 
 
-def _runs(place: Path, record: dict[str, Any]) -> Iterator[tuple[Key, Run]]:
+def _runs(place: Path, record: dict[str, Any], plan: Plan | None) -> Iterator[tuple[Key, Run]]:
     """(key, run) for the record's protocol; a record of protocol `both` has the values of two protocols."""
     config, result = record["config"], record.get("result", {})
     method, protocol = _variant(place.parts[0], config["method"]), config["protocol"]["name"]
+    other = () if plan is None else tuple(find_departures(record, plan))
     values = {protocol: result.get("value")}
     if protocol == "both":
         values = {"heldout": result.get("value"), "paper": result.get("best_on_validation", {}).get("value")}
+        other = tuple(one for one in other if not one.startswith(OF_BOTH))
     for name, value in values.items():
         points = round(100 * float(value), 6) if record["status"] == "complete" else None
         key = (place.parts[0], config["model"]["name"], method, config["task"]["name"], name)
-        yield key, Run(place, int(config["seed"]), points, hours(record), str(record.get("reason", "")))
+        yield key, Run(place, int(config["seed"]), points, hours(record), str(record.get("reason", "")), other)
 
 
 def _variant(folder: str, method: dict[str, Any]) -> str:

@@ -15,10 +15,10 @@ from pathlib import Path
 from experiments.paths import SCALES
 from experiments.report import figures, findings
 from experiments.report.answers_page import write_answers_page
+from experiments.report.blocks import BLOCKS, IN_SMALL
 from experiments.report.collect import collect_cells
 from experiments.report.comparison.block import load_comparison
 from experiments.report.comparison.table import write_files
-from experiments.report.evidence import BLOCKS, IN_SMALL
 from experiments.report.page import problems, write_figure1, write_page
 from experiments.report.render import markdown, write_table
 from experiments.report.tables import (
@@ -30,9 +30,9 @@ from experiments.report.tables import (
     claims,
     correspondence,
     energy,
-    evidence,
     hyperparams,
     llama,
+    main_tables,
     speed,
 )
 from experiments.report.tables.base import Context, Table
@@ -59,7 +59,7 @@ def _searched(number: int) -> Maker:
 
 
 def _block(folder: str) -> Maker:
-    return lambda context: evidence.block_tables(context, folder)
+    return lambda context: main_tables.block_tables(context, folder)
 
 
 # Name -> its tables at the paper's scale; `MINI` replaces some of them at the mini scale.
@@ -84,14 +84,14 @@ MAKERS: dict[str, Maker] = {
     "ablation": lambda context: [ablation.table(context, 11), ablation.table(context, 12)],
     "quality": lambda context: [energy.table(context)],
     "claims": lambda context: [claims.table(context)],
-    "evidence": evidence.tables,
+    "evidence": main_tables.tables,
     **{folder: _block(folder) for folder in BLOCKS},
 }
 MINI: dict[str, Maker] = {
     **{name: _block(folder) for name, folder in IN_SMALL.items()},
     "ablation": _block("evidence_density"),
-    "basis": lambda context: [*evidence.block_tables(context, "evidence_basis"), basis.table(context)],
-    "quality": lambda context: [*evidence.block_tables(context, "evidence_paper"), energy.table(context)],
+    "basis": lambda context: [*main_tables.block_tables(context, "evidence_basis"), basis.table(context)],
+    "quality": lambda context: [*main_tables.block_tables(context, "evidence_paper"), energy.table(context)],
 }
 COMPARISONS = ("compare", "compare_smollm2")
 FIGURES = ("figure1", "figure2", "figure3")

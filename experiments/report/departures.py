@@ -12,20 +12,23 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.report.arms import find_value
+from experiments.report.arms import changed_options, find_value, normalise, parse_scalar
 from experiments.report.plans import Plan, load_node
 from sparsegrad.runs.keys import LATER, flatten
 
 SECTIONS = ("train", "protocol", "data", "model")
 # Where the data are, on which device, and how many rows an evaluation takes at once do not change a result.
 FREE = {"data.dir", "train.device", "train.eval_batch_size", "train.lr", "protocol.name"}
+SAME_RESULT = ("_target_", "name", "rotation_order")  # of a method's options; the name is compared with the grid
+RATE = "train.lr"
+GIVEN = dict.fromkeys(("paper", "authors"), ("train.batch_size", RATE))  # source of hyperparameters -> what it gives
 OF_MODEL = re.compile(r"oc\.select:(task|model)\.|\$\{model\.|\$\{task\.(?!name\})")
 
 
 def find_departures(record: Mapping[str, Any], plan: Plan) -> list[str]:
     """What differs from the plan in a record, as `key=value`; empty if it follows it.
 
-    The learning rate counts as planned if it comes from the plan's search.
+    The learning rate counts as planned if it comes from the plan's search or published table, or is one of its grid.
     """
     config = record["config"]
     found = [
@@ -43,17 +46,36 @@ def _read_value(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _other_cell(record: Mapping[str, Any], plan: Plan) -> Iterator[str]:
-    """Values outside the plan's grid, and a rate that its search did not give."""
+    """Values outside the plan's grid, options of the method that it does not set, and rates by hand."""
     config = record["config"]
     if plan.seeds and config["seed"] not in plan.seeds:
         yield f"seed={config['seed']}"
-    for group in ("method", "task"):
-        if group in plan.grid and config[group]["name"] not in plan.grid[group]:
-            yield f"{group}={config[group]['name']}"
-    if plan.hparams is not None and "train.lr" not in plan.grid:
+    for key, allowed in plan.grid.items():
+        value = config[key]["name"] if isinstance(config.get(key), Mapping) else _read_value(config, key)
+        if key != "seed" and not any(_equal(normalise(value), one) for one in map(_parse_value, allowed)):
+            yield f"{key}={value}"
+    yield from _other_options(config, plan)
+    if plan.hparams is not None:
         given = record.get("hparams") or {}
-        if given.get("from") != plan.hparams or "train.lr" not in given:
-            yield f"train.lr={find_value(config, 'train.lr')} by hand"
+        for key in GIVEN.get(plan.hparams, (RATE,)):
+            if key not in plan.grid and (given.get("from") != plan.hparams or key not in given):
+                yield f"{key}={find_value(config, key)} by hand"
+
+
+def _other_options(config: Mapping[str, Any], plan: Plan) -> Iterator[str]:
+    """Options of the method that are neither its defaults nor the plan's: they would make another arm."""
+    for name, value in changed_options(config, plan).items():
+        if name not in SAME_RESULT and f"method.{name}" not in plan.grid:
+            yield f"method.{name}={value}"
+
+
+def _parse_value(text: str) -> Any:
+    """A value of a grid: a number, a truth value, null, or a name without its folder (`peft/dora`)."""
+    try:
+        return float(text)
+    except ValueError:
+        value = parse_scalar(text)
+    return normalise(value.rpartition("/")[2]) if isinstance(value, str) else value
 
 
 def _is_swept(key: str, plan: Plan) -> bool:

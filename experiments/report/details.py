@@ -10,21 +10,14 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from experiments.report.collect import hours
-from experiments.report.evidence import BLOCKS
+from experiments.report.blocks import BLOCKS
+from experiments.report.blocks import command as block_command
+from experiments.report.collect import EXPERIMENTS, hours
+from experiments.report.comparison.notes import PLANS
 from experiments.report.tables.base import Context, Table
-from experiments.report.tables.evidence import command as block_command
 
 # Folder of the records -> target of `make reproduce-` that makes them.
-COMMANDS = {
-    "glue_bert_base": "table9",
-    "glue_roberta_base": "table10",
-    "glue_roberta_large": "table4",
-    "ablation_bert_base": "table11",
-    "ablation_roberta_base": "table12",
-    "table6": "table6",
-    "table6_mini": "table6 SCALE=mini",
-}
+COMMANDS = {**EXPERIMENTS, "table6": "table6", "table6_mini": "table6 SCALE=mini"}
 WIDTH, HEIGHT, POINTS = 240, 72, 48  # size of a curve in SVG units, and its maximum number of points
 
 Curve = list[tuple[float, float]]
@@ -144,7 +137,9 @@ def _command(records: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
     path, config = records[0][0], records[0][1]["config"]
     name, needs_data = COMMANDS.get(path.parts[0]), config["task"]["name"] not in ("snippets", "snippets_rating")
     if path.parts[0] in BLOCKS:
-        return block_command(path.parts[0])
+        return block_command(path.parts[0], [int(record["config"]["seed"]) for _, record in records])
+    if path.parts[0] in PLANS:
+        return PLANS[path.parts[0]].command
     if name is None:
         return f"sparsegrad records results/runs/{path.parts[0]}"
     seeds = ",".join(dict.fromkeys(str(record["config"]["seed"]) for _, record in records))

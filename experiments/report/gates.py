@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from statistics import mean
 
 from experiments.palette import style_of
-from experiments.report.evidence import Block, Evidence, EvidenceRun
+from experiments.report.evidence import Evidence
 from experiments.report.resampling import LOWER_IS_BETTER
+from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches
 
 GATES = "evidence_gates"  # the block of gates alone

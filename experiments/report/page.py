@@ -13,12 +13,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from experiments.report.answers_page import has_answers
+from experiments.report.blocks import BLOCKS, IN_SMALL, command
 from experiments.report.collect import skipped_summary
+from experiments.report.comparison import notes as comparison
 from experiments.report.details import anchor, cell_details, environment_line
-from experiments.report.evidence import BLOCKS, IN_SMALL
 from experiments.report.tables import hyperparams, speed
 from experiments.report.tables.base import MISSING, OURS, Context, Table
-from experiments.report.tables.evidence import command, progress
+from experiments.report.tables.main_tables import progress
 from sparsegrad.files import write_text
 from sparsegrad.runs.records import PRUNED
 
@@ -151,9 +152,12 @@ def _command(name: str) -> str:
     """The command that makes the runs of a table."""
     if (folder := name.removesuffix("_tasks")) in BLOCKS:
         return command(folder)
+    if name in comparison.PLANS:
+        return comparison.PLANS[name].command
     known = {
         "table13_mini": "table13 SCALE=mini DATA=glue",
         "basis_study": "basis DATA=glue",
+        "quality_energy": "quality DATA=glue",
         "table3_measured": "table3",
     }
     target = known.get(name) or (name if re.fullmatch(r"table\d+|section8", name) else "")

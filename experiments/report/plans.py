@@ -19,7 +19,7 @@ from sparsegrad.errors import UserError, check_choice, check_integer, check_numb
 from sparsegrad.runs.plan import plan_hash
 
 REGIMES = {"paper": True, "mlp_only": False}  # -> train.train_rest
-MIN_SEEDS = 3
+MIN_SEEDS = 3  # no interval from fewer
 # Fields that runs and searches read, and tables do not.
 OF_RUNS = ("rates_of", "carry", "epochs", "eval_steps", "patience_from", "max_train", "direction")
 FIELDS = (
@@ -41,7 +41,7 @@ class Plan:
         budget: trials of each search; None without searches.
         regime: what trains besides the MLP weights: everything (paper), or the head alone (mlp_only).
         seeds: seeds that every arm must have.
-        min_seeds: fewest seeds of a comparison.
+        min_seeds: fewest seeds of an interval; less than `MIN_SEEDS` counts as that.
         max_improving: largest share of runs that still improve at their last evaluation.
         gate_experiment: folder whose runs decide the gates, if this plan does not train `gate_method`.
         reference: arm that the others are compared with; None: the table's usual one.
@@ -77,6 +77,11 @@ class Plan:
     def planned(self) -> int:
         """Number of runs."""
         return math.prod(len(values) for values in self.grid.values()) if self.grid else 0
+
+    @property
+    def fewest_seeds(self) -> int:
+        """Fewest common seeds from which a difference has an interval."""
+        return max(MIN_SEEDS, self.min_seeds)
 
     @property
     def tasks(self) -> tuple[str, ...]:

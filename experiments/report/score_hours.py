@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 
 from experiments.labels import label_points
 from experiments.palette import style_of
-from experiments.report.evidence import BLOCKS, load_evidence
+from experiments.report.blocks import BLOCKS
+from experiments.report.evidence import load_evidence
 from experiments.report.tables.base import Context
-from experiments.report.tables.evidence import comparable
 from experiments.report.tables.evidence_cells import hours_to_target, training_hours
+from experiments.report.tables.main_tables import comparable
 
 PANELS = ("evidence_paper", "evidence_mlp_only")
 

@@ -1,4 +1,4 @@
-"""The searches behind the evidence runs: trials and hours, from the summaries in results/studies."""
+"""The searches behind the evidence runs: trials, hours and best values, from the summaries in results/studies."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.report.evidence import EvidenceRun
+from experiments.report.runs import EvidenceRun
 from experiments.report.tables.hyperparams import summaries
+from sparsegrad.sweeps.search_results import KEY as RATE
+
+CURRENT = ""  # a run whose values are those of its search as it is now
 
 
 @dataclass(frozen=True)
 class Search:
-    """One study: its finished trials, and their hours."""
+    """One study: its finished trials, their hours, and the values of the best one."""
 
     study: str
     trials: int
     hours: float
+    values: Mapping[str, float]
 
 
 class Searches:
@@ -29,6 +33,32 @@ class Searches:
     def of_run(self, run: EvidenceRun) -> Search | None:
         """The search that gave a run its rate; None for a run without one, or if its summary is gone."""
         return self._found.get(study_of(run))
+
+    def describe_change(self, run: EvidenceRun) -> str | None:
+        """How the values that a run took from its search differ from those that the search gives now.
+
+        Returns:
+            `CURRENT` if they are the same; None if that is not known.
+        """
+        about, search = run.record.get("hparams") or {}, self.of_run(run)
+        if search is None:
+            return None
+        if _is_number(before := about.get("ratio_to_full")):
+            return self._describe_ratio(run, search, before)
+        shared = [key for key in search.values if _is_number(about.get(key))]
+        other = [key for key in shared if about[key] != search.values[key]]
+        if not shared:
+            return None
+        return ", ".join(f"{_name_value(key)} {about[key]:g}, now {search.values[key]:g}" for key in other)
+
+    def _describe_ratio(self, run: EvidenceRun, search: Search, before: float) -> str | None:
+        """As `describe_change`, of a run whose rate is carried over from another model by its ratio to `full`'s."""
+        method = str(run.record["config"]["method"]["name"])
+        full = self._found.get(search.study.replace(f"-{method}-", "-full-"))
+        if full is None or RATE not in search.values or not full.values.get(RATE):
+            return None
+        ratio = round(search.values[RATE] / full.values[RATE], 4)
+        return CURRENT if ratio == before else f"{before:g} times the rate of full fine-tuning, now {ratio:g}"
 
     def of_runs(self, runs: Iterable[EvidenceRun]) -> list[Search]:
         """The different searches behind several runs."""
@@ -46,4 +76,13 @@ def study_of(run: EvidenceRun) -> str:
 def _read_search(summary: Mapping[str, Any]) -> Search:
     trials = summary["trials"]
     finished = int(trials["complete"]) + int(trials.get("pruned", 0))
-    return Search(str(summary["study"]), finished, float(summary.get("seconds", 0.0)) / 3600)
+    values = {str(key): float(value) for key, value in summary["best"]["values"].items() if _is_number(value)}
+    return Search(str(summary["study"]), finished, float(summary.get("seconds", 0.0)) / 3600, values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _name_value(key: str) -> str:
+    return "rate" if key == RATE else key

@@ -16,10 +16,10 @@ from statistics import mean, stdev
 import numpy as np
 from scipy import stats
 
+from experiments.report.plans import MIN_SEEDS as MIN_SEEDS
 from experiments.report.resampling import DRAWS, Floats, score_draws, scores
 from sparsegrad.runs.predictions import Arrays
 
-MIN_SEEDS = 3  # no interval from fewer
 LEVEL = 0.95
 POWER = 0.8
 
@@ -85,6 +85,7 @@ class Difference:
         seeds: fewest paired seeds of any task.
         left_out: seeds that only one of the arms has, summed over tasks.
         tasks: tasks that count.
+        min_seeds: fewest seeds of an interval.
     """
 
     value: float
@@ -93,10 +94,16 @@ class Difference:
     seeds: int
     left_out: int
     tasks: tuple[str, ...]
+    min_seeds: int = MIN_SEEDS
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether there are enough seeds for an interval."""
+        return self.seeds >= self.min_seeds
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval; None for fewer than three seeds, or if nothing varies."""
+        """95 % interval; None for too few seeds, or if nothing varies."""
         return self.interval_of(1)
 
     def interval_of(self, comparisons: int) -> tuple[float, float] | None:
@@ -150,6 +157,7 @@ def compare(
     metrics: Mapping[str, str],
     a: Mapping[str, Seeded],
     b: Mapping[str, Seeded] | None = None,
+    min_seeds: int = MIN_SEEDS,
     draws: int = DRAWS,
 ) -> Difference | None:
     """The paired difference a - b, averaged over tasks; without `b`, the average score of a.
@@ -157,10 +165,11 @@ def compare(
     Args:
         metrics: task -> metric; these tasks count.
         a, b: task -> seed -> predictions. Seeds that are not in both arms are left out.
+        min_seeds: fewest common seeds of an interval, at least `MIN_SEEDS`.
         draws: resamples of the rows.
 
     Returns:
-        None if a task has no common seed. No interval if a task has fewer than three.
+        None if a task has no common seed. No interval if a task has fewer than `min_seeds`.
 
     Tasks count as independent: a seed means other batches and another dropout in each of them.
     """
@@ -173,7 +182,7 @@ def compare(
     variance = sum(part.of_seeds + part.of_rows for part in found) / count**2
     # Satterthwaite: only the part of the seeds has few degrees of freedom.
     spread = sum((part.of_seeds / count**2) ** 2 / max(1, part.seeds - 1) for part in found)
-    known = seeds >= MIN_SEEDS and variance > 0
+    known = seeds >= min_seeds and variance > 0
     return Difference(
         value=mean(part.value for part in found),
         se=float(np.sqrt(variance)) if known else None,
@@ -181,6 +190,7 @@ def compare(
         seeds=seeds,
         left_out=sum(part.left_out for part in found),
         tasks=tuple(metrics),
+        min_seeds=min_seeds,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsegrad.errors import UserError
+from sparsegrad.errors import UserError, first_line
 from sparsegrad.files import write_bytes
 from sparsegrad.hashing import SHORT, tensors_sha256
 from sparsegrad.tasks.base import Task
@@ -77,11 +77,12 @@ def read_predictions(path: Path, record: Mapping[str, Any]) -> Arrays:
     if not isinstance(about, Mapping):
         raise UserError(f"{path} was made without predictions: run it again with force=true")
     try:
-        with np.load(file, allow_pickle=False) as found:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as found:
             arrays = {name: found[name] for name in found.files}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file} cannot be read ({error}): run it again with force=true") from None
-    if _hash(arrays) != about.get("sha256"):
+        own = _hash(arrays)
+    except Exception as error:  # zip, zlib, struct and numpy each raise types of their own for a damaged archive
+        raise UserError(f"{file} cannot be read ({first_line(error)}): run it again with force=true") from None
+    if own != about.get("sha256"):
         raise UserError(f"{file} does not belong to {path.name}: run it again with force=true")
     return arrays
 

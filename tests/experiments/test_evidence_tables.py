@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
 from evidence_cases import SEEDS, Cases
 from test_experiments_report import cell
 from test_report_claims import PAIR, of
 
 from experiments.palette import STYLES, style_of
 from experiments.report import figures, page, score_hours
+from experiments.report.blocks import BLOCKS, command
 from experiments.report.decisions import decide
-from experiments.report.evidence import BLOCKS, load_evidence
-from experiments.report.tables import ablation, claims, evidence
+from experiments.report.evidence import load_evidence
+from experiments.report.tables import ablation, claims, main_tables
 from sparsegrad.files import write_json
 
 
 def test_the_main_table_has_scores_differences_and_costs(cases: Cases) -> None:
     cases.healthy()
-    main, tasks, *_ = evidence.tables(of(cases))
+    main, tasks, *_ = main_tables.tables(of(cases))
     row = {"method": "SparseGrad exact"}
     assert cell(main, "sst2", **row) == "86.00 ± 0.33 (3)"
     assert cell(main, "average", **row) == "86.00 ± 0.33 (3)"
@@ -41,7 +43,7 @@ def test_the_main_table_has_scores_differences_and_costs(cases: Cases) -> None:
 def test_a_run_without_a_speed_has_reached_the_target_at_an_unknown_time(cases: Cases) -> None:
     cases.healthy()
     cases.run("sparsegrad", "sst2", SEEDS[0], 0.86, speed={"steps_per_second": None})
-    main, *_ = evidence.tables(of(cases))
+    main, *_ = main_tables.tables(of(cases))
     assert cell(main, "h to target", method="SparseGrad exact") == "unknown on sst2"
     assert "sparsegrad" not in {point.arm for point in score_hours.points(of(cases), "evidence_paper")}
 
@@ -51,7 +53,7 @@ def test_a_failed_gate_stands_in_place_of_differences(cases: Cases) -> None:
     for seed in SEEDS:
         for task in ("sst2", "mrpc"):
             cases.run("full", task, seed, 0.5)
-    main, tasks, *_ = evidence.tables(of(cases))
+    main, tasks, *_ = main_tables.tables(of(cases))
     said = "not comparable: full fine-tuning reached 50.00 of 60 on sst2"
     assert cell(main, "minus LoRA, alpha = 2 rank", method="SparseGrad exact") == said
     assert cell(main, "average", method="SparseGrad exact") == ""
@@ -62,7 +64,7 @@ def test_one_failed_task_leaves_the_others(cases: Cases) -> None:
     cases.healthy()
     for seed in SEEDS:
         cases.run("full", "sst2", seed, 0.5)
-    main, *_ = evidence.tables(of(cases))
+    main, *_ = main_tables.tables(of(cases))
     assert cell(main, "minus LoRA, alpha = 2 rank", method="SparseGrad exact") == "+6.00"
     assert any("Average, differences and hours are over mrpc;" in note for note in main.notes)
     assert any(note.startswith("sst2: full fine-tuning 50.00, gate 60;") for note in main.notes)
@@ -70,22 +72,52 @@ def test_one_failed_task_leaves_the_others(cases: Cases) -> None:
 
 def test_partial_and_empty_blocks_say_so(cases: Cases) -> None:
     cases.plan()
-    tables = evidence.tables(of(cases))
+    tables = main_tables.tables(of(cases))
     assert [table.name for table in tables] == list(BLOCKS)
-    assert tables[0].frame.iloc[0, 0] == "not run yet (18 runs planned): make evidence BLOCK=2a DATA=<glue folder>"
+    assert tables[0].frame.iloc[0, 0] == "not run yet (18 runs planned): make evidence BLOCK=2 DATA=<glue folder>"
     cases.run("full", "sst2", 42, 0.9)
     cases.run("sparsegrad", "mrpc", 42, 0.9)
-    main, *_ = evidence.tables(of(cases))
+    main, *_ = main_tables.tables(of(cases))
     assert cell(main, "mrpc", method="full fine-tuning") == "missing"
     assert cell(main, "sst2", method="full fine-tuning") == "90.00 (1)"
-    assert evidence.progress(of(cases))[0] == ("MiniLM", 2, 18)
+    assert main_tables.progress(of(cases))[0] == ("MiniLM", 2, 18)
+
+
+@pytest.mark.parametrize(
+    ("folder", "seeds", "ending"),
+    [
+        ("evidence_paper", (), "BLOCK=2 DATA=<glue folder>"),
+        ("evidence_paper", (2023, 42), "BLOCK=2a DATA=<glue folder>"),
+        ("evidence_paper", (37,), "BLOCK=2b DATA=<glue folder>"),
+        ("evidence_paper", (42, 37), "BLOCK=2 DATA=<glue folder>"),
+        ("evidence_basis", (42,), "BLOCK=4 DATA=<glue folder>"),
+        ("evidence_smollm2", (), "BLOCK=6 TREES=<file of trees>"),
+    ],
+)
+def test_a_block_names_the_command_that_makes_its_runs(folder: str, seeds: tuple[int, ...], ending: str) -> None:
+    assert command(folder, seeds) == f"make evidence {ending}"
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("evidence_paper_tasks", "make evidence BLOCK=2 DATA"),
+        ("compare", "make compare SCALE=mini DATA"),
+        ("compare_smollm2", "make compare SCALE=mini TASKS=oasst1"),
+        ("quality_energy", "make reproduce-quality DATA"),
+        ("table9", "make reproduce-table9"),
+        ("claims", "make report"),
+    ],
+)
+def test_the_page_names_the_command_that_makes_the_runs_of_a_table(table: str, said: str) -> None:
+    assert page._command(table).startswith(said)
 
 
 def test_the_gates_have_no_comparison(cases: Cases) -> None:
     grid = {"task": "sst2", "seed": "42", "method": "full", "train.lr": "1e-4"}
     cases.plan("evidence_gates", {"min_seeds": 1, "seeds": [42]}, grid=grid)
     cases.run("full", "sst2", 42, 0.7, folder="evidence_gates")
-    table = next(one for one in evidence.tables(of(cases)) if one.name == "evidence_gates")
+    table = next(one for one in main_tables.tables(of(cases)) if one.name == "evidence_gates")
     assert "95 %" not in table.frame.columns
     assert any(note.startswith("sst2: full fine-tuning 70.00, gate 60") for note in table.notes)
 
@@ -96,7 +128,7 @@ def test_failed_and_uncounted_runs_are_listed(cases: Cases) -> None:
     record = {**json.loads(path.read_text()), "status": "failed", "reason": "the loss is not finite"}
     write_json(path, record)
     cases.run("full", "mrpc", 9, 0.9, plan=None)
-    main, *_ = evidence.tables(of(cases))
+    main, *_ = main_tables.tables(of(cases))
     assert "Failed runs: full sst2: seed 7: the loss is not finite." in main.notes
     assert any("exploratory, made without a plan" in note for note in main.notes)
 
@@ -137,7 +169,7 @@ def test_every_method_has_its_own_colour_and_marker() -> None:
 def test_the_page_opens_with_the_ledger_and_links_its_evidence(cases: Cases) -> None:
     cases.healthy()
     made = of(cases)
-    tables = [claims.table(made), *evidence.tables(made)]
+    tables = [claims.table(made), *main_tables.tables(made)]
     text = page.write_page(made, tables, {}).read_text()
     assert text.index('id="claims"') < text.index('id="evidence_paper"') < text.index('id="environment"')
     assert '<a href="#evidence_paper">MiniLM</a>' in text
@@ -155,8 +187,8 @@ def test_the_page_opens_with_the_ledger_and_links_its_evidence(cases: Cases) -> 
 def test_comparisons_are_made_once(cases: Cases) -> None:
     cases.healthy()
     made = of(cases)
-    evidence.tables(made)
+    main_tables.tables(made)
     known = len(load_evidence(made).compared)
-    evidence.tables(made)
+    main_tables.tables(made)
     decide(made, PAIR)
     assert len(load_evidence(made).compared) == known

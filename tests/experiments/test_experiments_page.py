@@ -14,7 +14,7 @@ from experiments.bench.presets import paper_setting
 from experiments.report import command as report
 from experiments.report import findings, page
 from experiments.report.bench_ratios import machine_ratios
-from experiments.report.tables import accuracy, architecture, evidence, hyperparams, speed
+from experiments.report.tables import accuracy, architecture, hyperparams, main_tables, speed
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
 from sparsegrad.sweeps.hparams import read_rows
@@ -199,7 +199,7 @@ def test_a_cell_of_the_page_leads_to_records_curves_environment_and_rerun(result
 
 def test_a_table_without_anything_of_ours_is_folded_away(results: Path) -> None:
     of = context(results)
-    small = evidence.block_tables(of, "evidence_paper")
+    small = main_tables.block_tables(of, "evidence_paper")
     text = page.write_page(of, [accuracy.per_task(of, 4), accuracy.per_task(of, 9), architecture.table(of), *small], {})
     shown = text.read_text()
     assert '<h2 id="table1">' in shown

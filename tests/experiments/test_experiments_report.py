@@ -19,14 +19,25 @@ from run_fixtures import ROOT
 from test_sweep_dashboard import BROWSER
 
 from experiments.report import command as report
-from experiments.report import figures, render
+from experiments.report import departures, figures, render
+from experiments.report.blocks import BLOCKS
 from experiments.report.collect import collect_cells, hours
-from experiments.report.evidence import BLOCKS
+from experiments.report.plans import read_plan
 from experiments.report.tables import accuracy
 from experiments.report.tables.base import MINI_MARK, Context
 from sparsegrad.files import write_json
 
 FOLDER, MODEL = "glue_bert_base", "bert_base"  # of Table 9
+AUTHORS = {"from": "authors", "train.batch_size": 16, "train.lr": 1e-4}
+
+
+@functools.cache
+def planned_settings() -> dict[tuple[str, str], Any]:
+    """What the experiments of the paper's tables have in common; `test_a_run_of_a_plan_follows_it` composes them."""
+    plan = read_plan("table9")
+    assert plan is not None
+    expected = departures._expected(plan.path, plan.sha256, "cola")
+    return {(group, name): setting for key, setting in expected.items() for group, _, name in [key.partition(".")]}
 
 
 def record(method: str, task: str, seed: int, value: float | None, **more: Any) -> dict[str, Any]:
@@ -38,11 +49,13 @@ def record(method: str, task: str, seed: int, value: float | None, **more: Any) 
         "protocol": {"name": more.pop("protocol", "paper")},
         "seed": seed,
     }
+    for (group, name), setting in planned_settings().items():
+        config.setdefault(group, {}).setdefault(name, setting)  # type: ignore[attr-defined]
     times = {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:15:00+00:00"}
     status = {"status": "failed", "reason": "the loss is not a finite number"}
     if value is not None:
         status = {"status": "complete", "result": {"value": value}}  # type: ignore[dict-item]
-    return {"schema": 1, "key": "0", "config": config, "environment": times, **status, **more}
+    return {"schema": 1, "key": "0", "config": config, "environment": times, "hparams": AUTHORS, **status, **more}
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from test_experiments_report import FOLDER, cell, context, fill, record, write
+from test_experiments_report import AUTHORS, FOLDER, cell, context, fill, record, write
 
 from experiments import published
 from experiments.bench.presets import paper_setting
@@ -62,6 +63,34 @@ def test_seeds_that_score_what_one_answer_scores_are_counted(results: Path) -> N
     assert "const" not in cell(table, "ours", method="full", task="cola")
     assert accuracy.COLLAPSED in table.notes
     assert accuracy.COLLAPSED not in accuracy.per_task(context(results), 10).notes
+
+
+OTHERS: dict[str, dict[str, Any]] = {  # departure -> changes of a record's configuration
+    "protocol.max_steps=3": {"protocol": {"max_steps": 3}},
+    "seed=7": {"seed": 7},
+    "model.name=minilm": {"model": {"name": "minilm"}},
+    "method.rank=2": {"method": {"name": "lora", "rank": 2}},
+    "train.batch_size=2 by hand": {"train": {"batch_size": 2}},
+}
+
+
+def test_a_record_unlike_its_experiment_is_not_ours(results: Path) -> None:
+    """Such as that of a trial with three steps, which would be shown beside the published cell."""
+    before = accuracy.per_task(context(results), 9)
+    for number, (said, change) in enumerate(OTHERS.items()):
+        made = record("full", "rte", 42, 0.5 + number / 10)
+        for name, value in change.items():
+            made["config"][name] = {**made["config"][name], **value} if isinstance(value, dict) else value
+        made["hparams"] = {key: value for key, value in AUTHORS.items() if not said.startswith(key)}
+        write(results, f"{FOLDER}/other{number}", made)
+    of = context(results)
+    table = accuracy.per_task(of, 9)
+    assert table.frame.equals(before.frame)
+    assert table.records == before.records
+    notes = [note for note in table.notes if note.startswith("Not counted")]
+    where = f"Not counted: {FOLDER}/other"
+    assert notes == [f"{where}{i}.json: not as experiment=table9 says: {said}." for i, said in enumerate(OTHERS)]
+    assert not list(of.store.disagreements())
 
 
 def test_welch_interval_by_hand() -> None:
@@ -151,6 +180,13 @@ def test_table6_holds_the_losses_of_our_runs(results: Path) -> None:
     table = llama.table(context(results))
     assert cell(table, "ours, loss", model=f"minilm ({MINI_MARK})", method="lora") == "1.300 ± 0.071"
     assert cell(table, "published loss", model="llama2_7b", method="lora") == "1.249 ± 0.05"
+
+
+def test_table6_has_no_rows_of_sweeps_and_other_plans(results: Path) -> None:
+    loss = {"result": {"metric": "nll", "value": 1.0}}
+    for folder in ("evidence_smollm2", "evidence-smollm2-lora-oasst1", "table6_mini"):
+        write(results, f"{folder}/a", {**record("lora", "oasst1", 42, 0.0, model="smollm2"), **loss})
+    assert set(llama.table(context(results)).frame["experiment"]) == {"table6", "table6_mini"}
 
 
 def test_runs_of_llama_fill_the_published_rows_of_table6(results: Path) -> None:

@@ -16,8 +16,8 @@ from experiments.bench.presets import paper_setting
 from experiments.mtbench.scores import ModelScores
 from experiments.report import command as report
 from experiments.report import decisions, figures
+from experiments.report.blocks import BLOCKS
 from experiments.report.decisions import CONTRADICTED, KINDS, NOT_TESTED, SUPPORTED, UNDECIDED, Decision, decide
-from experiments.report.evidence import BLOCKS
 from experiments.report.tables.base import Context
 from experiments.report.tables.claims import Verdict, read_claims
 from sparsegrad.errors import UserError

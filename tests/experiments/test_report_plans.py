@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from typing import Any
 
 import pytest
 import yaml
-from evidence_cases import Cases
+from evidence_cases import SEEDS, Cases
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_report_gates import load
+from test_report_gates import load, replan
 
 from experiments.paths import CONF
 from experiments.report.arms import arm_of
+from experiments.report.blocks import BLOCKS
 from experiments.report.departures import find_departures
-from experiments.report.evidence import BLOCKS
 from experiments.report.plans import read_plan
 from sparsegrad.errors import UserError
 
@@ -70,15 +71,99 @@ def test_predictions_of_another_record_are_left_out(cases: Cases) -> None:
     assert "does not belong to full-sst2-42.json" in block.apart[0]
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut", "no archive"])
+def test_damaged_predictions_leave_their_record_out(cases: Cases, damage: str) -> None:
+    cases.plan()
+    path = cases.run("full", "sst2", 42, 0.9).with_suffix(".npz")
+    content = path.read_bytes()
+    path.write_bytes(
+        {"empty": b"", "cut": content[: len(content) // 2], "no archive": b"PK\x03\x04" + bytes(20)}[damage]
+    )
+    block = load(cases).blocks["evidence_paper"]
+    assert not block.runs
+    assert "full-sst2-42.npz cannot be read" in block.apart[0]
+    assert "force=true" in block.apart[0]
+
+
 def test_two_records_of_one_seed_contradict_each_other(cases: Cases) -> None:
     cases.healthy()
+    about = {"from": "search", "study": "gone", "train.lr": 1e-4}
     for name in ("a", "b"):
-        cases.run("full", "sst2", 42, 0.9, name=name)
+        cases.run("full", "sst2", 42, 0.9, name=name, hparams=about)
     block = load(cases).blocks["evidence_paper"]
     assert sorted(block.of("full", "sst2")) == [2023, 3705]
-    assert [line for line in block.apart if "two records" in line] == [
-        "full sst2 seed 42: two records (a.json, b.json): delete the wrong one"
-    ]
+    names = "; ".join(f"{name}.json, rate 0.0001, 2026-01-01" for name in ("a", "b", "full-sst2-42"))
+    assert block.apart == [f"full sst2 seed 42: 3 records ({names}): delete the wrong ones"]
+
+
+@pytest.mark.parametrize(
+    ("of_run", "change"),
+    [({"train.lr": 3e-4}, "rate 0.0003, now 0.0001"), ({"ratio_to_full": 2.0}, "2 times .* now 1")],
+)
+def test_runs_of_an_earlier_search_are_apart_from_those_of_the_present_one(
+    cases: Cases, of_run: dict[str, float], change: str
+) -> None:
+    """A search that is made anew changes the rate, so that the same cells run again under other keys."""
+    cases.healthy()
+    study = {"from": "search", "study": "evidence-minilm-sparsegrad-sst2"}
+    for seed in SEEDS[:2]:
+        now = {key: 1.0 if key == "ratio_to_full" else 1e-4 for key in of_run}
+        cases.run("sparsegrad", "sst2", seed, 0.9, hparams={**study, **now})
+    for seed in SEEDS:
+        cases.run("sparsegrad", "sst2", seed, 0.5, name=f"old{seed}", hparams={**study, **of_run})
+    (cases.results / "runs/evidence_paper/sparsegrad-sst2-2023.json").unlink()
+    block = load(cases).blocks["evidence_paper"]
+    assert sorted(run.path.stem for run in block.of("sparsegrad", "sst2").values()) == [
+        "sparsegrad-sst2-3705", "sparsegrad-sst2-42",
+    ]  # fmt: skip
+    (said,) = block.apart
+    assert re.search(rf"^sparsegrad sst2: of an earlier search \({change}.*\): old2023.json, old3705.json, old42", said)
+
+
+def test_without_a_run_of_the_present_search_those_of_an_earlier_one_count(cases: Cases) -> None:
+    cases.healthy()
+    study = {"from": "search", "study": "evidence-minilm-lora_tuned-sst2", "train.lr": 3e-4}
+    for seed in SEEDS:
+        cases.run("lora_tuned", "sst2", seed, 0.8, hparams=study)
+    block = load(cases).blocks["evidence_paper"]
+    assert (sorted(block.of("lora_tuned", "sst2")), block.apart) == (sorted(SEEDS), [])
+
+
+@pytest.mark.parametrize(
+    ("grid", "options", "more", "departures"),
+    [
+        ({"method": "lora"}, {"rank": 7}, {}, []),
+        ({"method": "lora"}, {"rank": 4}, {}, ["method.rank=4"]),
+        ({"method": "sparsegrad", "method.keep": "4500,5500"}, {"keep": 5500}, {}, []),
+        ({"method": "sparsegrad", "method.keep": "4500,5500"}, {"keep": 3}, {}, ["method.keep=3"]),
+        ({"method": "sparsegrad", "method.basis": "hosvd,none"}, {"basis": "none"}, {}, []),
+        ({"method": "sparsegrad", "method.basis": "none"}, {"steps": 3}, {}, ["method.basis=None", "method.steps=3"]),
+        ({"method": "sparsegrad"}, {"engine": "merged", "rotation_order": "gradient"}, {}, []),
+        ({"method": "full", "train.lr": "3.0e-5,1.0e-4"}, {}, {}, []),
+        ({"method": "full", "train.lr": "3.0e-5,3.0e-4"}, {}, {}, ["train.lr=0.0001"]),
+        ({"method": "full,peft/dora"}, {}, {"method": "dora"}, []),
+    ],
+)  # fmt: skip
+def test_a_value_outside_the_grid_and_an_option_of_the_method_are_departures(
+    cases: Cases, grid: dict[str, str], options: dict[str, Any], more: dict[str, str], departures: list[str]
+) -> None:
+    cases.plan(grid={"task": "sst2", "seed": "42", **grid})
+    method = more.get("method") or grid["method"]
+    record = json.loads(cases.run(method, "sst2", 42, 0.9, options=options).read_text())
+    record["config"]["model"]["lora_rank"] = 7  # the default of LoRA's rank refers to it
+    plan = read_plan("evidence_paper", cases.conf)
+    assert plan is not None
+    assert find_departures(record, plan) == departures
+
+
+def test_a_plan_may_ask_for_more_seeds_than_three(cases: Cases) -> None:
+    cases.healthy()
+    cases.plan(rules={"min_seeds": 4})
+    for path in sorted((cases.results / "runs" / "evidence_paper").glob("*.json")):
+        replan(path, cases)
+    found = load(cases).compare("evidence_paper", "sparsegrad", "lora_tuned", ["sst2"])
+    assert found is not None
+    assert (found.seeds, found.has_seeds, found.interval) == (3, False, None)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +214,7 @@ def test_a_plan_keeps_the_choices_of_the_plan_below_it(cases: Cases) -> None:
     assert not any("defaults" in one or "watch_validation" in one for one in found)
 
 
-@pytest.mark.parametrize("name", [*BLOCKS, "compare", "compare_smollm2"])
+@pytest.mark.parametrize("name", [*BLOCKS, "compare", "compare_smollm2", "table9", "table11"])
 def test_a_run_of_a_plan_follows_it(name: str) -> None:
     plan = read_plan(name)
     assert plan is not None
@@ -138,7 +223,7 @@ def test_a_run_of_a_plan_follows_it(name: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("config", overrides)
     config: Any = OmegaConf.to_container(composed, resolve=True)
-    record = {"config": config, "hparams": {"from": "search", "train.lr": 1e-4}}
+    record = {"config": config, "hparams": {"from": plan.hparams, "train.lr": 1e-4, "train.batch_size": 16}}
     assert find_departures(record, plan) == []
     config["protocol"]["max_steps"] = 4
     assert find_departures(record, plan) == ["protocol.max_steps=4"]
@@ -160,7 +245,13 @@ def test_an_arm_is_named_by_what_differs_from_its_yaml() -> None:
 
 @pytest.mark.parametrize(
     ("option", "model"),
-    [("peft/dora", "smollm2"), ("peft/shira", "minilm"), ("peft", "minilm"), ("lora_xs", "smollm2")],
+    [
+        ("peft/dora", "smollm2"),
+        ("peft/shira", "minilm"),
+        ("peft", "minilm"),
+        ("lora_xs", "smollm2"),
+        ("sparsegrad", "smollm2"),
+    ],
 )
 def test_an_arm_of_any_option_is_its_name_until_something_is_changed(option: str, model: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -1,4 +1,4 @@
-"""Every reader of files in the project: how to make good files for it, how to damage them, and how to call it."""
+"""The readers of files that users bring or that a killed process may damage: how to make, damage and read them."""
 
 from __future__ import annotations
 
@@ -21,49 +21,18 @@ from experiments.paths import ROOT
 from experiments.reliability.fuzz import mutate
 from experiments.reliability.fuzz.base import LINES, TENSOR_FILE, TEXT, Reader
 from experiments.reliability.fuzz.checkpoints import CHECKPOINTS
-from experiments.report.collect import collect_cells
+from experiments.reliability.fuzz.results import RESULTS
 from sparsegrad.adapter.format import FACTS, TENSORS, Entry, digest, write_adapter
 from sparsegrad.adapter.load import load_adapter
 from sparsegrad.adapter.merge import named_tensors
 from sparsegrad.basis import Basis, save_bases
-from sparsegrad.cli.record_rows import read_rows
-from sparsegrad.cli.records_command import make_text
-from sparsegrad.cli.running import outcome
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
 from sparsegrad.hashing import file_sha256
 from sparsegrad.runs.basis_cache import BasisStore
 from sparsegrad.runs.config import build
-from sparsegrad.runs.records import find_complete, load_records
 from sparsegrad.runs.yaml_check import check_yaml
 from sparsegrad.tasks import DataConfig, Glue, Instructions, Oasst, Snippets, Task
-
-
-def _make_record(folder: Path) -> None:
-    source = sorted((ROOT / "results/runs/quickstart").glob("*.json"))[0]
-    shutil.copyfile(source, folder / "record.json")
-
-
-def _read_record(folder: Path) -> None:
-    if (record := find_complete(folder / "record.json")) is not None:
-        outcome(record)
-    load_records(folder)
-    make_text(read_rows(folder, on_bad=_raise), width=80)
-
-
-def _raise(error: UserError) -> None:
-    raise error
-
-
-def _make_collected(folder: Path) -> None:
-    (folder / "quickstart").mkdir()
-    _make_record(folder / "quickstart")
-
-
-def _read_collected(folder: Path) -> None:
-    store = collect_cells(folder)
-    if store.skipped:
-        raise UserError(store.skipped[0])
 
 
 def _make_bases(folder: Path) -> None:
@@ -256,8 +225,7 @@ def all_readers() -> dict[str, Reader]:
     yaml = {f"{group}.yaml": (*TEXT, *[mutate.yaml_code] * 4) for group in _GROUPS}
     json_files = [f"{group}.json" for group in _GROUPS]
     return {
-        "records": Reader(_make_record, {"record.json": LINES}, _read_record),
-        "records of a report": Reader(_make_collected, {"quickstart/record.json": LINES}, _read_collected),
+        **RESULTS,
         "bases": Reader(_make_bases, {"bases.safetensors": TENSOR_FILE, "bases.json": LINES}, _read_bases),
         "adapters": Reader(_make_adapter, {TENSORS: TENSOR_FILE, FACTS: LINES}, _read_adapter, _repair_adapter),
         "GLUE, JSON lines": Reader(_make_jsonl, jsonl, _load(_SST2, _STSB)),

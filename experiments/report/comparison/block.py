@@ -9,8 +9,11 @@ from typing import Any
 
 from experiments.report.collect import Store
 from experiments.report.departures import find_departures
-from experiments.report.evidence import Block, Evidence, EvidenceRun, add_record, judge_record, load_evidence
+from experiments.report.evidence import Evidence, add_record, judge_record, load_evidence
 from experiments.report.plans import Plan, read_plan
+from experiments.report.repeats import settle_runs
+from experiments.report.runs import Block, EvidenceRun
+from experiments.report.searches import Searches
 from experiments.report.tables.base import Context
 from sparsegrad.errors import UserError
 from sparsegrad.runs.records import find_complete
@@ -32,7 +35,7 @@ def load_comparison(context: Context, folder: str) -> Evidence:
     plans: Plans = {folder: plan}
     for place, record in _choose_records(context, plan, plans):
         add_record(context, block, plans, place, record)
-    block.runs = {key: runs for key, runs in block.runs.items() if runs}
+    settle_runs(block, Searches(context.results))
     return Evidence({**load_evidence(context).blocks, folder: block})
 
 

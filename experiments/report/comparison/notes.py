@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from experiments.palette import style_of
-from experiments.report.evidence import Block
 from experiments.report.gates import Health
+from experiments.report.runs import Block
 
 SIZE_TOLERANCE = 0.25  # of the planned trainable share, relative: ranks and block sizes are whole numbers
 

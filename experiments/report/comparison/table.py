@@ -16,15 +16,16 @@ from experiments.report.comparison import notes
 from experiments.report.comparison.block import load_comparison
 from experiments.report.comparison.figure import Point, draw
 from experiments.report.comparison.forgotten import read_forgetting
-from experiments.report.evidence import Block, Evidence, EvidenceRun
+from experiments.report.evidence import Evidence
 from experiments.report.gates import Health, check_task
 from experiments.report.render import markdown, write_table
 from experiments.report.resampling import LOWER_IS_BETTER
+from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches
 from experiments.report.stats import Difference, holm
 from experiments.report.tables.base import Context, Table, interval_text
-from experiments.report.tables.evidence import apart_notes
 from experiments.report.tables.evidence_cells import format_averages, format_costs, format_difference, format_score
+from experiments.report.tables.main_tables import apart_notes
 
 Forgetting = Mapping[str, Mapping[str, float]]
 """Key of a run -> its losses `before` and `after`."""

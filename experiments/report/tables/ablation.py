@@ -11,8 +11,8 @@ from experiments.published import METHODS, TASKS, cells, contradicts
 from experiments.report.evidence import load_evidence
 from experiments.report.stats import Summary, summarise
 from experiments.report.tables.accuracy import AVERAGE, SCORES, Grid, explain_constant
-from experiments.report.tables.base import Context, Table, signed
-from experiments.report.tables.evidence import comparable
+from experiments.report.tables.base import Context, Table, list_apart, signed
+from experiments.report.tables.main_tables import comparable
 
 SIZE = 768 * 3072
 KEPT = (18000, 22000, 28000, 30000, 100000, SIZE)
@@ -47,6 +47,7 @@ def table(context: Context, number: int) -> Table:
         *ROUNDED.get(number, ()),
         *copied(number),
         *explain_constant(rows),
+        *list_apart(grid.store.apart(grid.folder)),
     ]
     title = f"Table {number}: kept entries, {MODELS[number]}"
     return Table(f"table{number}", title, pd.DataFrame(rows), notes, _records(grid))

@@ -11,7 +11,7 @@ from experiments.published import GLUE_MODELS, METHODS, TASKS, authors_runs, cel
 from experiments.published import SEEDS as PAPER_SEEDS
 from experiments.report.collect import Key
 from experiments.report.stats import Summary, summarise, welch_interval
-from experiments.report.tables.base import MISSING, Context, Table, hours, interval_text, signed
+from experiments.report.tables.base import MISSING, Context, Table, hours, interval_text, list_apart, signed
 
 PRINTED_AS = {9: "BERT", 10: "RoBERTa-base"}  # headings of Table 5
 MODELS = GLUE_MODELS
@@ -41,7 +41,7 @@ class Grid:
 
     def __init__(self, context: Context, folder: str, model: str, protocol: str, tasks: Sequence[str]) -> None:
         self.store, self.tasks = context.store, tasks
-        self.where = folder, model, protocol
+        self.folder, self.where = folder, (folder, model, protocol)
 
     def key(self, method: str, task: str) -> Key:
         """The key of a cell in the store."""
@@ -85,7 +85,7 @@ class Grid:
         """(label, records) of every cell that has records."""
         for method in methods:
             for task in self.tasks:
-                paths = [run.path for run in self.store.runs.get(self.key(method, task), [])]
+                paths = [run.path for run in self.store.counting(self.key(method, task))]
                 if paths:
                     yield f"{method} {task} {self.where[2]}", paths
 
@@ -118,6 +118,7 @@ def per_task(context: Context, number: int) -> Table:
             *EDITIONS.get(number, ()),
             *_trainable(number),
             *explain_constant(rows),
+            *list_apart(grid.store.apart(grid.folder)),
         ],
         dict(grid.records(PAPER_METHODS)),
     )
@@ -197,4 +198,5 @@ def averages(context: Context) -> Table:
             rows.append({"model": model, "method": row.pop("method"), "published params": params, **row})
         records |= {f"{model} {label}": paths for label, paths in grid.records(PAPER_METHODS)}
     notes = [SCORES, WELCH, *(line for number in (9, 10) for line in (*_logged(number), *contradicted(number)))]
+    notes += list_apart([line for number in (9, 10) for line in context.store.apart(f"glue_{MODELS[number]}")])
     return Table("table5", "Table 5: averages on GLUE", pd.DataFrame(rows), notes, records)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ MINI_MARK = "mini: not the paper's model"
 SCALED = "(scaled)"  # marks a benchmark of a model cut to fewer blocks
 MISSING = "missing"
 OURS = ("ours", "found here", "energy")  # prefixes of columns that our runs fill
+SHOWN = 5  # records that do not count are listed up to this number
 LABELLED = ("model", "method", "kept", "task", "protocol")  # columns that make up the label of a cell in `records`
 
 
@@ -85,6 +86,13 @@ class Table:
 def is_measured(cell: str) -> bool:
     """Whether a cell contains a measured value."""
     return cell != MISSING and not cell.startswith("failed")
+
+
+def list_apart(lines: Sequence[str]) -> list[str]:
+    """Notes on the records that do not count: the first ones, and the number of the others."""
+    notes = [f"Not counted: {line}." for line in lines[:SHOWN]]
+    more = len(lines) - SHOWN
+    return [*notes, f"Not counted: {more} more records for such reasons."] if more > 0 else notes
 
 
 def signed(number: float | None) -> str:

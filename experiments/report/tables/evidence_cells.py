@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from experiments.report.evidence import Block, Evidence
+from experiments.report.evidence import Evidence
 from experiments.report.gates import Health, reference_runs
 from experiments.report.resampling import LOWER_IS_BETTER
+from experiments.report.runs import Block
 from experiments.report.searches import Searches
-from experiments.report.stats import MIN_SEEDS, Difference, interquartile_mean, summarise
+from experiments.report.stats import Difference, interquartile_mean, summarise
 from experiments.report.tables.base import MISSING, hours, interval_text
 from experiments.report.tables.costs import Cost
 
@@ -64,7 +65,7 @@ def format_difference(
         return {**blank, "difference": failed[0].verdict}
     if found is None:
         return {**blank, "difference": MISSING}
-    if found.seeds < MIN_SEEDS:
+    if not found.has_seeds:
         return {**blank, "difference": f"{found.value:+.2f}", "95 %": f"too few seeds ({found.seeds} paired)"}
     if found.interval is None:
         return {**blank, "difference": f"{found.value:+.2f}", "95 %": "equal in every run"}

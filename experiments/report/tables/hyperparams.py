@@ -5,7 +5,7 @@ Results of a study come from its storage or, if that is not available, from its 
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pandas as pd
 
 from experiments.report.tables.base import MISSING, Context, Table
 from experiments.report.tables.searched import HEADER, rows
+from sparsegrad.files import read_json
 from sparsegrad.sweeps.storage import open_store
 
 TIE = 1e-9
@@ -45,12 +46,25 @@ def _read(results: Path) -> list[tuple[Path, dict[str, Any] | str]]:
 
 
 def _summary(path: Path) -> dict[str, Any] | str:
+    """The content of a summary, or the reason why it cannot be used."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        float(found["best"]["value"]), found["best"]["values"], found["trials"]["complete"], found["study"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found: dict[str, Any] = read_json(path)
+        _check_fields(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return f"not a readable summary ({type(error).__name__})"
     return dict(found)
+
+
+def _check_fields(found: Mapping[str, Any]) -> None:
+    """Raise a built-in error for a field that is missing or of another type than the tables expect."""
+    best, trials = found["best"], found["trials"]
+    numbers = [best["value"], trials["complete"], trials.get("pruned", 0), found.get("seconds", 0.0)]
+    texts = [found["study"], found["metric"], found["objective"], *(found.get("labels") or {}).values()]
+    numbers += [value for key, value in best["values"].items() if key in ("train.batch_size", "train.lr")]
+    if not all(isinstance(one, int | float) and math.isfinite(one) for one in numbers):
+        raise TypeError
+    if not all(isinstance(one, str) for one in texts):
+        raise TypeError
 
 
 def _names(summary: dict[str, Any]) -> tuple[str, ...]:
@@ -99,7 +113,7 @@ def _searches_table(found: list[dict[str, Any]], studies: Path) -> Table:
     lines = []
     for one in found:
         score, trials = f"{one['best']['value']:.4f} {one['metric']}", one["trials"]
-        best, counts = one["best"], (str(trials["complete"]), str(trials["pruned"]))
+        best, counts = one["best"], (str(trials["complete"]), str(trials.get("pruned", 0)))
         also = equals(studies / str(one["study"]), float(best["value"]))
         lines.append([one["study"], _pair(best["values"]), also, score, one["objective"], *counts])
     frame = pd.DataFrame(lines, columns=names)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from experiments.mtbench.scores import ModelScores, compute_scores
 from experiments.published import METHODS, cells
-from experiments.report.collect import Run
+from experiments.report.collect import READ, Run
 from experiments.report.stats import summarise
 from experiments.report.tables.architecture import LLAMA, counts
 from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table, hours
@@ -39,7 +39,7 @@ NOTES = (
 def table(context: Context) -> Table:
     """The published rows with our runs of the same, then our runs of other models and of the authors' variant."""
     graded, shares, store = compute_scores(context.results / "mtbench"), paper_shares(), context.store
-    found = {key: runs for key, runs in sorted(store.runs.items()) if key[3] == TASK}
+    found = {key: runs for key, runs in sorted(store.runs.items()) if key[3] == TASK and READ.fullmatch(key[0])}
     rows, records = [], {}
     for row, method in METHODS.items():
         runs = found.get((EXPERIMENT, PAPER_MODEL, method, TASK, PROTOCOL), [])

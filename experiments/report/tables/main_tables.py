@@ -8,11 +8,14 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.palette import style_of
-from experiments.report.evidence import BLOCKS, Block, Evidence, load_evidence
+from experiments.report.blocks import BLOCKS, command
+from experiments.report.evidence import Evidence, load_evidence
 from experiments.report.gates import GATES, Health, check_task, comparable_tasks
+from experiments.report.plans import MIN_SEEDS
+from experiments.report.runs import Block
 from experiments.report.searches import Searches
 from experiments.report.stats import Difference, holm
-from experiments.report.tables.base import Context, Table
+from experiments.report.tables.base import Context, Table, list_apart
 from experiments.report.tables.costs import measured
 from experiments.report.tables.evidence_cells import (
     describe_machine,
@@ -25,7 +28,6 @@ from experiments.report.tables.evidence_cells import (
 )
 
 NOT_RUN = "not run yet"
-SHOWN = 5  # records that do not count are listed up to this number
 # Arms that a table compares with, if its plan names none.
 REFERENCES = {
     "evidence_density": "sparsegrad keep=589824",
@@ -38,7 +40,7 @@ RULES = (
     "of seeds), checkpoint chosen on held-out training rows. IQM: interquartile mean of the average over seeds.",
     "Difference: of the average over comparable tasks, paired by seed and validation row; 95 % interval from 10,000 "
     "draws of the rows and the variance between seeds; p adjusted by Holm over this table. Detectable: the smallest "
-    "true difference that this comparison finds in 80 % of repetitions. No interval from fewer than 3 seeds.",
+    "true difference that this comparison finds in 80 % of repetitions. No interval from fewer than {seeds} seeds.",
     "Search h, training h: hours on the machine of the runs; training h is the mean of one seed over all comparable "
     "tasks. Hours to target: until full fine-tuning's held-out score minus one point is first reached, summed over "
     "these tasks, mean over seeds. Accuracy runs share their machine, so their hours are rough.",
@@ -69,12 +71,6 @@ def reference_of(block: Block) -> str | None:
     return wanted if wanted in block.arms else next(iter(block.arms), None)
 
 
-def command(folder: str) -> str:
-    """The command that makes the runs of a block."""
-    data = "TREES=<file of trees>" if folder == "evidence_smollm2" else "DATA=<glue folder>"
-    return f"make evidence BLOCK={BLOCKS[folder].number} {data}"
-
-
 def _empty_table(block: Block) -> Table:
     planned = block.plan.planned if block.plan else 0
     text = f"{NOT_RUN} ({planned} runs planned): {command(block.folder)}"
@@ -102,7 +98,12 @@ def _main_table(
         expense = {**format_costs(evidence, block, arm, tasks, searches), **format_speed(block, arm, costs)}
         average = format_averages(block, arm, tasks)
         rows.append({"method": style_of(arm).name, **scores, **average, **difference, **expense})
-    notes = [*_health_notes(health), *RULES, _describe_reference(reference, tasks), describe_machine(block, machine)]
+    notes = [
+        *_health_notes(health),
+        *_list_rules(block),
+        _describe_reference(reference, tasks),
+        describe_machine(block, machine),
+    ]
     notes += [*_left_out_notes(found), *apart_notes(block)]
     return Table(block.folder, BLOCKS[block.folder].title, _name_difference(rows, reference), notes, _records(block))
 
@@ -133,7 +134,7 @@ def _task_table(evidence: Evidence, block: Block, health: Mapping[str, Health]) 
     rows = [_task_row(block, arm, task, one, adjusted, reference, health) for (task, arm), one in found.items()]
     notes = [
         *_health_notes(health),
-        *RULES[:2],
+        *_list_rules(block)[:2],
         "Still improving: runs whose best evaluation is the last one and half a point above all but the last three.",
     ]
     title = f"{BLOCKS[block.folder].title}: per task"
@@ -184,6 +185,11 @@ def _health_notes(health: Mapping[str, Health]) -> list[str]:
     return lines
 
 
+def _list_rules(block: Block) -> list[str]:
+    seeds = block.plan.fewest_seeds if block.plan else MIN_SEEDS
+    return [rule.format(seeds=seeds) for rule in RULES]
+
+
 def _describe_reference(reference: str | None, tasks: Sequence[str]) -> str:
     if reference is None:
         return "These runs decide whether a task can be compared at all; they are not compared with each other."
@@ -199,11 +205,8 @@ def _left_out_notes(found: Mapping[str, Difference | None]) -> list[str]:
 
 def apart_notes(block: Block) -> list[str]:
     """Records that do not count, by reason, and runs that failed."""
-    lines = [f"Not counted: {line}." for line in block.apart[:SHOWN]]
-    if len(block.apart) > SHOWN:
-        lines.append(f"Not counted: {len(block.apart) - SHOWN} more records for such reasons.")
     failed = [f"{' '.join(key)}: {', '.join(reasons)}" for key, reasons in sorted(block.failed.items())]
-    return [*lines, *([f"Failed runs: {'; '.join(failed)}."] if failed else [])]
+    return [*list_apart(block.apart), *([f"Failed runs: {'; '.join(failed)}."] if failed else [])]
 
 
 def progress(context: Context) -> list[tuple[str, int, int]]:

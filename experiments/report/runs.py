@@ -1,0 +1,156 @@
+"""One run of the evidence, and the runs of one folder by arm, task and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from experiments.palette import order_of
+from experiments.report.collect import hours
+from experiments.report.plans import Plan
+from experiments.report.resampling import LOWER_IS_BETTER, POINTS, is_constant
+from experiments.report.stats import Seeded
+from sparsegrad.runs.predictions import Arrays
+
+_RISE = 0.5  # points that a run must gain in its last three evaluations to count as still improving; of a loss, percent
+
+
+@dataclass(frozen=True)
+class EvidenceRun:
+    """One complete run of a plan; `score` in points (nll: as it is)."""
+
+    path: Path
+    record: Mapping[str, Any]
+    arm: str
+    task: str
+    seed: int
+    score: float
+    arrays: Arrays
+
+    @property
+    def metric(self) -> str:
+        """The task's main metric."""
+        return str(self.record["result"]["metric"])
+
+    @property
+    def rate(self) -> float:
+        """The learning rate; nan if the record has none."""
+        return float(self.record["config"].get("train", {}).get("lr") or "nan")
+
+    @property
+    def finished(self) -> str:
+        """Day on which it finished; empty if the record has none."""
+        return str(self.record.get("environment", {}).get("finished") or "")[:10]
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it predicts the same for all rows."""
+        return is_constant(self.metric, self.arrays)
+
+    @property
+    def hours(self) -> float | None:
+        """Training hours: its steps at its own steps/s, or the wall clock without them."""
+        rate = self.record.get("speed", {}).get("steps_per_second")
+        return self.record["result"]["steps"] / rate / 3600 if rate else hours(self.record)
+
+    @property
+    def still_improving(self) -> bool:
+        """Whether its best evaluation is the last one, and better than those before the last three by `_RISE`.
+
+        On a plateau the last evaluation is sometimes the best by a hair, which more training would not change.
+        """
+        rows = self._evaluations()
+        if len(rows) < 2 or self.record["result"].get("chosen_step") != rows[-1][0]:
+            return False
+        best = min if self.metric in LOWER_IS_BETTER else max
+        earlier, last = best(score for _, score in rows[:-3] or rows[:-1]), rows[-1][1]
+        return abs(last - earlier) > (_RISE * last / POINTS if self.metric in LOWER_IS_BETTER else _RISE)
+
+    @property
+    def chosen_score(self) -> float:
+        """The best score on the rows that choose the checkpoint."""
+        best = min if self.metric in LOWER_IS_BETTER else max
+        return best((score for _, score in self._evaluations()), default=float("nan"))
+
+    def reaches(self, target: float) -> bool:
+        """Whether an evaluation reaches a score."""
+        return any(score >= target for _, score in self._evaluations())
+
+    def hours_until(self, target: float) -> float | None:
+        """Hours until an evaluation first reaches a score; None if none does, or the run has no steps/s."""
+        rate = self.record.get("speed", {}).get("steps_per_second")
+        step = next((step for step, score in self._evaluations() if score >= target), None)
+        return None if step is None or not rate else step / rate / 3600
+
+    def _evaluations(self) -> list[tuple[int, float]]:
+        """(step, points) of each evaluation on the rows that choose the checkpoint."""
+        scale = 1.0 if self.metric in LOWER_IS_BETTER else POINTS
+        rows = self.record.get("evaluations", [])
+        return [(row["step"], scale * row[self.metric]) for row in rows if row.get(self.metric) is not None]
+
+
+@dataclass
+class Block:
+    """The runs of one folder.
+
+    Attributes:
+        folder: its name.
+        plan: the plan of the same name; None without one.
+        found: (arm, task) -> runs of plans as they are now, in the order of their paths.
+        runs: (arm, task) -> seed -> the one of them that counts.
+        apart: one line for each record that does not count, with the reason.
+        failed: (arm, task) -> reasons of runs that failed.
+    """
+
+    folder: str
+    plan: Plan | None
+    found: dict[tuple[str, str], list[EvidenceRun]] = field(default_factory=dict)
+    runs: dict[tuple[str, str], dict[int, EvidenceRun]] = field(default_factory=dict)
+    apart: list[str] = field(default_factory=list)
+    failed: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    @property
+    def arms(self) -> list[str]:
+        """Arms with runs, in the order of figures and tables."""
+        return sorted({arm for arm, _ in self.runs}, key=order_of)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks with runs, those of the plan first."""
+        found = {task for _, task in self.runs}
+        planned = [task for task in (self.plan.tasks if self.plan else ()) if task in found]
+        return [*planned, *sorted(found - set(planned))]
+
+    def of(self, arm: str, task: str) -> dict[int, EvidenceRun]:
+        """Seed -> run."""
+        return self.runs.get((arm, task), {})
+
+    def metric(self, task: str) -> str:
+        """The metric of a task that has runs."""
+        return next(run.metric for (_, of), runs in self.runs.items() if of == task for run in runs.values())
+
+    def all_runs(self, task: str | None = None) -> Iterator[EvidenceRun]:
+        """Every run, or those of one task."""
+        for (_, of), runs in sorted(self.runs.items()):
+            if task in (None, of):
+                yield from (runs[seed] for seed in sorted(runs))
+
+    def scores(self, arm: str, task: str) -> list[float]:
+        """Scores in order of seeds."""
+        return [run.score for _, run in sorted(self.of(arm, task).items())]
+
+    def is_floor(self, arm: str) -> bool:
+        """Whether the plan shows this arm only to read the others by."""
+        return self.plan is not None and arm.partition(" ")[0] in self.plan.floors
+
+    def averages(self, arm: str, tasks: Sequence[str]) -> list[float]:
+        """Mean over tasks for each seed that has all of them."""
+        common = set.intersection(*(set(self.of(arm, task)) for task in tasks)) if tasks else set()
+        return [mean(self.of(arm, task)[seed].score for task in tasks) for seed in sorted(common)]
+
+    def seeded(self, arm: str, tasks: Sequence[str]) -> dict[str, Seeded]:
+        """Task -> seed -> predictions."""
+        return {task: {seed: run.arrays for seed, run in self.of(arm, task).items()} for task in tasks}
