@@ -141,12 +141,12 @@ def make(
         plots: whether the plots of a finished search are stored beside its summary.
     """
     quiet()
-    if plots and not dry:
-        check_plot_packages()  # now: the plots are drawn when a search has taken its hours
     stale = _find_stale(found)
     if dry:
         searches.show(found, stale)
         return 0
+    if plots and (stale or not all(one.is_summarised for one in found)):
+        check_plot_packages()  # now: the plots are drawn when a search has taken its hours
     for one in stale:
         _delete_found(one)
     for one in found:  # also those that others finished, but that have no summary yet

@@ -105,6 +105,7 @@ class Worker:
         """Run the configuration of a trial; return its state, its value, and facts to store with it."""
         reporter = Reporter(trial, self.shared.plan.metric, heartbeat)
         config: RunConfig | None = None
+        facts: dict[str, Any]
         try:
             config = self.shared.plan.trial_config(trial.params)
             record, is_new = self._run_admitted(config, trial, reporter)
@@ -128,7 +129,7 @@ class Worker:
         value = _read_score(record, self.shared.plan.metric)
         # Not stored in the study: only this call found the run done.
         self._source = "" if is_new else f", from record {config.record_path}"
-        facts: dict[str, Any] = {"record": str(config.record_path)}
+        facts = {"record": str(config.record_path)}
         if not is_new and (spent := run_seconds(record)) is not None:
             facts[RECORD_SECONDS] = spent  # else a search that is made anew from its records would cost nothing
         if value is None:

@@ -248,6 +248,22 @@ def test_a_method_whose_trials_all_diverged_does_not_stop_the_others(
     assert "the table" in said
 
 
+def test_a_run_of_any_method_that_the_table_leaves_out_is_made_again(
+    where: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish(plan("peft", *where))  # a method that the plan does not list
+    (cell,) = list_cells("compare", ["method=peft", "task=mrpc", "seed=42", *where])
+    before = {"experiment": "compare", "sha256": "0" * 16}
+    record = {"schema": 1, "status": "complete", "plan": before, "config": cell.config.resolved}
+    write_json(cell.config.record_path, record)
+    made: list[bool] = []
+    monkeypatch.setattr(command.evidence, "make", lambda cells, _: made.extend(one.config.force for one in cells) or 0)
+    monkeypatch.setattr(command, "write_comparison", lambda *_: "the table")
+    assert command.main(["--methods", "peft", "--tasks", "mrpc", "seed=42", *where]) == 0
+    assert made == [True]
+    assert "its plan compare was edited afterwards" in capsys.readouterr().out
+
+
 def test_a_wrong_value_does_not_count_as_waiting(where: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--dry", "--methods", "bitfit", "--tasks", "mrpc", *where, "protocol.epochs=0"]) == 2
     assert "protocol.epochs=0" in capsys.readouterr().err
