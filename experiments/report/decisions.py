@@ -12,7 +12,8 @@ from experiments.mtbench.scores import compute_scores
 from experiments.palette import style_of
 from experiments.report import figures
 from experiments.report.bench_ratios import ON_CPU, machine_ratios
-from experiments.report.evidence import BLOCKS, load_evidence
+from experiments.report.blocks import BLOCKS
+from experiments.report.evidence import load_evidence
 from experiments.report.gates import check_task
 from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.searches import Searches

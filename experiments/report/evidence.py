@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.report.arms import arm_of
-from experiments.report.blocks import BLOCKS as BLOCKS
+from experiments.report.blocks import BLOCKS
 from experiments.report.departures import find_departures
 from experiments.report.plans import MIN_SEEDS, Plan, read_plan
 from experiments.report.repeats import settle_runs

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.paths import ROOT, SCALES
-from experiments.report.evidence import BLOCKS
+from experiments.report.blocks import BLOCKS
 from experiments.reproduce import benchmarks, commands, evidence, search_all, searches
 from experiments.reproduce.cells import (
     ELSEWHERE,

@@ -94,7 +94,7 @@ def _cells(preset: str, document: dict[str, Any]) -> Iterator[Measurement]:
 
 
 def _forget_failures(preset: str, path: Path) -> None:
-    """Remove failed measurements: the benchmark does not repeat those without enough GPU memory, but each table does."""
+    """Remove failed measurements: each table repeats even those that ran out of GPU memory."""
     if not path.exists():
         return
     document = read(path)

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.report.departures import find_departures
-from experiments.report.evidence import EvidenceRun, judge_record
+from experiments.report.evidence import judge_record
 from experiments.report.plans import Plan
+from experiments.report.runs import EvidenceRun
 from experiments.reproduce.cells import Cell
 from experiments.reproduce.costs import Estimates, facts_of
 
