@@ -9,7 +9,7 @@ from experiments.report.searches import CURRENT, Searches
 
 
 def settle_runs(block: Block, searches: Searches) -> None:
-    """Choose from `found` the `runs` of each seed; the others are named at the front of `apart`, because some need a remedy.
+    """Choose from `found` the `runs` of each seed; the others are named at the front of `apart`: some need a remedy.
 
     A search that is made anew gives its arm another rate, so runs of the earlier rate do not mix with those of the new
     one. Two runs of one seed that both count contradict each other, so neither does.

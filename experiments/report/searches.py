@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from experiments.report.runs import EvidenceRun
 from experiments.report.tables.hyperparams import summaries
@@ -80,7 +80,7 @@ def _read_search(summary: Mapping[str, Any]) -> Search:
     return Search(str(summary["study"]), finished, float(summary.get("seconds", 0.0)) / 3600, values)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
