@@ -92,8 +92,9 @@ def _decide_pair(context: Context, spec: Spec, folder: str, rule: Rule) -> Decis
         return Decision(NOT_TESTED, f"{where}: {next(iter(health.values())).verdict}", see=see)
     found = evidence.compare(folder, a, b, tasks)
     if found is None or found.interval is None:
-        equal = found is not None and found.seeds >= MIN_SEEDS
-        why = "equal in every run" if equal else f"fewer than {MIN_SEEDS} paired seeds"
+        fewest = MIN_SEEDS if found is None else found.min_seeds
+        equal = found is not None and found.has_seeds
+        why = "equal in every run" if equal else f"fewer than {fewest} paired seeds"
         return Decision(NOT_TESTED, f"{where}: {why} on {', '.join(tasks)}", see=see)
     is_loss = block.metric(tasks[0]) in LOWER_IS_BETTER
     digits = 3 if is_loss else 2
