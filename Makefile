@@ -135,7 +135,7 @@ reproduce-%: $(INSTALLED) ## table1 ... 15, figure1 ... 3, all; DRY=1 lists only
 
 # The evidence of the small models: searches with equal budgets, then the blocks of conf/experiment/evidence_*.yaml.
 # DATA=<glue folder>, TREES=<file of conversation trees>, WORKERS=2 (processes of one thread each), DRY=1; METHODS=a,b
-# and TASKS=a,b narrow the searches, ARGS="task=stsb" a block. Both continue where they stopped and repeat nothing.
+# and TASKS=a,b narrow the searches, ARGS="task=stsb" a block. Both continue where they stopped; only records without their predictions are made again.
 WORKERS ?= 2
 BLOCK ?= all
 GIVEN = $(if $(DATA),--data $(DATA)) $(if $(TREES),--trees $(TREES)) --workers $(WORKERS) $(if $(DRY),--dry)

@@ -55,7 +55,7 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     if unknown:
         raise UserError(
             f"{path} does not say by which content of {settings['model']} and in which dtype it was started: {remedy}; "
-            f"if it was with these, add them to {beside}: {json.dumps(unknown)[1:-1]}"
+            f"if it was with these, set them in {beside}: {json.dumps(unknown)[1:-1]}"
         )
     return None
 

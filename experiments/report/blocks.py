@@ -1,12 +1,38 @@
-"""The blocks of the evidence: their names in tables, and the commands that make their runs."""
+"""The blocks of the evidence: their order, their names in tables, and the commands that make their runs."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from experiments.reproduce.plans import BLOCKS as STEPS
-from experiments.reproduce.plans import Block as Step
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of the evidence, complete by itself.
+
+    Attributes:
+        name: as on the command line.
+        plans: its experiment YAMLs; empty: the searches of all plans.
+        overrides: which part of the plans it runs.
+        takes_trees: whether its data are conversation trees instead of GLUE.
+    """
+
+    name: str
+    plans: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    takes_trees: bool = False
+
+
+STEPS = (
+    Step(name="0", plans=("evidence_gates",)),
+    Step(name="1"),
+    Step(name="2a", plans=("evidence_paper",), overrides=("seed=42,3705,2023",)),
+    Step(name="3", plans=("evidence_mlp_only",)),
+    Step(name="4", plans=("evidence_density", "evidence_basis")),
+    Step(name="5", plans=("evidence_base",)),
+    Step(name="6", plans=("evidence_smollm2",), takes_trees=True),
+    Step(name="2b", plans=("evidence_paper",), overrides=("seed=37,7777",)),
+)
 
 
 @dataclass(frozen=True)

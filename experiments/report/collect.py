@@ -120,10 +120,8 @@ def _failed(run: Run, good: dict[int, float]) -> bool:
 
 def collect_cells(runs: Path) -> Store:
     """Read all records below `runs`; records that are damaged or of another schema are listed in `skipped`."""
-    store, plans = (
-        Store(),
-        {folder: read_plan(name) for folder, name in EXPERIMENTS.items() if (runs / folder).is_dir()},
-    )
+    store = Store()
+    plans = {folder: read_plan(name) for folder, name in EXPERIMENTS.items() if (runs / folder).is_dir()}
     for path in sorted(runs.rglob("*.json")):
         place = path.relative_to(runs)
         try:

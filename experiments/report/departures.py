@@ -51,15 +51,18 @@ def _other_cell(record: Mapping[str, Any], plan: Plan) -> Iterator[str]:
     if plan.seeds and config["seed"] not in plan.seeds:
         yield f"seed={config['seed']}"
     for key, allowed in plan.grid.items():
-        value = config[key]["name"] if isinstance(config.get(key), Mapping) else _read_value(config, key)
-        if key != "seed" and not any(_equal(normalise(value), one) for one in map(_parse_value, allowed)):
+        is_group = isinstance(config.get(key), Mapping)
+        value = config[key]["name"] if is_group else _read_value(config, key)
+        planned = [_parse_value(one.rpartition("/")[2] if is_group else one) for one in allowed]  # `peft/dora`: dora
+        if key != "seed" and not any(_equal(normalise(value), one) for one in planned):
             yield f"{key}={value}"
     yield from _other_options(config, plan)
     if plan.hparams is not None:
         given = record.get("hparams") or {}
         for key in GIVEN.get(plan.hparams, (RATE,)):
             if key not in plan.grid and (given.get("from") != plan.hparams or key not in given):
-                yield f"{key}={find_value(config, key)} by hand"
+                source = f"from {given['from']}" if key in given else "by hand"
+                yield f"{key}={find_value(config, key)} {source}"
 
 
 def _other_options(config: Mapping[str, Any], plan: Plan) -> Iterator[str]:
@@ -70,12 +73,11 @@ def _other_options(config: Mapping[str, Any], plan: Plan) -> Iterator[str]:
 
 
 def _parse_value(text: str) -> Any:
-    """A value of a grid: a number, a truth value, null, or a name without its folder (`peft/dora`)."""
+    """A value of a grid: a number, a truth value, null, or a name."""
     try:
         return float(text)
     except ValueError:
-        value = parse_scalar(text)
-    return normalise(value.rpartition("/")[2]) if isinstance(value, str) else value
+        return normalise(parse_scalar(text))
 
 
 def _is_swept(key: str, plan: Plan) -> bool:

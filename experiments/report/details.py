@@ -139,7 +139,7 @@ def _command(records: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
     if path.parts[0] in BLOCKS:
         return block_command(path.parts[0], [int(record["config"]["seed"]) for _, record in records])
     if path.parts[0] in PLANS:
-        return PLANS[path.parts[0]].command
+        return f"{PLANS[path.parts[0]].command} METHODS={config['method']['name']}"
     if name is None:
         return f"sparsegrad records results/runs/{path.parts[0]}"
     seeds = ",".join(dict.fromkeys(str(record["config"]["seed"]) for _, record in records))

@@ -21,6 +21,8 @@ from sparsegrad.errors import UserError
 from sparsegrad.runs.predictions import read_predictions
 from sparsegrad.runs.records import PRUNED
 
+LEFT_OUT = "left out, "  # begins the reason of a record whose predictions are not its own
+
 
 @dataclass
 class Evidence:
@@ -99,7 +101,7 @@ def judge_record(
     try:
         arrays = Remembered(read_predictions(results / "runs" / place, record))
     except UserError as error:
-        return f"left out, {error}"
+        return f"{LEFT_OUT}{error}"
     config, result = record["config"], record["result"]
     score = float(result["value"] or 0.0) * (1.0 if result["metric"] in LOWER_IS_BETTER else POINTS)
     arm, task = arm_of(config, own or plan), str(config["task"]["name"])

@@ -157,7 +157,7 @@ def _command(name: str) -> str:
     known = {
         "table13_mini": "table13 SCALE=mini DATA=glue",
         "basis_study": "basis DATA=glue",
-        "quality_energy": "quality DATA=glue",
+        "quality_energy": "quality",
         "table3_measured": "table3",
     }
     target = known.get(name) or (name if re.fullmatch(r"table\d+|section8", name) else "")

@@ -123,9 +123,8 @@ def _measure(name: str, options: argparse.Namespace, *, has_runs: bool) -> int:
 def _find_other_setting(path: Path, flags: Sequence[str], arguments: Sequence[str]) -> str:
     """How the stored data differs from what is requested, in words; empty if it does not."""
     wanted = measure.read_settings(arguments)
-    if not any(one == "--data" or one.startswith("task=") for one in arguments):
-        # Without data, the snippets stand in for SST-2: what was measured on either is good enough.
-        wanted.pop("task")
+    if not any(one.startswith("task=") for one in arguments):
+        wanted.pop("task")  # the task is SST-2 with data and the snippets without: what was measured on either will do
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         different = [key for key in wanted if found.get(key, wanted[key]) != wanted[key]]
@@ -133,7 +132,10 @@ def _find_other_setting(path: Path, flags: Sequence[str], arguments: Sequence[st
         different += [key for key in FIGURE_KEYS if key not in found and any(f"--{key}=" in one for one in flags)]
     except (OSError, ValueError, AttributeError, TypeError):
         return "is not readable"
-    return "".join(f"has {key}={found.get(key)}, not {wanted[key]}" for key in different[:1])
+    if not different:
+        return ""
+    key = different[0]
+    return f"has {key}={found[key]}, not {wanted[key]}" if key in found else f"does not say its {key}"
 
 
 def _results(options: argparse.Namespace) -> Path:

@@ -39,6 +39,13 @@ def last_wins(overrides: Sequence[str]) -> tuple[str, ...]:
     return tuple({one.partition("=")[0]: one for one in overrides}.values())
 
 
+def overwrite(overrides: Sequence[str]) -> str:
+    """`ARGS=` of a `make` command that makes a search anew, with the overrides of the present call."""
+    implied = ("sweep.overwrite=", "hydra.", "results_dir=results")
+    kept = [one for one in overrides if not one.startswith(implied[:2]) and one != implied[2]]
+    return f'ARGS="{" ".join([*kept, "sweep.overwrite=true"])}"' if kept else "ARGS=sweep.overwrite=true"
+
+
 def split_names(text: str | None) -> tuple[str, ...]:
     """The names of a comma-separated option, each once; none without it."""
     return tuple(dict.fromkeys(one.strip() for one in text.split(",") if one.strip())) if text else ()

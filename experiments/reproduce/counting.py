@@ -1,7 +1,8 @@
-"""Complete records that are made again: all of them with `force=true`, else those that no table counts.
+"""Complete records that are made again: all of them with `force=true`, else those without their predictions.
 
-A table leaves out a record whose plan was edited afterwards, or whose predictions are missing. The key of a run has no
-part in either, so the record would look finished for ever.
+A table leaves out a record whose predictions are missing or damaged. The key of a run has no part in them, so that
+record would stay for ever. Records of a plan that was edited afterwards are named, but not made again without
+`force=true`: they can be hours of runs that an undone edit makes valid again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.report.departures import find_departures
-from experiments.report.evidence import judge_record
+from experiments.report.evidence import LEFT_OUT, judge_record
 from experiments.report.plans import Plan
 from experiments.report.runs import EvidenceRun
 from experiments.reproduce.cells import Cell
@@ -48,35 +49,54 @@ def force_uncounted(cells: Sequence[Cell], plan: Plan | None) -> list[Cell]:
         cells: those of one experiment.
         plan: by which their table judges; None: only `force=true` makes records again.
     """
-    forced, reasons = list[Cell](), list[tuple[Cell, str]]()
+    forced, again, useless = list[Cell](), list[tuple[Cell, str]](), Counter[str]()
     for cell in cells:
         reason = _explain_remaking(cell, plan)
         forced.append(cell.with_force() if reason and not cell.config.force else cell)
-        reasons += [(cell, reason)] if reason else []
-    if reasons:
-        _announce(reasons)
+        again += [(cell, reason)] if reason else []
+        useless.update(_explain_uselessness(cell, plan))
+    if again:
+        _announce(again)
+    if useless:
+        _list_reasons(f"{cells[0].experiment}: runs that will not count in the table", useless)
     return forced
 
 
 def _explain_remaking(cell: Cell, plan: Plan | None) -> str:
-    """Why a complete record is to be made again; empty without a record, and if it stays.
-
-    A record that would depart from the plan again, because of overrides or of the plan itself, stays: without this
-    condition, every call would repeat it.
-    """
-    record, config = cell.record(), cell.config
+    """Why a complete record is to be made again; empty without a record, and if it stays."""
+    record = cell.record()
     if record is None or record["status"] != "complete":
         return ""
-    if config.force:
+    if cell.config.force:
         return "force=true"
-    if plan is None or config.name != plan.folder:  # no table judges records of this folder
+    found = "" if plan is None else _judge(cell, plan)
+    return found if found.startswith(LEFT_OUT) else ""
+
+
+def _judge(cell: Cell, plan: Plan) -> str:
+    """Why the table leaves out the complete record of a cell; empty if it counts, and if no table judges its folder."""
+    record, config = cell.record(), cell.config
+    if record is None or config.name != plan.folder:
         return ""
     place = Path(config.name) / config.record_path.name
     found = judge_record(Path(config.results_dir), plan, {plan.experiment: plan}, place, record)
-    if isinstance(found, EvidenceRun) or plan.exploratory:
-        return ""
-    anew = {**record, "config": config.resolved, "hparams": cell.hparams}
-    return "" if find_departures(anew, plan) else found
+    return "" if isinstance(found, EvidenceRun) else found
+
+
+def _explain_uselessness(cell: Cell, plan: Plan | None) -> list[str]:
+    """Why the table will not count a cell, whether it has a record or not."""
+    if plan is None or plan.exploratory or cell.config.name != plan.folder:
+        return []
+    record = cell.record()
+    if record is None or record["status"] != "complete" or cell.config.force:
+        other = find_departures({"config": cell.config.resolved, "hparams": cell.hparams}, plan)
+        return [f"not as its plan says: {', '.join(other)}"] if other else []
+    found = _judge(cell, plan)
+    return (
+        [f"{found}; ARGS=force=true makes all runs of the block again"]
+        if found and not found.startswith(LEFT_OUT)
+        else []
+    )
 
 
 def _announce(reasons: Sequence[tuple[Cell, str]]) -> None:
@@ -84,8 +104,14 @@ def _announce(reasons: Sequence[tuple[Cell, str]]) -> None:
     estimates = Estimates(Path(first.config.results_dir) / "runs")
     hours = [estimates.of(facts_of(cell.config.resolved))[0] for cell, _ in reasons]
     cost = f"about {sum(one for one in hours if one is not None):.1f} hours, one run at a time"
-    print(f"{first.experiment}: {len(reasons)} complete records are made again, {cost}:", flush=True)
-    counts = Counter(reason for _, reason in reasons).most_common()
+    _list_reasons(
+        f"{first.experiment}: complete records that are made again ({cost})", Counter(reason for _, reason in reasons)
+    )
+
+
+def _list_reasons(title: str, reasons: Counter[str]) -> None:
+    print(f"{title}: {reasons.total()}", flush=True)
+    counts = reasons.most_common()
     for reason, count in counts[:_SHOWN]:
         print(f"  {count}: {reason}", flush=True)
     if (more := sum(count for _, count in counts[_SHOWN:])) > 0:

@@ -1,9 +1,9 @@
 """Make the runs of the evidence plans: `python -m experiments.reproduce.evidence 2a --data <glue folder>`.
 
-A block is a plan of conf/experiment (experiments/reproduce/plans.py has their order); `all` makes them one after the
+A block is a plan of conf/experiment (experiments/report/blocks.py has their order); `all` makes them one after the
 other. Every cell is a process of its own with one thread. Cells with a complete record are not repeated, so the same
-command continues after a kill, and several calls share the work. A complete record that no table counts is made again,
-as all are with force=true. The records go to results/, with the plan's hash.
+command continues after a kill, and several calls share the work. A complete record without its predictions is made
+again, as all are with force=true. The records go to results/, with the plan's hash.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from experiments.report.blocks import Step
 from experiments.reproduce import commands, dry_run, search_all
 from experiments.reproduce.cells import Cell, in_evidence, list_cells
 from experiments.reproduce.commands import last_wins
 from experiments.reproduce.costs import RECORDS, Estimates, facts_of
 from experiments.reproduce.counting import Watch, force_uncounted
-from experiments.reproduce.plans import Block, list_blocks, read_plan
+from experiments.reproduce.plans import list_blocks, read_plan
 from experiments.reproduce.processes import Ended, Job, cell_job, explain_end, is_held, last_error, run_jobs
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_integer
@@ -63,7 +64,7 @@ def _make_blocks(name: str, request: Request) -> int:
     return max(_make_block(block, request, is_only=name != "all") for block in list_blocks(name))
 
 
-def _make_block(block: Block, request: Request, *, is_only: bool) -> int:
+def _make_block(block: Step, request: Request, *, is_only: bool) -> int:
     print(f"block {block.name}: {', '.join(block.plans) or 'searches'}", flush=True)
     if block.takes_trees and request.trees is None:
         reason = f"block {block.name} needs TREES=<file of conversation trees>"
@@ -77,7 +78,7 @@ def _make_block(block: Block, request: Request, *, is_only: bool) -> int:
     return max(_make_plan(name, block, request) for name in block.plans)
 
 
-def _make_plan(name: str, block: Block, request: Request) -> int:
+def _make_plan(name: str, block: Step, request: Request) -> int:
     plan = read_plan(name)
     overrides = last_wins((*block.overrides, *request.overrides))
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -13,48 +12,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.paths import CONF
 from experiments.report import plans as report_plans
+from experiments.report.blocks import STEPS, Step
 from experiments.report.plans import REGIMES, Plan
 from sparsegrad.errors import UserError, check_choice, fail, first_line
 
-
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """One step of the evidence, complete by itself.
-
-    Attributes:
-        name: as on the command line.
-        plans: its experiment YAMLs; empty: the searches of all plans.
-        overrides: which part of the plans it runs.
-        takes_trees: whether its data are conversation trees instead of GLUE.
-    """
-
-    name: str
-    plans: tuple[str, ...] = ()
-    overrides: tuple[str, ...] = ()
-    takes_trees: bool = False
-
-
-BLOCKS = (
-    Block(name="0", plans=("evidence_gates",)),
-    Block(name="1"),
-    Block(name="2a", plans=("evidence_paper",), overrides=("seed=42,3705,2023",)),
-    Block(name="3", plans=("evidence_mlp_only",)),
-    Block(name="4", plans=("evidence_density", "evidence_basis")),
-    Block(name="5", plans=("evidence_base",)),
-    Block(name="6", plans=("evidence_smollm2",), takes_trees=True),
-    Block(name="2b", plans=("evidence_paper",), overrides=("seed=37,7777",)),
-)
 SEARCHED = ("evidence_paper", "evidence_mlp_only", "evidence_smollm2")  # plans with searches of their own
 
 
-def list_blocks(name: str) -> list[Block]:
+def list_blocks(name: str) -> list[Step]:
     """The blocks that a name stands for, in the order of execution: one, both of `2`, or `all`.
 
     Raises:
         UserError: for an unknown name.
     """
-    check_choice("BLOCK", name, [*(block.name for block in BLOCKS), "2", "all"])
-    return [block for block in BLOCKS if name in ("all", block.name, block.name[0])]
+    check_choice("BLOCK", name, [*(step.name for step in STEPS), "2", "all"])
+    return [step for step in STEPS if name in ("all", step.name, step.name[0])]
 
 
 def read_plan(name: str) -> Plan:

@@ -113,7 +113,7 @@ def plan_search(plan: Plan, method: str, task: str, data: str | None, overrides:
     """
     sweep = SWEEPS[plan.regime == "paper"]
     about = [f"experiment={plan.experiment}", f"sweep={sweep}", f"task={task}", f"method={method}"]
-    anew = f"METHODS={method} TASKS={task} ARGS=sweep.overwrite=true"
+    anew = f"METHODS={method} TASKS={task} {commands.overwrite(overrides)}"
     found = searches.make_search([*about, *overrides, "hydra.mode=RUN"], task, data, anew)
     _check_budget(found)
     return found
@@ -148,7 +148,8 @@ def make(
     if plots and (stale or not all(one.is_summarised for one in found)):
         check_plot_packages()  # now: the plots are drawn when a search has taken its hours
     for one in stale:
-        _delete_found(one)
+        if searches.find_staleness(one):  # again: another call may have begun it anew meanwhile
+            _delete_found(one)
     for one in found:  # also those that others finished, but that have no summary yet
         export_finished(one, plots=plots)
     if launcher == "local":
@@ -168,7 +169,7 @@ def _find_stale(found: Sequence[Search]) -> list[Search]:
     for one, reason in zip(stale, filter(None, reasons), strict=True):
         print(f"search {one.study} is made anew: {reason}", flush=True)
     if kept := len(overwritten) - len(stale):
-        print(f"{kept} searches are kept: none of them has other settings than those asked for", flush=True)
+        print(f"kept, because the settings are those asked for: {kept} of {len(overwritten)} searches", flush=True)
     return stale
 
 

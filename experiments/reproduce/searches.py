@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 
 from experiments.paths import CONF, ROOT
 from experiments.published import TASKS
+from experiments.reproduce.commands import overwrite
 from experiments.reproduce.costs import Estimates, facts_of
 from experiments.reproduce.dry_run import format_left, print_listing
 from experiments.reproduce.plans import read_plan
@@ -153,8 +154,7 @@ def planned_searches(table: str, scale: str, data: str | None, overrides: Sequen
         about = [f"experiment={MINI_PLAN}", "sweep=evidence", f"method={method}", "hydra.mode=RUN"]
     tasks = narrowed[-1] if narrowed else tasks
     return [
-        make_search([*about, f"task={task}", *rest], task, data, f'ARGS="task={task} sweep.overwrite=true"')
-        for task in tasks
+        make_search([*about, f"task={task}", *rest], task, data, overwrite([f"task={task}", *rest])) for task in tasks
     ]
 
 

@@ -196,8 +196,8 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
     conditions = {group: found.get(group) for group in groups}
     if other := find_other_condition(conditions, composed, found["best"]["values"]):
         raise SearchMissingError(
-            f"hparams=search: {name} was searched with {other}: {remedy} with ARGS=sweep.overwrite=true; or leave that "
-            "setting as it was"
+            f'hparams=search: {name} was searched with {other}: {remedy} with ARGS="KEY=VALUE sweep.overwrite=true", '
+            "where KEY=VALUE is that setting of this run; or leave it as it was"
         )
     return found
 

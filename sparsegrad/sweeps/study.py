@@ -201,7 +201,7 @@ def _check_identity(plan: Plan, study: Study) -> None:
         return
     remedy = "choose another sweep.study=, or sweep.overwrite=true to delete it and start again"
     if found is None:
-        raise UserError(f"study {study.study_name} was not made by a sweep of this project: {remedy}")
+        raise UserError(f"study {study.study_name} was not made by a sweep of this project; {remedy}")
     for part in ("space", "direction", "metric", "objective", "budget"):
         if found.get(part) != wanted.get(part):
             raise UserError(
@@ -262,7 +262,7 @@ def _compare_content(name: str, stored: Mapping[str, str], found: Mapping[str, s
     for part in stored.keys() & found.keys():
         if stored[part] != found[part]:
             raise UserError(
-                f"study {name} was searched with another {part} (there {stored[part]}, here {found[part]}): give the "
+                f"study {name} was searched with another {part} (there {stored[part]}, here {found[part]}); give the "
                 "same one, choose another sweep.study=, or sweep.overwrite=true to delete it and start again"
             )
 

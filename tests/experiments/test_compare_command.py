@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,7 +78,7 @@ def test_a_search_is_not_used_for_other_settings_of_the_method(
     error = capsys.readouterr().err
     assert "evidence_mlp_only-minilm-peft-mrpc was made with method.config.peft_type=LORA, not SHIRA" in error
     assert "name: NAME" in error
-    assert "METHODS=peft TASKS=mrpc ARGS=sweep.overwrite=true" in error
+    assert f'METHODS=peft TASKS=mrpc ARGS="{" ".join(where)} {SHIRA} sweep.overwrite=true"' in error
     assert error.count("\n") == 1
 
     (results / "studies" / "studies.db").unlink()
@@ -99,7 +101,7 @@ def test_a_search_is_not_used_for_other_training(where: tuple[str, str], results
     assert summary["train"]["group_by_length"] == "shuffled"
     search.summary.unlink()
     with pytest.raises(
-        UserError, match=r"shuffled, not False.*METHODS=lora_tuned TASKS=mrpc ARGS=sweep\.overwrite=true"
+        UserError, match=r"shuffled, not False.*METHODS=lora_tuned TASKS=mrpc ARGS=.*=false sweep\.over"
     ):
         plan("lora_tuned", *where, other)  # the study says so
     (results / "studies" / "studies.db").unlink()
@@ -166,10 +168,14 @@ def test_overwriting_deletes_another_search_once_and_none_that_is_asked_for(
     same = plan("frozen", *where, "sweep.overwrite=true")
     assert search_all.make([same], 1, dry=False) == 0
     assert not started
-    assert "1 searches are kept" in capsys.readouterr().out
+    assert "those asked for: 1 of 1 searches" in capsys.readouterr().out
     assert same.is_summarised
 
-    other = plan("frozen", *where, "train.batch_size=16", "sweep.overwrite=true")
+    with pytest.raises(UserError) as refused:
+        plan("frozen", *where, "train.batch_size=16")
+    words = shlex.split(re.search(r"make it anew with (.*), or leave", str(refused.value)).group(1))  # type: ignore[union-attr]
+    assert words[:2] == ["METHODS=frozen", "TASKS=mrpc"]
+    other = plan("frozen", *words[2].removeprefix("ARGS=").split())  # the remedy, as printed
     assert search_all.make([other], 1, dry=True) == 0
     assert "0 of 1 studies complete" in (said := capsys.readouterr().out)
     assert "frozen-mrpc is made anew: it was made with 32 rows per step, not 16" in said
@@ -191,7 +197,7 @@ def test_overwriting_deletes_another_search_once_and_none_that_is_asked_for(
 def test_a_refused_search_of_a_table_names_its_task(where: tuple[str, str]) -> None:
     given = ["task=mrpc", *where]
     finish(searches.planned_searches("table13", "mini", None, given)[0])
-    with pytest.raises(UserError, match=r'make it anew with ARGS="task=mrpc sweep\.overwrite=true"'):
+    with pytest.raises(UserError, match=r'anew with ARGS="task=mrpc .* train\.batch_size=16 sweep\.overwrite=true"'):
         searches.planned_searches("table13", "mini", None, [*given, "train.batch_size=16"])
 
 
@@ -242,26 +248,34 @@ def test_a_method_whose_trials_all_diverged_does_not_stop_the_others(
     assert command.main([*given, "seed=42"]) == 1
     said = capsys.readouterr().out
     assert "frozen-mrpc: none of its 1 trials was completed (training diverged)" in said
-    assert "make it anew with METHODS=frozen TASKS=mrpc ARGS=sweep.overwrite=true" in said
+    assert "make it anew with METHODS=frozen TASKS=mrpc ARGS=" in said
     assert "left out: frozen on mrpc" in said
     assert made == ["mrpc 42 bitfit"]
     assert "the table" in said
 
 
-def test_a_run_of_any_method_that_the_table_leaves_out_is_made_again(
-    where: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_a_run_of_any_method_is_made_again_without_its_predictions_and_named_if_the_plan_was_edited(
+    is_edited: bool, where: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finish(plan("peft", *where))  # a method that the plan does not list
     (cell,) = list_cells("compare", ["method=peft", "task=mrpc", "seed=42", *where])
-    before = {"experiment": "compare", "sha256": "0" * 16}
-    record = {"schema": 1, "status": "complete", "plan": before, "config": cell.config.resolved}
+    before = {"experiment": "compare", "sha256": "0" * 16 if is_edited else read_plan("compare").sha256}
+    record = {
+        "schema": 1,
+        "status": "complete",
+        "plan": before,
+        "config": cell.config.resolved,
+        "hparams": cell.hparams,
+    }
     write_json(cell.config.record_path, record)
     made: list[bool] = []
     monkeypatch.setattr(command.evidence, "make", lambda cells, _: made.extend(one.config.force for one in cells) or 0)
     monkeypatch.setattr(command, "write_comparison", lambda *_: "the table")
     assert command.main(["--methods", "peft", "--tasks", "mrpc", "seed=42", *where]) == 0
-    assert made == [True]
-    assert "its plan compare was edited afterwards" in capsys.readouterr().out
+    assert made == [not is_edited]
+    reason = "its plan compare was edited afterwards" if is_edited else "run it again with force=true"
+    assert reason in capsys.readouterr().out
 
 
 def test_a_wrong_value_does_not_count_as_waiting(where: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:

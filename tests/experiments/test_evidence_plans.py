@@ -11,10 +11,11 @@ import pytest
 from omegaconf import OmegaConf
 from run_fixtures import ROOT
 
+from experiments.report.blocks import STEPS
 from experiments.report.plans import REGIMES
 from experiments.reproduce import plans, search_all
 from experiments.reproduce.cells import Cell, list_cells
-from experiments.reproduce.plans import BLOCKS, SEARCHED, list_blocks, read_plan
+from experiments.reproduce.plans import SEARCHED, list_blocks, read_plan
 from experiments.reproduce.searches import Search
 from sparsegrad.errors import UserError
 from sparsegrad.runs.keys import determining, flatten
@@ -44,7 +45,7 @@ def cells() -> dict[str, list[Cell]]:
 
 def test_every_plan_is_in_a_block() -> None:
     files = {path.stem for path in (ROOT / "conf" / "experiment").glob("evidence_*.yaml")}
-    assert files == set(CELLS) == {name for block in BLOCKS for name in block.plans}
+    assert files == set(CELLS) == {name for step in STEPS for name in step.plans}
 
 
 @pytest.mark.parametrize("name", CELLS)

@@ -152,12 +152,11 @@ def change_plan(record: Path) -> None:
     [
         (lambda _: None, (), ""),
         (lambda _: None, ("force=true",), "1: force=true"),
-        (change_plan, (), "1: exploratory, its plan evidence_gates was edited afterwards"),
         (lambda record: predictions_path(record).unlink(), (), "run it again with force=true"),
     ],
-    ids=["counts", "asked", "edited plan", "no predictions"],
+    ids=["counts", "asked", "no predictions"],
 )
-def test_a_record_that_no_table_counts_is_listed_and_made_again(
+def test_a_record_without_its_predictions_is_listed_and_made_again(
     spoil: Callable[[Path], None],
     given: tuple[str, ...],
     reason: str,
@@ -172,7 +171,7 @@ def test_a_record_that_no_table_counts_is_listed_and_made_again(
     arguments = ["0", "task=stsb", "train.lr=1e-4", *places, *given]
     assert evidence.main([*arguments, "--dry"]) == 0
     said = capsys.readouterr().out
-    assert ("1 complete records are made again" in said) is bool(reason)
+    assert ("complete records that are made again" in said) is bool(reason)
     assert reason in said
     assert ("again 1" in said or "again" in said.split()) is bool(reason)
     assert ("0 of 1" in said) is bool(reason)
@@ -180,12 +179,24 @@ def test_a_record_that_no_table_counts_is_listed_and_made_again(
     assert asked == [bool(reason)]
 
 
-def test_a_record_that_would_not_count_again_is_not_repeated(planned: Cell) -> None:
-    plan = read_plan("evidence_gates")
+def test_a_record_of_an_edited_plan_is_named_and_not_repeated(
+    planned: Cell, capsys: pytest.CaptureFixture[str]
+) -> None:
     change_plan(planned.config.record_path)
-    for other in (replace(plan, seeds=(7,)), replace(plan, exploratory=True), replace(plan, folder="elsewhere"), None):
-        assert force_uncounted([planned], other) == [planned]
-    assert force_uncounted([planned], plan)[0].config.force
+    assert force_uncounted([planned], read_plan("evidence_gates")) == [planned]
+    said = capsys.readouterr().out
+    assert "its plan evidence_gates was edited afterwards; ARGS=force=true" in said
+
+
+def test_a_run_that_the_table_will_not_count_is_named_before_it_starts(
+    planned: Cell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned.config.record_path.unlink()
+    plan = read_plan("evidence_gates")
+    assert force_uncounted([planned], plan) == [planned]
+    assert capsys.readouterr().out == ""
+    assert force_uncounted([planned], replace(plan, seeds=(7,))) == [planned]
+    assert "will not count in the table: 1\n  1: not as its plan says: seed=42" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

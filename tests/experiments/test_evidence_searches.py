@@ -124,7 +124,7 @@ def test_a_search_of_another_budget_is_refused(
     assert search_all.main(["--methods", "lora", "--tasks", "cola", *places]) == 2
     error = capsys.readouterr().err
     assert "evidence-minilm-lora-cola has a budget of 6 trials, its plan one of 8" in error
-    assert "METHODS=lora TASKS=cola ARGS=sweep.overwrite=true" in error
+    assert f'METHODS=lora TASKS=cola ARGS="{" ".join(places)} sweep.overwrite=true"' in error
 
 
 @pytest.mark.parametrize(

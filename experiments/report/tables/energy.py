@@ -34,6 +34,7 @@ def table(context: Context) -> Table:
         "Share of the squared norm of an MLP weight's gradient in the 1 % of entries that an engine trains (the "
         "largest 1 % after rotation, or a leading block), averaged over blocks. `all`: mean over the measured steps.",
         "A larger share does not imply better training.",
+        *([f"Task: {found['task']}."] if found and "task" in found else []),
     ]
     if not rows:
         notes, lines = (
