@@ -20,11 +20,7 @@ from experiments.mtbench.schema import (
     TEMPERATURES,
     Question,
     load_answers,
-    load_prompts,
-    load_questions,
 )
-from sparsegrad.assets.download import assets_root, problem
-from sparsegrad.assets.table import ASSETS
 from sparsegrad.errors import UserError
 from sparsegrad.models.source import find_source
 
@@ -36,9 +32,6 @@ QUESTIONS = [
     {"question_id": 5, "category": "writing", "turns": ["alpha"]},
     {"question_id": "own", "category": "unheard of", "turns": ["alpha", "beta"]},
 ]
-needs_asset = pytest.mark.skipif(
-    problem(ASSETS["mtbench"], assets_root()) is not None, reason="needs `python -m sparsegrad.assets mtbench`"
-)
 
 
 @pytest.fixture(scope="module")
@@ -293,29 +286,3 @@ def test_an_append_mends_a_cut_line_and_keeps_a_whole_one(tmp_path: Path) -> Non
     path.write_text('{"n": 4}')  # whole, but its line is not ended
     append_line(path, {"n": 5})
     assert [row["n"] for row in read_lines(path)] == [4, 5]
-
-
-@needs_asset
-def test_the_packaged_questions_references_and_prompts() -> None:
-    questions = load_questions()
-    assert len(questions) == 80
-    assert {question.category for question in questions} == set(TEMPERATURES)
-    assert all(len(question.turns) == 2 for question in questions)
-    assert sum(bool(question.reference) for question in questions) == 30
-    assert set(load_prompts()) == {
-        "single-v1", "single-v1-multi-turn", "single-math-v1", "single-math-v1-multi-turn",
-    }  # fmt: skip
-
-
-@needs_asset
-def test_the_packaged_prompts_take_every_answer() -> None:
-    from experiments.mtbench.judge import make_tasks
-    from experiments.mtbench.schema import Answer
-
-    answers = [Answer(one.question_id, "m", ("FIRST {x}", "SECOND"), "i", 0.0) for one in load_questions()]
-    tasks = make_tasks(answers, load_questions(), load_prompts())
-    assert len(tasks) == 160
-    assert all(("FIRST {x}" in task.messages[1]["content"]) for task in tasks)
-    assert all(("SECOND" in task.messages[1]["content"]) == (task.turn == 2) for task in tasks)
-    with_reference = [task for task in tasks if "Reference" in task.messages[1]["content"]]
-    assert len(with_reference) == 60
