@@ -62,7 +62,7 @@ IN_SMALL = {
 }
 
 
-def command(folder: str, seeds: Collection[int] = ()) -> str:
+def block_command(folder: str, seeds: Collection[int] = ()) -> str:
     """The command that makes the runs of a block: those of these seeds, or all."""
     steps = [step for step in STEPS if folder in step.plans]
     enough = [step for step in steps if seeds and set(map(str, seeds)) <= set(_list_seeds(step))]

@@ -10,8 +10,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from experiments.report.blocks import BLOCKS
-from experiments.report.blocks import command as block_command
+from experiments.report.blocks import BLOCKS, block_command
 from experiments.report.collect import EXPERIMENTS, hours
 from experiments.report.comparison.notes import PLANS
 from experiments.report.tables.base import Context, Table

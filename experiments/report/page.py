@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from experiments.report.answers_page import has_answers
-from experiments.report.blocks import BLOCKS, IN_SMALL, command
+from experiments.report.blocks import BLOCKS, IN_SMALL, block_command
 from experiments.report.collect import skipped_summary
 from experiments.report.comparison import notes as comparison
 from experiments.report.details import anchor, cell_details, environment_line
@@ -151,7 +151,7 @@ def _label(table: Table, row: Mapping[str, str], name: str) -> str:
 def _command(name: str) -> str:
     """The command that makes the runs of a table."""
     if (folder := name.removesuffix("_tasks")) in BLOCKS:
-        return command(folder)
+        return block_command(folder)
     if name in comparison.PLANS:
         return comparison.PLANS[name].command
     known = {

@@ -12,7 +12,7 @@ from test_report_claims import PAIR, of
 
 from experiments.palette import STYLES, style_of
 from experiments.report import figures, page, score_hours
-from experiments.report.blocks import BLOCKS, command
+from experiments.report.blocks import BLOCKS, block_command
 from experiments.report.decisions import decide
 from experiments.report.evidence import load_evidence
 from experiments.report.tables import ablation, claims, main_tables
@@ -95,7 +95,7 @@ def test_partial_and_empty_blocks_say_so(cases: Cases) -> None:
     ],
 )
 def test_a_block_names_the_command_that_makes_its_runs(folder: str, seeds: tuple[int, ...], ending: str) -> None:
-    assert command(folder, seeds) == f"make evidence {ending}"
+    assert block_command(folder, seeds) == f"make evidence {ending}"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_block_names_the_command_that_makes_its_runs(folder: str, seeds: tuple
         ("evidence_paper_tasks", "make evidence BLOCK=2 DATA"),
         ("compare", "make compare SCALE=mini DATA"),
         ("compare_smollm2", "make compare SCALE=mini TASKS=oasst1"),
-        ("quality_energy", "make reproduce-quality DATA"),
+        ("quality_energy", "make reproduce-quality"),
         ("table9", "make reproduce-table9"),
         ("claims", "make report"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.palette import style_of
-from experiments.report.blocks import BLOCKS, command
+from experiments.report.blocks import BLOCKS, block_command
 from experiments.report.evidence import Evidence, load_evidence
 from experiments.report.gates import GATES, Health, check_task, comparable_tasks
 from experiments.report.plans import MIN_SEEDS
@@ -73,7 +73,7 @@ def reference_of(block: Block) -> str | None:
 
 def _empty_table(block: Block) -> Table:
     planned = block.plan.planned if block.plan else 0
-    text = f"{NOT_RUN} ({planned} runs planned): {command(block.folder)}"
+    text = f"{NOT_RUN} ({planned} runs planned): {block_command(block.folder)}"
     frame = pd.DataFrame([{"method": text}])
     return Table(block.folder, BLOCKS[block.folder].title, frame, apart_notes(block))
 
