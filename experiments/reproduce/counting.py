@@ -1,8 +1,8 @@
 """Complete records that are made again: all of them with `force=true`, else those without their predictions.
 
-A table leaves out a record whose predictions are missing or damaged. The key of a run has no part in them, so that
-record would stay for ever. Records of a plan that was edited afterwards are named, but not made again without
-`force=true`: they can be hours of runs that an undone edit makes valid again.
+A table leaves out a record whose predictions are missing or damaged. The key of a run does not depend on them, so
+without this module the record would count as finished. Records of a plan that was edited afterwards are named, but made
+again only with `force=true`: they can be hours of runs that are valid again when the edit is undone.
 """
 
 from __future__ import annotations
@@ -49,54 +49,43 @@ def force_uncounted(cells: Sequence[Cell], plan: Plan | None) -> list[Cell]:
         cells: those of one experiment.
         plan: by which their table judges; None: only `force=true` makes records again.
     """
-    forced, again, useless = list[Cell](), list[tuple[Cell, str]](), Counter[str]()
+    forced, again, uncounted = list[Cell](), list[tuple[Cell, str]](), Counter[str]()
     for cell in cells:
-        reason = _explain_remaking(cell, plan)
-        forced.append(cell.with_force() if reason and not cell.config.force else cell)
-        again += [(cell, reason)] if reason else []
-        useless.update(_explain_uselessness(cell, plan))
+        remade, left_out = _explain(cell, plan)
+        forced.append(cell.with_force() if remade and not cell.config.force else cell)
+        again += [(cell, remade)] if remade else []
+        uncounted.update([left_out] if left_out else [])
     if again:
         _announce(again)
-    if useless:
-        _list_reasons(f"{cells[0].experiment}: runs that will not count in the table", useless)
+    if uncounted:
+        _list_reasons(f"{cells[0].experiment}: runs that will not count in the table", uncounted)
     return forced
 
 
-def _explain_remaking(cell: Cell, plan: Plan | None) -> str:
-    """Why a complete record is to be made again; empty without a record, and if it stays."""
+def _explain(cell: Cell, plan: Plan | None) -> tuple[str, str]:
+    """Why the complete record of a cell is made again, and why the table will not count the cell; or empty."""
     record = cell.record()
-    if record is None or record["status"] != "complete":
-        return ""
-    if cell.config.force:
-        return "force=true"
-    found = "" if plan is None else _judge(cell, plan)
-    return found if found.startswith(LEFT_OUT) else ""
+    is_complete = record is not None and record["status"] == "complete"
+    remade = "force=true" if is_complete and cell.config.force else ""
+    if plan is None or cell.config.name != plan.folder:  # no table judges this folder
+        return remade, ""
+    if remade or not is_complete:
+        anew = {"config": cell.config.resolved, "hparams": cell.hparams}
+        other = [] if plan.exploratory else find_departures(anew, plan)
+        return remade, f"not as its plan says: {', '.join(other)}" if other else ""
+    found = _judge(cell, plan)
+    if found.startswith(LEFT_OUT):
+        return found, ""
+    return "", f"{found}; ARGS=force=true makes all runs of the block again" if found and not plan.exploratory else ""
 
 
 def _judge(cell: Cell, plan: Plan) -> str:
-    """Why the table leaves out the complete record of a cell; empty if it counts, and if no table judges its folder."""
+    """Why the table leaves out the complete record of a cell; empty if it counts."""
     record, config = cell.record(), cell.config
-    if record is None or config.name != plan.folder:
-        return ""
+    assert record is not None
     place = Path(config.name) / config.record_path.name
     found = judge_record(Path(config.results_dir), plan, {plan.experiment: plan}, place, record)
     return "" if isinstance(found, EvidenceRun) else found
-
-
-def _explain_uselessness(cell: Cell, plan: Plan | None) -> list[str]:
-    """Why the table will not count a cell, whether it has a record or not."""
-    if plan is None or plan.exploratory or cell.config.name != plan.folder:
-        return []
-    record = cell.record()
-    if record is None or record["status"] != "complete" or cell.config.force:
-        other = find_departures({"config": cell.config.resolved, "hparams": cell.hparams}, plan)
-        return [f"not as its plan says: {', '.join(other)}"] if other else []
-    found = _judge(cell, plan)
-    return (
-        [f"{found}; ARGS=force=true makes all runs of the block again"]
-        if found and not found.startswith(LEFT_OUT)
-        else []
-    )
 
 
 def _announce(reasons: Sequence[tuple[Cell, str]]) -> None:
