@@ -23,10 +23,10 @@ def read_figure_data(results: Path, name: str, *fields: str) -> dict[str, Any] |
     path = results / "figures" / f"{name}.json"
     if not path.is_file():
         return None
-    remedy = f"`python -m experiments.studies.gradients {name}` measures it again"
+    remedy = f"make reproduce-{'quality' if name == 'energy' else name} measures it again"
     try:
         found = read_json(path)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): {remedy}") from None
     missing = [field for field in fields if not isinstance(found, dict) or field not in found]
     if missing or not isinstance(found, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -18,9 +17,9 @@ from matplotlib.figure import Figure
 from experiments.labels import INK, label_ends
 from experiments.palette import BASES, style_of
 from experiments.report import score_hours
+from experiments.report.figure_data import read_figure_data
 from experiments.report.tables import ablation, basis
 from experiments.report.tables.base import MINI_MARK, Context
-from sparsegrad.errors import UserError
 from sparsegrad.files import write_bytes
 from sparsegrad.progress import track
 
@@ -86,11 +85,7 @@ def read_data(context: Context, name: str) -> dict[str, Any] | None:
     Raises:
         UserError: when it cannot be read.
     """
-    path = context.results / "figures" / f"{name}.json"
-    try:
-        return dict(json.loads(path.read_text())) if path.is_file() else None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): make reproduce-{name} measures it again") from None
+    return read_figure_data(context.results, name)
 
 
 def figure2(context: Context) -> Figure | None:

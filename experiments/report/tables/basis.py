@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pandas as pd
 
+from experiments.report.figure_data import read_figure_data
 from experiments.report.tables.base import MINI_MARK, MISSING, Context, Table
-from sparsegrad.errors import UserError
 
 NAMES = {
     "none": "no rotation",
@@ -29,11 +28,7 @@ def read(results: Path) -> dict[str, Any] | None:
     Raises:
         UserError: when it cannot be read.
     """
-    path = results / "figures" / "basis.json"
-    try:
-        return dict(json.loads(path.read_text())) if path.is_file() else None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): make reproduce-basis measures it again") from None
+    return read_figure_data(results, "basis")
 
 
 def kept_energy(found: dict[str, Any], basis: str, kind: str, density: float = DENSITY) -> dict[int, float]:
