@@ -72,6 +72,7 @@ def environment_line(environment: Mapping[str, Any]) -> str:
     hardware, versions = environment.get("hardware", {}), environment.get("versions", {})
     what = [str(hardware.get(name)) for name in ("gpu", "cpu", "system") if hardware.get(name)]
     what += [f"{hardware.get('cores')} cores", f"{hardware.get('threads')} threads"]
+    what += ["no instructions for bfloat16"] if hardware.get("bfloat16") is False else []
     return ", ".join([*what, *(f"{name} {number}" for name, number in versions.items())])
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import torch
 
+from sparsegrad.trainer.bfloat16 import has_bfloat16_products
+
 _PACKAGES = (
     "sparsegrad-peft", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "hydra-core", "numpy",
     "huggingface_hub", "tokenizers",
@@ -41,7 +43,7 @@ def now() -> str:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Processor, memory, threads, and the GPU if one is used."""
+    """Processor, memory, threads; the GPU if one is used, otherwise whether the processor multiplies bfloat16."""
     facts: dict[str, Any] = {
         "device": device.type,
         "cpu": _cpu_name(),
@@ -50,6 +52,8 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }
+    if device.type == "cpu":
+        facts["bfloat16"] = has_bfloat16_products()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}

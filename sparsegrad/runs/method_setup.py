@@ -18,6 +18,7 @@ from sparsegrad.runs.parts import Parts
 from sparsegrad.runs.trainer_setup import training_batches
 from sparsegrad.targets import Linears, all_linears
 from sparsegrad.tasks.base import Splits
+from sparsegrad.trainer.bfloat16 import fast_bfloat16
 from sparsegrad.trainer.parallel import shard_model
 
 
@@ -37,7 +38,7 @@ def prepare_method(
     # Weights of two precisions in one model need autocast, in the calibration too.
     mixed = config.train.precision == "bf16_weights"
     rest = _outside_mlp(model, parts.linears)
-    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed), fast_bfloat16(device):
         prepared = config.method.prepare(model, parts.linears, context)
     _check_saving(config, prepared)
     if config.train.rest_lr is not None:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from sparsegrad.distributed import average_, world_size
 from sparsegrad.errors import ResourceError, UserError, first_line
 from sparsegrad.files import unreadable
+from sparsegrad.trainer.bfloat16 import fast_bfloat16
 from sparsegrad.trainer.callbacks import LossWatch, Progress, Stopwatch
 from sparsegrad.trainer.checkpoints import OR_RESTART, PREFIX, load_state, prune, read_manifest, seal
 from sparsegrad.trainer.last_batch import own_rows, weighted, without_labels
@@ -124,7 +125,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run forward and backward on one micro-batch and check its loss."""
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        with fast_bfloat16(self.args.device):
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
         self.loss_watch.add(loss)
         return loss
 
@@ -140,7 +142,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Run the Trainer's loop, and keep what an evaluation predicts; a prediction of other rows has another name."""
-        found = super().evaluation_loop(*args, **kwargs)
+        with fast_bfloat16(self.args.device):
+            found = super().evaluation_loop(*args, **kwargs)
         if kwargs.get("description") == "Evaluation":
             self._predicted[self.state.global_step] = found
         return found

@@ -84,5 +84,5 @@ def test_the_energy_table_has_first_last_and_mean(tmp_path: Path) -> None:
 def test_a_damaged_energy_is_one_error_with_the_remedy(tmp_path: Path, content: str) -> None:
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "energy.json").write_text(content)
-    with pytest.raises(UserError, match=r"energy\.json is damaged .* experiments\.studies\.gradients energy"):
+    with pytest.raises(UserError, match=r"energy\.json is damaged .*: make reproduce-quality measures it again"):
         energy.table(context(tmp_path))

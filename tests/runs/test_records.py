@@ -187,6 +187,7 @@ def test_the_environment_names_versions_commit_and_hardware() -> None:
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["hardware"]["device"] == "cpu"
     assert found["hardware"]["memory_gib"] > 0
+    assert found["hardware"]["bfloat16"] in (True, False)
     assert not found["git"] or len(found["git"]["commit"]) == 40
     json.dumps(found, allow_nan=False)
 
