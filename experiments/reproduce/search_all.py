@@ -29,8 +29,7 @@ from sparsegrad.errors import UserError, check_choice
 from sparsegrad.sweeps.ledger import REASON
 from sparsegrad.sweeps.search_results import SWEEPS
 from sparsegrad.sweeps.show import check_plot_packages, export, write_plots
-from sparsegrad.sweeps.storage import open_store
-from sparsegrad.sweeps.study import delete, load_study, quiet
+from sparsegrad.sweeps.study import load_study, quiet
 
 COUNT_SECONDS = 60.0  # between two counts of the finished trials; one takes over a second of a core
 
@@ -149,7 +148,7 @@ def make(
         check_plot_packages()  # now: the plots are drawn when a search has taken its hours
     for one in stale:
         if searches.find_staleness(one):  # again: another call may have begun it anew meanwhile
-            _delete_found(one)
+            searches.delete_search(one)
     for one in found:  # also those that others finished, but that have no summary yet
         export_finished(one, plots=plots)
     if launcher == "local":
@@ -213,13 +212,6 @@ def search_job(search: Search) -> Job:
     """The process that adds a worker to a search."""
     log = Path(search.plan.base.work_dir) / "logs" / f"{search.study}.log"
     return Job(label=search.study, command=(sys.executable, str(ROOT / "run.py"), *search.worker_overrides), log=log)
-
-
-def _delete_found(search: Search) -> None:
-    """Delete the study of a search, and its summary; the records of its trials are kept."""
-    if search.load_study() is not None:
-        delete(open_store(search.plan.sweep.storage), search.study)
-    search.summary.unlink(missing_ok=True)
 
 
 def export_finished(search: Search, *, plots: bool = False) -> None:

@@ -28,6 +28,8 @@ from experiments.reproduce.dry_run import format_left, print_listing
 from experiments.reproduce.plans import read_plan
 from sparsegrad.errors import UserError
 from sparsegrad.runs.overrides import explain, key_of
+from sparsegrad.runs.predictions import predictions_path
+from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps.config import Plan, make_plan
 from sparsegrad.sweeps.ledger import Ledger
 from sparsegrad.sweeps.search_results import (
@@ -39,7 +41,7 @@ from sparsegrad.sweeps.search_results import (
     select_settings,
 )
 from sparsegrad.sweeps.storage import JOURNAL, open_store
-from sparsegrad.sweeps.study import IDENTITY, find_refusal
+from sparsegrad.sweeps.study import IDENTITY, content_of, delete, find_refusal, read_fingerprint
 
 TABLES = {
     "table13": ("bert_base", "sparsegrad"),
@@ -199,7 +201,7 @@ def find_staleness(search: Search) -> str:
         return f"it was made with {found}"
     if search.is_barren:
         return "no trial was completed"
-    if found := _find_other_goal(search):
+    if found := _find_other_goal(search) or _find_other_data(search):
         return found
     study = None if search.is_finished else search.load_study()
     # A worker compares more than what makes a finished search another one.
@@ -240,6 +242,36 @@ def _find_other_goal(search: Search) -> str:
     if search.is_summarised and summary.get("best", {}).get("values", {}).keys() != wanted["space"].keys():
         return "its summary has other values than those searched"
     return ""
+
+
+def _find_other_data(search: Search) -> str:
+    """Whether a summary is of data with another content; empty where one of the two is not at hand."""
+    stored = search.read_summary().get("content", {}).get("data")
+    found = None if stored is None else read_fingerprint(search.plan)
+    return "" if found is None or found == stored else f"its data has the fingerprint {stored}, not {found}"
+
+
+def delete_search(search: Search) -> None:
+    """Delete the study and the summary of a search; the records of its trials stay, except those of other data.
+
+    A record of the same settings saves the new search a trial, but one of other data would be refused.
+    """
+    if search.load_study() is not None:
+        delete(open_store(search.plan.sweep.storage), search.study)
+    search.summary.unlink(missing_ok=True)
+    found = read_fingerprint(search.plan)
+    for path in sorted(search.plan.base.record_path.parent.glob("*.json")):
+        if found is not None and _read_data(path) not in (None, found):
+            path.unlink()
+            predictions_path(path).unlink(missing_ok=True)
+
+
+def _read_data(record: Path) -> str | None:
+    """The fingerprint of the data of a record; None if it does not say, or is damaged, which its run will report."""
+    try:
+        return content_of(read_record(record)).get("data")
+    except UserError:
+        return None
 
 
 def _read_fixed(search: Search) -> list[dict[str, Any]]:

@@ -249,13 +249,16 @@ def _check_content(plan: Plan, study: Study) -> None:
     Names say too little: `data.dir` is no part of a run's key, and a folder can be changed in place.
     """
     stored = study.user_attrs.get(CONTENT)
-    if stored is None:
-        return
+    if stored is not None and (found := read_fingerprint(plan)) is not None:
+        _compare_content(study.study_name, stored, {"data": found})
+
+
+def read_fingerprint(plan: Plan) -> str | None:
+    """The fingerprint of the data that a plan reads; None if it is not at hand."""
     try:
-        found = {"data": plan.base.task.load(plan.base.data).fingerprint}
+        return plan.base.task.load(plan.base.data).fingerprint
     except UserError:
-        return
-    _compare_content(study.study_name, stored, found)
+        return None
 
 
 def _compare_content(name: str, stored: Mapping[str, str], found: Mapping[str, str]) -> None:
