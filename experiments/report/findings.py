@@ -92,8 +92,9 @@ def _speed(context: Context) -> Iterator[Finding]:
             if arm in of and (ratio := of[arm]["speed_over"].get(other)) is not None
         ]
         if said:
+            few = f"; {of['exact']['n']} process per engine" if "exact" in of and of["exact"]["n"] == 1 else ""
             yield (
-                f"How fast are the engines on {machine} ({label or 'whole model'})?",
+                f"How fast are the engines on {machine} ({label or 'whole model'}{few})?",
                 "; ".join(said),
                 "table3_measured",
             )

@@ -60,7 +60,7 @@ def check_task(evidence: Evidence, folder: str, task: str, searches: Searches) -
     reasons = [
         *_check_gate(block, task, gate, reached),
         # A rate that is too high may well end in one class; of the block of gates only the best rate counts.
-        *_check_constant(references if folder == GATES else judged),
+        *_check_collapsed(references if folder == GATES else judged),
         *_check_improving(block, improving),
         *_check_data(runs),
         *_check_budget(block, runs, searches),
@@ -71,7 +71,7 @@ def check_task(evidence: Evidence, folder: str, task: str, searches: Searches) -
         reached=reached,
         improving=improving,
         missing=tuple(_missing_seeds(block, task)),
-        exempt=(*_check_constant(floors), *_count_improving(floors)),
+        exempt=(*_check_collapsed(floors), *_count_improving(floors)),
     )
 
 
@@ -115,10 +115,11 @@ def _check_gate(block: Block, task: str, gate: float | None, reached: float | No
         yield f"{name} reached {reached:.2f} of {gate:g} on {task}"
 
 
-def _check_constant(runs: list[EvidenceRun]) -> Iterator[str]:
-    constant = [f"{run.arm} seed {run.seed}" for run in runs if run.is_constant]
-    if constant:
-        yield f"{', '.join(constant)} predict{'s' * (len(constant) == 1)} one class for all rows of {runs[0].task}"
+def _check_collapsed(runs: list[EvidenceRun]) -> Iterator[str]:
+    collapsed = [f"{run.arm} seed {run.seed}" for run in runs if run.has_collapsed]
+    if collapsed:
+        same = "numbers that hardly differ" if runs[0].metric == "pearson" else "one class"
+        yield f"{', '.join(collapsed)} predict{'s' * (len(collapsed) == 1)} {same} for all rows of {runs[0].task}"
 
 
 def _check_improving(block: Block, improving: tuple[int, int]) -> Iterator[str]:

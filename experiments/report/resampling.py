@@ -20,6 +20,7 @@ DRAWS = 10_000
 SEED = 20_24  # of the resampled rows: fixed, so that the same records give the same tables
 CHUNK = 1_000  # draws per product: 1,000 x 1,500 rows in float64 are 12 MB
 POINTS = 100.0
+LEAST_SPREAD = 0.25  # standard deviation of predictions that have not collapsed, over that of the labels
 CLASSES = 2  # of the tasks that are scored by Matthews correlation
 
 
@@ -86,9 +87,19 @@ def _compute_draws(metric: str, runs: Sequence[Arrays], draws: int) -> Floats:
     return found
 
 
-def is_constant(metric: str, arrays: Arrays) -> bool:
-    """Whether a run predicts one class, or one number, for all rows; never for a language model."""
-    return metric != "nll" and bool(np.all(arrays["predicted"] == arrays["predicted"][0]))
+def has_collapsed(metric: str, arrays: Arrays) -> bool:
+    """Whether a run predicts one class, or numbers that hardly differ, for all rows; never for a language model.
+
+    Numbers hardly differ if their standard deviation is below a quarter of the labels'. The best linear fit to labels
+    with which it correlates by r has r times their deviation, so such a run explains hardly any of the variance.
+    """
+    if metric == "nll":
+        return False
+    predicted = arrays["predicted"]
+    if metric == "pearson":
+        spread = np.std(predicted.astype(np.float64)) / np.std(arrays["label"].astype(np.float64))
+        return bool(spread < LEAST_SPREAD)
+    return bool(np.all(predicted == predicted[0]))
 
 
 def _sums(metric: str, runs: Sequence[Arrays]) -> tuple[Floats, Callable[[Floats], Floats]]:

@@ -11,7 +11,7 @@ from typing import Any
 from experiments.palette import order_of
 from experiments.report.collect import hours
 from experiments.report.plans import Plan
-from experiments.report.resampling import LOWER_IS_BETTER, POINTS, is_constant
+from experiments.report.resampling import LOWER_IS_BETTER, POINTS, has_collapsed
 from experiments.report.stats import Seeded
 from sparsegrad.runs.predictions import Arrays
 
@@ -46,9 +46,9 @@ class EvidenceRun:
         return str(self.record.get("environment", {}).get("finished") or "")[:10]
 
     @property
-    def is_constant(self) -> bool:
-        """Whether it predicts the same for all rows."""
-        return is_constant(self.metric, self.arrays)
+    def has_collapsed(self) -> bool:
+        """Whether it predicts one class, or numbers that hardly differ, for all rows."""
+        return has_collapsed(self.metric, self.arrays)
 
     @property
     def hours(self) -> float | None:

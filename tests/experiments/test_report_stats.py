@@ -10,10 +10,12 @@ from scipy import stats as reference
 from scipy.stats import norm
 from sklearn.metrics import matthews_corrcoef
 
+from experiments.paths import ROOT
 from experiments.report import resampling, stats
 from experiments.report.resampling import score_draws, scores
 from sparsegrad.errors import UserError
-from sparsegrad.runs.predictions import Arrays
+from sparsegrad.files import read_json
+from sparsegrad.runs.predictions import Arrays, read_predictions
 
 ROWS = 400
 Arm = dict[str, dict[int, Arrays]]
@@ -145,8 +147,23 @@ def test_constant_predictions_score_zero_and_are_seen() -> None:
     constant = run([1, 1, 1], [1, 0, 1])
     assert scores("matthews_correlation", [constant])[0] == 0
     assert scores("pearson", [run([1, 1, 1], [1, 0, 2], np.float16)])[0] == 0
-    assert resampling.is_constant("accuracy", constant)
-    assert not resampling.is_constant("accuracy", run([1, 0, 1], [1, 0, 1]))
+    assert resampling.has_collapsed("accuracy", constant)
+    assert not resampling.has_collapsed("accuracy", run([1, 0, 1], [1, 0, 1]))
+
+
+@pytest.mark.parametrize(("spread", "collapsed"), [(0.0, True), (0.2, True), (0.3, False), (1.0, False)])
+def test_a_regression_whose_numbers_hardly_differ_has_collapsed(spread: float, collapsed: bool) -> None:
+    label = np.linspace(0, 5, 100)
+    found = run(list(2.5 + spread * (label - 2.5)), list(label), np.float16)
+    assert resampling.has_collapsed("pearson", found) is collapsed
+
+
+def test_committed_runs_that_learned_nothing_have_collapsed() -> None:
+    for path in sorted((ROOT / "results" / "runs" / "evidence_gates").glob("*.json")):
+        record = read_json(path)
+        if record["config"]["task"]["name"] == "stsb":
+            arrays = read_predictions(path, record)
+            assert resampling.has_collapsed("pearson", arrays) is (record["result"]["value"] < 0.5)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "matthews_correlation", "pearson", "nll"])
