@@ -221,21 +221,11 @@ def _describe_source(found: list[dict[str, Any]]) -> str:
     without = ", ".join(task for task in TASKS.values() if task not in histograms())
     batch = paper_setting().batch
     return (
-        f"Ours: batch size {batch}, float32, medians over {_count_repeats(found)}. "
-        f"Padded to 128 tokens: {padded}; all tasks cost the same, except for {SKIPS_PADDING}, which "
-        f"skips padding and was measured on CoLA. Padded dynamically to the longest row: {dynamic}; token lengths are not available for {without}. Scaled values are comparable only "
-        "with each other."
+        f"Ours: batch size {batch}, float32, medians over the repeats that table3_measured counts. Padded to 128 tokens: "
+        f"{padded}; all tasks cost the same, except for {SKIPS_PADDING}, which skips padding and was measured on CoLA. "
+        f"Padded dynamically to the longest row: {dynamic}; token lengths are not available for {without}. Scaled "
+        "values are comparable only with each other."
     )
-
-
-def _count_repeats(found: list[dict[str, Any]]) -> str:
-    """How many repeats our cells have, in words."""
-    shown = {place for padding in PADDINGS for place in _places(found, padding)}
-    rows = [row for row in found if (row["machine"], row["label"]) in shown and row["n"]]
-    counts = sorted({row["n"] for row in rows if any(_is_cell(row, padding, row["task"]) for padding in PADDINGS)})
-    if counts in ([], [1]):
-        return "one repeat"
-    return f"{counts[0]} to {counts[-1]} repeats" if len(counts) > 1 else f"{counts[0]} repeats"
 
 
 def _describe_extra() -> str:
