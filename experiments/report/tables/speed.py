@@ -221,7 +221,7 @@ def _describe_source(found: list[dict[str, Any]]) -> str:
     without = ", ".join(task for task in TASKS.values() if task not in histograms())
     batch = paper_setting().batch
     return (
-        f"Ours: batch size {batch}, float32, medians over the repeats that table3_measured counts. Padded to 128 tokens: "
+        f"Ours: batch size {batch}, float32, medians over repeats (counted in table3_measured). Padded to 128 tokens: "
         f"{padded}; all tasks cost the same, except for {SKIPS_PADDING}, which skips padding and was measured on CoLA. "
         f"Padded dynamically to the longest row: {dynamic}; token lengths are not available for {without}. Scaled "
         "values are comparable only with each other."
