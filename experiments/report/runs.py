@@ -15,7 +15,8 @@ from experiments.report.resampling import LOWER_IS_BETTER, POINTS, has_collapsed
 from experiments.report.stats import Seeded
 from sparsegrad.runs.predictions import Arrays
 
-_RISE = 0.5  # points that a run must gain in its last three evaluations to count as still improving; of a loss, percent
+_RISE = 0.5  # points that a run must gain at its end to count as still improving; of a loss, percent
+_END = 3  # evaluations in which it gains them at a constant rate
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,31 @@ class EvidenceRun:
 
     @property
     def still_improving(self) -> bool:
-        """Whether its best evaluation is the last one, and better than those before the last three by `_RISE`.
+        """Whether its best evaluation is the last one, and better than earlier ones by `_RISE`.
 
-        On a plateau the last evaluation is sometimes the best by a hair, which more training would not change.
+        At a constant rate, these are the ones before the last three: single evaluations swing, and on a plateau the
+        last one is sometimes the best by a hair. A rate that falls to 0 ends the swinging, which raises the score of
+        the last quarter whatever the length of the run; so there, all earlier evaluations count.
         """
         rows = self._evaluations()
         if len(rows) < 2 or self.record["result"].get("chosen_step") != rows[-1][0]:
             return False
-        best = min if self.metric in LOWER_IS_BETTER else max
-        earlier, last = best(score for _, score in rows[:-3] or rows[:-1]), rows[-1][1]
-        return abs(last - earlier) > (_RISE * last / POINTS if self.metric in LOWER_IS_BETTER else _RISE)
+        gain = self._gain_over(rows[:-1] if self._rate_falls else rows[:-_END] or rows[:-1])
+        return bool(gain > (_RISE * rows[-1][1] / POINTS if self.metric in LOWER_IS_BETTER else _RISE))
+
+    @property
+    def gain_at_end(self) -> float | None:
+        """Points by which the last evaluation is better than the best before the last three; None without so many."""
+        rows = self._evaluations()
+        return self._gain_over(rows[:-_END]) if len(rows) > _END else None
+
+    def _gain_over(self, earlier: Sequence[tuple[int, float]]) -> float:
+        last, scores = self._evaluations()[-1][1], [score for _, score in earlier]
+        return min(scores) - last if self.metric in LOWER_IS_BETTER else last - max(scores)
+
+    @property
+    def _rate_falls(self) -> bool:
+        return self.record["config"].get("train", {}).get("schedule", "constant") != "constant"
 
     @property
     def chosen_score(self) -> float:

@@ -12,6 +12,7 @@ from test_experiments_report import context
 from experiments.report.evidence import Evidence, load_evidence
 from experiments.report.gates import Health, check_task, comparable_tasks
 from experiments.report.plans import read_plan
+from experiments.report.runs import EvidenceRun
 from experiments.report.searches import Searches
 
 
@@ -128,6 +129,29 @@ def test_a_best_score_at_the_end_of_a_plateau_is_no_improvement(cases: Cases) ->
     cases.healthy()
     cases.run("full", "sst2", 42, 0.85, steps=((10, 0.5), (20, 0.845), (30, 0.846), (40, 0.847), (50, 0.849)))
     assert health(cases).improving == (0, 9)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "scores", "improves"),
+    [
+        ("constant", (0.5, 0.8, 0.82, 0.83, 0.84, 0.842), True),
+        ("linear", (0.5, 0.8, 0.82, 0.83, 0.84, 0.842), False),
+        ("linear", (0.5, 0.8, 0.82, 0.83, 0.84, 0.846), True),
+        ("linear", (0.5, 0.8, 0.82, 0.83, 0.84, 0.839), False),
+    ],
+)
+def test_a_falling_rate_raises_the_last_quarter_whatever_the_length(
+    schedule: str, scores: tuple[float, ...], improves: bool
+) -> None:
+    best = max(range(6), key=lambda step: scores[step])
+    record = {
+        "config": {"train": {"schedule": schedule}},
+        "result": {"metric": "accuracy", "chosen_step": best},
+        "evaluations": [{"step": step, "accuracy": score} for step, score in enumerate(scores)],
+    }
+    run = EvidenceRun(Path("run.json"), record, "full", "sst2", 42, 80.0, {})
+    assert run.still_improving is improves
+    assert run.gain_at_end == pytest.approx(100 * (scores[-1] - 0.82))
 
 
 def test_arms_with_different_data_are_named(cases: Cases) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 
 import pandas as pd
 
@@ -12,7 +13,7 @@ from experiments.report.blocks import BLOCKS, block_command
 from experiments.report.evidence import Evidence, load_evidence
 from experiments.report.gates import GATES, Health, check_task, comparable_tasks
 from experiments.report.plans import MIN_SEEDS
-from experiments.report.runs import Block
+from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches
 from experiments.report.stats import Difference, holm
 from experiments.report.tables.base import Context, Table, list_apart
@@ -135,7 +136,9 @@ def _task_table(evidence: Evidence, block: Block, health: Mapping[str, Health]) 
     notes = [
         *_health_notes(health),
         *_list_rules(block)[:2],
-        "Still improving: runs whose best evaluation is the last one and half a point above all but the last three.",
+        "Still improving: runs whose best evaluation is the last one and half a point above all earlier ones (at a "
+        "constant rate: above all but the last three). Gain at the end: points by which the last evaluation is above "
+        "the best before the last three, mean over seeds; with a rate that falls to 0, part of it is due to that.",
     ]
     title = f"{BLOCKS[block.folder].title}: per task"
     return Table(f"{block.folder}_tasks", title, _name_difference(rows, reference), notes, _records(block))
@@ -155,8 +158,15 @@ def _task_row(
         "score": format_score(block.scores(arm, task), block.metric(task)),
         **difference,
         "still improving": f"{sum(run.still_improving for run in runs)} of {len(runs)}",
+        "gain at the end": _format_gain(runs),
         "learning rate": format_rates(block, arm, task),
     }
+
+
+def _format_gain(runs: Collection[EvidenceRun]) -> str:
+    """The mean gain at the end of runs in points (of a loss, as it is); empty if they have too few evaluations."""
+    gains = [gain for run in runs if (gain := run.gain_at_end) is not None]
+    return f"{mean(gains):+.2f}" if gains else ""
 
 
 def _name_difference(rows: Sequence[Mapping[str, str]], reference: str | None) -> pd.DataFrame:
