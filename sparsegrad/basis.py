@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.files import unreadable
+from sparsegrad.files import unreadable, unwritable
 from sparsegrad.hashing import tensors_sha256
 from sparsegrad.precision import without_autocast
 
@@ -212,9 +212,11 @@ def save_bases(path: str | os.PathLike[str], bases: Mapping[str, Basis], fingerp
         path: the file; its folder is created.
         bases: layer kind -> basis.
         fingerprint: identifies what the bases were made from; see `load_bases`.
+
+    Raises:
+        ResourceError: when the file cannot be written; an earlier one is unchanged.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for kind, basis in bases.items():
         for side in ("in_basis", "out_basis"):
@@ -226,10 +228,16 @@ def save_bases(path: str | os.PathLike[str], bases: Mapping[str, Basis], fingerp
     # The process id keeps two processes that calibrate the same model from writing to the same scratch file.
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, scratch, metadata)
-        os.replace(scratch, target)
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())  # before the rename: otherwise a power failure may leave an empty file
+        scratch.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(target, error) from None
     finally:
-        scratch.unlink(missing_ok=True)
+        if target.parent.is_dir():
+            scratch.unlink(missing_ok=True)
 
 
 def _separate(tensors: dict[str, Tensor]) -> None:

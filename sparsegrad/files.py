@@ -93,9 +93,11 @@ def check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("x" * 4096)  # a block: on a full disk an empty file can still be created
-        probe.unlink()
     except OSError as error:
         raise unwritable(folder, error) from None
+    finally:
+        if folder.is_dir():
+            probe.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:

@@ -1,8 +1,9 @@
-"""Products in the dtypes of their operands, whatever block of `torch.autocast` the caller is in."""
+"""Precision of products: in the dtypes of their operands whatever autocast says, and in bfloat16 where it is fast."""
 
 from __future__ import annotations
 
 import functools
+import platform
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import ParamSpec, TypeVar
@@ -28,6 +29,21 @@ def without_autocast(function: Callable[Arguments, Result]) -> Callable[Argument
             return function(*args, **kwargs)
 
     return run
+
+
+def has_bfloat16_products(device: torch.device) -> bool:
+    """Whether the device has instructions that multiply bfloat16 and add up in float32.
+
+    These are AVX512-BF16 or AMX on an x86 processor, and compute capability 8.0 on an NVIDIA GPU.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    if platform.machine().lower() in ("aarch64", "arm64"):  # torch has operators of oneDNN only where it is built in
+        has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        return bool(has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _find_autocast_devices() -> list[str]:

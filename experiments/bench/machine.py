@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -12,6 +11,7 @@ import torch
 
 from experiments.bench.settings import PRECISIONS
 from sparsegrad.errors import fail
+from sparsegrad.precision import has_bfloat16_products
 from sparsegrad.runs.environment import hardware
 
 
@@ -26,7 +26,7 @@ def precisions(device: torch.device) -> tuple[str, ...]:
     if device.type == "cuda":
         ampere = torch.cuda.get_device_capability(device) >= (8, 0)  # the first with TF32 and bf16
         return PRECISIONS if ampere else ("fp32",)
-    return tuple(name for name in PRECISIONS if name == "fp32" or (name != "tf32" and _cpu_has_bf16()))
+    return tuple(name for name in PRECISIONS if name == "fp32" or (name != "tf32" and has_bfloat16_products(device)))
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -58,11 +58,3 @@ def facts(device: torch.device) -> dict[str, Any]:
 def gpu_memory_gib(device: torch.device) -> float:
     """Memory of the GPU in GiB."""
     return float(torch.cuda.get_device_properties(device).total_memory / 2**30)
-
-
-def _cpu_has_bf16() -> bool:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in text or "amx_bf16" in text

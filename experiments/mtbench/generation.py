@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from sparsegrad.errors import UserError, check_choice, first_line
 from sparsegrad.models.source import Source
+from sparsegrad.trainer.bfloat16 import fast_bfloat16
 from sparsegrad.trainer.device import pick_device
 
 FORMATS = ("auto", "chat", "inst")
@@ -96,9 +98,10 @@ class Writer:
         if temperature > 0:
             options = {"do_sample": True, "temperature": temperature}
         length = batch["input_ids"].shape[1]
-        found = self.model.generate(
-            **batch, **options, max_new_tokens=self._count_new_tokens(length), pad_token_id=self.tokenizer.pad_token_id
-        )
+        options |= {"max_new_tokens": self._count_new_tokens(length), "pad_token_id": self.tokenizer.pad_token_id}
+        fast = fast_bfloat16(self.model.device) if self.model.dtype == torch.bfloat16 else nullcontext()
+        with fast:
+            found = self.model.generate(**batch, **options)
         texts = self.tokenizer.batch_decode(found[:, length:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 

@@ -69,7 +69,8 @@ class EvidenceRun:
         if len(rows) < 2 or self.record["result"].get("chosen_step") != rows[-1][0]:
             return False
         gain = self._gain_over(rows[:-1] if self._rate_falls else rows[:-_END] or rows[:-1])
-        return bool(gain > (_RISE * rows[-1][1] / POINTS if self.metric in LOWER_IS_BETTER else _RISE))
+        needed = _RISE * rows[-1][1] / POINTS if self.metric in LOWER_IS_BETTER else _RISE
+        return gain > needed
 
     @property
     def gain_at_end(self) -> float | None:
@@ -83,7 +84,7 @@ class EvidenceRun:
 
     @property
     def _rate_falls(self) -> bool:
-        return self.record["config"].get("train", {}).get("schedule", "constant") != "constant"
+        return bool(self.record["config"].get("train", {}).get("schedule", "constant") != "constant")
 
     @property
     def chosen_score(self) -> float:

@@ -37,6 +37,7 @@ from sparsegrad.files import write_json
 from sparsegrad.methods.base import kept_per_weight
 from sparsegrad.methods.static_mask import fix_positions
 from sparsegrad.targets import find_mlp
+from sparsegrad.trainer.bfloat16 import fast_bfloat16
 
 EPOCHS, EVALUATIONS, CALIBRATION, BATCH = 4, 12, 30, 32
 Batch = dict[str, Tensor]
@@ -141,9 +142,10 @@ def _calibration_batches(tokenizer: Any, rows: list[Any], seed: int) -> list[Bat
 
 def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     model.train()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(**batch).loss
-    loss.backward()
+    with fast_bfloat16(torch.device("cpu")):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -182,7 +184,7 @@ def _score(model: nn.Module, tokenizer: Any, rows: list[Any]) -> float:
     rows = sorted(rows, key=lambda row: len(row["sentence1"]) + len(row["sentence2"]))
     found: list[float] = []
     for start in range(0, len(rows), 64):
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_bfloat16(torch.device("cpu")), torch.autocast("cpu", torch.bfloat16):
             found += model(**_tensors(tokenizer, rows[start : start + 64])).logits.flatten().float().tolist()
     score = float(pearsonr(found, [row["label"] for row in rows]).statistic)
     return score if math.isfinite(score) else -1.0

@@ -6,7 +6,6 @@ sha256. Replacing the JSON, which holds the sha256 of its tensors, is the atomic
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from sparsegrad.adapter.lora_files import CONFIG
 from sparsegrad.errors import UserError
-from sparsegrad.files import unwritable, write_json
+from sparsegrad.files import load_json, unwritable, write_json
 from sparsegrad.hashing import file_sha256, tensors_sha256
 
 FORMAT = "sparsegrad-adapter-1"
@@ -31,7 +30,6 @@ _WAITING = "sparsegrad_adapter.{}.safetensors"  # tensors of a save in progress;
 _SHA256 = re.compile("[0-9a-f]{64}")
 BASIS_PARTS = ("out_basis", "in_basis")  # stored per kind, only the columns that its kept entries need
 FORMS = ("whole", "sparse", "rotated")
-_MAX_FACTS = 64 * 2**20  # bytes of JSON; a model of 100,000 tensors needs a third of this
 DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 # Buffers that hold counts.
 DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}
@@ -216,9 +214,7 @@ def _explain_missing(folder: Path, missing: str) -> str:
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _MAX_FACTS:
-        raise UserError(f"{path} has {path.stat().st_size} bytes, more than any adapter's: name another folder")
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    facts: dict[str, Any] = load_json(path)
     if facts.get("format") != FORMAT:
         raise UserError(f"{path} has format {facts.get('format')}, not {FORMAT}: save it with this version")
     return facts

@@ -52,14 +52,20 @@ class Patch:
     def swap(self, target: Tensor) -> None:
         """Exchange the values with those of `target`, bit for bit; both stay on their devices.
 
-        All memory is allocated before the first write, so that an error leaves both unchanged.
+        All memory is allocated before the first write, and an interruption of the write is undone, so that an error
+        leaves both unchanged.
         """
         flat = target.detach().view(-1)
         index = slice(None) if self.index is None else self.index.to(flat.device)
         old = flat[index].to(self.values.device, copy=True)
         # Assignment to a slice copies between devices; assignment by positions needs the values on the same device.
-        flat[index] = self.values if self.index is None else self.values.to(flat.device)
-        self.values = old
+        new = self.values if self.index is None else self.values.to(flat.device)
+        try:
+            flat[index] = new
+            self.values = old
+        except BaseException:  # KeyboardInterrupt is raised between two lines: else the old values would be lost
+            flat[index] = old.to(flat.device)
+            raise
 
 
 class Adapter:

@@ -62,6 +62,12 @@ class _LeanLinear(torch.autograd.Function):
         return dx, dW, dy.sum(0) if needs[2] else None, None, None, None
 
 
+def _check_options(drop_padding: bool, save_dtype: torch.dtype | None) -> None:
+    check_choice("drop_padding", drop_padding, (True, False))
+    if save_dtype is not None and not save_dtype.is_floating_point:
+        raise UserError(f"save_dtype={save_dtype} is not allowed: give a floating dtype, e.g. torch.bfloat16")
+
+
 class LeanLinear(nn.Linear):
     """An `nn.Linear` with the same parameters and the same function whose weight gradient is cheaper.
 
@@ -93,9 +99,10 @@ class LeanLinear(nn.Linear):
         save_dtype: torch.dtype | None = None,
     ) -> None:
         check_linear(linear, "a lean linear", "leave drop_padding and save_dtype off")
+        _check_options(drop_padding, save_dtype)
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self._configure(drop_padding, save_dtype)
+        self.drop_padding, self.save_dtype = drop_padding, save_dtype
 
     @classmethod
     def convert(
@@ -112,10 +119,15 @@ class LeanLinear(nn.Linear):
             linear: an `nn.Linear` or a `LeanLinear`.
             rotation: leave rotated gradients in `weight.grad`; None: plain gradients.
             drop_padding, save_dtype: as for the class.
+
+        Raises:
+            UserError: as for the class; `linear` is unchanged.
         """
+        check_linear(linear, "a lean linear", "leave drop_padding and save_dtype off")
+        _check_options(drop_padding, save_dtype)
         linear.__class__ = cls
         assert isinstance(linear, LeanLinear)
-        linear._configure(drop_padding, save_dtype)
+        linear.drop_padding, linear.save_dtype = drop_padding, save_dtype
         if linear.rotation is not None and linear.rotation is not rotation:
             linear.rotation.replaced = True  # the earlier optimizer must not take these gradients for its own
         linear.rotation = rotation
@@ -132,12 +144,6 @@ class LeanLinear(nn.Linear):
         for name in ("drop_padding", "save_dtype", "rotation", "_guard", "_noted", "_noted_in", "_traced"):
             self.__dict__.pop(name, None)
         self.__class__ = nn.Linear  # type: ignore[assignment]
-
-    def _configure(self, drop_padding: bool, save_dtype: torch.dtype | None) -> None:
-        self.drop_padding = check_choice("drop_padding", drop_padding, (True, False))
-        if save_dtype is not None and not save_dtype.is_floating_point:
-            raise UserError(f"save_dtype={save_dtype} is not allowed: give a floating dtype, e.g. torch.bfloat16")
-        self.save_dtype = save_dtype
 
     def to_linear(self) -> nn.Linear:
         """An ordinary linear that shares the parameters of this layer."""

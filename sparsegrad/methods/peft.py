@@ -29,7 +29,6 @@ from sparsegrad.methods.peft_config import (
 )
 from sparsegrad.methods.peft_save import save_peft
 from sparsegrad.methods.peft_size import Weight, Weights, describe_weights, fit_budget, measure_size, size_field
-from sparsegrad.optim.selection import check_density
 from sparsegrad.targets import Linears, all_linears
 
 
@@ -83,7 +82,6 @@ class Peft:
             raise fail(
                 "method.budget", self.budget, "give density:SHARE with a share in (0, 1]", "such as density:0.01"
             )
-        check_density(density)
         return density
 
     def check(self, linears: Linears) -> None:

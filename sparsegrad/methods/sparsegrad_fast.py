@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparsegrad.errors import check_integer
+from sparsegrad.errors import check_integer, check_number
 from sparsegrad.layers.block import core_shape
 from sparsegrad.layers.replace import to_linears, use_blocks
 from sparsegrad.methods.base import Context, Prepared, adamw, freeze, trainable_parameters
 from sparsegrad.methods.sparsegrad import calibrated_bases
-from sparsegrad.optim.selection import check_density
 from sparsegrad.targets import Linears, weight_shapes
 
 
@@ -29,7 +28,7 @@ class SparseGradFast:
     name: str = "sparsegrad_fast"
 
     def __post_init__(self) -> None:
-        check_density(self.density)
+        check_number("method.density", self.density, above=0, at_most=1, remedy="such as 0.01")
         check_integer("method.steps", self.steps, at_least=1, remedy="the paper uses 30")
 
     def check(self, linears: Linears) -> None:

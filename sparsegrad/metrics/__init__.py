@@ -40,6 +40,8 @@ def metric_config(task: Task) -> str:
             task.main_metric,
             "choose pearson or spearman for a regression, another score for other tasks",
         )
+    if "f1" in CONFIGS[config] and len(task.labels) != 2:
+        raise fail("task.main_metric", task.main_metric, f"F1 needs two labels, and {task.name} has {len(task.labels)}")
     return config
 
 

@@ -72,13 +72,21 @@ class SparseGradAdamW(torch.optim.AdamW):
         self._step_supports_amp_scaling = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group after checking it; see the class for its keys."""
+        """Add a group; see the class for its keys.
+
+        Raises:
+            UserError: for a weight or a value that is not allowed; the group is not added.
+        """
         group = {"basis": None, "keep": None, "density": None, "moments": "dense", "rotation": None, **param_group}
-        super().add_param_group(group)
-        if is_sparse(group):
-            check_group(group)
-        elif group["basis"] is not None:
-            raise UserError("a group with a basis needs keep or density: give one of them, e.g. density=0.01")
+        super().add_param_group(group)  # first: it turns parameters of any form into a list
+        try:
+            if is_sparse(group):
+                check_group(group)
+            elif group["basis"] is not None:
+                raise UserError("a group with a basis needs keep or density: give one of them, e.g. density=0.01")
+        except UserError:
+            self.param_groups.pop()
+            raise
 
     @property
     def skipped_steps(self) -> int:
@@ -116,6 +124,8 @@ class SparseGradAdamW(torch.optim.AdamW):
             UserError: with several processes. Later, from a second backward pass before `step`, which also happens
                 after a step that a GradScaler skipped.
         """
+        if self._released is not None:
+            return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise UserError("gradients of several processes are averaged after back-propagation: do not release them")
         self._released = set()
@@ -216,7 +226,8 @@ class SparseGradAdamW(torch.optim.AdamW):
         """Load state and hyperparameters. The moments keep the precision in which they were saved.
 
         Raises:
-            UserError: when a saved basis does not fit the group's weights, or was saved with other moments or engine.
+            UserError: when a saved basis does not fit the group's weights, or was saved with other moments or engine;
+                nothing is changed.
         """
         check_saved(self.param_groups, state_dict["param_groups"])
         rotations = [group["rotation"] for group in self.param_groups]
@@ -224,6 +235,9 @@ class SparseGradAdamW(torch.optim.AdamW):
         for group in state_dict["param_groups"]:
             basis = group.get("basis")
             groups.append({**group, "basis": Basis(**basis) if isinstance(basis, dict) else basis})
+        for own, group in zip(self.param_groups, groups, strict=True):
+            if is_sparse(group):
+                check_group({**own, **group, "params": own["params"]})
         super().load_state_dict({**state_dict, "param_groups": groups})
         for group, saved, rotation in zip(self.param_groups, groups, rotations, strict=True):
             # Who rotates is a matter of this model's layers, not of the saved state: its moments are of the rotated
@@ -231,7 +245,6 @@ class SparseGradAdamW(torch.optim.AdamW):
             group["rotation"] = rotation
             if not is_sparse(group):
                 continue
-            check_group(group)
             if rotation is not None:
                 rotation.load(group["basis"])
             # torch has cast the state to the weight's dtype, which rounds moments and corrupts positions: undo that.

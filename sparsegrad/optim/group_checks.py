@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparsegrad.distributed import is_shard, shards_error
-from sparsegrad.errors import UserError, check_choice, check_number
+from sparsegrad.errors import UserError, check_choice, check_number, fail
 from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.optim.selection import count_kept
 from sparsegrad.targets import check_updated
@@ -21,6 +21,8 @@ def check_hyperparameters(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> N
     check_number("lr", lr, above=0)
     check_number("eps", eps, at_least=0)
     check_number("weight_decay", weight_decay, at_least=0)
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise fail("betas", betas, "Adam has two", "give a pair such as (0.9, 0.999)")
     for beta in betas:
         check_number("betas", beta, at_least=0, below=1)
 

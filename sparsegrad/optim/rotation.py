@@ -8,6 +8,7 @@ from torch import Tensor
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.optim.orders import FIXED_ORDERS, ORDERS, Order, cheapest_order
+from sparsegrad.precision import has_bfloat16_products
 
 DTYPES = (None, torch.bfloat16)  # of `Rotation`
 _TIES = 8  # equal largest entries by which clipping by value is recognized; 8 are possible by chance only in bfloat16
@@ -150,13 +151,7 @@ def check_rotation_dtype(dtype: torch.dtype | None, device: torch.device) -> Non
     check_choice("rotation_dtype", dtype, DTYPES, "None keeps that of the weights")
     if dtype is None:
         return
-    if device.type == "cuda":
-        supported = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        supported = device.type == "cpu" and bool(
-            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        )
-    if not supported:
+    if not has_bfloat16_products(device):
         raise UserError(
             f"rotation_dtype={dtype} needs a device with bfloat16 products, which this {device.type} lacks "
             "(AVX512-BF16 or AMX on a CPU, compute capability 8.0 on an NVIDIA GPU): leave it at None"

@@ -46,9 +46,9 @@ def announce_time(config: RunConfig, trainer: RunTrainer, sets: TokenSets) -> No
 
 def describe_run_briefly(config: RunConfig) -> str:
     """Model, method, task, learning rate and seed."""
-    method = getattr(config.method, "engine", None)
+    engine = getattr(config.method, "engine", None)
     density = getattr(config.method, "density", None)
-    facts = [f"engine {method}"] if method else []
+    facts = [f"engine {engine}"] if engine else []
     facts += [f"density {density:g}"] if density else []
     details = f" ({', '.join(facts)})" if facts else ""
     names = f"{config.model.name} / {config.method.name}{details} / {config.task.name}"

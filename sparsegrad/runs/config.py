@@ -207,6 +207,11 @@ class RunConfig:
         return config_key(self.resolved)
 
     @property
+    def multiplies_bfloat16(self) -> bool:
+        """Whether any products of training are in bfloat16."""
+        return self.train.precision != "fp32" or getattr(self.method, "save_dtype", None) is not None
+
+    @property
     def record_path(self) -> Path:
         """The file of this run's record."""
         return Path(self.results_dir) / "runs" / self.name / f"{self.key}.json"

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from sparsegrad.trainer.bfloat16 import has_bfloat16_products
+from sparsegrad.precision import has_bfloat16_products
 
 _PACKAGES = (
     "sparsegrad-peft", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "hydra-core", "numpy",
@@ -53,7 +53,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
     }
     if device.type == "cpu":
-        facts["bfloat16"] = has_bfloat16_products()
+        facts["bfloat16"] = has_bfloat16_products(device)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}

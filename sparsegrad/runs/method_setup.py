@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def prepare_method(
     # Weights of two precisions in one model need autocast, in the calibration too.
     mixed = config.train.precision == "bf16_weights"
     rest = _outside_mlp(model, parts.linears)
-    with torch.autocast(device.type, torch.bfloat16, enabled=mixed), fast_bfloat16(device):
+    fast = fast_bfloat16(device) if config.multiplies_bfloat16 else nullcontext()
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed), fast:
         prepared = config.method.prepare(model, parts.linears, context)
     _check_saving(config, prepared)
     if config.train.rest_lr is not None:
@@ -125,6 +127,8 @@ def _basis_store(config: RunConfig, parts: Parts, splits: Splits, resuming: bool
         "max_length": config.data.max_length,
         **config.task.token_facts,
     }
+    if config.model.pooling is not None:  # left out otherwise, so that stored bases keep their names
+        facts["pooling"] = config.model.pooling
     return BasisStore(
         folder=Path(config.work_dir) / "bases",
         model=model,

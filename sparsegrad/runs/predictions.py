@@ -42,8 +42,11 @@ def _read_output(task: Task, predictions: Any, labels: Any) -> Arrays:
     if task.is_language:
         return {"nll": found[:, 0].astype(np.float32), "tokens": found[:, 1].astype(np.uint32)}
     if task.is_regression:
-        return {"predicted": found.reshape(len(found)).astype(np.float16), "label": _flat(labels).astype(np.float16)}
-    return {"predicted": found.argmax(-1).astype(np.uint8), "label": _flat(labels).astype(np.uint8)}
+        arrays = {"predicted": found.reshape(len(found)), "label": _flat(labels)}
+        fits = all(np.abs(array).max(initial=0) <= np.finfo(np.float16).max for array in arrays.values())
+        return {name: array.astype(np.float16 if fits else np.float32) for name, array in arrays.items()}
+    dtype = np.min_scalar_type(found.shape[-1] - 1)  # uint8 up to 256 classes
+    return {"predicted": found.argmax(-1).astype(dtype), "label": _flat(labels).astype(dtype)}
 
 
 def _flat(labels: Any) -> np.ndarray[Any, Any]:

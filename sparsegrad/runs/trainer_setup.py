@@ -74,6 +74,7 @@ def make_trainer(
         compute_metrics=compute_metrics(config.task),
         preprocess_logits_for_metrics=token_losses if config.task.is_language else None,
         language=config.task.is_language,
+        multiplies_bfloat16=config.multiplies_bfloat16,
         shuffles_groups=config.train.group_by_length == "shuffled",
         watched=sets.report if config.protocol.watch_validation else None,
         callbacks=callbacks,

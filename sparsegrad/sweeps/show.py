@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from sparsegrad.errors import UserError, missing_package
-from sparsegrad.files import write_json
+from sparsegrad.files import write_json, write_text
 from sparsegrad.sweeps.ledger import FINISHED, REASON, RECORD_SECONDS, SURPLUS
 from sparsegrad.sweeps.plots import PLOTS, draw_html, draw_png
 from sparsegrad.sweeps.reporter import PROGRESS
@@ -104,11 +105,11 @@ def write_trials(study: Study, path: Path) -> None:
     """Write all trials as CSV: number, state, value, seconds, evaluations, parameters, reason."""
     trials = study.get_trials(deepcopy=False)
     keys = sorted({key for trial in trials for key in trial.params})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["trial", "state", "value", "seconds", "evaluations", *keys, "reason"])
-        writer.writerows(_make_row(trial, keys) for trial in trials)
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["trial", "state", "value", "seconds", "evaluations", *keys, "reason"])
+    writer.writerows(_make_row(trial, keys) for trial in trials)
+    write_text(path, file.getvalue())
 
 
 def _make_row(trial: FrozenTrial, keys: list[str]) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from sparsegrad.errors import UserError, check_integer, check_number
+from sparsegrad.errors import UserError, check_integer, check_number, did_you_mean
 from sparsegrad.runs.keys import flatten
 
 _FORMS = "{float: [low, high], log: true}, {int: [low, high]} or {choice: [a, b]}"
@@ -169,8 +168,7 @@ def _applies_to(key: str, entry: Any, method: str) -> bool:
 def _check_key(key: str, config: Mapping[str, Any]) -> None:
     known = list(flatten(config))
     if key not in known:
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else "see python run.py --help for the keys"
+        hint = did_you_mean(key, known) or "see python run.py --help for the keys"
         raise UserError(f"sweep.space: the configuration has no value {key}; {hint}")
 
 

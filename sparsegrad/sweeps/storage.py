@@ -71,9 +71,19 @@ def open_existing_store(where: str) -> Store:
     Raises:
         UserError: if there is none yet, or as `open_store`.
     """
-    if "://" not in where and not Path(where.removeprefix(JOURNAL)).is_file():
-        raise UserError(f"there is no study yet: {where} does not exist; {FIRST_SWEEP}")
+    file = _find_file(where)
+    if file is not None and not file.is_file():
+        raise UserError(f"there is no study yet: {file} does not exist; {FIRST_SWEEP}")
     return open_store(where)
+
+
+def _find_file(where: str) -> Path | None:
+    """The file of a storage that is one; None for a server."""
+    if where.startswith(JOURNAL) or "://" not in where:
+        return Path(where.removeprefix(JOURNAL))
+    if not where.startswith("sqlite"):
+        return None
+    return Path(_parse_url(where).database or "")
 
 
 def is_unavailable(error: BaseException) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         stopwatch: one of the callbacks, whose times checkpoints store; None: none.
         language: whether a causal language model is trained.
         watched: rows that are scored for the log alone; None: none.
+        multiplies_bfloat16: whether products are in bfloat16 anywhere: see `fast_bfloat16`.
         shuffles_groups: whether batches of rows of similar length come in random order.
         *args, **kwargs: of the Trainer.
     """
@@ -48,12 +49,13 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         stopwatch: Stopwatch | None = None,
         language: bool = False,
         watched: datasets.Dataset | None = None,
+        multiplies_bfloat16: bool = False,
         shuffles_groups: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.watched, self.stopwatch = watched, stopwatch
-        self._shuffles_groups = shuffles_groups
+        self._multiplies_bfloat16, self._shuffles_groups = multiplies_bfloat16, shuffles_groups
         self._groups: ShuffledLengthGroups | None = None
         # What evaluations predicted, by step: the newest and the best, which need not be computed again at the end.
         self._predicted: dict[int, EvalLoopOutput] = {}
@@ -125,10 +127,13 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run forward and backward on one micro-batch and check its loss."""
-        with fast_bfloat16(self.args.device):
+        with self._fast_products():
             loss: torch.Tensor = super().training_step(*args, **kwargs)
         self.loss_watch.add(loss)
         return loss
+
+    def _fast_products(self) -> AbstractContextManager[None]:
+        return fast_bfloat16(self.args.device) if self._multiplies_bfloat16 else nullcontext()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as the Trainer does, then score the watched rows for the log alone."""
@@ -142,7 +147,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Run the Trainer's loop, and keep what an evaluation predicts; a prediction of other rows has another name."""
-        with fast_bfloat16(self.args.device):
+        with self._fast_products():
             found = super().evaluation_loop(*args, **kwargs)
         if kwargs.get("description") == "Evaluation":
             self._predicted[self.state.global_step] = found

@@ -113,6 +113,24 @@ def test_a_merge_or_unmerge_that_fails_halfway_changes_nothing(
         assert has_bits(model, bits(own_model() if merged else changed(own_model())))
 
 
+@pytest.mark.parametrize("index", [None, torch.tensor([1, 3])])
+def test_an_interruption_right_after_the_write_is_undone(index: Tensor | None) -> None:
+    class Interrupted(Patch):
+        """The signal comes between the write and the assignment of the old values."""
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "values" and "values" in self.__dict__:
+                raise KeyboardInterrupt
+            super().__setattr__(name, value)
+
+    target, values = torch.arange(4.0), torch.full((4 if index is None else 2,), 9.0)
+    patch = Interrupted(values.clone(), index, mark(target))
+    with pytest.raises(KeyboardInterrupt):
+        patch.swap(target)
+    assert torch.equal(target, torch.arange(4.0))
+    assert torch.equal(patch.values, values)
+
+
 def test_tensors_that_were_replaced_are_found_by_name(folder: Path) -> None:
     """As `model.to(device)` and `load_state_dict(assign=True)` do."""
     model = own_model()

@@ -11,6 +11,7 @@ import pytest
 from adapter_checks import Prepared, own_model
 
 from sparsegrad import UserError, save_adapter
+from sparsegrad.basis import Basis, save_bases
 from sparsegrad.files import check_writable, unwritable, write_json
 
 
@@ -28,6 +29,7 @@ def save(folder: Path) -> None:
         check_writable,
         lambda taken: check_writable(taken / "runs" / "adhoc"),
         lambda taken: write_json(taken / "record.json", {}),
+        lambda taken: save_bases(taken / "bases.safetensors", {"up": Basis.identity(4, 4)}),
     ],
 )
 def test_a_file_in_the_place_of_a_folder_is_named(write: Callable[[Path], None], tmp_path: Path) -> None:

@@ -32,6 +32,15 @@ def test_gradients_are_the_linears(drop_padding: bool) -> None:
     assert back.weight is linear.weight
 
 
+def test_a_refused_conversion_leaves_the_module_as_it_is() -> None:
+    linear = nn.Linear(IN, OUT)
+    with pytest.raises(UserError, match="give a floating dtype"):
+        LeanLinear.convert(linear, save_dtype=torch.int32)
+    assert type(linear) is nn.Linear
+    with pytest.raises(UserError, match=r"wraps nn\.Linear, not ReLU"):
+        LeanLinear.convert(nn.ReLU())  # type: ignore[arg-type]
+
+
 def test_gradcheck() -> None:
     linear, x, _ = data()
     lean = LeanLinear(linear, drop_padding=True)

@@ -247,6 +247,8 @@ def test_any_shape_density_and_dtype(out: int, features: int, density: float, dt
         ({"lr": float("nan")}, "lr=nan"),
         ({"lr": "fast"}, "lr=fast"),
         ({"betas": (0.9, 1.0)}, "betas=1.0"),
+        ({"betas": 0.9}, "betas=0.9 is not allowed: Adam has two"),
+        ({"betas": (0.9, 0.9, 0.9)}, "Adam has two"),
         ({"eps": -1.0}, "eps=-1.0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
     ],
@@ -271,6 +273,36 @@ def test_bad_hyperparameters_are_named(arguments: dict, message: str) -> None:
 def test_bad_groups_are_named(group: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         SparseGradAdamW(groups(network(), **group))
+
+
+def test_a_refused_group_is_not_added() -> None:
+    optimizer = SparseGradAdamW(groups(network(), keep=3))
+    count, bias = len(optimizer.param_groups), nn.Parameter(torch.zeros(12))
+    with pytest.raises(UserError, match="cannot be SparseGrad"):
+        optimizer.add_param_group({"params": bias, "keep": 3})
+    assert len(optimizer.param_groups) == count
+    optimizer.add_param_group({"params": bias})
+    assert len(optimizer.param_groups) == count + 1
+
+
+def test_a_refused_state_changes_nothing() -> None:
+    optimizer = SparseGradAdamW(groups(network(), keep=3), lr=0.5)
+    state = optimizer.state_dict()
+    foreign = [{**group, "lr": 0.1, "basis": Basis.identity(4, 4)} for group in state["param_groups"]]
+    with pytest.raises(UserError, match="does not fit"):
+        optimizer.load_state_dict({**state, "param_groups": foreign})
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+    assert {group["basis"] for group in optimizer.param_groups} == {None}
+
+
+def test_gradients_are_released_by_one_hook_each() -> None:
+    model = network()
+    optimizer = SparseGradAdamW(groups(model, keep=3))
+    optimizer.release_gradients()
+    optimizer.release_gradients()
+    for _ in range(2):
+        model(torch.randn(5, IN, dtype=torch.float64)).sum().backward()
+        optimizer.step()
 
 
 def test_float16_is_refused_and_what_works_is_named() -> None:

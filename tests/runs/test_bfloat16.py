@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparsegrad import precision
 from sparsegrad.trainer import bfloat16
 from sparsegrad.trainer.bfloat16 import fast_bfloat16
 
@@ -16,7 +17,7 @@ ULP = 2.0**-7  # of bfloat16, relative: products that round once differ by no mo
 
 @pytest.fixture(autouse=True)
 def without_instructions(monkeypatch):
-    monkeypatch.setattr(bfloat16, "has_bfloat16_products", lambda: False)
+    monkeypatch.setattr(bfloat16, "has_bfloat16_products", lambda device: False)
 
 
 def draw(*shape: int) -> Tensor:
@@ -68,6 +69,20 @@ def test_autocast_finds_the_detour_in_every_mode(mode) -> None:
             found = linear(x)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, native, rtol=ULP, atol=ULP)
+
+
+def test_attention_in_inference_mode_takes_the_detour() -> None:
+    tensors = [draw(2, 3, 5, 8) for _ in range(3)]
+    with torch.inference_mode(), fast_bfloat16(CPU):
+        found = attention(*tensors)
+    assert torch.equal(found, attention(*(tensor.float() for tensor in tensors)).bfloat16())
+
+
+def test_a_torch_without_onednn_answers_too(monkeypatch) -> None:
+    monkeypatch.setattr(precision.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", raising=False)
+    assert not precision.has_bfloat16_products(CPU)
 
 
 def test_float32_is_left_alone() -> None:

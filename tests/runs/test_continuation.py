@@ -79,6 +79,7 @@ def test_a_continued_run_keeps_its_bases_though_the_store_changed(tiny: Tiny, en
         "seed=1",
         "train.batch_size=3",
         "method.steps=3",
+        "model.pooling=mean",
     ],
 )
 def test_a_stored_basis_is_not_taken_for_another_calibration(tiny: Tiny, change: str) -> None:

@@ -87,6 +87,8 @@ def test_a_metric_that_does_not_fit_the_task_is_named(main_metric: str, labels: 
 
 def test_every_main_metric_has_a_configuration() -> None:
     assert metric_config(task("f1")) == "accuracy_f1"
+    with pytest.raises(UserError, match=r"F1 needs two labels, and .* has 3"):
+        metric_config(task("f1", 3))
     assert metric_config(task("spearman", 0)) == "pearson"
 
 

@@ -17,9 +17,16 @@ from sparsegrad.models.pooling import mean_of_tokens, set_pooling
 from sparsegrad.runs.config import build
 from sparsegrad.runs.method_setup import set_rest_rate
 from sparsegrad.runs.plan import plan_hash
-from sparsegrad.runs.predictions import describe_arrays, predictions_path, read_predictions, write_predictions
+from sparsegrad.runs.predictions import (
+    describe_arrays,
+    make_arrays,
+    predictions_path,
+    read_predictions,
+    write_predictions,
+)
 from sparsegrad.runs.runner import run
 from sparsegrad.runs.trainer_setup import training_arguments
+from sparsegrad.tasks import Task
 from sparsegrad.trainer.trainer import RunTrainer
 
 
@@ -46,6 +53,20 @@ def test_the_predictions_have_the_score_of_the_record(
     assert found["predicted"].dtype == found["label"].dtype == np.uint8
     assert len(found["label"]) == record["data"]["validation_rows"] == record["predictions"]["rows"]
     assert (found["predicted"] == found["label"]).mean() == pytest.approx(record["result"]["value"])
+
+
+def test_classes_above_255_and_numbers_beyond_float16_are_kept() -> None:
+    many = Task(
+        name="t", columns=("a",), labels=tuple(f"l{i}" for i in range(300)), main_metric="accuracy", eval_base=1
+    )
+    logits = np.zeros((2, 300), np.float32)
+    logits[0, 299] = logits[1, 7] = 1
+    found = make_arrays(many, logits, [299, 299], [0, 1])
+    assert (found["predicted"].tolist(), found["label"].tolist()) == ([299, 7], [299, 299])
+    number = Task(name="t", columns=("a",), main_metric="pearson", eval_base=1)
+    found = make_arrays(number, np.array([[1e5], [2.0]], np.float32), [1e5, 2.0], [0, 1])
+    assert found["label"].tolist() == [1e5, 2.0]
+    assert make_arrays(number, np.array([[1.0]]), [1.0], [0])["label"].dtype == np.float16
 
 
 def test_rows_are_in_the_order_of_the_data_for_every_seed(tiny: Tiny) -> None:

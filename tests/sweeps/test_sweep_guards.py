@@ -16,7 +16,7 @@ from sparsegrad.errors import UserError
 from sparsegrad.sweeps.config import make_plan
 from sparsegrad.sweeps.pool import run_sweep
 from sparsegrad.sweeps.show import summary
-from sparsegrad.sweeps.storage import hide_password, patiently
+from sparsegrad.sweeps.storage import hide_password, open_existing_store, patiently
 
 
 def test_a_user_error_ends_the_sweep_and_the_next_call_redoes_the_trial(composed: Sweep) -> None:
@@ -156,6 +156,13 @@ def test_a_study_is_not_continued_with_other_data(composed: Sweep, tmp_path: Pat
         run_sweep(composed(*given, space, "sweep.trials=2", f"data.dir={other}"))
     run_sweep(composed(*given, space, "sweep.trials=2"))
     assert states(study_of(composed(*given, space))) == ["COMPLETE", "COMPLETE"]
+
+
+@pytest.mark.parametrize("where", ["sqlite:///{}/no.db", "journal:{}/no.log", "{}/no.log"])
+def test_reading_a_storage_that_does_not_exist_creates_nothing(where: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no study yet: .*/no\..* does not exist"):
+        open_existing_store(where.format(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_password_in_the_query_is_hidden_too() -> None:
