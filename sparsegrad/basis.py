@@ -119,7 +119,11 @@ class Basis:
 
     @without_autocast
     def rotate(self, matrix: Tensor) -> Tensor:
-        """V^T G U for G (..., out, in): a weight or gradient in the rotated space (Table 2, Grad Weights)."""
+        """V^T G U for G (..., out, in): a weight or gradient in the rotated space (Table 2, Grad Weights).
+
+        Raises:
+            UserError: for a matrix of another shape.
+        """
         self._check_shape(matrix)
         if self.in_basis is not None:
             matrix = matrix @ self.in_basis  # (..., out, in)
@@ -127,7 +131,11 @@ class Basis:
 
     @without_autocast
     def unrotate(self, matrix: Tensor) -> Tensor:
-        """V G~ U^T for G~ (..., out, in): the inverse of `rotate`."""
+        """V G~ U^T for G~ (..., out, in): the inverse of `rotate`.
+
+        Raises:
+            UserError: for a matrix of another shape.
+        """
         self._check_shape(matrix)
         if self.in_basis is not None:
             matrix = matrix @ self.in_basis.T

@@ -220,8 +220,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _sum_bits(tensor: Tensor) -> int:
     """A checksum that is equal on every device: integer addition, unlike float addition, is associative."""
     # The bits are read as integers of the same size, so that NaN and -0.0 are compared too.
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.detach().contiguous().view(whole).sum(dtype=torch.int64))
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().contiguous().view(integer).sum(dtype=torch.int64))
 
 
 def mark_shared(error: UserError) -> UserError:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 from collections.abc import Iterator
@@ -15,11 +16,13 @@ from typing import Any
 from sparsegrad.adapter import lora_files
 from sparsegrad.adapter.format import FACTS, TENSORS, read_adapter, tensors_path
 from sparsegrad.errors import UserError, first_line
+from sparsegrad.files import unwritable
 from sparsegrad.progress import foreign_bars, is_quiet, job
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")  # org/name
 _CARD = "README.md"
 _INSTALL = "install huggingface_hub (`pip install huggingface_hub`)"
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 _PATIENT = 30.0  # seconds for the hub to answer
 _LOGIN = "log in with `hf auth login` or give token="
 
@@ -157,6 +160,11 @@ def _explain(error: Exception, name: str, otherwise: str) -> UserError:
     """The error for the user: what the hub refuses, or that it cannot be reached."""
     from huggingface_hub import errors
 
+    for cause in (error, error.__cause__):
+        if isinstance(cause, OSError) and cause.errno in _NOT_WRITTEN:
+            return unwritable(Path(cause.filename or "the hub's cache"), cause)
+    if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in (error, error.__cause__)):
+        return UserError(f"{name} is not in the cache, and the hub is switched off: unset HF_HUB_OFFLINE, {otherwise}")
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.HFValidationError):
         return UserError(f"{name} is not a name on the hub: give org/name, {otherwise}")

@@ -147,7 +147,11 @@ class BlockLinear(nn.Module):
         return linear
 
     def restore(self) -> None:
-        """Turn this layer itself into an `nn.Linear` with the same function: the counterpart of `convert`."""
+        """Turn this layer itself into an `nn.Linear` with the same function: the counterpart of `convert`.
+
+        Raises:
+            UserError: as `merge`.
+        """
         self.merge()
         out_features, in_features = self.weight.shape
         for name in ("core", "merged", "in_basis", "out_basis"):
@@ -161,7 +165,11 @@ class BlockLinear(nn.Module):
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """An ordinary linear that computes the same function."""
+        """An ordinary linear that computes the same function.
+
+        Raises:
+            UserError: as `merge`.
+        """
         self.merge()
         out_features, in_features = self.weight.shape
         # On `meta`, so that no weight is allocated and initialized just to be replaced.
@@ -222,7 +230,11 @@ class BlockLinear(nn.Module):
         return self._cast[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to y (..., out). Under autocast the products use its dtype, as in `nn.Linear`."""
+        """x (..., in) to y (..., out). Under autocast the products use its dtype, as in `nn.Linear`.
+
+        Raises:
+            UserError: with FSDP2, if the gathered weight lacks the core, or if its policy rounds the core.
+        """
         if sharded := is_managed(self):
             self._check_gathered()
         else:

@@ -152,7 +152,12 @@ class SparseGradAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; `closure` as in every torch optimizer."""
+        """Update every parameter that has a gradient; `closure` as in every torch optimizer.
+
+        Raises:
+            UserError: for a rotated gradient that was clipped by value, a sharded weight, or layers whose gradients
+                another optimizer rotates; nothing has changed.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import sys
 from collections.abc import Iterator
@@ -201,3 +202,20 @@ def test_without_the_client_the_remedy_is_to_install_it(folder: Path, monkeypatc
             call()
     with pytest.raises(UserError, match="no adapter in"):
         load_adapter(own_model(), folder / "none")
+
+
+def test_a_hub_that_is_switched_off_is_named_with_the_remedy(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="unset HF_HUB_OFFLINE, or name a folder of save_adapter"):
+        load_adapter(own_model(), NAME)
+
+
+def test_a_full_disk_is_not_taken_for_a_hub_that_is_away(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "cache/blobs/x")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match=r"cannot write cache/blobs/x: No space left on device; free"):
+        load_adapter(own_model(), NAME)
