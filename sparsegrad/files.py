@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         raise unwritable(path, error) from None
     finally:
-        if scratch.parent.is_dir():
-            scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only file system even the deletion of a missing file fails
+            scratch.unlink()
 
 
 def unwritable(path: Path, error: Exception) -> ResourceError:
@@ -96,8 +97,8 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         raise unwritable(folder, error) from None
     finally:
-        if folder.is_dir():
-            probe.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only file system even the deletion of a missing file fails
+            probe.unlink()
 
 
 def read_json(path: Path) -> Any:

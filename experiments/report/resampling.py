@@ -20,7 +20,7 @@ DRAWS = 10_000
 SEED = 20_24  # of the resampled rows: fixed, so that the same records give the same tables
 CHUNK = 1_000  # draws per product: 1,000 x 1,500 rows in float64 are 12 MB
 POINTS = 100.0
-LEAST_SPREAD = 0.25  # standard deviation of predictions that have not collapsed, over that of the labels
+LEAST_SPREAD = 0.25  # of predictions that have not collapsed: standard deviation over that of the labels; correlation
 CLASSES = 2  # of the tasks that are scored by Matthews correlation
 
 
@@ -90,15 +90,16 @@ def _compute_draws(metric: str, runs: Sequence[Arrays], draws: int) -> Floats:
 def has_collapsed(metric: str, arrays: Arrays) -> bool:
     """Whether a run predicts one class, or numbers that hardly differ, for all rows; never for a language model.
 
-    Numbers hardly differ if their standard deviation is below a quarter of the labels'. The best linear fit to labels
-    with which it correlates by r has r times their deviation, so such a run explains hardly any of the variance.
+    Numbers hardly differ if their standard deviation is below a quarter of the labels', and they correlate with the
+    labels by less than a quarter: numbers that are only too small may still be well ordered.
     """
     if metric == "nll":
         return False
     predicted = arrays["predicted"]
     if metric == "pearson":
-        spread = np.std(predicted.astype(np.float64)) / np.std(arrays["label"].astype(np.float64))
-        return bool(spread < LEAST_SPREAD)
+        numbers, labels = predicted.astype(np.float64), arrays["label"].astype(np.float64)
+        score = abs(float(scores(metric, [arrays])[0])) / POINTS
+        return bool(np.std(numbers) <= LEAST_SPREAD * np.std(labels) and score < LEAST_SPREAD)
     return bool(np.all(predicted == predicted[0]))
 
 

@@ -40,7 +40,7 @@ from sparsegrad.sweeps.search_results import (
     select_conditions,
     select_settings,
 )
-from sparsegrad.sweeps.storage import JOURNAL, open_store
+from sparsegrad.sweeps.storage import find_file, open_store
 from sparsegrad.sweeps.study import IDENTITY, content_of, delete, find_refusal, read_fingerprint
 
 TABLES = {
@@ -116,7 +116,7 @@ class Search:
     def load_study(self) -> optuna.Study | None:
         """The study in the storage; None if there is none."""
         where = self.plan.sweep.storage
-        if "://" not in where and not Path(where.removeprefix(JOURNAL)).is_file():
+        if (file := find_file(where)) is not None and not file.is_file():
             return None
         storage = open_store(where).storage  # only now: opening would create a missing file
         if self.study not in optuna.get_all_study_names(storage):
@@ -256,14 +256,15 @@ def delete_search(search: Search) -> None:
 
     A record of the same settings saves the new search a trial, but one of other data would be refused.
     """
-    if search.load_study() is not None:
-        delete(open_store(search.plan.sweep.storage), search.study)
-    search.summary.unlink(missing_ok=True)
     found = read_fingerprint(search.plan)
+    # The records first: after an interruption, the study still says that it is another one.
     for path in sorted(search.plan.base.record_path.parent.glob("*.json")):
         if found is not None and _read_data(path) not in (None, found):
             path.unlink()
             predictions_path(path).unlink(missing_ok=True)
+    if search.load_study() is not None:
+        delete(open_store(search.plan.sweep.storage), search.study)
+    search.summary.unlink(missing_ok=True)
 
 
 def _read_data(record: Path) -> str | None:

@@ -117,6 +117,8 @@ def push_to_hub(
         with _show_job(f"uploading {repo_id}"):
             return str(api.create_commit(repo_id, operations, commit_message=commit_message).commit_url)
     except Exception as error:  # see `find_folder`
+        if isinstance(error, hub.errors.OfflineModeIsEnabled):
+            raise UserError(f"the hub is switched off: unset HF_HUB_OFFLINE to upload {repo_id}") from None
         raise _explain(error, repo_id, "with a token that may write there") from None
 
 

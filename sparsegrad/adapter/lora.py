@@ -1,4 +1,4 @@
-"""Leave as LoRA: write what training changed as an ordinary peft LoRA adapter."""
+"""Save as a LoRA adapter: write what training changed as an ordinary peft LoRA adapter."""
 
 from __future__ import annotations
 

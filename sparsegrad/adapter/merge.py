@@ -139,15 +139,15 @@ class Adapter:
 
     def _swap(self, targets: dict[str, Tensor]) -> None:
         """Exchange all values, or none of them if there is an error."""
-        done: list[str] = []
+        before = {name: patch.values for name, patch in self._patches.items()}
         try:
             for name, patch in self._patches.items():
                 patch.swap(targets[name])
-                done.append(name)
             marks = {name: patch.other or mark(targets[name]) for name, patch in self._patches.items()}
         except BaseException:  # KeyboardInterrupt too: half a merge must not remain
-            for name in done:
-                self._patches[name].swap(targets[name])
+            for name, patch in self._patches.items():
+                if patch.values is not before[name]:
+                    patch.swap(targets[name])
             raise
         # Only after everything has succeeded. The next exchange reverses this one, so the marks swap places.
         for name, patch in self._patches.items():

@@ -41,7 +41,10 @@ def metric_config(task: Task) -> str:
             "choose pearson or spearman for a regression, another score for other tasks",
         )
     if "f1" in CONFIGS[config] and len(task.labels) != 2:
-        raise fail("task.main_metric", task.main_metric, f"F1 needs two labels, and {task.name} has {len(task.labels)}")
+        needs = f"F1 needs two labels, and {task.name} has {len(task.labels)}"
+        if task.main_metric == "f1":
+            raise fail("task.main_metric", "f1", needs, "use task.main_metric=accuracy task.metric=accuracy")
+        raise fail("task.metric", config, needs, "use task.metric=accuracy")
     return config
 
 

@@ -84,7 +84,7 @@ class SparseGradAdamW(torch.optim.AdamW):
                 check_group(group)
             elif group["basis"] is not None:
                 raise UserError("a group with a basis needs keep or density: give one of them, e.g. density=0.01")
-        except UserError:
+        except BaseException:
             self.param_groups.pop()
             raise
 
@@ -240,7 +240,7 @@ class SparseGradAdamW(torch.optim.AdamW):
         for group in state_dict["param_groups"]:
             basis = group.get("basis")
             groups.append({**group, "basis": Basis(**basis) if isinstance(basis, dict) else basis})
-        for own, group in zip(self.param_groups, groups, strict=True):
+        for own, group in zip(self.param_groups, groups, strict=False):  # torch refuses another number of groups
             if is_sparse(group):
                 check_group({**own, **group, "params": own["params"]})
         super().load_state_dict({**state_dict, "param_groups": groups})

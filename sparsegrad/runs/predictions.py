@@ -1,9 +1,10 @@
 """The predictions of a run on the validation rows, one per row of the data set and in its order, beside its record:
 what paired statistics need.
 
-`KEY.npz` beside `KEY.json` holds for a classification `predicted` and `label` (uint8), for a regression the same in
-float16, for a language model `nll` (float32, the sum over a row's tokens) and `tokens` (uint32). The record has the
-hash of these arrays, so that no file is taken for another run's.
+`KEY.npz` beside `KEY.json` holds for a classification `predicted` and `label` (the smallest unsigned integers that
+fit), for a regression the same in float16, or float32 if a number is too large, for a language model `nll` (float32,
+the sum over a row's tokens) and `tokens` (uint32). The record has the hash of these arrays, so that no file is taken
+for another run's.
 """
 
 from __future__ import annotations

@@ -71,13 +71,13 @@ def open_existing_store(where: str) -> Store:
     Raises:
         UserError: if there is none yet, or as `open_store`.
     """
-    file = _find_file(where)
+    file = find_file(where)
     if file is not None and not file.is_file():
         raise UserError(f"there is no study yet: {file} does not exist; {FIRST_SWEEP}")
     return open_store(where)
 
 
-def _find_file(where: str) -> Path | None:
+def find_file(where: str) -> Path | None:
     """The file of a storage that is one; None for a server."""
     if where.startswith(JOURNAL) or "://" not in where:
         return Path(where.removeprefix(JOURNAL))

@@ -266,7 +266,8 @@ def _compare_content(name: str, stored: Mapping[str, str], found: Mapping[str, s
         if stored[part] != found[part]:
             raise UserError(
                 f"study {name} was searched with another {part} (there {stored[part]}, here {found[part]}); give the "
-                "same one, choose another sweep.study=, or sweep.overwrite=true to delete it and start again"
+                "same one, choose another sweep.study= and name=, or delete its records in results_dir/runs and start "
+                "again with sweep.overwrite=true"
             )
 
 

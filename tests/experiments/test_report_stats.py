@@ -151,10 +151,14 @@ def test_constant_predictions_score_zero_and_are_seen() -> None:
     assert not resampling.has_collapsed("accuracy", run([1, 0, 1], [1, 0, 1]))
 
 
-@pytest.mark.parametrize(("spread", "collapsed"), [(0.0, True), (0.2, True), (0.3, False), (1.0, False)])
-def test_a_regression_whose_numbers_hardly_differ_has_collapsed(spread: float, collapsed: bool) -> None:
+@pytest.mark.parametrize(
+    ("spread", "ordered", "collapsed"),
+    [(0.0, False, True), (0.2, False, True), (0.3, False, False), (0.2, True, False), (1.0, True, False)],
+)
+def test_a_regression_whose_numbers_hardly_differ_has_collapsed(spread: float, ordered: bool, collapsed: bool) -> None:
     label = np.linspace(0, 5, 100)
-    found = run(list(2.5 + spread * (label - 2.5)), list(label), np.float16)
+    numbers = label if ordered else np.random.default_rng(0).permutation(label)
+    found = run(list(2.5 + spread * (numbers - 2.5)), list(label), np.float16)
     assert resampling.has_collapsed("pearson", found) is collapsed
 
 

@@ -13,6 +13,7 @@ from experiments.report.blocks import BLOCKS, block_command
 from experiments.report.evidence import Evidence, load_evidence
 from experiments.report.gates import GATES, Health, check_task, comparable_tasks
 from experiments.report.plans import MIN_SEEDS
+from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches
 from experiments.report.stats import Difference, holm
@@ -136,9 +137,10 @@ def _task_table(evidence: Evidence, block: Block, health: Mapping[str, Health]) 
     notes = [
         *_health_notes(health),
         *_list_rules(block)[:2],
-        "Still improving: runs whose best evaluation is the last one and half a point above all earlier ones (at a "
-        "constant rate: above all but the last three). Gain at the end: points by which the last evaluation is above "
-        "the best before the last three, mean over seeds; with a rate that falls to 0, part of it is due to that.",
+        "Still improving: runs whose best evaluation is the last one and half a point (of a loss, 0.5 %) above all "
+        "earlier ones; at a constant rate, above all but the last three. Gain at the end: points (a loss: as it is) by "
+        "which the last evaluation is above the best before the last three, mean over seeds; with a rate that falls to "
+        "0, part of it is due to that.",
     ]
     title = f"{BLOCKS[block.folder].title}: per task"
     return Table(f"{block.folder}_tasks", title, _name_difference(rows, reference), notes, _records(block))
@@ -166,7 +168,8 @@ def _task_row(
 def _format_gain(runs: Collection[EvidenceRun]) -> str:
     """The mean gain at the end of runs in points (of a loss, as it is); empty if they have too few evaluations."""
     gains = [gain for run in runs if (gain := run.gain_at_end) is not None]
-    return f"{mean(gains):+.2f}" if gains else ""
+    digits = 4 if any(run.metric in LOWER_IS_BETTER for run in runs) else 2
+    return f"{mean(gains):+.{digits}f}" if gains else ""
 
 
 def _name_difference(rows: Sequence[Mapping[str, str]], reference: str | None) -> pd.DataFrame:

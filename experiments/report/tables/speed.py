@@ -222,9 +222,9 @@ def _describe_source(found: list[dict[str, Any]]) -> str:
     batch = paper_setting().batch
     return (
         f"Ours: batch size {batch}, float32, medians over repeats (counted in table3_measured). Padded to 128 tokens: "
-        f"{padded}; all tasks cost the same, except for {SKIPS_PADDING}, which skips padding and was measured on CoLA. "
-        f"Padded dynamically to the longest row: {dynamic}; token lengths are not available for {without}. Scaled "
-        "values are comparable only with each other."
+        f"{padded or MISSING}; all tasks cost the same, except for {SKIPS_PADDING}, which skips padding and was "
+        f"measured on CoLA. Padded dynamically to the longest row: {dynamic or MISSING}; token lengths are not "
+        f"available for {without}. Scaled values are comparable only with each other."
     )
 
 
