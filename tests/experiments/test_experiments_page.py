@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,18 @@ def test_tables_3_7_and_8_show_ours_beside_three_figures_of_others(results: Path
     three, seven, eight, _ = speed.tables(context(results))
     assert cell(three, "ours padded, steps/s, gpu", arm="full") == "9"
     assert cell(three, "ours padded, steps/s, gpu", arm="fast") == "failed: out of memory"
-    assert cell(three, "ours padded, MiB, cpu (scaled)", arm="full") == "missing"
+    assert not any("padded, MiB, cpu" in name for name in three.frame.columns), (
+        "a machine without a padded cell has no column"
+    )
     assert cell(three, "published steps/s", arm="full") == "4.11"
     assert cell(three, "logs' batch", arm="full") == "16 / 32"
     ours, theirs = (cell(three, "true training MB", arm=arm) for arm in ("layer_regular", "full"))
     assert (ours, theirs) == ("3311 / 4959", "3192 / 4862"), "more than full fine-tuning at either batch size"
     assert cell(seven, "logs' batch", arm="lora_peft", task="rte") == "16"
-    assert any("cpu: RoBERTa-base; scaled: 1 of 12 blocks; gpu: RoBERTa-base;" in note for note in three.notes)
+    places = (
+        "Padded to 128 tokens: gpu: RoBERTa-base; all tasks .* longest row: cpu: RoBERTa-base; scaled: 1 of 12 blocks;"
+    )
+    assert any(re.search(places, note) for note in three.notes)
     assert any("token lengths are not available for mnli, qnli, qqp" in note for note in seven.notes)
     assert cell(seven, "ours dynamic, steps/s, cpu (scaled)", arm="full", task="mrpc") == "2"
     assert cell(seven, "ours dynamic, steps/s, cpu (scaled)", arm="full", task="cola") == "missing"
@@ -166,7 +172,10 @@ def test_tables_13_to_15_take_a_study_from_its_summary(results: Path) -> None:
 def test_findings_have_data_or_are_left_out(results: Path) -> None:
     bench(results, "gpu", [measurement("padded", "exact", 6.0), measurement("padded", "layer_regular", 2.0)])
     frame = findings.table(context(results)).frame.set_index("question")["answer"]
-    assert frame["How fast are the engines on gpu (whole model)?"] == "exact: 3.00 times the steps/s of layer_regular"
+    assert (
+        frame["How fast are the engines on gpu (whole model; 1 process per engine)?"]
+        == "exact: 3.00 times the steps/s of layer_regular"
+    )
     assert (
         "Table 4, LoRA prints 83.7, its cells average 84.86" in frame["Which printed averages contradict their cells?"]
     )
