@@ -302,6 +302,9 @@ def test_gradients_are_released_by_one_hook_each() -> None:
     optimizer.release_gradients()
     for _ in range(2):
         model(torch.randn(5, IN, dtype=torch.float64)).sum().backward()
+        released = [weight for group in optimizer.param_groups if group["keep"] for weight in group["params"]]
+        assert released
+        assert all(weight.grad is None for weight in released)
         optimizer.step()
 
 
