@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from sparsegrad.basis import SIDES, Basis
-from sparsegrad.calibration.gradients import Batch, Progress, calibrate, take_batches
+from sparsegrad.calibration.gradients import Progress, calibrate, take_batches
+from sparsegrad.calibration.loss import Batch
 from sparsegrad.distributed import check_same_weights, is_managed, is_shard, refuse_shards, reshard, unwrapped
 from sparsegrad.errors import (
     UserError,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.files import unreadable, unwritable
+from sparsegrad.files import unreadable, write_with
 from sparsegrad.hashing import tensors_sha256
 from sparsegrad.precision import without_autocast
 
@@ -225,7 +224,6 @@ def save_bases(path: str | os.PathLike[str], bases: Mapping[str, Basis], fingerp
     Raises:
         ResourceError: when the file cannot be written; an earlier one is unchanged.
     """
-    target = Path(path)
     tensors: dict[str, Tensor] = {}
     for kind, basis in bases.items():
         for side in ("in_basis", "out_basis"):
@@ -234,19 +232,7 @@ def save_bases(path: str | os.PathLike[str], bases: Mapping[str, Basis], fingerp
     _separate(tensors)
     metadata = {"format": FORMAT, "fingerprint": fingerprint, "kinds": json.dumps(list(bases))}
     metadata["sha256"] = _hash_tensors(tensors)
-    # The process id keeps two processes that calibrate the same model from writing to the same scratch file.
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, scratch, metadata)
-        with scratch.open("rb+") as file:
-            os.fsync(file.fileno())  # before the rename: otherwise a power failure may leave an empty file
-        scratch.replace(target)
-    except (OSError, SafetensorError) as error:
-        raise unwritable(target, error) from None
-    finally:
-        with suppress(OSError):  # on a read-only file system even the deletion of a missing file fails
-            scratch.unlink()
+    write_with(Path(path), lambda scratch: save_file(tensors, scratch, metadata))
 
 
 def _separate(tensors: dict[str, Tensor]) -> None:

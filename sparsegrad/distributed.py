@@ -5,17 +5,20 @@ With a single process every function here is a no-op.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from sparsegrad.bits import as_integers
 from sparsegrad.errors import UserError
 
+Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
 
 
@@ -90,6 +93,19 @@ def from_main(make: Callable[[], Value]) -> Value:
     if failure is not None:
         raise mark_shared(failure)
     return value  # type: ignore[return-value]
+
+
+def on_main(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
+    """Decorate `function` to be called in the main process only; every process gets its value, or its `UserError`.
+
+    All processes must call it, with equal arguments. A single process calls the function as it is.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:
+        return from_main(lambda: function(*args, **kwargs))
+
+    return call
 
 
 def check_same_weights(model: nn.Module) -> None:
@@ -218,10 +234,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _sum_bits(tensor: Tensor) -> int:
-    """A checksum that is equal on every device: integer addition, unlike float addition, is associative."""
-    # The bits are read as integers of the same size, so that NaN and -0.0 are compared too.
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.detach().contiguous().view(integer).sum(dtype=torch.int64))
+    """A checksum that is equal on every device."""
+    return int(as_integers(tensor).sum(dtype=torch.int64))
 
 
 def mark_shared(error: UserError) -> UserError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,19 +38,29 @@ def write_text(path: Path, content: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` atomically; see `write_json`."""
+    write_with(path, lambda scratch: scratch.write_bytes(content))
+
+
+def write_with(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make a scratch file beside `path`, and rename it once it is complete; see `write_json`."""
+    # The process id keeps two processes that write the same file apart.
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # before the rename: otherwise a power failure may leave an empty file
+        write(scratch)
+        flush(scratch)
         scratch.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from None
     finally:
         with suppress(OSError):  # on a read-only file system even the deletion of a missing file fails
             scratch.unlink()
+
+
+def flush(path: Path) -> None:
+    """Wait until a file is on the disk. If it is renamed before, a power failure may leave an empty file."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def unwritable(path: Path, error: Exception) -> ResourceError:

@@ -59,10 +59,10 @@ from experiments.bench.results import read
 from experiments.bench.runner import Bench
 from experiments.bench.settings import MODES, PRECISIONS, RESTS, Setting
 from experiments.bench.shapes import SHAPES, find_shape
+from sparsegrad.device import pick_device
 from sparsegrad.errors import UserError, check_choice, check_integer, check_number, run_as_command
 from sparsegrad.files import check_writable
 from sparsegrad.progress import say
-from sparsegrad.trainer.device import pick_device
 
 _FIELDS = ("shape", "blocks", "batch", "length", "padding", "task", "rest", "precision", "mode", "density")
 

@@ -12,7 +12,7 @@ from experiments.bench.arithmetic import Linear, relative_speed
 from experiments.bench.arms import ARMS, REFERENCES, lora_rank
 from experiments.bench.settings import Setting
 from sparsegrad.errors import UserError
-from sparsegrad.layers.block import core_shape
+from sparsegrad.layers.common import core_shape
 
 SCHEMA = 1
 Cell = Mapping[str, Any]

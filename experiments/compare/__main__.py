@@ -22,7 +22,7 @@ from experiments.reproduce.cells import Cell, in_evidence, list_cells
 from experiments.reproduce.commands import last_wins, split_names
 from experiments.reproduce.counting import force_uncounted
 from experiments.reproduce.plans import read_plan
-from experiments.reproduce.searches import Search
+from experiments.reproduce.search import Search
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.runs.overrides import key_of
 from sparsegrad.sweeps.search_results import SearchMissingError

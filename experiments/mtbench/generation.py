@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from sparsegrad.device import pick_device
 from sparsegrad.errors import UserError, check_choice, first_line
 from sparsegrad.models.source import Source
 from sparsegrad.trainer.bfloat16 import fast_bfloat16
-from sparsegrad.trainer.device import pick_device
 
 FORMATS = ("auto", "chat", "inst")
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

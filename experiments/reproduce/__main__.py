@@ -30,6 +30,7 @@ from experiments.reproduce.cells import (
 from experiments.reproduce.counting import Watch, force_uncounted
 from experiments.reproduce.dry_run import show, warn_of_missing
 from experiments.reproduce.plans import read_plan
+from experiments.reproduce.search import Search
 from experiments.studies import gradients as measure
 from sparsegrad.errors import UserError, check_choice
 
@@ -96,7 +97,7 @@ def _benchmark(preset: str, options: argparse.Namespace) -> int:
     return benchmarks.make(preset, _results(options), dry=options.dry)
 
 
-def _plan_studies(options: argparse.Namespace) -> list[list[searches.Search]]:
+def _plan_studies(options: argparse.Namespace) -> list[list[Search]]:
     """The sweeps of Tables 13-15 that are asked for."""
     tables = list(searches.TABLES) if options.table == "all" else [options.table]
     wanted = [name for name in tables if name in searches.TABLES]

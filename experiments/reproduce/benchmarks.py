@@ -20,8 +20,8 @@ from experiments.bench.presets import decompositions, default_schedule, plan
 from experiments.bench.results import find_cell, read
 from experiments.paths import ROOT
 from experiments.reproduce.dry_run import format_left, print_listing
+from sparsegrad.device import pick_device
 from sparsegrad.files import write_json
-from sparsegrad.trainer.device import pick_device
 
 PRESETS = {
     "table3": ("paper",),

@@ -10,9 +10,9 @@ from typing import Any
 
 from experiments.paths import DATA
 from experiments.report.collect import hours
+from sparsegrad.device import pick_device
 from sparsegrad.errors import UserError
 from sparsegrad.runs.records import read_record
-from sparsegrad.trainer.device import pick_device
 
 AUTHORS = DATA / "authors_runs.csv"
 # Facts that similar runs share, from the closest match to the loosest.

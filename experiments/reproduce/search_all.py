@@ -18,12 +18,12 @@ from pathlib import Path
 
 from experiments.paths import ROOT
 from experiments.report.plans import Plan
-from experiments.reproduce import commands, dry_run, searches
+from experiments.reproduce import commands, dry_run, searches, stale_searches
 from experiments.reproduce.cells import in_evidence
 from experiments.reproduce.commands import split_names
 from experiments.reproduce.plans import SEARCHED, read_plan
 from experiments.reproduce.processes import Ended, Job, explain_end, run_jobs
-from experiments.reproduce.searches import Search
+from experiments.reproduce.search import Search
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.sweeps.ledger import REASON
@@ -147,8 +147,8 @@ def make(
     if plots and (stale or not all(one.is_summarised for one in found)):
         check_plot_packages()  # now: the plots are drawn when a search has taken its hours
     for one in stale:
-        if searches.find_staleness(one):  # again: another call may have begun it anew meanwhile
-            searches.delete_search(one)
+        if stale_searches.find_staleness(one):  # again: another call may have begun it anew meanwhile
+            stale_searches.delete_search(one)
     for one in found:  # also those that others finished, but that have no summary yet
         export_finished(one, plots=plots)
     if launcher == "local":
@@ -163,7 +163,7 @@ def make(
 def _find_stale(found: Sequence[Search]) -> list[Search]:
     """The searches that `sweep.overwrite=true` makes anew; prints them with the reason, and how many it keeps."""
     overwritten = [one for one in found if one.plan.sweep.overwrite]
-    reasons = [searches.find_staleness(one) for one in overwritten]
+    reasons = [stale_searches.find_staleness(one) for one in overwritten]
     stale = [one for one, reason in zip(overwritten, reasons, strict=True) if reason]
     for one, reason in zip(stale, filter(None, reasons), strict=True):
         print(f"search {one.study} is made anew: {reason}", flush=True)

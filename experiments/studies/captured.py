@@ -11,7 +11,7 @@ from torch import Tensor
 
 from experiments.studies.probe import top_energy
 from sparsegrad.basis import Basis
-from sparsegrad.layers.block import core_shape
+from sparsegrad.layers.common import core_shape
 
 DENSITY = 0.01
 

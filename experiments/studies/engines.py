@@ -27,7 +27,8 @@ from sparsegrad.assets.download import asset_path
 from sparsegrad.basis import Basis
 from sparsegrad.calibration.gradients import calibrate
 from sparsegrad.files import write_json
-from sparsegrad.layers.block import BlockLinear, core_shape
+from sparsegrad.layers.block import BlockLinear
+from sparsegrad.layers.common import core_shape
 from sparsegrad.layers.replace import replace_linear, to_linears
 from sparsegrad.optim.adamw import SparseGradAdamW
 from sparsegrad.optim.groups import param_groups

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparsegrad.adapter.lora_files import CONFIG
 from sparsegrad.errors import UserError
-from sparsegrad.files import load_json, unwritable, write_json
+from sparsegrad.files import flush, load_json, unwritable, write_json
 from sparsegrad.hashing import file_sha256, tensors_sha256
 
 FORMAT = "sparsegrad-adapter-1"
@@ -134,8 +134,7 @@ def _write_waiting(folder: Path, tensors: dict[str, Tensor]) -> tuple[Path, str]
     scratch = folder / f".{TENSORS}.{os.getpid()}.tmp"
     try:
         save_file(tensors, scratch, {"format": FORMAT})
-        with scratch.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush(scratch)
         sha256 = file_sha256(scratch)
         return scratch.replace(folder / _WAITING.format(sha256)), sha256
     finally:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsegrad.bits import as_integers
 from sparsegrad.errors import UserError
 
 # Model -> the adapter that is merged into it. Weak keys: the entry is removed with its model.
@@ -186,9 +187,8 @@ def mark(tensor: Tensor) -> Mark:
     Each number has a random weight, so that changes that cancel out in a plain sum, such as the +lr and -lr of Adam's
     first step, do not cancel out here. It detects mistakes, but not deliberate changes: see `digest` for those.
     """
-    integer = {1: torch.int8, 2: torch.int16}.get(tensor.element_size(), torch.int32)
     weights = _draw_weights(tensor.device)
-    parts = torch.split(tensor.detach().reshape(-1).view(integer), _TOGETHER)
+    parts = torch.split(as_integers(tensor.reshape(-1)), _TOGETHER)
     # Products and sums wrap around at 64 bits, which is exact modulo 2^64 on every device.
     sums = torch.stack([(part.long() * weights[: len(part)]).sum() for part in parts])
     total = 0

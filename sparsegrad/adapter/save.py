@@ -23,13 +23,12 @@ from sparsegrad.adapter.format import BASIS_PARTS, DTYPES, Entry, digest, write_
 from sparsegrad.adapter.merge import named_tensors
 from sparsegrad.adapter.sizes import Saved, summarize
 from sparsegrad.basis import Basis
+from sparsegrad.bits import as_integers
 from sparsegrad.errors import UserError, check_number, renamed_arguments
 from sparsegrad.optim.summary import describe
 from sparsegrad.targets import Names, find_mlp
 
 _SMALL = 2**16  # entries; smaller tensors outside the MLP are stored whole, such as a head, which no base has
-# Bytes of a number -> an integer type of that size. Compared as integers, NaN equals itself and 0.0 differs from -0.0.
-_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 @renamed_arguments(quiet=True, mlp="target_modules")
@@ -155,8 +154,7 @@ def _make_entry(tensor: Tensor, before: Tensor | None, is_mlp: bool) -> Entry:
     if before is None:
         return Entry("whole", tuple(tensor.shape), tensor.dtype, None, after.clone())
     old = before.detach().cpu().contiguous()
-    bits = _INTEGERS[after.element_size()]
-    index = (after.view(bits) != old.view(-1).view(bits)).nonzero().flatten()
+    index = (as_integers(after) != as_integers(old.view(-1))).nonzero().flatten()
     return _choose_form(after, old, index, is_mlp)
 
 

@@ -1,6 +1,7 @@
 """Calibration: from the gradients of some batches to one basis per layer kind (paper, section 3.1)."""
 
-from sparsegrad.calibration.gradients import Batch, calibrate
+from sparsegrad.calibration.gradients import calibrate
 from sparsegrad.calibration.grams import Grams, hosvd
+from sparsegrad.calibration.loss import Batch
 
 __all__ = ["Batch", "Grams", "calibrate", "hosvd"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsegrad.basis import SIDES, Basis
 from sparsegrad.calibration.grams import Grams
+from sparsegrad.calibration.loss import Batch, compute_loss
 from sparsegrad.distributed import (
     average_,
     check_same_weights,
@@ -29,8 +30,6 @@ from sparsegrad.layers.lean import LeanLinear
 from sparsegrad.layers.replace import computes_gradient
 from sparsegrad.optim.rotation import Rotation
 from sparsegrad.progress import track
-
-Batch = Mapping[str, Any]
 
 
 class Progress(Protocol):
@@ -99,7 +98,7 @@ def calibrate(
     with _lean_gradients(found), _collect_gradients(model, weights, grams, freeze=update is None):
         source = take_batches(batches, steps)
         for _ in progress(range(steps), desc="calibration"):
-            _compute_loss(model, next(source), device).backward()  # type: ignore[no-untyped-call]
+            compute_loss(model, next(source), device).backward()  # type: ignore[no-untyped-call]
             if update is not None:
                 average_(_other_gradients(model, weights))
                 update()
@@ -232,47 +231,3 @@ def _other_gradients(model: nn.Module, weights: Mapping[str, list[Tensor]]) -> I
     wanted = {id(weight) for group in weights.values() for weight in group}
     found = (p.grad for p in model.parameters() if p.grad is not None and id(p) not in wanted)
     return (gradient for gradient in found if not is_shard(gradient))  # FSDP2 has averaged those
-
-
-def _compute_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    if not isinstance(batch, Mapping):
-        raise UserError(f"a calibration batch is a {type(batch).__name__}: give mappings that model(**batch) takes")
-    if not any(isinstance(value, Tensor) for value in batch.values()):
-        raise UserError(
-            f"a calibration batch of {', '.join(map(str, batch))} holds no tensor: give tensors, as a DataLoader or "
-            'a tokenizer with return_tensors="pt" makes them'
-        )
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    output, labelled = model(**moved), any(name.startswith("label") for name in moved)
-    loss = _find_loss(output, labelled)
-    if loss is None:
-        remedy = "return it as an attribute, as a key, or first in a tuple" if labelled else "give batches with labels"
-        raise UserError(
-            f"the model gives no loss for a batch of {', '.join(moved)}: {remedy}; "
-            f"it returned {_describe_output(output)}"
-        )
-    if loss.numel() != 1 or not loss.requires_grad:
-        raise UserError(
-            f"the model's loss {tuple(loss.shape)} cannot be differentiated: give one number with gradients"
-        )
-    return loss
-
-
-def _find_loss(output: Any, labelled: bool) -> Tensor | None:
-    """The loss, where transformers' Trainer looks for it. A tuple starts with it only if the batch had labels."""
-    if isinstance(output, Mapping):
-        found = output.get("loss")
-    elif isinstance(output, tuple) and not hasattr(output, "loss"):  # a named tuple may have its loss anywhere
-        found = output[0] if labelled and output else None
-    else:
-        found = getattr(output, "loss", None)
-    return found if isinstance(found, Tensor) else None
-
-
-def _describe_output(output: Any) -> str:
-    """The type of a model's result and what it contains."""
-    if isinstance(output, Mapping):
-        return f"a {type(output).__name__} of {', '.join(map(str, output)) or 'nothing'}"
-    if isinstance(output, tuple):
-        return f"a tuple of {', '.join(type(item).__name__ for item in output) or 'nothing'}"
-    return f"a {type(output).__name__}"

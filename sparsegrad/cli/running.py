@@ -71,8 +71,8 @@ def _run(composed: DictConfig, published: Published | None) -> None:
         # Importing transformers and torch takes seconds, which `--help` and a mistyped override should not cost.
         from sparsegrad.runs.names import with_current_names, with_one_amount
         from sparsegrad.runs.runner import run as run  # all that a run needs
+        from sparsegrad.threads import limit_threads
         from sparsegrad.trainer.quiet import quiet_transformers
-        from sparsegrad.trainer.threads import limit_threads
 
     limit_threads()
     composed = with_current_names(with_one_amount(composed, list_given()))

@@ -26,7 +26,6 @@ from sparsegrad.errors import UserError, check_integer
 from sparsegrad.layers.common import check_linear, product_dtype, refuse_second_order
 from sparsegrad.layers.shards import average_shards, check_shards, count_writes, layout_of, new_core, own_part
 from sparsegrad.optim.rounding import add_stochastic
-from sparsegrad.optim.selection import check_density
 from sparsegrad.targets import check_updated
 
 
@@ -289,17 +288,6 @@ def share_bases(layers: Sequence[BlockLinear]) -> None:
     """Let layers of one basis and one core shape share the same two matrices, which saves memory."""
     for layer in layers[1:]:
         layer.in_basis, layer.out_basis = layers[0].in_basis, layers[0].out_basis
-
-
-def core_shape(shape: tuple[int, int], density: float) -> tuple[int, int]:
-    """The core shape (c, r) with the share `density` of the entries of a weight (out, in): sqrt(density) of each side.
-
-    Raises:
-        UserError: for a density outside (0, 1].
-    """
-    check_density(density)
-    rows, columns = (max(1, round(density**0.5 * size)) for size in shape)
-    return rows, columns
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What the layers of this package share: the check of the linear they replace, and rules for their products."""
+"""What the layers of this package share: checks, rules for their products, and the shape of a core."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.errors import UserError
+from sparsegrad.optim.selection import check_density
 
 
 def check_linear(linear: nn.Module, what: str, remedy: str = "use engine exact") -> None:
@@ -30,3 +31,14 @@ def refuse_second_order(remedy: str) -> None:
         raise UserError(
             f"create_graph=True, as for a penalty on gradients, does not work with the layers of this engine: {remedy}"
         )
+
+
+def core_shape(shape: tuple[int, int], density: float) -> tuple[int, int]:
+    """The core shape (c, r) with the share `density` of the entries of a weight (out, in): sqrt(density) of each side.
+
+    Raises:
+        UserError: for a density outside (0, 1].
+    """
+    check_density(density)
+    rows, columns = (max(1, round(density**0.5 * size)) for size in shape)
+    return rows, columns

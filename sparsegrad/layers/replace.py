@@ -11,8 +11,8 @@ from torch import nn
 from sparsegrad.basis import Basis
 from sparsegrad.distributed import is_managed, is_shard, reshard
 from sparsegrad.errors import UserError
-from sparsegrad.layers.block import BlockLinear, core_shape, share_bases
-from sparsegrad.layers.common import check_linear
+from sparsegrad.layers.block import BlockLinear, share_bases
+from sparsegrad.layers.common import check_linear, core_shape
 from sparsegrad.layers.lean import LeanLinear
 from sparsegrad.layers.rotated import SparseGradLinear
 from sparsegrad.layers.shards import forget_core

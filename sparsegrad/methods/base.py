@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparsegrad.basis import Basis
-from sparsegrad.calibration.gradients import Batch
+from sparsegrad.calibration.loss import Batch
 from sparsegrad.errors import UserError, check_integer
 from sparsegrad.optim.selection import check_density, count_kept
 from sparsegrad.targets import Linears, all_linears, weight_shapes

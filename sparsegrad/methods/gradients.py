@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsegrad.calibration.loss import compute_loss
 from sparsegrad.distributed import average_
 from sparsegrad.methods.base import Context
 from sparsegrad.targets import Linears
-
-
-def compute_loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> Tensor:
-    """The loss of one batch, which is moved to `device`."""
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    loss: Tensor = model(**moved).loss
-    return loss
 
 
 def mean_gradients(

@@ -14,10 +14,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from sparsegrad.calibration.loss import compute_loss
 from sparsegrad.distributed import average_
 from sparsegrad.errors import UserError, check_integer, fail
 from sparsegrad.methods.base import Context, Prepared, adamw, freeze, train_only, trainable_parameters
-from sparsegrad.methods.gradients import compute_loss
 from sparsegrad.methods.peft_config import (
     FROM_DATA,
     add_seed,

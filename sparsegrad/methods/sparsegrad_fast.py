@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from sparsegrad.errors import check_integer, check_number
-from sparsegrad.layers.block import core_shape
+from sparsegrad.layers.common import core_shape
 from sparsegrad.layers.replace import to_linears, use_blocks
 from sparsegrad.methods.base import Context, Prepared, adamw, freeze, trainable_parameters
 from sparsegrad.methods.sparsegrad import calibrated_bases

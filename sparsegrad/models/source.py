@@ -14,11 +14,10 @@ from sparsegrad.assets.download import asset_path
 from sparsegrad.assets.hub import fetch_files, find_model
 from sparsegrad.assets.hub_repository import Repository
 from sparsegrad.assets.table import ASSETS
-from sparsegrad.distributed import from_main
+from sparsegrad.distributed import from_main, on_main
 from sparsegrad.errors import UserError
 from sparsegrad.hashing import SHORT, file_sha256, json_sha256
 from sparsegrad.models.config import ModelConfig
-from sparsegrad.trainer.main_process import on_main
 
 ASSET = "asset:"
 # Files that loading may read; the code of a model with model.trust_remote_code=true is one of them.

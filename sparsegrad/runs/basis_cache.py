@@ -12,11 +12,10 @@ from typing import Any
 from torch import nn
 
 from sparsegrad.basis import Basis, load_bases, save_bases
-from sparsegrad.distributed import copy_main_, whole
+from sparsegrad.distributed import copy_main_, on_main, whole
 from sparsegrad.errors import UserError
 from sparsegrad.files import load_json, unreadable, write_json
 from sparsegrad.hashing import SHORT, tensors_sha256
-from sparsegrad.trainer.main_process import on_main
 from sparsegrad.trainer.peak_memory import PeakMemory
 
 

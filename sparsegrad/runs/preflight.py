@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sparsegrad.distributed import from_main, world_size
+from sparsegrad.distributed import from_main, on_main, world_size
 from sparsegrad.errors import UserError, fail, missing_package
 from sparsegrad.files import check_writable
 from sparsegrad.hashing import SHORT
@@ -28,7 +28,6 @@ from sparsegrad.runs.saving import check_saving
 from sparsegrad.runs.tokenized_splits import describe_batch
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.checkpoints import has_checkpoint
-from sparsegrad.trainer.main_process import on_main
 from sparsegrad.trainer.parallel import check_parallel
 from sparsegrad.trainer.processes import check_same
 

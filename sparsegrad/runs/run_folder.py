@@ -10,13 +10,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from sparsegrad.distributed import on_main
 from sparsegrad.errors import BusyError
 from sparsegrad.hashing import file_sha256
 from sparsegrad.models.source import Sources
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.checkpoints import last_checkpoint
-from sparsegrad.trainer.main_process import on_main
 
 
 @contextmanager

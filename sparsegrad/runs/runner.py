@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from sparsegrad.distributed import is_main, rank
+from sparsegrad.device import pick_device
+from sparsegrad.distributed import is_main, on_main, rank
 from sparsegrad.errors import ResourceError, UserError
 from sparsegrad.files import is_of_writing, unwritable, write_json
 from sparsegrad.methods.base import Prepared
@@ -31,9 +32,7 @@ from sparsegrad.runs.tracking import tracked
 from sparsegrad.runs.trainer_setup import make_trainer
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.callbacks import Stopwatch
-from sparsegrad.trainer.device import pick_device
 from sparsegrad.trainer.log_history import history
-from sparsegrad.trainer.main_process import on_main
 from sparsegrad.trainer.peak_memory import PeakMemory
 from sparsegrad.trainer.processes import connect, lost_process
 from sparsegrad.trainer.signals import StopOnSignal

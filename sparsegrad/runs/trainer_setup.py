@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, TrainingArguments
 
+from sparsegrad.device import pick_device
 from sparsegrad.distributed import is_main, rank, world_size
 from sparsegrad.metrics import compute_metrics
 from sparsegrad.metrics.language import token_losses
@@ -18,7 +19,6 @@ from sparsegrad.runs.config import RunConfig, TrainConfig
 from sparsegrad.runs.tokenized_splits import TokenSets
 from sparsegrad.trainer.callbacks import EvaluationSteps, LossWatch, Progress, Stopwatch
 from sparsegrad.trainer.checkpoints import last_checkpoint
-from sparsegrad.trainer.device import pick_device
 from sparsegrad.trainer.early_stopping import make_early_stopping
 from sparsegrad.trainer.parallel import ShardedTrainer
 from sparsegrad.trainer.peak_memory import PeakMemory

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 
 import torch
 
+from sparsegrad.device import pick_device
 from sparsegrad.errors import fail
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.memory_estimate import GIB, estimate_run, memory_of
 from sparsegrad.sweeps.admission import Device
 from sparsegrad.sweeps.config import Plan
-from sparsegrad.trainer.device import pick_device
 
 _USABLE = 0.9  # of a device's memory: the rest is for the system, fragmentation and what an estimate misses
 

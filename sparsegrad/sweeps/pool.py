@@ -24,7 +24,7 @@ from sparsegrad.sweeps.search_results import DEFAULT
 from sparsegrad.sweeps.storage import hide_password
 from sparsegrad.sweeps.study import SharedStudy, open_study
 from sparsegrad.sweeps.worker import Worker, show_trials, update_trials
-from sparsegrad.trainer.threads import limit_threads
+from sparsegrad.threads import limit_threads
 
 _LOOK = 2.0  # seconds between two counts of the finished trials
 

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from experiments.reproduce import search_all
 from experiments.reproduce.plans import read_plan
-from experiments.reproduce.searches import Search
+from experiments.reproduce.search import Search
 from sparsegrad.sweeps.ledger import REASON
 from sparsegrad.sweeps.show import export
 from sparsegrad.sweeps.study import open_study

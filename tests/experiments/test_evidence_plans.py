@@ -16,7 +16,7 @@ from experiments.report.plans import REGIMES
 from experiments.reproduce import plans, search_all
 from experiments.reproduce.cells import Cell, list_cells
 from experiments.reproduce.plans import SEARCHED, list_blocks, read_plan
-from experiments.reproduce.searches import Search
+from experiments.reproduce.search import Search
 from sparsegrad.errors import UserError
 from sparsegrad.runs.keys import determining, flatten
 from sparsegrad.sweeps.search_results import find_other_condition, select_conditions, study_name

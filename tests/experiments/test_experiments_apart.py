@@ -16,6 +16,7 @@ from experiments.bench.settings import Setting
 from experiments.reproduce import __main__ as runner
 from experiments.reproduce import benchmarks, search_all, searches
 from experiments.reproduce.processes import Ended, Job
+from experiments.reproduce.search import compose_sweep
 from experiments.studies import gradients as measure
 from sparsegrad.files import write_json
 from sparsegrad.sweeps.pool import run_sweep
@@ -136,7 +137,7 @@ def test_a_search_is_listed_run_exported_and_not_repeated(
             job.log.parent.mkdir(parents=True, exist_ok=True)
             job.log.write_text("error: a mistake")
             if works:
-                run_sweep(searches.compose_sweep(job.command[2:]), {})
+                run_sweep(compose_sweep(job.command[2:]), {})
             yield Ended(job=job, status=0, minutes=0.0)
 
     monkeypatch.setattr(search_all, "run_jobs", run_jobs)

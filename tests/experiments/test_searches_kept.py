@@ -16,7 +16,7 @@ from search_cases import where as where
 
 from experiments.compare import __main__ as command
 from experiments.paths import ROOT
-from experiments.reproduce import search_all, searches
+from experiments.reproduce import search_all, searches, stale_searches
 from experiments.reproduce.cells import list_cells
 from sparsegrad.errors import ResourceError, UserError
 from sparsegrad.files import read_json, write_json
@@ -148,9 +148,9 @@ def test_overwriting_deletes_another_search_once_and_none_that_is_asked_for(
     assert begun.get_trials() == [], "still there: the same command continues it"
 
     store(other, TrialState.PRUNED)
-    assert searches.find_staleness(other) == "no trial was completed"
+    assert stale_searches.find_staleness(other) == "no trial was completed"
     larger = replace(other.plan, sweep=replace(other.plan.sweep, trials=2))
-    assert "budget is 1, not 2" in searches.find_staleness(replace(other, plan=larger))
+    assert "budget is 1, not 2" in stale_searches.find_staleness(replace(other, plan=larger))
 
 
 def test_a_search_of_other_data_is_made_anew_without_the_records_of_the_old_data(
@@ -159,11 +159,11 @@ def test_a_search_of_other_data_is_made_anew_without_the_records_of_the_old_data
     first = plan("frozen", *where)
     write_json(first.summary, {**finish(first), "content": {"data": "old"}})
     search = plan("frozen", *where, "sweep.overwrite=true")
-    assert not searches.find_staleness(search), "the data is not at hand"
-    monkeypatch.setattr(searches, "read_fingerprint", lambda _: "old")
-    assert not searches.find_staleness(search)
-    monkeypatch.setattr(searches, "read_fingerprint", lambda _: "new")
-    assert searches.find_staleness(search) == "its data has the fingerprint old, not new"
+    assert not stale_searches.find_staleness(search), "the data is not at hand"
+    monkeypatch.setattr(stale_searches, "read_fingerprint", lambda _: "old")
+    assert not stale_searches.find_staleness(search)
+    monkeypatch.setattr(stale_searches, "read_fingerprint", lambda _: "new")
+    assert stale_searches.find_staleness(search) == "its data has the fingerprint old, not new"
 
     folder = search.plan.base.record_path.parent
     any_record = read_json(next((ROOT / "results" / "runs" / "evidence_gates").glob("*.json")))
@@ -171,7 +171,7 @@ def test_a_search_of_other_data_is_made_anew_without_the_records_of_the_old_data
         write_json(folder / f"{name}.json", {**any_record, "data": {"fingerprint": name}})
         (folder / f"{name}.npz").touch()
     (folder / "damaged.json").write_text("{")
-    searches.delete_search(search)
+    stale_searches.delete_search(search)
     assert not first.summary.exists()
     assert search.load_study() is None
     assert sorted(path.name for path in folder.iterdir()) == ["damaged.json", "new.json", "new.npz"]

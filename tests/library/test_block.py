@@ -8,7 +8,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from sparsegrad import UserError
-from sparsegrad.layers.block import BlockLinear, _core_gradient, core_shape, share_bases
+from sparsegrad.layers.block import BlockLinear, _core_gradient, share_bases
+from sparsegrad.layers.common import core_shape
 from sparsegrad.layers.replace import use_blocks
 
 OUT, IN, CORE = 11, 7, (4, 3)

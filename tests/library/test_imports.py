@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 # From the ground up; a row may import itself and all rows above it in this list. `tasks` and `metrics` see each other.
 ORDER = (
     ("namesake",),
-    ("errors", "hashing", "precision"),
-    ("files", "distributed"),
+    ("errors", "hashing", "precision", "bits", "threads"),
+    ("files", "distributed", "device"),
     ("basis",),
     ("targets_errors",),
     ("targets",),

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from toy_models import toy_model
 
 from sparsegrad import Basis, UserError, calibrate, describe, find_mlp, prepare, to_linears
-from sparsegrad.layers.block import BlockLinear, core_shape
+from sparsegrad.layers.block import BlockLinear
+from sparsegrad.layers.common import core_shape
 from sparsegrad.layers.replace import replace_module
 
 WHOLE = {"intermediate": Basis.identity(32, 16), "output": Basis.identity(16, 32)}

@@ -1,0 +1,115 @@
+"""One search: its composition, and the study and summary that it has left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from optuna.trial import TrialState
+
+from experiments.paths import CONF
+from sparsegrad.runs.overrides import key_of
+from sparsegrad.sweeps.config import Plan
+from sparsegrad.sweeps.ledger import Ledger
+from sparsegrad.sweeps.storage import find_file, open_store
+
+
+@dataclass(frozen=True)
+class Search:
+    """One study of a table.
+
+    Attributes:
+        overrides: overrides of run.py that compose it.
+        plan: the checked sweep.
+        anew: the arguments of `make` that make this search alone anew.
+    """
+
+    overrides: tuple[str, ...]
+    plan: Plan
+    anew: str
+
+    @property
+    def study(self) -> str:
+        """Name of the study."""
+        return self.plan.sweep.study
+
+    @property
+    def worker_overrides(self) -> list[str]:
+        """The overrides without `sweep.overwrite`: `search_all.make` deletes what is to be overwritten, once."""
+        return [one for one in self.overrides if key_of(one) != "sweep.overwrite"]
+
+    @property
+    def results(self) -> Path:
+        """The results folder."""
+        return Path(self.plan.base.results_dir)
+
+    @property
+    def summary(self) -> Path:
+        """The file that `python -m sparsegrad.sweeps show` writes."""
+        return self.results / "studies" / self.study / "summary.json"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all its trials are finished."""
+        return self.finished() >= self.plan.budget
+
+    @property
+    def is_summarised(self) -> bool:
+        """Whether the summary is of all trials, so that runs can use it."""
+        return self._count_summarised() >= self.plan.budget
+
+    @property
+    def is_barren(self) -> bool:
+        """Whether it is finished without a completed trial, so that it gives no rate."""
+        study = None if self.is_summarised or not self.is_finished else self.load_study()
+        return study is not None and not has_completed(study)
+
+    def finished(self) -> int:
+        """Number of finished trials, from the storage or, where that is gone, from the summary."""
+        return min(self.plan.budget, max(self._count_stored(), self._count_summarised()))
+
+    def read_summary(self) -> dict[str, Any]:
+        """The content of the summary; empty if it is missing or damaged, because the next export replaces it."""
+        try:
+            found = json.loads(self.summary.read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def load_study(self) -> optuna.Study | None:
+        """The study in the storage; None if there is none."""
+        where = self.plan.sweep.storage
+        if (file := find_file(where)) is not None and not file.is_file():
+            return None
+        storage = open_store(where).storage  # only now: opening would create a missing file
+        if self.study not in optuna.get_all_study_names(storage):
+            return None
+        return optuna.load_study(study_name=self.study, storage=storage)
+
+    def _count_stored(self) -> int:
+        study = self.load_study()
+        return 0 if study is None else len(Ledger(study.get_trials(deepcopy=False)).finished(self.plan.budget))
+
+    def _count_summarised(self) -> int:
+        try:
+            trials = self.read_summary()["trials"]
+            return int(trials["complete"]) + int(trials["pruned"])
+        except (ValueError, KeyError, TypeError):
+            return 0
+
+
+def has_completed(study: optuna.Study) -> bool:
+    """Whether a trial was completed; the others were pruned, or failed."""
+    return any(trial.state == TrialState.COMPLETE for trial in study.get_trials(deepcopy=False))
+
+
+def compose_sweep(overrides: Sequence[str]) -> DictConfig:
+    """The configuration that run.py composes from these; options of Hydra, which are for the launcher, are left out."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", [one for one in overrides if not one.startswith("hydra.")])
