@@ -25,6 +25,9 @@ class UserError(ValueError):
     silent = False  # True when another process prints the same error
 
 
+DIVERGED = "diverged"  # in the reason of every run that failed because its loss or predictions are not finite
+
+
 class BusyError(UserError):
     """Another process is working on the same run."""
 

@@ -150,7 +150,8 @@ def _runs(place: Path, record: dict[str, Any], plan: Plan | None) -> Iterator[tu
         values = {"heldout": result.get("value"), "paper": result.get("best_on_validation", {}).get("value")}
         other = tuple(one for one in other if not one.startswith(OF_BOTH))
     for name, value in values.items():
-        points = round(100 * float(value), 6) if record["status"] == "complete" else None
+        is_scored = record["status"] == "complete" and value is not None  # the score of a run that diverged is null
+        points = round(100 * float(value), 6) if is_scored else None
         key = (place.parts[0], config["model"]["name"], method, config["task"]["name"], name)
         yield key, Run(place, int(config["seed"]), points, hours(record), str(record.get("reason", "")), other)
 

@@ -17,7 +17,7 @@ from experiments.report.evidence import load_evidence
 from experiments.report.gates import check_task
 from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.searches import Searches
-from experiments.report.stats import MIN_SEEDS, Difference
+from experiments.report.stats import Difference
 from experiments.report.tables import basis, calibration
 from experiments.report.tables.base import Context
 from experiments.report.tables.grades import ALL_TURNS, complete_grades, grade
@@ -77,7 +77,7 @@ def _decide_pairs(context: Context, spec: Spec, rule: Rule) -> Iterable[Decision
 
 
 def _decide_pair(context: Context, spec: Spec, folder: str, rule: Rule) -> Decision:
-    """Two arms of one block, over its comparable tasks that both have."""
+    """Two arms of one block, over its comparable tasks on which both have enough seeds."""
     evidence, searches = load_evidence(context), Searches(context.results)
     block, see = evidence.blocks[folder], (folder,)
     a, b = str(spec["a"]), str(spec["b"])
@@ -90,19 +90,21 @@ def _decide_pair(context: Context, spec: Spec, folder: str, rule: Rule) -> Decis
     tasks = [task for task in both if health[task].is_comparable]
     if not tasks:
         return Decision(NOT_TESTED, f"{where}: {next(iter(health.values())).verdict}", see=see)
-    found = evidence.compare(folder, a, b, tasks)
+    counting = block.tasks_of(a, b, tasks)
+    found = evidence.compare(folder, a, b, counting) if counting else None
     if found is None or found.interval is None:
-        fewest = MIN_SEEDS if found is None else found.min_seeds
         equal = found is not None and found.has_seeds
-        why = "equal in every run" if equal else f"fewer than {fewest} paired seeds"
-        return Decision(NOT_TESTED, f"{where}: {why} on {', '.join(tasks)}", see=see)
+        why = "equal in every run" if equal else f"fewer than {block.fewest_seeds} paired seeds"
+        return Decision(NOT_TESTED, f"{where}: {why} on {', '.join(counting or tasks)}", see=see)
     is_loss = block.metric(tasks[0]) in LOWER_IS_BETTER
     digits = 3 if is_loss else 2
     low, high = found.interval
     measured = (
         f"{where}: {_name(a)} minus {_name(b)} {found.value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}), "
-        f"{', '.join(tasks)}, {found.seeds} seeds"
+        f"{', '.join(counting)}, {found.seeds} seeds"
     )
+    if few := [task for task in tasks if task not in counting]:
+        measured += f" (not {', '.join(few)}: fewer than {block.fewest_seeds} paired seeds)"
     unit = "in loss" if is_loss else "points"
     verdict = rule(found, spec.get("expect") == "lower", spec["parts"])
     return Decision(verdict, measured, found.bound or 0.0, unit, found.seeds, see)

@@ -22,6 +22,8 @@ FREE = {"data.dir", "train.device", "train.eval_batch_size", "train.lr", "protoc
 SAME_RESULT = ("_target_", "name", "rotation_order")  # of a method's options; the name is compared with the grid
 RATE = "train.lr"
 GIVEN = dict.fromkeys(("paper", "authors"), ("train.batch_size", RATE))  # source of hyperparameters -> what it gives
+# Settings of a model or task that say where it is read from, which a record's content hash covers, or the default rate.
+DESCRIBED = {"model": ("source", "revision", "lr", "trust_remote_code"), "task": ("_target_", "eval_base")}
 OF_MODEL = re.compile(r"oc\.select:(task|model)\.|\$\{model\.|\$\{task\.(?!name\})")
 
 
@@ -57,12 +59,39 @@ def _other_cell(record: Mapping[str, Any], plan: Plan) -> Iterator[str]:
         if key != "seed" and not any(_equal(normalise(value), one) for one in planned):
             yield f"{key}={value}"
     yield from _other_options(config, plan)
+    for group in DESCRIBED:
+        yield from _other_settings(config, plan, group)
     if plan.hparams is not None:
         given = record.get("hparams") or {}
         for key in GIVEN.get(plan.hparams, (RATE,)):
             if key not in plan.grid and (given.get("from") != plan.hparams or key not in given):
                 source = f"from {given['from']}" if key in given else "by hand"
                 yield f"{key}={find_value(config, key)} {source}"
+
+
+def _other_settings(config: Mapping[str, Any], plan: Plan, group: str) -> Iterator[str]:
+    """Settings of the model or the task that neither its YAML nor the plan has: methods take defaults from them.
+
+    A setting that is newer than the record, or that the YAML no longer has, is none: only added defaults are.
+    """
+    found, name = flatten(config.get(group) or {}), str(config[group]["name"])
+    expected = _read_settings(plan.path, plan.sha256, group, name)
+    for key, value in found.items() if expected else ():
+        is_added = key.startswith("usual.") and key not in expected
+        is_other = key in expected and "${" not in str(expected[key]) and not _equal(value, expected[key])
+        if (is_added or is_other) and key not in DESCRIBED[group] and f"{group}.{key}" not in plan.grid:
+            yield f"{group}.{key}={value}"
+
+
+@functools.cache
+def _read_settings(path: Path, sha256: str, group: str, name: str) -> Mapping[str, Any]:
+    """Key -> value of conf/GROUP/NAME.yaml with what the plan sets of it; empty without that file."""
+    file, node = path.parents[1] / group / f"{name}.yaml", load_node(path)
+    if not file.is_file():
+        return {}
+    merged = OmegaConf.merge(OmegaConf.load(file), node.get(group) or {})
+    content: Any = OmegaConf.to_container(merged, resolve=False)
+    return flatten(content)
 
 
 def _other_options(config: Mapping[str, Any], plan: Plan) -> Iterator[str]:

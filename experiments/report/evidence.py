@@ -10,17 +10,18 @@ from typing import Any
 from experiments.report.arms import arm_of
 from experiments.report.blocks import BLOCKS
 from experiments.report.departures import find_departures
-from experiments.report.plans import MIN_SEEDS, Plan, read_plan
+from experiments.report.plans import Plan, read_plan
 from experiments.report.repeats import settle_runs
-from experiments.report.resampling import LOWER_IS_BETTER, POINTS, Remembered
+from experiments.report.resampling import LOWER_IS_BETTER, POINTS, Remembered, scores
 from experiments.report.runs import Block, EvidenceRun
-from experiments.report.searches import Searches
+from experiments.report.searches import Searches, is_number
 from experiments.report.stats import Difference, compare
 from experiments.report.tables.base import Context
-from sparsegrad.errors import UserError
+from sparsegrad.errors import DIVERGED, UserError
 from sparsegrad.runs.predictions import read_predictions
 from sparsegrad.runs.records import PRUNED
 
+_ROUNDING, _ROUNDING_OF_LOSS = 0.05, 0.005  # points and nats: predictions are stored with fewer digits than scores
 LEFT_OUT = "left out, "  # begins the reason of a record whose predictions are not its own
 
 
@@ -38,7 +39,7 @@ class Evidence:
             block = self.blocks[folder]
             metrics = {task: block.metric(task) for task in tasks}
             other = None if b is None else block.seeded(b, tasks)
-            fewest = block.plan.fewest_seeds if block.plan else MIN_SEEDS
+            fewest = block.fewest_seeds
             self.compared[key] = compare(metrics, block.seeded(a, tasks), other, fewest) if metrics else None
         return self.compared[key]
 
@@ -60,7 +61,12 @@ def _load_block(context: Context, folder: str) -> Block:
     block = Block(folder, read_plan(folder))
     plans: dict[str, Plan | None] = {folder: block.plan}
     for place, record in sorted(context.store.records.items()):
-        if place.parts[0] == folder:
+        if place.parts[0] != folder:
+            continue
+        own = _find_plan(record, plans)
+        if own is not None and own.experiment != folder:
+            block.apart.append(f"{place}: exploratory, made by another plan ({own.experiment})")
+        else:
             add_record(context, block, plans, place, record)
     settle_runs(block, Searches(context.results))
     return block
@@ -70,17 +76,24 @@ def add_record(
     context: Context, block: Block, plans: dict[str, Plan | None], place: Path, record: Mapping[str, Any]
 ) -> None:
     """Sort one record into `found`, `failed` or `apart`."""
-    if record["status"] != "complete":
-        if not (reason := str(record.get("reason", ""))).startswith(PRUNED):
+    if (reason := _why_failed(record)) is not None:
+        if not reason.startswith(PRUNED):
             arm = arm_of(record["config"], _find_plan(record, plans) or block.plan)
             key = arm, str(record["config"]["task"]["name"])
-            block.failed.setdefault(key, []).append(f"seed {record['config']['seed']}: {reason}")
+            block.failed.setdefault(key, {})[int(record["config"]["seed"])] = reason
         return
     found = judge_record(context.results, block.plan, plans, place, record)
     if isinstance(found, str):
         block.apart.append(f"{place}: {found}")
     else:
         block.found.setdefault((found.arm, found.task), []).append(found)
+
+
+def _why_failed(record: Mapping[str, Any]) -> str | None:
+    """Why a record has no score; None if it has one."""
+    if record["status"] != "complete":
+        return str(record.get("reason", ""))
+    return None if is_number(record["result"].get("value")) else f"its score is not a finite number: it {DIVERGED}"
 
 
 def judge_record(
@@ -102,10 +115,21 @@ def judge_record(
         arrays = Remembered(read_predictions(results / "runs" / place, record))
     except UserError as error:
         return f"{LEFT_OUT}{error}"
+    if not is_number(record["result"].get("value")):
+        return "its score is not a finite number"
     config, result = record["config"], record["result"]
-    score = float(result["value"] or 0.0) * (1.0 if result["metric"] in LOWER_IS_BETTER else POINTS)
+    score = float(result["value"]) * (1.0 if result["metric"] in LOWER_IS_BETTER else POINTS)
     arm, task = arm_of(config, own or plan), str(config["task"]["name"])
-    return EvidenceRun(place, record, arm, task, int(config["seed"]), round(score, 6), arrays)
+    found = EvidenceRun(place, record, arm, task, int(config["seed"]), round(score, 6), arrays)
+    return found if _is_score_of(found) else f"{LEFT_OUT}its score is not that of its predictions"
+
+
+def _is_score_of(run: EvidenceRun) -> bool:
+    """Whether a score is that of the predictions; both decide, the one gates and the other differences."""
+    if run.has_collapsed:  # it voids its task; where predictions are not finite there is nothing to compare with
+        return True
+    tolerance = _ROUNDING_OF_LOSS if run.metric in LOWER_IS_BETTER else _ROUNDING
+    return abs(float(scores(run.metric, [run.arrays])[0]) - run.score) <= tolerance
 
 
 def _find_plan(record: Mapping[str, Any], plans: dict[str, Plan | None]) -> Plan | None:

@@ -6,13 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mean
 
-from experiments.palette import style_of
+from experiments.palette import order_of, style_of
 from experiments.report.evidence import Evidence
 from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches
+from sparsegrad.errors import DIVERGED
 
 GATES = "evidence_gates"  # the block of gates alone
+# What a collapsed run predicts, by metric; of the others, one class.
+COLLAPSED = {
+    "pearson": "numbers that hardly differ, or none, for all rows",
+    "nll": "rows with a loss that is not finite",
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ def check_task(evidence: Evidence, folder: str, task: str, searches: Searches) -
         *_check_gate(block, task, gate, reached),
         # A rate that is too high may well end in one class; of the block of gates only the best rate counts.
         *_check_collapsed(references if folder == GATES else judged),
+        *([] if folder == GATES else _check_diverged(block, task)),
         *_check_improving(block, improving),
         *_check_data(runs),
         *_check_budget(block, runs, searches),
@@ -82,14 +89,15 @@ def comparable_tasks(evidence: Evidence, folder: str, searches: Searches) -> lis
 
 
 def reference_runs(evidence: Evidence, folder: str, task: str, method: str = "full") -> list[EvidenceRun]:
-    """Runs of the gate's method: of this block, else of another block with the same model.
+    """Runs of the gate's method: of this block, else of the block that its plan names, with the same model.
 
-    The block of gates has several rates with one seed each: there the run counts that is best on held-out rows.
+    The block of gates has several rates with one seed each: there the run counts that is best on held-out rows. Other
+    blocks do not fall back on it: its schedule, pooling and rows are not theirs.
     """
     own = evidence.blocks[folder]
     elsewhere = own.plan.gate_experiment if own.plan else None
     models = {_model(run) for run in own.all_runs(task)}
-    for name in dict.fromkeys((folder, *([elsewhere] if elsewhere in evidence.blocks else []), GATES)):
+    for name in (folder, *([elsewhere] if elsewhere in evidence.blocks else [])):
         block = evidence.blocks[name]
         arms = [arm for arm in block.arms if arm.partition(" ")[0] == method]
         found = [run for arm in arms for run in block.of(arm, task).values() if _model(run) in models]
@@ -118,8 +126,18 @@ def _check_gate(block: Block, task: str, gate: float | None, reached: float | No
 def _check_collapsed(runs: list[EvidenceRun]) -> Iterator[str]:
     collapsed = [f"{run.arm} seed {run.seed}" for run in runs if run.has_collapsed]
     if collapsed:
-        same = "numbers that hardly differ" if runs[0].metric == "pearson" else "one class"
-        yield f"{', '.join(collapsed)} predict{'s' * (len(collapsed) == 1)} {same} for all rows of {runs[0].task}"
+        same = COLLAPSED.get(runs[0].metric, "one class for all rows")
+        yield f"{', '.join(collapsed)} predict{'s' * (len(collapsed) == 1)} {same} of {runs[0].task}"
+
+
+def _check_diverged(block: Block, task: str) -> Iterator[str]:
+    """Planned seeds that diverged: without them, the others of their arm would look better than it is."""
+    wanted = set(block.plan.seeds) if block.plan else set()
+    arms = sorted({arm for arm, of in block.failed if of == task and not block.is_floor(arm)}, key=order_of)
+    for arm in arms:
+        failed = block.failures(arm, task)
+        if seeds := sorted(seed for seed in wanted & set(failed) if DIVERGED in failed[seed]):
+            yield f"{arm} diverged with seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} on {task}"
 
 
 def _check_improving(block: Block, improving: tuple[int, int]) -> Iterator[str]:
@@ -146,18 +164,30 @@ def _check_data(runs: list[EvidenceRun]) -> Iterator[str]:
 
 
 def _check_budget(block: Block, runs: list[EvidenceRun], searches: Searches) -> Iterator[str]:
-    """Arms whose search had another number of trials than the plan's budget; runs without a search are not known."""
+    """Arms whose search had another number of trials than the plan's budget, by its summary or else by the record."""
     wanted = block.plan.budget if block.plan else None
     if wanted is None:
         return
-    found = {run.arm: search.trials for run in runs if (search := searches.of_run(run)) is not None}
+    found = {run.arm: trials for run in runs if (trials := searches.trials_of(run)) is not None}
     other = [f"{arm} {trials}" for arm, trials in sorted(found.items()) if trials != wanted]
     if other:
         yield f"searches have another budget than {wanted} trials: {', '.join(other)}"
 
 
 def _missing_seeds(block: Block, task: str) -> Iterator[str]:
+    """One text per arm, of the plan or with runs, that lacks seeds of the plan; those that failed are marked."""
     wanted = set(block.plan.seeds) if block.plan else set()
-    for arm in block.arms:
-        if missing := sorted(wanted - set(block.of(arm, task))):
-            yield f"{arm}: {', '.join(map(str, missing))}"
+    for arm in sorted({*block.arms, *_planned_arms(block)}, key=order_of):
+        failed = block.failures(arm, task)
+        missing = sorted(wanted - set(block.of(arm, task)))
+        if len(missing) == len(wanted) and wanted and not failed:
+            yield f"{arm}: all"
+        elif missing:
+            yield f"{arm}: {', '.join(f'{seed} (failed)' if seed in failed else str(seed) for seed in missing)}"
+
+
+def _planned_arms(block: Block) -> list[str]:
+    """Methods of a plan whose arms differ in the method alone; otherwise the names of its arms are not known."""
+    grid = block.plan.grid if block.plan else {}
+    is_plain = set(grid) <= {"task", "seed", "method"}
+    return [one.rpartition("/")[2] for one in grid.get("method", ())] if is_plain else []

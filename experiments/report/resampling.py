@@ -88,14 +88,16 @@ def _compute_draws(metric: str, runs: Sequence[Arrays], draws: int) -> Floats:
 
 
 def has_collapsed(metric: str, arrays: Arrays) -> bool:
-    """Whether a run predicts one class, or numbers that hardly differ, for all rows; never for a language model.
+    """Whether a run predicts one class, numbers that hardly differ, or a loss or number that is not finite.
 
     Numbers hardly differ if their standard deviation is below a quarter of the labels', and they correlate with the
     labels by less than a quarter: numbers that are only too small may still be well ordered.
     """
     if metric == "nll":
-        return False
+        return not bool(np.isfinite(arrays["nll"]).all())
     predicted = arrays["predicted"]
+    if not np.isfinite(predicted).all():
+        return True
     if metric == "pearson":
         numbers, labels = predicted.astype(np.float64), arrays["label"].astype(np.float64)
         score = abs(float(scores(metric, [arrays])[0])) / POINTS

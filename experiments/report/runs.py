@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.palette import order_of
 from experiments.report.collect import hours
-from experiments.report.plans import Plan
+from experiments.report.plans import MIN_SEEDS, Plan
 from experiments.report.resampling import LOWER_IS_BETTER, POINTS, has_collapsed
 from experiments.report.stats import Seeded
 from sparsegrad.runs.predictions import Arrays
@@ -119,7 +119,7 @@ class Block:
         found: (arm, task) -> runs of plans as they are now, in the order of their paths.
         runs: (arm, task) -> seed -> the one of them that counts.
         apart: one line for each record that does not count, with the reason.
-        failed: (arm, task) -> reasons of runs that failed.
+        failed: (arm, task) -> seed -> why its run failed.
     """
 
     folder: str
@@ -127,7 +127,7 @@ class Block:
     found: dict[tuple[str, str], list[EvidenceRun]] = field(default_factory=dict)
     runs: dict[tuple[str, str], dict[int, EvidenceRun]] = field(default_factory=dict)
     apart: list[str] = field(default_factory=list)
-    failed: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    failed: dict[tuple[str, str], dict[int, str]] = field(default_factory=dict)
 
     @property
     def arms(self) -> list[str]:
@@ -145,9 +145,32 @@ class Block:
         """Seed -> run."""
         return self.runs.get((arm, task), {})
 
+    def failures(self, arm: str, task: str) -> dict[int, str]:
+        """Seed -> why it failed, of seeds without a run that counts."""
+        return {seed: why for seed, why in self.failed.get((arm, task), {}).items() if seed not in self.of(arm, task)}
+
+    @property
+    def fewest_seeds(self) -> int:
+        """Fewest common seeds from which a difference has an interval."""
+        return self.plan.fewest_seeds if self.plan else MIN_SEEDS
+
+    def tasks_of(self, arm: str, other: str | None, tasks: Sequence[str]) -> list[str]:
+        """The tasks on which an arm, or two arms together, have enough seeds; if none, those on which they have any.
+
+        A task whose runs have just begun would otherwise take the interval from tasks that are complete.
+        """
+        seeds = {task: set(self.of(arm, task)) & set(self.of(arm if other is None else other, task)) for task in tasks}
+        enough = [task for task in tasks if len(seeds[task]) >= self.fewest_seeds]
+        return enough or [task for task in tasks if seeds[task]]
+
     def metric(self, task: str) -> str:
         """The metric of a task that has runs."""
         return next(run.metric for (_, of), runs in self.runs.items() if of == task for run in runs.values())
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether its scores are losses, of which lower ones are better."""
+        return any(self.metric(task) in LOWER_IS_BETTER for task in self.tasks)
 
     def all_runs(self, task: str | None = None) -> Iterator[EvidenceRun]:
         """Every run, or those of one task."""

@@ -15,7 +15,7 @@ from experiments.report.blocks import BLOCKS
 from experiments.report.evidence import load_evidence
 from experiments.report.tables.base import Context
 from experiments.report.tables.evidence_cells import hours_to_target, training_hours
-from experiments.report.tables.main_tables import comparable
+from experiments.report.tables.main_tables import averaged_tasks
 
 PANELS = ("evidence_paper", "evidence_mlp_only")
 
@@ -32,10 +32,12 @@ class Point:
 
 
 def points(context: Context, folder: str) -> list[Point]:
-    """The arms of a block that have every comparable task and known times; empty without such a task."""
-    evidence, tasks = load_evidence(context), comparable(context, folder)
+    """The arms of a block that have enough seeds on every task of its averages, and known times."""
+    evidence, tasks = load_evidence(context), averaged_tasks(context, folder)
     block, found = evidence.blocks[folder], []
     for arm in block.arms if tasks else ():
+        if block.tasks_of(arm, None, tasks) != tasks:
+            continue
         score = evidence.compare(folder, arm, None, tasks)
         target = hours_to_target(evidence, block, arm, tasks)
         if target.unknown and not target.missed:
@@ -70,7 +72,7 @@ def draw(context: Context) -> Figure | None:
         line = [one.hours for one in best], [one.score for one in best]
         axis.plot(*line, color="gray", linewidth=1, zorder=0)
         axis.margins(x=0.3, y=0.12)
-        tasks = ", ".join(comparable(context, folder))
+        tasks = ", ".join(averaged_tasks(context, folder))
         axis.set(title=f"{BLOCKS[folder].title}\n{tasks}", xlabel="hours to the target, all tasks")
     axes[0][0].set_ylabel("average score, points, with 95 % interval")
     said = (

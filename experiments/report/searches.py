@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,13 @@ class Searches:
         """The search that gave a run its rate; None for a run without one, or if its summary is gone."""
         return self._found.get(study_of(run))
 
+    def trials_of(self, run: EvidenceRun) -> int | None:
+        """Finished trials of the search that gave a run its rate; if its summary is gone, the budget in the record."""
+        if (search := self.of_run(run)) is not None:
+            return search.trials
+        budget = (run.record.get("hparams") or {}).get("budget")
+        return int(budget) if is_number(budget) else None
+
     def describe_change(self, run: EvidenceRun) -> str | None:
         """How the values that a run took from its search differ from those that the search gives now.
 
@@ -43,9 +51,9 @@ class Searches:
         about, search = run.record.get("hparams") or {}, self.of_run(run)
         if search is None:
             return None
-        if _is_number(before := about.get("ratio_to_full")):
+        if is_number(before := about.get("ratio_to_full")):
             return self._describe_ratio(run, search, before)
-        shared = [key for key in search.values if _is_number(about.get(key))]
+        shared = [key for key in search.values if is_number(about.get(key))]
         other = [key for key in shared if about[key] != search.values[key]]
         if not shared:
             return None
@@ -76,12 +84,13 @@ def study_of(run: EvidenceRun) -> str:
 def _read_search(summary: Mapping[str, Any]) -> Search:
     trials = summary["trials"]
     finished = int(trials["complete"]) + int(trials.get("pruned", 0))
-    values = {str(key): float(value) for key, value in summary["best"]["values"].items() if _is_number(value)}
+    values = {str(key): float(value) for key, value in summary["best"]["values"].items() if is_number(value)}
     return Search(str(summary["study"]), finished, float(summary.get("seconds", 0.0)) / 3600, values)
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value of a record is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _name_value(key: str) -> str:

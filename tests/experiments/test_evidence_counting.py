@@ -30,7 +30,7 @@ def planned(results: Path, places: list[str]) -> Cell:
         "status": "complete",
         "plan": {"experiment": "evidence_gates", "sha256": read_plan("evidence_gates").sha256},
         "config": cell.config.resolved,
-        "result": {"metric": "pearson", "value": 0.5},
+        "result": {"metric": "pearson", "value": 1.0},
         "predictions": describe_arrays(arrays),
     }
     write_json(cell.config.record_path, record)

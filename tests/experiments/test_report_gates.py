@@ -72,7 +72,7 @@ def test_a_block_without_full_fine_tuning_uses_that_of_another(cases: Cases) -> 
     found = health(cases, folder="evidence_mlp_only")
     assert found.reached == pytest.approx(85, abs=0.5)
     assert found.is_comparable
-    assert found.missing == ()
+    assert found.missing == ("sparsegrad: all",)
 
 
 def test_the_block_of_gates_counts_its_best_rate(cases: Cases) -> None:

@@ -60,7 +60,8 @@ def describe_scores(is_loss: bool) -> list[str]:
     """What scores, differences and costs are."""
     first = (
         f"{SCORES[is_loss]}: mean ± sample std over seeds (number of seeds); the checkpoint is chosen on held-out "
-        "training rows. Sorted by the average over comparable tasks; its interval is that of docs/evidence.md."
+        "training rows. Average: over comparable tasks (fewest seeds of a task), by which the rows are sorted; rows "
+        "with too few seeds are last. Its interval is that of docs/evidence.md."
     )
     return [first, *RULES, *([] if is_loss else [TARGET])]
 

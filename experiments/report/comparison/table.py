@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any
 
 import pandas as pd
 
-from experiments.palette import style_of
+from experiments.palette import order_of, style_of
 from experiments.report.collect import collect_cells
 from experiments.report.comparison import notes
 from experiments.report.comparison.block import load_comparison
@@ -19,13 +19,12 @@ from experiments.report.comparison.forgotten import read_forgetting
 from experiments.report.evidence import Evidence
 from experiments.report.gates import Health, check_task
 from experiments.report.render import markdown, write_table
-from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches
-from experiments.report.stats import Difference, holm
+from experiments.report.stats import Difference
 from experiments.report.tables.base import Context, Table, interval_text
-from experiments.report.tables.evidence_cells import format_averages, format_costs, format_difference, format_score
-from experiments.report.tables.main_tables import apart_notes
+from experiments.report.tables.evidence_cells import format_costs, format_difference, format_score
+from experiments.report.tables.main_tables import adjust, apart_notes
 
 Forgetting = Mapping[str, Mapping[str, float]]
 """Key of a run -> its losses `before` and `after`."""
@@ -37,7 +36,7 @@ class Arm:
 
     Attributes:
         name: of the arm.
-        tasks: the comparable tasks that it has runs of; without any comparable task, all of its tasks.
+        tasks: the comparable tasks on which it has enough seeds, or any; without a comparable task, all of its tasks.
         is_partial: whether other arms have more tasks.
         average: over `tasks`; None without a comparable one.
         difference: from the reference, over the tasks that both have; None without any.
@@ -114,27 +113,27 @@ def choose_reference(block: Block) -> str:
 
 def _compare_arm(evidence: Evidence, block: Block, name: str, reference: str, tasks: Sequence[str]) -> Arm:
     shown = tasks or block.tasks
-    own = tuple(task for task in shown if block.of(name, task))
+    own = tuple(block.tasks_of(name, None, shown))
     average = evidence.compare(block.folder, name, None, own) if tasks and own else None
-    both = [task for task in own if set(block.of(name, task)) & set(block.of(reference, task))]
+    both = block.tasks_of(name, reference, own)
     difference = evidence.compare(block.folder, name, reference, both) if tasks and both and name != reference else None
     return Arm(name, own, len(own) < len(shown), average, difference)
 
 
 def _sort_arms(block: Block, arms: Sequence[Arm]) -> list[Arm]:
-    """The best average first; arms with fewer tasks below, each set of tasks by itself."""
-    sign = 1 if _is_loss(block) else -1
+    """The best average first; arms with fewer tasks or too few seeds below, each set of tasks by itself.
+
+    Without a comparable task, in the usual order of methods: no average says which is better.
+    """
+    sign = 1 if block.is_loss else -1
 
     def rank(arm: Arm) -> tuple[Any, ...]:
-        values = block.averages(arm.name, arm.tasks)
+        if arm.average is None:
+            return (0, 0, (), order_of(arm.name))
         places = tuple(block.tasks.index(task) for task in arm.tasks)
-        return -len(places), places, not values, sign * mean(values) if values else 0.0, arm.name
+        return not arm.average.has_seeds, -len(places), places, sign * arm.average.value, arm.name
 
     return sorted(arms, key=rank)
-
-
-def _is_loss(block: Block) -> bool:
-    return block.metric(block.tasks[0]) in LOWER_IS_BETTER
 
 
 def _make_frame(
@@ -142,9 +141,7 @@ def _make_frame(
     searches: Searches, forgotten: Forgetting,
 ) -> pd.DataFrame:  # fmt: skip
     """One row per arm; columns that would be empty are left out."""
-    p_values = {arm.name: arm.difference.p for arm in arms if arm.difference is not None}
-    known = {name: p for name, p in p_values.items() if p is not None}
-    adjusted = dict(zip(known, holm(list(known.values())), strict=True))
+    adjusted = adjust({arm.name: arm.difference for arm in arms})
     is_any = any(found.is_comparable for found in health.values())
     rows = []
     for arm in arms:
@@ -152,9 +149,12 @@ def _make_frame(
         rows.append({
             "method": arm.label,
             **{task: format_score(block.scores(arm.name, task), block.metric(task)) for task in block.tasks},
-            "average": format_averages(block, arm.name, tasks)["average"],
+            "average": _format_average(block, arm),
             "95 % of average": "" if arm.average is None else _plain_interval(arm.average.interval),
-            **_format_difference(arm, adjusted, arm.name == reference, health),
+            **format_difference(
+                arm.difference, adjusted.get(arm.name), arm.name == reference, health, len(adjusted), arm.tasks,
+                block.is_loss,
+            ),
             **_describe_cost(block, arm.name),
             **format_costs(evidence, block, arm.name, tasks, searches),
             **_describe_forgetting(block, arm.name, forgotten),
@@ -163,14 +163,13 @@ def _make_frame(
     return frame.loc[:, (frame != "").any()]
 
 
-def _format_difference(
-    arm: Arm, adjusted: Mapping[str, float], is_reference: bool, health: Mapping[str, Health]
-) -> dict[str, str]:
-    """The columns of a difference, with its tasks if they are not those of the row."""
-    cells = format_difference(arm.difference, adjusted.get(arm.name), is_reference, health, len(adjusted))
-    if arm.difference is not None and arm.difference.tasks != arm.tasks:
-        cells["difference"] += f" ({', '.join(arm.difference.tasks)} only)"
-    return cells
+def _format_average(block: Block, arm: Arm) -> str:
+    """The number that the rows are sorted by, its spread over the seeds that have all tasks, and the fewest seeds."""
+    if arm.average is None:
+        return ""
+    digits, values = 3 if block.is_loss else 2, block.averages(arm.name, arm.tasks)
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{arm.average.value:.{digits}f}{spread} ({arm.average.seeds})"
 
 
 def _list_notes(block: Block, arms: Sequence[Arm], reference: str, health: Mapping[str, Health]) -> list[str]:
@@ -181,7 +180,7 @@ def _list_notes(block: Block, arms: Sequence[Arm], reference: str, health: Mappi
         *notes.describe_partial([arm.label for arm in arms if arm.is_partial]),
         *notes.describe_sizes(block, shares),
         *notes.describe_floors(block),
-        *notes.describe_scores(_is_loss(block)),
+        *notes.describe_scores(block.is_loss),
         *notes.describe_unmerged(block),
     ]
 

@@ -39,14 +39,22 @@ def format_score(scores: Sequence[float], metric: str) -> str:
     return f"{found.mean:.{digits}f}{spread} ({found.n})"
 
 
-def format_averages(block: Block, arm: str, tasks: Sequence[str]) -> dict[str, str]:
-    """The average over comparable tasks and its interquartile mean."""
+def format_averages(block: Block, arm: str, own: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
+    """The average over an arm's tasks, which are named if the table has more, and its interquartile mean."""
     if not tasks:
         return {"average": "", "IQM": ""}
-    values, metric = block.averages(arm, tasks), block.metric(tasks[0])
+    if not own:
+        return {"average": MISSING, "IQM": MISSING}
+    values, metric = block.averages(arm, own), block.metric(own[0])
     middle = interquartile_mean(values)
     digits = 3 if metric in LOWER_IS_BETTER else 2
-    return {"average": format_score(values, metric), "IQM": MISSING if middle is None else f"{middle:.{digits}f}"}
+    average = format_score(values, metric) + _name_tasks(own, tasks)
+    return {"average": average, "IQM": MISSING if middle is None else f"{middle:.{digits}f}"}
+
+
+def _name_tasks(own: Sequence[str], tasks: Sequence[str]) -> str:
+    """Which tasks a number is of, if they are not all of the table's."""
+    return "" if set(own) == set(tasks) else f" ({', '.join(own)} only)"
 
 
 def format_difference(
@@ -55,8 +63,10 @@ def format_difference(
     is_reference: bool,
     health: Mapping[str, Health],
     comparisons: int,
+    tasks: Sequence[str],
+    is_loss: bool,
 ) -> dict[str, str]:
-    """The columns of one of several comparisons; the reason where there is none."""
+    """The columns of one of several comparisons; the reason where there is none. `tasks` are those of its row."""
     blank = dict.fromkeys(("difference", "95 %", "p (Holm)", "detectable"), "")
     if is_reference:
         return {**blank, "difference": "reference"}
@@ -65,15 +75,16 @@ def format_difference(
         return {**blank, "difference": failed[0].verdict}
     if found is None:
         return {**blank, "difference": MISSING}
-    if not found.has_seeds:
-        return {**blank, "difference": f"{found.value:+.2f}", "95 %": f"too few seeds ({found.seeds} paired)"}
-    if found.interval is None:
-        return {**blank, "difference": f"{found.value:+.2f}", "95 %": "equal in every run"}
     smallest = found.detectable(comparisons) or 0.0
-    digits = 3 if abs(found.value) < 0.1 and smallest < 0.1 else 2
+    digits = 3 if is_loss or (abs(found.value) < 0.1 and smallest < 0.1) else 2
+    value = f"{found.value:+.{digits}f}{_name_tasks(found.tasks, tasks)}"
+    if not found.has_seeds:
+        return {**blank, "difference": value, "95 %": f"too few seeds ({found.seeds} paired)"}
+    if found.interval is None:
+        return {**blank, "difference": value, "95 %": "equal in every run"}
     low, high = found.interval
     return {
-        "difference": f"{found.value:+.{digits}f}",
+        "difference": value,
         "95 %": interval_text(found.interval) if digits == 2 else f"{low:+.3f} to {high:+.3f}",
         "p (Holm)": "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
         "detectable": f"{smallest:.{digits}f}",
@@ -126,12 +137,12 @@ def hours_to_target(evidence: Evidence, block: Block, arm: str, tasks: Sequence[
     method = block.plan.gate_method if block.plan else "full"
     for task in tasks:
         references = reference_runs(evidence, block.folder, task, method)
-        if not references or block.metric(task) in LOWER_IS_BETTER:
+        runs = block.of(arm, task).values()
+        if not runs or not references or block.metric(task) in LOWER_IS_BETTER:
             return TargetTime()
         target = mean(run.chosen_score for run in references) - TARGET
-        runs = block.of(arm, task).values()
         times = [time for run in runs if (time := run.hours_until(target)) is not None]
-        if not runs or not all(run.reaches(target) for run in runs):
+        if not all(run.reaches(target) for run in runs):
             missed.append(task)
         elif len(times) < len(runs):
             unknown.append(task)

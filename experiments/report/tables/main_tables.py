@@ -10,9 +10,9 @@ import pandas as pd
 
 from experiments.palette import style_of
 from experiments.report.blocks import BLOCKS, block_command
+from experiments.report.comparison.notes import SCORES
 from experiments.report.evidence import Evidence, load_evidence
 from experiments.report.gates import GATES, Health, check_task, comparable_tasks
-from experiments.report.plans import MIN_SEEDS
 from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches
@@ -37,16 +37,24 @@ REFERENCES = {
     "evidence_smollm2": "lora",
 }
 REFERENCE = "lora_tuned"
-RULES = (
-    "Scores in points (Matthews for CoLA, Pearson for STS-B, accuracy otherwise): mean ± sample std over seeds (number "
-    "of seeds), checkpoint chosen on held-out training rows. IQM: interquartile mean of the average over seeds.",
+AVERAGED = (
+    ": mean ± sample std over seeds (number of seeds), checkpoint chosen on held-out training rows. IQM: interquartile "
+    "mean of the average over seeds."
+)
+DIFFERENCES = (
     "Difference: of the average over comparable tasks, paired by seed and validation row; 95 % interval from 10,000 "
     "draws of the rows and the variance between seeds; p adjusted by Holm over this table. Detectable: the smallest "
-    "true difference that this comparison finds in 80 % of repetitions. No interval from fewer than {seeds} seeds.",
-    "Search h, training h: hours on the machine of the runs; training h is the mean of one seed over all comparable "
-    "tasks. Hours to target: until full fine-tuning's held-out score minus one point is first reached, summed over "
-    "these tasks, mean over seeds. Accuracy runs share their machine, so their hours are rough.",
+    "true difference that this comparison finds in 80 % of repetitions. No interval from fewer than {seeds} seeds."
 )
+HOURS = (
+    "Search h, training h: hours on the machine of the runs; training h is the mean of one seed over all comparable "
+    "tasks."
+)
+TO_TARGET = (
+    " Hours to target: until full fine-tuning's held-out score minus one point is first reached, summed over these "
+    "tasks, mean over seeds."
+)
+SHARED = "Accuracy runs share their machine, so their hours are rough."
 
 
 def tables(context: Context) -> list[Table]:
@@ -68,9 +76,13 @@ def reference_of(block: Block) -> str | None:
     """The arm that a block's table compares with: the plan's, the usual one, or its first arm; the gates have none."""
     if block.folder == GATES:
         return None
-    planned = block.plan.reference if block.plan else None
-    wanted = planned or REFERENCES.get(block.folder, REFERENCE)
+    wanted = _planned_reference(block)
     return wanted if wanted in block.arms else next(iter(block.arms), None)
+
+
+def _planned_reference(block: Block) -> str:
+    planned = block.plan.reference if block.plan else None
+    return planned or REFERENCES.get(block.folder, REFERENCE)
 
 
 def _empty_table(block: Block) -> Table:
@@ -85,40 +97,53 @@ def _main_table(
 ) -> Table:
     """One row per arm."""
     reference = reference_of(block)
-    tasks = [task for task, found in health.items() if found.is_comparable]
+    comparable = [task for task, found in health.items() if found.is_comparable]
+    tasks = _averaged(block, comparable)
     machine, costs = measured(context.results)
     found = {arm: _difference(evidence, block, arm, reference, tasks) for arm in block.arms}
-    adjusted = _adjust(found)
+    adjusted = adjust(found)
     rows = []
     for arm in block.arms:
         scores = {task: format_score(block.scores(arm, task), block.metric(task)) for task in block.tasks}
         difference = (
             {}
             if reference is None
-            else format_difference(found[arm], adjusted.get(arm), arm == reference, health, len(adjusted))
+            else format_difference(
+                found[arm], adjusted.get(arm), arm == reference, health, len(adjusted), tasks, block.is_loss
+            )
         )
-        expense = {**format_costs(evidence, block, arm, tasks, searches), **format_speed(block, arm, costs)}
-        average = format_averages(block, arm, tasks)
+        own = block.tasks_of(arm, None, tasks)
+        expense = {**format_costs(evidence, block, arm, own, searches), **format_speed(block, arm, costs)}
+        average = format_averages(block, arm, own, tasks)
         rows.append({"method": style_of(arm).name, **scores, **average, **difference, **expense})
     notes = [
         *_health_notes(health),
         *_list_rules(block),
         _describe_reference(reference, tasks),
+        *describe_replaced(block, reference),
+        *_describe_left_out(block, comparable, tasks),
         describe_machine(block, machine),
     ]
     notes += [*_left_out_notes(found), *apart_notes(block)]
     return Table(block.folder, BLOCKS[block.folder].title, _name_difference(rows, reference), notes, _records(block))
 
 
+def _averaged(block: Block, comparable: Sequence[str]) -> list[str]:
+    """The comparable tasks whose averages a table shows: those on which its reference has enough seeds."""
+    reference = reference_of(block)
+    return list(comparable) if reference is None else block.tasks_of(reference, None, comparable)
+
+
 def _difference(
     evidence: Evidence, block: Block, arm: str, reference: str | None, tasks: Sequence[str]
 ) -> Difference | None:
-    if reference is None or arm == reference or not tasks:
+    if reference is None or arm == reference:
         return None
-    return evidence.compare(block.folder, arm, reference, tasks)
+    paired = block.tasks_of(arm, reference, tasks)
+    return evidence.compare(block.folder, arm, reference, paired) if paired else None
 
 
-def _adjust(found: Mapping[str, Difference | None]) -> dict[str, float]:
+def adjust(found: Mapping[str, Difference | None]) -> dict[str, float]:
     """Key -> p-value adjusted for all comparisons of a table."""
     p_values = {name: one.p for name, one in found.items() if one is not None and one.p is not None}
     return dict(zip(p_values, holm([p for p in p_values.values() if p is not None]), strict=True))
@@ -132,7 +157,7 @@ def _task_table(evidence: Evidence, block: Block, health: Mapping[str, Health]) 
         for task in block.tasks
         for arm in block.arms
     }
-    adjusted = _adjust({" ".join(key): one for key, one in found.items()})
+    adjusted = adjust({" ".join(key): one for key, one in found.items()})
     rows = [_task_row(block, arm, task, one, adjusted, reference, health) for (task, arm), one in found.items()]
     notes = [
         *_health_notes(health),
@@ -152,7 +177,9 @@ def _task_row(
 ) -> dict[str, str]:  # fmt: skip
     runs, p = block.of(arm, task).values(), adjusted.get(f"{task} {arm}")
     difference = (
-        {} if reference is None else format_difference(found, p, arm == reference, {task: health[task]}, len(adjusted))
+        {}
+        if reference is None
+        else format_difference(found, p, arm == reference, {task: health[task]}, len(adjusted), [task], block.is_loss)
     )
     return {
         "method": style_of(arm).name,
@@ -194,13 +221,14 @@ def _health_notes(health: Mapping[str, Health]) -> list[str]:
         parts = [gate, f"{found.improving[0]} of {found.improving[1]} runs still improving at the end"]
         parts += [f"seeds not run yet: {'; '.join(found.missing)}"] if found.missing else []
         parts += [f"not comparable: {reason}" for reason in found.reasons]
+        parts += [f"exempt: {one}" for one in found.exempt]
         lines.append(f"{task}: {'; '.join(parts)}.")
     return lines
 
 
 def _list_rules(block: Block) -> list[str]:
-    seeds = block.plan.fewest_seeds if block.plan else MIN_SEEDS
-    return [rule.format(seeds=seeds) for rule in RULES]
+    rules = (SCORES[block.is_loss] + AVERAGED, DIFFERENCES, HOURS + ("" if block.is_loss else TO_TARGET), SHARED)
+    return [rule.format(seeds=block.fewest_seeds) for rule in rules]
 
 
 def _describe_reference(reference: str | None, tasks: Sequence[str]) -> str:
@@ -211,6 +239,22 @@ def _describe_reference(reference: str | None, tasks: Sequence[str]) -> str:
     return f"Average, differences and hours are over {', '.join(tasks)}; reference: {style_of(reference).name}."
 
 
+def _describe_left_out(block: Block, comparable: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    """Comparable tasks that are not yet in the averages, and planned tasks without runs."""
+    few = [task for task in comparable if task not in tasks]
+    lines = [f"Not in the averages, with fewer than {block.fewest_seeds} seeds: {', '.join(few)}."] if few else []
+    absent = [task for task in (block.plan.tasks if block.plan else ()) if task not in block.tasks]
+    return [*lines, *([f"Tasks without runs so far: {', '.join(absent)}."] if absent else [])]
+
+
+def describe_replaced(block: Block, reference: str | None) -> list[str]:
+    """That another arm stands in for the planned reference, which has no runs."""
+    planned = _planned_reference(block)
+    if reference in (None, planned):
+        return []
+    return [f"The planned reference is {style_of(planned).name}, which has no runs yet."]
+
+
 def _left_out_notes(found: Mapping[str, Difference | None]) -> list[str]:
     left = [f"{style_of(arm).name} {one.left_out}" for arm, one in found.items() if one is not None and one.left_out]
     return [f"Seeds that only one of the two arms has are left out of differences: {', '.join(left)}."] if left else []
@@ -218,7 +262,10 @@ def _left_out_notes(found: Mapping[str, Difference | None]) -> list[str]:
 
 def apart_notes(block: Block) -> list[str]:
     """Records that do not count, by reason, and runs that failed."""
-    failed = [f"{' '.join(key)}: {', '.join(reasons)}" for key, reasons in sorted(block.failed.items())]
+    failed = [
+        f"{' '.join(key)}: {', '.join(f'seed {seed}: {reason}' for seed, reason in sorted(reasons.items()))}"
+        for key, reasons in sorted(block.failed.items())
+    ]
     return [*list_apart(block.apart), *([f"Failed runs: {'; '.join(failed)}."] if failed else [])]
 
 
@@ -231,6 +278,7 @@ def progress(context: Context) -> list[tuple[str, int, int]]:
     ]
 
 
-def comparable(context: Context, folder: str) -> list[str]:
-    """The comparable tasks of a block."""
-    return comparable_tasks(load_evidence(context), folder, Searches(context.results))
+def averaged_tasks(context: Context, folder: str) -> list[str]:
+    """The tasks over which a block's table averages."""
+    evidence = load_evidence(context)
+    return _averaged(evidence.blocks[folder], comparable_tasks(evidence, folder, Searches(context.results)))
