@@ -20,7 +20,7 @@ from experiments.report.searches import Searches
 from experiments.report.stats import Difference
 from experiments.report.tables import basis, calibration
 from experiments.report.tables.base import Context
-from experiments.report.tables.grades import ALL_TURNS, complete_grades, grade
+from experiments.report.tables.grades import ALL_TURNS, complete_grades, count_answers, grade
 from sparsegrad.errors import UserError
 
 SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED = "supported", "contradicted", "undecided", "not tested here"
@@ -37,8 +37,9 @@ class Decision:
     Attributes:
         verdict: SUPPORTED, CONTRADICTED, UNDECIDED or NOT_TESTED.
         measured: what was measured, or why nothing was.
-        bound: of an undecided part: the largest difference that is not excluded.
+        bound: of an undecided part with an interval: the largest difference that is not excluded.
         unit: of `bound`.
+        mixed: of an undecided part without an interval: what speaks for it and what against.
         seeds: paired seeds; 0 where the part has none.
         see: tables that it rests on.
         place: limit of a verdict, such as a kind of machine.
@@ -48,6 +49,7 @@ class Decision:
     measured: str
     bound: float = 0.0
     unit: str = "points"
+    mixed: str = ""
     seeds: int = 0
     see: tuple[str, ...] = ()
     place: str = ""
@@ -107,7 +109,7 @@ def _decide_pair(context: Context, spec: Spec, folder: str, rule: Rule) -> Decis
         measured += f" (not {', '.join(few)}: fewer than {block.fewest_seeds} paired seeds)"
     unit = "in loss" if is_loss else "points"
     verdict = rule(found, spec.get("expect") == "lower", spec["parts"])
-    return Decision(verdict, measured, found.bound or 0.0, unit, found.seeds, see)
+    return Decision(verdict, measured, found.bound or 0.0, unit, seeds=found.seeds, see=see)
 
 
 def _name(arm: str) -> str:
@@ -150,8 +152,8 @@ def _decide_bench(context: Context, spec: Spec) -> Iterable[Decision]:
         verdict = SUPPORTED if all(holds) else UNDECIDED if any(holds) else CONTRADICTED
         times = f"{median(ratios):.2f} times that of {spec['over']} ({machine})"
         place = f"on {ON_CPU}" if ON_CPU in machine else ""
-        off = 100 * max(abs(ratio - bound) for ratio in ratios)
-        yield Decision(verdict, f"{what} of {spec['arm']} {times}", off, "percent", see=("table3",), place=place)
+        mixed = f"{what} {min(ratios):.2f} to {max(ratios):.2f} times, on both sides of {bound:g}"
+        yield Decision(verdict, f"{what} of {spec['arm']} {times}", mixed=mixed, see=("table3",), place=place)
 
 
 def _decide_energy(context: Context, spec: Spec) -> Iterable[Decision]:
@@ -170,9 +172,7 @@ def _decide_energy(context: Context, spec: Spec) -> Iterable[Decision]:
             f"{100 * b[last]:.0f} %"
         )
         verdict = SUPPORTED if all(above) else UNDECIDED if any(above) else CONTRADICTED
-        yield Decision(
-            verdict, shown, 100 * max(abs(a[step] - b[step]) for step in a), "percentage points of the energy", see=see
-        )
+        yield Decision(verdict, shown, mixed=f"more at {sum(above)} of {len(above)} steps", see=see)
 
 
 def _decide_padding(context: Context, spec: Spec) -> Iterable[Decision]:
@@ -219,7 +219,10 @@ def _decide_grade(context: Context, spec: Spec) -> Iterable[Decision]:
     above, below = all(gain > 0 for gain in gains), all(gain < 0 for gain in gains)
     verdict = SUPPORTED if above else CONTRADICTED if below else UNDECIDED
     shown = "; ".join(f"grades {a:.2f} and {b:.2f} by {judge}" for judge, (a, b) in found.items())
-    yield Decision(verdict, f"{model}: {shown}", max(map(abs, gains)), "in grade", see=see)
+    mixed = f"better by {sum(gain > 0 for gain in gains)} of {len(gains)} judges"
+    # Grades have no interval, so the number of answers files says how much they can.
+    seeds = min(count_answers(graded, model, method) for method in methods)
+    yield Decision(verdict, f"{model}: {shown}", mixed=mixed, seeds=seeds, see=see)
 
 
 KINDS: dict[str, Callable[[Context, Spec], Iterable[Decision]]] = {

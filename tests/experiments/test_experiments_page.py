@@ -185,7 +185,7 @@ def test_findings_have_data_or_are_left_out(results: Path) -> None:
 def test_a_cell_of_the_page_leads_to_records_curves_environment_and_rerun(results: Path) -> None:
     log = {
         "losses": [{"step": 10, "loss": 0.9}, {"step": 20, "loss": 0.3}],
-        "evaluations": [{"step": 20, "accuracy": 0.9}],
+        "evaluations": [{"step": 20, "matthews_correlation": 0.9}],
     }
     hardware = {
         "hardware": {"cpu": "a processor", "cores": 2, "threads": 1},

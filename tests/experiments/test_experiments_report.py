@@ -45,7 +45,7 @@ def record(method: str, task: str, seed: int, value: float | None, **more: Any) 
     config = {
         "model": {"name": more.pop("model", MODEL)},
         "method": {"name": method, "keep": more.pop("keep", None)},
-        "task": {"name": task, "main_metric": "accuracy"},
+        "task": {"name": task, "main_metric": "matthews_correlation" if task == "cola" else "accuracy"},
         "protocol": {"name": more.pop("protocol", "paper")},
         "seed": seed,
     }

@@ -16,10 +16,11 @@ from experiments.bench.presets import paper_setting
 from experiments.mtbench.scores import ModelScores
 from experiments.report import command as report
 from experiments.report import decisions, figures
+from experiments.report.bench_ratios import _describe_larger
 from experiments.report.blocks import BLOCKS
 from experiments.report.decisions import CONTRADICTED, KINDS, NOT_TESTED, SUPPORTED, UNDECIDED, Decision, decide
 from experiments.report.tables.base import Context
-from experiments.report.tables.claims import Verdict, read_claims
+from experiments.report.tables.claims import Verdict, lines, read_claims
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
 
@@ -216,3 +217,22 @@ def test_the_readme_gets_three_lines(cases: Cases, capsys: pytest.CaptureFixture
     assert "SparseGrad beats MeProp" in lines[2]
     assert report.main(["table1", "--lines", "3", "--results-dir", str(cases.results)]) == 2
     assert "--lines=3" in capsys.readouterr().err
+
+
+def test_a_part_without_an_interval_says_what_speaks_for_it_and_what_against() -> None:
+    parts = [Decision(UNDECIDED, "", mixed="peak memory 0.78 to 0.82 times, on both sides of 0.8")]
+    assert Verdict({}, parts, []).text == "undecided (peak memory 0.78 to 0.82 times, on both sides of 0.8)"
+
+
+def test_the_limits_of_a_verdict_are_in_the_lines(cases: Cases) -> None:
+    found = of(cases)
+    parts = [Decision(SUPPORTED, "", seeds=3, place="on a CPU"), Decision(NOT_TESTED, "")]
+    found.store.cache["claims"] = [Verdict({"name": "it is better"}, parts, [])]
+    limits = "in 1 of 2 parts, the others are not tested on a CPU (provisional: 3 of 5 seeds)"
+    assert lines(found)[0] == f"Holds: it is better ({limits})."
+
+
+def test_a_larger_model_with_fewer_repeats_stands_beside_the_one_that_decides() -> None:
+    assert _describe_larger((False, 1), {(True, 12): [0.5, 0.7]}) == "; the whole model: 0.60 in 2 repeats"
+    assert _describe_larger((False, 2), {(False, 1): [0.5]}) == ""
+    assert _describe_larger((True, 12), {}) == ""

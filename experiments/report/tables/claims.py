@@ -59,16 +59,22 @@ class Verdict:
         if self.kind == SUPPORTED and holding < len(self.decisions):
             words = f"{words} in {holding} of {len(self.decisions)} parts, the others are not tested"
         if self.kind == UNDECIDED:
-            open_ones = [one for one in self.decisions if one.verdict == UNDECIDED]
-            largest = max(open_ones, key=lambda one: one.bound)
-            digits = 3 if largest.unit == "in loss" else 1
-            words = f"no difference larger than {largest.bound:.{digits}f} {largest.unit}"
+            words = _describe_open([one for one in self.decisions if one.verdict == UNDECIDED])
             if holding:
                 words = f"supported in {holding} of {len(self.decisions)} parts; in others {words}"
         words = " ".join([words, *dict.fromkeys(one.place for one in self.decisions if one.place)])
         seeds = [one.seeds for one in self.decisions if one.seeds]
         is_provisional = self.kind != NOT_TESTED and seeds and min(seeds) < FINAL_SEEDS
         return f"{words} (provisional: {min(seeds)} of {FINAL_SEEDS} seeds)" if is_provisional else words
+
+
+def _describe_open(parts: Sequence[Decision]) -> str:
+    """What undecided parts leave open: the largest difference that none excludes, or what speaks for and against."""
+    if mixed := [one.mixed for one in parts if one.mixed]:
+        return f"undecided ({'; '.join(mixed)})"
+    largest = max(parts, key=lambda one: one.bound)
+    digits = 3 if largest.unit == "in loss" else 1
+    return f"no difference larger than {largest.bound:.{digits}f} {largest.unit}"
 
 
 def read_claims(folder: Path = DATA) -> list[dict[str, Any]]:
@@ -131,7 +137,9 @@ def lines(context: Context) -> list[str]:
     """Three lines for the README: what holds, what does not, and what is open."""
     kinds: dict[str, list[str]] = {}
     for one in judge(context):
-        kinds.setdefault(one.kind, []).append(str(one.claim["name"]))
+        # "supported in 1 of 3 parts, the others are not tested": what limits a verdict belongs to it.
+        limits = one.text.removeprefix(one.kind).strip() if one.kind in (SUPPORTED, CONTRADICTED) else ""
+        kinds.setdefault(one.kind, []).append(str(one.claim["name"]) + (f" ({limits})" if limits else ""))
     open_ones = [
         f"{heading}: {'; '.join(kinds[kind])}"
         for kind, heading in ((UNDECIDED, "no significant difference"), (NOT_TESTED, "not tested here"))

@@ -38,6 +38,11 @@ def complete_grades(graded: Sequence[ModelScores], model: str, methods: Sequence
     return {judge: [means[judge] for means in found] for judge in sorted(common)}
 
 
+def count_answers(graded: Sequence[ModelScores], model: str, method: str) -> int:
+    """Number of answers files of a method, one for each seed."""
+    return len({one.model for one in _of_method(graded, model, method)})
+
+
 def _complete_means(of: Sequence[ModelScores]) -> dict[str, float]:
     """Judge -> mean grade over the answers files of a method, for the judges that graded each of them completely."""
     whole: dict[str, dict[str, float]] = {}
