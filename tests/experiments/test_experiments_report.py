@@ -40,12 +40,15 @@ def planned_settings() -> dict[tuple[str, str], Any]:
     return {(group, name): setting for key, setting in expected.items() for group, _, name in [key.partition(".")]}
 
 
+METRICS = {"cola": "matthews_correlation", "stsb": "pearson", "oasst1": "nll"}
+
+
 def record(method: str, task: str, seed: int, value: float | None, **more: Any) -> dict[str, Any]:
     """The fields of a record that tables read; `value` None: a failed run."""
     config = {
         "model": {"name": more.pop("model", MODEL)},
         "method": {"name": method, "keep": more.pop("keep", None)},
-        "task": {"name": task, "main_metric": "matthews_correlation" if task == "cola" else "accuracy"},
+        "task": {"name": task, "main_metric": METRICS.get(task, "accuracy")},
         "protocol": {"name": more.pop("protocol", "paper")},
         "seed": seed,
     }
