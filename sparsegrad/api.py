@@ -31,6 +31,7 @@ from sparsegrad.optim.adamw import SparseGradAdamW
 from sparsegrad.optim.groups import core_groups, param_groups
 from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.optim.orders import ORDERS
+from sparsegrad.optim.release import refuse_released
 from sparsegrad.optim.rotation import check_rotation_dtype
 from sparsegrad.optim.selection import count_kept
 from sparsegrad.optim.summary import describe
@@ -123,9 +124,9 @@ def prepare(
 
     Raises:
         UserError: before any batch is read, for an unknown argument; values out of range; a model without the named
-            linears; weights that are frozen, tied, quantized or sharded; models that differ between processes; bases
-            that do not fit; or options that engine `fast` does not support (`keep`, `sides`, `moments`, `Conv1D`).
-            During calibration, for too few batches or batches without labels.
+            linears; weights that are frozen, tied, quantized or sharded, or whose gradients an optimizer releases;
+            models that differ between processes; bases that do not fit; or options that engine `fast` does not support
+            (`keep`, `sides`, `moments`, `Conv1D`). During calibration, for too few batches or batches without labels.
     """
     if engine == "merged":
         warn_renamed('engine="merged"', 'engine="exact"')
@@ -213,6 +214,7 @@ def _find_linears(model: nn.Module, names: Names | None, options: _Options) -> L
     if options.engine != "fast":
         refuse_shards(model)
     check_trainable(linears)
+    refuse_released(linear.weight for linear in all_linears(linears))  # by the optimizer of an earlier call
     for linear in all_linears(linears):
         # For its check: keep must fit every weight.
         count_kept(linear.weight.shape, keep=options.keep, density=options.density)

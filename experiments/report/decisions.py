@@ -108,7 +108,9 @@ def _decide_pair(context: Context, spec: Spec, folder: str, rule: Rule) -> Decis
     if few := [task for task in tasks if task not in counting]:
         measured += f" (not {', '.join(few)}: fewer than {block.fewest_seeds} paired seeds)"
     unit = "in loss" if is_loss else "points"
-    verdict = rule(found, spec.get("expect") == "lower", spec["parts"])
+    # A margin has no direction of its own: a loss that is higher is worse.
+    is_lower_better = spec["expect"] == "lower" if "expect" in spec else is_loss
+    verdict = rule(found, is_lower_better, spec["parts"])
     return Decision(verdict, measured, found.bound or 0.0, unit, seeds=found.seeds, see=see)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,6 +65,7 @@ class Cell:
         overrides: overrides for run.py, besides `experiment=`.
         config: the composed and checked configuration.
         hparams: what its record will say about the source of its hyperparameters; None without one.
+        waits: whether its search is missing, so that its rate and its record are not known yet.
     """
 
     experiment: str
@@ -72,6 +73,7 @@ class Cell:
     overrides: tuple[str, ...]
     config: RunConfig
     hparams: Mapping[str, Any] | None = None
+    waits: bool = False
 
     @property
     def label(self) -> str:
@@ -85,7 +87,7 @@ class Cell:
 
     def record(self) -> dict[str, Any] | None:
         """Its record, or None; a damaged record counts as none, because the next run replaces it."""
-        if not self.config.record_path.exists():
+        if self.waits or not self.config.record_path.exists():
             return None
         try:
             return read_record(self.config.record_path)
@@ -132,21 +134,33 @@ def list_cells(experiment: str, extra: Sequence[str] = (), data: str | None = No
     Raises:
         UserError: for a missing YAML or a value that is not allowed.
     """
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        try:
-            given = expand_aliases(extra)
-            return [_cell(experiment, point, given, data) for point in _points(experiment, given)]
-        except (HydraException, OmegaConfBaseException) as error:
-            raise explain(error, [f"experiment={experiment}", *extra], CONF) from None
+    return _list(experiment, extra, data, _cell)
 
 
 def list_for_show(experiment: str, extra: Sequence[str] = (), data: str | None = None) -> list[Cell]:
-    """As `list_cells`, to show them: cells that wait for a search are listed, too, and a line names the search."""
-    try:
-        return list_cells(experiment, extra, data)
-    except SearchMissingError as error:
-        print(f"{experiment}: waits for its searches ({error})", flush=True)
-        return list_cells(experiment, [*extra, "hparams=null"], data)
+    """As `list_cells`, to show them: cells that wait for a search are listed, too, and a line names the first one."""
+    reasons = list[str]()
+
+    def compose_cell(experiment: str, point: dict[str, str], extra: Sequence[str], data: str | None) -> Cell:
+        try:
+            return _cell(experiment, point, extra, data)
+        except SearchMissingError as error:
+            reasons.append(str(error))
+            return replace(_cell(experiment, point, [*extra, "hparams=null"], data), waits=True)
+
+    cells = _list(experiment, extra, data, compose_cell)
+    if reasons:
+        print(f"{experiment}: {len(reasons)} of {len(cells)} cells wait for their searches ({reasons[0]})", flush=True)
+    return cells
+
+
+def _list(experiment: str, extra: Sequence[str], data: str | None, compose_cell: Callable[..., Cell]) -> list[Cell]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            given = expand_aliases(extra)
+            return [compose_cell(experiment, point, given, data) for point in _points(experiment, given)]
+        except (HydraException, OmegaConfBaseException) as error:
+            raise explain(error, [f"experiment={experiment}", *extra], CONF) from None
 
 
 def _points(experiment: str, extra: Iterable[str]) -> list[dict[str, str]]:

@@ -64,6 +64,8 @@ def force_uncounted(cells: Sequence[Cell], plan: Plan | None) -> list[Cell]:
 
 def _explain(cell: Cell, plan: Plan | None) -> tuple[str, str]:
     """Why the complete record of a cell is made again, and why the table will not count the cell; or empty."""
+    if cell.waits:  # its rate is not known yet
+        return "", ""
     record = cell.record()
     is_complete = record is not None and record["status"] == "complete"
     remade = "force=true" if is_complete and cell.config.force else ""

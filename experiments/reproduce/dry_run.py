@@ -18,7 +18,9 @@ _SPARE = ("estimated from", "model", "failed")
 
 
 def state(cell: Cell) -> str:
-    """`complete`, `failed` or `missing`; `again` for a complete record that is to be replaced."""
+    """`complete`, `failed`, `missing`, or `waits` for a search; `again`: a complete record that is to be replaced."""
+    if cell.waits:
+        return "waits"
     record = cell.record()
     if record is None:
         return "missing"
@@ -47,10 +49,10 @@ def show(cells: Sequence[Cell], runs: Path | None = None) -> None:
         done, total = done + counts["complete"], total + left * (per_run or 0.0)
         unknown += left if per_run is None else 0
         row = dict(zip(("model", "method", "task"), names, strict=True))
-        row |= {name: str(counts[name]) for name in ("complete", "again", "failed", "missing")}
+        row |= {name: str(counts[name]) for name in ("complete", "again", "failed", "missing", "waits")}
         rows.append({**row, "hours left": format_left(left, per_run), "estimated from": source if left else "-"})
-    if all(row["again"] == "0" for row in rows):  # so in most listings
-        rows = [{name: text for name, text in row.items() if name != "again"} for row in rows]
+    absent = [name for name in ("again", "waits") if all(row[name] == "0" for row in rows)]  # so in most listings
+    rows = [{name: text for name, text in row.items() if name not in absent} for row in rows]
     print_listing(
         f"{done} of {len(cells)} cells complete; about {total:.1f} hours left, one run at a time"
         + (f"; {unknown} runs of unknown cost" if unknown else ""),

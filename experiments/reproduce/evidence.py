@@ -19,7 +19,7 @@ from statistics import median
 
 from experiments.report.blocks import Step
 from experiments.reproduce import commands, dry_run, search_all
-from experiments.reproduce.cells import Cell, in_evidence, list_cells
+from experiments.reproduce.cells import Cell, in_evidence, list_cells, list_for_show
 from experiments.reproduce.commands import last_wins
 from experiments.reproduce.costs import RECORDS, Estimates, facts_of
 from experiments.reproduce.counting import Watch, force_uncounted
@@ -27,7 +27,6 @@ from experiments.reproduce.plans import list_blocks, read_plan
 from experiments.reproduce.processes import Ended, Job, cell_job, explain_end, is_held, last_error, run_jobs
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_integer
-from sparsegrad.sweeps.search_results import SearchMissingError
 
 POLL_SECONDS = 5.0
 _BUSY = "is at work in another process"  # part of the message of `BusyError`, which a run prints in its own process
@@ -81,14 +80,8 @@ def _make_block(block: Step, request: Request, *, is_only: bool) -> int:
 def _make_plan(name: str, block: Step, request: Request) -> int:
     plan = read_plan(name)
     overrides = last_wins((*block.overrides, *request.overrides))
-    try:
-        cells = list_cells(name, overrides, request.trees if block.takes_trees else request.data)
-    except SearchMissingError as error:
-        if not request.dry:
-            raise
-        print(f"{name}: waits for its searches ({error})", flush=True)
-        return 0
-    cells = force_uncounted(cells, plan)
+    listed = list_for_show if request.dry else list_cells
+    cells = force_uncounted(listed(name, overrides, request.trees if block.takes_trees else request.data), plan)
     if request.dry:
         dry_run.show(cells)
         return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from sparsegrad.distributed import (
 from sparsegrad.errors import UserError, check_choice, check_integer, first_line
 from sparsegrad.layers.lean import LeanLinear
 from sparsegrad.layers.replace import computes_gradient
+from sparsegrad.optim.release import refuse_released
 from sparsegrad.optim.rotation import Rotation
 from sparsegrad.progress import track
 
@@ -81,8 +82,8 @@ def calibrate(
 
     Raises:
         UserError: for too few batches, a batch without loss, a weight without gradient, a gradient that is not finite,
-            a model sharded by FSDP1 or tensor parallelism, a model that differs between processes, or a device that
-            does not exist.
+            a model sharded by FSDP1 or tensor parallelism, a model that differs between processes, a device that does
+            not exist, or weights whose gradients an optimizer releases.
     """
     progress = progress or track
     check_integer("steps", steps, at_least=1, remedy="the paper uses 30")
@@ -93,6 +94,7 @@ def calibrate(
     check_same_weights(model)
     found = {kind: list(linears) for kind, linears in mlp.items()}
     weights = {kind: [linear.weight for linear in linears] for kind, linears in found.items()}
+    refuse_released(weight for group in weights.values() for weight in group)
     grams = {kind: Grams(sides=sides, device=gram_device) for kind in weights}
     device = next(model.parameters()).device
     with _lean_gradients(found), _collect_gradients(model, weights, grams, freeze=update is None):
@@ -102,7 +104,7 @@ def calibrate(
             if update is not None:
                 average_(_other_gradients(model, weights))
                 update()
-    _check_counts(grams, weights, steps)
+    check_counts({kind: sums.count for kind, sums in grams.items()}, found, steps)
     # `pop` frees the sums of a kind before the next is decomposed.
     return {kind: grams.pop(kind).basis().to(device) for kind in progress(list(grams), desc="decomposition")}
 
@@ -148,13 +150,19 @@ def _prepare_shards(model: nn.Module) -> None:
         refuse_shards(model)  # of tensor parallelism
 
 
-def _check_counts(grams: Mapping[str, Grams], weights: Mapping[str, list[Tensor]], steps: int) -> None:
-    """Raise `UserError` if a weight got no gradient, which is so if the forward pass does not use it."""
-    for kind, sums in grams.items():
-        if sums.count != steps * len(weights[kind]):
+def check_counts(counts: Mapping[str, int], linears: Mapping[str, Collection[Any]], steps: int) -> None:
+    """Raise `UserError` if a weight got no gradient, which is so if the forward pass does not use it.
+
+    Args:
+        counts: layer kind -> number of gradients.
+        linears: layer kind -> its linears.
+        steps: number of batches.
+    """
+    for kind, found in linears.items():
+        if counts[kind] != steps * len(found):
             raise UserError(
-                f"calibration got {sums.count} gradients of kind {kind}, not {steps} for each of its "
-                f"{len(weights[kind])} weights: name only linears that the model's forward pass uses"
+                f"calibration got {counts[kind]} gradients of kind {kind}, not {steps} for each of its "
+                f"{len(found)} weights: name only linears that the model's forward pass uses"
             )
 
 

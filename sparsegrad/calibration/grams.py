@@ -124,12 +124,17 @@ def _mirror(gram: Tensor) -> None:
         gram[start:stop, stop:] = gram[stop:, start:stop].T
 
 
+def check_finite(total: Tensor) -> None:
+    """Raise `UserError` if a sum over calibration gradients is not finite."""
+    if not torch.isfinite(total).all():
+        raise UserError("a calibration gradient is not finite: calibrate in float32, or check the data")
+
+
 def _decompose(gram: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     """Columns (n, n) = eigenvectors of a Gram matrix (n, n) by decreasing eigenvalue, computed in float64."""
     if gram is None:
         return None
-    if not torch.isfinite(gram).all():
-        raise UserError("a calibration gradient is not finite: calibrate in float32, or check the data")
+    check_finite(gram)
     device, dtype = gram.device, dtype or gram.dtype
     if is_large(len(gram), gram.device):
         gram = to_host(gram)  # frees the original

@@ -74,7 +74,7 @@ class BlockLinear(nn.Module):
 
     Args:
         weight: W (out, in); the layer keeps it and changes it in place.
-        bias: (out,) or None.
+        bias: (out,) or None; a parameter becomes that of the layer.
         basis: basis of both sides, of which the leading columns are used.
         core_shape: (c, r), at most (out, in).
 
@@ -91,7 +91,7 @@ class BlockLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, basis: Basis, core_shape: tuple[int, int]) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)  # the same object
         self._add_core(basis, core_shape)
 
     def _add_core(self, basis: Basis, core_shape: tuple[int, int]) -> None:

@@ -63,8 +63,7 @@ def _make_block(linear: nn.Linear, basis: Basis, core: tuple[int, int]) -> Block
     if is_managed(linear) or is_shard(linear.weight):
         return BlockLinear.convert(linear, basis, core)
     # Shared, not copied: who still holds the old linears would otherwise keep a second copy of all MLP weights.
-    bias = None if linear.bias is None else linear.bias.detach()
-    return BlockLinear(linear.weight.detach(), bias, basis, core)
+    return BlockLinear(linear.weight.detach(), linear.bias, basis, core)
 
 
 def merge_shards(model: nn.Module, *_: Any) -> None:

@@ -76,9 +76,15 @@ class Method(Protocol):
     """One method: a frozen dataclass whose fields are the keys of its YAML, checked when it is created.
 
     A method that reads bases from a file has `basis_file`, its path or None: a run compares its content with that of
-    an earlier one. For the estimate of a run's memory, a method may also have
+    an earlier one. A method may also have the following, which are false if they are missing:
+
+    - `holds_factors`: whether its layers are `BlockLinear`s, whose change is saved as LoRA without an error;
+    - `can_shard`: whether it works on a model that FSDP2 has sharded.
+
+    For the estimate of a run's memory, it may have
 
     - `count_added(linears) -> int`, if it freezes the MLP weights: the parameters that train in their place;
+    - `has_bases`: whether it calibrates U and V of each layer kind, with MLP weights that train meanwhile;
     - `collects_gradients`: whether it holds the gradients of all MLP weights at once before the training;
     - `chooses_rest`: whether it decides itself what trains beside the MLP weights, whatever `train.train_rest` says.
     """
@@ -107,14 +113,19 @@ def freeze(model: nn.Module, linears: Linears, context: Context, *, mlp_weights:
         UserError: if no parameter belongs to the head, although the model has one.
     """
     weights = {id(linear.weight) for linear in all_linears(linears)}
+    check_head(model, context)
+    for name, parameter in model.named_parameters():
+        rest = context.train_rest or context.is_head(name)
+        train_only(parameter, mlp_weights if id(parameter) in weights else rest)
+
+
+def check_head(model: nn.Module, context: Context) -> None:
+    """Raise `UserError` if no parameter belongs to the head, although the model has one."""
     if context.has_head and not any(context.is_head(name) for name, _ in model.named_parameters()):
         raise UserError(
             f"model.head matches no parameter of {type(model).__name__}: give a regular expression that matches the "
             r"names of those that are new for the task, such as classifier\..*"
         )
-    for name, parameter in model.named_parameters():
-        rest = context.train_rest or context.is_head(name)
-        train_only(parameter, mlp_weights if id(parameter) in weights else rest)
 
 
 def train_only(parameter: nn.Parameter, trains: bool) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import floor
 
 import torch
 from torch import Tensor, nn
 
-from sparsegrad.errors import UserError, check_integer
+from sparsegrad.errors import UserError, check_integer, fail
 from sparsegrad.layers.common import check_linear
 from sparsegrad.layers.replace import replace_linear, replace_module
 from sparsegrad.methods.base import Context, Prepared, adamw, freeze, trainable_parameters
@@ -64,13 +65,20 @@ def find_ranks(linears: Linears, density: float | None, rank: int | None) -> dic
         UserError: for a rank of 0, or above the smaller side of a weight.
     """
     ranks = {}
-    for kind, (rows, columns) in weight_shapes(linears).items():
-        own = rank if rank is not None else round((density or 0.0) ** 0.5 * (rows * columns) ** 0.5)
-        if own < 1:
+    shapes = weight_shapes(linears)
+    for kind, (rows, columns) in shapes.items():
+        if density is None:
+            ranks[kind] = check_integer("method.rank", rank, at_least=1, at_most=min(rows, columns))
+            continue
+        ranks[kind] = round(density**0.5 * (rows * columns) ** 0.5)
+        if ranks[kind] < 1:
             raise UserError(
                 f"method.density={density} makes the rank of {kind} 0: give at least {1 / (rows * columns):.1g}"
             )
-        ranks[kind] = check_integer("method.rank", own, at_least=1, at_most=min(rows, columns))
+        if ranks[kind] > min(rows, columns):
+            narrowest = min(min(shape) / max(shape) for shape in shapes.values())  # so that the remedy fits all kinds
+            why = f"the rank of {kind} would be {ranks[kind]}, and a weight {(rows, columns)} has {min(rows, columns)}"
+            raise fail("method.density", density, why, f"give at most {floor(narrowest * 1e4) / 1e4}")
     return ranks
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparsegrad.layers.common import check_linear
 from sparsegrad.methods.core import check_size, count_cores, find_ranks
-from sparsegrad.targets import Linears
+from sparsegrad.targets import Linears, all_linears
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,7 @@ class CoreMethod:
 
     density: float | None = 0.01
     rank: int | None = None
+    name: str
 
     def __post_init__(self) -> None:
         check_size(self.density, self.rank)
@@ -28,7 +30,9 @@ class CoreMethod:
         return find_ranks(linears, self.density, self.rank)
 
     def check(self, linears: Linears) -> None:
-        """Raise `UserError` if the rank is 0 or exceeds the smaller side of a weight."""
+        """Raise `UserError` if the rank is 0 or exceeds the smaller side of a weight, or for GPT-2's `Conv1D`."""
+        for linear in all_linears(linears):
+            check_linear(linear, f"method={self.name}", "use method=sparsegrad")
         self.find_ranks(linears)
 
     def count_added(self, linears: Linears) -> int:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from sparsegrad.errors import UserError
-from sparsegrad.methods.base import Context, Prepared, adamw, train_only, trainable_parameters
+from sparsegrad.methods.base import Context, Prepared, adamw, check_head, train_only, trainable_parameters
 from sparsegrad.targets import Linears
 
 
@@ -28,6 +28,7 @@ class Frozen:
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""
+        check_head(model, context)
         for name, parameter in model.named_parameters():
             train_only(parameter, context.is_head(name))
         return _prepare(model, linears, context, "a model without a new head has nothing to train: use method=bitfit")
@@ -49,9 +50,16 @@ class BitFit:
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""
+        check_head(model, context)
         for name, parameter in model.named_parameters():
-            train_only(parameter, name.rpartition(".")[2] == "bias" or context.is_head(name))
+            train_only(parameter, _is_bias(name, parameter) or context.is_head(name))
         return _prepare(model, linears, context, "this model has no bias: use method=lora")
+
+
+def _is_bias(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a bias by its name: `bias`, or a vector such as DeBERTa's `q_bias`."""
+    own = name.rpartition(".")[2]
+    return own == "bias" or (own.endswith("bias") and parameter.dim() == 1)
 
 
 def _prepare(model: nn.Module, linears: Linears, context: Context, reason: str) -> Prepared:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -22,6 +23,7 @@ class Full:
     """Every parameter trains; with `train.train_rest=false` only the MLP weights and the head."""
 
     name: str = "full"
+    can_shard: ClassVar[bool] = True
 
     def check(self, linears: Linears) -> None:
         """Full fine-tuning has no settings to check."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from sparsegrad.calibration.gradients import check_counts
+from sparsegrad.calibration.grams import check_finite
 from sparsegrad.calibration.loss import compute_loss
 from sparsegrad.distributed import average_
 from sparsegrad.methods.base import Context
+from sparsegrad.optim.release import refuse_released
 from sparsegrad.targets import Linears
 
 
@@ -35,22 +39,35 @@ def mean_gradients(
 
     Returns:
         Name of the linear -> mean (out, in), in float32.
+
+    Raises:
+        UserError: for a weight without gradient, a gradient that is not finite, a batch without loss, or weights whose
+            gradients an optimizer releases.
     """
     kinds = {name: kind for kind, found in linears.items() for name in found}
     weights = {name: linear.weight for found in linears.values() for name, linear in found.items()}
+    refuse_released(weights.values())
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     wanted = {id(weight) for weight in weights.values()}
     means: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
     try:
         for parameter in flags:
             parameter.requires_grad_(id(parameter) in wanted)
         for batch in islice(context.batches(), steps):
             loss = compute_loss(model, batch, next(model.parameters()).device)
-            for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            for name, gradient in zip(weights, gradients, strict=True):
+                if gradient is None:
+                    continue
+                counts[kinds[name]] += 1
                 average_([gradient])  # before the transform: the square of a mean is not the mean of the squares
                 value = transform(kinds[name], gradient.float()) / steps
                 means[name] = means[name].add_(value) if name in means else value
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+    check_counts(counts, linears, steps)
+    for mean in means.values():
+        check_finite(mean)
     return means

@@ -22,13 +22,22 @@ from sparsegrad.methods.peft_config import (
     FROM_DATA,
     add_seed,
     check_apart,
+    check_dtype,
     find_config_class,
     make_config,
     quiet,
     wrap,
 )
 from sparsegrad.methods.peft_save import save_peft
-from sparsegrad.methods.peft_size import Weight, Weights, describe_weights, fit_budget, measure_size, size_field
+from sparsegrad.methods.peft_size import (
+    SIZE_PATTERNS,
+    Weight,
+    Weights,
+    describe_weights,
+    fit_budget,
+    measure_size,
+    size_field,
+)
 from sparsegrad.targets import Linears, all_linears
 
 
@@ -54,12 +63,7 @@ class Peft:
         if not isinstance(self.config, Mapping):
             raise fail("method.config", self.config, "give peft's fields", "such as method.config.peft_type=LORA")
         find_config_class(self.config)  # for its checks
-        field = size_field(str(self.config["peft_type"]).upper())
-        if self._read_budget() is not None and field is not None and field in self.config:
-            raise UserError(
-                f"method.config.{field}={self.config[field]} and method.budget={self.budget}: both set the size; "
-                "leave one out, the budget with null"
-            )
+        self._check_size()
         if self.steps is None and self.collects_gradients:
             raise fail(
                 "method.steps", "null", f"{FROM_DATA} initialises from data", "give calibration batches, such as 8"
@@ -68,6 +72,18 @@ class Peft:
             check_integer("method.steps", self.steps, at_least=1)
         if self.seed is not None:
             check_integer("method.seed", self.seed, at_least=0)
+
+    def _check_size(self) -> None:
+        """Raise `UserError` if the budget is malformed, or a field sets a size beside it."""
+        if self._read_budget() is None:
+            return
+        size = size_field(str(self.config["peft_type"]).upper())
+        for field in (*filter(None, (size,)), *SIZE_PATTERNS):
+            if field in self.config and (field == size or self.config[field]):  # an empty pattern sets nothing
+                raise UserError(
+                    f"method.config.{field}={self.config[field]} and method.budget={self.budget}: both set the size; "
+                    "leave one out, the budget with null"
+                )
 
     def _read_budget(self) -> float | None:
         """The share of `density:SHARE`."""
@@ -91,6 +107,7 @@ class Peft:
                 raise UserError(
                     f"method={self.name} wraps nn.Linear, not {type(linear).__name__}: use method=sparsegrad"
                 )
+            check_dtype(self.config, linear.weight.dtype)
         self._describe(linears)
 
     @property
@@ -101,8 +118,7 @@ class Peft:
     def count_added(self, linears: Linears) -> int:
         """See `Method`."""
         weights = describe_weights(linears)
-        counts = measure_size(self._resolve(weights)[0], weights, merge=False).counts
-        return sum(count * weights[kind].number for kind, count in counts.items())
+        return sum(measure_size(self._resolve(weights)[0], weights, merge=False).counts.values())
 
     def _describe(self, linears: Linears) -> tuple[dict[str, Any], dict[str, Any]]:
         """All fields of the method; and what the record says of them."""
@@ -135,16 +151,36 @@ class Peft:
         parameters = trainable_parameters(model)
         # An initialisation such as PiSSA's takes its part out of W, so the adapter does not fit the model as published.
         changes_base = not torch.equal(before, _base_weight(layers))
+        # Of each linear, as a method may give those of one kind different sizes.
+        counts = {kind: [_count_adapter(layer) for layer in found] for kind, found in layers.items()}
         save = None if context.train_rest or changes_base else functools.partial(save_peft, model, tuner)
         return Prepared(
             optimizer=adamw(parameters, context),
             trainable=sum(parameter.numel() for parameter in parameters),
-            trainable_per_weight={kind: _count_adapter(found[0]) for kind, found in layers.items()},
+            trainable_per_weight={kind: round(sum(each) / len(each)) for kind, each in counts.items()},
             calibration=cost,
             finish=functools.partial(_merge, tuner) if notes["merges"] else lambda: None,
             save=save,
-            notes=notes,
+            notes=notes | self._describe_share(linears, sum(chain.from_iterable(counts.values())), notes),
         )
+
+    def _describe_share(self, linears: Linears, count: int, notes: Mapping[str, Any]) -> dict[str, Any]:
+        """The budget's note with the share that trains, which some methods decide only when they see the weights.
+
+        Raises:
+            UserError: if it is not within a factor of 2 of the budget.
+        """
+        density = self._read_budget()
+        if density is None:
+            return {}
+        share = count / sum(linear.weight.numel() for linear in all_linears(linears))
+        found = notes["budget"] | {"share": round(share, 6)}
+        if not density / 2 <= share <= 2 * density:
+            about = f"with {found['field']}={found['value']} the share is {share:.2g} of these weights"
+            raise fail(
+                "method.budget", self.budget, about, f"set it to null and method.config.{found['field']} by hand"
+            )
+        return {"budget": found}
 
     def _insert(
         self, model: nn.Module, config: Any, linears: Mapping[str, nn.Linear], context: Context

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import peft
+import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
@@ -21,6 +22,7 @@ _OURS = {
     **dict.fromkeys(("target_modules", "exclude_modules", "target_parameters", "modules_to_save"), _WHERE),
     **dict.fromkeys(("layers_to_transform", "layers_pattern", "layer_replication", "trainable_token_indices"), _WHERE),
     "bias": "train.train_rest decides whether biases train",
+    "alora_invocation_tokens": "peft finds the tokens in hooks of its PeftModel; without them nothing would train",
     "use_asa": "it prunes by calls of its own after each step",  # of AdaMSS
     "generator_seed": "the run seeds all draws of the training",  # of PVeRA
     **dict.fromkeys(
@@ -41,6 +43,8 @@ _ELSEWHERE = {
     **dict.fromkeys(("LILY", "TINYLORA", "UNILORA", "VBLORA"), _SHARES),
     "XLORA": "it mixes adapters that are trained already",
 }
+# Types that multiply their trained factors, which are float32, with frozen ones of the weights' precision.
+_ONE_PRECISION = ("OSF",)
 # Version of peft in which a type for linears appeared, read off its releases, for the message where the installed one
 # lacks it. Those of 0.18, the oldest that this project supports, are left out.
 _SINCE = {
@@ -136,6 +140,14 @@ def make_config(node: Mapping[str, Any], targets: Mapping[str, tuple[int, int]])
         given = {"save_projection": False, **given}
     with quiet():
         return _call_peft(kind, lambda: config_class(target_modules=list(targets), **given))
+
+
+def check_dtype(node: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Raise `UserError` if the type cannot train beside weights of `dtype`."""
+    kind = str(node["peft_type"]).upper()
+    if kind in _ONE_PRECISION and dtype in (torch.bfloat16, torch.float16):
+        about = f"its trained factors are float32, which peft cannot multiply with weights in {dtype}"
+        raise fail("method.config.peft_type", kind, about, "set train.precision=bf16 or fp32")
 
 
 def add_seed(node: Mapping[str, Any], seed: int | None) -> dict[str, Any]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sparsegrad.basis import SIDES, Basis, load_bases
-from sparsegrad.calibration.gradients import calibrate
+from sparsegrad.basis import SIDES, Basis, load_bases, small_side
 from sparsegrad.errors import UserError, check_choice, check_integer
 from sparsegrad.hashing import file_sha256
+from sparsegrad.layers.common import check_linear
 from sparsegrad.layers.replace import replace_linear, rotate_gradients, to_linears
 from sparsegrad.layers.rotated import BACKWARDS, SparseGradLinear
 from sparsegrad.methods.base import (
@@ -25,6 +24,7 @@ from sparsegrad.methods.base import (
     freeze,
     kept_per_weight,
 )
+from sparsegrad.methods.bases import BASES, calibrated_bases, make_basis, refuse_untransposed, transpose_in_basis
 from sparsegrad.methods.gradients import mean_gradients
 from sparsegrad.methods.static_mask import fix_positions
 from sparsegrad.optim.adamw import SparseGradAdamW
@@ -32,11 +32,9 @@ from sparsegrad.optim.groups import param_groups
 from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.optim.orders import ORDERS
 from sparsegrad.optim.rotation import check_rotation_dtype
-from sparsegrad.progress import track
 from sparsegrad.targets import Linears, all_linears, weight_shapes
 
 ENGINES = ("exact", "layer")
-BASES = ("hosvd", "authors", "random", "none")  # by name; any other value of `basis` is a file
 _DTYPES = {None: None, "bf16": torch.bfloat16}
 # Settings of one engine, with the value that they must have under the other.
 _ENGINE_SETTINGS: dict[str, dict[str, Any]] = {
@@ -46,35 +44,6 @@ _ENGINE_SETTINGS: dict[str, dict[str, Any]] = {
         "rotation_order": "auto", "rotation_dtype": None, "static": False,
     },
 }  # fmt: skip
-
-
-def calibrated_bases(
-    model: nn.Module,
-    linears: Linears,
-    context: Context,
-    steps: int,
-    *,
-    sides: str = "both",
-    update: Callable[[], None] | None = None,
-) -> tuple[dict[str, Basis], dict[str, Any]]:
-    """Return the bases of all layer kinds and their cost, from the store or from `steps` batches.
-
-    Args:
-        model: the model, with the gradients of its MLP weights enabled.
-        linears: layer kind -> name -> MLP linear.
-        context: what the run hands in.
-        steps: calibration batches.
-        sides: which bases are computed: `both`, `in`, `out` or `small`.
-        update: called after every batch, for a calibration that also trains. Such a calibration is never read from
-            the store, because its updates would be missing.
-    """
-    mlp = {kind: list(found.values()) for kind, found in linears.items()}
-    batches = islice(context.batches(), steps)
-    # Settings name the stored basis; `both`, the default, is left out of the name.
-    settings = {"steps": steps, **({} if sides == "both" else {"sides": sides})} if update is None else None
-    return context.calibrated(
-        settings, lambda: calibrate(model, batches, mlp, steps, sides=sides, update=update, progress=track)
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +95,7 @@ class SparseGrad:
     static: bool = False
     basis: str | None = None
     name: str = "sparsegrad"
+    has_bases: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_kept(self.density, self.keep)
@@ -150,16 +120,39 @@ class SparseGrad:
                     f"set method.{name}={default}, or use the other engine"
                 )
 
+        if self.basis == "authors" and self.sides == "out":
+            raise refuse_untransposed(self.sides, "the basis of the input side")
         if self.static and self.moments != "dense":
             raise UserError(
                 f"method.static=true never selects again, so method.moments={self.moments} has no effect: leave it out"
             )
 
     def check(self, linears: Linears) -> None:
-        """Raise `UserError` if `keep` exceeds the size of a weight, or a given basis file does not fit the shapes."""
+        """Raise `UserError` for settings that do not fit the linears.
+
+        These are a `keep` above the size of a weight, a basis file of other shapes, a basis that `sides` leaves nothing
+        of, and for GPT-2's `Conv1D` what needs an `nn.Linear`.
+        """
         kept_per_weight(linears, self.density, self.keep)
+        self._check_classes(linears)
+        if self.basis == "authors" and self.sides == "small":
+            for kind, shape in weight_shapes(linears).items():
+                if small_side(shape) == "out":
+                    raise refuse_untransposed(self.sides, f"the basis of the inputs, of which {kind} {shape} has more")
         if self.basis_file is not None:
             self._load_bases(linears)
+
+    def _check_classes(self, linears: Linears) -> None:
+        """Raise `UserError` if a setting needs the class `nn.Linear` and a linear is of another."""
+        if self.engine == "layer":
+            needs, remedy = "method.engine=layer", "use method.engine=exact"
+        elif self.drop_padding or self.save_dtype is not None:
+            needs = "method.drop_padding=true" if self.drop_padding else f"method.save_dtype={self.save_dtype}"
+            remedy = "set method.drop_padding=false and method.save_dtype=null"
+        else:
+            return
+        for linear in all_linears(linears):
+            check_linear(linear, needs, remedy)
 
     @property
     def basis_file(self) -> Path | None:
@@ -188,7 +181,7 @@ class SparseGrad:
     ) -> tuple[dict[str, Basis], dict[str, Any]]:
         """Return the bases of all layer kinds and their cost: from the given file, the store, or a calibration."""
         if self.basis in ("random", "none"):
-            return {kind: _make_basis(self.basis, shape).only(self.sides).to(next(all_linears(linears)).weight.device)
+            return {kind: make_basis(self.basis, shape).only(self.sides).to(next(all_linears(linears)).weight.device)
                     for kind, shape in weight_shapes(linears).items()}, {"basis": self.basis}  # fmt: skip
         if self.basis == "authors":
             bases, cost = calibrated_bases(model, linears, context, self.steps, sides=self.sides)
@@ -267,6 +260,7 @@ class SparseGrad:
                 layer = SparseGradLinear.from_linear(
                     linear, bases[kind], keep=self.keep, density=self.density, backward=self.backward
                 )
+                layer.bias = linear.bias  # the same parameter: a run knows by it what is no MLP weight
                 replace_linear(model, name, linear, layer)
                 rotated.append(layer.rotated_weight)
         taken = {id(weight) for weight in rotated}
@@ -284,16 +278,3 @@ class SparseGrad:
                     f"{shape}: give a basis of this model, or null to calibrate"
                 )
         return bases
-
-
-def transpose_in_basis(basis: Basis) -> Basis:
-    """V^T G U^T instead of V^T G U, as in the authors' code: an arbitrary rotation of the input side."""
-    return basis if basis.in_basis is None else Basis(basis.in_basis.T.contiguous(), basis.out_basis)
-
-
-def _make_basis(name: str, shape: tuple[int, int]) -> Basis:
-    """The identity, or orthogonal matrices drawn by torch's generator, which the run's seed has set."""
-    if name == "none":
-        return Basis.identity(*shape)
-    V, U = (torch.linalg.qr(torch.randn(size, size)).Q for size in shape)
-    return Basis(U, V)

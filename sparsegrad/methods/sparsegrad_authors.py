@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
-from sparsegrad.errors import UserError
+from sparsegrad.errors import UserError, fail
 from sparsegrad.layers.common import check_linear
 from sparsegrad.methods.base import Context, Prepared, adamw, freeze, trainable_parameters
-from sparsegrad.methods.sparsegrad import BASES, SparseGrad, calibrated_bases, transpose_in_basis
+from sparsegrad.methods.bases import BASES, calibrated_bases, transpose_in_basis
+from sparsegrad.methods.sparsegrad import SparseGrad
 from sparsegrad.targets import Linears, all_linears
 
 MAX_NORM = 1.0  # of the Trainer's clipping
@@ -53,12 +55,16 @@ class SparseGradAuthors(SparseGrad):
                 f"method.basis={self.basis} skips the calibration that method.training_calibration=true asks for: set "
                 "that to false, or method.basis to null"
             )
+        if self.sides != "both":
+            both = "the authors' code rotates both sides, and so do the switches of method=sparsegrad_authors"
+            raise fail("method.sides", self.sides, both, "leave it at both, or use method=sparsegrad")
 
     def check(self, linears: Linears) -> None:
         """See `Method`; also refuse GPT-2's `Conv1D`, whose weight (in, out) has its sides the other way round."""
-        super().check(linears)
+        # First: the remedy of engine `layer` is the other engine, which this method refuses as well.
         for linear in all_linears(linears):
             check_linear(linear, f"method={self.name}", "use method=sparsegrad")
+        super().check(linears)
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""
@@ -91,6 +97,8 @@ class SparseGradAuthors(SparseGrad):
                 nn.utils.clip_grad_norm_(parameters, MAX_NORM)
             optimizer.step()
             optimizer.zero_grad()
+            # An autocast around the whole calibration would go on multiplying by its copies of the weights before.
+            torch.clear_autocast_cache()
 
         return calibrated_bases(model, linears, context, self.steps, update=update)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
 from sparsegrad.errors import check_integer, check_number
-from sparsegrad.layers.common import core_shape
+from sparsegrad.layers.common import check_linear, core_shape
 from sparsegrad.layers.replace import to_linears, use_blocks
 from sparsegrad.methods.base import Context, Prepared, adamw, freeze, trainable_parameters
-from sparsegrad.methods.sparsegrad import calibrated_bases
-from sparsegrad.targets import Linears, weight_shapes
+from sparsegrad.methods.bases import calibrated_bases
+from sparsegrad.targets import Linears, all_linears, weight_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +27,18 @@ class SparseGradFast:
     density: float = 0.01
     steps: int = 30
     name: str = "sparsegrad_fast"
+    has_bases: ClassVar[bool] = True
+    holds_factors: ClassVar[bool] = True
+    can_shard: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number("method.density", self.density, above=0, at_most=1, remedy="such as 0.01")
         check_integer("method.steps", self.steps, at_least=1, remedy="the paper uses 30")
 
     def check(self, linears: Linears) -> None:
-        """Nothing to check: every block fits its weight by construction."""
+        """Raise `UserError` for GPT-2's `Conv1D`; every block fits its weight by construction."""
+        for linear in all_linears(linears):
+            check_linear(linear, f"method={self.name}", "use method=sparsegrad")
 
     def count_added(self, linears: Linears) -> int:
         """See `Method`."""

@@ -24,7 +24,7 @@ CHOICES = ("gradient", "random")
 
 @dataclass(frozen=True, kw_only=True)
 class StaticMask:
-    """AdamW on the same entries of each weight in every step; the moments are of these entries alone.
+    """AdamW on the same entries of each weight in every step; moments and weight decay are of these entries alone.
 
     Attributes:
         density: share of these entries, (0, 1]; or

@@ -8,7 +8,6 @@ layer kind share their basis, so they are rotated, selected from and updated tog
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, warn_renamed
 from sparsegrad.optim.group_checks import check_group, check_hyperparameters, check_saved, is_sparse
+from sparsegrad.optim.release import Release
 from sparsegrad.optim.scratch import Scratch
 from sparsegrad.optim.selection import Selection, select, together
 from sparsegrad.optim.updates import apply
@@ -31,7 +31,8 @@ class SparseGradAdamW(torch.optim.AdamW):
     rotate the gradient by the group's `basis` (None: no rotation), keep its `keep` largest entries or the share
     `density`, update the moments and the rotated weight at these entries only, and rotate the update back. A gradient
     that is already sparse (engine `layer`) is used as it is. Weight decay is decoupled and acts on the whole weight,
-    where rotation makes no difference. Weights in bfloat16 are rounded stochastically, so that small updates add up.
+    where rotation makes no difference; with fixed positions in the state it acts on these entries alone. Weights in
+    bfloat16 are rounded stochastically, so that small updates add up.
 
     A step in which any kept entry is not finite changes neither weights nor moments nor step counts. It is counted in
     `skipped_steps`.
@@ -52,7 +53,7 @@ class SparseGradAdamW(torch.optim.AdamW):
     _skipped: Tensor | int = 0
     _finite: Tensor | None = None  # whether all kept entries of the current step so far are finite
     _scratch: Scratch | None = None  # buffers of the current step
-    _released: set[Tensor] | None = None  # weights updated during back-propagation, with `release_gradients`
+    _release: Release | None = None  # of `release_gradients`
     model_size: int | None = None  # number of parameters of the whole model, frozen ones included; set by `prepare`
 
     def __init__(
@@ -119,32 +120,37 @@ class SparseGradAdamW(torch.optim.AdamW):
         `torch.amp.GradScaler` is not supported either: the weights would move by scaled gradients, before the scaler
         unscales them or skips the step. This cannot be detected here; train in float32 or bfloat16, which need no
         scaler. If a gradient is not finite, the weights whose gradients were computed before it have already moved.
+        `stop_releasing` ends it: a calibration needs backward passes that move nothing.
 
         Raises:
             UserError: with several processes. Later, from a second backward pass before `step`, which also happens
                 after a step that a GradScaler skipped.
         """
-        if self._released is not None:
+        if self._release is not None:
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise UserError("gradients of several processes are averaged after back-propagation: do not release them")
-        self._released = set()
-        for group in filter(is_sparse, self.param_groups):
-            for weight in group["params"]:
-                weight.register_post_accumulate_grad_hook(_make_release_hook(self))
+        weights = [weight for group in filter(is_sparse, self.param_groups) for weight in group["params"]]
+        self._release = Release(self, weights)
+
+    def stop_releasing(self) -> None:
+        """From now on, leave gradients in the weights until `step` again, as before `release_gradients`."""
+        if self._release is not None:
+            self._release.remove()
+            self._release = None
 
     @without_autocast
     @torch.no_grad()
-    def _release(self, weight: Tensor) -> None:
+    def _update_released(self, weight: Tensor) -> None:
         """Update `weight`, whose gradient is complete, and free the gradient."""
-        assert self._released is not None
-        if weight in self._released:
+        assert self._release is not None
+        if weight in self._release.updated:
             raise UserError(
                 "a second backward pass before step(): with released gradients each pass is a step of its own; "
                 "do not accumulate, or do not release; nor with a GradScaler, which skips steps and moves released "
                 "weights by scaled gradients: train in bfloat16 without one"
             )
-        self._released.add(weight)
+        self._release.updated.add(weight)
         # Looked up anew, because loading a state replaces the groups.
         group = next(one for one in self.param_groups if is_sparse(one) and any(weight is p for p in one["params"]))
         self._update([select(group, [weight], self.state, self._buffers())])
@@ -175,8 +181,8 @@ class SparseGradAdamW(torch.optim.AdamW):
         if self._finite is not None:
             self._skipped = self._skipped + (~self._finite).int()
         self._finite = self._scratch = None
-        if self._released is not None:
-            self._released.clear()
+        if self._release is not None:
+            self._release.updated.clear()
 
     def _update(self, selections: list[Selection]) -> None:
         """Move the selected weights if all kept entries of this step are finite.
@@ -231,11 +237,11 @@ class SparseGradAdamW(torch.optim.AdamW):
         """Load state and hyperparameters. The moments keep the precision in which they were saved.
 
         Raises:
-            UserError: when a saved basis does not fit the group's weights, or was saved with other moments or engine;
-                nothing is changed.
+            UserError: when a saved basis does not fit the group's weights, or the state was saved with other moments,
+                another engine, or cores between other bases; nothing is changed.
         """
         check_saved(self.param_groups, state_dict["param_groups"])
-        rotations = [group["rotation"] for group in self.param_groups]
+        before = self.param_groups
         groups = []
         for group in state_dict["param_groups"]:
             basis = group.get("basis")
@@ -244,7 +250,10 @@ class SparseGradAdamW(torch.optim.AdamW):
             if is_sparse(group):
                 check_group({**own, **group, "params": own["params"]})
         super().load_state_dict({**state_dict, "param_groups": groups})
-        for group, saved, rotation in zip(self.param_groups, groups, rotations, strict=True):
+        for group, saved, own in zip(self.param_groups, groups, before, strict=True):
+            if "directions" in own:  # of this model's layers, whether the saved state has them or not
+                group["directions"] = own["directions"]
+            rotation = own["rotation"]
             # Who rotates is a matter of this model's layers, not of the saved state: its moments are of the rotated
             # space in either case. The layers rotate by the saved basis from now on.
             group["rotation"] = rotation
@@ -256,21 +265,6 @@ class SparseGradAdamW(torch.optim.AdamW):
             for weight, index in zip(group["params"], saved["params"], strict=True):
                 for name, value in state_dict["state"].get(index, {}).items():
                     self.state[weight][name] = value.to(weight.device, copy=True)
-
-
-def _make_release_hook(optimizer: SparseGradAdamW) -> Callable[[Tensor], None]:
-    """A hook that updates a weight of `optimizer` as soon as its gradient is complete.
-
-    It refers to the optimizer weakly: Python cannot collect a circle through a hook, and the weights and their moments
-    would stay in memory for good.
-    """
-    owner = weakref.ref(optimizer)
-
-    def hook(weight: Tensor) -> None:
-        if (found := owner()) is not None:
-            found._release(weight)
-
-    return hook
 
 
 def _unwrap_step(step: Callable[..., Any]) -> Callable[..., Any]:

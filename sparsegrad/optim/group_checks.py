@@ -10,6 +10,8 @@ from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.optim.selection import count_kept
 from sparsegrad.targets import check_updated
 
+_SAME_DIRECTION = 0.02  # at most: what bases of the same calibration differ by, even in bfloat16
+
 
 def is_sparse(group: dict[str, Any]) -> bool:
     """Whether SparseGrad trains a group; plain AdamW trains the others."""
@@ -45,7 +47,7 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def check_saved(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
-    """Check that a saved state has the engine and the moments of this optimizer."""
+    """Check that a saved state has the engine, the moments and, with engine `fast`, the bases of this optimizer."""
     for mine, theirs in zip(groups, saved, strict=False):  # torch itself refuses another number of groups
         if (engine := _get_engine(theirs)) != _get_engine(mine):
             raise UserError(
@@ -57,6 +59,19 @@ def check_saved(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> No
                 f"the saved state has moments={kind}, this optimizer moments={mine['moments']}: "
                 f"make it with moments={kind}, or start without that state"
             )
+        if _has_other_directions(mine, theirs):
+            raise UserError(
+                f"the saved state is of cores between other bases of kind {mine['kind']}: give prepare those of its "
+                "calibration, bases=load_bases(...), or start without that state"
+            )
+
+
+def _has_other_directions(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether two groups of cores have different bases, as far as both tell: states of older versions do not."""
+    own, saved = mine.get("directions"), theirs.get("directions")
+    if own is None or saved is None:
+        return False
+    return len(own) != len(saved) or any(abs(a - b) > _SAME_DIRECTION for a, b in zip(own, saved, strict=True))
 
 
 def _get_engine(group: dict[str, Any]) -> str:

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from sparsegrad.basis import Basis
+from sparsegrad.distributed import is_shard
 from sparsegrad.optim.rotation import Rotation
 from sparsegrad.targets import Linears
+
+_LEADING = 4  # columns of a basis that are described: the first ones hardly depend on rounding
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -58,7 +61,7 @@ def core_groups(model: nn.Module, blocks: Mapping[str, Mapping[str, Any]]) -> li
     """Groups of plain AdamW for engine `fast`: the cores of each layer kind, and everything else that trains.
 
     Each group holds (name, parameter) pairs. Groups of cores have a `kind` and the `weight_shape` (out, in) of their
-    weights, by which the optimizer recognizes the engine.
+    weights, by which the optimizer recognizes the engine; and `directions`, by which it recognizes their bases.
 
     Args:
         model: the model that holds `blocks`.
@@ -67,11 +70,25 @@ def core_groups(model: nn.Module, blocks: Mapping[str, Mapping[str, Any]]) -> li
     named, rest = _split_parameters(
         model, {kind: [layer.core for layer in found.values()] for kind, found in blocks.items()}
     )
-    shapes = {kind: tuple(next(iter(found.values())).weight.shape) for kind, found in blocks.items()}
+    first = {kind: next(iter(found.values())) for kind, found in blocks.items()}
     groups: list[dict[str, Any]] = [
-        {"params": named[kind], "kind": kind, "weight_shape": shapes[kind]} for kind in blocks
+        {"params": named[kind], "kind": kind, "weight_shape": tuple(layer.weight.shape)}
+        # Not of shards: torch's distributed checkpoints refuse a state with more entries than was saved.
+        | ({} if is_shard(layer.core) else {"directions": _describe_directions(layer)})
+        for kind, layer in first.items()
     ]
     return [*groups, {"params": rest}] if rest else groups
+
+
+def _describe_directions(layer: Any) -> list[float]:
+    """Products of the leading columns of both bases with a fixed vector: other bases have others."""
+    products = []
+    for basis in (layer.in_basis, layer.out_basis):
+        # Without a pattern: sums, for one, are zero for all directions of centred inputs.
+        probe = torch.arange(len(basis), dtype=torch.float64, device="cpu").square().cos()
+        products.append(probe @ basis[:, :_LEADING].to("cpu", torch.float64))
+    found: list[float] = torch.cat(products).tolist()
+    return found
 
 
 def _split_parameters(

@@ -23,6 +23,9 @@ _BLOCK = 256  # rows of a matrix that is added transposed
 def apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor, scratch: Scratch) -> None:
     """Update the moments and weights of one selection in place, or leave them unchanged where `finite` is False.
 
+    Weight decay acts on whole weights. With fixed positions it acts on these entries alone, of the rotated weight where
+    there is a basis: all others stay as they are.
+
     Args:
         selection: the kept entries of `count` weights (out, in).
         states: the optimizer's state of each weight.
@@ -37,6 +40,8 @@ def apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor, sc
         index, size = torch.arange(index.shape[1], device=index.device).expand_as(index), index.shape[1]
     change = update(states, index, selection.values, size, group, finite)  # (count, k)
     rate = group["lr"] * group["weight_decay"] * finite if group["weight_decay"] else None
+    if rate is not None and "positions" in states[0]:
+        change, rate = change - rate * _read_entries(selection, change.dtype), None
     if count == 1 and _adds_in_place(weights[0], change):
         if rate is not None:
             decay_(weights, change, rate)
@@ -54,6 +59,13 @@ def apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor, sc
         torch._foreach_add_(weights, list(change))  # one kernel for all weights
         return
     add_stochastic_each(weights, change, selection.values, [state["step"] for state in states])
+
+
+def _read_entries(selection: Selection, dtype: torch.dtype) -> Tensor:
+    """The selected entries (count, k) of the weights, rotated if there is a basis."""
+    stacked = torch.stack(selection.weights).to(dtype)  # (count, out, in)
+    rotated = stacked if selection.basis is None else selection.basis.rotate(stacked)
+    return rotated.flatten(1).gather(1, selection.index)
 
 
 def _adds_in_place(weight: Tensor, change: Tensor) -> bool:

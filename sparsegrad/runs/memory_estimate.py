@@ -49,6 +49,7 @@ class Setup:
         added: parameters that train in place of the MLP weights, which are frozen; None: these train.
         rest: parameters that train besides.
         collects: whether the calibration holds the gradients of all MLP weights at once, and their mean.
+        bases: whether the method calibrates bases.
     """
 
     method: str
@@ -66,14 +67,15 @@ class Setup:
     added: int | None = None
     rest: int = 0
     collects: bool = False
+    bases: bool = False
 
 
 def estimate_memory(setup: Setup) -> dict[str, int]:
     """Bytes of weights, gradients, optimizer state, calibration (bases and collected gradients) and activations."""
     frozen_size = 2 if setup.precision == "bf16_weights" else 4
     trained = setup.selected if setup.added is None else setup.added
-    # Engine fast calibrates with MLP weights that train, which are float32 from then on.
-    stays_small = setup.added is not None and setup.method != "sparsegrad_fast"
+    # Bases are calibrated with MLP weights that train, which are float32 from then on: those of engine fast, too.
+    stays_small = setup.added is not None and not setup.bases
     in_float32 = setup.rest + (0 if stays_small else setup.selected)
     weights = (setup.parameters - in_float32) * frozen_size + in_float32 * 4
     weights += 4 * (setup.added or 0)
@@ -91,7 +93,7 @@ def estimate_memory(setup: Setup) -> dict[str, int]:
 
 def _bases(setup: Setup) -> int:
     """U and V of each kind, and as much again for the Grams that they are computed from."""
-    if not setup.method.startswith("sparsegrad"):
+    if not setup.bases:
         return 0
     return sum(2 * 4 * (rows**2 + columns**2) for rows, columns in setup.shapes.values())
 
@@ -142,7 +144,7 @@ def _smaller(setup: Setup) -> Iterator[tuple[str, Setup]]:
     one = replace(light, tokens=max(1, setup.tokens // 4))
     yield "the same with a quarter of train.batch_size (and more train.grad_accumulation)", one
     adapters = _RANK * sum(map(sum, setup.shapes.values())) * (setup.linears // len(setup.shapes))
-    yield "the same with method=lora", replace(one, method="lora", added=adapters, collects=False)
+    yield "the same with method=lora", replace(one, method="lora", added=adapters, collects=False, bases=False)
 
 
 def make_setup(config: RunConfig, model: nn.Module, linears: Linears) -> Setup:
@@ -169,6 +171,7 @@ def make_setup(config: RunConfig, model: nn.Module, linears: Linears) -> Setup:
         added=method.count_added(linears) if hasattr(method, "count_added") else None,
         rest=parameters - selected if config.train.train_rest and not getattr(method, "chooses_rest", False) else 0,
         collects=getattr(method, "collects_gradients", False),
+        bases=getattr(method, "has_bases", False),
     )
 
 

@@ -128,7 +128,7 @@ def check_settings_for_processes(config: RunConfig) -> None:
 @on_main
 def check_launcher(config: RunConfig) -> None:
     """The launcher shares the model out among the processes as `train.parallel` says."""
-    check_parallel(config.train.parallel, config.method.name)
+    check_parallel(config.train.parallel, config.method)
     if world_size() == 1:
         return
     for variable, engine in _SHARDING_ENGINES.items():

@@ -41,7 +41,7 @@ def check_saving(config: RunConfig) -> None:
 def save_results(config: RunConfig, parts: Parts, prepared: Prepared, sources: Sources) -> None:
     """Save what `save_model` and `save_adapter` ask for; the model has ordinary linears afterwards."""
     # The layers of engine fast hold the factors of their change, so they are saved as LoRA before they become linears.
-    exact = config.method.name == "sparsegrad_fast"
+    exact = getattr(config.method, "holds_factors", False)
     if config.save_adapter == "lora" and exact:
         _write_whole(parts, lambda: _save_lora(config, parts, sources, max_error=None))
     if config.save_adapter == "peft":

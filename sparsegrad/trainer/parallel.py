@@ -15,15 +15,18 @@ from sparsegrad.distributed import reshard, world_size
 from sparsegrad.errors import UserError
 from sparsegrad.trainer.trainer import RunTrainer, report_unreadable
 
-SHARDED_METHODS = ("sparsegrad_fast", "full")  # methods that `fsdp2` supports
 SCHEDULER = "scheduler.pt"
 _ALTERNATIVES = (
     "use method=sparsegrad_fast, whose weights are frozen, or train.parallel=ddp, which keeps every weight whole"
 )
 
 
-def check_parallel(parallel: str, method: str) -> None:
+def check_parallel(parallel: str, method: Any) -> None:
     """Check that the launcher, the number of processes and the method suit `train.parallel`.
+
+    Args:
+        parallel: `ddp` or `fsdp2`.
+        method: the method, which `fsdp2` supports if it has `can_shard`.
 
     Raises:
         UserError: if they do not.
@@ -40,9 +43,9 @@ def check_parallel(parallel: str, method: str) -> None:
         return
     if world_size() == 1:
         raise UserError("train.parallel=fsdp2 needs several processes: start with torchrun, or use train.parallel=ddp")
-    if method not in SHARDED_METHODS:
+    if not getattr(method, "can_shard", False):
         raise UserError(
-            f"train.parallel=fsdp2 is not allowed with method={method}: it needs whole weights or brings its own "
+            f"train.parallel=fsdp2 is not allowed with method={method.name}: it needs whole weights or brings its own "
             f"layers; {_ALTERNATIVES}"
         )
 

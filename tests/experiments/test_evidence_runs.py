@@ -230,7 +230,8 @@ def test_dry_lists_what_can_run_and_what_waits(places: list[str], capsys: pytest
     assert evidence.main(["all", "--data", "glue", "--dry", *places]) == 0
     said = capsys.readouterr().out
     assert "0 of 12 cells complete" in said
-    assert "evidence_paper: waits for its searches" in said
+    assert "evidence_paper: 96 of 96 cells wait for their searches (" in said
+    assert "runs that will not count" not in said
     assert "left out: block 6 needs TREES=" in said
 
 

@@ -58,3 +58,30 @@ def test_a_step_is_that_of_whole_matrices(
 def test_true_entries_are_found_in_order(size: int, share: float) -> None:
     mask = torch.rand(size, generator=torch.Generator().manual_seed(size)) < share
     assert torch.equal(_find_true(mask), mask.nonzero().flatten())
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("sides", SIDES)
+def test_weight_decay_of_fixed_positions_is_theirs_alone(
+    sides: str | None, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the rotated weight: each of these entries loses its share, and no other entry moves."""
+    monkeypatch.setattr(updates, "_adds_in_place", lambda *_: in_place)
+    shape, positions = (48, 40), torch.arange(7, 1900, 63)
+    basis = part_of(shape, sides)
+    rotate = (lambda matrix: matrix) if basis is None else basis.rotate
+    moved: dict[float, Tensor] = {}
+    for decay in (0.0, 0.1):
+        weight = nn.Parameter(draw(*shape))
+        group = {"params": [weight], "keep": len(positions), "basis": basis}
+        optimizer = SparseGradAdamW([group], lr=1e-2, weight_decay=decay)
+        optimizer.state[weight] |= {"positions": positions, "step": torch.zeros(())}
+        weight.grad = draw(*shape, seed=1)
+        optimizer.step()
+        moved[decay] = rotate(weight.detach() - draw(*shape)).flatten()
+    expected = torch.zeros(1920).double()
+    expected[positions] = -1e-2 * 0.1 * rotate(draw(*shape)).flatten()[positions]
+    assert torch.allclose(moved[0.1] - moved[0.0], expected, atol=1e-10)
+    others = torch.ones(1920, dtype=torch.bool).index_fill(0, positions, value=False)
+    assert moved[0.1][others].abs().max() < (1e-12 if sides else 1e-300)
+    assert (moved[0.1][positions].abs() > 1e-4).all()

@@ -18,20 +18,20 @@ from sparsegrad.targets import find_mlp
 SEVEN_B = Setup(
     method="sparsegrad", parameters=6_738_415_616, selected=22 * 4096 * 11008,
     shapes={"up": (11008, 4096), "down": (4096, 11008)}, linears=22, width=4096, mlp_width=11008, depth=32,
-    vocabulary=32000, tokens=1024, precision="bf16_weights", checkpointing=True,
+    vocabulary=32000, tokens=1024, precision="bf16_weights", checkpointing=True, bases=True,
 )  # fmt: skip
 
 
 def test_the_plan_counts_weights_gradients_and_moments() -> None:
-    need, full = estimate_memory(SEVEN_B), estimate_memory(replace(SEVEN_B, method="full"))
+    need, full = estimate_memory(SEVEN_B), estimate_memory(replace(SEVEN_B, method="full", bases=False))
     assert need["weights"] == 2 * SEVEN_B.parameters + 2 * SEVEN_B.selected
     assert (need["gradients"], need["optimizer"]) == (4 * SEVEN_B.selected, 8 * SEVEN_B.selected)
     assert (full["bases"], need["bases"]) == (0, 2 * 2 * 4 * (4096**2 + 11008**2))
-    assert estimate_memory(replace(SEVEN_B, method="lora", added=9))["optimizer"] == 8 * 9
+    assert estimate_memory(replace(SEVEN_B, method="lora", added=9, bases=False))["optimizer"] == 8 * 9
     # Before the training, a method that collects holds each gradient and the mean; of which the moments take the place.
-    collected = replace(SEVEN_B, method="lora_sb", added=9, collects=True)
+    collected = replace(SEVEN_B, method="lora_sb", added=9, collects=True, bases=False)
     assert estimate_memory(collected)["bases"] == 8 * SEVEN_B.selected - 12 * 9
-    assert estimate_memory(replace(SEVEN_B, method="static_mask", collects=True))["bases"] == 0
+    assert estimate_memory(replace(SEVEN_B, method="static_mask", collects=True, bases=False))["bases"] == 0
 
 
 def test_the_papers_model_fits_80_gb_and_not_24() -> None:

@@ -11,7 +11,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft_cases import fresh, needs_lora_ga, prepared
 from transformers.pytorch_utils import Conv1D
 
-from sparsegrad import UserError
+from sparsegrad import UserError, find_mlp
 from sparsegrad.methods.floors import Frozen
 from sparsegrad.methods.lora_sb import LoraSb
 from sparsegrad.methods.lora_xs import LoraXs
@@ -30,6 +30,7 @@ BAD: list[tuple[Any, str]] = [
     (peft_of(peft_type="LORA", rank=3), "did you mean r?"),
     (peft_of(peft_type="LORA", target_modules=["q"]), "model.mlp"),
     (peft_of(peft_type="LORA", bias="all"), "train.train_rest"),
+    (peft_of(peft_type="LORA", alora_invocation_tokens=[1, 2]), "nothing would train; leave it out"),
     (peft_of(peft_type="PREFIX_TUNING"), "prompts"),
     (peft_of(peft_type="TRAINABLE_TOKENS"), "embeddings"),
     *((peft_of(peft_type=kind), f"{kind} is not allowed: its layers share") for kind in ("VBLORA", "TINYLORA", "LILY")),
@@ -41,6 +42,10 @@ BAD: list[tuple[Any, str]] = [
         for init in ("eva", "corda")
     ),
     (lambda: Peft(config={"peft_type": "LORA", "r": 3}, budget="density:0.1"), "leave one out"),
+    (
+        lambda: Peft(config={"peft_type": "LORA", "rank_pattern": {"output.dense": 8}}, budget="density:0.1"),
+        "rank_pattern={'output.dense': 8} and method.budget=density:0.1: both set the size; leave one out",
+    ),
     (lambda: Peft(config={"peft_type": "LORA"}, budget="1%"), "density:0.01"),
     (lambda: prepared(Peft(config={"peft_type": "LORA", "r": 0}), fresh()), "`r` should be a positive"),
     (lambda: prepared(Peft(config={"peft_type": "LORA", "r": "x"}), fresh()), "refuses these settings"),
@@ -49,9 +54,13 @@ BAD: list[tuple[Any, str]] = [
         "the smallest share of LORA is 0.094, with r=1; give at least",
     ),
     (lambda: prepared(Peft(config={"peft_type": "IA3"}, budget="density:0.1"), fresh()), "intermediate 32, output 32"),
+    (
+        lambda: Peft(config={"peft_type": "OSF"}).check(find_mlp(fresh().bfloat16())),
+        "cannot multiply with weights in torch.bfloat16; set train.precision=bf16 or fp32",
+    ),
     (lambda: prepared(Peft(config={"peft_type": "C3A", "block_size": 5}), fresh()), "refuses these settings of C3A"),
     (lambda: Peft(config={"peft_type": "LORA"}).check({"up": {"a": Conv1D(4, 3)}}), "not Conv1D"),
-    (lambda: prepared(Frozen(), fresh(), is_head=lambda name: False), "method=bitfit"),
+    (lambda: prepared(Frozen(), fresh(), has_head=False, is_head=lambda name: False), "method=bitfit"),
     (lambda: prepared(LoraXs(density=1e-4), fresh()), "makes the rank of intermediate 0"),
     (lambda: LoraSb(density=0.1, rank=2), "give one"),
     (lambda: StaticMask(choice="best"), "gradient, random"),

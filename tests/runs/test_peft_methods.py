@@ -62,6 +62,14 @@ def test_every_method_trains_merges_and_resumes(conf: Composer, name: str) -> No
     assert torch.equal(start["bert.embeddings.word_embeddings.weight"], model.bert.embeddings.word_embeddings.weight)
 
 
+@pytest.mark.parametrize("name", [pytest.param(one, marks=needs_lora_ga if one == "lora_ga" else ()) for one in READY])
+def test_every_ready_method_starts_from_the_function_of_the_model(conf: Composer, name: str) -> None:
+    plain, model = fresh().eval(), fresh()
+    prepared(made(conf, name), model)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**batch(9)).logits, plain(**batch(9)).logits, rtol=0, atol=1e-5)
+
+
 def test_a_budget_gives_the_size_with_the_closest_count_and_says_it(conf: Composer) -> None:
     model = fresh()
     result = prepared(made(conf, "dora"), model)  # 0.1 of 512 entries: r 48 + rows of magnitudes

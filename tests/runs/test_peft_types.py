@@ -26,6 +26,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "FOURIERFT": {"n_frequency": 20},
     "OFT": {"r": 0, "oft_block_size": 4},
     "ROAD": {"group_size": 4},
+    "SUPERTUNING": {"sparsity": 0.9},
     "WAVEFT": {"n_frequency": 20},
 }
 TYPES = list_types()
