@@ -12,6 +12,7 @@ from test_experiments_report import cell, context
 from experiments.bench.arms import ARMS
 from experiments.bench.presets import ACCURACY_SETTING
 from experiments.report import command as report
+from experiments.report.figure_data import read_figure_data
 from experiments.report.tables import costs, energy
 from experiments.report.tables.evidence_cells import BENCHED
 from experiments.studies.captured import ARMS as CAPTURING
@@ -86,3 +87,12 @@ def test_a_damaged_energy_is_one_error_with_the_remedy(tmp_path: Path, content: 
     (tmp_path / "figures" / "energy.json").write_text(content)
     with pytest.raises(UserError, match=r"energy\.json is damaged .*: make reproduce-quality measures it again"):
         energy.table(context(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["figure2", "figure3", "basis", "energy"])
+@pytest.mark.parametrize("content", ["{}", "[]", '{"kinds": {}, "shares": [], "rows": []}'], ids=["{}", "[]", "empty"])
+def test_data_of_a_figure_without_its_measurements_is_one_error(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / f"{name}.json").write_text(content)
+    with pytest.raises(UserError, match=rf"{name}\.json is damaged \(no .*make reproduce-"):
+        read_figure_data(tmp_path, name)

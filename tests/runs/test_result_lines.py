@@ -13,12 +13,12 @@ import pytest
 from run_fixtures import ROOT, Composer, Tiny
 
 from experiments.reproduce.cells import in_evidence
+from sparsegrad import threads
 from sparsegrad.cli import quickstart_table, running
 from sparsegrad.runs.config import build
 from sparsegrad.runs.predictions import describe_arrays, write_predictions
 from sparsegrad.runs.result_lines import find_troubles
 from sparsegrad.runs.saving import model_folder
-from sparsegrad.trainer import threads
 
 
 def test_a_users_files_are_outside_the_evidence(conf: Composer) -> None:

@@ -26,7 +26,7 @@ def table(context: Context) -> Table:
     Raises:
         UserError: when the measurement cannot be read.
     """
-    found = read_figure_data(context.results, "energy", "rows")
+    found = read_figure_data(context.results, "energy")
     rows = [] if found is None else found["rows"]
     steps = sorted({row["step"] for row in rows})
     lines = [_shares(rows, arm, steps) for arm in dict.fromkeys(row["arm"] for row in rows)]
