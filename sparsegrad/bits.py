@@ -14,4 +14,5 @@ def as_integers(tensor: Tensor) -> Tensor:
     Compared as integers, NaN equals itself and 0.0 differs from -0.0; and sums of integers, unlike those of floating
     point numbers, are equal in any order and on any device.
     """
-    return tensor.detach().view(_INTEGERS[tensor.element_size()])
+    # Complex numbers of 16 bytes are two integers each.
+    return tensor.detach().view(_INTEGERS[min(tensor.element_size(), 8)])

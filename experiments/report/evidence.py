@@ -80,7 +80,11 @@ def add_record(
         if not reason.startswith(PRUNED):
             arm = arm_of(record["config"], _find_plan(record, plans) or block.plan)
             key = arm, str(record["config"]["task"]["name"])
-            block.failed.setdefault(key, {})[int(record["config"]["seed"])] = reason
+            seeds, seed = block.failed.setdefault(key, {}), int(record["config"]["seed"])
+            # One that would not count if it had a score says nothing of the plan.
+            if why := _why_exploratory(record, _find_plan(record, plans)):
+                reason = f"exploratory, {why}"
+            seeds[seed] = "; ".join(dict.fromkeys(filter(None, (seeds.get(seed), reason))))
         return
     found = judge_record(context.results, block.plan, plans, place, record)
     if isinstance(found, str):

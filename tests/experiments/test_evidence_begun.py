@@ -105,6 +105,14 @@ def test_a_planned_seed_that_diverged_voids_its_task(cases: Cases, is_complete: 
     assert health(cases, "mrpc").is_comparable
 
 
+def test_a_run_that_diverged_outside_the_plan_voids_nothing(cases: Cases) -> None:
+    cases.healthy()
+    path = cases.run("sparsegrad", "sst2", 42, 0.8, name="other")
+    write_json(path, {**read_json(path), "plan": None, "status": "failed", "reason": "training diverged"})
+    keep_seeds(cases, "sst2", ("sparsegrad",), (3705, 2023))
+    assert health(cases).is_comparable
+
+
 def test_a_run_that_failed_for_another_reason_is_only_missing(cases: Cases) -> None:
     cases.healthy()
     change(cases, "sparsegrad-sst2-42", status="failed", reason="no space left on the disk")

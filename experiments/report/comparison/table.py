@@ -113,7 +113,7 @@ def choose_reference(block: Block) -> str:
 
 def _compare_arm(evidence: Evidence, block: Block, name: str, reference: str, tasks: Sequence[str]) -> Arm:
     shown = tasks or block.tasks
-    own = tuple(block.tasks_of(name, None, shown))
+    own = tuple(block.tasks_of(name, None, tasks) if tasks else [task for task in shown if block.of(name, task)])
     average = evidence.compare(block.folder, name, None, own) if tasks and own else None
     both = block.tasks_of(name, reference, own)
     difference = evidence.compare(block.folder, name, reference, both) if tasks and both and name != reference else None
@@ -129,7 +129,7 @@ def _sort_arms(block: Block, arms: Sequence[Arm]) -> list[Arm]:
 
     def rank(arm: Arm) -> tuple[Any, ...]:
         if arm.average is None:
-            return (0, 0, (), order_of(arm.name))
+            return (2, 0, (), order_of(arm.name))  # below those with an average
         places = tuple(block.tasks.index(task) for task in arm.tasks)
         return not arm.average.has_seeds, -len(places), places, sign * arm.average.value, arm.name
 

@@ -131,7 +131,7 @@ def _main_table(
 def _averaged(block: Block, comparable: Sequence[str]) -> list[str]:
     """The comparable tasks whose averages a table shows: those on which its reference has enough seeds."""
     reference = reference_of(block)
-    return list(comparable) if reference is None else block.tasks_of(reference, None, comparable)
+    return list(comparable) if reference is None else block.tasks_of(reference, None, comparable) or list(comparable)
 
 
 def _difference(
