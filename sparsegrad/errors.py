@@ -25,7 +25,7 @@ class UserError(ValueError):
     silent = False  # True when another process prints the same error
 
 
-DIVERGED = "diverged"  # in the reason of every run that failed because its loss or predictions are not finite
+DIVERGED = "diverged"  # in the message of each error by which a run ends because its loss or predictions are not finite
 
 
 class BusyError(UserError):

@@ -239,3 +239,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
         adjusted[place] = largest
     return adjusted
+
+
+def adjust(found: Mapping[str, Difference | None]) -> dict[str, float]:
+    """Key -> p-value adjusted for all comparisons of a table; those without one are left out."""
+    p_values = {name: one.p for name, one in found.items() if one is not None and one.p is not None}
+    return dict(zip(p_values, holm([p for p in p_values.values() if p is not None]), strict=True))

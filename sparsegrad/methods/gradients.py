@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
@@ -47,13 +48,9 @@ def mean_gradients(
     kinds = {name: kind for kind, found in linears.items() for name in found}
     weights = {name: linear.weight for found in linears.values() for name, linear in found.items()}
     refuse_released(weights.values())
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    wanted = {id(weight) for weight in weights.values()}
     means: dict[str, Tensor] = {}
     counts: Counter[str] = Counter()
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(id(parameter) in wanted)
+    with _nothing_else_trains(model, weights.values()):
         for batch in islice(context.batches(), steps):
             loss = compute_loss(model, batch, next(model.parameters()).device)
             gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
@@ -64,10 +61,21 @@ def mean_gradients(
                 average_([gradient])  # before the transform: the square of a mean is not the mean of the squares
                 value = transform(kinds[name], gradient.float()) / steps
                 means[name] = means[name].add_(value) if name in means else value
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
     check_counts(counts, linears, steps)
     for mean in means.values():
         check_finite(mean)
     return means
+
+
+@contextmanager
+def _nothing_else_trains(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
+    """Inside the context, of all parameters only `weights` need gradients; on exit all flags are restored."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    wanted = {id(weight) for weight in weights}
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)

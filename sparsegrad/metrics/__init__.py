@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsegrad.errors import FailedRunError, fail
+from sparsegrad.errors import DIVERGED, FailedRunError, fail
 from sparsegrad.metrics.language import language_metrics
 from sparsegrad.metrics.text_classification.text_classification import CONFIGS, TextClassification
 from sparsegrad.tasks.base import Task
@@ -77,6 +77,6 @@ def _make_predictions(task: Task, logits: Any) -> Any:
     if bad:
         raise FailedRunError(
             f"the model predicts NaN or infinity for {bad} of {len(logits)} rows of {task.name}: training has "
-            "diverged; lower train.lr, or use train.precision=fp32"
+            f"{DIVERGED}; lower train.lr, or use train.precision=fp32"
         )
     return logits.reshape(len(logits)).astype(np.float64) if task.is_regression else logits.argmax(axis=-1)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsegrad.errors import FailedRunError
+from sparsegrad.errors import DIVERGED, FailedRunError
 from sparsegrad.tasks.language import IGNORED
 
 if TYPE_CHECKING:
@@ -44,6 +44,6 @@ def language_metrics(prediction: EvalPrediction) -> dict[str, float]:
     sums = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
     nll = float(sums[0] / sums[1])
     if not math.isfinite(nll):
-        raise FailedRunError("the validation loss is not a finite number: training has diverged; lower train.lr")
+        raise FailedRunError(f"the validation loss is not a finite number: training has {DIVERGED}; lower train.lr")
     # exp overflows float64 above 709.
     return {"nll": nll, "perplexity": math.exp(min(nll, 700.0)), "tokens": float(sums[1])}

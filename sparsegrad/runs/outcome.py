@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad.distributed import is_main, world_size
-from sparsegrad.errors import FailedRunError, UserError
+from sparsegrad.errors import DIVERGED, FailedRunError, UserError
 from sparsegrad.files import write_json
 from sparsegrad.methods.base import Prepared
 from sparsegrad.models.loading import describe_tokenizer
@@ -133,7 +133,7 @@ def write_failed(
     """
     reason = str(error)
     if isinstance(error, NonFiniteLossError):
-        reason = f"{error}: training diverged; lower train.lr={config.train.lr:g}, or check the data"
+        reason = f"{error}: training {DIVERGED}; lower train.lr={config.train.lr:g}, or check the data"
     if is_main():  # the other processes may not fail, or not here
         rest = {"reason": reason, "environment": environment}
         write_json(config.record_path, {**record, **history(trainer.state.log_history), **rest})

@@ -48,9 +48,11 @@ def test_a_calibration_is_refused_until_the_optimizer_stops_releasing(small_bert
 
 def test_a_calibration_needs_no_stop_once_the_optimizer_is_gone(small_bert: ToyBert) -> None:
     optimizer = released(small_bert)
+    before = copy.deepcopy(small_bert.state_dict())
     del optimizer
     gc.collect()
     calibrated(small_bert, None)
+    assert all(torch.equal(before[name], now) for name, now in small_bert.state_dict().items())
 
 
 def test_after_the_stop_a_step_moves_what_it_moved_before(small_bert: ToyBert) -> None:

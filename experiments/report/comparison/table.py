@@ -21,10 +21,10 @@ from experiments.report.gates import Health, check_task
 from experiments.report.render import markdown, write_table
 from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches
-from experiments.report.stats import Difference
+from experiments.report.stats import Difference, adjust
 from experiments.report.tables.base import Context, Table, interval_text
 from experiments.report.tables.evidence_cells import format_costs, format_difference, format_score
-from experiments.report.tables.main_tables import adjust, apart_notes
+from experiments.report.tables.main_tables import apart_notes
 
 Forgetting = Mapping[str, Mapping[str, float]]
 """Key of a run -> its losses `before` and `after`."""

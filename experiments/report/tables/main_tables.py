@@ -16,7 +16,7 @@ from experiments.report.gates import GATES, Health, check_task, comparable_tasks
 from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches
-from experiments.report.stats import Difference, holm
+from experiments.report.stats import Difference, adjust
 from experiments.report.tables.base import Context, Table, list_apart
 from experiments.report.tables.costs import measured
 from experiments.report.tables.evidence_cells import (
@@ -120,7 +120,7 @@ def _main_table(
         *_health_notes(health),
         *_list_rules(block),
         _describe_reference(reference, tasks),
-        *describe_replaced(block, reference),
+        *_describe_replaced(block, reference),
         *_describe_left_out(block, comparable, tasks),
         describe_machine(block, machine),
     ]
@@ -141,12 +141,6 @@ def _difference(
         return None
     paired = block.tasks_of(arm, reference, tasks)
     return evidence.compare(block.folder, arm, reference, paired) if paired else None
-
-
-def adjust(found: Mapping[str, Difference | None]) -> dict[str, float]:
-    """Key -> p-value adjusted for all comparisons of a table."""
-    p_values = {name: one.p for name, one in found.items() if one is not None and one.p is not None}
-    return dict(zip(p_values, holm([p for p in p_values.values() if p is not None]), strict=True))
 
 
 def _task_table(evidence: Evidence, block: Block, health: Mapping[str, Health]) -> Table:
@@ -247,7 +241,7 @@ def _describe_left_out(block: Block, comparable: Sequence[str], tasks: Sequence[
     return [*lines, *([f"Tasks without runs so far: {', '.join(absent)}."] if absent else [])]
 
 
-def describe_replaced(block: Block, reference: str | None) -> list[str]:
+def _describe_replaced(block: Block, reference: str | None) -> list[str]:
     """That another arm stands in for the planned reference, which has no runs."""
     planned = _planned_reference(block)
     if reference in (None, planned):
