@@ -112,7 +112,7 @@ report: $(INSTALLED) ## every table and figure from the records; runs nothing
 	@$(BIN)/python -m experiments.report all $(ARGS)
 
 sweep-table: $(INSTALLED) ## Tables 13-15: rates and batch sizes beside published
-	@$(BIN)/python -m experiments.report.tables.searched
+	@$(BIN)/python -m experiments.report.tables.searched $(ARGS)
 
 bench: $(INSTALLED) ## speed and memory of every method: 30 min on 2 cores
 	$(BIN)/python -m experiments.bench

@@ -21,14 +21,10 @@ from sparsegrad.errors import UserError, check_choice
 from sparsegrad.files import unreadable, write_with
 from sparsegrad.hashing import tensors_sha256
 from sparsegrad.precision import without_autocast
+from sparsegrad.sparse_product import is_dense_faster, multiply_sparse
 
 FORMAT = "sparsegrad-basis-1"
 SIDES = ("both", "in", "out", "small")
-# A sparse product is slower than a dense one when more than one in so many entries is kept. Measured break-even on a
-# CPU: one in 12 for 384 inputs, one in 20 for 768. On a GPU in TF32: 24 sparse products (3072 x 768, one in 100 kept)
-# took 8.6 ms on an H200, where dense ones run at 155 TFLOP/s, which is 2.3 ms (docs/performance.md).
-_DENSE_FROM = 16
-_DENSE_FROM_TF32 = 370
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +142,7 @@ class Basis:
         """V S U^T (count, out, in) for `count` sparse matrices S of `shape` (out, in).
 
         The longer side is one sparse-dense product for all matrices, O(k n) each; the other side is dense. With many
-        entries both products are dense (see `_DENSE_FROM`).
+        entries both products are dense (`is_dense_faster`).
 
         Args:
             index: flat positions (count, k) of the nonzero entries of each S.
@@ -154,16 +150,16 @@ class Basis:
             shape: (out, in).
         """
         out_features, in_features = shape
-        if _dense_from(values) * values.shape[-1] >= out_features * in_features:
+        if is_dense_faster(values, out_features * in_features):
             whole = values.new_zeros(len(values), out_features * in_features).scatter_(1, index, values)
             return self.unrotate(whole.view(len(values), *shape))
         rows, columns = index // in_features, index % in_features  # (count, k) each
         if self.in_basis is None or (self.out_basis is not None and out_features >= in_features):
             # V S = (S^T V^T)^T: the sparse factor has to be on the left.
-            half = _multiply_sparse(columns, rows, values, in_features, self.out_basis.T)  # type: ignore[union-attr]
+            half = multiply_sparse(columns, rows, values, in_features, self.out_basis.T)  # type: ignore[union-attr]
             half = half.transpose(1, 2)  # V S (count, out, in)
             return half if self.in_basis is None else half @ self.in_basis.T
-        half = _multiply_sparse(rows, columns, values, out_features, self.in_basis.T)  # S U^T (count, out, in)
+        half = multiply_sparse(rows, columns, values, out_features, self.in_basis.T)  # S U^T (count, out, in)
         return half if self.out_basis is None else self.out_basis @ half
 
     def save(self, path: str | os.PathLike[str], fingerprint: str = "") -> None:
@@ -193,24 +189,6 @@ def small_side(shape: Sequence[int | None]) -> str:
     if out_features is None or in_features is None:
         return "out" if in_features is None else "in"
     return "out" if out_features < in_features else "in"
-
-
-def _dense_from(values: Tensor) -> int:
-    """A matrix of `values` is multiplied as a dense one if at least one in so many of its entries is kept."""
-    in_tf32 = values.is_cuda and values.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return _DENSE_FROM_TF32 if in_tf32 else _DENSE_FROM
-
-
-def _multiply_sparse(rows: Tensor, columns: Tensor, values: Tensor, size: int, dense: Tensor) -> Tensor:
-    """S @ dense (count, size, o) for `count` matrices S (size, c) with `values` (count, k) at `rows` and `columns`.
-
-    The matrices are stacked to one of (count * size, c): one kernel launch instead of `count`.
-    """
-    count = len(values)
-    rows = rows + torch.arange(count, device=rows.device)[:, None] * size
-    index = torch.stack([rows.flatten(), columns.flatten()])
-    sparse = torch.sparse_coo_tensor(index, values.flatten(), (count * size, len(dense)), check_invariants=False)
-    return torch.sparse.mm(sparse, dense).view(count, size, -1)  # type: ignore[no-any-return]
 
 
 def save_bases(path: str | os.PathLike[str], bases: Mapping[str, Basis], fingerprint: str = "") -> None:

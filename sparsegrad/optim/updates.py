@@ -14,9 +14,8 @@ from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.optim.rounding import add_stochastic_each, decay_
 from sparsegrad.optim.scratch import Scratch
 from sparsegrad.optim.selection import Selection
+from sparsegrad.sparse_product import is_dense_faster
 
-# A product with a sparse matrix is slower than a dense one when more than one in so many of its entries is kept.
-_DENSE_FROM = 16
 _BLOCK = 256  # rows of a matrix that is added transposed
 
 
@@ -70,8 +69,8 @@ def _read_entries(selection: Selection, dtype: torch.dtype) -> Tensor:
 
 def _adds_in_place(weight: Tensor, change: Tensor) -> bool:
     """Whether `add_sparse_` is allowed (no stochastic rounding) and faster than the products of whole matrices."""
-    sparse = _DENSE_FROM * change.shape[1] < weight.numel()
-    return weight.is_cpu and weight.dtype == change.dtype and weight.is_contiguous() and sparse
+    fits = weight.is_cpu and weight.dtype == change.dtype and weight.is_contiguous()
+    return fits and not is_dense_faster(change, weight.numel())
 
 
 def add_sparse_(weight: Tensor, basis: Basis | None, index: Tensor, values: Tensor, scratch: Scratch) -> None:

@@ -66,7 +66,7 @@ def test_no_difference_says_how_large_one_could_be(cases: Cases) -> None:
     number = re.fullmatch(r"no difference larger than (\d+\.\d) points \(provisional: 3 of 5 seeds\)", one.text)
     assert number is not None
     (found,) = one.decisions
-    assert float(number[1]) == pytest.approx(found.bound, abs=0.05)
+    assert 0 <= float(number[1]) - found.bound < 0.1
 
 
 def test_a_margin_is_kept_or_broken(cases: Cases) -> None:
@@ -108,14 +108,14 @@ def test_two_paired_seeds_decide_nothing(cases: Cases) -> None:
         (
             [SUPPORTED, UNDECIDED],
             UNDECIDED,
-            "supported in 1 of 2 parts; in others no difference larger than 1.2 points",
+            "supported in 1 of 2 parts; in others no difference larger than 1.3 points",
         ),
-        ([UNDECIDED, NOT_TESTED], UNDECIDED, "no difference larger than 1.2 points"),
+        ([UNDECIDED, NOT_TESTED], UNDECIDED, "no difference larger than 1.3 points"),
         ([NOT_TESTED], NOT_TESTED, "not tested here"),
     ],
 )
 def test_a_claim_says_all_of_its_parts(kinds: list[str], verdict: str, text: str) -> None:
-    parts = [Decision(kind, "", bound=1.25, seeds=5) for kind in kinds]
+    parts = [Decision(kind, "", bound=1.21, seeds=5) for kind in kinds]
     one = Verdict({}, parts, [])
     assert one.kind == verdict
     assert one.text == text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,13 @@ def _describe_open(parts: Sequence[Decision]) -> str:
         return f"undecided ({'; '.join(mixed)})"
     largest = max(parts, key=lambda one: one.bound)
     digits = 3 if largest.unit == "in loss" else 1
-    return f"no difference larger than {largest.bound:.{digits}f} {largest.unit}"
+    return f"no difference larger than {_round_up(largest.bound, digits):.{digits}f} {largest.unit}"
+
+
+def _round_up(bound: float, digits: int) -> float:
+    """`bound` with that many decimals and not below it: 0.54 is 0.6, as 0.5 would not be a bound."""
+    scale = float(10**digits)
+    return math.ceil(round(bound * scale, 6)) / scale  # rounded first: 1.2 * 10 may be 12.000000000000002
 
 
 def read_claims(folder: Path = DATA) -> list[dict[str, Any]]:
