@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsegrad.adapter.base import Base, check_plain, get_class_name, read_base, unwrap_compiled, write_gathered
 from sparsegrad.adapter.lora_card import SavedLora, write_lora_card
 from sparsegrad.adapter.lora_files import write_lora
-from sparsegrad.adapter.lora_layout import Layout, is_linear, is_transposed, make_config, plan_layout
+from sparsegrad.adapter.lora_layout import Layout, is_transposed, make_config, plan_layout, takes_lora
 from sparsegrad.adapter.low_rank import Factors, factor_block, subtract, truncate
 from sparsegrad.adapter.merge import named_tensors
 from sparsegrad.adapter.save import check_storable, view_bytes
@@ -167,7 +167,7 @@ def _shorter_side(model: nn.Module, name: str) -> int:
 def _expect_names(model: nn.Module, base: Base | None, named: Mapping[str, nn.Module]) -> dict[str, str]:
     """Names of weights that the base must have; `read_base` refuses a base of another architecture by them."""
     if not named and not isinstance(base, Mapping):
-        named = {name: module for name, module in model.named_modules() if is_linear(module)}
+        named = {name: module for name, module in model.named_modules() if takes_lora(module)}
     return {f"{name}.weight": "" for name in named}
 
 
@@ -222,7 +222,7 @@ def _plan(
     max_error: float | None,
 ) -> Layout:
     """The layout, with the linears that get LoRA matrices; see `target_modules` of `save_lora`."""
-    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    linears = [name for name, module in model.named_modules() if takes_lora(module)]
     chosen = {name for name in linears if f"{name}.weight" in changed - new}
     if named is not None:
         chosen &= {*named, *blocks}

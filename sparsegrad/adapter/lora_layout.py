@@ -44,7 +44,7 @@ class Layout:
     bias: bool
 
 
-def is_linear(module: nn.Module) -> bool:
+def takes_lora(module: nn.Module) -> bool:
     """Whether peft puts LoRA on `module`: `nn.Linear`, or GPT-2's `Conv1D`, recognized by its name."""
     # `nn.MultiheadAttention` reads the weight of its output linear and never calls it, so LoRA would have no effect.
     plain = isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)

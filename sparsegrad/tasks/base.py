@@ -232,7 +232,7 @@ def tokenize(dataset: datasets.Dataset, task: Task, tokenizer: Any, data: DataCo
     Raises:
         UserError: if the tokenizer cannot handle `data.max_length` or `data.pad`.
     """
-    check_tokenizer(tokenizer, data)
+    check_tokenizer_fits(tokenizer, data)
     padding = "max_length" if data.pad == "max_length" else False
 
     with job("tokenizing", len(dataset), unit="rows") as bar:
@@ -253,7 +253,7 @@ def tokenize(dataset: datasets.Dataset, task: Task, tokenizer: Any, data: DataCo
     return tokens.rename_column("label", "labels")
 
 
-def check_tokenizer(tokenizer: Any, data: DataConfig) -> None:
+def check_tokenizer_fits(tokenizer: Any, data: DataConfig) -> None:
     """Raise `UserError` if rows would be longer than the tokenizer allows, or it cannot pad."""
     limit = tokenizer.model_max_length
     if data.max_length > limit:

@@ -14,7 +14,7 @@ import numpy as np
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.hashing import text_sha256
 from sparsegrad.progress import job
-from sparsegrad.tasks.base import DataConfig, Splits, Task, check_tokenizer
+from sparsegrad.tasks.base import DataConfig, Splits, Task, check_tokenizer_fits
 from sparsegrad.tasks.dialogue import Turn, write_chat, write_inst
 from sparsegrad.tasks.subsets import subset
 
@@ -107,7 +107,7 @@ class LanguageTask(Task):
         Raises:
             UserError: if no token has a loss, or `data.max_length` is more than the tokenizer allows.
         """
-        check_tokenizer(tokenizer, data)
+        check_tokenizer_fits(tokenizer, data)
         # LLaMA's tokenizer has no padding token. Padding is masked, so any id will do.
         padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         packer = Packer(data.max_length, int(padding))
