@@ -25,6 +25,7 @@ from sparsegrad.sweeps.storage import hide_password
 from sparsegrad.sweeps.study import SharedStudy, open_study
 from sparsegrad.sweeps.worker import Worker, show_trials, update_trials
 from sparsegrad.threads import limit_threads
+from sparsegrad.trainer.signals import StopOnSignal, Stopped
 
 _LOOK = 2.0  # seconds between two counts of the finished trials
 
@@ -62,11 +63,14 @@ def _run_workers(composed: DictConfig, shared: SharedStudy, labels: Mapping[str,
     """Start the worker processes and wait for them; if one dies, another repeats its trial."""
     processes = start_workers(composed, shared.plan.sweep.workers, labels)
     try:
-        with show_trials(shared) as bar:
+        with StopOnSignal().listening(), show_trials(shared) as bar:
             while any(process.is_alive() for process in processes):
                 multiprocessing.connection.wait([process.sentinel for process in processes], timeout=_LOOK)
                 processes = [process for process in processes if process.is_alive()]
                 update_trials(bar, shared, shared.finished())
+    except Stopped as stop:
+        _pass_on(stop.number, processes)
+        raise
     except BaseException:
         _stop_workers(processes)
         raise
@@ -117,6 +121,15 @@ def _stop_workers(processes: list[BaseProcess]) -> None:
     for process in processes:
         if process.is_alive():
             process.terminate()
+
+
+def _pass_on(number: int, processes: list[BaseProcess]) -> None:
+    """Send the workers a signal that only this process may have received, and wait until they have saved and ended."""
+    for process in processes:
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, number)
+    for process in processes:
+        process.join()
 
 
 def _run_worker(content: Any, index: int, labels: Mapping[str, Any] | None) -> None:

@@ -146,6 +146,37 @@ def wait_for(condition: Callable[[], bool], workers: list[BaseProcess]) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_command_alone_ends_its_workers(fault: Fault, places: tuple[str, str], number: int) -> None:
+    """A scheduler may signal only the process that it started; workers left behind would go on training."""
+    more = environment(PYTHONPATH=str(ROOT / "tests" / "support"))
+    settings = ("sweep.trials=1000", "sweep.workers=2")
+    shared = open_study(make_plan(fault(*settings)))
+    command = subprocess.Popen([quick_python(), "run.py", *FAKE_SWEEP, *places, *settings], cwd=ROOT, env=more)
+    workers = set[int]()
+    try:
+        while len(workers) < 2:
+            assert command.poll() is None, "the command ended early"
+            trials = shared.study.get_trials(states=(TrialState.RUNNING,))
+            workers |= {trial.user_attrs["worker"]["pid"] for trial in trials if "worker" in trial.user_attrs}
+            time.sleep(0.1)
+        command.send_signal(number)
+        assert command.wait(60) == 128 + number
+    finally:
+        command.kill()
+        left = list(filter(_is_running, workers))
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    except FileNotFoundError:
+        return False
+
+
 def test_the_command_starts_workers_and_refuses_a_key_set_twice(tmp_path: Path) -> None:
     places = f"results_dir={tmp_path}/results", f"work_dir={tmp_path}/work"
     more = environment(PYTHONPATH=str(ROOT / "tests" / "support"))
