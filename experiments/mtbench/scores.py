@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -34,6 +34,7 @@ class ModelScores:
     Attributes:
         turn1, turn2, mean: mean grades from 1 to 10; None if nothing is graded.
         categories: mean grade by category.
+        questions: mean grade by question's ID, over its turns.
         judged, unparsable, unjudged: numbers of turns with a grade, with a verdict but no grade, without a verdict.
         judge, judge_model: the judge's name in the request, and the name that the server reported.
         date: day (UTC) of the last verdict.
@@ -50,6 +51,7 @@ class ModelScores:
     unjudged: int
     judge_model: str | None = None
     date: str | None = None
+    questions: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -106,7 +108,6 @@ def _select_verdicts(rows: Iterable[Row], answers: Sequence[Answer]) -> list[Row
 def _score(model: str, judge: str | None, rows: Sequence[Row], answers: Sequence[Answer]) -> ModelScores:
     graded = [row for row in rows if row["score"] >= 1]  # -1 marks a verdict without a grade
     turns = sum(len(answer.turns) for answer in answers)
-    names = sorted({row["category"] for row in graded})
     newest = max(rows, key=lambda row: float(row["tstamp"]), default=None)
     return ModelScores(
         model=model,
@@ -114,13 +115,20 @@ def _score(model: str, judge: str | None, rows: Sequence[Row], answers: Sequence
         turn1=_mean(row for row in graded if row["turn"] == 1),
         turn2=_mean(row for row in graded if row["turn"] == 2),
         mean=_mean(graded),
-        categories={name: fmean(row["score"] for row in graded if row["category"] == name) for name in names},
+        categories=_means_by("category", graded),
         judged=len(graded),
         unparsable=len(rows) - len(graded),
         unjudged=turns - len(rows),
         judge_model=None if newest is None else newest["judge_model"],
         date=None if newest is None else datetime.fromtimestamp(newest["tstamp"], UTC).date().isoformat(),
+        questions=_means_by("question_id", graded),
     )
+
+
+def _means_by(name: str, graded: Sequence[Row]) -> dict[str, float]:
+    """Mean grade for each value of a field, in the order of the values."""
+    values = sorted({str(row[name]) for row in graded})
+    return {value: fmean(row["score"] for row in graded if str(row[name]) == value) for value in values}
 
 
 def _mean(rows: Iterable[Row]) -> float | None:

@@ -17,10 +17,10 @@ from experiments.report.evidence import load_evidence
 from experiments.report.gates import check_task
 from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.searches import Searches
-from experiments.report.stats import Difference
+from experiments.report.stats import Difference, paired_interval
 from experiments.report.tables import basis, calibration
 from experiments.report.tables.base import Context
-from experiments.report.tables.grades import ALL_TURNS, complete_grades, count_answers, grade
+from experiments.report.tables.grades import ALL_TURNS, Grades, complete_grades, count_answers, grade
 from sparsegrad.errors import UserError
 
 SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED = "supported", "contradicted", "undecided", "not tested here"
@@ -208,7 +208,7 @@ def _decide_calibration(context: Context, spec: Spec) -> Iterable[Decision]:
 
 
 def _decide_grade(context: Context, spec: Spec) -> Iterable[Decision]:
-    """Mean grades of two arms by the same judge; every judge that graded both completely must be on one side."""
+    """Grades of two arms, paired by question; every judge that graded both completely must be on one side."""
     model, methods, see = str(spec["model"]), [str(spec[name]) for name in ("a", "b")], tuple(spec["see"])
     graded = compute_scores(context.results / "mtbench")
     found = complete_grades(graded, model, methods)
@@ -217,14 +217,27 @@ def _decide_grade(context: Context, spec: Spec) -> Iterable[Decision]:
         why = f"no judge graded all {ALL_TURNS} turns of both" if both else "no judged answers"
         yield Decision(NOT_TESTED, f"{model}: {why}", see=see)
         return
-    gains = [a - b for a, b in found.values()]
-    above, below = all(gain > 0 for gain in gains), all(gain < 0 for gain in gains)
-    verdict = SUPPORTED if above else CONTRADICTED if below else UNDECIDED
-    shown = "; ".join(f"grades {a:.2f} and {b:.2f} by {judge}" for judge, (a, b) in found.items())
-    mixed = f"better by {sum(gain > 0 for gain in gains)} of {len(gains)} judges"
-    # Grades have no interval, so the number of answers files says how much they can.
+    gains = {judge: _gains(a, b) for judge, (a, b) in found.items()}
+    shown = "; ".join(_describe_grades(judge, a, b) for judge, (a, b) in found.items())
+    single = [paired_interval(one) for one in gains.values()]
+    joint = [paired_interval(one, spec["parts"]) for one in gains.values()]
+    is_above = all(one is not None and one[0] > 0 for one in single)
+    is_below = all(one is not None and one[1] < 0 for one in joint)
+    verdict = SUPPORTED if is_above else CONTRADICTED if is_below else UNDECIDED
+    bound = max((abs(end) for one in single if one for end in one), default=0.0)
+    # The interval is over questions: it knows nothing of how much another seed would change.
     seeds = min(count_answers(graded, model, method) for method in methods)
-    yield Decision(verdict, f"{model}: {shown}", mixed=mixed, seeds=seeds, see=see)
+    yield Decision(verdict, f"{model}: {shown}", bound, "in grade", seeds=seeds, see=see)
+
+
+def _gains(a: Grades, b: Grades) -> list[float]:
+    return [a[question] - b[question] for question in sorted(a)]
+
+
+def _describe_grades(judge: str, a: Grades, b: Grades) -> str:
+    means = f"grades {mean(a.values()):.2f} and {mean(b.values()):.2f} by {judge}"
+    interval = paired_interval(_gains(a, b))
+    return means if interval is None else f"{means} ({interval[0]:+.2f} to {interval[1]:+.2f})"
 
 
 KINDS: dict[str, Callable[[Context, Spec], Iterable[Decision]]] = {

@@ -74,6 +74,17 @@ def welch_interval(a: Sequence[float], b: Sequence[float], level: float = LEVEL)
     return float(interval.low), float(interval.high)
 
 
+def paired_interval(gains: Sequence[float], comparisons: int = 1) -> tuple[float, float] | None:
+    """95 % interval of the mean of paired differences (Student's t), for one of several comparisons (Bonferroni).
+
+    None for fewer than two values, or if they do not vary: then the variance cannot be estimated.
+    """
+    if len(set(gains)) < 2:
+        return None
+    half = float(stats.t.ppf(_upper(comparisons), len(gains) - 1)) * stdev(gains) / len(gains) ** 0.5
+    return mean(gains) - half, mean(gains) + half
+
+
 @dataclass(frozen=True)
 class Difference:
     """A difference of two arms, or the score of one, with its uncertainty.

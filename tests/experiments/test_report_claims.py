@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy
 from evidence_cases import SEEDS, Cases
 from test_experiments_page import measurement
 from test_experiments_report import context
@@ -156,8 +160,9 @@ GRADE = {"kind": "grade", "a": "sparsegrad", "b": "lora", "model": "llama2_7b", 
 @pytest.mark.parametrize(
     ("scores", "verdict"),
     [
-        ([("sparsegrad-1", "j", 6.0, 160), ("sparsegrad-2", "j", 7.0, 160), ("lora", "j", 6.4, 160)], SUPPORTED),
+        ([("sparsegrad-1", "j", 6.6, 160), ("sparsegrad-2", "j", 7.0, 160), ("lora", "j", 6.4, 160)], SUPPORTED),
         ([("sparsegrad", "j", 6.0, 160), ("lora", "j", 6.4, 160)], CONTRADICTED),
+        ([("sparsegrad", "j", 6.5, 160), ("lora", "j", 6.4, 160)], UNDECIDED),  # inside the interval over questions
         ([("sparsegrad", "j", 6.4, 160), ("lora", "j", 6.4, 160)], UNDECIDED),
         ([("sparsegrad", "j", 9.0, 160), ("lora", "k", 2.0, 160)], NOT_TESTED),  # of two judges
         ([("sparsegrad", "j", 9.0, 159), ("lora", "j", 2.0, 160)], NOT_TESTED),
@@ -173,15 +178,37 @@ GRADE = {"kind": "grade", "a": "sparsegrad", "b": "lora", "model": "llama2_7b", 
 def test_grades_decide_if_a_judge_gave_all_of_both_arms(
     cases: Cases, monkeypatch: pytest.MonkeyPatch, scores: list[tuple[str, str | None, float | None, int]], verdict: str
 ) -> None:
-    found = [
-        ModelScores(
-            model=f"llama2_7b-{arm}", judge=judge, turn1=None, turn2=None, mean=mean, categories={}, judged=judged,
-            unparsable=0, unjudged=max(0, 160 - judged) if judged > 3 else 0, date="2026-01-02",
-        )
-        for arm, judge, mean, judged in scores
-    ]  # fmt: skip
-    monkeypatch.setattr(decisions, "compute_scores", lambda folder: found)
+    monkeypatch.setattr(decisions, "compute_scores", lambda folder: [graded(*one) for one in scores])
     assert decide(of(cases), GRADE)[0].verdict == verdict
+
+
+def graded(arm: str, judge: str | None, mean: float | None, judged: int) -> ModelScores:
+    """Scores whose 80 questions vary around `mean`, in each file in another way: a standard deviation of 0.7."""
+    draws = np.random.default_rng(sum(map(ord, arm))).normal(scale=0.7, size=80)
+    grades = dict(zip(map(str, range(80)), draws - draws.mean() + (mean or 0.0), strict=True))
+    return ModelScores(
+        model=f"llama2_7b-{arm}", judge=judge, turn1=None, turn2=None, mean=mean, categories={}, judged=judged,
+        unparsable=0, unjudged=max(0, 160 - judged) if judged > 3 else 0, date="2026-01-02", questions=grades,
+    )  # fmt: skip
+
+
+def test_grades_of_different_questions_are_not_compared(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = graded("lora", "j", 2.0, 160)
+    other = replace(other, questions={f"i{question}": grade for question, grade in other.questions.items()})
+    monkeypatch.setattr(decisions, "compute_scores", lambda folder: [graded("sparsegrad", "j", 9.0, 160), other])
+    assert decide(of(cases), GRADE)[0].verdict == NOT_TESTED
+
+
+def test_an_undecided_grade_names_the_difference_that_is_excluded(
+    cases: Cases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = [graded("sparsegrad", "j", 6.5, 160), graded("lora", "j", 6.4, 160)]
+    monkeypatch.setattr(decisions, "compute_scores", lambda folder: scores)
+    (found,) = decide(of(cases), GRADE)
+    gains = [scores[0].questions[one] - scores[1].questions[one] for one in scores[0].questions]
+    interval = scipy.stats.ttest_1samp(gains, 0.0).confidence_interval(0.95)
+    assert found.bound == pytest.approx(max(abs(interval.low), abs(interval.high)))
+    assert Verdict({}, [found], []).text.startswith(f"no difference larger than {math.ceil(found.bound * 10) / 10:.1f}")
 
 
 def test_zeros_on_padding_contradict_strides(cases: Cases) -> None:

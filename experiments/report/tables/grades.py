@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from experiments.mtbench.scores import ModelScores
 
 NOT_JUDGED = "not judged"
 ALL_TURNS = 160  # MT-Bench's and I-Bench's 80 questions of two turns
+
+Grades = Mapping[str, float]
+"""Question's ID -> mean grade of its turns."""
 
 
 def grade(graded: Sequence[ModelScores], model: str, method: str) -> dict[str, str]:
@@ -28,14 +31,15 @@ def grade(graded: Sequence[ModelScores], model: str, method: str) -> dict[str, s
     }
 
 
-def complete_grades(graded: Sequence[ModelScores], model: str, methods: Sequence[str]) -> dict[str, list[float]]:
-    """Judge -> mean grade of each method, for the judges that graded all 160 turns of every answers file of each.
+def complete_grades(graded: Sequence[ModelScores], model: str, methods: Sequence[str]) -> dict[str, list[Grades]]:
+    """Judge -> grades of each method, for the judges that graded all 160 turns of every answers file of each.
 
-    Grades of different judges or of different turns cannot be compared.
+    Grades of different judges or of different questions cannot be compared.
     """
-    found = [_complete_means(_of_method(graded, model, method)) for method in methods]
-    common = set[str].intersection(*map(set, found))
-    return {judge: [means[judge] for means in found] for judge in sorted(common)}
+    found = [_complete_grades(_of_method(graded, model, method)) for method in methods]
+    common = sorted(set[str].intersection(*map(set, found)))
+    by_judge = {judge: [grades[judge] for grades in found] for judge in common}
+    return {judge: grades for judge, grades in by_judge.items() if _are_of_same_questions(grades)}
 
 
 def count_answers(graded: Sequence[ModelScores], model: str, method: str) -> int:
@@ -43,15 +47,23 @@ def count_answers(graded: Sequence[ModelScores], model: str, method: str) -> int
     return len({one.model for one in _of_method(graded, model, method)})
 
 
-def _complete_means(of: Sequence[ModelScores]) -> dict[str, float]:
-    """Judge -> mean grade over the answers files of a method, for the judges that graded each of them completely."""
-    whole: dict[str, dict[str, float]] = {}
+def _complete_grades(of: Sequence[ModelScores]) -> dict[str, Grades]:
+    """Judge -> grades averaged over the answers files of a method, for the judges that graded each completely."""
+    whole: dict[str, dict[str, Grades]] = {}
     for one in of:
-        is_whole = (one.judged, one.unparsable, one.unjudged) == (ALL_TURNS, 0, 0)
-        if is_whole and one.judge is not None and one.mean is not None:
-            whole.setdefault(one.judge, {})[one.model] = one.mean
+        if one.judge is not None and (one.judged, one.unparsable, one.unjudged) == (ALL_TURNS, 0, 0):
+            whole.setdefault(one.judge, {})[one.model] = one.questions
     files = {one.model for one in of}
-    return {judge: fmean(means.values()) for judge, means in whole.items() if set(means) == files}
+    complete = {judge: list(found.values()) for judge, found in whole.items() if set(found) == files}
+    return {judge: _average(grades) for judge, grades in complete.items() if _are_of_same_questions(grades)}
+
+
+def _are_of_same_questions(grades: Sequence[Grades]) -> bool:
+    return all(one.keys() == grades[0].keys() for one in grades)
+
+
+def _average(files: Sequence[Grades]) -> Grades:
+    return {question: fmean(grades[question] for grades in files) for question in files[0]}
 
 
 def _of_method(graded: Sequence[ModelScores], model: str, method: str) -> list[ModelScores]:
