@@ -17,6 +17,13 @@ try:
 except KeyboardInterrupt:  # importing torch takes a second or more
     print("\ninterrupted", file=sys.stderr)
     sys.exit(130)
+except ModuleNotFoundError as error:
+    from sparsegrad.extras import explain_missing
+
+    if (text := explain_missing(error)) is None:
+        raise
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -157,9 +157,10 @@ def prepare(
     else:
         check_same_weights(model)  # `calibrate` checks this in the other case
         bases = _fit_bases(bases, linears, sides)
+    # Counted first: engine `fast` adds its cores to the model's parameters.
+    size = sum(parameter.numel() for parameter in model.parameters())
     optimizer = SparseGradAdamW(_make_groups(model, linears, bases, options), lr=lr, **adamw)
-    # Counted last: engine `fast` has added its cores to the model's parameters.
-    optimizer.model_size = sum(parameter.numel() for parameter in model.parameters())
+    optimizer.model_size = size
     logger.info("SparseGrad trains:\n%s", describe(optimizer))
     return optimizer
 
@@ -215,9 +216,9 @@ def _find_linears(model: nn.Module, names: Names | None, options: _Options) -> L
         refuse_shards(model)
     check_trainable(linears)
     refuse_released(linear.weight for linear in all_linears(linears))  # by the optimizer of an earlier call
-    for linear in all_linears(linears):
+    for name, linear in ((name, linear) for found in linears.values() for name, linear in found.items()):
         # For its check: keep must fit every weight.
-        count_kept(linear.weight.shape, keep=options.keep, density=options.density)
+        count_kept(linear.weight.shape, keep=options.keep, density=options.density, name=f"{name}.weight")
         if options.engine == "fast":
             check_linear(linear, 'engine="fast"', 'give engine="exact"')
         if is_managed(linear) or is_shard(linear.weight):
@@ -274,15 +275,13 @@ def print_trainable_parameters(optimizer: Any) -> None:
         UserError: for another optimizer, or for the model.
     """
     plan = describe(optimizer)
-    cores = sum(len(group.names) * group.kept for group in plan.taken if group.core)
-    counted = "as cores" if cores else "in each step"
+    counted = "as cores" if any(group.core for group in plan.taken) else "in each step"
     parts = [f"target weights {_format_share(plan.kept, plan.mlp_size)} {counted}"]
     if plan.model_size is None:
         parts += [f"rest {plan.rest:,}", f"together {plan.trainable:,}"]
     else:
-        size = plan.model_size - cores  # the model's own parameters
-        parts.append(f"rest {_format_share(plan.rest, size - plan.mlp_size)}")
-        parts.append(f"together {_format_share(plan.trainable, size)}")
+        parts.append(f"rest {_format_share(plan.rest, plan.model_size - plan.mlp_size)}")
+        parts.append(f"together {_format_share(plan.trainable, plan.model_size)}")
     print("trainable: " + "; ".join(parts))
 
 

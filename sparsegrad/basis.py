@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.files import unreadable, write_with
+from sparsegrad.files import save_tensors, unreadable, write_with
 from sparsegrad.hashing import tensors_sha256
 from sparsegrad.precision import without_autocast
 from sparsegrad.sparse_product import is_dense_faster, multiply_sparse
@@ -210,7 +209,7 @@ def save_bases(path: str | os.PathLike[str], bases: Mapping[str, Basis], fingerp
     _separate(tensors)
     metadata = {"format": FORMAT, "fingerprint": fingerprint, "kinds": json.dumps(list(bases))}
     metadata["sha256"] = _hash_tensors(tensors)
-    write_with(Path(path), lambda scratch: save_file(tensors, scratch, metadata))
+    write_with(Path(path), lambda scratch: save_tensors(tensors, scratch, metadata))
 
 
 def _separate(tensors: dict[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
 from sparsegrad import namesake as namesake  # imported for its check: every module imports this one
+from sparsegrad.extras import explain_missing, install_command
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -53,7 +54,8 @@ def run_as_command(command: Callable[[], int | None], interrupted: str = "interr
         interrupted: the line after Ctrl-C, which says what is kept.
 
     Returns:
-        The exit status: that of `command`, 2 after a `UserError`, 130 after Ctrl-C, 141 after `command | head`.
+        The exit status: that of `command`, 2 after a `UserError` or where the package of an extra is missing, 130 after
+        Ctrl-C, 141 after `command | head`.
     """
     try:
         status = command() or 0
@@ -62,6 +64,11 @@ def run_as_command(command: Callable[[], int | None], interrupted: str = "interr
     except UserError as error:
         if not error.silent and os.environ.get("RANK", "0") == "0":  # torchrun starts several of the same process
             print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (text := explain_missing(error)) is None:
+            raise
+        print(f"error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
@@ -124,9 +131,7 @@ def renamed_arguments(quiet: bool = False, **names: str) -> Callable[[Function],
 
 def missing_package(what: str, package: str | None, extra: str) -> UserError:
     """The error for a feature `what` whose `package` is not installed; `extra` is the extra that installs it."""
-    return UserError(
-        f"{what} needs the package {package}: run pip install -e '.[{extra}]' in the checkout of sparsegrad"
-    )
+    return UserError(f"{what} needs the package {package}: run {install_command(extra)}")
 
 
 def first_line(error: BaseException) -> str:

@@ -8,11 +8,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from sparsegrad.errors import ResourceError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_JSON = 64 * 2**20  # bytes; a record has about 10,000
 # Error codes of a full, read-only or protected file system, and how safetensors and torch.save report them.
@@ -55,6 +58,22 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):  # on a read-only file system even the deletion of a missing file fails
             scratch.unlink()
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file with the permissions of any new file; the package's own are the owner's alone."""
+    from safetensors.torch import save_file  # imports torch, which a command that only reads records does not need
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
+
+
+def share_tensors(folder: Path, like: str) -> None:
+    """Give the safetensors files that another package wrote to `folder` the permissions of its file `like`."""
+    for path in folder.glob("*.safetensors"):
+        path.chmod((folder / like).stat().st_mode)
 
 
 def flush(path: Path) -> None:

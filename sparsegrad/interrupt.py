@@ -1,4 +1,4 @@
-"""Ctrl-C while a command of this project is still importing torch ends it with one line, not with a traceback.
+"""While a command of this project still imports, Ctrl-C and a missing package end it with one line, not a traceback.
 
 `sparsegrad/__init__.py` imports this module first. In a program of a user's own it does nothing.
 """
@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+
+from sparsegrad.extras import explain_missing
 
 
 def is_command(words: Sequence[str]) -> bool:
@@ -23,6 +25,9 @@ def is_command(words: Sequence[str]) -> bool:
 def _end_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         print("\ninterrupted", file=sys.stderr)
+    elif isinstance(error, ModuleNotFoundError) and (text := explain_missing(error)):
+        print(f"error: {text}", file=sys.stderr)
+        raise SystemExit(2)  # otherwise Python would exit with 1
     else:
         sys.__excepthook__(kind, error, trace)
 

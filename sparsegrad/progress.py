@@ -85,7 +85,7 @@ class Job:
 
     def end(self) -> str:
         """`training: 150 steps in 1 min 2 s`."""
-        count = f"{self.done:,} {self.unit} in " if self.unit else ""
+        count = f"{format_count(self.done, self.unit)} in " if self.unit else ""
         return f"{self.name}: {count}{format_seconds(self.seconds())}"
 
 
@@ -258,6 +258,12 @@ def compose(jobs: Sequence[Job], columns: int | None, bar: str = "#.") -> str:
         return " | ".join([*whole[:-1], f"{inner.name} {drawn}{whole[-1].removeprefix(inner.name)}"])
     shorter = [line, " | ".join([*whole[:-1], inner.text()]), " | ".join(one.text() for one in jobs), inner.text()]
     return next((text for text in shorter if len(text) <= room), inner.text()[:room])
+
+
+def format_count(count: int, unit: str) -> str:
+    """`1 step`, `1,000 steps`; `unit` is the plural."""
+    ending = "es" if unit.endswith("ches") else "s"
+    return f"{count:,} {unit.removesuffix(ending) if count == 1 else unit}"
 
 
 def format_seconds(seconds: float) -> str:

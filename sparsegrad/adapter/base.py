@@ -55,12 +55,25 @@ def check_plain(model: nn.Module) -> None:
     refuse_layers(model)
 
 
-def read_base(model: nn.Module, base: Base | None, mlp: Mapping[str, str]) -> tuple[str, dict[str, Tensor], set[str]]:
-    """The base's name, its tensors by name, and the names of tensors that only the model has."""
+def find_base(model: nn.Module, base: Base | None) -> Base:
+    """The base as it was given, or the name that `from_pretrained` stored in the model's configuration.
+
+    Raises:
+        UserError: if there is neither.
+    """
     if base is None:
         base = getattr(getattr(model, "config", None), "_name_or_path", None)
     if base is None or base == "":
-        raise UserError("base=None: the model does not know where it came from; give base=, its hub id or a copy of it")
+        raise UserError(
+            "base=None: the model does not know where it came from; give base=, its hub id or folder, or a copy of the "
+            "model from before training"
+        )
+    return base
+
+
+def read_base(model: nn.Module, base: Base | None, mlp: Mapping[str, str]) -> tuple[str, dict[str, Tensor], set[str]]:
+    """The base's name, its tensors by name, and the names of tensors that only the model has."""
+    base = find_base(model, base)
     if isinstance(base, str | Path):
         return _load_base(model, str(base), mlp)
     names = set(named_tensors(model))

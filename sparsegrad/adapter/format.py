@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsegrad.adapter.lora_files import CONFIG
 from sparsegrad.errors import UserError
-from sparsegrad.files import flush, load_json, unwritable, write_json
+from sparsegrad.files import flush, load_json, save_tensors, unwritable, write_json
 from sparsegrad.hashing import file_sha256, tensors_sha256
 
 FORMAT = "sparsegrad-adapter-1"
@@ -133,7 +133,7 @@ def _write_waiting(folder: Path, tensors: dict[str, Tensor]) -> tuple[Path, str]
     """Store the tensors under the name of their sha256, flushed to disk before the JSON can refer to them."""
     scratch = folder / f".{TENSORS}.{os.getpid()}.tmp"
     try:
-        save_file(tensors, scratch, {"format": FORMAT})
+        save_tensors(tensors, scratch, {"format": FORMAT})
         flush(scratch)
         sha256 = file_sha256(scratch)
         return scratch.replace(folder / _WAITING.format(sha256)), sha256

@@ -52,7 +52,8 @@ def load_adapter(
     facts, entries, bases = read_adapter(found)
     with disable_adapter(model):
         targets = named_tensors(model)
-        patches = {name: _make_patch(name, entry, targets, bases) for name, entry in entries.items()}
+        source = str(facts.get("base", "that base"))
+        patches = {name: _make_patch(name, entry, targets, bases, source) for name, entry in entries.items()}
     adapter = Adapter(model, found, facts, patches, str(folder), adapter_name)
     if adapter_name is not None:
         _NAMED.setdefault(model, {})[adapter_name] = adapter
@@ -154,10 +155,10 @@ def _find(model: nn.Module, name: str) -> Adapter:
     return named[name]
 
 
-def _make_patch(name: str, entry: Entry, targets: dict[str, Tensor], bases: dict[str, Tensor]) -> Patch:
+def _make_patch(name: str, entry: Entry, targets: dict[str, Tensor], bases: dict[str, Tensor], source: str) -> Patch:
     """Check that an entry fits the model and its base weights, and compute the new values."""
     if name not in targets:
-        raise UserError(f"the model has no {name}, which the adapter changes: load the model it was made for")
+        raise UserError(f"the model has no {name}, which the adapter changes: load the model it was made for, {source}")
     target = targets[name]
     if (tuple(target.shape), target.dtype) != (entry.shape, entry.dtype):
         raise UserError(
@@ -166,6 +167,8 @@ def _make_patch(name: str, entry: Entry, targets: dict[str, Tensor], bases: dict
         )
     check_contiguous(name, target)
     if entry.base_sha256 is not None and digest(target) != entry.base_sha256:
-        raise UserError(f"{name} is not the base's that this adapter was made for: load that base, unchanged")
+        raise UserError(
+            f"{name} is not the base's that this adapter was made for: load {source} as it was before the training"
+        )
     index, values = entry.resolve(target, bases)  # for form `rotated`, from the base's values
     return Patch(values, index, mark(target))

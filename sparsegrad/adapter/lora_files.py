@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsegrad.files import flush, unwritable, write_json
+from sparsegrad.files import flush, save_tensors, unwritable, write_json
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's names
 
@@ -36,7 +35,7 @@ def write_lora(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tenso
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # All that can fail for lack of space comes before the first change of the old adapter.
-        save_file(tensors, waiting, {"format": "pt"})  # transformers and peft require this metadata
+        save_tensors(tensors, waiting, {"format": "pt"})  # transformers and peft require this metadata
         flush(waiting)
         write_json(waiting_config, config)
         if not _has_config(folder, config):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsegrad.adapter.base import (
     Base,
     check_plain,
+    find_base,
     format_names,
     get_class_name,
     read_base,
@@ -26,7 +27,7 @@ from sparsegrad.basis import Basis
 from sparsegrad.bits import as_integers
 from sparsegrad.errors import UserError, check_number, renamed_arguments
 from sparsegrad.optim.summary import describe
-from sparsegrad.targets import Names, find_mlp
+from sparsegrad.targets import Linears, Names, find_mlp
 
 _SMALL = 2**16  # entries; smaller tensors outside the MLP are stored whole, such as a head, which no base has
 
@@ -73,6 +74,7 @@ def save_adapter(
     check_plain(model)
     if tolerance and optimizer is None:
         raise UserError(f"tolerance={tolerance} needs the bases: give optimizer=, what sparsegrad.prepare returned")
+    base = find_base(model, base)  # before the search for the weights, whose error would hide that it is missing
     kinds = _find_kinds(model, optimizer, target_modules)
     source, before, new = read_base(model, base, kinds)
     entries = _compare(named_tensors(model), before, new, kinds)
@@ -93,7 +95,7 @@ def save_adapter(
 def _find_kinds(model: nn.Module, optimizer: Any, names: Names | None) -> dict[str, str]:
     """Parameter name -> layer kind of the SparseGrad weights."""
     if optimizer is None:
-        return {f"{name}.weight": kind for kind, found in find_mlp(model, names).items() for name in found}
+        return {f"{name}.weight": kind for kind, found in _find_linears(model, names).items() for name in found}
     if names is not None:
         raise UserError(
             f"target_modules={names} and optimizer=: give one of them, since the optimizer knows its weights"
@@ -106,6 +108,14 @@ def _find_kinds(model: nn.Module, optimizer: Any, names: Names | None) -> dict[s
             "prepared, not wrapped; or leave out optimizer="
         )
     return kinds
+
+
+def _find_linears(model: nn.Module, names: Names | None) -> Linears:
+    """The linears of `names`; an error also says how to do without names."""
+    try:
+        return find_mlp(model, names)
+    except UserError as error:
+        raise UserError(f"{error}; or give optimizer=, what sparsegrad.prepare returned, which knows them") from None
 
 
 def _strip_compiled(tensors: Mapping[str, Tensor], name: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad.errors import missing_package
+from sparsegrad.files import share_tensors
 
 
 def check_gguf() -> None:
@@ -36,3 +37,4 @@ def convert(folder: Path, file_name: str) -> None:
     plain.load_state_dict(quantized.state_dict())
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    share_tensors(folder, like="config.json")

@@ -24,7 +24,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionNotFoundError
 
 from sparsegrad.assets.hub_errors import describe, is_away
-from sparsegrad.assets.hub_repository import COMMIT, Repository, find_cached
+from sparsegrad.assets.hub_repository import COMMIT, MODEL_OTHERWISE, Repository, find_cached
 from sparsegrad.distributed import is_main
 from sparsegrad.errors import UserError
 from sparsegrad.hashing import file_sha256
@@ -44,18 +44,21 @@ if "HF_HUB_DISABLE_XET" not in os.environ:
     constants.HF_HUB_DISABLE_XET = True
 
 
-def find_model(name: str, revision: str | None = None, *, weights: bool = True) -> Repository:
+def find_model(
+    name: str, revision: str | None = None, *, weights: bool = True, otherwise: str = MODEL_OTHERWISE
+) -> Repository:
     """The state of a model repository; nothing large is downloaded.
 
     Args:
         name: of the repository.
         revision: branch, tag or commit; None: the default branch.
         weights: whether its weights are wanted, not only configuration and tokenizer.
+        otherwise: how to do without the hub, for the error.
 
     Raises:
         UserError: with one cause: not found, gated, token refused, no such revision, hub not reached and not cached.
     """
-    return _find(Repository(name, revision=revision, weights=weights))
+    return _find(Repository(name, revision=revision, weights=weights, otherwise=otherwise))
 
 
 def fetch_dataset(name: str, patterns: Iterable[str], otherwise: str) -> tuple[Path, tuple[str, ...]]:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from sparsegrad.cli import records_command
 from sparsegrad.cli.screen import replace_unprintable
 from sparsegrad.errors import UserError, did_you_mean, run_as_command
 
@@ -51,6 +50,8 @@ def _dispatch(words: list[str]) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the commands; those of `MODULES` and `run` read their own words."""
+    from sparsegrad.cli import records_command  # here: it needs the extra `run`, and others name an extra of their own
+
     parser = argparse.ArgumentParser(
         prog="sparsegrad",
         description="SparseGrad: fine-tune with few trainable MLP weights, and look at the results.",

@@ -10,14 +10,17 @@ from typing import Any
 
 from sparsegrad.errors import UserError, did_you_mean
 from sparsegrad.runs.keys import determining, flatten
+from sparsegrad.runs.names import name_method
 from sparsegrad.runs.records import PRUNED, read_record, run_seconds, summary
 
 Row = dict[str, Any]
 """A record, flat: the facts of `summary`, `key`, `path` and `minutes`, and its settings by their dotted names."""
 
-# What makes two runs comparable. Settings that differ between runs with the same of these get a column of their own.
-IDENTITY = ("model", "method", "engine", "task", "protocol")
-SETTINGS = (*IDENTITY, "lr", "batch_size", "seed", "device")
+# What makes two runs comparable. Settings that differ between runs with the same of these get a column of their own;
+# those of methods only where the method is the same too.
+SETUP = ("model", "task", "protocol")
+IDENTITY = (*SETUP, "method", "engine")
+SETTINGS = ("model", "method", "engine", "task", "protocol", "lr", "batch_size", "seed", "device")
 MEASURED = ("value", "steps_per_second", "peak_mib", "minutes")
 # Dotted names of settings that `summary` already has, or that follow from the names above.
 _KNOWN = ("seed", "train.lr", "train.batch_size", "method.engine", "evidence")
@@ -40,6 +43,7 @@ def _make_row(path: Path, record: Mapping[str, Any]) -> Row:
     except (AttributeError, TypeError) as error:
         raise UserError(f"{path} is not a readable record ({error!r}): delete it and run again") from None
     row = {**settings, **summary(record), "key": str(record.get("key", path.stem)), "path": str(path)}
+    row["method"] = name_method(record["config"]["method"])
     if row["status"] != "complete" and str(record.get("reason")).startswith(PRUNED):
         row["status"] = "pruned"
     if _is_number(row["peak_mib"]) and _is_number(row["baseline_mib"]):
@@ -60,7 +64,8 @@ def narrow(rows: Sequence[Row], conditions: Iterable[str]) -> list[Row]:
         if not sign:
             raise UserError(f"--filter {condition} is not allowed: give key=value, for example method=lora")
         name = find_key(rows, key, "--filter")
-        kept = [row for row in kept if any(_equals(row.get(name), one) for one in wanted.split(","))]
+        names = (name, "method.name") if name == "method" else (name,)  # `peft SHIRA` is a `peft` too
+        kept = [row for row in kept if any(_equals(row.get(one), text) for one in names for text in wanted.split(","))]
     return kept
 
 
@@ -93,13 +98,22 @@ def sort(rows: Sequence[Row], name: str, reverse: bool = False) -> list[Row]:
 
 
 def find_differences(rows: Sequence[Row]) -> list[str]:
-    """Dotted names of settings that differ between runs of one model, method, task and protocol."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in IDENTITY), []).append(row)
+    """Dotted names of settings that differ between runs of one model, task and protocol, or of one method of these."""
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if "." in name]
     names = [name for name in names if not name.startswith(_KNOWN) and not name.endswith(".name")]
-    return [name for name in names if any(len({repr(row.get(name)) for row in group}) > 1 for group in groups.values())]
+    setups, methods = _group(rows, SETUP), _group(rows, IDENTITY)
+    return [name for name in names if _differs(name, methods if name.startswith("method.") else setups)]
+
+
+def _group(rows: Sequence[Row], names: Sequence[str]) -> list[list[Row]]:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return list(groups.values())
+
+
+def _differs(name: str, groups: Sequence[Sequence[Row]]) -> bool:
+    return any(len({repr(row.get(name)) for row in group}) > 1 for group in groups)
 
 
 def average(rows: Sequence[Row]) -> list[Row]:

@@ -19,6 +19,8 @@ SHORTEST_KEY = 6
 _RANKS = {"minutes": 9, "per_weight": 8, "trainable": 7, "peak_mib": 6, "steps_per_second": 5, "device": 4}
 _RANKS |= dict.fromkeys(("protocol", "batch_size"), 2) | dict.fromkeys(("lr", "seed", "engine"), 1)
 _RANKS |= dict.fromkeys(("model", "method", "task"), 0)
+MEASUREMENT = 5  # and above: without room they are left out; settings go below their row
+_INDENT = "    "
 _HEADS = {"batch_size": "batch", "steps_per_second": "steps/s", "peak_mib": "peak\nMiB", "minutes": "min"}
 _SHORT_METRICS = {"matthews_correlation": "matthews"}
 
@@ -72,17 +74,33 @@ def _print_csv(rows: Sequence[Row]) -> None:
 
 
 def make_text(rows: Sequence[Row], width: int | None) -> str:
-    """A line of what all rows share, the table, and a line on the columns that `width` left no room for."""
+    """A line of what all rows share, the table, and a line on the measurements that `width` left no room for.
+
+    Settings without room for a column stand below their row: without them, rows would look the same.
+    """
     shared, columns = _make_columns(rows)
     shown, out = fit(columns, width)
-    lines = [*_wrap(shared, width), render(shown)]
-    if out:
+    settings = [column for column in out if column.rank < MEASUREMENT]
+    lines = [*_wrap(shared, width), *_insert_settings(render(shown).split("\n"), settings, width)]
+    if out := [column for column in out if column not in settings]:
         names = ", ".join(column.title.replace("\n", " ") for column in out)
         lines += _wrap(f"Not shown at this width: {names} (a pipe or --csv has all).".split(" "), width, " ")
     if any(column.title.startswith("peak") for column in shown):
         about = "Peak: allocated on a GPU; on a CPU, resident memory above the loaded model."
         lines += _wrap(about.split(" "), width, " ")
     return "\n".join(lines)
+
+
+def _insert_settings(table: Sequence[str], settings: Sequence[Column], width: int | None) -> list[str]:
+    """The lines of a table, with the settings of each row, `name value, ...`, on lines of their own below it."""
+    if not settings:
+        return list(table)
+    count = len(settings[0].cells)
+    lines = list(table[:-count])
+    for number, line in enumerate(table[-count:]):
+        pairs = [f"{one.title} {one.cells[number]}" for one in settings if one.cells[number] != "-"]
+        lines += [line, *(_INDENT + more for more in _wrap(pairs, width and width - len(_INDENT)))]
+    return lines
 
 
 def _wrap(parts: Sequence[str], width: int | None, separator: str = ", ") -> list[str]:
@@ -104,7 +122,7 @@ def _make_columns(rows: Sequence[Row]) -> tuple[list[str], list[Column]]:
     names = [name for name in SETTINGS if not (is_mean and name == "seed")]
     names += find_differences(rows)
     differ = [name for name in names if name == "method" or len(_find_values(rows, name)) > 1]
-    shared = [f"{_head(name)} {rows[0][name]}" for name in names if name not in differ and rows[0][name] is not None]
+    shared = [text for name in names if name not in differ and (text := _describe_shared(rows, name))]
     if is_mean:
         shared.append("mean ± std over seeds")
     columns = [] if is_mean else [Column("key", _shorten_keys([row["key"] for row in rows]))]
@@ -120,7 +138,18 @@ def _make_columns(rows: Sequence[Row]) -> tuple[list[str], list[Column]]:
 
 def _find_values(rows: Sequence[Row], name: str) -> set[str]:
     values = {repr(row.get(name)) for row in rows}
-    return values - {"None"} if name == "engine" else values  # most methods have no engine
+    # Most methods have no engine, and runs that failed do not say their device.
+    return values - {"None"} if name in ("engine", "device") else values
+
+
+def _describe_shared(rows: Sequence[Row], name: str) -> str:
+    """`name value`, with the methods that it is of where others have no such setting; empty where none has."""
+    having = [row for row in rows if row.get(name) is not None]
+    if not having:
+        return ""
+    methods = dict.fromkeys(row["method"] for row in having)
+    is_of_all = methods.keys() == {row["method"] for row in rows}
+    return f"{_head(name)} {having[0][name]}" + ("" if is_of_all else f" ({', '.join(methods)})")
 
 
 def _scores(rows: Sequence[Row], named: bool) -> list[str]:

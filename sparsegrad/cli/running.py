@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from rich.console import Console
 from rich.tree import Tree
 
 from sparsegrad.cli.entry import FailedJobs
-from sparsegrad.cli.screen import console, replace_unprintable
+from sparsegrad.cli.screen import replace_unprintable
 from sparsegrad.distributed import is_main
 from sparsegrad.errors import UserError, missing_package
 from sparsegrad.progress import job, remark, say, silence
+from sparsegrad.runs.names import name_method
 from sparsegrad.runs.overrides import list_given
 from sparsegrad.trainer.quiet import quiet_libraries
 
@@ -31,11 +34,13 @@ if TYPE_CHECKING:  # it brings in transformers and datasets
 # after 400 lengths, with 64 it held 130 MiB, and runs were as fast (1.93 and 1.95 steps/s).
 KEPT_PRODUCTS = 64
 
+console = Console()
+
 
 def run_command(composed: DictConfig, published: Published | None = None) -> None:
     """Run one composed configuration. A user's mistake is one line and status 2; Ctrl-C is status 130.
 
-    SIGTERM and SIGUSR1 save a checkpoint and exit with 143 and 138.
+    Ctrl-C during training saves a checkpoint first, as do SIGTERM and SIGUSR1, which exit with 143 and 138.
 
     Args:
         composed: what Hydra composed.
@@ -50,7 +55,8 @@ def run_command(composed: DictConfig, published: Published | None = None) -> Non
         number = getattr(interrupt, "number", signal.SIGINT)
         how = "interrupted" if number == signal.SIGINT else f"stopped by {interrupt}"
         if is_main():
-            print(f"\n{how}: the same command continues from the last checkpoint", file=sys.stderr)
+            then = "; ".join(getattr(interrupt, "__notes__", ["nothing had begun yet"]))
+            print(f"\n{how}: {then}", file=sys.stderr)
         sys.exit(128 + number)
 
 
@@ -82,11 +88,23 @@ def _run(composed: DictConfig, published: Published | None) -> None:
     if composed.get("sweep") is None:
         _run_once(composed, labels, published)
     else:
-        _sweeps("pool").run_sweep(composed, labels)
+        with _noted_stop(lambda: "the same command continues the search"):
+            _sweeps("pool").run_sweep(composed, labels)
+
+
+@contextmanager
+def _noted_stop(describe: Callable[[], str]) -> Iterator[None]:
+    """Within: Ctrl-C or a signal carries a note on what the same command does next."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(describe())
+        raise
 
 
 def _run_once(composed: DictConfig, labels: Mapping[str, Any], published: Published | None) -> None:
     from sparsegrad.runs.config import build
+    from sparsegrad.runs.result_lines import describe_stop
     from sparsegrad.runs.runner import run
 
     config = build(composed)
@@ -95,7 +113,8 @@ def _run_once(composed: DictConfig, labels: Mapping[str, Any], published: Publis
         remark("")
     if composed.get("verbose"):
         console.print(tree("run " + config.key, config.resolved))
-    record, is_new = run(config, labels=labels, announces=True)
+    with _noted_stop(lambda: describe_stop(config)):
+        record, is_new = run(config, labels=labels, announces=True)
     if is_main():
         _print_result(config, record, published, is_new=is_new)
 
@@ -178,7 +197,7 @@ def outcome(record: Mapping[str, Any]) -> str:
 def _outcome(record: Mapping[str, Any]) -> str:
     result, config = record["result"], record["config"]
     return (
-        f"{config['model']['name']} / {config['method']['name']} / {config['task']['name']}: "
+        f"{config['model']['name']} / {name_method(config['method'])} / {config['task']['name']}: "
         f"{result['metric']} {result['value']:.4f} on {result['split']} "
         f"(chosen on {result['chosen_on']} at step {result['chosen_step']} of {result['steps']})"
     )

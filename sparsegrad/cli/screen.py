@@ -1,13 +1,9 @@
-"""What all commands print to: the console, and text that every console can show."""
+"""Text that every console can show."""
 
 from __future__ import annotations
 
 import io
 import sys
-
-from rich.console import Console
-
-console = Console()
 
 
 def replace_unprintable() -> None:

@@ -79,6 +79,7 @@ class Method(Protocol):
     an earlier one. A method may also have the following, which are false if they are missing:
 
     - `holds_factors`: whether its layers are `BlockLinear`s, whose change is saved as LoRA without an error;
+    - `saves_peft`: whether it is one of peft's, so that an adapter in peft's own format may hold its change;
     - `can_shard`: whether it works on a model that FSDP2 has sharded.
 
     For the estimate of a run's memory, it may have
@@ -176,4 +177,7 @@ def kept_per_weight(linears: Linears, density: float | None, keep: int | None) -
     Raises:
         UserError: if a weight has fewer entries than `keep`.
     """
-    return {kind: count_kept(shape, keep=keep, density=density) for kind, shape in weight_shapes(linears).items()}
+    return {
+        kind: count_kept(shape, keep=keep, density=density, name=f"a weight of kind {kind}")
+        for kind, shape in weight_shapes(linears).items()
+    }

@@ -7,7 +7,7 @@ from ast import literal_eval
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import torch
@@ -58,6 +58,7 @@ class Peft:
     steps: int | None = 8
     seed: int | None = None
     name: str = "peft"
+    saves_peft: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Mapping):
@@ -80,9 +81,10 @@ class Peft:
         size = size_field(str(self.config["peft_type"]).upper())
         for field in (*filter(None, (size,)), *SIZE_PATTERNS):
             if field in self.config and (field == size or self.config[field]):  # an empty pattern sets nothing
+                given = f"method.config.{field}={self.config[field]}"
                 raise UserError(
-                    f"method.config.{field}={self.config[field]} and method.budget={self.budget}: both set the size; "
-                    "leave one out, the budget with null"
+                    f"{given} and method.budget={self.budget} both set the size: to keep {given}, add "
+                    "method.budget=null; to keep the budget, leave the other out"
                 )
 
     def _read_budget(self) -> float | None:

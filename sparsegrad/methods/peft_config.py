@@ -15,8 +15,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from sparsegrad.errors import UserError, did_you_mean, fail, first_line
+from sparsegrad.methods.peft_fields import check_types
 
-_WHERE = "model.mlp, model.kinds and model.blocks choose the weights"
+# With ++, which also works for a model whose YAML names neither.
+_WHERE = "model.mlp chooses the weights, and ++model.kinds=[...] and ++model.blocks=[...] some of them"
 # Fields that the run sets, with what sets them.
 _OURS = {
     **dict.fromkeys(("target_modules", "exclude_modules", "target_parameters", "modules_to_save"), _WHERE),
@@ -72,7 +74,8 @@ def find_config_class(node: Mapping[str, Any]) -> type[Any]:
     """peft's configuration class for `peft_type`, which has all fields of `node`.
 
     Raises:
-        UserError: for a type that is unknown, too new for the installed peft or not for linears; or an unknown field.
+        UserError: for a type that is unknown, too new for the installed peft or not for linears; or for an unknown
+            field, or a value of another type than its field.
     """
     kind, known = str(node.get("peft_type")).upper(), list_types()
     where = "method.config.peft_type"
@@ -87,6 +90,7 @@ def find_config_class(node: Mapping[str, Any]) -> type[Any]:
     found: type[Any] = next(value for one, value in PEFT_TYPE_TO_CONFIG_MAPPING.items() if one.value == kind)
     fields = [field.name for field in dataclasses.fields(found) if field.init]
     _check_fields(kind, node, fields)
+    check_types(found, {name: value for name, value in node.items() if name != "peft_type"})
     _check_init(node.get("init_lora_weights"), fields)
     return found
 

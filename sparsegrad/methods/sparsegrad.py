@@ -75,9 +75,9 @@ class SparseGrad:
             has it; None: in the dtype of the weights.
         static: for engine `exact`: choose the entries once, by the mean squared rotated gradient of the calibration,
             and keep moments of these alone. Not the paper's method.
-        basis: file with stored bases to use instead of a calibration; or, to study what the basis does, one of
-            `BASES`: `hosvd` (the method), `authors` (U transposed, as in their code), `random` (orthogonal, drawn once
-            per layer kind) or `none` (the identity).
+        basis: None or `hosvd`: the method's, the HOSVD of the calibration; or a file with stored bases, instead of a
+            calibration; or, to study what the basis does, `authors` (U transposed, as in their code), `random`
+            (orthogonal, drawn once per layer kind) or `none` (the identity).
     """
 
     density: float | None = 0.01

@@ -22,7 +22,7 @@ class ModelConfig:
         keep_head: take over the head that a pretrained source has, rows ordered by label names; false: the head is new.
         pooling: what a classifier's head sees: `mean` over the tokens or `cls`, the first one; null: the model's own.
         trust_remote_code: whether code that a hub repository brings may run.
-        weights: `pretrained`, or `random`: the architecture alone, which needs no hub.
+        weights: `pretrained`, or `random`: the architecture alone; the tokenizer is read as before.
         architecture: fields of the model's configuration, used with random weights.
         tokenizer: where the tokenizer comes from; null means from `source`.
         mlp: layer kind -> pattern of module names, or the name of a known layout (`sparsegrad.targets`).
@@ -31,7 +31,8 @@ class ModelConfig:
         blocks: indices of the blocks whose MLP is fine-tuned, or a slice such as `0::3`; null: all.
         head: pattern of the parameters that are new for each task.
         lr: learning rate where none is given.
-        lora_rank, authors_keep: the paper's rank of LoRA and the authors' kept entries per weight at this size.
+        lora_rank: the rank of method=lora, the paper's for this size.
+        authors_keep: kept entries per weight of method=sparsegrad_authors, the authors' for this size.
         usual: what this model sets where conf/config.yaml and conf/method say `oc.select:model.usual...`.
     """
 

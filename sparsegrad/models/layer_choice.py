@@ -58,20 +58,21 @@ def select_linears(linears: Linears, kinds: Sequence[str] | None, blocks: Any) -
     A block's index is the first number in a module's name, as in `model.layers.3.mlp.up_proj`.
 
     Raises:
-        UserError: for a kind or a block that the model does not have.
+        UserError: for a kind or a block that the model does not have, or blocks of modules without an index.
     """
     if kinds is not None and (isinstance(kinds, str) or not kinds):
         raise fail("model.kinds", kinds, f"give a list of {', '.join(linears)}, or null for all")
     for kind in kinds or ():
         check_choice("model.kinds", kind, linears)
-    if kinds is None and blocks is None:
+    if kinds is not None:
+        linears = {kind: found for kind, found in linears.items() if kind in kinds}
+    if blocks is None:
         return linears
-    depth = 1 + max(_index(name) for found in linears.values() for name in found)
+    depth = 1 + max(_index(name, blocks) for found in linears.values() for name in found)
     chosen = set(block_indices(blocks, depth))
     return {
-        kind: {name: linear for name, linear in found.items() if _index(name) in chosen}
+        kind: {name: linear for name, linear in found.items() if _index(name, blocks) in chosen}
         for kind, found in linears.items()
-        if kinds is None or kind in kinds
     }
 
 
@@ -98,10 +99,9 @@ def _slice(text: str) -> slice:
     return slice(*numbers)
 
 
-def _index(name: str) -> int:
+def _index(name: str, blocks: Any) -> int:
     found = re.search(r"\.(\d+)\.", name)
     if found is None:
-        raise UserError(
-            f"module {name} has no block index in its name: model.blocks and model.kinds do not apply to it"
-        )
+        remedy = "leave it out, and name the linears to train as model.mlp={kind: pattern}"
+        raise fail("model.blocks", blocks, f"module {name} has no block index in its name", remedy)
     return int(found[1])

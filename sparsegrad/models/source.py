@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparsegrad.assets.download import asset_path
 from sparsegrad.assets.hub import fetch_files, find_model
-from sparsegrad.assets.hub_repository import Repository
+from sparsegrad.assets.hub_repository import MODEL_OTHERWISE, Repository
 from sparsegrad.assets.table import ASSETS
 from sparsegrad.distributed import from_main, on_main
 from sparsegrad.errors import UserError
@@ -20,6 +20,9 @@ from sparsegrad.hashing import SHORT, file_sha256, json_sha256
 from sparsegrad.models.config import ModelConfig
 
 ASSET = "asset:"
+# A model with random weights can have any vocabulary, as its architecture takes the size from the tokenizer.
+_OTHER_TOKENIZER = "set model.tokenizer=asset:minilm, which needs no hub and suits a model with random weights"
+_OWN_TOKENIZER = "give a folder as model.tokenizer=, or null for the model's own"
 # Files that loading may read; the code of a model with model.trust_remote_code=true is one of them.
 _CONTENT = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.py")
 
@@ -78,13 +81,25 @@ def find_sources(config: ModelConfig, *, is_language: bool = False) -> Sources:
     model = None if config.weights == "random" else find_source(config.source, config.revision)
     if model is not None:
         _refuse_adapter(config, model, is_language)
+    otherwise = _OTHER_TOKENIZER if model is None else _OWN_TOKENIZER
     if config.tokenizer is not None:
-        return Sources(model, find_source(config.tokenizer, weights=False))
-    return Sources(model, model or find_source(config.source, config.revision, weights=False))
+        return Sources(model, find_source(config.tokenizer, weights=False, otherwise=otherwise))
+    if model is not None:
+        return Sources(model, model)
+    return Sources(None, find_source(config.source, config.revision, weights=False, otherwise=otherwise))
 
 
-def find_source(name: str, revision: str | None = None, *, weights: bool = True) -> Source:
-    """The source of that name: `asset:NAME`, a folder, or a hub repository, with or without its `weights`."""
+def find_source(
+    name: str, revision: str | None = None, *, weights: bool = True, otherwise: str = MODEL_OTHERWISE
+) -> Source:
+    """The source of that name: `asset:NAME`, a folder, or a hub repository, with or without its `weights`.
+
+    Args:
+        name: of the source.
+        revision: branch, tag or commit of a repository.
+        weights: whether its weights are wanted, not only configuration and tokenizer.
+        otherwise: how to do without the hub, for the error of a repository that cannot be had.
+    """
     if name.startswith(ASSET):
         asset = name.removeprefix(ASSET)
         folder = asset_path(asset)
@@ -94,7 +109,7 @@ def find_source(name: str, revision: str | None = None, *, weights: bool = True)
         return Source(f"files:{_hash_folder(folder)}", folder)
     if name.startswith((".", "/", "~")):
         raise UserError(f"model source {name} does not exist: name a folder with config.json and weights, or a hub id")
-    repository = find_model(name, revision, weights=weights)
+    repository = find_model(name, revision, weights=weights, otherwise=otherwise)
     return Source(f"commit:{repository.commit}", repository=repository)
 
 

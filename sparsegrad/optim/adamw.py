@@ -54,7 +54,7 @@ class SparseGradAdamW(torch.optim.AdamW):
     _finite: Tensor | None = None  # whether all kept entries of the current step so far are finite
     _scratch: Scratch | None = None  # buffers of the current step
     _release: Release | None = None  # of `release_gradients`
-    model_size: int | None = None  # number of parameters of the whole model, frozen ones included; set by `prepare`
+    model_size: int | None = None  # parameters of the model as it was given to `prepare`, frozen ones included
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any
 
 from sparsegrad.distributed import is_shard, shards_error
@@ -32,13 +33,13 @@ def check_hyperparameters(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> N
 def check_group(group: dict[str, Any]) -> None:
     """Check that every weight is a matrix, fits the basis and has enough entries."""
     check_choice("moments", group["moments"], tuple(MOMENTS))
-    for weight in group["params"]:
+    for weight, name in zip(group["params"], group.get("param_names") or repeat("a weight"), strict=False):
         if is_shard(weight):
             raise shards_error(f"a parameter {tuple(weight.shape)} is")
         if weight.dim() != 2:
             raise UserError(f"a parameter {tuple(weight.shape)} cannot be SparseGrad: put only weights (out, in) there")
         check_updated(weight, "a SparseGrad weight")
-        count_kept(weight.shape, keep=group["keep"], density=group["density"])
+        count_kept(weight.shape, keep=group["keep"], density=group["density"], name=name)
         basis = group["basis"]
         if basis is not None and not basis.fits(weight.shape):
             raise UserError(

@@ -24,8 +24,16 @@ _SAMPLE_FROM = 2**16  # entries; in smaller matrices sampling saves no time
 _SAMPLE_STRIDE = 31  # prime, so that the sample covers all columns of matrices of the usual widths
 
 
-def count_kept(shape: Sequence[int], *, keep: int | None = None, density: float | None = None) -> int:
+def count_kept(
+    shape: Sequence[int], *, keep: int | None = None, density: float | None = None, name: str = "a weight"
+) -> int:
     """Number of kept entries of a weight of `shape` (out, in): `keep` itself, or `density` of its entries.
+
+    Args:
+        shape: of the weight.
+        keep: number of kept entries.
+        density: their share, instead of `keep`.
+        name: what an error calls the weight.
 
     Raises:
         UserError: when both or neither are given, `density` is outside (0, 1] or keeps no entry, or `keep` is outside
@@ -35,13 +43,13 @@ def count_kept(shape: Sequence[int], *, keep: int | None = None, density: float 
     if (keep is None) == (density is None):
         raise UserError(f"keep={keep} and density={density}: give exactly one of them")
     if density is None:
-        return check_integer(
-            "keep", keep, at_least=1, at_most=size, remedy=f"the weight {tuple(shape)} has {size} entries"
-        )
+        return check_integer("keep", keep, at_least=1, at_most=size, remedy=f"{name} {tuple(shape)} has {size} entries")
     check_density(density)
     kept = round(density * size)
     if kept < 1:
-        raise UserError(f"density={density} keeps no entry of a weight {tuple(shape)}: give at least {1 / size:.2g}")
+        raise UserError(
+            f"density={density} keeps no entry of {name} {tuple(shape)}: give at least {1 / size:.2g}, or leave it out"
+        )
     return kept
 
 

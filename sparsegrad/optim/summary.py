@@ -38,8 +38,8 @@ class Plan:
     Attributes:
         taken: the SparseGrad weights by kind.
         rest: number of other parameters, which plain AdamW trains.
-        model_size: number of parameters of the whole model, frozen ones included; None if `prepare` did not make the
-            optimizer.
+        model_size: number of parameters of the model as it was given, frozen ones included, without the cores of engine
+            `fast`; None if `prepare` did not make the optimizer.
     """
 
     taken: tuple[Taken, ...]
@@ -84,9 +84,7 @@ class Plan:
         targets = f"target weights: {self.kept:,} of {self.mlp_size:,} ({self.kept / self.mlp_size:.2%})"
         if self.model_size is None:
             return [f"{targets}; rest: {self.rest:,} by AdamW", f"trainable params: {self.trainable:,}"]
-        # With engine fast the cores are parameters of the model too, beside the frozen weights.
-        cores = sum(len(group.names) * group.kept for group in self.taken if group.core)
-        rest = f"rest: {self.rest:,} of {self.model_size - self.mlp_size - cores:,} by AdamW"
+        rest = f"rest: {self.rest:,} of {self.model_size - self.mlp_size:,} by AdamW"
         share = 100 * self.trainable / self.model_size
         total = f"trainable params: {self.trainable:,} || all params: {self.model_size:,} || trainable%: {share:.4f}"
         return [f"{targets}; {rest}", total]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from hydra.core.hydra_config import HydraConfig
 
 from sparsegrad.distributed import world_size
-from sparsegrad.progress import remark
-from sparsegrad.runs.config import RunConfig
+from sparsegrad.progress import format_count, remark
+from sparsegrad.runs.config import ProtocolConfig, RunConfig
+from sparsegrad.runs.names import name_method
 from sparsegrad.runs.result_lines import LABEL
 from sparsegrad.runs.tokenized_splits import TokenSets
 from sparsegrad.runs.trainer_setup import total_steps
@@ -51,7 +52,7 @@ def describe_run_briefly(config: RunConfig) -> str:
     facts = [f"engine {engine}"] if engine else []
     facts += [f"density {density:g}"] if density else []
     details = f" ({', '.join(facts)})" if facts else ""
-    names = f"{config.model.name} / {config.method.name}{details} / {config.task.name}"
+    names = f"{config.model.name} / {name_method(config.resolved['method'])}{details} / {config.task.name}"
     return f"{names}, lr {config.train.lr:g}, seed {config.seed}"
 
 
@@ -74,10 +75,18 @@ def _describe_steps(config: RunConfig, rows: int) -> str:
     steps = total_steps(config, rows)
     interval = protocol.steps_between_evaluations(config.task.eval_base, train.batch_size, steps)
     evaluations = -(-steps // interval) + protocol.eval_at_start
-    batch = train.batch_size * train.grad_accumulation * world_size()
+    batch = format_count(train.batch_size * train.grad_accumulation * world_size(), "rows")
     most, stop = "", ""
-    if protocol.patience is not None:
-        count = "1 evaluation" if protocol.patience == 1 else f"{protocol.patience} evaluations in a row"
+    if protocol.patience is not None and _can_stop(protocol, steps, interval):
+        count = format_count(protocol.patience, "evaluations") + (" in a row" if protocol.patience > 1 else "")
         most, stop = "at most ", f"; stops after {count} without improvement"
         stop += f", counted from step {protocol.patience_from:,} on" if protocol.patience_from else ""
-    return f"{most}{steps:,} of {batch} rows, {evaluations:,} evaluations{stop}"
+    return f"{most}{steps:,} of {batch}, {format_count(evaluations, 'evaluations')}{stop}"
+
+
+def _can_stop(protocol: ProtocolConfig, steps: int, interval: int) -> bool:
+    """Whether early stopping can end the training before its last step; the first evaluation is always the best."""
+    assert protocol.patience is not None
+    begin = 0 if protocol.eval_at_start else interval
+    later = range(begin, steps, interval)[1:]
+    return sum(step >= protocol.patience_from for step in later) >= protocol.patience

@@ -52,9 +52,10 @@ def _check_saving(config: RunConfig, prepared: Prepared) -> None:
     """What shall be saved at the end can be; known now, before the training."""
     merges = prepared.notes.get("merges", True)
     if config.save_adapter == "peft" and prepared.save is None:
+        # `check_saving` has refused the other reasons.
         why = (
-            f"method={config.method.name} has no adapter in peft's format: it needs a method of peft with "
-            "train.train_rest=false, and an initialisation that leaves W as it is"
+            f"the initialisation of method={config.method.name} changes W, so that its adapter does not fit the model "
+            "as published"
         )
         raise fail("save_adapter", "peft", why, "use save_adapter=lora" if merges else _suggest_unmerged(config))
     if not merges and (config.save_model or config.save_adapter in ("lora", "sparsegrad")):

@@ -34,9 +34,9 @@ def check_lists(config: ModelConfig) -> None:
         if isinstance(value, list | tuple):
             check_texts(f"model.{name}", value)
         elif value is not None:
-            raise fail(f"model.{name}", value, "give a list, or null", f"such as model.{name}=[{value}]")
+            raise fail(f"model.{name}", value, "give a list, or null", f"such as ++model.{name}=[{value}]")
     if isinstance(config.blocks, list | tuple) and any(isinstance(index, bool) for index in config.blocks):
-        raise fail("model.blocks", list(config.blocks), "an index is a whole number", "such as model.blocks=[0,1]")
+        raise fail("model.blocks", list(config.blocks), "an index is a whole number", "such as ++model.blocks=[0,1]")
 
 
 def check_tokenizer(config: RunConfig, tokenizer: Any) -> None:

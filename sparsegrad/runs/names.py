@@ -1,8 +1,8 @@
-"""Earlier and alternative names in a composed configuration, turned into today's."""
+"""Earlier and alternative names in a composed configuration, turned into today's; and the name of a method."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -21,6 +21,8 @@ _NOT_FAST: dict[str, Any] = {
 def with_current_names(composed: DictConfig) -> DictConfig:
     """`composed` with today's names: engine `merged` is `exact`; engine `fast` is the method of that name.
 
+    peft's types are in capitals, so that `shira` and `SHIRA` are one run.
+
     Raises:
         UserError: for an unknown engine of the method `sparsegrad`, or for settings beside `method.engine=fast` that
             this engine does not have.
@@ -36,7 +38,18 @@ def with_current_names(composed: DictConfig) -> DictConfig:
     if engine == "fast" and name == "sparsegrad":
         composed = composed.copy()
         OmegaConf.update(composed, "method", _fast_method(composed), merge=False, force_add=True)
+    kind = OmegaConf.select(composed, "method.config.peft_type")
+    if isinstance(kind, str) and not kind.isupper():
+        composed = composed.copy()
+        composed.method.config.peft_type = kind.upper()
     return composed
+
+
+def name_method(method: Mapping[str, Any]) -> str:
+    """What lines and tables call the method of this node: its name; for `method=peft`, which is many, with the type."""
+    config = method.get("config")
+    kind = config.get("peft_type") if isinstance(config, Mapping) else None
+    return f"peft {kind}" if method["name"] == "peft" and kind else str(method["name"])
 
 
 def with_one_amount(composed: DictConfig, given: Collection[str]) -> DictConfig:

@@ -107,12 +107,20 @@ def explain(error: Exception, overrides: Sequence[str], conf: Path) -> UserError
 
 def _explain_option(group: str, name: str, options: list[str]) -> UserError:
     """A group that does not have the option."""
-    hint = did_you_mean(name, options, f"{group}=") if name else ""
+    meant = _find_option(name, options) if name else None
+    hint = "" if meant is None else f"did you mean {group}={meant}?"
     if hint and len(options) > FEW:
         return fail(group, name, f"{hint} run.py --help lists all")
     return fail(
         group, name, f"{hint} Choose one of {', '.join(options)}" if hint else f"choose one of {', '.join(options)}"
     )
+
+
+def _find_option(name: str, options: Sequence[str]) -> str | None:
+    """The option that `name` is probably a misspelling of; `dora` is the end of `peft/dora`."""
+    ends = {option.rpartition("/")[2]: option for option in reversed(options)}
+    found = closest(name, [*ends, *options])
+    return None if found is None else ends.get(found, found)
 
 
 def _explain_no_option(overrides: Sequence[str], conf: Path) -> UserError:
@@ -133,10 +141,10 @@ def _explain_syntax(error: OverrideParseException, overrides: Sequence[str], con
             return UserError(f"{word} cannot be read: write {key}=$HOME{value[1:]}")
         return UserError(f"{word} cannot be read: put the value in two pairs of quotes, '{key}=\"{value}\"'")
     for group, options in list_groups(conf).items():
-        if word in options:
-            return UserError(f"{word} is not key=value: did you mean {group}={word}?")
+        if option := next((one for one in options if word in (one, one.rpartition("/")[2])), None):
+            return UserError(f"{word} is not key=value: did you mean {group}={option}?")
     if word in list_groups(conf):
-        return UserError(f"{word} is not key=value: choose {word}={'|'.join(list_groups(conf)[word][:FEW])}")
+        return UserError(f"{word} is not key=value: choose {word}={'|'.join(list_groups(conf)[word])}")
     hint = did_you_mean(word, ("--help", "--multirun", "--cfg")) if word.startswith("-") else ""
     return UserError(f"{word} is not key=value: {hint or 'write for example lr=1e-4; run.py --help lists the keys'}")
 

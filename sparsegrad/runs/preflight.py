@@ -20,6 +20,7 @@ from sparsegrad.errors import UserError, fail, missing_package
 from sparsegrad.files import check_writable
 from sparsegrad.hashing import SHORT
 from sparsegrad.models.source import Sources, find_sources
+from sparsegrad.progress import format_count
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.keys import config_key
 from sparsegrad.runs.records import find_complete
@@ -246,8 +247,10 @@ def check_rows(config: RunConfig, splits: Splits | None) -> None:
     rows = math.floor(len(splits.train) * share)
     if rows < config.train.batch_size * world_size():
         raise UserError(
-            f"{describe_batch(config)} is not allowed: {config.task.name} has {rows} training rows; "
+            f"{describe_batch(config)} is not allowed: {config.task.name} has {format_count(rows, 'training rows')}; "
             "give more rows (data.max_train) or a smaller batch"
         )
     if len(splits.validation) < 2:
-        raise UserError(f"{config.task.name} has {len(splits.validation)} validation rows: give at least 2")
+        raise UserError(
+            f"{config.task.name} has {format_count(len(splits.validation), 'validation rows')}: give at least 2"
+        )

@@ -15,8 +15,10 @@ from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.predictions import Arrays, read_predictions
 from sparsegrad.runs.records import find_complete, run_seconds
 from sparsegrad.runs.saving import model_folder
+from sparsegrad.trainer.checkpoints import newest_step
 
 LABEL = 9  # columns of the words before each line
+_ENOUGH = 50  # steps: after fewer, a model may give one answer to everything and yet be learning
 _MOST = 200  # records that are looked through for a run of full fine-tuning to compare with
 
 
@@ -48,6 +50,17 @@ def describe_reuse(config: RunConfig) -> str:
     return f"seed {config.seed}: already run, from record {config.record_path} (force=true runs again{kept})"
 
 
+def describe_stop(config: RunConfig) -> str:
+    """What the same command does after this run was stopped."""
+    step = newest_step(config.checkpoints)
+    if step is None:
+        return "no checkpoint was written yet, so the same command starts over"
+    if config.force:
+        return "the same command starts over, because of force=true"
+    without = "" if config.resume else ", without resume=false,"
+    return f"the same command{without} continues after step {step:,}"
+
+
 def find_troubles(config: RunConfig, record: Mapping[str, Any]) -> list[str]:
     """What is wrong with a complete run although it has a score: it diverged, or it gives one answer to everything."""
     found = []
@@ -56,7 +69,9 @@ def find_troubles(config: RunConfig, record: Mapping[str, Any]) -> list[str]:
         found.append(f"this run diverged: training loss {jump[0]:.3g} at first, {jump[1]:.3g} at the end; {remedy}")
     arrays = _read_arrays(config.record_path, record)
     predicted, labels = arrays.get("predicted"), arrays.get("label")
-    if predicted is not None and labels is not None and len(np.unique(labels)) > 1 and len(np.unique(predicted)) == 1:
+    if predicted is None or labels is None or record["result"]["steps"] < _ENOUGH:
+        return found
+    if len(np.unique(labels)) > 1 and len(np.unique(predicted)) == 1:
         found.append(
             f"this model gives the same answer ({predicted[0]:g}) to all {len(predicted):,} rows: it has learned "
             "nothing; change train.lr, or train longer"

@@ -13,6 +13,7 @@ from sparsegrad.adapter.lora import save_lora
 from sparsegrad.adapter.save import save_adapter
 from sparsegrad.distributed import from_main, gathered
 from sparsegrad.errors import fail
+from sparsegrad.files import share_tensors
 from sparsegrad.layers.replace import merge_shards
 from sparsegrad.methods.base import Prepared
 from sparsegrad.models.loading import load_model
@@ -29,13 +30,26 @@ def model_folder(config: RunConfig) -> Path:
 
 
 def check_saving(config: RunConfig) -> None:
-    """What is asked to be saved can be: an adapter needs a base that others have too."""
+    """What is asked to be saved can be: an adapter needs a base that others have too, and peft's a method of peft."""
+    if config.save_adapter == "peft":
+        _check_peft(config)
     if config.save_adapter is not None and config.model.weights == "random":
         raise fail("save_adapter", config.save_adapter, "a model of random weights has no base", "use null")
     if config.model.pooling == "mean" and (config.save_model or config.save_adapter is not None):
         what = "save_model" if config.save_model else "save_adapter"
         value = config.save_model if config.save_model else config.save_adapter
         raise fail(what, value, "with model.pooling=mean the saved model would pool otherwise", "use false or null")
+
+
+def _check_peft(config: RunConfig) -> None:
+    """Check what `save_adapter=peft` needs, except for what only the wrapped model shows: see `method_setup`."""
+    if not getattr(config.method, "saves_peft", False):
+        what = f"method={config.method.name} is not one of peft's"
+        raise fail("save_adapter", "peft", what, "use save_adapter=lora, or a method=peft/...")
+    if config.train.train_rest:
+        what = "an adapter of peft does not hold the rest of the model, which trains too"
+        remedy = "set train.train_rest=false, or, if peft can merge the method, use save_adapter=lora"
+        raise fail("save_adapter", "peft", what, remedy)
 
 
 def save_results(config: RunConfig, parts: Parts, prepared: Prepared, sources: Sources) -> None:
@@ -45,7 +59,7 @@ def save_results(config: RunConfig, parts: Parts, prepared: Prepared, sources: S
     if config.save_adapter == "lora" and exact:
         _write_whole(parts, lambda: _save_lora(config, parts, sources, max_error=None))
     if config.save_adapter == "peft":
-        assert prepared.save is not None  # `prepare_method` has checked it
+        assert prepared.save is not None  # `check_saving` and `prepare_method` have checked it
         save = prepared.save
         _named(config, parts)
         _write_whole(parts, lambda: save(config.adapter_folder))
@@ -108,3 +122,4 @@ def _save_model(config: RunConfig, parts: Parts) -> None:
     model: Any = parts.model
     model.save_pretrained(folder)
     parts.tokenizer.save_pretrained(folder)
+    share_tensors(folder, like="config.json")

@@ -31,7 +31,7 @@ def _read_hub(task: Task) -> Splits:
     parts = ("train", "validation_matched" if task.name == "mnli" else "validation")
     otherwise = (
         f"use data.dir=<folder> with {task.name}/train.jsonl and validation.jsonl, or with "
-        f"{OFFICIAL[task.name].folder}/train.tsv of the official GLUE zip, or task=snippets"
+        f"{OFFICIAL[task.name].folder}/train.tsv of the official GLUE zip, or task=snippets, which needs no hub"
     )
     found = hub.read_dataset(HUB_NAME, {part: f"{task.name}/{part}-*.parquet" for part in parts}, otherwise)
     return Splits(_select_columns(task, found[parts[0]]), _select_columns(task, found[parts[1]]))

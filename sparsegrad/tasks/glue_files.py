@@ -120,9 +120,24 @@ def read_local(task: Task, folder: str) -> Splits:
         return Splits(_read_jsonl(task, train), _read_jsonl(task, validation))
     if (tsv / "train.tsv").is_file() and (tsv / official.dev).is_file():
         return Splits(_read_tsv(task, tsv / "train.tsv"), _read_tsv(task, tsv / official.dev))
-    raise UserError(
-        f"data.dir={folder} has no complete {task.name}: tried {train} with {validation.name}, and {tsv / 'train.tsv'} "
-        f"with {official.dev}; put the files there, or use the hub with data.dir=null"
+    raise _explain_missing(task, folder, f"{train} with {validation.name}, and {tsv / 'train.tsv'} with {official.dev}")
+
+
+def _explain_missing(task: Task, folder: str, tried: str) -> UserError:
+    """The error for a folder without the task: what it holds instead, and what needs no files of GLUE."""
+    root = Path(folder).expanduser()
+    otherwise = "use the hub with data.dir=null, or task=snippets data.dir=null, which needs no hub"
+    if not root.is_dir():
+        return UserError(f"data.dir={folder} is no folder (tried {tried}): correct the path, {otherwise}")
+    held = [
+        name
+        for name, one in OFFICIAL.items()
+        if name != task.name
+        and ((root / name / "train.jsonl").is_file() or (root / one.folder / "train.tsv").is_file())
+    ]
+    holds = f"only {', '.join(held)}" if held else "nor any other task of GLUE"
+    return UserError(
+        f"data.dir={folder} has no complete {task.name}, {holds}: tried {tried}; put the files there, {otherwise}"
     )
 
 

@@ -84,7 +84,7 @@ def _read_folder(path: Path) -> tuple[list[Tree], list[Tree]]:
     if not files:
         raise UserError(
             f"data.dir={path}: no such file, and no folder with *.jsonl files of conversation trees: give one, or null "
-            "for the hub"
+            "for the hub, or use task=alpaca data.dir=null, which needs no hub"
         )
     trees = [tree for file in files for tree in _read_file(file)]
     train = [tree for tree in trees if not in_tenth(tree.id, "validation")]
@@ -112,7 +112,7 @@ def _parse_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def _read_hub() -> tuple[list[Tree], list[Tree]]:
     parts = ("train", "validation")
-    otherwise = "set data.dir=<exported trees>"
+    otherwise = "set data.dir=<exported trees>, or use task=alpaca, which needs no hub"
     found = hub.read_dataset(HUB_NAME, {part: f"data/{part}-*.parquet" for part in parts}, otherwise)
     train, validation = (flat_trees(found[part], f"{HUB_NAME} {part}") for part in parts)
     return train, validation

@@ -46,7 +46,12 @@ def read_manifest(checkpoint: Path | str) -> dict[str, Any]:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a checkpoint was completed in `folder`; its files are not read."""
-    return any(folder.glob(f"{PREFIX}*/{MANIFEST}"))
+    return newest_step(folder) is not None
+
+
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint that was completed in `folder`, or None; its files are not read."""
+    return max((_parse_step(path.parent) for path in folder.glob(f"{PREFIX}*/{MANIFEST}")), default=None)
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -67,7 +67,7 @@ def lost_process(error: Exception) -> ResourceError | None:
         return None
     lost = ResourceError(
         f"process {rank()} of {world_size()} lost the connection to another, which has ended: for the cause see its "
-        "output, or the launcher's summary; the same command continues from the last checkpoint"
+        "output, or the launcher's summary; the same command continues from the last checkpoint, if one was written"
     )
     lost.silent = not _is_first_to_report()
     if threading.current_thread() is threading.main_thread():

@@ -1,4 +1,4 @@
-"""Save a checkpoint and stop on SIGTERM or SIGUSR1, which Slurm sends before a job's time is up.
+"""Save a checkpoint and stop on Ctrl-C, and on SIGTERM or SIGUSR1, which Slurm sends before a job's time is up.
 
 The checkpoint is written at the end of the current step; a running evaluation is finished first. A second signal, or
 one outside training, stops the run at once. A signal that follows within `REPEAT` seconds counts as the same: a job's
@@ -7,20 +7,30 @@ signal reaches `torchrun` and its processes, and `torchrun` forwards its own.
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
 
+from sparsegrad.progress import is_quiet
 from sparsegrad.trainer.processes import largest
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Each with Python's own handler: one that somebody else has set stays.
+SIGNALS = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGUSR1: signal.SIG_DFL,
+}
 REPEAT = 5.0  # seconds within which a signal is a repetition
+KEYS = 1.0  # the same for Ctrl-C: a person who presses it again wants the run to stop now
+SAVING = "interrupted: saving a checkpoint after this step or evaluation; Ctrl-C again stops at once"
 
 
 class Stopped(KeyboardInterrupt):
@@ -44,14 +54,14 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
     def listening(self) -> Iterator[None]:
         """Handle signals inside the context, except those that have a handler already; needs the main thread."""
         mine = threading.current_thread() is threading.main_thread()  # Python sets handlers only there
-        taken = [number for number in SIGNALS if mine and signal.getsignal(number) is signal.SIG_DFL]
+        taken = {number: own for number, own in SIGNALS.items() if mine and signal.getsignal(number) is own}
         try:
             for number in taken:
                 signal.signal(number, self._take)
             yield
         finally:
-            for number in taken:
-                signal.signal(number, signal.SIG_DFL)
+            for number, own in taken.items():
+                signal.signal(number, own)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """From now on a signal leads to a checkpoint."""
@@ -76,8 +86,16 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     def _take(self, number: int, _: FrameType | None) -> None:
         """Remember the signal, or stop at once outside training and at a second one."""
-        again = self.asked and time.monotonic() - self._since > REPEAT
+        again = self.asked and time.monotonic() - self._since > (KEYS if number == signal.SIGINT else REPEAT)
         if not self.training or again:
-            raise Stopped(number)
+            raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
         if not self.asked:
             self.asked, self._since = number, time.monotonic()
+            if number == signal.SIGINT and not is_quiet():
+                _print_now(SAVING)
+
+
+def _print_now(line: str) -> None:
+    """Print to stderr from a handler, which may interrupt a `print`: not through Python's buffer, which would raise."""
+    with suppress(OSError, ValueError):  # a closed stderr has nobody who reads it
+        os.write(sys.stderr.fileno(), f"\n{line}\n".encode())

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from adapter_checks import Prepared, own_model
 
 from sparsegrad import UserError, save_adapter
+from sparsegrad.adapter.lora_files import write_lora
 from sparsegrad.basis import Basis, save_bases
 from sparsegrad.files import check_writable, unwritable, write_json
 
@@ -54,3 +56,18 @@ def test_the_remedy_fits_the_error(number: int, remedy: str, tmp_path: Path) -> 
     said = str(unwritable(tmp_path, OSError(number, os.strerror(number))))
     assert said.startswith(f"cannot write {tmp_path}: {os.strerror(number)}; ")
     assert remedy in said
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_tensors_have_the_permissions_of_any_new_file(tmp_path: Path, umask: int) -> None:
+    """safetensors itself writes files that only their owner can read, which a shared folder hides from everybody."""
+    before = os.umask(umask)
+    try:
+        save(tmp_path / "adapter")
+        save_bases(tmp_path / "bases.safetensors", {"kind": Basis(torch.eye(3), torch.eye(2))})
+        write_lora(tmp_path / "lora", {}, {"a": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) >= 5
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o666 & ~umask}

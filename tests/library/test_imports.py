@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # From the ground up; a row may import itself and all rows above it in this list. `tasks` and `metrics` see each other.
 ORDER = (
-    ("namesake",),
+    ("namesake", "extras"),
     ("errors", "hashing", "precision", "bits", "threads"),
     ("files", "distributed", "device"),
     ("basis",),

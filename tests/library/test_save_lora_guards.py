@@ -131,7 +131,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         save_lora(perturbed(base), tmp_path / "file", base, rank=2)
 
 
-@pytest.mark.parametrize("failing", ["save_file", "write_json"])
+@pytest.mark.parametrize("failing", ["save_tensors", "write_json"])
 def test_after_an_error_the_old_adapter_is_complete(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

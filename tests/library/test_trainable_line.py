@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_models import toy_batches, toy_model
 
-from sparsegrad import UserError, prepare, print_trainable_parameters
+from sparsegrad import UserError, describe, prepare, print_trainable_parameters
 
 
 @pytest.mark.parametrize("engine", ["exact", "fast"])
@@ -35,6 +35,8 @@ def test_the_line_adds_up_to_the_model(engine: str, frozen: bool, capsys: pytest
         f"rest {rest:,} of {size - mlp_size:,} ({rest / (size - mlp_size):.2%}); "
         f"together {kept + rest:,} of {size:,} ({(kept + rest) / size:.2%})\n"
     )
+    total = f"trainable params: {kept + rest:,} || all params: {size:,} || trainable%: {(kept + rest) / size:.4%}"
+    assert str(describe(optimizer)).endswith(total.removesuffix("%"))
 
 
 def test_a_model_is_refused_with_the_optimizer_as_remedy() -> None:

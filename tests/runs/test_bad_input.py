@@ -66,7 +66,7 @@ from sparsegrad.runs.tokenized_splits import token_sets
         ("protocol.max_steps=[1,2]", r"protocol\.max_steps=\[1, 2\] .*whole number"),
         ("data.max_length=1", r"data\.max_length=1 .*at least 4"),
         ("data.max_train=3", r"train\.batch_size=4 .*3 training rows"),
-        ("data.max_eval=1", r"1 validation rows: give at least 2"),
+        ("data.max_eval=1", r"1 validation row: give at least 2"),
         ("data.pad=left", r"data\.pad=left .*longest, max_length"),
         ("tracker.name=mlflow", r"tracker\.name=mlflow .*none, wandb, tensorboard"),
         ("+tracker.project=3", r"tracker\.project=3 .*give a text"),

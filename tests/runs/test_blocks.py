@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from llama_fixtures import tiny_llama
+from torch import nn
 
 from sparsegrad.errors import UserError
 from sparsegrad.models.layer_choice import block_indices, check_blocks, dense_weights, select_linears
@@ -56,3 +57,12 @@ def test_kinds_that_do_not_fit(kinds: Any, dense: Any) -> None:
 def test_all_is_all() -> None:
     found = find_mlp(tiny_llama())
     assert select_linears(found, None, None) is found
+
+
+def test_modules_without_an_index_are_chosen_by_kind_only() -> None:
+    found = {kind: {f"ffn.{kind}": nn.Linear(4, 4)} for kind in ("up", "down")}
+    assert list(select_linears(found, ["up"], None)) == ["up"]
+    with pytest.raises(
+        UserError, match=r"model\.blocks=0::2 .*ffn\.up has no block index .*model\.mlp={kind: pattern}"
+    ):
+        select_linears(found, ["up"], "0::2")

@@ -34,6 +34,8 @@ def test_patience_counts_from_a_step_on(tiny: Tiny, start: int, last: int) -> No
         ((), "at most 8 .*; stops after 2 evaluations in a row without improvement$"),
         (("protocol.patience=1", "protocol.patience_from=5"), "after 1 evaluation without .*, counted from step 5 on$"),
         (("protocol.patience=null",), "^8 of [^;]*$"),
+        (("protocol.patience=7",), "^8 of [^;]*$"),  # only at the last evaluation, where the run ends anyway
+        (("protocol.max_steps=1",), "^1 of .* rows, 1 evaluation$"),
     ],
 )
 def test_the_header_of_a_run_says_when_it_stops(tiny: Tiny, overrides: tuple[str, ...], said: str) -> None:

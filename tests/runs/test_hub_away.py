@@ -5,14 +5,19 @@ from __future__ import annotations
 import logging
 import re
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import hub_models as made
 import pytest
 from hub_server import Hub, Rule
+from run_fixtures import Composer
 
 from sparsegrad.assets import hub as client
+from sparsegrad.errors import UserError
 from sparsegrad.models.source import find_sources
+from sparsegrad.runs.config import build
 from sparsegrad.runs.runner import run
 
 
@@ -87,3 +92,22 @@ def test_hf_hub_offline_asks_nothing_and_says_nothing(
     run(hub_run("force=true"))
     assert hub.asked == []
     assert "cache" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        (("model.weights=random",), "set model.tokenizer=asset:minilm, which needs no hub"),
+        (("model.source=asset:minilm", "model.tokenizer=org/other"), "model.tokenizer=, or null for the model's own"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_had_has_its_own_remedy(
+    given: tuple[str, ...], remedy: str, conf: Composer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random weights need no hub, but the tokenizer does: another model would not help."""
+    monkeypatch.setattr(client.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(client.constants, "HF_HUB_CACHE", str(tmp_path))
+    config = build(conf("model=roberta_base", *given)).model
+    with pytest.raises(UserError, match=rf"is not in the cache, .*{remedy}"):
+        find_sources(config)
+    assert find_sources(replace(config, tokenizer="asset:minilm")).tokenizer.folder is not None

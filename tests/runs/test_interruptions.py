@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from test_runs import METHODS, Stop, curves, method, steps
 
 from sparsegrad.errors import UserError
 from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.result_lines import describe_stop
 from sparsegrad.runs.runner import run
-from sparsegrad.trainer.checkpoints import last_checkpoint, read_manifest
+from sparsegrad.trainer import signals
+from sparsegrad.trainer.checkpoints import last_checkpoint, newest_step, read_manifest
 
 
 def test_early_stopping_stops_and_survives_an_interruption(tiny: Tiny) -> None:
@@ -106,6 +108,55 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], secon
 
 
 LONG = ("protocol.max_steps=100", "protocol.eval_steps=20", "protocol.patience=null", "train.lr=1e-4")
+
+
+class Press(Stop):
+    """Presses Ctrl-C at the end of a step, a number of times."""
+
+    def __init__(self, step: int, times: int = 1) -> None:
+        super().__init__()
+        self.at, self.times = step, times
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.at - 1:
+            for _time in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """Ctrl-C as in a terminal; a shell starts background jobs with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
+def test_ctrl_c_before_the_first_evaluation_leaves_a_checkpoint(tiny: Tiny, capfd: pytest.CaptureFixture[str]) -> None:
+    rare = ("protocol.max_steps=6", "protocol.eval_steps=6")
+    config = tiny(*rare)
+    assert describe_stop(config) == "no checkpoint was written yet, so the same command starts over"
+    with pytest.raises(KeyboardInterrupt):
+        run(config, callbacks=[Press(3)])
+    assert "Ctrl-C again stops at once" in capfd.readouterr().err
+    assert describe_stop(config) == "the same command continues after step 3"
+    assert describe_stop(tiny(*rare, "resume=false")).startswith("the same command, without resume=false, continues")
+    assert describe_stop(tiny(*rare, "force=true")) == "the same command starts over, because of force=true"
+    again = Stop()
+    resumed, _ = run(config, callbacks=[again])
+    assert again.began == 3
+    whole, _ = run(tiny(*rare, f"work_dir={config.work_dir}-whole", "name=whole"))
+    assert curves(resumed) == pytest.approx(curves(whole))
+    assert resumed["result"] == whole["result"]
+
+
+@pytest.mark.usefixtures("_ctrl_c")
+def test_a_second_ctrl_c_stops_at_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "KEYS", -1.0)  # however quickly it follows
+    config = tiny("protocol.max_steps=6", "protocol.eval_steps=6")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, callbacks=[Press(3, times=2)])
+    assert newest_step(config.checkpoints) is None
 
 
 def test_an_interrupted_process_leaves_no_record_and_is_continued(

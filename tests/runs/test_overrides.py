@@ -41,6 +41,9 @@ def refusal(*words: str) -> str:
         ("model=robertabase", "model=robertabase .*did you mean model=roberta_base"),
         ("method=lorra", r"did you mean method=lora\?"),
         ("method=peft/dorra", r"did you mean method=peft/dora\?"),
+        ("method=dora", r"did you mean method=peft/dora\?"),
+        ("dora", r"dora is not key=value: did you mean method=peft/dora\?"),
+        ("method", r"method is not key=value: choose method=bitfit\|.*\|sparsegrad\|.*static_mask$"),
         ("method=nonsense", "method=nonsense .*choose one of .*full, .*lora_tuned"),
         ("task=colla", r"did you mean task=cola\?"),
         ("protocol=held", r"did you mean protocol=heldout\?"),
@@ -143,6 +146,9 @@ def test_help_explains_every_setting_in_80_columns(words: str) -> None:
 def test_help_shows_what_the_command_line_says() -> None:
     assert re.search(r"  rank=5 ", make_help(["method=lora", "method.rank=5"], CONF))
     assert re.search(r"  lr=0.003 +.*short: lr=", make_help(["lr=3e-3"], CONF))
+    text = " ".join(make_help([], CONF).split())
+    assert "basis=null the same as hosvd" in text
+    assert "kept entries per weight of method=sparsegrad_authors" in text
     with pytest.raises(UserError, match="did you mean method=lora"):
         make_help(["method=lorra"], CONF)
 

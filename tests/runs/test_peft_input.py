@@ -41,14 +41,28 @@ BAD: list[tuple[Any, str]] = [
         )
         for init in ("eva", "corda")
     ),
-    (lambda: Peft(config={"peft_type": "LORA", "r": 3}, budget="density:0.1"), "leave one out"),
+    (
+        lambda: Peft(config={"peft_type": "LORA", "r": 3}, budget="density:0.1"),
+        "to keep method.config.r=3, add method.budget=null",
+    ),
     (
         lambda: Peft(config={"peft_type": "LORA", "rank_pattern": {"output.dense": 8}}, budget="density:0.1"),
-        "rank_pattern={'output.dense': 8} and method.budget=density:0.1: both set the size; leave one out",
+        "rank_pattern={'output.dense': 8} and method.budget=density:0.1 both set the size: to keep",
     ),
     (lambda: Peft(config={"peft_type": "LORA"}, budget="1%"), "density:0.01"),
     (lambda: prepared(Peft(config={"peft_type": "LORA", "r": 0}), fresh()), "`r` should be a positive"),
-    (lambda: prepared(Peft(config={"peft_type": "LORA", "r": "x"}), fresh()), "refuses these settings"),
+    (peft_of(peft_type="LORA", r="eight"), "method.config.r=eight is not allowed: give a whole number"),
+    (peft_of(peft_type="LORA", r=8.5), "method.config.r=8.5 is not allowed: give a whole number"),
+    (peft_of(peft_type="LORA", r=None), "method.config.r=null is not allowed: give a whole number"),
+    (peft_of(peft_type="LORA", r=True), "method.config.r=True is not allowed: give a whole number"),
+    (peft_of(peft_type="LORA", lora_alpha="x"), "lora_alpha=x is not allowed: give a number"),
+    (peft_of(peft_type="LORA", lora_dropout=[0.1]), "lora_dropout=[0.1] is not allowed: give a number"),
+    (peft_of(peft_type="LORA", use_dora="yes"), "use_dora=yes is not allowed: give true or false"),
+    (
+        peft_of(peft_type="LORA", init_lora_weights=3),
+        "init_lora_weights=3 is not allowed: give true or false or a text",
+    ),
+    (peft_of(peft_type="LORA", rank_pattern=3), "rank_pattern=3 is not allowed: give a mapping"),
     (
         lambda: prepared(Peft(config={"peft_type": "LORA"}, budget="density:0.001"), fresh()),
         "the smallest share of LORA is 0.094, with r=1; give at least",

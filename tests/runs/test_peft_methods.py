@@ -24,6 +24,7 @@ from sparsegrad.methods.peft import Peft
 from sparsegrad.methods.peft_config import add_seed
 from sparsegrad.methods.sparsegrad import SparseGrad
 from sparsegrad.methods.static_mask import StaticMask
+from sparsegrad.runs.announcement import describe_run_briefly
 from sparsegrad.runs.config import build
 
 
@@ -114,6 +115,12 @@ def test_the_seed_of_the_run_draws_what_is_drawn_once(conf: Composer) -> None:
 def test_peft_s_fields_need_no_plus(conf: Composer) -> None:
     method = build(conf("method=peft", "method.config.peft_type=SHIRA", "method.config.r=8", "task=stsb")).method
     assert (method.name, dict(method.config)) == ("peft", {"peft_type": "SHIRA", "r": 8})
+
+
+def test_a_type_in_small_letters_is_the_same_run(conf: Composer) -> None:
+    small, large = (build(conf("method=peft", f"method.config.peft_type={name}")) for name in ("shira", "SHIRA"))
+    assert small.key == large.key
+    assert "/ peft SHIRA / snippets" in describe_run_briefly(small)
 
 
 def test_a_core_lies_between_the_singular_vectors_of_its_weight() -> None:

@@ -168,3 +168,15 @@ def test_a_missing_column_of_the_hub_is_named(serve: Callable[..., None], tmp_pa
     assert len(make("cola", columns=["text"]).load(DataConfig()).train) == 3  # the first remedy
     root, _ = official(tmp_path, "cola")
     assert len(task.load(DataConfig(dir=str(root))).train) == 10  # the second
+
+
+def test_a_folder_without_the_task_says_what_it_holds_and_what_needs_no_hub(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere is no folder .*task=snippets data\.dir=null, which needs no hub"):
+        make("cola").load(DataConfig(dir=str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match=r"no complete cola, nor any other task of GLUE"):
+        make("cola").load(DataConfig(dir=str(tmp_path)))
+    for held in ("sst2/train.jsonl", "RTE/train.tsv"):
+        (tmp_path / held).parent.mkdir()
+        (tmp_path / held).write_text("")
+    with pytest.raises(UserError, match=r"no complete cola, only sst2, rte: .*put the files there, .*task=snippets"):
+        make("cola").load(DataConfig(dir=str(tmp_path)))

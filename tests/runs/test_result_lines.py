@@ -94,9 +94,10 @@ def test_quiet_prints_the_score_alone(
     assert line.startswith("minilm / ")
 
 
-def make_record(losses: list[float]) -> dict[str, Any]:
+def make_record(losses: list[float], steps: int = 100) -> dict[str, Any]:
     return {
         "config": {"task": {"labels": ["no", "yes"]}},
+        "result": {"steps": steps},
         "losses": [{"step": 10 * number, "loss": loss} for number, loss in enumerate(losses)],
     }
 
@@ -120,6 +121,8 @@ def test_a_run_without_a_use_is_flagged(tiny: Tiny, losses: list[float], predict
     found = find_troubles(config, make_record(losses) | {"predictions": describe_arrays(arrays)})
     assert len(found) == len(said)
     assert all(word in text for word, text in zip(said, found, strict=True))
+    short = find_troubles(config, make_record(losses, steps=2) | {"predictions": describe_arrays(arrays)})
+    assert not any("same answer" in text for text in short)  # two steps say nothing
 
 
 def test_the_table_of_the_quickstart_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 from sparsegrad import load_adapter
 from sparsegrad.errors import UserError
 from sparsegrad.runs.runner import run
-from sparsegrad.runs.saving import model_folder
+from sparsegrad.runs.saving import check_saving, model_folder
 
 TEXTS = ["good film number 3", "bad dull film", "fine"]
 
@@ -72,3 +72,18 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_loaded(tiny: Tiny, m
         run(made("save_adapter=sparsegrad", "model.pooling=mean"))
     with pytest.raises(UserError, match=r"adapter_rank=4.*save_adapter=lora"):
         made("adapter_rank=4")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("method=lora",), r"method=lora is not one of peft's; use save_adapter=lora"),
+        (("method=peft/dora",), r"does not hold the rest .*; set train\.train_rest=false"),
+    ],
+)
+def test_an_adapter_of_peft_names_the_condition_that_fails(
+    made: Made, overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=rf"save_adapter=peft is not allowed: .*{message}"):
+        check_saving(made("save_adapter=peft", *overrides))
+    check_saving(made("save_adapter=peft", "method=peft/dora", "train.train_rest=false"))

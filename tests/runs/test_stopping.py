@@ -28,3 +28,10 @@ def test_a_signal_repeated_at_once_is_one_and_a_later_one_ends_the_run(monkeypat
 def test_a_signal_outside_training_ends_the_run_at_once() -> None:
     with pytest.raises(Stopped):
         StopOnSignal()._take(signal.SIGUSR1, None)
+
+
+def test_ctrl_c_outside_training_is_an_ordinary_one() -> None:
+    """A sweep tells it from the signals that it passes on to its workers, which a terminal's Ctrl-C reaches anyway."""
+    with pytest.raises(KeyboardInterrupt) as raised:
+        StopOnSignal()._take(signal.SIGINT, None)
+    assert not isinstance(raised.value, Stopped)

@@ -127,7 +127,7 @@ def test_a_killed_process_ends_the_job_with_one_error_and_signals_save_first(
     for process in (*launched(again), again):  # as Slurm signals a whole step: launcher and processes
         process.send_signal(signal.SIGTERM)
     printed = again.communicate(timeout=60)[0]
-    assert "stopped by SIGTERM: the same command continues from the last checkpoint" in printed
+    assert "stopped by SIGTERM: the same command continues after step " in printed
     assert printed.count("stopped by SIGTERM") == 1
 
 

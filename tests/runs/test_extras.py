@@ -1,0 +1,76 @@
+"""Where the packages of an extra are missing, every command names the package and the extra, in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_fixtures import ROOT, environment
+
+from sparsegrad import extras
+from sparsegrad.extras import explain_missing, find_extra, install_command
+
+SWEEP = ("matplotlib", "optuna", "optuna_dashboard", "plotly", "psycopg", "jinja2", "tabulate")
+CORE = (
+    *SWEEP, "accelerate", "datasets", "evaluate", "filelock", "huggingface_hub", "hydra", "omegaconf", "pandas", "peft",
+    "psutil", "yaml", "rich", "sklearn", "scipy", "tqdm", "transformers",
+)  # fmt: skip
+_BLOCK = """import sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Finder())
+"""
+CONSOLE = str(Path(sys.executable).with_name("sparsegrad"))
+
+
+@pytest.mark.parametrize(
+    ("missing", "words", "package", "extra"),
+    [
+        (CORE, (sys.executable, "run.py", "--help"), "hydra-core", "run"),
+        (CORE, (sys.executable, "-m", "sparsegrad.cli", "--help"), "hydra-core", "run"),
+        (CORE, (CONSOLE, "report"), "matplotlib", "report"),
+        (CORE, (sys.executable, "-m", "sparsegrad.sweeps", "list"), "rich", "sweep"),
+        (SWEEP, (CONSOLE, "report"), "matplotlib", "report"),
+        (SWEEP, (sys.executable, "-m", "experiments.compare", "--help"), "optuna", "report"),
+    ],
+)
+def test_a_command_names_the_extra(
+    missing: tuple[str, ...], words: tuple[str, ...], package: str, extra: str, tmp_path: Path
+) -> None:
+    if words[0] == CONSOLE and not Path(CONSOLE).is_file():
+        pytest.skip("the package is not installed")
+    (tmp_path / "sitecustomize.py").write_text(_BLOCK.format(blocked=set(missing)))
+    # Python itself, not the quick one, which has imported what is missing here.
+    ended = subprocess.run(
+        words, cwd=ROOT, env=environment(PYTHONPATH=str(tmp_path)), capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2, ended.stderr
+    remedy = f"run pip install -e '.[{extra}]' in the checkout of sparsegrad"
+    assert ended.stderr.splitlines()[-1] == f"error: this command needs the package {package}: {remedy}"
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_extras_come_from_the_metadata_of_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["optuna>=5; extra == 'sweep'", 'Huggingface_Hub>=1.3; extra == "run"', "torch>=2.6"]
+    names += ['sparsegrad-peft[run]; extra == "sweep"', 'sparsegrad-peft[joblib,sweep]; extra == "report"']
+    monkeypatch.setattr(extras, "requires", lambda _: names)
+    assert find_extra("huggingface-hub", "run") == "run"
+    assert find_extra("huggingface-hub", "report") == "report"
+    assert find_extra("optuna", "run") == "sweep"
+    assert find_extra("torch", "run") is None
+
+
+def test_a_module_of_no_extra_is_no_users_mistake() -> None:
+    assert explain_missing(ModuleNotFoundError("No module named 'sparsegrad.gone'", name="sparsegrad.gone")) is None
+    assert explain_missing(ModuleNotFoundError("no name")) is None
+
+
+def test_a_wheel_is_not_told_of_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(extras, "ROOT", tmp_path)
+    assert install_command("run") == "pip install 'sparsegrad-peft[run]'"
