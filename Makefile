@@ -131,6 +131,7 @@ CELLS = $(BIN)/python -m experiments.reproduce --scale $(SCALE) --launcher $(LAU
 reproduce-%: $(INSTALLED) ## table1 ... 15, figure1 ... 3, all; DRY=1 lists only
 	@$(CELLS) $* $(ARGS); status=$$?; \
 	if [ $$status -le 1 ] && [ -z "$(DRY)" ]; then $(BIN)/python -m experiments.report $* --scale $(SCALE) || exit $$?; fi; \
+	if [ $$status -eq 1 ]; then echo "not complete: what failed or is left stands above the tables" >&2; fi; \
 	exit $$status
 
 # The evidence of the small models: searches with equal budgets, then the blocks of conf/experiment/evidence_*.yaml.
@@ -141,13 +142,16 @@ BLOCK ?= all
 GIVEN = $(if $(DATA),--data $(DATA)) $(if $(TREES),--trees $(TREES)) --workers $(WORKERS) $(if $(DRY),--dry)
 NARROWED = $(if $(METHODS),--methods $(METHODS)) $(if $(TASKS),--tasks $(TASKS))
 
-search: $(INSTALLED) ## SCALE=mini DATA=<glue>: the searches of the evidence
+# These are of the small models alone.
+search compare: SCALE = mini
+
+search: $(INSTALLED) ## DATA=<glue>: the searches of the evidence
 	@$(BIN)/python -m experiments.reproduce.search_all --scale $(SCALE) $(GIVEN) $(NARROWED) $(ARGS)
 
 evidence: $(INSTALLED) ## BLOCK=0..6|all DATA=<glue>: the runs of a block
 	@$(BIN)/python -m experiments.reproduce.evidence $(BLOCK) $(GIVEN) $(ARGS)
 
-compare: $(INSTALLED) ## SCALE=mini DATA=<glue>: many PEFT methods, one table
+compare: $(INSTALLED) ## DATA=<glue>: many PEFT methods, one table
 	@$(BIN)/python -m experiments.compare --scale $(SCALE) $(GIVEN) $(NARROWED) $(ARGS)
 
 # TEXTS: JSON lines or a JSON list such as Alpaca's, other text than that of TREES. Runs without an adapter are trained

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,17 +17,19 @@ from experiments.compare.methods import find_method
 from experiments.compare.methods import list_methods as list_methods
 from experiments.report.comparison.block import SHARED, find_shared
 from experiments.report.comparison.table import write_comparison
+from experiments.report.plans import Plan
 from experiments.reproduce import commands, dry_run, evidence, search_all
-from experiments.reproduce.cells import Cell, in_evidence, list_cells
+from experiments.reproduce.cells import Cell, in_evidence, list_with_waiting
 from experiments.reproduce.commands import last_wins, split_names
 from experiments.reproduce.counting import force_uncounted
+from experiments.reproduce.places import COMPARISONS, check_places
 from experiments.reproduce.plans import read_plan
 from experiments.reproduce.search import Search
+from experiments.reproduce.waiting import count_waiting
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.runs.overrides import key_of
-from sparsegrad.sweeps.search_results import SearchMissingError
 
-PLANS = ("compare", "compare_smollm2")
+PLANS = COMPARISONS
 # Overrides that other arguments of the command replace.
 CHOSEN = {"method": "give METHODS=", "task": "give TASKS=", "experiment": "TASKS= chooses the plan"}
 
@@ -61,6 +63,22 @@ class Request:
         return tuple(one for one in self.overrides if not key_of(one).startswith("sweep."))
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a plan has ended: its status so far, the cells that this call made, and the arms that are left out."""
+
+    status: int = 0
+    outcome: evidence.Outcome | None = None
+    left_out: tuple[str, ...] = ()
+
+    def report(self) -> int:
+        """Print what failed; the status."""
+        made = self.outcome.report() if self.outcome else 0
+        for line in self.left_out:
+            print(f"left out: {line}", flush=True)
+        return max(self.status, made, int(bool(self.left_out)))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: status 0 if all is complete, 1 if something failed, 2 after bad input, 130 after Ctrl-C."""
     options = _parser().parse_intermixed_args(arguments)
@@ -79,9 +97,14 @@ def _compare_plans(options: argparse.Namespace) -> int:
         overrides=last_wins(in_evidence(options.overrides)),
     )
     _check_overrides(request.overrides)
-    if request.dry:
-        dry_run.warn_of_missing(request.data, request.trees)
-    return max(compare(name, request) for name in _choose_plans(request))
+    check_places(request.data, request.trees, dry=request.dry)
+    plans, ended = _choose_plans(request), list[Ended]()
+    try:
+        for name in plans:
+            ended.append(compare(name, request))
+    finally:  # after all tables, above which it would be lost, and also if a later plan is refused or stopped
+        status = max([one.report() for one in ended], default=0)
+    return status
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
@@ -107,14 +130,14 @@ def _choose_plans(request: Request) -> list[str]:
     return chosen
 
 
-def compare(name: str, request: Request) -> int:
+def compare(name: str, request: Request) -> Ended:
     """Search, run and show one plan."""
     plan = read_plan(name)
     if plan.takes_trees and request.trees is None:
         print(f"{name}: no new searches and runs, which need TREES=<file of conversation trees>", flush=True)
         if not request.dry and _has_runs(name, request.results):
             print(write_comparison(request.results, name), flush=True)
-        return 0
+        return Ended()
     methods = request.methods or plan.grid["method"]
     tasks = [task for task in plan.grid["task"] if task in (request.tasks or [task])]
     data = request.trees if plan.takes_trees else request.data
@@ -123,20 +146,52 @@ def compare(name: str, request: Request) -> int:
     found = [search_all.plan_search(plan, *arm, data, request.of_searches) for arm in arms]
     _check_names(methods, [found[number * len(tasks)] for number in range(len(methods))])
     status = search_all.make(found, request.workers, dry=request.dry)
-    cells, left_out = _list_cells(name, arms, data, request)
-    mine = [cell for cell in cells if not is_shared(cell)]
+    cells = [cell for arm in arms for cell in _list_arm(name, arm, data, request)]
+    mine = _leave_shared(cells, plan)
+    if request.dry:
+        _list_missing(mine)
+        return Ended(status)
+    ready = [cell for cell in mine if cell.waits is None]
+    outcome = evidence.make_cells(ready, request.workers) if ready else None
+    print(write_comparison(request.results, name), flush=True)
+    return Ended(status, outcome, tuple(_explain_left_out(arms, found, cells)))
+
+
+def _list_arm(name: str, arm: tuple[str, str], data: str | None, request: Request) -> list[Cell]:
+    """The runs of a method on a task; they wait if its search gave no rate."""
+    method, task = arm
+    return list_with_waiting(name, (*request.of_runs, f"method={method}", f"task={task}"), data)
+
+
+def _leave_shared(cells: Sequence[Cell], plan: Plan) -> list[Cell]:
+    """The cells that are no runs of other plans, to be made again where the table would not count them."""
+    mine = [cell for cell in cells if cell.waits is not None or not is_shared(cell)]
     print(f"{len(cells) - len(mine)} of {len(cells)} cells are runs of {', '.join(SHARED)}", flush=True)
     # METHODS takes any method, so none is a departure from the plan.
     names = tuple(dict.fromkeys(cell.config.method.name for cell in mine))
-    mine = force_uncounted(mine, replace(plan, grid={**plan.grid, "method": names}))
-    if request.dry:
-        if mine:
-            dry_run.show(mine)
-        return status
-    if mine:
-        status = max(status, evidence.make(mine, request.workers))
-    print(write_comparison(request.results, name), flush=True)
-    return max(status, int(left_out > 0))
+    return force_uncounted(mine, replace(plan, grid={**plan.grid, "method": names}))
+
+
+def _list_missing(cells: Sequence[Cell]) -> None:
+    """`DRY=1`: the cells, and how many of them wait; with another rate they take the same time."""
+    evidence.check_data(cells, dry=True)
+    if waiting := count_waiting(cells):
+        print(f"{cells[0].experiment}: {waiting}, which the same command makes first", flush=True)
+    if cells:
+        dry_run.show(cells)
+
+
+def _explain_left_out(arms: Sequence[tuple[str, str]], found: Sequence[Search], cells: Sequence[Cell]) -> Iterator[str]:
+    """The arms whose searches gave no rate, each with the reason and the remedy."""
+    missing = {error.study: error for cell in cells if (error := cell.waits) is not None}
+    for (method, task), search in zip(arms, found, strict=True):
+        if search.study not in missing:
+            continue
+        if search.is_barren:
+            reason = f"no trial of its search was completed: correct the method's settings, then {search.anew}"
+        else:
+            reason = str(missing[search.study])
+        yield f"{method} on {task}: {reason}"
 
 
 def _check_names(methods: Sequence[str], found: Sequence[Search]) -> None:
@@ -156,30 +211,6 @@ def _check_names(methods: Sequence[str], found: Sequence[Search]) -> None:
         if name in named:
             raise UserError(f"METHODS={named[name]},{method} have the same name: rename one file and its name:")
         named[name] = method
-
-
-def _list_cells(
-    name: str, arms: Sequence[tuple[str, str]], data: str | None, request: Request
-) -> tuple[list[Cell], int]:
-    """The runs of all arms, and the number of arms that are left out because their search gave no rate.
-
-    A dry run lists those too: with another rate they take the same time.
-    """
-    cells, waiting, left_out = list[Cell](), 0, 0
-    for method, task in arms:
-        given = (*request.of_runs, f"method={method}", f"task={task}")
-        try:
-            cells += list_cells(name, given, data)
-        except SearchMissingError as error:
-            if request.dry:
-                more = list_cells(name, (*given, "hparams=null"), data)
-                cells, waiting = [*cells, *more], waiting + len(more)
-            else:
-                print(f"left out: {method} on {task}: {error}", flush=True)
-                left_out += 1
-    if waiting:
-        print(f"{name}: {waiting} cells wait for their searches", flush=True)
-    return cells, left_out
 
 
 def is_shared(cell: Cell) -> bool:

@@ -29,7 +29,8 @@ from experiments.report.comparison.forgotten import FOLDER, describe_texts, read
 from experiments.report.comparison.table import write_comparison
 from experiments.reproduce import commands, dry_run, evidence
 from experiments.reproduce.cells import Cell, in_evidence, list_cells
-from experiments.reproduce.commands import last_wins, split_names
+from experiments.reproduce.commands import carried, last_wins, split_names
+from experiments.reproduce.places import check_places
 from experiments.reproduce.plans import read_plan
 from sparsegrad.adapter import load_adapter
 from sparsegrad.errors import UserError, check_integer
@@ -39,6 +40,7 @@ from sparsegrad.models.loading import load_model, load_tokenizer
 from sparsegrad.models.source import find_sources
 from sparsegrad.runs.overrides import key_of
 from sparsegrad.runs.records import find_complete
+from sparsegrad.sweeps.make_commands import LANGUAGE_TASK, search_command
 from sparsegrad.sweeps.search_results import SearchMissingError
 
 PLAN = "compare_smollm2"
@@ -78,6 +80,7 @@ def _measure(options: argparse.Namespace) -> int:
         dry=options.dry,
         overrides=last_wins(in_evidence(options.overrides)),
     )
+    check_places(trees=request.trees, dry=request.dry)
     return measure_all(request)
 
 
@@ -102,17 +105,19 @@ def measure_all(request: Request) -> int:
             dry_run.show(again, results / "runs")
         return 0
     failed = _measure_cells(missing, again, texts, about, request.workers) if missing else {}
-    for label, reason in {**unfinished, **failed}.items():
-        print(f"left: {label}: {reason}", flush=True)
     print(write_comparison(results, PLAN), flush=True)
+    for label, reason in {**unfinished, **failed}.items():  # last: above the table they would be lost
+        print(f"left: {label}: {reason}", flush=True)
     return 1 if unfinished or failed else 0
 
 
 def _list_complete(request: Request) -> tuple[list[Cell], dict[str, str]]:
     """The cells whose run is complete; and of the others, label -> why they cannot be measured."""
     found, unfinished = list[Cell](), dict[str, str]()
-    remedy = "not run yet; make compare SCALE=mini TASKS=oasst1 TREES=<file of conversation trees> runs it"
+    own = [one for one in request.overrides if key_of(one) == "results_dir"]
     for method in request.methods or read_plan(PLAN).grid["method"]:
+        command = search_command("compare", [method], [LANGUAGE_TASK], request.trees, carried(own))
+        remedy = f"not run yet; {command} runs it"
         try:
             cells = list_cells(PLAN, (*request.overrides, f"method={method}"), request.trees)
         except SearchMissingError:
@@ -124,7 +129,8 @@ def _list_complete(request: Request) -> tuple[list[Cell], dict[str, str]]:
             else:
                 unfinished[cell.label] = remedy
     if not found:
-        raise UserError(f"no run can be measured: {next(iter(unfinished))}: {remedy}")
+        label, reason = next(iter(unfinished.items()))
+        raise UserError(f"no run can be measured: {label}: {reason}")
     return found, unfinished
 
 

@@ -177,7 +177,10 @@ def _check_budget(block: Block, runs: list[EvidenceRun], searches: Searches) -> 
 def _missing_seeds(block: Block, task: str) -> Iterator[str]:
     """One text per arm, of the plan or with runs, that lacks seeds of the plan; those that failed are marked."""
     wanted = set(block.plan.seeds) if block.plan else set()
-    for arm in sorted({*block.arms, *_planned_arms(block)}, key=order_of):
+    run = {arm.partition(" ")[0] for arm in block.arms}
+    # A method that runs with an option alone (`peft config.r=8`) is not missing without it.
+    planned = {arm for arm in _planned_arms(block) if arm not in run or block.failures(arm, task)}
+    for arm in sorted({*block.arms, *planned}, key=order_of):
         failed = block.failures(arm, task)
         missing = sorted(wanted - set(block.of(arm, task)))
         if len(missing) == len(wanted) and wanted and not failed:

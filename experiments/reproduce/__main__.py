@@ -24,11 +24,10 @@ from experiments.reproduce.cells import (
     Cell,
     experiments_of,
     in_evidence,
-    list_cells,
-    list_for_show,
 )
 from experiments.reproduce.counting import Watch, force_uncounted
-from experiments.reproduce.dry_run import show, warn_of_missing
+from experiments.reproduce.dry_run import show
+from experiments.reproduce.places import check_places
 from experiments.reproduce.plans import read_plan
 from experiments.reproduce.search import Search
 from experiments.studies import gradients as measure
@@ -49,12 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _make_table(options: argparse.Namespace) -> int:
     check_choice("LAUNCHER", options.launcher, LAUNCHERS)
     options.overrides = in_evidence(options.overrides)
-    if options.dry:
-        warn_of_missing(options.data)
+    check_places(options.data, dry=options.dry)
     names = experiments_of(options.table, options.scale)
     of_runs = [one for one in options.overrides if one.partition("=")[0] not in FIGURE_KEYS]
-    listed = list_for_show if options.dry else list_cells
-    groups = [listed(name, of_runs, options.data) for name in names]
+    groups = [evidence.plan_cells(name, of_runs, options.data, dry=options.dry) for name in names]
     if reason := _explain_no_runs(options.table, options.scale):
         print(f"{options.table}: {reason}", flush=True)
     studies = _plan_studies(options)  # composed and checked before anything runs
@@ -163,7 +160,8 @@ def _launch(cells: Sequence[Cell], launcher: str) -> int:
         if group:
             subprocess.run(_multirun(group, launcher), check=False)
     failed = {cell.label: evidence.read_reason(cell) for cell in missing if not watch.is_made(cell)}
-    return evidence.report(sum(map(watch.is_made, cells)), len(cells), len(missing) - len(failed), failed)
+    complete, done = sum(map(watch.is_made, cells)), len(missing) - len(failed)
+    return evidence.Outcome(complete=complete, planned=len(cells), done=done, failed=failed).report()
 
 
 def _multirun(cells: Sequence[Cell], launcher: str) -> list[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +22,6 @@ from sparsegrad.runs.overrides import expand_aliases, explain, key_of
 from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps import hparams
 from sparsegrad.sweeps.search_results import SearchMissingError
-from sparsegrad.tasks.snippets import Snippets
 
 # Scale -> table -> experiment YAMLs. The mini tables share their runs: one small model replaces all of the paper's.
 EXPERIMENTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -65,7 +67,7 @@ class Cell:
         overrides: overrides for run.py, besides `experiment=`.
         config: the composed and checked configuration.
         hparams: what its record will say about the source of its hyperparameters; None without one.
-        waits: whether its search is missing, so that its rate and its record are not known yet.
+        waits: why its search gives no rate yet, so that its record is not known either; None if it has its rate.
     """
 
     experiment: str
@@ -73,7 +75,7 @@ class Cell:
     overrides: tuple[str, ...]
     config: RunConfig
     hparams: Mapping[str, Any] | None = None
-    waits: bool = False
+    waits: SearchMissingError | None = None
 
     @property
     def label(self) -> str:
@@ -82,12 +84,12 @@ class Cell:
 
     @property
     def takes_data(self) -> bool:
-        """Whether its task reads the folder that `DATA` names; the snippets are an asset."""
-        return not isinstance(self.config.task, Snippets)
+        """Whether its task reads what `DATA` names."""
+        return reads_folder(self.config.task.name)
 
     def record(self) -> dict[str, Any] | None:
         """Its record, or None; a damaged record counts as none, because the next run replaces it."""
-        if self.waits or not self.config.record_path.exists():
+        if self.waits is not None or not self.config.record_path.exists():
             return None
         try:
             return read_record(self.config.record_path)
@@ -112,9 +114,20 @@ def experiments_of(name: str, scale: str) -> tuple[str, ...]:
         UserError: for an unknown name or scale.
     """
     check_choice("SCALE", scale, SCALES)
-    known = dict.fromkeys([*EXPERIMENTS["paper"], *EXPERIMENTS["mini"], *MEASURED, *ELSEWHERE])
-    check_choice("table", name, list(known))
+    known = {*EXPERIMENTS["paper"], *EXPERIMENTS["mini"], *MEASURED, *ELSEWHERE}
+    check_choice("table", name, sorted(known, key=_split_number))
     return tuple(one for one in EXPERIMENTS[scale].get(name, ()) if (CONF / "experiment" / f"{one}.yaml").is_file())
+
+
+def _split_number(name: str) -> tuple[str, int]:
+    """`table10` -> (`table`, 10), so that it comes after `table9`."""
+    words = name.rstrip("0123456789")
+    return words, int(name[len(words) :] or 0)
+
+
+def reads_folder(task: str) -> bool:
+    """Whether a task reads what `DATA` or `TREES` names; the snippets are an asset."""
+    return not task.startswith("snippets")
 
 
 def in_evidence(overrides: Sequence[str]) -> list[str]:
@@ -137,28 +150,17 @@ def list_cells(experiment: str, extra: Sequence[str] = (), data: str | None = No
     return _list(experiment, extra, data, _cell)
 
 
-def list_for_show(experiment: str, extra: Sequence[str] = (), data: str | None = None) -> list[Cell]:
-    """As `list_cells`, to show them: cells that wait for a search are listed, too, and a line names the first one."""
-    reasons = list[str]()
-
-    def compose_cell(experiment: str, point: dict[str, str], extra: Sequence[str], data: str | None) -> Cell:
-        try:
-            return _cell(experiment, point, extra, data)
-        except SearchMissingError as error:
-            reasons.append(str(error))
-            return replace(_cell(experiment, point, [*extra, "hparams=null"], data), waits=True)
-
-    cells = _list(experiment, extra, data, compose_cell)
-    if reasons:
-        print(f"{experiment}: {len(reasons)} of {len(cells)} cells wait for their searches ({reasons[0]})", flush=True)
-    return cells
+def list_with_waiting(experiment: str, extra: Sequence[str] = (), data: str | None = None) -> list[Cell]:
+    """As `list_cells`, with the cells that wait for a search: these have the rate of their YAML meanwhile."""
+    return _list(experiment, extra, data, functools.partial(_cell, may_wait=True))
 
 
 def _list(experiment: str, extra: Sequence[str], data: str | None, compose_cell: Callable[..., Cell]) -> list[Cell]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             given = expand_aliases(extra)
-            return [compose_cell(experiment, point, given, data) for point in _points(experiment, given)]
+            points, known = _points(experiment, given), dict[tuple[str, ...], DictConfig]()
+            return [compose_cell(experiment, point, given, data, known) for point in points]
         except (HydraException, OmegaConfBaseException) as error:
             raise explain(error, [f"experiment={experiment}", *extra], CONF) from None
 
@@ -172,15 +174,44 @@ def _points(experiment: str, extra: Iterable[str]) -> list[dict[str, str]]:
     return [dict(point) for point in itertools.product(*axes)]
 
 
-def _cell(experiment: str, point: dict[str, str], extra: Sequence[str], data: str | None) -> Cell:
+def _cell(
+    experiment: str,
+    point: dict[str, str],
+    extra: Sequence[str],
+    data: str | None,
+    known: dict[tuple[str, ...], DictConfig],
+    *,
+    may_wait: bool = False,
+) -> Cell:
     rest = [one for one in extra if one.partition("=")[0] not in point]
     overrides = [*(f"{key}={value}" for key, value in point.items()), *rest]
     own = [one for one in overrides if not one.startswith("hydra.")]  # options of Hydra are for the launcher
-    composed = compose("config", [f"experiment={experiment}", *own])
-    source = _fill(composed, overrides)
-    config = build(composed)
-    cell = Cell(experiment=experiment, point=point, overrides=tuple(overrides), config=config, hparams=source)
-    return replace(cell, overrides=(*overrides, f"data.dir={data}")) if data and cell.takes_data else cell
+    composed = _compose([f"experiment={experiment}", *own], known)
+    if data and reads_folder(composed.task.name):
+        composed.data.dir = data
+        overrides.append(f"data.dir={data}")
+    source, waits = None, None
+    try:
+        source = _fill(composed, overrides)
+    except SearchMissingError as error:
+        if not may_wait:
+            raise
+        composed.hparams, waits = None, error
+        OmegaConf.resolve(composed)
+    config, given = build(composed), tuple(overrides)
+    return Cell(experiment=experiment, point=point, overrides=given, config=config, hparams=source, waits=waits)
+
+
+def _compose(overrides: Sequence[str], known: dict[tuple[str, ...], DictConfig]) -> DictConfig:
+    """The configuration of a cell; those that differ in the seed alone are copies, ten times as fast as Hydra."""
+    seeds = [one for one in overrides if re.fullmatch(r"seed=\d+", one)]
+    rest = tuple(one for one in overrides if one not in seeds)
+    if rest not in known:
+        known[rest] = compose("config", list(rest))
+    composed = copy.deepcopy(known[rest])
+    if seeds:
+        composed.seed = int(seeds[-1].removeprefix("seed="))
+    return composed
 
 
 def _fill(composed: DictConfig, overrides: Iterable[str]) -> dict[str, Any] | None:

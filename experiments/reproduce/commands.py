@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from experiments.paths import SCALES
 from sparsegrad.errors import UserError, check_choice, check_integer, run_as_command
+from sparsegrad.runs.overrides import key_of
 
 
 def run(command: Callable[[], int], overrides: Sequence[str] = ()) -> int:
@@ -39,11 +40,11 @@ def last_wins(overrides: Sequence[str]) -> tuple[str, ...]:
     return tuple({one.partition("=")[0]: one for one in overrides}.values())
 
 
-def overwrite(overrides: Sequence[str]) -> str:
-    """`ARGS=` of a `make` command that makes a search anew, with the overrides of the present call."""
-    implied = ("sweep.overwrite=", "hydra.", "results_dir=results")
-    kept = [one for one in overrides if not one.startswith(implied[:2]) and one != implied[2]]
-    return f'ARGS="{" ".join([*kept, "sweep.overwrite=true"])}"' if kept else "ARGS=sweep.overwrite=true"
+def carried(overrides: Iterable[str], *more: str) -> list[str]:
+    """The `ARGS` of a `make` command that a message names: the overrides of the present call, and `more`."""
+    replaced = {key_of(one) for one in more}
+    kept = [one for one in overrides if key_of(one) not in replaced and not one.startswith("hydra.")]
+    return [*(one for one in kept if one != "results_dir=results"), *more]
 
 
 def split_names(text: str | None) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ def force_uncounted(cells: Sequence[Cell], plan: Plan | None) -> list[Cell]:
 
 def _explain(cell: Cell, plan: Plan | None) -> tuple[str, str]:
     """Why the complete record of a cell is made again, and why the table will not count the cell; or empty."""
-    if cell.waits:  # its rate is not known yet
+    if cell.waits is not None:  # its rate is not known yet
         return "", ""
     record = cell.record()
     is_complete = record is not None and record["status"] == "complete"

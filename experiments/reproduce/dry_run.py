@@ -19,19 +19,12 @@ _SPARE = ("estimated from", "model", "failed")
 
 def state(cell: Cell) -> str:
     """`complete`, `failed`, `missing`, or `waits` for a search; `again`: a complete record that is to be replaced."""
-    if cell.waits:
+    if cell.waits is not None:
         return "waits"
     record = cell.record()
     if record is None:
         return "missing"
     return "again" if cell.config.force and record["status"] == "complete" else str(record["status"])
-
-
-def warn_of_missing(*places: str | None) -> None:
-    """Print a line for each file or folder of data that does not exist: a listing does not read them, but runs will."""
-    for place in places:
-        if place and not Path(place).expanduser().exists():
-            print(f"{place} does not exist: the runs themselves would be refused", file=sys.stderr)
 
 
 def show(cells: Sequence[Cell], runs: Path | None = None) -> None:

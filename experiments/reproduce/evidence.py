@@ -19,12 +19,14 @@ from statistics import median
 
 from experiments.report.blocks import Step
 from experiments.reproduce import commands, dry_run, search_all
-from experiments.reproduce.cells import Cell, in_evidence, list_cells, list_for_show
+from experiments.reproduce.cells import Cell, in_evidence, list_with_waiting
 from experiments.reproduce.commands import last_wins
 from experiments.reproduce.costs import RECORDS, Estimates, facts_of
 from experiments.reproduce.counting import Watch, force_uncounted
+from experiments.reproduce.places import check_places, find_lack, refuse
 from experiments.reproduce.plans import list_blocks, read_plan
 from experiments.reproduce.processes import Ended, Job, cell_job, explain_end, is_held, last_error, run_jobs
+from experiments.reproduce.waiting import settle_waiting
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_integer
 
@@ -58,8 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _make_blocks(name: str, request: Request) -> int:
     check_integer("WORKERS", request.workers, at_least=1)
-    if request.dry:
-        dry_run.warn_of_missing(request.data, request.trees)
+    check_places(request.data, request.trees, dry=request.dry)
     return max(_make_block(block, request, is_only=name != "all") for block in list_blocks(name))
 
 
@@ -78,18 +79,62 @@ def _make_block(block: Step, request: Request, *, is_only: bool) -> int:
 
 
 def _make_plan(name: str, block: Step, request: Request) -> int:
-    plan = read_plan(name)
     overrides = last_wins((*block.overrides, *request.overrides))
-    listed = list_for_show if request.dry else list_cells
-    cells = force_uncounted(listed(name, overrides, request.trees if block.takes_trees else request.data), plan)
+    cells = plan_cells(name, overrides, request.trees if block.takes_trees else request.data, dry=request.dry)
+    cells = force_uncounted(cells, read_plan(name))
     if request.dry:
         dry_run.show(cells)
         return 0
     return make(cells, request.workers)
 
 
+def plan_cells(name: str, overrides: Sequence[str], data: str | None, *, dry: bool) -> list[Cell]:
+    """The cells of an experiment, if what they need is there; those of a listing may lack data or searches.
+
+    Raises:
+        UserError: for a value that is not allowed; without `dry`, also for missing data or searches.
+    """
+    cells = list_with_waiting(name, overrides, data)
+    check_data(cells, dry=dry)
+    settle_waiting(cells, data, dry=dry)
+    return cells
+
+
+def check_data(cells: Sequence[Cell], *, dry: bool) -> None:
+    """Refuse a data folder that lacks the task of a cell that is to run."""
+    left = (cell for cell in cells if cell.config.force or not cell.is_complete)
+    refuse((find_lack(cell.config.task.name, cell.config.data.dir) for cell in left), dry=dry)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of cells: how many are complete of how many, `done` of them by this call; label -> failure."""
+
+    complete: int
+    planned: int
+    done: int
+    failed: Mapping[str, str]
+
+    @property
+    def status(self) -> int:
+        """Exit status: 1 if a cell failed."""
+        return 1 if self.failed else 0
+
+    def report(self) -> int:
+        """Print the counts and why cells failed; the status."""
+        print(f"{self.complete} of {self.planned} cells complete, {self.done} of them by this call", flush=True)
+        for label, reason in self.failed.items():
+            print(f"failed: {label}: {reason}; the next call tries it again", flush=True)
+        return self.status
+
+
 def make(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS, threads: int | None = 1) -> int:
-    """Make every cell without a complete record, and those with `force` once; status 1 if some failed.
+    """`make_cells`, and print what became of them; status 1 if some failed."""
+    return make_cells(cells, workers, poll, threads).report()
+
+
+def make_cells(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS, threads: int | None = 1) -> Outcome:
+    """Make every cell without a complete record, and those with `force` once.
 
     A cell that another call is running is left to it, and looked at again at the end. A cell that fails is tried once.
 
@@ -126,15 +171,8 @@ def make(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS, thread
                     bar.update(done=len(cells) - len(left), left=3600 * hours)
             if not started:  # the rest is in the hands of another call
                 time.sleep(poll)
-    return report(sum(map(watch.is_made, cells)), len(cells), len(minutes), failed)
-
-
-def report(complete: int, planned: int, done: int, failed: Mapping[str, str]) -> int:
-    """Print how many cells are complete, `done` of them by this call, and the reasons of those that failed."""
-    print(f"{complete} of {planned} cells complete, {done} of them by this call", flush=True)
-    for label, reason in failed.items():
-        print(f"failed: {label}: {reason}; the next call tries it again", flush=True)
-    return 1 if failed else 0
+    complete = sum(map(watch.is_made, cells))
+    return Outcome(complete=complete, planned=len(cells), done=len(minutes), failed=failed)
 
 
 def read_reason(cell: Cell) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from experiments.paths import ROOT
 from experiments.reproduce.cells import Cell
+from experiments.reproduce.places import in_words_of_make, name_of_place
 from sparsegrad.errors import BusyError
 from sparsegrad.runs.run_folder import run_lock
 
@@ -29,11 +30,19 @@ _KEEP_MEMORY = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:gl
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One process to start: its name in messages, its command, and the file that its output goes to."""
+    """One process to start.
+
+    Attributes:
+        label: its name in messages.
+        command: what is started.
+        log: the file that its output goes to.
+        place: what its `data.dir` is called in the `make` command.
+    """
 
     label: str
     command: tuple[str, ...]
     log: Path
+    place: str = "DATA"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +58,14 @@ def cell_job(cell: Cell) -> Job:
     """The process that makes one cell; `experiment=` lets its record name the plan."""
     own = [one for one in cell.overrides if not one.startswith("hydra.")]
     command = [sys.executable, str(ROOT / "run.py"), f"experiment={cell.experiment}", *own, "hydra.mode=RUN"]
-    log = Path(cell.config.work_dir) / "logs" / f"{cell.config.key}.log"
-    return Job(label=f"{cell.experiment} {cell.label}", command=tuple(command), log=log)
+    log = log_path(cell.config.work_dir, cell.config.key)
+    place = name_of_place(cell.experiment, cell.config.task.name)
+    return Job(label=f"{cell.experiment} {cell.label}", command=tuple(command), log=log, place=place)
+
+
+def log_path(work_dir: str, name: str) -> Path:
+    """The log of a job of this process: two calls that start the same job within seconds have one each."""
+    return Path(work_dir) / "logs" / f"{name}-{os.getpid()}.log"
 
 
 def is_held(cell: Cell) -> bool:
@@ -73,7 +88,7 @@ def last_error(log: Path) -> str:
 
 def explain_end(ended: Ended) -> str:
     """Why a job has not done its work: the signal that ended it and its error message, else its status."""
-    log, message = ended.job.log, last_error(ended.job.log)
+    log, message = ended.job.log, in_words_of_make(last_error(ended.job.log), ended.job.place)
     if ended.status < 0:
         # Such a process had no time to say why: the last line of its log is often a bar of progress.
         killed = f"killed by {_name_signal(-ended.status)}, see {log}"

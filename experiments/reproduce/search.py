@@ -27,7 +27,7 @@ class Search:
     Attributes:
         overrides: overrides of run.py that compose it.
         plan: the checked sweep.
-        anew: the arguments of `make` that make this search alone anew.
+        anew: the `make` command that makes this search alone anew.
     """
 
     overrides: tuple[str, ...]

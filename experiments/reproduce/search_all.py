@@ -14,20 +14,21 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 from experiments.paths import ROOT
 from experiments.report.plans import Plan
-from experiments.reproduce import commands, dry_run, searches, stale_searches
+from experiments.reproduce import commands, searches, stale_searches
 from experiments.reproduce.cells import in_evidence
 from experiments.reproduce.commands import split_names
+from experiments.reproduce.places import check_places, find_lack, refuse
 from experiments.reproduce.plans import SEARCHED, read_plan
-from experiments.reproduce.processes import Ended, Job, explain_end, run_jobs
+from experiments.reproduce.processes import Ended, Job, explain_end, log_path, run_jobs
 from experiments.reproduce.search import Search
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.sweeps.ledger import REASON
-from sparsegrad.sweeps.search_results import SWEEPS
+from sparsegrad.sweeps.make_commands import LANGUAGE_TASK, make_command, search_command
+from sparsegrad.sweeps.search_results import COMPARISON, OVERWRITE, SWEEPS
 from sparsegrad.sweeps.show import check_plot_packages, export, write_plots
 from sparsegrad.sweeps.study import load_study, quiet
 
@@ -52,9 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _search(options: argparse.Namespace) -> int:
-    commands.check_small(
-        options, "the searches of the paper's models are Tables 13-15: make reproduce-table13; give SCALE=mini"
+    tables = " and ".join(
+        make_command(f"reproduce-{name}", scale="paper", data=options.data) for name in searches.TABLES
     )
+    commands.check_small(options, f"these searches are of the small models: give SCALE=mini; at the paper's: {tables}")
     request = Request(
         methods=split_names(options.methods),
         tasks=split_names(options.tasks),
@@ -62,8 +64,7 @@ def _search(options: argparse.Namespace) -> int:
         trees=options.trees,
         overrides=tuple(in_evidence(options.overrides)),
     )
-    if options.dry:
-        dry_run.warn_of_missing(options.data, options.trees)
+    check_places(options.data, options.trees, dry=options.dry)
     return make(plan_searches(request), options.workers, dry=options.dry)
 
 
@@ -112,7 +113,8 @@ def plan_search(plan: Plan, method: str, task: str, data: str | None, overrides:
     """
     sweep = SWEEPS[plan.regime == "paper"]
     about = [f"experiment={plan.experiment}", f"sweep={sweep}", f"task={task}", f"method={method}"]
-    anew = f"METHODS={method} TASKS={task} {commands.overwrite(overrides)}"
+    target = "compare" if plan.experiment.startswith(COMPARISON) else "search"
+    anew = search_command(target, [method], [task], data, commands.carried(overrides, OVERWRITE))
     found = searches.make_search([*about, *overrides, "hydra.mode=RUN"], task, data, anew)
     _check_budget(found)
     return found
@@ -140,6 +142,8 @@ def make(
         plots: whether the plots of a finished search are stored beside its summary.
     """
     quiet()
+    # Finished trials are counted last: opening a storage takes a moment.
+    refuse((lack for one in found if (lack := _find_lack(one)) and not one.is_finished), dry=dry)
     stale = _find_stale(found)
     if dry:
         searches.show(found, stale)
@@ -158,6 +162,10 @@ def make(
         for one in found:
             export_finished(one, plots=plots)
     return 1 if _report_open(found) else 0
+
+
+def _find_lack(search: Search) -> str:
+    return find_lack(search.plan.base.task.name, search.plan.base.data.dir)
 
 
 def _find_stale(found: Sequence[Search]) -> list[Search]:
@@ -210,8 +218,9 @@ def _report_open(found: Sequence[Search]) -> bool:
 
 def search_job(search: Search) -> Job:
     """The process that adds a worker to a search."""
-    log = Path(search.plan.base.work_dir) / "logs" / f"{search.study}.log"
-    return Job(label=search.study, command=(sys.executable, str(ROOT / "run.py"), *search.worker_overrides), log=log)
+    base, command = search.plan.base, (sys.executable, str(ROOT / "run.py"), *search.worker_overrides)
+    place = "TREES" if base.task.name == LANGUAGE_TASK else "DATA"
+    return Job(label=search.study, command=command, log=log_path(base.work_dir, search.study), place=place)
 
 
 def export_finished(search: Search, *, plots: bool = False) -> None:
@@ -234,10 +243,13 @@ def _read_reason(search: Search) -> str:
 
 
 def _report(ended: Ended, search: Search, found: Sequence[Search]) -> None:
-    """One line on a search whose worker has ended."""
-    left = _count_left(found)
-    what = "finished" if search.is_finished else explain_end(ended)
-    progress.say(f"search {search.study}: {what} in {ended.minutes:.1f} min; {left} trials left")
+    """One line on a search whose worker has ended: what is left of it and, once it is finished, of the others."""
+    took, budget = f"{ended.minutes:.1f} min", search.plan.budget
+    if left := budget - search.finished():
+        what = f"stopped after {took}, {left} of {budget} trials left: {explain_end(ended)}"
+    else:
+        what = f"finished in {took}; {sum(not one.is_finished for one in found)} of {len(found)} searches left"
+    progress.say(f"search {search.study}: {what}")
 
 
 def _count_left(found: Sequence[Search]) -> int:

@@ -14,7 +14,8 @@ from hydra.errors import HydraException
 
 from experiments.paths import CONF, ROOT
 from experiments.published import TASKS
-from experiments.reproduce.commands import overwrite
+from experiments.reproduce.cells import reads_folder
+from experiments.reproduce.commands import carried
 from experiments.reproduce.costs import Estimates, facts_of
 from experiments.reproduce.dry_run import format_left, print_listing
 from experiments.reproduce.plans import read_plan
@@ -22,6 +23,8 @@ from experiments.reproduce.search import Search, compose_sweep
 from experiments.reproduce.stale_searches import check_stored
 from sparsegrad.runs.overrides import explain
 from sparsegrad.sweeps.config import make_plan
+from sparsegrad.sweeps.make_commands import make_command
+from sparsegrad.sweeps.search_results import OVERWRITE
 
 TABLES = {
     "table13": ("bert_base", "sparsegrad"),
@@ -46,9 +49,12 @@ def planned_searches(table: str, scale: str, data: str | None, overrides: Sequen
         tasks = list(read_plan(MINI_PLAN).grid["task"])
         about = [f"experiment={MINI_PLAN}", "sweep=evidence", f"method={method}", "hydra.mode=RUN"]
     tasks = narrowed[-1] if narrowed else tasks
-    return [
-        make_search([*about, f"task={task}", *rest], task, data, overwrite([f"task={task}", *rest])) for task in tasks
-    ]
+
+    def command(task: str) -> str:
+        args = carried([f"task={task}", *rest], OVERWRITE)
+        return make_command(f"reproduce-{table}", scale=scale, data=data, args=args)
+
+    return [make_search([*about, f"task={task}", *rest], task, data, command(task)) for task in tasks]
 
 
 def make_search(overrides: list[str], task: str, data: str | None, anew: str) -> Search:
@@ -58,7 +64,7 @@ def make_search(overrides: list[str], task: str, data: str | None, anew: str) ->
         UserError: for a value that is not allowed, or if the search of this name has other settings of the method or
             of training; `sweep.overwrite=true` makes such a search anew.
     """
-    given = [*overrides, f"data.dir={data}"] if data and task != "snippets" else overrides
+    given = [*overrides, f"data.dir={data}"] if data and reads_folder(task) else overrides
     try:
         search = Search(tuple(given), make_plan(compose_sweep(given)), anew)
         if not search.plan.sweep.overwrite:

@@ -17,8 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from sparsegrad.distributed import world_size
 from sparsegrad.errors import UserError, check_integer, first_line
 from sparsegrad.runs.keys import LATER, determining, flatten
+from sparsegrad.sweeps.make_commands import search_command
 
 KEY = "train.lr"
+OVERWRITE = "sweep.overwrite=true"  # makes a search anew
 DEFAULT, COMMITTED = "outputs", "results"  # results_dir of a user's runs, and the folder of the committed evidence
 # Name of the sweep by whether the parameters outside the MLP weights train: each regime has searches of its own.
 SWEEPS = {True: "evidence", False: "evidence_mlp_only"}
@@ -38,7 +40,18 @@ _OF_MODEL = ("pooling", "keep_head")  # the rest of it is its name, or the size 
 
 
 class SearchMissingError(UserError):
-    """A run needs the result of a search that has not been made or is not finished."""
+    """A run needs the result of a search that has not been made, is not finished or is of other settings.
+
+    Attributes:
+        study: name of the search.
+        method: that it is of.
+        task: that it is of.
+        reason: what is wrong with it, without the remedy.
+    """
+
+    def __init__(self, study: str, method: str, task: str, reason: str, remedy: str) -> None:
+        super().__init__(f"hparams=search: {reason}: {remedy}")
+        self.study, self.method, self.task, self.reason = study, method, task, reason
 
 
 def read_settings(composed: DictConfig, seed: int, group: str = "method") -> dict[str, Any]:
@@ -169,8 +182,7 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
     task, train_rest = composed.task.name, bool(composed.train.train_rest)
     name = study_name(model, method, task, train_rest)
     path = find_exported(composed.results_dir, f"studies/{name}/summary.json")
-    command = "compare" if str(composed.name).startswith(COMPARISON) else "search"
-    remedy = f"make {command} SCALE=mini METHODS={method} TASKS={task} fills what is missing"
+    remedy = f"{_command_of(composed, method)} fills what is missing"
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         labels = tuple(found["labels"][key] for key in ("model", "method", "task"))
@@ -178,7 +190,7 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
         found["method"] = dict(found["method"]) if found.get("method") else None
         facts = found["budget"], found["train_rest"], found["objective"], float(found["best"]["values"][KEY])
     except FileNotFoundError:
-        raise SearchMissingError(f"hparams=search: the search {name} is missing ({path}): {remedy}") from None
+        raise SearchMissingError(name, method, task, f"the search {name} is missing ({path})", remedy) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"hparams=search: {path} is not a summary of a search ({error!r}): {remedy}") from None
     if labels != (model, method, task):
@@ -190,26 +202,41 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
         )
     if facts[2] != "heldout":
         raise UserError(f"hparams=search: {name} was chosen on {facts[2]} rows, a table needs heldout: {remedy}")
-    _check_budget(name, facts[0], finished, budget, remedy)
-    # A search on another model has its own protocol; the rate is carried over.
-    groups = CONDITIONS if model == composed.model.name else ("train",)
-    conditions = {group: found.get(group) for group in groups}
-    if other := find_other_condition(conditions, composed, found["best"]["values"]):
-        raise SearchMissingError(
-            f'hparams=search: {name} was searched with {other}: {remedy} with ARGS="KEY=VALUE sweep.overwrite=true", '
-            "where KEY=VALUE is that setting of this run; or leave it as it was"
-        )
-    return found
-
-
-def _check_budget(name: str, spent: Any, finished: int, budget: int | None, remedy: str) -> None:
+    spent = facts[0]
     if budget is not None and spent != budget:
         raise UserError(
             f"hparams=search: {name} has a budget of {spent} trials, this plan one of {budget}: all methods need the "
-            f"same; {remedy} with ARGS=sweep.overwrite=true"
+            f"same; {_command_of(composed, method, OVERWRITE)} makes it anew"
         )
     if not isinstance(spent, int) or finished < spent:
-        raise SearchMissingError(f"hparams=search: {name} has {finished} of {spent} trials: {remedy}")
+        raise SearchMissingError(name, method, task, f"{name} has {finished} of {spent} trials", remedy)
+    _check_conditions(composed, found, name, method)
+    return found
+
+
+def _command_of(composed: DictConfig, method: str, *more: str) -> str:
+    """The command that fills the search of a method on the task of a run, with its data and its results folder."""
+    target = "compare" if str(composed.name).startswith(COMPARISON) else "search"
+    task, where = str(composed.task.name), where_of(composed.results_dir)
+    return search_command(target, [method], [task], composed.data.dir, [*where, *more])
+
+
+def where_of(results_dir: str) -> list[str]:
+    """The override by which `make search` fills the searches that runs of a results folder read."""
+    return [] if results_dir in (DEFAULT, COMMITTED) else [f"results_dir={results_dir}"]
+
+
+def _check_conditions(composed: DictConfig, summary: Mapping[str, Any], name: str, method: str) -> None:
+    """Refuse a search that trained otherwise than this run does."""
+    # A search on another model has its own protocol; the rate is carried over.
+    groups = CONDITIONS if summary["labels"]["model"] == composed.model.name else ("train",)
+    conditions = {group: summary.get(group) for group in groups}
+    if other := find_other_condition(conditions, composed, summary["best"]["values"]):
+        remedy = (
+            f"{_command_of(composed, method, 'KEY=VALUE', OVERWRITE)} makes it anew, where KEY=VALUE is that setting "
+            "of this run; or leave it as it was"
+        )
+        raise SearchMissingError(name, method, str(composed.task.name), f"{name} was searched with {other}", remedy)
 
 
 def _check_settings(composed: DictConfig, summary: Mapping[str, Any], by_hand: Collection[str]) -> None:

@@ -87,7 +87,11 @@ def test_the_table_is_sorted_by_score_and_counts_equal_runs_of_other_plans(cases
 def test_a_comparison_without_runs_says_how_to_make_them(cases: Cases) -> None:  # noqa: F811
     cases.plan("compare", RULES, grid=GRID)
     cases.plan("evidence_paper")
+    earlier = cases.results / "compare" / "compare.md"
+    earlier.parent.mkdir()
+    earlier.write_text("a good table")
     assert "make compare SCALE=mini" in write_comparison(cases.results, "compare")
+    assert [path.read_text() for path in earlier.parent.iterdir()] == ["a good table"], "an empty one replaces none"
 
 
 def test_a_run_in_two_plans_counts_once_and_only_where_its_plan_is_as_it_was(cases: Cases) -> None:  # noqa: F811
@@ -202,12 +206,12 @@ def test_the_whole_path_from_searches_to_the_table(
             write_json(one.summary, {**facts, **more})
         return 0
 
-    def run(cells: Any, workers: int) -> int:
+    def run(cells: Any, workers: int) -> Any:
         asked.extend(cell.label for cell in cells)
-        return 0
+        return command.evidence.Outcome(complete=3, planned=3, done=3, failed={})
 
     monkeypatch.setattr(command.search_all, "make", search)
-    monkeypatch.setattr(command.evidence, "make", run)
+    monkeypatch.setattr(command.evidence, "make_cells", run)
     given = ["--methods", "peft/dora", "--tasks", "mrpc", f"results_dir={cases.results}"]
     assert command.main(given) == 0
     said = capsys.readouterr().out
@@ -220,7 +224,7 @@ def test_a_dry_run_lists_searches_and_waits(tmp_path: Path, capsys: pytest.Captu
     assert command.main(given) == 0
     said = capsys.readouterr().out
     assert "0 of 1 studies complete" in said
-    assert "wait for their searches" in said
+    assert "3 of 3 cells wait for 1 search, which" in said
     assert not list(tmp_path.rglob("*.json"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,8 @@ from experiments.report.collect import collect_cells
 from experiments.report.command import write_comparisons
 from experiments.report.plans import read_plan as read_stored_plan
 from experiments.report.tables.base import Context
-from experiments.reproduce.cells import list_cells
+from experiments.reproduce.cells import Cell, list_cells
+from experiments.reproduce.evidence import Outcome
 from experiments.reproduce.plans import read_plan
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
@@ -27,28 +29,42 @@ SHIRA = "method.config.peft_type=SHIRA"
 
 
 def test_a_method_whose_trials_all_diverged_does_not_stop_the_others(
-    where: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    where: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store(plan("frozen", *where), TrialState.PRUNED)
     finish(plan("bitfit", *where))
     made: list[str] = []
-    monkeypatch.setattr(command.evidence, "make", lambda cells, workers: made.extend(one.label for one in cells) or 0)
+
+    def make(cells: list[Cell], _: int) -> Outcome:
+        made.extend(one.label for one in cells)
+        return Outcome(complete=0, planned=1, done=0, failed={"the run": "it diverged"})
+
+    monkeypatch.setattr(command.evidence, "make_cells", make)
     monkeypatch.setattr(command, "write_comparison", lambda *_: "the table")
-    given = ["--methods", "frozen,bitfit", "--tasks", "mrpc", *where]
+    given = ["--methods", "frozen,bitfit", "--tasks", "mrpc", "--data", str(tmp_path), *where]
     assert command.main([*given, "seed=42,3705", "--dry"]) == 0
-    said = capsys.readouterr().out
-    assert "2 cells wait for their searches" in said
+    shown = capsys.readouterr()
+    said = shown.out
+    assert "2 of 4 cells wait for 1 search, which the same command makes first" in said
+    assert "will not count" not in said, "their rate is not known, rather than set by hand"
+    assert f"DATA={tmp_path} has no mrpc" in shown.err
     assert "0 of 4 cells complete" in said
     assert "hours left" in said, "of those that wait, too"
     assert not made
 
+    (tmp_path / "mrpc").mkdir()
     assert command.main([*given, "seed=42"]) == 1
     said = capsys.readouterr().out
+    anew = f'make compare SCALE=mini DATA={tmp_path} METHODS=frozen TASKS=mrpc ARGS="{" ".join(where)} sweep.overwrite'
     assert "frozen-mrpc: none of its 1 trials was completed (training diverged)" in said
-    assert "make it anew with METHODS=frozen TASKS=mrpc ARGS=" in said
-    assert "left out: frozen on mrpc" in said
+    assert f"make it anew with {anew}" in said
     assert made == ["mrpc 42 bitfit"]
-    assert "the table" in said
+    last = said[said.index("the table") :].splitlines()
+    assert last[:3] == ["the table", "0 of 1 cells complete, 0 of them by this call", last[2]]
+    assert last[2].startswith("failed: the run: it diverged")
+    assert last[3].startswith("left out: frozen on mrpc: no trial of its search was completed")
+    assert anew in last[3]
+    assert len(last) == 4
 
 
 @pytest.mark.parametrize("is_edited", [False, True])
@@ -67,7 +83,12 @@ def test_a_run_of_any_method_is_made_again_without_its_predictions_and_named_if_
     }
     write_json(cell.config.record_path, record)
     made: list[bool] = []
-    monkeypatch.setattr(command.evidence, "make", lambda cells, _: made.extend(one.config.force for one in cells) or 0)
+
+    def make(cells: list[Cell], _: int) -> Outcome:
+        made.extend(one.config.force for one in cells)
+        return Outcome(complete=1, planned=1, done=1, failed={})
+
+    monkeypatch.setattr(command.evidence, "make_cells", make)
     monkeypatch.setattr(command, "write_comparison", lambda *_: "the table")
     assert command.main(["--methods", "peft", "--tasks", "mrpc", "seed=42", *where]) == 0
     assert made == [not is_edited]
@@ -114,10 +135,10 @@ def test_without_trees_the_table_of_existing_runs_is_rebuilt(
     written: list[str] = []
     monkeypatch.setattr(command, "write_comparison", lambda _, folder: written.append(folder) or "")
     request = command.Request(methods=(), tasks=(), data=None, trees=None, workers=1, dry=False, overrides=where)
-    assert command.compare("compare_smollm2", request) == 0
+    assert command.compare("compare_smollm2", request).status == 0
     assert written == []
     write_json(request.results / "runs" / "evidence_smollm2" / "0.json", {})
-    assert command.compare("compare_smollm2", request) == 0
+    assert command.compare("compare_smollm2", request).status == 0
     assert written == ["compare_smollm2"]
     assert "TREES=" in capsys.readouterr().out
 

@@ -230,7 +230,8 @@ def test_dry_lists_what_can_run_and_what_waits(places: list[str], capsys: pytest
     assert evidence.main(["all", "--data", "glue", "--dry", *places]) == 0
     said = capsys.readouterr().out
     assert "0 of 12 cells complete" in said
-    assert "evidence_paper: 96 of 96 cells wait for their searches (" in said
+    command = f"make search SCALE=mini DATA=glue ARGS={places[0]}"
+    assert f"evidence_paper: 96 of 96 cells wait for 32 searches: {command} makes them (the first: " in said
     assert "runs that will not count" not in said
     assert "left out: block 6 needs TREES=" in said
 
@@ -241,7 +242,12 @@ def test_dry_lists_what_can_run_and_what_waits(places: list[str], capsys: pytest
         (["9"], "BLOCK=9 is not allowed: choose one of 0, 1, 2a"),
         (["6"], "block 6 needs TREES="),
         (["0", "--workers", "0"], "WORKERS=0"),
-        (["2a"], "evidence-minilm-full-stsb is missing"),
+        (["2a", "task=stsb", "method=full,lora", "seed=42"], "evidence-minilm-full-stsb is missing"),
+        (["2a", "--data", "nowhere"], "DATA=nowhere does not exist: give the folder with GLUE"),
+        (
+            ["2a", "--data", ".", "task=stsb", "method=full", "seed=42"],
+            "DATA=. has no stsb: put its files into stsb or STS-B",
+        ),
     ],
 )
 def test_bad_input_of_the_runs_is_one_line(

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 from evidence_commands import FAKE
+from evidence_commands import empty_glue as empty_glue  # the fixtures
 from evidence_commands import places as places  # the fixtures
 from evidence_commands import results as results
 from run_fixtures import ROOT, TINY
 
 from experiments.reproduce import search_all
 from experiments.reproduce.cells import list_cells
+from experiments.reproduce.processes import Ended
 from sparsegrad import progress
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
@@ -53,13 +55,14 @@ def store(results: Path, found: dict[str, Any], name: str | None = None) -> Path
 
 
 def test_a_search_runs_with_equal_budgets_and_its_rates_are_used(
-    results: Path, places: list[str], capsys: pytest.CaptureFixture[str]
+    results: Path, places: list[str], empty_glue: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--methods", "lora,meprop", "--tasks", "mrpc", "--data", "glue", *FAKE, *places]
-    assert search_all.main([*given, "--dry"]) == 0
+    chosen = ["--methods", "lora,meprop", "--tasks", "mrpc", *FAKE, *places]
+    assert search_all.main([*chosen, "--data", "nowhere", "--dry"]) == 0
     shown = capsys.readouterr()
     assert "0 of 2 studies complete" in shown.out
-    assert "glue does not exist" in shown.err, "a listing reads no data, but says what the runs would"
+    assert "nowhere does not exist" in shown.err, "a listing reads no data, but says what the runs would"
+    given = [*chosen, "--data", empty_glue]
     assert search_all.main(given) == 0
     said = capsys.readouterr().out
     assert "search evidence-minilm-lora-mrpc: finished in" in said
@@ -78,10 +81,12 @@ def test_a_search_runs_with_equal_budgets_and_its_rates_are_used(
     assert [cell.config.train.lr for cell in cells] == [1e-3, 1e-3], "the stand-in is best there"
 
 
-def test_a_killed_search_continues_where_it_stopped(results: Path, places: list[str], tmp_path: Path) -> None:
+def test_a_killed_search_continues_where_it_stopped(
+    results: Path, places: list[str], empty_glue: str, tmp_path: Path
+) -> None:
     slow = ["protocol.patience=400", "sweep.pruner=none"]  # milliseconds of a run of the stand-in
     command = [sys.executable, "-m", "experiments.reproduce.search_all", "--methods", "full", "--tasks", "mrpc"]
-    command += ["--data", "glue", *FAKE, *places, *slow]
+    command += ["--data", empty_glue, *FAKE, *places, *slow]
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL)
     runs = results / "runs"
     end = time.monotonic() + 90
@@ -105,6 +110,9 @@ def test_a_killed_search_continues_where_it_stopped(results: Path, places: list[
         (["--methods", "magic"], "METHODS=magic is not allowed: choose one of full, lora"),
         (["--tasks", "rte"], "TASKS=rte is not allowed: choose one of stsb"),
         (["--workers", "0"], "WORKERS=0"),
+        (["--data", "nowhere"], "DATA=nowhere does not exist: give the folder with GLUE"),
+        (["--trees", "nowhere"], "TREES=nowhere does not exist: give the file of conversation trees"),
+        (["--data", ".", "--tasks", "cola"], "DATA=. has no cola: put its files into cola or CoLA"),
         (["sweep.trials=0"], "sweep.trials=0"),
     ],
 )
@@ -124,7 +132,7 @@ def test_a_search_of_another_budget_is_refused(
     assert search_all.main(["--methods", "lora", "--tasks", "cola", *places]) == 2
     error = capsys.readouterr().err
     assert "evidence-minilm-lora-cola has a budget of 6 trials, its plan one of 8" in error
-    assert f'METHODS=lora TASKS=cola ARGS="{" ".join(places)} sweep.overwrite=true"' in error
+    assert f'; make search SCALE=mini METHODS=lora TASKS=cola ARGS="{" ".join(places)} sweep.overwrite=true"' in error
 
 
 @pytest.mark.parametrize(
@@ -146,6 +154,24 @@ def test_a_search_that_does_not_fit_is_refused_by_name(
     one = ["method=lora", "task=cola", "seed=42", places[0]]
     with pytest.raises(UserError, match=f"(?s)evidence-minilm-lora-cola.*{message}.*make search"):
         list_cells("evidence_paper", one)
+
+
+def test_a_worker_that_fails_is_told_apart_from_its_reason_in_the_words_of_make(
+    places: list[str], empty_glue: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(jobs: Any, *_: Any, **__: Any) -> Iterator[Ended]:
+        for job in jobs:
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            job.log.write_text(
+                "error: data.dir=x has no complete mrpc; put the files there, use the hub with data.dir=null\n"
+            )
+            yield Ended(job=job, status=2, minutes=0.2)
+
+    monkeypatch.setattr(search_all, "run_jobs", fail)
+    given = ["--methods", "lora,full", "--tasks", "mrpc", "--data", empty_glue, *places]
+    assert search_all.main(given) == 1
+    said = "stopped after 0.2 min, 8 of 8 trials left: DATA=x has no complete mrpc; put the files there, use the hub "
+    assert f"search evidence-minilm-full-mrpc: {said}without DATA\n" in capsys.readouterr().out
 
 
 def test_a_missing_search_and_a_budget_of_zero_are_refused(results: Path, places: list[str]) -> None:
@@ -192,7 +218,9 @@ def test_the_rates_need_no_optuna(results: Path, places: list[str]) -> None:
     assert done.stdout.strip() == found
 
 
-def test_the_trials_of_a_running_search_are_counted(places: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trials_of_a_running_search_are_counted(
+    places: list[str], empty_glue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A study takes its worker hours: the line of progress must not wait for its end."""
     left, shown = [8, 8, 7, 5, 5, 5], []
 
@@ -205,5 +233,5 @@ def test_the_trials_of_a_running_search_are_counted(places: list[str], monkeypat
     monkeypatch.setattr(search_all, "_count_left", lambda _: left.pop(0))
     monkeypatch.setattr(search_all, "run_jobs", waits)
     monkeypatch.setattr(progress.Job, "update", lambda *_, done, **__: shown.append(done))
-    assert search_all.main(["--methods", "full", "--tasks", "mrpc", "--data", "glue", *FAKE, *places]) == 1
+    assert search_all.main(["--methods", "full", "--tasks", "mrpc", "--data", empty_glue, *FAKE, *places]) == 1
     assert shown == [0, 1, 3]

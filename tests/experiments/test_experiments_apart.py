@@ -141,7 +141,8 @@ def test_a_search_is_listed_run_exported_and_not_repeated(
             yield Ended(job=job, status=0, minutes=0.0)
 
     monkeypatch.setattr(search_all, "run_jobs", run_jobs)
-    arguments = ["table13", "--scale", "mini", "--data", "glue", "task=mrpc", *small]
+    (tmp_path / "mrpc").mkdir()
+    arguments = ["table13", "--scale", "mini", "--data", str(tmp_path), "task=mrpc", *small]
     assert runner.main([*arguments, "--dry"]) == 0
     assert "0 of 1 studies complete" in capsys.readouterr().out
     assert started == []
@@ -163,11 +164,22 @@ def test_a_search_is_listed_run_exported_and_not_repeated(
 
 
 def test_a_launcher_gets_one_job_a_study(commands: list[list[str]], tmp_path: Path) -> None:
-    arguments = ["table14", "--scale", "mini", "--data", "glue", "--launcher", "joblib", f"results_dir={tmp_path}"]
+    for task in ("stsb", "mrpc", "sst2", "cola"):
+        (tmp_path / task).mkdir()
+    arguments = [
+        "table14",
+        "--scale",
+        "mini",
+        "--data",
+        str(tmp_path),
+        "--launcher",
+        "joblib",
+        f"results_dir={tmp_path}",
+    ]
     assert runner.main(arguments) == 1
     assert all(one[1:3] == [str(ROOT / "run.py"), "-m"] and "hydra/launcher=joblib" in one for one in commands)
     (command,) = commands
-    assert {"data.dir=glue", "task=stsb,mrpc,sst2,cola", "hydra.sweeper.params=null"} <= set(command)
+    assert {f"data.dir={tmp_path}", "task=stsb,mrpc,sst2,cola", "hydra.sweeper.params=null"} <= set(command)
     assert "hydra.mode=RUN" not in command, "a launcher needs a multirun"
 
 
@@ -221,7 +233,7 @@ def test_a_figure_of_other_settings_is_measured_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(runner, "list_for_show", lambda *_: [])
+    monkeypatch.setattr(runner.evidence, "plan_cells", lambda *_, **__: [])
     monkeypatch.setattr(runner, "_group", lambda *_: 0)
     facts = {"model": "minilm", "task": "sst2", "batch_size": 16, "lr": 1e-4, "seed": 42, "block": 3, "step": 80}
     for name in ("figure2", "energy"):

@@ -87,7 +87,7 @@ def test_the_committed_records_are_the_cells_of_mini_table_6() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["table99"], "table=table99 is not allowed: choose one of"),
+        (["table99"], "figure1, figure2, figure3, quality, section8, table1, table2, table3, "),
         (["table4", "--scale", "huge"], "SCALE=huge is not allowed: choose one of paper, mini"),
         (["table4", "--launcher", "pigeon"], "LAUNCHER=pigeon is not allowed: choose one of local"),
         (["table4", "--dry", "method=magic"], "method=magic is not allowed: choose one of"),
@@ -148,10 +148,24 @@ def test_dry_lists_what_exists_and_what_is_missing(
 
 def test_dry_lists_runs_that_wait_for_a_search_and_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["task=stsb", "method=lora", "seed=42,37", f"results_dir={tmp_path}"]
-    assert runner.main(["table5", "--scale", "mini", "--dry", *given]) == 0
-    shown = capsys.readouterr().out
-    assert "make search SCALE=mini METHODS=lora TASKS=stsb" in shown
-    assert "0 of 2 cells complete" in shown
+    data = ["--data", str(tmp_path)]
+    command = f"make search SCALE=mini DATA={tmp_path} METHODS=lora TASKS=stsb ARGS=results_dir={tmp_path} fills"
+    assert runner.main(["table5", "--scale", "mini", "--dry", *data, *given]) == 0
+    shown = capsys.readouterr()
+    assert (
+        "2 of 2 cells wait for 1 search: hparams=search: the search evidence-minilm-lora-stsb is missing" in shown.out
+    )
+    assert command in shown.out
+    assert "0 of 2 cells complete" in shown.out
+    assert f"DATA={tmp_path} has no stsb" in shown.err
+
+    assert runner.main(["table5", "--scale", "mini", *data, *given]) == 2
+    assert f"DATA={tmp_path} has no stsb" in capsys.readouterr().err, "before the searches that it would need"
+    (tmp_path / "STS-B").mkdir()
+    assert runner.main(["table5", "--scale", "mini", *data, *given]) == 2
+    assert command in capsys.readouterr().err
+    assert runner.main(["table5", "--scale", "mini", "--data", str(tmp_path / "nowhere"), *given]) == 2
+    assert "nowhere does not exist: give the folder with GLUE" in capsys.readouterr().err
 
 
 def test_what_needs_no_runs_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,8 @@ def test_a_shared_run_without_adapter_is_trained_again_and_its_record_stays(
     (cell,) = list_cells(PLAN, [*given, "method=lora"], str(trees))
     call = ["--texts", str(texts), "--methods", "lora", *given]
     assert forgetting.main(call) == 2
-    assert "make compare SCALE=mini TASKS=oasst1" in capsys.readouterr().err
+    command = "make compare SCALE=mini TREES=<file of conversation trees> METHODS=lora TASKS=oasst1 ARGS=results_dir="
+    assert f"{command}{cell.config.results_dir} runs it" in capsys.readouterr().err
     record = write_record(cell, "evidence_smollm2")
     before = record.read_bytes()
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from evidence_cases import SEEDS, Cases
 from test_experiments_report import context
 
+from experiments.report import gates
 from experiments.report.evidence import Evidence, load_evidence
 from experiments.report.gates import Health, check_task, comparable_tasks
 from experiments.report.plans import read_plan
-from experiments.report.runs import EvidenceRun
+from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches
 
 
@@ -173,3 +176,15 @@ def test_missing_seeds_are_listed_and_do_not_stop_a_comparison(cases: Cases) -> 
     found = health(cases)
     assert found.missing == ("sparsegrad: 2023",)
     assert found.is_comparable
+
+
+def test_a_method_that_ran_with_an_option_alone_is_not_missing_without_it(cases: Cases) -> None:
+    cases.plan(grid={"task": "sst2", "seed": "42,3705,2023", "method": "full,meprop"})
+    plan = read_plan("evidence_paper", cases.conf)
+    assert plan is not None
+    block = Block("evidence_paper", plan)
+    run: Any = SimpleNamespace()
+    block.runs = {("meprop density=0.05", "sst2"): {42: run, 3705: run}}
+    assert list(gates._missing_seeds(block, "sst2")) == ["full: all", "meprop density=0.05: 2023"]
+    block.failed = {("meprop", "sst2"): {42: "it diverged"}}
+    assert "meprop: 42 (failed), 2023, 3705" in list(gates._missing_seeds(block, "sst2"))

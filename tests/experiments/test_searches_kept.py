@@ -37,7 +37,10 @@ def test_a_search_is_not_used_for_other_settings_of_the_method(
     error = capsys.readouterr().err
     assert "evidence_mlp_only-minilm-peft-mrpc was made with method.config.peft_type=LORA, not SHIRA" in error
     assert "name: NAME" in error
-    assert f'METHODS=peft TASKS=mrpc ARGS="{" ".join(where)} {SHIRA} sweep.overwrite=true"' in error
+    assert (
+        f'make compare SCALE=mini METHODS=peft TASKS=mrpc ARGS="{" ".join(where)} {SHIRA} sweep.overwrite=true"'
+        in error
+    )
     assert error.count("\n") == 1
 
     (results / "studies" / "studies.db").unlink()
@@ -133,8 +136,8 @@ def test_overwriting_deletes_another_search_once_and_none_that_is_asked_for(
     with pytest.raises(UserError) as refused:
         plan("frozen", *where, "train.batch_size=16")
     words = shlex.split(re.search(r"make it anew with (.*), or leave", str(refused.value)).group(1))  # type: ignore[union-attr]
-    assert words[:2] == ["METHODS=frozen", "TASKS=mrpc"]
-    other = plan("frozen", *words[2].removeprefix("ARGS=").split())  # the remedy, as printed
+    assert words[:5] == ["make", "compare", "SCALE=mini", "METHODS=frozen", "TASKS=mrpc"]
+    other = plan("frozen", *words[5].removeprefix("ARGS=").split())  # the remedy, as printed
     assert search_all.make([other], 1, dry=True) == 0
     assert "0 of 1 studies complete" in (said := capsys.readouterr().out)
     assert "frozen-mrpc is made anew: it was made with 32 rows per step, not 16" in said
@@ -180,7 +183,10 @@ def test_a_search_of_other_data_is_made_anew_without_the_records_of_the_old_data
 def test_a_refused_search_of_a_table_names_its_task(where: tuple[str, str]) -> None:
     given = ["task=mrpc", *where]
     finish(searches.planned_searches("table13", "mini", None, given)[0])
-    with pytest.raises(UserError, match=r'anew with ARGS="task=mrpc .* train\.batch_size=16 sweep\.overwrite=true"'):
+    with pytest.raises(
+        UserError,
+        match=r'make reproduce-table13 SCALE=mini ARGS="task=mrpc .* train\.batch_size=16 sweep\.overwrite=true"',
+    ):
         searches.planned_searches("table13", "mini", None, [*given, "train.batch_size=16"])
 
 

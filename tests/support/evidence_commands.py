@@ -24,5 +24,13 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def empty_glue(tmp_path: Path) -> str:
+    """A folder with GLUE's folders: the stand-in reads no files, but a folder without the task would be refused."""
+    for task in ("mrpc", "stsb", "sst2", "cola"):
+        (tmp_path / "glue" / task).mkdir(parents=True)
+    return str(tmp_path / "glue")
+
+
+@pytest.fixture
 def places(results: Path, tmp_path: Path) -> list[str]:
     return [f"results_dir={results}", f"work_dir={tmp_path / 'work'}"]

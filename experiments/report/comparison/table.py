@@ -59,7 +59,7 @@ class Arm:
 
 
 def write_comparison(results: Path, folder: str) -> str:
-    """Write table and figure to `<results>/compare`; the table as Markdown.
+    """Write table and figure to `<results>/compare` if there are runs; the table as Markdown.
 
     Raises:
         UserError: for a damaged record or plan, or a folder that cannot be written.
@@ -70,10 +70,17 @@ def write_comparison(results: Path, folder: str) -> str:
 def write_files(context: Context, folder: str) -> Table:
     """As `write_comparison`, from results that are read already; the table."""
     table, points = make_table(context, folder)
+    if is_empty(table):  # a comparison that failed must not replace the table of an earlier one
+        return table
     write_table(table, context.results / "compare")
     if points:
         draw(points, notes.PLANS[folder].score, context.results / "compare" / f"{folder}.png")
     return table
+
+
+def is_empty(table: Table) -> bool:
+    """Whether a table only says how its runs are made: one with runs has their scores beside the methods."""
+    return list(table.frame.columns) == ["method"]
 
 
 def make_table(context: Context, folder: str) -> tuple[Table, list[Point]]:
