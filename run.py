@@ -22,7 +22,8 @@ except ModuleNotFoundError as error:
 
     if (text := explain_missing(error)) is None:
         raise
-    print(f"error: {text}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts several of the same process
+        print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
 
 

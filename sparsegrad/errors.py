@@ -57,18 +57,20 @@ def run_as_command(command: Callable[[], int | None], interrupted: str = "interr
         The exit status: that of `command`, 2 after a `UserError` or where the package of an extra is missing, 130 after
         Ctrl-C, 141 after `command | head`.
     """
+    is_first = os.environ.get("RANK", "0") == "0"  # torchrun starts several of the same process
     try:
         status = command() or 0
         sys.stdout.flush()  # here, where a closed pipe can still be handled
         return status
     except UserError as error:
-        if not error.silent and os.environ.get("RANK", "0") == "0":  # torchrun starts several of the same process
+        if not error.silent and is_first:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if (text := explain_missing(error)) is None:
             raise
-        print(f"error: {text}", file=sys.stderr)
+        if is_first:
+            print(f"error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)

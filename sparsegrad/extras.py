@@ -6,8 +6,10 @@ Without imports of third parties, so that it works wherever `sparsegrad` is impo
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 
@@ -26,6 +28,8 @@ _NEEDS = {
 
 def explain_missing(error: ModuleNotFoundError) -> str | None:
     """The package that is missing and the extra to install; None where no extra has it, which is no user's mistake."""
+    if not error.name or _is_installed(error.name.partition(".")[0]):  # a module that this version does not have
+        return None
     package = _find_package(error.name)
     wanted = _find_need(error.__traceback__)
     extra = find_extra(package, wanted)
@@ -34,11 +38,28 @@ def explain_missing(error: ModuleNotFoundError) -> str | None:
 
 def find_extra(package: str, wanted: str) -> str | None:
     """`wanted` if it installs the package, otherwise the first extra that does; None where none does."""
-    try:
-        extras = _read_extras(requires(PROJECT) or [])
-    except PackageNotFoundError:  # a checkout that was not installed: nothing of any extra was asked for yet
-        return None if package in ("sparsegrad", "experiments") else wanted
+    extras = _read_extras(_list_requirements())
     return next((name for name in (wanted, *extras) if package in _list_packages(name, extras)), None)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+    except ValueError:  # it is loaded, without a specification
+        return True
+
+
+def _list_requirements() -> list[str]:
+    """The requirements of the distribution; of a checkout that was not installed, those that its file names."""
+    try:
+        return requires(PROJECT) or []
+    except PackageNotFoundError:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {**project["optional-dependencies"]}
+    named["run"] = [*project["dependencies"], *named["run"]]  # an extra brings them too, and nothing is there yet
+    return [f"{one}; extra == '{extra}'" for extra, found in named.items() for one in found]
 
 
 def install_command(extra: str) -> str:

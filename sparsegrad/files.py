@@ -67,13 +67,15 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata)
-    path.chmod(mode)
+    with suppress(OSError):  # some network file systems have no permissions to give
+        path.chmod(mode)
 
 
 def share_tensors(folder: Path, like: str) -> None:
     """Give the safetensors files that another package wrote to `folder` the permissions of its file `like`."""
     for path in folder.glob("*.safetensors"):
-        path.chmod((folder / like).stat().st_mode)
+        with suppress(OSError):
+            path.chmod((folder / like).stat().st_mode)
 
 
 def flush(path: Path) -> None:

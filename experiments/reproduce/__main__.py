@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from experiments.reproduce.counting import Watch, force_uncounted
 from experiments.reproduce.dry_run import show
 from experiments.reproduce.places import check_places
 from experiments.reproduce.plans import read_plan
+from experiments.reproduce.processes import run_to_its_end
 from experiments.reproduce.search import Search
 from experiments.studies import gradients as measure
 from sparsegrad.errors import UserError, check_choice
@@ -158,7 +158,7 @@ def _launch(cells: Sequence[Cell], launcher: str) -> int:
     # One multirun has one `data.dir`, so cells with and without a data folder are launched apart.
     for group in ([cell for cell in missing if cell.takes_data is data] for data in (True, False)):
         if group:
-            subprocess.run(_multirun(group, launcher), check=False)
+            run_to_its_end(_multirun(group, launcher))
     failed = {cell.label: evidence.read_reason(cell) for cell in missing if not watch.is_made(cell)}
     complete, done = sum(map(watch.is_made, cells)), len(missing) - len(failed)
     return evidence.Outcome(complete=complete, planned=len(cells), done=done, failed=failed).report()

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +158,19 @@ def _start(job: Job, threads: int | None) -> subprocess.Popen[bytes]:
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
         return subprocess.Popen(job.command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+
+def run_to_its_end(command: Sequence[str]) -> None:
+    """Run a command whose output is shown; after Ctrl-C, which reaches it too, it may first write its checkpoint.
+
+    `subprocess.run` would kill it a quarter of a second after Ctrl-C.
+    """
+    process = subprocess.Popen(command)
+    try:
+        process.wait()
+    except BaseException:
+        _stop([process])
+        raise
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:

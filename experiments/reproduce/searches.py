@@ -6,7 +6,6 @@ evidence plan on MiniLM (sweep=evidence, which `make search` makes for all metho
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Collection, Sequence
 
@@ -19,6 +18,7 @@ from experiments.reproduce.commands import carried
 from experiments.reproduce.costs import Estimates, facts_of
 from experiments.reproduce.dry_run import format_left, print_listing
 from experiments.reproduce.plans import read_plan
+from experiments.reproduce.processes import run_to_its_end
 from experiments.reproduce.search import Search, compose_sweep
 from experiments.reproduce.stale_searches import check_stored
 from sparsegrad.runs.overrides import explain
@@ -85,7 +85,7 @@ def launch(missing: Sequence[Search], launcher: str) -> None:
 
 def call(command: Sequence[str]) -> None:
     """Run a command; its output is not captured."""
-    subprocess.run(command, check=False)
+    run_to_its_end(command)
 
 
 def _command(group: Sequence[Search], launcher: str) -> list[str]:

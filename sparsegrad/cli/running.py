@@ -88,7 +88,8 @@ def _run(composed: DictConfig, published: Published | None) -> None:
     if composed.get("sweep") is None:
         _run_once(composed, labels, published)
     else:
-        with _noted_stop(lambda: "the same command continues the search"):
+        without = " without sweep.overwrite=true" if composed.sweep.get("overwrite") else ""
+        with _noted_stop(lambda: f"the same command{without} continues the search"):
             _sweeps("pool").run_sweep(composed, labels)
 
 
@@ -115,8 +116,8 @@ def _run_once(composed: DictConfig, labels: Mapping[str, Any], published: Publis
         console.print(tree("run " + config.key, config.resolved))
     with _noted_stop(lambda: describe_stop(config)):
         record, is_new = run(config, labels=labels, announces=True)
-    if is_main():
-        _print_result(config, record, published, is_new=is_new)
+        if is_main():
+            _print_result(config, record, published, is_new=is_new)
 
 
 def _is_later_job() -> bool:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
+from numbers import Integral, Real
 from typing import Any, Literal, Union
 
 from sparsegrad.errors import fail
@@ -18,8 +19,13 @@ _WORDS = {
     "mapping": "a mapping such as {name: value}", "null": "null",
 }  # fmt: skip
 _KINDS: dict[Any, str] = {
-    int: "integer", float: "number", bool: "bool", str: "text", list: "list", tuple: "list", dict: "mapping",
-    type(None): "null",
+    int: "integer", float: "number", bool: "bool", str: "text", list: "list", tuple: "list", set: "list",
+    dict: "mapping", type(None): "null",
+}  # fmt: skip
+# Of values; the first that fits, as a truth value is a whole number too.
+_CLASSES: dict[str, Any] = {
+    "null": type(None), "bool": bool, "integer": Integral, "number": Real, "text": str, "mapping": Mapping,
+    "list": (Sequence, Set),
 }  # fmt: skip
 _REAL = ("alpha", "lambda")  # ends of fields that peft calls whole numbers but multiplies with
 
@@ -34,9 +40,11 @@ def check_types(config_class: type[Any], node: Mapping[str, Any]) -> None:
         kinds = _list_kinds(hints.get(name, Any))
         if "integer" in kinds and name.endswith(_REAL):
             kinds = ["number" if kind == "integer" else kind for kind in kinds]
-        if None not in kinds and not _fits(value, kinds):
+        # peft takes these two for every initialisation, whatever the annotation says.
+        further = ["bool", "null"] if name.startswith("init") else []
+        if None not in kinds and not _fits(value, [*kinds, *further]):
             allowed = " or ".join(dict.fromkeys(_WORDS[str(kind)] for kind in kinds))
-            raise fail(f"method.config.{name}", "null" if value is None else value, f"give {allowed}")
+            raise fail(f"method.config.{name}", _show(value), f"give {allowed}")
 
 
 def _list_kinds(hint: Any) -> list[str | None]:
@@ -50,5 +58,11 @@ def _list_kinds(hint: Any) -> list[str | None]:
 
 
 def _fits(value: Any, kinds: list[str | None]) -> bool:
-    kind = _KINDS.get(type(value))
+    kind = next((name for name, one in _CLASSES.items() if isinstance(value, one)), None)
     return kind in kinds or (kind == "integer" and "number" in kinds)
+
+
+def _show(value: Any) -> Any:
+    """As messages show it: text that looks like a number in quotes, as it is the quotes that are wrong."""
+    is_number_like = isinstance(value, str) and value.replace(".", "", 1).isdecimal()
+    return "null" if value is None else repr(value) if is_number_like else value

@@ -48,7 +48,8 @@ def count_kept(
     kept = round(density * size)
     if kept < 1:
         raise UserError(
-            f"density={density} keeps no entry of {name} {tuple(shape)}: give at least {1 / size:.2g}, or leave it out"
+            f"density={density} keeps no entry of {name} {tuple(shape)}: give at least {1 / size:.2g}, or "
+            f"leave {name} out of the target weights"
         )
     return kept
 

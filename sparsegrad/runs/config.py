@@ -238,8 +238,8 @@ def build(config: DictConfig) -> RunConfig:
     Raises:
         UserError: for a value that is missing, of the wrong type or out of range.
     """
-    config = with_current_names(config)
     try:
+        config = with_current_names(config)
         resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise UserError(f"the configuration cannot be resolved: {first_line(error)}") from None

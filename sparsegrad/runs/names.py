@@ -49,7 +49,7 @@ def name_method(method: Mapping[str, Any]) -> str:
     """What lines and tables call the method of this node: its name; for `method=peft`, which is many, with the type."""
     config = method.get("config")
     kind = config.get("peft_type") if isinstance(config, Mapping) else None
-    return f"peft {kind}" if method["name"] == "peft" and kind else str(method["name"])
+    return f"peft {str(kind).upper()}" if method["name"] == "peft" and kind else str(method["name"])
 
 
 def with_one_amount(composed: DictConfig, given: Collection[str]) -> DictConfig:

@@ -52,6 +52,8 @@ def describe_reuse(config: RunConfig) -> str:
 
 def describe_stop(config: RunConfig) -> str:
     """What the same command does after this run was stopped."""
+    if not config.force and find_complete(config.record_path) is not None:
+        return "the run is complete, and the same command prints its result"
     step = newest_step(config.checkpoints)
     if step is None:
         return "no checkpoint was written yet, so the same command starts over"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -25,7 +27,7 @@ from sparsegrad.sweeps.storage import hide_password
 from sparsegrad.sweeps.study import SharedStudy, open_study
 from sparsegrad.sweeps.worker import Worker, show_trials, update_trials
 from sparsegrad.threads import limit_threads
-from sparsegrad.trainer.signals import StopOnSignal, Stopped
+from sparsegrad.trainer.signals import REPEAT, StopOnSignal, Stopped
 
 _LOOK = 2.0  # seconds between two counts of the finished trials
 
@@ -71,6 +73,10 @@ def _run_workers(composed: DictConfig, shared: SharedStudy, labels: Mapping[str,
     except Stopped as stop:
         _pass_on(stop.number, processes)
         raise
+    except KeyboardInterrupt:
+        remark("interrupted: the workers save after their step or evaluation; Ctrl-C again stops at once")
+        _stop_workers(processes)
+        raise
     except BaseException:
         _stop_workers(processes)
         raise
@@ -115,12 +121,15 @@ def _silence() -> Iterator[None]:
 
 
 def _stop_workers(processes: list[BaseProcess]) -> None:
-    """Wait for the workers, which Ctrl-C reaches too, to return their trials; then terminate the rest."""
+    """Wait until the workers have saved and ended: Ctrl-C reaches them too, except where only this process got it.
+
+    Those outside training return their trials within seconds. The signal to the rest follows soon enough to count as
+    the same as theirs, so that it interrupts no checkpoint.
+    """
+    end = time.monotonic() + REPEAT / 2
     for process in processes:
-        process.join(timeout=20)
-    for process in processes:
-        if process.is_alive():
-            process.terminate()
+        process.join(max(0.0, end - time.monotonic()))
+    _pass_on(signal.SIGTERM, processes)
 
 
 def _pass_on(number: int, processes: list[BaseProcess]) -> None:

@@ -97,5 +97,5 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
 def _print_now(line: str) -> None:
     """Print to stderr from a handler, which may interrupt a `print`: not through Python's buffer, which would raise."""
-    with suppress(OSError, ValueError):  # a closed stderr has nobody who reads it
+    with suppress(AttributeError, OSError, ValueError):  # closed, or no file: then nobody reads it
         os.write(sys.stderr.fileno(), f"\n{line}\n".encode())

@@ -58,6 +58,15 @@ def test_the_remedy_fits_the_error(number: int, remedy: str, tmp_path: Path) -> 
     assert remedy in said
 
 
+def test_a_file_system_without_permissions_keeps_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    write_lora(tmp_path / "lora", {}, {"a": torch.zeros(2)})
+    assert list(tmp_path.rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_tensors_have_the_permissions_of_any_new_file(tmp_path: Path, umask: int) -> None:
     """safetensors itself writes files that only their owner can read, which a shared folder hides from everybody."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,20 @@ def test_the_extras_come_from_the_metadata_of_the_distribution(monkeypatch: pyte
 def test_a_module_of_no_extra_is_no_users_mistake() -> None:
     assert explain_missing(ModuleNotFoundError("No module named 'sparsegrad.gone'", name="sparsegrad.gone")) is None
     assert explain_missing(ModuleNotFoundError("no name")) is None
+    assert explain_missing(ModuleNotFoundError("No module named 'mine'", name="mine")) is None
+    newer = "transformers.models.of_a_newer_version"
+    assert explain_missing(ModuleNotFoundError(f"No module named {newer!r}", name=newer)) is None
+
+
+def test_a_checkout_that_was_not_installed_reads_its_own_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> list[str]:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(extras, "requires", refuse)
+    assert find_extra("hydra-core", "run") == "run"
+    assert find_extra("torch", "run") == "run"
+    assert find_extra("optuna", "run") == "sweep"
+    assert find_extra("mine", "run") is None
 
 
 def test_a_wheel_is_not_told_of_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -151,11 +151,14 @@ def test_ctrl_c_before_the_first_evaluation_leaves_a_checkpoint(tiny: Tiny, capf
 
 
 @pytest.mark.usefixtures("_ctrl_c")
-def test_a_second_ctrl_c_stops_at_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_ctrl_c_stops_at_once(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(signals, "KEYS", -1.0)  # however quickly it follows
     config = tiny("protocol.max_steps=6", "protocol.eval_steps=6")
     with pytest.raises(KeyboardInterrupt):
         run(config, callbacks=[Press(3, times=2)])
+    assert signals.SAVING in capfd.readouterr().err, "the first one was taken"
     assert newest_step(config.checkpoints) is None
 
 

@@ -52,6 +52,7 @@ BAD: list[tuple[Any, str]] = [
     (lambda: Peft(config={"peft_type": "LORA"}, budget="1%"), "density:0.01"),
     (lambda: prepared(Peft(config={"peft_type": "LORA", "r": 0}), fresh()), "`r` should be a positive"),
     (peft_of(peft_type="LORA", r="eight"), "method.config.r=eight is not allowed: give a whole number"),
+    (peft_of(peft_type="LORA", r="8"), "method.config.r='8' is not allowed: give a whole number"),
     (peft_of(peft_type="LORA", r=8.5), "method.config.r=8.5 is not allowed: give a whole number"),
     (peft_of(peft_type="LORA", r=None), "method.config.r=null is not allowed: give a whole number"),
     (peft_of(peft_type="LORA", r=True), "method.config.r=True is not allowed: give a whole number"),

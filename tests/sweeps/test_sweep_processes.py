@@ -146,7 +146,7 @@ def wait_for(condition: Callable[[], bool], workers: list[BaseProcess]) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_command_alone_ends_its_workers(fault: Fault, places: tuple[str, str], number: int) -> None:
     """A scheduler may signal only the process that it started; workers left behind would go on training."""
     more = environment(PYTHONPATH=str(ROOT / "tests" / "support"))
