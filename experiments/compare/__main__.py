@@ -16,20 +16,20 @@ from pathlib import Path
 from experiments.compare.methods import find_method
 from experiments.compare.methods import list_methods as list_methods
 from experiments.report.comparison.block import SHARED, find_shared
+from experiments.report.comparison.notes import PLANS as PLANS
 from experiments.report.comparison.table import write_comparison
 from experiments.report.plans import Plan
 from experiments.reproduce import commands, dry_run, evidence, search_all
 from experiments.reproduce.cells import Cell, in_evidence, list_with_waiting
 from experiments.reproduce.commands import last_wins, split_names
 from experiments.reproduce.counting import force_uncounted
-from experiments.reproduce.places import COMPARISONS, check_places
+from experiments.reproduce.places import check_places
 from experiments.reproduce.plans import read_plan
 from experiments.reproduce.search import Search
 from experiments.reproduce.waiting import count_waiting
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.runs.overrides import key_of
 
-PLANS = COMPARISONS
 # Overrides that other arguments of the command replace.
 CHOSEN = {"method": "give METHODS=", "task": "give TASKS=", "experiment": "TASKS= chooses the plan"}
 

@@ -18,6 +18,7 @@ from experiments.report.answers_page import write_answers_page
 from experiments.report.blocks import BLOCKS, IN_SMALL
 from experiments.report.collect import collect_cells
 from experiments.report.comparison.block import load_comparison
+from experiments.report.comparison.notes import PLANS
 from experiments.report.comparison.table import write_files
 from experiments.report.page import problems, write_figure1, write_page
 from experiments.report.render import markdown, write_table
@@ -93,7 +94,6 @@ MINI: dict[str, Maker] = {
     "basis": lambda context: [*main_tables.block_tables(context, "evidence_basis"), basis.table(context)],
     "quality": lambda context: [*main_tables.block_tables(context, "evidence_paper"), energy.table(context)],
 }
-COMPARISONS = ("compare", "compare_smollm2")
 FIGURES = ("figure1", "figure2", "figure3")
 CURVES = dict.fromkeys(("ablation", "table11", "table12"), "ablation") | {
     "basis": "basis"
@@ -188,7 +188,7 @@ def write_comparisons(context: Context) -> tuple[list[Table], dict[str, Path]]:
         UserError: for a damaged plan or result, or a folder that cannot be written.
     """
     tables, drawn = list[Table](), dict[str, Path]()
-    for folder in COMPARISONS:
+    for folder in PLANS:
         if load_comparison(context, folder).blocks[folder].runs:
             tables.append(write_files(context, folder))
             figure = context.results / "compare" / f"{folder}.png"

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.report.blocks import BLOCKS
+from experiments.report.comparison.notes import PLANS
 from sparsegrad.errors import UserError
 from sparsegrad.sweeps.make_commands import LANGUAGE_TASK
 from sparsegrad.tasks.glue_files import OFFICIAL
 
 _OTHER_TASK = re.compile(r", or (use )?task=\w+( data\.dir=null)?(, which needs no hub)?")
-COMPARISONS = ("compare", "compare_smollm2")  # plans of `make compare`
 
 
 def check_places(data: str | None = None, trees: str | None = None, *, dry: bool) -> None:
@@ -51,7 +51,7 @@ def refuse(reasons: Iterable[str], *, dry: bool) -> None:
 
 def name_of_place(experiment: str, task: str) -> str:
     """What `data.dir` of a run is called in its `make` command: only plans of the evidence have trees beside GLUE."""
-    return "TREES" if task == LANGUAGE_TASK and experiment in (*BLOCKS, *COMPARISONS) else "DATA"
+    return "TREES" if task == LANGUAGE_TASK and experiment in (*BLOCKS, *PLANS) else "DATA"
 
 
 def in_words_of_make(message: str, place: str) -> str:
