@@ -29,6 +29,7 @@ from experiments.reproduce.processes import Ended, Job, cell_job, explain_end, i
 from experiments.reproduce.waiting import settle_waiting
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_integer
+from sparsegrad.runs.overrides import key_of
 
 POLL_SECONDS = 5.0
 _BUSY = "is at work in another process"  # part of the message of `BusyError`, which a run prints in its own process
@@ -73,7 +74,8 @@ def _make_block(block: Step, request: Request, *, is_only: bool) -> int:
         print(f"left out: {reason}", flush=True)
         return 0
     if not block.plans:
-        wanted = search_all.Request(data=request.data, trees=request.trees, overrides=last_wins(request.overrides))
+        overrides = tuple(one for one in last_wins(request.overrides) if key_of(one) != "seed")  # of runs, not searches
+        wanted = search_all.Request(data=request.data, trees=request.trees, overrides=overrides)
         return search_all.make(search_all.plan_searches(wanted), request.workers, dry=request.dry)
     return max(_make_plan(name, block, request) for name in block.plans)
 

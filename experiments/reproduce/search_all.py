@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments.paths import ROOT
 from experiments.report.plans import Plan
@@ -26,6 +26,7 @@ from experiments.reproduce.processes import Ended, Job, explain_end, log_path, r
 from experiments.reproduce.search import Search
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_choice
+from sparsegrad.runs.overrides import key_of
 from sparsegrad.sweeps.ledger import REASON
 from sparsegrad.sweeps.make_commands import LANGUAGE_TASK, make_command, search_command
 from sparsegrad.sweeps.search_results import COMPARISON, OVERWRITE, SWEEPS
@@ -75,6 +76,7 @@ def plan_searches(request: Request) -> list[Search]:
         UserError: for a method or task that no plan has, or a plan that is not in order.
     """
     plans = [read_plan(name) for name in SEARCHED]
+    request = _narrow(request)
     for key, chosen in (("method", request.methods), ("task", request.tasks)):
         known = list(dict.fromkeys(value for plan in plans for value in plan.grid[key]))
         for one in chosen:
@@ -83,6 +85,17 @@ def plan_searches(request: Request) -> list[Search]:
         plans = [plan for plan in plans if not plan.takes_trees]
         print("SmolLM2's searches are left out: they need TREES=<file of conversation trees>", flush=True)
     return [search for plan in plans for search in _searches_of(plan, request)]
+
+
+def _narrow(request: Request) -> Request:
+    """Overrides `method=` and `task=` choose searches, as they choose cells; each search has one of its own."""
+    chosen: dict[str, tuple[str, ...]] = {"method": request.methods, "task": request.tasks}
+    for one in request.overrides:
+        key, _, value = one.partition("=")
+        if key in chosen:
+            chosen[key] = split_names(value)
+    rest = tuple(one for one in request.overrides if key_of(one) not in chosen)
+    return replace(request, methods=chosen["method"], tasks=chosen["task"], overrides=rest)
 
 
 def _check_budget(search: Search) -> None:

@@ -21,6 +21,8 @@ from sparsegrad.errors import UserError
 from sparsegrad.runs.keys import determining, flatten
 from sparsegrad.sweeps.search_results import find_other_condition, select_conditions, study_name
 
+pytestmark = pytest.mark.xdist_group("evidence_plans")  # its fixtures take long: one worker makes them
+
 CELLS = {
     "evidence_gates": 12,
     "evidence_paper": 160,

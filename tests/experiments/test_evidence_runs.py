@@ -227,13 +227,24 @@ def test_a_real_cell_names_its_plan(
 
 
 def test_dry_lists_what_can_run_and_what_waits(places: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert evidence.main(["all", "--data", "glue", "--dry", *places]) == 0
+    assert evidence.main(["all", "--data", "glue", "--dry", "task=stsb", *places]) == 0
     said = capsys.readouterr().out
-    assert "0 of 12 cells complete" in said
-    command = f"make search SCALE=mini DATA=glue ARGS={places[0]}"
-    assert f"evidence_paper: 96 of 96 cells wait for 32 searches: {command} makes them (the first: " in said
+    assert "0 of 3 cells complete" in said
+    assert "0 of 15 studies complete" in said, "eight methods where everything trains, seven where only the MLP does"
+    command = f"make search SCALE=mini DATA=glue TASKS=stsb ARGS={places[0]}"
+    assert f"evidence_paper: 24 of 24 cells wait for 8 searches: {command} makes them (the first: " in said
     assert "runs that will not count" not in said
     assert "left out: block 6 needs TREES=" in said
+
+
+def test_methods_tasks_and_seeds_of_runs_choose_searches(places: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert evidence.main(["1", "--data", "glue", "--dry", "method=lora,full", "task=cola", "seed=42", *places]) == 0
+    said = capsys.readouterr().out
+    assert "0 of 2 studies complete" in said
+    assert {line.split()[0] for line in said.splitlines() if line.startswith("evidence-")} == {
+        "evidence-minilm-lora-cola",
+        "evidence-minilm-full-cola",
+    }
 
 
 @pytest.mark.parametrize(

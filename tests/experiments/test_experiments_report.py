@@ -27,6 +27,8 @@ from experiments.report.tables import accuracy
 from experiments.report.tables.base import MINI_MARK, Context
 from sparsegrad.files import write_json
 
+pytestmark = pytest.mark.xdist_group("experiments_report")  # its fixtures take long: one worker makes them
+
 FOLDER, MODEL = "glue_bert_base", "bert_base"  # of Table 9
 AUTHORS = {"from": "authors", "train.batch_size": 16, "train.lr": 1e-4}
 

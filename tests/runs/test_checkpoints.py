@@ -20,6 +20,8 @@ from sparsegrad.errors import UserError
 from sparsegrad.runs.runner import run
 from sparsegrad.trainer.checkpoints import KEEP, MANIFEST, is_whole, last_checkpoint
 
+pytestmark = pytest.mark.xdist_group("checkpoints")  # its fixtures take long: one worker makes them
+
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:

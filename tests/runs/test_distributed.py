@@ -25,6 +25,8 @@ from torch import distributed as dist
 from sparsegrad.basis import Basis
 from sparsegrad.runs.basis_cache import BasisStore
 
+pytestmark = pytest.mark.xdist_group("distributed")  # its fixtures take long: one worker makes them
+
 
 def assert_equal(found: dict[str, Any], wanted: dict[str, Any], most: float, what: str) -> None:
     assert found.keys() == wanted.keys()

@@ -15,6 +15,8 @@ from sharded_cases import FAST, STEPS, by_four, dies, end, everything, grams, ke
 
 from sparsegrad import prepare
 
+pytestmark = pytest.mark.xdist_group("fsdp2")  # its fixtures take long: one worker makes them
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -93,6 +95,10 @@ def test_mixed_precision_leaves_the_cores_alone(two: list[dict[str, Any]]) -> No
     for one in two:
         assert one["low precision"]["dtypes"] == {"torch.float32"}
         assert min(one["low precision"]["moved"]) > 0
+
+
+def test_a_gradient_that_is_not_finite_in_one_process_skips_the_step_of_all(two: list[dict[str, Any]]) -> None:
+    assert [one["poisoned"] for one in two] == [[1, 1], [1, 1]]
 
 
 def test_shards_in_bfloat16_are_rounded_stochastically(two: list[dict[str, Any]]) -> None:

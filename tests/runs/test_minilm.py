@@ -13,9 +13,12 @@ from sparsegrad.assets.table import ASSETS
 from sparsegrad.runs.config import build
 from sparsegrad.runs.runner import run
 
-pytestmark = pytest.mark.skipif(
-    any(problem(ASSETS[name], assets_root()) for name in ("minilm", "snippets")), reason="needs `make assets`"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        any(problem(ASSETS[name], assets_root()) for name in ("minilm", "snippets")), reason="needs `make assets`"
+    ),
+    pytest.mark.xdist_group("minilm"),  # its bases take long: one worker makes them
+]
 REAL = (
     "model=minilm",
     "task=snippets",
