@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsegrad.basis import SIDES, Basis
 from sparsegrad.calibration.gradients import Progress, calibrate, take_batches
@@ -19,7 +19,6 @@ from sparsegrad.errors import (
     UserError,
     check_choice,
     check_integer,
-    check_number,
     did_you_mean,
     renamed_arguments,
     warn_renamed,
@@ -28,10 +27,12 @@ from sparsegrad.layers.common import check_linear
 from sparsegrad.layers.replace import rotate_gradients, use_blocks
 from sparsegrad.layers.shards import check_shards
 from sparsegrad.optim.adamw import SparseGradAdamW
+from sparsegrad.optim.group_checks import check_rate
 from sparsegrad.optim.groups import core_groups, param_groups
 from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.optim.orders import ORDERS
 from sparsegrad.optim.release import refuse_released
+from sparsegrad.optim.rest import check_rest, find_saved, outside, set_rest_rate, train_only
 from sparsegrad.optim.rotation import check_rotation_dtype
 from sparsegrad.optim.selection import count_kept
 from sparsegrad.optim.summary import describe
@@ -54,6 +55,7 @@ class _Options:
     moments: str
     rotation_order: str
     rotation_dtype: torch.dtype | None
+    decay_vectors: bool
 
 
 @renamed_arguments(quiet=True, mlp="target_modules")
@@ -63,7 +65,7 @@ def prepare(
     batches: Iterable[Batch] | None,
     target_modules: Names | None = None,
     density: float | None = None,
-    lr: float = 1e-4,
+    lr: float | Tensor = 1e-4,
     *,
     keep: int | None = None,
     calibration_steps: int = 30,
@@ -74,13 +76,18 @@ def prepare(
     engine: str = "exact",
     rotation_order: str = "auto",
     rotation_dtype: torch.dtype | None = None,
+    train_rest: bool = True,
+    modules_to_save: Sequence[str] | None = None,
+    rest_lr: float | Tensor | None = None,
+    decay_vectors: bool = True,
     progress: Progress | None = None,
     **adamw: Any,
 ) -> SparseGradAdamW:
     """Calibrate `model` and return the optimizer that fine-tunes it with SparseGrad.
 
     The optimizer trains the MLP weights with SparseGrad and, as in the paper, every other parameter that requires a
-    gradient with AdamW. Freeze whatever should not train before the call. Then train with any loop.
+    gradient with AdamW. Freeze whatever should not train before the call, or give `train_rest=False`. Then train with
+    any loop. Layers that are unfrozen later train after `optimizer.add_param_group({"params": list(of them)})`.
     `print(describe(optimizer))` lists the weights that were found.
 
     Args:
@@ -95,7 +102,7 @@ def prepare(
             pattern of names; or the name of a known layout. None detects the layout. See `find_mlp`. `mlp=` is an
             alias.
         density: share of kept entries per weight and step, in (0, 1]; default 0.01, as in the paper.
-        lr: learning rate of all parameters.
+        lr: learning rate of all parameters; see `rest_lr`.
         keep: number of kept entries per weight, instead of `density`.
         calibration_steps: number of calibration batches (paper: 30).
         sides: which sides are rotated: `both` (the method), or only `in`, `out` or `small`, the side with fewer
@@ -113,20 +120,28 @@ def prepare(
         rotation_order: how engine `exact` computes rotated gradients. With `auto` the linears do it during
             back-propagation, in the cheapest order of products for the number of tokens, and leave the result in
             `weight.grad`. Accumulation, DDP, clipping by norm and `GradScaler` mean the same as before. Clipping by
-            value and penalties on the weights in the loss do not, and raise an error; no optimizer but the returned one
-            must read these gradients. With `gradient` the gradients stay plain, and the optimizer rotates them, as it
-            does for `Conv1D` in any case. `tokens`, `inputs` and `outputs` are the other orders, for measurements.
+            value and penalties on the weights in the loss do not, and raise an error, as does a step of another
+            optimizer than the returned one. With `gradient` the gradients stay plain, and the optimizer rotates them,
+            as it does for `Conv1D` in any case. `tokens`, `inputs` and `outputs` are the other orders, for
+            measurements.
         rotation_dtype: `torch.bfloat16` rotates gradients in bfloat16 with sums in float32, on hardware that has it. It
             rounds, so that a few of the kept entries differ. None: the dtype of the weights, at least float32.
+        train_rest: whether everything outside the target weights trains that requires a gradient (the paper). False
+            freezes it (`requires_grad=False`), except for `modules_to_save`.
+        modules_to_save: with `train_rest=False`, and then required: the modules that train whole, as in `peft`: names
+            or ends of names, such as `["classifier"]` for a new head; `[]` for none.
+        rest_lr: learning rate of everything outside the target weights; None: `lr`, as in the paper.
+        decay_vectors: whether `weight_decay` acts on parameters with fewer than two dimensions, too, which are biases
+            and normalization. False leaves them out, as transformers' Trainer does.
         progress: shows the progress of the calibration with the remaining time, e.g. `tqdm`; see `calibrate`.
-        **adamw: `betas`, `eps`, `weight_decay`, `fused`, `foreach` of `SparseGradAdamW`. `weight_decay` acts on biases
-            and normalization, too.
+        **adamw: `betas`, `eps`, `weight_decay`, `fused`, `foreach` of `SparseGradAdamW`.
 
     Raises:
         UserError: before any batch is read, for an unknown argument; values out of range; a model without the named
             linears; weights that are frozen, tied, quantized or sharded, or whose gradients an optimizer releases;
-            models that differ between processes; bases that do not fit; or options that engine `fast` does not support
-            (`keep`, `sides`, `moments`, `Conv1D`). During calibration, for too few batches or batches without labels.
+            models that differ between processes; bases that do not fit; `modules_to_save` that do not exist; or options
+            that engine `fast` does not support (`keep`, `sides`, `moments`, `Conv1D`). During calibration, for too few
+            batches or batches without labels.
     """
     if engine == "merged":
         warn_renamed('engine="merged"', 'engine="exact"')
@@ -140,11 +155,14 @@ def prepare(
         moments=moments,
         rotation_order=rotation_order,
         rotation_dtype=rotation_dtype,
+        decay_vectors=decay_vectors,
     )
     _check_arguments(batches, lr, bases, calibration_steps, options)
+    check_rest(train_rest, modules_to_save, rest_lr, decay_vectors)
     _check_engine(model, options)
     model = unwrapped(model)  # names, and back-propagation without DDP's gradient averaging
     linears = _find_linears(model, target_modules, options)
+    rest, saved = outside(model, linears), find_saved(model, modules_to_save or ())
     # Calibration may take minutes: construct a throwaway optimizer first, so that bad options fail before it.
     SparseGradAdamW(model.parameters(), lr=lr, **adamw)
     if bases is None:
@@ -159,8 +177,12 @@ def prepare(
         bases = _fit_bases(bases, linears, sides)
     # Counted first: engine `fast` adds its cores to the model's parameters.
     size = sum(parameter.numel() for parameter in model.parameters())
+    if not train_rest:
+        train_only(model, rest, saved)
     optimizer = SparseGradAdamW(_make_groups(model, linears, bases, options), lr=lr, **adamw)
     optimizer.model_size = size
+    if rest_lr is not None:
+        set_rest_rate(optimizer, rest, rest_lr)
     logger.info("SparseGrad trains:\n%s", describe(optimizer))
     return optimizer
 
@@ -177,7 +199,7 @@ def _refuse_unknown(adamw: Mapping[str, Any]) -> None:
 
 def _check_arguments(batches: Any, lr: Any, bases: Any, calibration_steps: Any, options: _Options) -> None:
     """Check what needs no model."""
-    check_number("lr", lr, above=0)
+    check_rate("lr", lr)
     check_choice("sides", options.sides, SIDES)
     check_choice("moments", options.moments, tuple(MOMENTS))
     if isinstance(batches, Mapping):
@@ -250,7 +272,7 @@ def _make_groups(
     """Set up the engine in the model, and return the optimizer's parameter groups."""
     if options.engine == "fast":
         assert options.density is not None
-        return core_groups(model, use_blocks(model, linears, bases, options.density))
+        return core_groups(model, use_blocks(model, linears, bases, options.density), options.decay_vectors)
     return param_groups(
         model,
         linears,
@@ -259,34 +281,8 @@ def _make_groups(
         density=options.density,
         moments=options.moments,
         rotations=rotate_gradients(linears, bases, order=options.rotation_order, dtype=options.rotation_dtype),
+        decay_vectors=options.decay_vectors,
     )
-
-
-def print_trainable_parameters(optimizer: Any) -> None:
-    """Print one line with what trains and how it is counted, as `peft`'s method of this name does.
-
-    The target weights and everything else are counted apart. Of a target weight, engine `exact` changes a few rotated
-    entries per step, which it selects again in each step; engine `fast` trains a core beside the frozen weight.
-
-    Args:
-        optimizer: what `prepare` returned; it may be wrapped by Accelerate or a Trainer.
-
-    Raises:
-        UserError: for another optimizer, or for the model.
-    """
-    plan = describe(optimizer)
-    counted = "as cores" if any(group.core for group in plan.taken) else "in each step"
-    parts = [f"target weights {_format_share(plan.kept, plan.mlp_size)} {counted}"]
-    if plan.model_size is None:
-        parts += [f"rest {plan.rest:,}", f"together {plan.trainable:,}"]
-    else:
-        parts.append(f"rest {_format_share(plan.rest, plan.model_size - plan.mlp_size)}")
-        parts.append(f"together {_format_share(plan.trainable, plan.model_size)}")
-    print("trainable: " + "; ".join(parts))
-
-
-def _format_share(part: int, whole: int) -> str:
-    return f"{part:,} of {whole:,}" + (f" ({part / whole:.2%})" if whole else "")
 
 
 # The same function under the form of name that peft's LoRA variants have (`create_loraplus_optimizer`).

@@ -192,12 +192,30 @@ def _check_module(name: str, module: nn.Module) -> nn.Linear:
             "itself; load the model in float32 or bfloat16, or use LoRA for a quantized one"
         )
     if is_linear(module):
+        _refuse_reparametrized(name, module)
         return module  # type: ignore[return-value]
     if hasattr(module, "to_linear"):  # a layer of this library, from an earlier `prepare`
         raise UserError(f"{name} is a {type(module).__name__} already: call sparsegrad.to_linears(model) first")
     inside = next((f", such as {name}.{child}" for child, one in module.named_modules() if is_linear(one)), "")
     raise UserError(
         f"{name} is a {type(module).__name__}, not a linear with a weight of its own: name only linears{inside}"
+    )
+
+
+def _refuse_reparametrized(name: str, module: nn.Module) -> None:
+    """Raise `UserError` for a weight that is computed anew from other parameters, such as by `weight_norm`."""
+    if isinstance(module.weight, nn.Parameter):
+        return
+    if nn.utils.parametrize.is_parametrized(module, "weight"):
+        remove = "parametrize.remove_parametrizations(module, 'weight')"
+    else:
+        ways = {"g": "remove_weight_norm(module)", "u": "remove_spectral_norm(module)"}
+        found = (way for end, way in ways.items() if hasattr(module, f"weight_{end}"))
+        remove = next(found, "prune.remove(module, 'weight')")
+    raise UserError(
+        f"{name}.weight is computed from other parameters, as by weight_norm or pruning, and cannot train itself: call "
+        f"torch.nn.utils.{remove} with module=model.get_submodule('{name}') first, or name only the other linears with "
+        "target_modules=[...]"
     )
 
 

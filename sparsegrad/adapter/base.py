@@ -48,11 +48,21 @@ def get_class_name(model: nn.Module) -> str:
     return type(model).__name__.removeprefix("FSDP")
 
 
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model that was compiled, or `model` itself; all functions of one model's adapters refer to this one.
+
+    Raises:
+        UserError: for a model that DDP wraps, whose names have a prefix.
+    """
+    model = unwrap_compiled(model)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise UserError(f"the model is wrapped by {type(model).__name__}: give the plain one, model.module")
+    return model
+
+
 def check_plain(model: nn.Module) -> None:
     """Raise `UserError` for a model that is wrapped or has layers of an engine: its names are not those of the base."""
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise UserError(f"the model is wrapped by {type(model).__name__}: save the plain one, model.module")
-    refuse_layers(model)
+    refuse_layers(plain_model(model))
 
 
 def find_base(model: nn.Module, base: Base | None) -> Base:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from sparsegrad.adapter.base import plain_model
 from sparsegrad.adapter.format import Entry, digest, read_adapter
 from sparsegrad.adapter.hub import find_folder
 from sparsegrad.adapter.merge import MERGED, Adapter, Patch, check_contiguous, mark, named_tensors
@@ -33,7 +34,8 @@ def load_adapter(
     as the weights themselves.
 
     Args:
-        model: the base model, with the weights against which the adapter was saved.
+        model: the base model, with the weights against which the adapter was saved. It may be compiled: what is loaded
+            for the compiled model is loaded for the plain one, and vice versa.
         folder: a folder that `save_adapter` wrote, or a model repository of the Hugging Face hub (`org/name`), which
             needs the package `huggingface_hub`. If there is a folder of that name, it is used.
         adapter_name: a name by which `set_adapter` and `delete_adapter` find the adapter. None: the model does not
@@ -43,9 +45,10 @@ def load_adapter(
 
     Raises:
         UserError: for a folder or repository that is missing, damaged or of another version; a model with other names,
-            shapes, dtypes or base weights (by their sha256); values that are not finite; a name that is in use; or a
-            merged adapter whose weights were trained.
+            shapes, dtypes or base weights (by their sha256), or wrapped by DDP; values that are not finite; a name that
+            is in use; or a merged adapter whose weights were trained.
     """
+    model = plain_model(model)
     if adapter_name is not None:
         _check_new_name(model, adapter_name)
     found = find_folder(folder, revision, token)
@@ -81,6 +84,7 @@ def set_adapter(model: nn.Module, adapter: Adapter | str | None) -> None:
             were trained, which keeps them; if `adapter` cannot be merged, which leaves the base. See `Adapter.merge`
             and `Adapter.unmerge`.
     """
+    model = plain_model(model)
     if isinstance(adapter, str):
         adapter = _find(model, adapter)
     elif adapter is not None and not isinstance(adapter, Adapter):
@@ -98,12 +102,12 @@ def set_adapter(model: nn.Module, adapter: Adapter | str | None) -> None:
 
 def get_adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters that were loaded with an `adapter_name`, by name, in the order of loading."""
-    return dict(_NAMED.get(model, {}))
+    return dict(_NAMED.get(plain_model(model), {}))
 
 
 def active_adapter(model: nn.Module) -> str | None:
     """The name of the merged adapter, or its source if it was loaded without a name; None if the model is the base."""
-    merged = MERGED.get(model)
+    merged = MERGED.get(plain_model(model))
     if merged is None:
         return None
     return merged.source if merged.name is None else merged.name
@@ -118,7 +122,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     adapter = _find(model, adapter_name)
     if adapter.merged:
         adapter.unmerge()
-    del _NAMED[model][adapter_name]
+    del _NAMED[plain_model(model)][adapter_name]
 
 
 @contextmanager
@@ -129,7 +133,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
         UserError: if the merged weights were trained, before the block; after it, if the block changed weights that
             the adapter changes, or merged another adapter.
     """
-    merged = MERGED.get(model)
+    merged = MERGED.get(plain_model(model))
     if merged is not None:
         merged.unmerge()
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from sparsegrad.calibration.loss import Batch, compute_loss
 from sparsegrad.distributed import (
     average_,
     check_same_weights,
+    connected,
     is_managed,
     is_shard,
     refuse_fsdp1,
@@ -55,9 +57,15 @@ def calibrate(
 
     During calibration all parameters except the MLP weights are frozen. No weight changes, and no gradient is kept:
     each is added to the Gram matrices of its kind and released as soon as back-propagation has computed it. Flags,
-    gradients and the train or eval mode are the same after the call as before. Several connected processes
-    (`torch.distributed`) average each gradient first, so that all get the same basis, that of their joint batch. The
-    model may be sharded by FSDP2: each gradient is then gathered for its product, one weight at a time.
+    gradients and the train or eval mode are the same after the call as before.
+
+    All gradients of a kind are stacked. A batch that does not use a weight (LayerDrop, an expert that no token is sent
+    to) adds nothing to the stack, as a gradient of zero would: such a weight counts less in the basis, and a warning
+    tells the numbers.
+
+    Several connected processes (`torch.distributed`) average each gradient first, so that all get the same basis, that
+    of their joint batch. The model may be sharded by FSDP2: each gradient is then gathered for its product, one weight
+    at a time.
 
     Args:
         model: called as `model(**batch)`. The result has a `loss` as attribute or key, or is a tuple whose first item
@@ -81,9 +89,10 @@ def calibrate(
         Layer kind -> `Basis`, in the weights' dtype (float32 for lower precisions) and on the model's device.
 
     Raises:
-        UserError: for too few batches, a batch without loss, a weight without gradient, a gradient that is not finite,
-            a model sharded by FSDP1 or tensor parallelism, a model that differs between processes, a device that does
-            not exist, or weights whose gradients an optimizer releases.
+        UserError: for too few batches, a batch without loss, a weight that gets no gradient (with several processes:
+            not from every batch), a gradient that is not finite, a model sharded by FSDP1 or tensor parallelism, a
+            model that differs between processes, a device that does not exist, or weights whose gradients an optimizer
+            releases.
     """
     progress = progress or track
     check_integer("steps", steps, at_least=1, remedy="the paper uses 30")
@@ -97,14 +106,16 @@ def calibrate(
     refuse_released(weight for group in weights.values() for weight in group)
     grams = {kind: Grams(sides=sides, device=gram_device) for kind in weights}
     device = next(model.parameters()).device
-    with _lean_gradients(found), _collect_gradients(model, weights, grams, freeze=update is None):
+    names = _names_of(model, weights)
+    counts = dict.fromkeys(names, 0)
+    with _lean_gradients(found), _collect_gradients(model, weights, grams, counts, freeze=update is None):
         source = take_batches(batches, steps)
         for _ in progress(range(steps), desc="calibration"):
             compute_loss(model, next(source), device).backward()  # type: ignore[no-untyped-call]
             if update is not None:
                 average_(_other_gradients(model, weights))
                 update()
-    check_counts({kind: sums.count for kind, sums in grams.items()}, found, steps)
+    check_counts({names[weight]: count for weight, count in counts.items()}, steps)
     # `pop` frees the sums of a kind before the next is decomposed.
     return {kind: grams.pop(kind).basis().to(device) for kind in progress(list(grams), desc="decomposition")}
 
@@ -150,20 +161,40 @@ def _prepare_shards(model: nn.Module) -> None:
         refuse_shards(model)  # of tensor parallelism
 
 
-def check_counts(counts: Mapping[str, int], linears: Mapping[str, Collection[Any]], steps: int) -> None:
-    """Raise `UserError` if a weight got no gradient, which is so if the forward pass does not use it.
+def check_counts(counts: Mapping[str, int], steps: int) -> None:
+    """Raise `UserError` for a weight that got no gradient, and warn of those that got fewer than `steps`.
 
     Args:
-        counts: layer kind -> number of gradients.
-        linears: layer kind -> its linears.
+        counts: name of each weight -> number of its gradients.
         steps: number of batches.
     """
-    for kind, found in linears.items():
-        if counts[kind] != steps * len(found):
-            raise UserError(
-                f"calibration got {counts[kind]} gradients of kind {kind}, not {steps} for each of its "
-                f"{len(found)} weights: name only linears that the model's forward pass uses"
-            )
+    if all(count >= steps for count in counts.values()):
+        return
+    fewest = min(counts, key=counts.__getitem__)
+    if not counts[fewest]:
+        raise UserError(
+            f"calibration got no gradient of {fewest} from {steps} batches: name only linears that the model's forward "
+            "pass uses, or give more batches if it uses some of them in few batches only"
+        )
+    fewer = sum(count < steps for count in counts.values())
+    found = (
+        f"calibration got fewer gradients than batches ({steps}) of {fewer} of {len(counts)} weights, the fewest "
+        f"({counts[fewest]}) of {fewest}"
+    )
+    remedy = "if layers are dropped at random (LayerDrop), model.eval() before the calibration uses all of them"
+    if connected():  # which average the gradients of a weight: those of different batches would be mixed up
+        raise UserError(f"{found}, but several processes need all: calibrate in one process; or, {remedy}")
+    warnings.warn(f"{found}: those weights count less in the basis of their kind; {remedy}", stacklevel=3)
+
+
+def _names_of(model: nn.Module, weights: Mapping[str, list[Tensor]]) -> dict[int, str]:
+    """Identity of each weight -> its name in the model; a weight of no model is named by its kind and number."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        id(weight): names.get(id(weight), f"{kind} {number}")
+        for kind, group in weights.items()
+        for number, weight in enumerate(group)
+    }
 
 
 @contextmanager
@@ -191,35 +222,50 @@ def _lean_gradients(linears: Mapping[str, list[nn.Linear]]) -> Iterator[None]:
 
 
 @contextmanager
-def _collect_gradients(
-    model: nn.Module, weights: dict[str, list[Tensor]], grams: dict[str, Grams], freeze: bool
-) -> Iterator[None]:
-    """Inside the context, gradients of `weights` are added to `grams`; on exit all flags and gradients are restored."""
-    # The model's own gradients are set aside, as calibration needs `grad` for its sums.
+def only_trains(model: nn.Module, weights: Iterable[Tensor], *, others: bool = False) -> Iterator[None]:
+    """Inside the context, only `weights` need gradients, and no parameter has one; afterwards all is as before.
+
+    Freezing the rest saves its weight gradients: back-propagation then computes only what is asked for. With `others`
+    the other parameters keep their flags.
+    """
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    wanted = {id(weight) for group in weights.values() for weight in group}
-    # The hooks run during back-propagation, so that the gradients of all weights never exist at the same time.
-    hooks = [
-        weight.register_post_accumulate_grad_hook(_make_hook(grams[kind], freeze))  # type: ignore[no-untyped-call]
-        for kind, group in weights.items()
-        for weight in group
-    ]
+    wanted = {id(weight) for weight in weights}
     try:
         for parameter, flag, _ in before:
-            # Freezing the rest saves its weight gradients: back-propagation then computes only what the hooks need.
-            parameter.requires_grad_(id(parameter) in wanted or (flag and not freeze))
+            parameter.requires_grad_(id(parameter) in wanted or (flag and others))
             parameter.grad = None
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for parameter, flag, grad in before:
             parameter.requires_grad_(flag)
             parameter.grad = grad
 
 
-def _make_hook(sums: Grams, release: bool) -> Callable[[Tensor], None]:
-    """A hook that adds a weight's gradient (out, in) to `sums`, and frees it if `release`."""
+@contextmanager
+def _collect_gradients(
+    model: nn.Module,
+    weights: dict[str, list[Tensor]],
+    grams: dict[str, Grams],
+    counts: dict[int, int],
+    freeze: bool,
+) -> Iterator[None]:
+    """Inside the context, gradients of `weights` are added to `grams`, and counted by the identity of the weight."""
+    # The hooks run during back-propagation, so that the gradients of all weights never exist at the same time.
+    hooks = [
+        weight.register_post_accumulate_grad_hook(_make_hook(grams[kind], counts, id(weight), freeze))  # type: ignore[no-untyped-call]
+        for kind, group in weights.items()
+        for weight in group
+    ]
+    try:
+        with only_trains(model, (weight for group in weights.values() for weight in group), others=not freeze):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _make_hook(sums: Grams, counts: dict[int, int], key: int, release: bool) -> Callable[[Tensor], None]:
+    """A hook that adds a weight's gradient (out, in) to `sums`, counts it, and frees it if `release`."""
 
     def hook(weight: Tensor) -> None:
         assert weight.grad is not None
@@ -228,6 +274,7 @@ def _make_hook(sums: Grams, release: bool) -> Callable[[Tensor], None]:
         if not is_shard(weight.grad):
             average_([weight.grad])
         sums.add(whole(weight.grad))
+        counts[key] += 1
         if release:
             weight.grad = None
 

@@ -14,7 +14,6 @@ only r keeps small.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,10 +22,21 @@ from torch import Tensor, nn
 from sparsegrad.basis import Basis
 from sparsegrad.distributed import is_managed, is_shard, whole
 from sparsegrad.errors import UserError, check_integer
-from sparsegrad.layers.common import check_linear, product_dtype, refuse_second_order
+from sparsegrad.layers.averages import refuse_partial_average
+from sparsegrad.layers.common import (
+    check_linear,
+    core_gradient,
+    factor_change,
+    product_dtype,
+    refuse_second_order,
+    refuse_transforms,
+)
 from sparsegrad.layers.shards import average_shards, check_shards, count_writes, layout_of, new_core, own_part
+from sparsegrad.layers.steps import watch
 from sparsegrad.optim.rounding import add_stochastic
 from sparsegrad.targets import check_updated
+
+_REMEDY = "use engine='exact' with rotation_order='gradient'"
 
 
 class _BlockLinear(torch.autograd.Function):
@@ -41,21 +51,15 @@ class _BlockLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_order("use engine='exact' with rotation_order='gradient'")
+        refuse_second_order(_REMEDY)
         (dy,), (x_r, W, V_c) = grads, ctx.saved_tensors
         # FSDP2 has gathered W again by now. Storing a cast copy between the passes would undo that: it is made twice.
         dx = dy @ W.to(dy.dtype) if ctx.needs_input_grad[0] else None
         db = dy.sum(0) if ctx.needs_input_grad[2] else None
-        dcore = _core_gradient(dy, x_r, V_c).to(ctx.core_dtype) if ctx.needs_input_grad[3] else None
+        dcore = core_gradient(dy, x_r, V_c).to(ctx.core_dtype) if ctx.needs_input_grad[3] else None
         if dcore is not None and ctx.layout is not None:
             dcore = average_shards(dcore, ctx.layout)
         return dx, None, db, dcore, None, None
-
-
-def _core_gradient(dy: Tensor, x_r: Tensor, V_c: Tensor) -> Tensor:
-    """V_c^T dy^T x_r (c, r) from dy (T, out) and x_r (T, r), in the order with fewer multiplications."""
-    (T, r), (m, c) = x_r.shape, V_c.shape
-    return V_c.T @ (dy.T @ x_r) if m * r * (T + c) < T * c * (m + r) else (dy @ V_c).T @ x_r
 
 
 class BlockLinear(nn.Module):
@@ -64,9 +68,8 @@ class BlockLinear(nn.Module):
     The core is an ordinary parameter, so gradient accumulation, clipping, AMP and any optimizer work as usual. Its
     change is merged into W before the next forward pass, which then costs one product. W itself has no gradient.
 
-    The layer detects a change of the core by torch's version counter of in-place writes. Writes through `.data` and
-    those of torch's fused optimizers do not increment it: after a fused step call
-    `torch.autograd.graph.increment_version` on the cores, as `SparseGradAdamW` and `methods.base.adamw` do.
+    The layer detects a change of the core by torch's version counter of in-place writes, and the steps of optimizers
+    that do not increment it (see `sparsegrad.layers.steps`). It does not see writes through `.data`.
 
     W may be sharded by FSDP2 (see `sparsegrad.layers.shards`). The layer then merges its own rows of V_c core U_r^T
     into its own rows of W. This must happen before FSDP2 gathers W, so `merge_shards` does it when a forward pass of
@@ -104,7 +107,7 @@ class BlockLinear(nn.Module):
         check_updated(weight, "the weight of a block")
         for name, size, most in zip(("out", "in"), core_shape, weight.shape, strict=True):
             check_integer(f"{name} directions", size, at_least=1, at_most=most)
-        # At least float32, whatever the weight's dtype, so that small changes of the core are not lost to rounding.
+        # At least float32, whatever the weight's dtype, so that small changes are not lost to rounding.
         self.core = nn.Parameter(new_core(weight, core_shape))
         # The part of the core that W includes already; whole on every process.
         self.register_buffer("merged", torch.zeros(core_shape, dtype=self.core.dtype, device=weight.device))
@@ -113,6 +116,7 @@ class BlockLinear(nn.Module):
         self.register_buffer("in_basis", U[:, : core_shape[1]].contiguous(), persistent=False)
         self.register_buffer("out_basis", V[:, : core_shape[0]].contiguous(), persistent=False)
         self._merged_state = count_writes(self.core)
+        watch(self)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, basis: Basis, core_shape: tuple[int, int]) -> BlockLinear:
@@ -184,12 +188,13 @@ class BlockLinear(nn.Module):
         With shards all processes must call it together; each adds its own rows.
 
         Raises:
-            UserError: while FSDP2 has gathered W: what is added to that copy would be lost.
+            UserError: while FSDP2 has gathered W: what is added to that copy would be lost; or in a partial average.
         """
         # The version counts in-place writes. Comparing values instead would make the CPU wait for the GPU.
         state = count_writes(self.core)
         if state == self._merged_state:
             return
+        refuse_partial_average(self)
         if is_managed(self) and not is_shard(self.weight):
             if whole(self.core).equal(self.merged):  # only the identity of the core has changed
                 return
@@ -208,7 +213,7 @@ class BlockLinear(nn.Module):
         """Add this process's part of V_c (core - merged) U_r^T to its part of W."""
         weight, rows, columns = own_part(self.weight)
         # (rows, k) and (k, columns), with k the shorter side of the core
-        left, right = _factor_change(core - self.merged, self.in_basis[columns], self.out_basis[rows])
+        left, right = factor_change(core - self.merged, self.in_basis[columns], self.out_basis[rows])
         if weight.dtype == torch.bfloat16:
             add_stochastic(weight, left @ right, core)
         else:
@@ -241,11 +246,17 @@ class BlockLinear(nn.Module):
         dtype = product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             W = self.weight if sharded else self._cast_weight(dtype)
-            U_r, V_c = self.in_basis.to(dtype), self.out_basis.to(dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
             tokens = x.reshape(-1, x.shape[-1]).to(dtype)
-            y = _BlockLinear.apply(tokens, W, bias, self.core, U_r, V_c)  # type: ignore[no-untyped-call]
-        return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+            y = self._multiply(tokens, W, bias)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _multiply(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        if not torch.is_grad_enabled():  # spares the products and casts that only a gradient needs
+            return nn.functional.linear(x, W.to(x.dtype), bias)
+        refuse_transforms(_REMEDY)
+        U_r, V_c = self.in_basis.to(x.dtype), self.out_basis.to(x.dtype)
+        return _BlockLinear.apply(x, W, bias, self.core, U_r, V_c)  # type: ignore[no-untyped-call, no-any-return]
 
     def _check_gathered(self) -> None:
         """Check that the weight that FSDP2 has gathered includes the core, and that its policy does not round the core.
@@ -271,23 +282,12 @@ class BlockLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _keep_out_of_compiler()
+        watch(self)
         # A copied core has a new version counter, and the copy may have been made between a step and its merge.
         self._merged_state = ()
 
     def extra_repr(self) -> str:
         return f"in={self.weight.shape[1]}, out={self.weight.shape[0]}, core={tuple(self.core.shape)}"
-
-
-def _factor_change(change: Tensor, U_r: Tensor, V_c: Tensor) -> tuple[Tensor, Tensor]:
-    """V_c change U_r^T as a product of two matrices; the longer side of the core (c, r) is multiplied first."""
-    right, left = U_r.to(change.dtype).T, V_c.to(change.dtype)
-    return (left, change @ right) if change.shape[0] < change.shape[1] else (left @ change, right)
-
-
-def share_bases(layers: Sequence[BlockLinear]) -> None:
-    """Let layers of one basis and one core shape share the same two matrices, which saves memory."""
-    for layer in layers[1:]:
-        layer.in_basis, layer.out_basis = layers[0].in_basis, layers[0].out_basis
 
 
 @functools.cache

@@ -18,7 +18,8 @@ def check_linear(linear: nn.Module, what: str, remedy: str = "use engine exact")
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of `nn.Linear`'s product for input `x`: that of autocast if it is enabled, otherwise that of `x`."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which autocast leaves as it is
+    return torch.get_autocast_dtype(device) if casts else x.dtype
 
 
 def refuse_second_order(remedy: str) -> None:
@@ -31,6 +32,30 @@ def refuse_second_order(remedy: str) -> None:
         raise UserError(
             f"create_graph=True, as for a penalty on gradients, does not work with the layers of this engine: {remedy}"
         )
+
+
+def refuse_transforms(remedy: str) -> None:
+    """Raise `UserError` within a transform of `torch.func`, which needs the parts of a gradient that these layers skip.
+
+    Without a gradient, under `torch.no_grad`, the layers do not call this.
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise UserError(
+            f"torch.func (vmap, grad, jvp), as for gradients per sample, does not work with the layers of this engine: "
+            f"{remedy}"
+        )
+
+
+def core_gradient(dy: Tensor, x_r: Tensor, V_c: Tensor) -> Tensor:
+    """V_c^T dy^T x_r (c, r) from dy (T, out) and x_r (T, r), in the order with fewer multiplications."""
+    (T, r), (m, c) = x_r.shape, V_c.shape
+    return V_c.T @ (dy.T @ x_r) if m * r * (T + c) < T * c * (m + r) else (dy @ V_c).T @ x_r
+
+
+def factor_change(change: Tensor, U_r: Tensor, V_c: Tensor) -> tuple[Tensor, Tensor]:
+    """V_c change U_r^T as a product of two matrices; the longer side of the core (c, r) is multiplied first."""
+    right, left = U_r.to(change.dtype).T, V_c.to(change.dtype)
+    return (left, change @ right) if change.shape[0] < change.shape[1] else (left @ change, right)
 
 
 def core_shape(shape: tuple[int, int], density: float) -> tuple[int, int]:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.layers.common import check_linear, product_dtype, refuse_second_order
+from sparsegrad.layers.common import check_linear, product_dtype, refuse_second_order, refuse_transforms
+from sparsegrad.layers.steps import forget, watch
 from sparsegrad.optim.orders import rotated_gradient
 from sparsegrad.optim.rotation import Rotation
 
+_REMEDY = "give prepare rotation_order='gradient', and leave drop_padding and save_dtype off"
 _PROBE = 16  # leading columns of dy that tell most rows that are not zero; the others are read whole
 
 
@@ -37,7 +39,7 @@ class _LeanLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_order("give prepare rotation_order='gradient', and leave drop_padding and save_dtype off")
+        refuse_second_order(_REMEDY)
         device = grads[0].device.type
         if not torch.is_autocast_enabled(device):
             return _LeanLinear._multiply(ctx, *grads)
@@ -86,6 +88,7 @@ class LeanLinear(nn.Linear):
     drop_padding: bool = False
     save_dtype: torch.dtype | None = None
     rotation: Rotation | None = None
+    _name: str | None = None  # in the model
     _guard: Any = None  # handle of the hook that checks gradients
     _noted: tuple[Tensor, ...] = ()  # gradients of W that the backward pass `_noted_in` has computed so far
     _noted_in: int = -1
@@ -112,6 +115,7 @@ class LeanLinear(nn.Linear):
         rotation: Rotation | None = None,
         drop_padding: bool = False,
         save_dtype: torch.dtype | None = None,
+        name: str | None = None,
     ) -> LeanLinear:
         """Turn `linear` itself into a `LeanLinear`: it keeps its place in the model, its names and its hooks.
 
@@ -119,6 +123,7 @@ class LeanLinear(nn.Linear):
             linear: an `nn.Linear` or a `LeanLinear`.
             rotation: leave rotated gradients in `weight.grad`; None: plain gradients.
             drop_padding, save_dtype: as for the class.
+            name: of `linear` in its model, for messages.
 
         Raises:
             UserError: as for the class; `linear` is unchanged.
@@ -127,21 +132,27 @@ class LeanLinear(nn.Linear):
         _check_options(drop_padding, save_dtype)
         linear.__class__ = cls
         assert isinstance(linear, LeanLinear)
-        linear.drop_padding, linear.save_dtype = drop_padding, save_dtype
+        linear.drop_padding, linear.save_dtype, linear._name = drop_padding, save_dtype, name
         if linear.rotation is not None and linear.rotation is not rotation:
             linear.rotation.replaced = True  # the earlier optimizer must not take these gradients for its own
         linear.rotation = rotation
+        if rotation is not None:
+            watch(linear)
         if linear._guard is None and rotation is not None:
             linear._guard = linear.weight.register_hook(linear._check_gradient)  # type: ignore[no-untyped-call]
         return linear
 
     def restore(self) -> None:
-        """Turn this layer itself back into an `nn.Linear`. The optimizer then rotates its gradients."""
+        """Turn this layer itself back into an `nn.Linear`. The optimizer then rotates its gradients.
+
+        A rotated gradient is deleted: the next optimizer would take it for a plain one.
+        """
         if self.rotation is not None:
-            self.rotation.in_layers = False
+            self.rotation.in_layers, self.weight.grad = False, None
+        forget(self)
         if self._guard is not None:
             self._guard.remove()
-        for name in ("drop_padding", "save_dtype", "rotation", "_guard", "_noted", "_noted_in", "_traced"):
+        for name in ("drop_padding", "save_dtype", "rotation", "_name", "_guard", "_noted", "_noted_in", "_traced"):
             self.__dict__.pop(name, None)
         self.__class__ = nn.Linear  # type: ignore[assignment]
 
@@ -154,8 +165,11 @@ class LeanLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to y (..., out). Under autocast the products use its dtype, as in `nn.Linear`."""
+        if not torch.is_grad_enabled():
+            return self._infer(x)
+        refuse_transforms(_REMEDY)
         dtype, U, V = product_dtype(x), None, None
-        if self.rotation is not None and torch.is_grad_enabled() and self.weight.requires_grad:
+        if self.rotation is not None and self.weight.requires_grad:
             self._refuse_replica()
             basis = self.rotation.for_gradients(self.weight)
             U, V = basis.in_basis, basis.out_basis
@@ -165,6 +179,15 @@ class LeanLinear(nn.Linear):
             bias = None if self.bias is None else self.bias.to(dtype)
             y = _LeanLinear.apply(tokens, self.weight, bias, U, V, self)  # type: ignore[no-untyped-call]
         return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+
+    def _infer(self, x: Tensor) -> Tensor:
+        """y without a gradient, by the product of `nn.Linear`: autocast casts its weight once, not in each call."""
+        W: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if not torch.is_autocast_enabled(x.device.type):  # which remembers the casts of parameters alone
+            W, bias = W.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        y = nn.functional.linear(x.reshape(-1, x.shape[-1]), W, bias)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _refuse_replica(self) -> None:
         """Raise `UserError` in a copy that `nn.DataParallel` makes, whose gradients the original could not check."""
@@ -203,13 +226,18 @@ class LeanLinear(nn.Linear):
     def note(self, gradient: Tensor) -> None:
         """Remember a gradient of this backward pass for `_check_gradient`."""
         if self._guard is not None and not torch.compiler.is_compiling():
-            # Those of an earlier pass are left where it did not ask for the weight's gradient, as `autograd.grad` for
-            # an input: then no hook has run.
             task = torch._C._current_graph_task_id()
+            if task != self._noted_in:
+                # Where a pass does not ask for the weight's gradient, as `autograd.grad` for an input, no hook runs.
+                torch.autograd.Variable._execution_engine.queue_callback(self._forget_noted)
             earlier = self._noted if task == self._noted_in else ()
             # An alias: while it exists, autograd adds other gradients into a new tensor instead of this one. Two are
             # enough to know that there were several.
             self._noted, self._noted_in = (*earlier, gradient.detach())[:2], task
+
+    def _forget_noted(self) -> None:
+        """Let go of what a backward pass noted, when it ends."""
+        self._noted, self._noted_in = (), -1
 
     def _check_gradient(self, gradient: Tensor) -> None:
         """Hook on the weight: raise `UserError` if `gradient` (out, in) has a part that this layer did not compute.
@@ -222,10 +250,19 @@ class LeanLinear(nn.Linear):
             return
         if not noted or noted[0].data_ptr() != gradient.data_ptr():
             raise UserError(
-                f"a weight {tuple(self.weight.shape)} has a gradient that its linear did not compute, such as of a "
+                f"{self.describe_weight()} has a gradient that its linear did not compute, such as of a "
                 "penalty on the weight in the loss, or changed by a hook; it cannot be added to a rotated one: use "
                 "weight_decay=, or give rotation_order='gradient'"
             )
+
+    def describe_weight(self) -> str:
+        """The weight for a message: by its name in the model, if it is known."""
+        return f"a weight {tuple(self.weight.shape)}" if self._name is None else f"{self._name}.weight"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.rotation is not None:
+            watch(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the hook, which neither a copy nor a file can have."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from sparsegrad.basis import Basis
 from sparsegrad.distributed import is_managed, is_shard, reshard
 from sparsegrad.errors import UserError
-from sparsegrad.layers.block import BlockLinear, share_bases
+from sparsegrad.layers.block import BlockLinear
 from sparsegrad.layers.common import check_linear, core_shape
 from sparsegrad.layers.lean import LeanLinear
 from sparsegrad.layers.rotated import SparseGradLinear
@@ -56,6 +56,12 @@ def use_blocks(model: nn.Module, linears: Linears, bases: Mapping[str, Basis], d
     # gathered the root's parameters, but those of no block.
     model.register_forward_pre_hook(merge_shards, prepend=True)
     return blocks
+
+
+def share_bases(layers: Sequence[BlockLinear]) -> None:
+    """Let layers of one basis and one core shape share the same two matrices, which saves memory."""
+    for layer in layers[1:]:
+        layer.in_basis, layer.out_basis = layers[0].in_basis, layers[0].out_basis
 
 
 def _make_block(linear: nn.Linear, basis: Basis, core: tuple[int, int]) -> BlockLinear:
@@ -114,12 +120,12 @@ def rotate_gradients(
     for kind, found in linears.items():
         rotation = rotations[kind] = _find_rotation(found.values(), Rotation(bases[kind], order, dtype))
         rotation.in_layers = order != "gradient" and all(map(computes_gradient, found.values()))
-        for linear in found.values():
+        for name, linear in found.items():
             linear.weight.grad = None  # of an earlier pass, in whatever space: it must not be added to the next ones
             if rotation.in_layers or drop_padding or save_dtype is not None:
                 check_linear(linear, "a lean linear", "leave drop_padding and save_dtype off")
                 own = rotation if rotation.in_layers else None
-                LeanLinear.convert(linear, rotation=own, drop_padding=drop_padding, save_dtype=save_dtype)
+                LeanLinear.convert(linear, rotation=own, drop_padding=drop_padding, save_dtype=save_dtype, name=name)
             elif isinstance(linear, LeanLinear):  # of an earlier call
                 linear.restore()
     return rotations

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.layers.common import check_linear, product_dtype, refuse_second_order
+from sparsegrad.layers.common import check_linear, product_dtype, refuse_second_order, refuse_transforms
 from sparsegrad.layers.sparse_matmul import sparse_dense_matmul
 from sparsegrad.optim.selection import count_kept, top_k_index
 
+_REMEDY = "use engine='exact' with rotation_order='gradient'"
 BACKWARDS = ("regular", "sparse_dense")
 
 
@@ -32,7 +33,7 @@ class _RotatedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_order("use engine='exact' with rotation_order='gradient'")
+        refuse_second_order(_REMEDY)
         x_rotated, weight, U, V = ctx.saved_tensors
         dy_rotated = ctx.matmul(grads[0], V)  # (tokens, out)
         dx = ctx.matmul(dy_rotated, weight.to(U.dtype)) @ U.T if ctx.needs_input_grad[0] else None
@@ -56,7 +57,8 @@ class SparseGradLinear(nn.Module):
     """A linear layer that computes the same function as an `nn.Linear`, with a sparse gradient in the rotated space.
 
     The forward pass is y = x U W~^T V^T + b with W~ = V^T W U. The gradient of `rotated_weight` is a sparse COO tensor
-    with `keep` entries: train it with `SparseGradAdamW` or `torch.optim.SparseAdam`.
+    with `keep` entries: train it with `SparseGradAdamW` or `torch.optim.SparseAdam`. Torch has no norm of such
+    gradients, so `clip_grad_norm_` fails; use engine `exact` where gradients are clipped.
 
     All blocks share the bases, which are fixed, so they are not part of the state dict. The parameter is called
     `rotated_weight`, so that no ordinary linear loads it by mistake. `to_linear` returns the ordinary linear.
@@ -144,6 +146,8 @@ class SparseGradLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to y (..., out). Under autocast the products use its dtype, as in `nn.Linear`."""
+        if torch.is_grad_enabled():
+            refuse_transforms(_REMEDY)
         dtype = product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             tokens, U, V = x.reshape(-1, x.shape[-1]).to(dtype), self.in_basis.to(dtype), self.out_basis.to(dtype)

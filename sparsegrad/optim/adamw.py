@@ -16,10 +16,19 @@ from torch import Tensor
 
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, warn_renamed
-from sparsegrad.optim.group_checks import check_group, check_hyperparameters, check_saved, is_sparse
+from sparsegrad.optim.finite import all_finite
+from sparsegrad.optim.group_checks import (
+    check_group,
+    check_hyperparameters,
+    check_implemented,
+    check_saved,
+    is_sparse,
+)
+from sparsegrad.optim.groups import with_names
 from sparsegrad.optim.release import Release
 from sparsegrad.optim.scratch import Scratch
 from sparsegrad.optim.selection import Selection, select, together
+from sparsegrad.optim.torch_step import unwrap_step
 from sparsegrad.optim.updates import apply
 from sparsegrad.precision import without_autocast
 
@@ -34,14 +43,17 @@ class SparseGradAdamW(torch.optim.AdamW):
     where rotation makes no difference; with fixed positions in the state it acts on these entries alone. Weights in
     bfloat16 are rounded stochastically, so that small updates add up.
 
-    A step in which any kept entry is not finite changes neither weights nor moments nor step counts. It is counted in
-    `skipped_steps`.
+    A step in which any kept entry, or any gradient of a plain group, is not finite changes neither weights nor moments
+    nor step counts of any group. It is counted in `skipped_steps`. On a GPU this is decided without waiting for it,
+    if `fused=True` or there are no plain groups; otherwise the CPU waits once per step, before the plain groups.
 
     Args:
         params: parameters or groups. A group may hold `basis: Basis`, `keep: int` or `density: float`, and `moments`:
             `dense` (the method) or `support` (compact, not exact; see `sparsegrad.optim.moments`); and `rotation`, from
-            `rotate_gradients`, if the layers compute rotated gradients.
-        lr, betas, eps, weight_decay: as for `torch.optim.AdamW`, but with the paper's default weight decay of 0.
+            `rotate_gradients`, if the layers compute rotated gradients. `maximize` means the same as in torch.
+            `amsgrad`, `capturable` and `differentiable` are for plain groups.
+        lr, betas, eps, weight_decay: as for `torch.optim.AdamW`, but with the paper's default weight decay of 0. `lr`
+            may be 0, for a schedule that sets it, or a scalar tensor.
         fused, foreach: implementation of AdamW for the plain groups.
 
     Raises:
@@ -51,7 +63,7 @@ class SparseGradAdamW(torch.optim.AdamW):
 
     # Defaults on the class, because torch restores a copied or unpickled optimizer without these attributes.
     _skipped: Tensor | int = 0
-    _finite: Tensor | None = None  # whether all kept entries of the current step so far are finite
+    _finite: Tensor | None = None  # whether all gradients of the current step so far are finite
     _scratch: Scratch | None = None  # buffers of the current step
     _release: Release | None = None  # of `release_gradients`
     model_size: int | None = None  # parameters of the model as it was given to `prepare`, frozen ones included
@@ -59,7 +71,7 @@ class SparseGradAdamW(torch.optim.AdamW):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -73,14 +85,18 @@ class SparseGradAdamW(torch.optim.AdamW):
         self._step_supports_amp_scaling = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; see the class for its keys.
+        """Add a group, such as layers that are unfrozen later; see the class for its keys.
+
+        Its parameters may come without names, whether those of the other groups have names or not.
 
         Raises:
             UserError: for a weight or a value that is not allowed; the group is not added.
         """
         group = {"basis": None, "keep": None, "density": None, "moments": "dense", "rotation": None, **param_group}
-        super().add_param_group(group)  # first: it turns parameters of any form into a list
+        super().add_param_group(with_names(group, self.param_groups))  # first: it makes parameters of any form a list
+        group = self.param_groups[-1]
         try:
+            check_hyperparameters(*(group[name] for name in ("lr", "betas", "eps", "weight_decay")))
             if is_sparse(group):
                 check_group(group)
             elif group["basis"] is not None:
@@ -91,7 +107,7 @@ class SparseGradAdamW(torch.optim.AdamW):
 
     @property
     def skipped_steps(self) -> int:
-        """Number of steps that changed nothing because a kept entry of a gradient was not finite."""
+        """Number of steps that changed nothing because a gradient was not finite; a kept entry of a SparseGrad one."""
         return int(self._skipped)
 
     @property
@@ -161,8 +177,8 @@ class SparseGradAdamW(torch.optim.AdamW):
         """Update every parameter that has a gradient; `closure` as in every torch optimizer.
 
         Raises:
-            UserError: for a rotated gradient that was clipped by value, a sharded weight, or layers whose gradients
-                another optimizer rotates; nothing has changed.
+            UserError: for a rotated gradient that was clipped by value, a sharded weight, layers whose gradients
+                another optimizer rotates, or a group with an option that SparseGrad lacks; nothing has changed.
         """
         loss = None
         if closure is not None:
@@ -174,9 +190,13 @@ class SparseGradAdamW(torch.optim.AdamW):
     @without_autocast
     def _update_all(self) -> None:
         sparse = [group for group in self.param_groups if is_sparse(group)]
+        for group in sparse:
+            check_implemented(group)  # somebody may have changed it
         # Select everything first: a value that is not finite anywhere must stop the update of every weight.
         batches = [(group, weights) for group in sparse for weights in together(group["params"])]
-        self._update([select(group, weights, self.state, self._buffers()) for group, weights in batches])
+        selections = [select(group, weights, self.state, self._buffers()) for group, weights in batches]
+        self._require(all_finite(self._plain_gradients()))
+        self._update(selections)
         self._step_plain()
         if self._finite is not None:
             self._skipped = self._skipped + (~self._finite).int()
@@ -185,16 +205,25 @@ class SparseGradAdamW(torch.optim.AdamW):
             self._release.updated.clear()
 
     def _update(self, selections: list[Selection]) -> None:
-        """Move the selected weights if all kept entries of this step are finite.
+        """Move the selected weights if all gradients of this step are finite.
 
         The decision stays a tensor on the device: reading it on the host would make the CPU wait for the GPU.
         """
         for selection in selections:
-            finite = selection.values.isfinite().all()
-            self._finite = finite if self._finite is None else self._finite & finite.to(self._finite.device)
+            self._require(selection.values.isfinite().all())
         for selection in selections:
             states = [self.state[weight] for weight in selection.weights]
             apply(selection, states, self._finite.to(selection.values.device), self._buffers())  # type: ignore[union-attr]
+
+    def _require(self, finite: Tensor | None) -> None:
+        """Let the current step change nothing unless `finite`, too."""
+        if finite is not None:
+            self._finite = finite if self._finite is None else self._finite & finite.to(self._finite.device)
+
+    def _plain_gradients(self) -> list[Tensor]:
+        plain = [group for group in self.param_groups if not is_sparse(group)]
+        found = (weight.grad for group in plain for weight in group["params"])
+        return [gradient for gradient in found if gradient is not None]
 
     def _buffers(self) -> Scratch:
         """The buffers of this step, made when the first weight needs them."""
@@ -203,11 +232,11 @@ class SparseGradAdamW(torch.optim.AdamW):
         return self._scratch
 
     def _step_plain(self) -> None:
-        """AdamW's own step for the plain groups, skipped if a kept entry was not finite.
+        """AdamW's own step for the plain groups, skipped if a gradient was not finite.
 
         A fused step is skipped on the device, through `found_inf`. Otherwise the host has to read the flag.
         """
-        groups, finite, step = self.param_groups, self._finite, _unwrap_step(torch.optim.AdamW.step)
+        groups, finite, step = self.param_groups, self._finite, unwrap_step(torch.optim.AdamW.step)
         # AdamW's step processes all of `param_groups`: hide the SparseGrad groups for the duration of the call.
         self.param_groups = [group for group in groups if not is_sparse(group)]
         try:
@@ -265,14 +294,3 @@ class SparseGradAdamW(torch.optim.AdamW):
             for weight, index in zip(group["params"], saved["params"], strict=True):
                 for name, value in state_dict["state"].get(index, {}).items():
                     self.state[weight][name] = value.to(weight.device, copy=True)
-
-
-def _unwrap_step(step: Callable[..., Any]) -> Callable[..., Any]:
-    """AdamW's step without torch's wrapper.
-
-    torch wraps the `step` of a class when the first instance is created. The wrapper calls step hooks, which the
-    wrapper of the subclass has already called.
-    """
-    while getattr(step, "hooked", False):
-        step = step.__wrapped__  # type: ignore[attr-defined]
-    return step

@@ -5,12 +5,16 @@ from __future__ import annotations
 from itertools import repeat
 from typing import Any
 
+from torch import Tensor
+
 from sparsegrad.distributed import is_shard, shards_error
 from sparsegrad.errors import UserError, check_choice, check_number, fail
 from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.optim.selection import count_kept
 from sparsegrad.targets import check_updated
 
+# Options of AdamW's groups with the value that a SparseGrad group must have.
+_NOT_IMPLEMENTED = {"amsgrad": False, "capturable": False, "differentiable": False, "decoupled_weight_decay": True}
 _SAME_DIRECTION = 0.02  # at most: what bases of the same calibration differ by, even in bfloat16
 
 
@@ -21,7 +25,7 @@ def is_sparse(group: dict[str, Any]) -> bool:
 
 def check_hyperparameters(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
     """Check that the hyperparameters are in range."""
-    check_number("lr", lr, above=0)
+    check_rate("lr", lr)
     check_number("eps", eps, at_least=0)
     check_number("weight_decay", weight_decay, at_least=0)
     if not isinstance(betas, tuple | list) or len(betas) != 2:
@@ -30,8 +34,24 @@ def check_hyperparameters(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> N
         check_number("betas", beta, at_least=0, below=1)
 
 
+def check_rate(name: str, value: Any) -> None:
+    """Check a learning rate: a number or a scalar tensor; 0 is allowed, because a schedule may set it later."""
+    check_number(name, value.item() if isinstance(value, Tensor) and value.dim() == 0 else value, at_least=0)
+
+
+def check_implemented(group: dict[str, Any]) -> None:
+    """Check that a SparseGrad group has no option of AdamW that would have no effect."""
+    for name, value in _NOT_IMPLEMENTED.items():
+        if group.get(name, value) != value:
+            raise UserError(
+                f"{name}={group[name]} has no effect on SparseGrad weights: set group[{name!r}] = {value} in the "
+                "groups with keep or density"
+            )
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Check that every weight is a matrix, fits the basis and has enough entries."""
+    check_implemented(group)
     check_choice("moments", group["moments"], tuple(MOMENTS))
     for weight, name in zip(group["params"], group.get("param_names") or repeat("a weight"), strict=False):
         if is_shard(weight):

@@ -10,6 +10,7 @@ from torch import nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.distributed import is_shard
+from sparsegrad.optim.rest import rest_groups
 from sparsegrad.optim.rotation import Rotation
 from sparsegrad.targets import Linears
 
@@ -27,6 +28,7 @@ def param_groups(
     density: float | None = None,
     moments: str = "dense",
     rotations: Mapping[str, Rotation] | None = None,
+    decay_vectors: bool = True,
 ) -> list[dict[str, Any]]:
     """Groups for `SparseGradAdamW`: one per layer kind, and one for everything else that requires a gradient.
 
@@ -38,6 +40,7 @@ def param_groups(
         bases: layer kind -> basis; None for no rotation.
         keep, density, moments: as for `SparseGradAdamW`.
         rotations: layer kind -> how its gradients are rotated, from `rotate_gradients`; None: by the optimizer.
+        decay_vectors: whether weight decay acts on biases and normalization, too: see `prepare`.
     """
     named, rest = _split_parameters(
         model, {kind: [one.weight for one in found.values()] for kind, found in linears.items()}
@@ -54,10 +57,12 @@ def param_groups(
         }
         for kind in linears
     ]
-    return [*groups, {"params": rest}] if rest else groups
+    return [*groups, *rest_groups(rest, decay_vectors)]
 
 
-def core_groups(model: nn.Module, blocks: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def core_groups(
+    model: nn.Module, blocks: Mapping[str, Mapping[str, Any]], decay_vectors: bool = True
+) -> list[dict[str, Any]]:
     """Groups of plain AdamW for engine `fast`: the cores of each layer kind, and everything else that trains.
 
     Each group holds (name, parameter) pairs. Groups of cores have a `kind` and the `weight_shape` (out, in) of their
@@ -66,6 +71,7 @@ def core_groups(model: nn.Module, blocks: Mapping[str, Mapping[str, Any]]) -> li
     Args:
         model: the model that holds `blocks`.
         blocks: layer kind -> module name -> `BlockLinear`.
+        decay_vectors: as for `param_groups`.
     """
     named, rest = _split_parameters(
         model, {kind: [layer.core for layer in found.values()] for kind, found in blocks.items()}
@@ -77,7 +83,20 @@ def core_groups(model: nn.Module, blocks: Mapping[str, Mapping[str, Any]]) -> li
         | ({} if is_shard(layer.core) else {"directions": _describe_directions(layer)})
         for kind, layer in first.items()
     ]
-    return [*groups, {"params": rest}] if rest else groups
+    return [*groups, *rest_groups(rest, decay_vectors)]
+
+
+def with_names(group: dict[str, Any], others: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """`group`, with numbered names if its parameters have none and those of `others` have: torch mixes neither."""
+    others = list(others)
+    parameters = group["params"]
+    if "param_names" in group or isinstance(parameters, set) or not any("param_names" in other for other in others):
+        return group
+    listed = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    if any(isinstance(one, tuple) for one in listed):
+        return {**group, "params": listed}
+    first = sum(len(other["params"]) for other in others)
+    return {**group, "params": listed, "param_names": [f"unnamed.{first + number}" for number in range(len(listed))]}
 
 
 def _describe_directions(layer: Any) -> list[float]:

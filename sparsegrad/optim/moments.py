@@ -56,7 +56,8 @@ def support_moments(
 
     An entry that has not been kept for a long time loses its moments and starts again as a new one. So each entry has
     its own age, which replaces the step count in Adam's bias correction. At a density of 1 % this uses a tenth of the
-    memory of the dense moments.
+    memory of the dense moments. If `keep` or `density` of the group changes, so does the number of slots: the entries
+    that were used last keep theirs.
 
     Args and return value as for `dense_moments`, but a state holds `step` and, per slot, `index` (sorted), `exp_avg`,
     `exp_avg_sq`, `age` (number of updates) and `used` (the step of the last update).
@@ -135,10 +136,31 @@ def _are_rows(parts: Sequence[Tensor | None], size: int, device: torch.device) -
 
 def _load_slots(states: Sequence[State], slots: int, like: Tensor) -> dict[str, Tensor]:
     """The slots of all states as tensors (count, slots); those of a new state are empty."""
+    for state in states:
+        if "index" in state and len(state["index"]) != slots:
+            _resize(state, slots)
     whole = like.new_empty(0, dtype=torch.int32)
     moments = {name: _stack_rows(states, name, slots, like) for name in ("exp_avg", "exp_avg_sq")}
     counts = {name: _stack_rows(states, name, slots, whole) for name in ("age", "used")}
     return {"index": _stack_rows(states, "index", slots, whole, _EMPTY), **moments, **counts}
+
+
+def _resize(state: State, slots: int) -> None:
+    """Give a state another number of slots, as after a change of the density: fewer keep the most recent entries."""
+    index, used = state["index"], state["used"]
+    chosen = _rank(used, index).topk(min(slots, len(index)), sorted=False).indices.sort().values
+    for name, fill in (("index", _EMPTY), ("exp_avg", 0), ("exp_avg_sq", 0), ("age", 0), ("used", 0)):
+        resized = state[name].new_full((slots,), fill)
+        resized[: len(chosen)] = state[name][chosen]
+        state[name] = resized
+
+
+def _rank(used: Tensor, position: Tensor) -> Tensor:
+    """Numbers by which slots are kept: the most recent, and of those the ones of the lowest positions.
+
+    Devices would choose differently among equal numbers.
+    """
+    return (used.long() << 32) - position
 
 
 def _store_latest(
@@ -156,10 +178,8 @@ def _store_latest(
     replaced = torch.zeros_like(old["used"]).scatter_add_(1, place, known.int())
     stale = old["used"].masked_fill(replaced > 0, -1)
     slots = old["index"].shape[1]
-    # Among equally recent entries those of the lowest positions, as devices would choose differently.
     position = torch.cat([old["index"], new["index"]], 1)
-    recency = (torch.cat([stale, new["used"]], 1).long() << 32) - position
-    chosen = recency.topk(slots, sorted=False).indices
+    chosen = _rank(torch.cat([stale, new["used"]], 1), position).topk(slots, sorted=False).indices
     merged = {name: torch.cat([old[name], new[name]], 1).gather(1, chosen) for name in old}
     order = merged["index"].argsort(1)
     for name, tensor in merged.items():

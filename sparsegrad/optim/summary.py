@@ -121,3 +121,30 @@ def _summarize_group(group: dict[str, Any]) -> Taken:
         return Taken(group["kind"], names, group["weight_shape"], weight.numel(), (weight.shape[0], weight.shape[1]))
     kept = count_kept(weight.shape, keep=group["keep"], density=group["density"])
     return Taken(group["kind"], tuple(group["param_names"]), (weight.shape[0], weight.shape[1]), kept)
+
+
+def print_trainable_parameters(optimizer: Any) -> None:
+    """Print one line with what trains and how it is counted, as `peft`'s method of this name does.
+
+    The target weights and everything else are counted apart. Of a target weight, engine `exact` changes a few rotated
+    entries per step, which it selects again in each step; engine `fast` trains a core beside the frozen weight.
+
+    Args:
+        optimizer: what `prepare` returned; it may be wrapped by Accelerate or a Trainer.
+
+    Raises:
+        UserError: for another optimizer, or for the model.
+    """
+    plan = describe(optimizer)
+    counted = "as cores" if any(group.core for group in plan.taken) else "in each step"
+    parts = [f"target weights {_format_share(plan.kept, plan.mlp_size)} {counted}"]
+    if plan.model_size is None:
+        parts += [f"rest {plan.rest:,}", f"together {plan.trainable:,}"]
+    else:
+        parts.append(f"rest {_format_share(plan.rest, plan.model_size - plan.mlp_size)}")
+        parts.append(f"together {_format_share(plan.trainable, plan.model_size)}")
+    print("trainable: " + "; ".join(parts))
+
+
+def _format_share(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,}" + (f" ({part / whole:.2%})" if whole else "")

@@ -37,7 +37,8 @@ def apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor, sc
     index, size = selection.index, shape.numel()
     if "positions" in states[0]:  # always the same entries: only they have moments, in their own order
         index, size = torch.arange(index.shape[1], device=index.device).expand_as(index), index.shape[1]
-    change = update(states, index, selection.values, size, group, finite)  # (count, k)
+    values = -selection.values if group.get("maximize") else selection.values
+    change = update(states, index, values, size, group, finite)  # (count, k)
     rate = group["lr"] * group["weight_decay"] * finite if group["weight_decay"] else None
     if rate is not None and "positions" in states[0]:
         change, rate = change - rate * _read_entries(selection, change.dtype), None

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from sparsegrad.distributed import world_size
 from sparsegrad.errors import UserError, fail
 from sparsegrad.methods.base import Context, Prepared, freeze
 from sparsegrad.models.loading import describe_tokenizer
+from sparsegrad.optim.rest import outside, set_rest_rate
 from sparsegrad.runs.basis_cache import BasisStore
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.parts import Parts
 from sparsegrad.runs.trainer_setup import training_batches
-from sparsegrad.targets import Linears, all_linears
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.bfloat16 import fast_bfloat16
 from sparsegrad.trainer.parallel import shard_model
@@ -38,7 +37,7 @@ def prepare_method(
         shard_model(model, device)
     # Weights of two precisions in one model need autocast, in the calibration too.
     mixed = config.train.precision == "bf16_weights"
-    rest = _outside_mlp(model, parts.linears)
+    rest = outside(model, parts.linears)
     fast = fast_bfloat16(device) if config.multiplies_bfloat16 else nullcontext()
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed), fast:
         prepared = config.method.prepare(model, parts.linears, context)
@@ -71,29 +70,6 @@ def _suggest_unmerged(config: RunConfig) -> str:
     if config.train.train_rest:
         return "set train.train_rest=false and save_adapter=peft, or save nothing"
     return "save nothing (save_adapter=null save_model=false)"
-
-
-def _outside_mlp(model: nn.Module, linears: Linears) -> set[int]:
-    """The parameters outside the MLP weights, by identity; what a method adds for the MLP is not among them."""
-    weights = {id(linear.weight) for linear in all_linears(linears)}
-    return {id(parameter) for parameter in model.parameters() if id(parameter) not in weights}
-
-
-def set_rest_rate(optimizer: torch.optim.Optimizer, rest: set[int], lr: float) -> None:
-    """Give the parameters of `rest` a learning rate of their own; groups that hold others too are split.
-
-    Call it before the first step and before a schedule is made.
-    """
-    for group in list(optimizer.param_groups):
-        mine = [parameter for parameter in group["params"] if id(parameter) in rest]
-        if not mine:
-            continue
-        if len(mine) == len(group["params"]):
-            group["lr"] = lr
-            continue
-        settings = {name: value for name, value in group.items() if name not in ("params", "param_names", "lr")}
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in rest]
-        optimizer.add_param_group({**settings, "params": mine, "lr": lr})
 
 
 def _make_context(config: RunConfig, parts: Parts, store: BasisStore) -> Context:

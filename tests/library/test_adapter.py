@@ -165,7 +165,7 @@ def test_a_place_that_cannot_be_written_is_named(trained: Trained, tmp_path: Pat
 
 def test_a_wrapped_model_is_refused_with_its_plain_name(trained: Trained, tmp_path: Path) -> None:
     base, model, optimizer = trained
-    with pytest.raises(UserError, match=r"wrapped by DataParallel: save the plain one, model\.module"):
+    with pytest.raises(UserError, match=r"wrapped by DataParallel: give the plain one, model\.module"):
         save_adapter(nn.DataParallel(model), tmp_path, base, optimizer)
 
 

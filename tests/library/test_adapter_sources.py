@@ -14,7 +14,17 @@ from model_states import bits, has_bits
 from torch import nn
 from toy_models import toy_batches, toy_model
 
-from sparsegrad import UserError, load_adapter, prepare, save_adapter
+from sparsegrad import (
+    UserError,
+    active_adapter,
+    delete_adapter,
+    disable_adapter,
+    get_adapters,
+    load_adapter,
+    prepare,
+    save_adapter,
+    set_adapter,
+)
 from sparsegrad.adapter.format import FACTS
 
 
@@ -36,6 +46,31 @@ def test_names_and_an_optimizer_together_are_refused(tmp_path: Path) -> None:
     model = changed(base)
     with pytest.raises(UserError, match=r"target_modules=\['1'\] and optimizer=: give one"):
         save_adapter(model, tmp_path, base, Prepared(model[0].weight), target_modules=["1"])
+
+
+def test_what_is_loaded_for_a_compiled_model_is_loaded_for_the_plain_one(tmp_path: Path) -> None:
+    base = own_model()
+    model = changed(base)
+    save_adapter(model, tmp_path, base, target_modules=["0"])
+    fresh = copy.deepcopy(base)
+    compiled = torch.compile(fresh, backend="eager")
+    adapter = load_adapter(compiled, tmp_path, "film")
+    assert list(get_adapters(compiled)) == list(get_adapters(fresh)) == ["film"]
+    set_adapter(compiled, adapter)
+    assert (active_adapter(compiled), active_adapter(fresh)) == ("film", "film")
+    assert has_bits(fresh, bits(model))
+    with disable_adapter(compiled):
+        assert has_bits(fresh, bits(base))
+    delete_adapter(compiled, "film")
+    assert has_bits(fresh, bits(base))
+
+
+@pytest.mark.parametrize("call", [get_adapters, active_adapter, lambda model: set_adapter(model, None),
+                                  lambda model: load_adapter(model, "."), lambda model: delete_adapter(model, "film"),
+                                  lambda model: disable_adapter(model).__enter__()])  # fmt: skip
+def test_adapters_of_a_wrapped_model_are_refused(call: Any) -> None:
+    with pytest.raises(UserError, match=r"wrapped by DataParallel: give the plain one, model\.module"):
+        call(nn.DataParallel(nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1e-3])

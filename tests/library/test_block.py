@@ -8,9 +8,9 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from sparsegrad import UserError
-from sparsegrad.layers.block import BlockLinear, _core_gradient, share_bases
-from sparsegrad.layers.common import core_shape
-from sparsegrad.layers.replace import use_blocks
+from sparsegrad.layers.block import BlockLinear
+from sparsegrad.layers.common import core_gradient, core_shape
+from sparsegrad.layers.replace import share_bases, use_blocks
 
 OUT, IN, CORE = 11, 7, (4, 3)
 
@@ -132,7 +132,7 @@ def test_the_core_gradient_is_the_same_in_either_order() -> None:
     dy, x_r = torch.randn(T, m, dtype=torch.float64), torch.randn(T, r, dtype=torch.float64)
     for c in (1, 2, 11, 12):
         V_c = torch.randn(m, c, dtype=torch.float64)
-        assert torch.allclose(_core_gradient(dy, x_r, V_c), (dy @ V_c).T @ x_r, atol=1e-12)
+        assert torch.allclose(core_gradient(dy, x_r, V_c), (dy @ V_c).T @ x_r, atol=1e-12)
 
 
 def test_autocast_does_not_round_what_is_merged(linear, basis) -> None:

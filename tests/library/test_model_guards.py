@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from toy_models import Conv1D
 
 from sparsegrad import Basis, SparseGradLinear, UserError, calibrate, find_mlp, prepare
@@ -31,6 +33,27 @@ def test_a_linear_under_two_kinds_is_named_with_both() -> None:
 
 def test_a_list_that_names_a_linear_twice_takes_it_once() -> None:
     assert {kind: list(linears) for kind, linears in find_mlp(network(), ["fc1", "fc1"]).items()} == {"fc1": ["fc1"]}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize(
+    "change",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+    ],
+)
+def test_a_weight_that_is_computed_from_others_is_refused_and_the_remedy_works(change: Callable[..., Any]) -> None:
+    model = network()
+    change(model.fc1)
+    with pytest.raises(UserError, match=r"^fc1\.weight is computed from other parameters") as caught:
+        find_mlp(model, ["fc1", "fc2"])
+    found = re.search(r"call (\S+\(module.*?\)) with module=(.*) first", str(caught.value))
+    assert found is not None
+    eval(found[1], {"torch": torch, "module": eval(found[2], {"model": model})})
+    assert list(find_mlp(model, ["fc1", "fc2"])) == ["fc1", "fc2"]
 
 
 @pytest.mark.parametrize("sides", ["in", "out", "small"])

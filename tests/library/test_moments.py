@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad import Basis, SparseGradAdamW, UserError, hosvd
+from sparsegrad.optim.finite import all_finite
 
 SHAPE = (12, 8)
 
@@ -149,10 +150,13 @@ def test_moments_of_the_other_kind_are_refused() -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("moments", ["dense", "support"])
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("place", "poison"), [(1, float("nan")), (1, float("inf")), (3, float("nan")), (3, -float("inf"))]
+)
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
-    moments: str, fused: bool, poison: float
+    moments: str, fused: bool, place: int, poison: float
 ) -> None:
+    """Of a SparseGrad weight (1) or of a plain one (3)."""
     parameters, rest = weights(), nn.Parameter(torch.ones(4))
     groups = [{"params": parameters, "keep": 9, "moments": moments, "basis": basis()}, {"params": [rest]}]
     optimizer = SparseGradAdamW(groups, lr=1e-2, weight_decay=0.1, fused=fused)
@@ -161,7 +165,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counte
         give_gradients(parameters, seed)
         rest.grad = torch.ones(4)
         if value is not None:
-            parameters[1].grad[3, 2] = value
+            [*parameters, rest][place].grad.view(-1)[2] = value
         optimizer.step()
 
     def everything() -> list[Tensor]:
@@ -177,6 +181,83 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counte
     step(2)
     assert optimizer.skipped_steps == 1
     assert not any(torch.equal(a, b) for a, b in zip(before[:4], everything()[:4], strict=True))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_plain_groups_alone_skip_a_step_as_a_whole_and_else_are_adamw(fused: bool) -> None:
+    """As with engine `fast`, whose cores are in plain groups."""
+    one, other = ([nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(5))] for _ in range(2))
+    optimizer = SparseGradAdamW([{"params": [each]} for each in one], lr=0.1, fused=fused)
+    reference = torch.optim.AdamW(other, lr=0.1, weight_decay=0.0, fused=fused)
+    for seed, poison in enumerate([None, float("nan"), None]):
+        generator = torch.Generator().manual_seed(seed)
+        for mine, theirs in zip(one, other, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            theirs.grad = mine.grad.clone()
+        if poison is None:
+            reference.step()
+        else:
+            one[1].grad[4] = poison
+        optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("poison", [None, float("nan"), float("inf"), -float("inf")])
+def test_gradients_of_all_forms_are_checked(poison: float | None) -> None:
+    forms = [torch.ones(3, dtype=torch.bfloat16), torch.full((2, 2), 1e300, dtype=torch.float64), torch.empty(0, 3)]
+    forms += [torch.ones(4, dtype=torch.complex64), torch.full((9,), 3e38), torch.ones(2).to_sparse()]
+    assert all_finite(forms)
+    for gradient in (forms[0], forms[1], forms[3].real, forms[3].imag, forms[4]):
+        if poison is not None:
+            kept, gradient.view(-1)[0] = gradient.view(-1)[0].clone(), poison
+            assert not all_finite(forms)
+            gradient.view(-1)[0] = kept
+    assert all_finite([torch.empty(0)]) is all_finite([]) is None
+
+
+@pytest.mark.parametrize("moments", ["dense", "support"])
+def test_to_maximize_is_to_minimize_the_negative_loss(moments: str) -> None:
+    one, other = weights(1), weights(1)
+    group = {"keep": 9, "basis": basis(), "moments": moments}
+    up = SparseGradAdamW([{"params": one, **group, "maximize": True}], lr=1e-2, weight_decay=0.1)
+    down = SparseGradAdamW([{"params": other, **group}], lr=1e-2, weight_decay=0.1)
+    for seed in range(4):
+        give_gradients(one, seed)
+        other[0].grad = -one[0].grad
+        up.step()
+        down.step()
+    assert torch.equal(one[0], other[0])
+
+
+@pytest.mark.parametrize("moments", ["dense", "support"])
+def test_a_rate_of_zero_moves_nothing_and_a_tensor_is_as_good_as_a_number(moments: str) -> None:
+    still, one, other = weights(1), weights(1), weights(1)
+    group = {"keep": 9, "basis": basis(), "moments": moments}
+    for parameters, rate in ((still, 0.0), (one, 0.5), (other, torch.tensor(0.5))):
+        walk(parameters, SparseGradAdamW([{"params": parameters, **group}], lr=rate, weight_decay=0.5), range(3))
+    assert torch.equal(still[0], weights(1)[0])
+    assert torch.equal(one[0], other[0])
+
+
+@pytest.mark.parametrize("keep", [3, 9, 20])
+def test_compact_moments_follow_a_change_of_the_density(keep: int) -> None:
+    """The entries that were used last keep their moments; a step that is skipped shows them alone."""
+    parameters = weights(2)
+    optimizer = SparseGradAdamW([{"params": parameters, "keep": 9, "moments": "support"}], lr=1e-2)
+    walk(parameters, optimizer, range(4))
+    before = {name: value.clone() for name, value in optimizer.state[parameters[1]].items()}
+    optimizer.param_groups[0]["keep"] = keep
+    give_gradients(parameters, 4)
+    parameters[0].grad[0, 0] = float("nan")
+    optimizer.step()
+    state, slots = optimizer.state[parameters[1]], min(4 * keep, 36)
+    order = (before["used"].long() * -1000 + before["index"]).argsort()[:slots].sort().values
+    for name in ("index", "used", "age", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(state[name][:slots], before[name][order]), name
+    assert len(state["index"]) == min(4 * keep, 96)
+    walk(parameters, optimizer, range(5, 8))
+    assert optimizer.skipped_steps == 1
 
 
 def model() -> nn.Sequential:

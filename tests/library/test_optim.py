@@ -242,8 +242,9 @@ def test_any_shape_density_and_dtype(out: int, features: int, density: float, dt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lr": 0.0}, "lr=0.0 is not allowed: give a number above 0"),
-        ({"lr": -1.0}, "lr=-1.0"),
+        ({"lr": -1.0}, "lr=-1.0 is not allowed: give a number of at least 0"),
+        ({"lr": torch.tensor(-1.0)}, "lr=-1.0"),
+        ({"lr": torch.ones(1)}, "lr=.* is a Tensor"),
         ({"lr": float("nan")}, "lr=nan"),
         ({"lr": "fast"}, "lr=fast"),
         ({"betas": (0.9, 1.0)}, "betas=1.0"),
@@ -267,6 +268,12 @@ def test_bad_hyperparameters_are_named(arguments: dict, message: str) -> None:
         ({"keep": 0}, "keep=0 "),
         ({"keep": 3, "density": 0.1}, "exactly one"),
         ({"basis": Basis.identity(4, 4)}, "needs keep or density"),
+        (
+            {"keep": 3, "amsgrad": True},
+            r"amsgrad=True has no effect on SparseGrad weights: set group\['amsgrad'\] = False",
+        ),
+        ({"keep": 3, "capturable": True}, "capturable=True has no effect"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0"),
         ({"basis": Basis.identity(IN, OUT), "keep": 3}, r"basis for \(8, 12\) does not fit a weight \(12, 8\)"),
     ],
 )
@@ -283,6 +290,36 @@ def test_a_refused_group_is_not_added() -> None:
     assert len(optimizer.param_groups) == count
     optimizer.add_param_group({"params": bias})
     assert len(optimizer.param_groups) == count + 1
+
+
+def test_an_option_that_sparsegrad_lacks_is_refused_where_it_is_set_later() -> None:
+    model = network()
+    optimizer = SparseGradAdamW(groups(model, keep=3))
+    optimizer.param_groups[0]["amsgrad"] = True
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(UserError, match="amsgrad=True has no effect"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("form", ["list", "one", "pairs"])
+def test_parameters_that_are_unfrozen_later_train(named: bool, form: str) -> None:
+    model, later = network(), nn.Linear(2, 2, bias=False)
+    optimizer = SparseGradAdamW(list(model.named_parameters()) if named else model.parameters(), lr=0.1)
+    forms = {"list": [later.weight], "one": later.weight, "pairs": list(later.named_parameters())}
+    if form == "pairs" and not named:
+        return  # torch names the mistake
+    optimizer.add_param_group({"params": forms[form], "lr": 0.01})
+    before = later.weight.detach().clone()
+    later.weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert torch.allclose(before - later.weight, torch.full((2, 2), 0.01), atol=1e-5)
+    count = len(list(model.parameters()))
+    names = {"list": [f"unnamed.{count}"], "one": [f"unnamed.{count}"], "pairs": ["weight"]}
+    assert optimizer.param_groups[-1].get("param_names") == (names[form] if named else None)
 
 
 def test_a_refused_state_changes_nothing() -> None:

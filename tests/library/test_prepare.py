@@ -3,11 +3,12 @@
 import pytest
 import torch
 from engine_checks import unfolded_svd
-from torch import Tensor
+from torch import Tensor, nn
 from toy_bert import ToyBert
 from toy_models import toy_batches
 
 from sparsegrad import SparseGradAdamW, UserError, calibrate, find_mlp, hosvd, prepare
+from sparsegrad.calibration.gradients import check_counts
 
 
 @pytest.fixture
@@ -38,6 +39,49 @@ def test_calibration_is_the_hosvd_of_the_stacked_gradients(model, by: str) -> No
         for mine, theirs in ((basis.in_basis, reference.in_basis), (basis.out_basis, reference.out_basis)):
             # The leading directions; the trailing ones hold next to no energy, where a Gram sees nothing.
             assert torch.allclose((mine.T @ theirs).abs().diagonal()[:4], torch.ones(4).double(), atol=1e-6)
+
+
+class Skipping(nn.Module):
+    """Blocks, the second of which is used by every other batch only, as with LayerDrop or experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)).double()
+
+    def forward(self, x: Tensor, skips: bool) -> dict[str, Tensor]:
+        y = self.blocks[0](x)
+        return {"loss": (y if skips else self.blocks[1](y)).square().mean()}
+
+
+def test_a_weight_that_some_batches_skip_counts_less_and_is_named_once() -> None:
+    model, generator = Skipping(), torch.Generator().manual_seed(0)
+    x = [torch.randn(5, 4, generator=generator).double() for _ in range(4)]
+    data = [{"x": one, "skips": bool(number % 2)} for number, one in enumerate(x)]
+    stack = []
+    for batch in data:
+        gradients = torch.autograd.grad(
+            model(**batch)["loss"], [one.weight for one in model.blocks[:2]], allow_unused=True
+        )
+        stack += [gradient for gradient in gradients if gradient is not None]
+    reference = unfolded_svd(stack)
+    with pytest.warns(UserWarning, match="LayerDrop") as warned:
+        found = calibrate(model, data, {"all": model.blocks[:2]}, steps=4)["all"]
+    assert [str(one.message).split(":")[0] for one in warned] == [
+        "calibration got fewer gradients than batches (4) of 1 of 2 weights, the fewest (2) of blocks.1.weight"
+    ]
+    for mine, theirs in zip((found.in_basis, found.out_basis), (reference.in_basis, reference.out_basis), strict=True):
+        assert torch.allclose((mine.T @ theirs).abs(), torch.eye(4).double(), atol=1e-6)
+    with pytest.raises(UserError, match=r"no gradient of blocks\.2\.weight from 4 batches: name only linears that"):
+        calibrate(model, data, {"all": model.blocks}, steps=4)
+
+
+def test_several_processes_need_all_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would otherwise average those of different batches."""
+    monkeypatch.setattr("sparsegrad.calibration.gradients.connected", lambda: True)
+    check_counts({"a": 2, "b": 2}, 2)
+    with pytest.raises(UserError, match=r"fewest \(1\) of b, but several processes need all: calibrate in one"):
+        check_counts({"a": 2, "b": 1}, 2)
 
 
 def test_calibration_leaves_the_model_as_it_was(model) -> None:

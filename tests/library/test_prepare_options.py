@@ -93,6 +93,34 @@ def test_the_sums_are_kept_where_they_are_wanted(small_bert: ToyBert, monkeypatc
     assert seen == ["cpu", "cpu"]
 
 
+@pytest.mark.parametrize("engine", ["exact", "fast"])
+def test_the_rest_is_frozen_but_for_what_is_named(small_bert: ToyBert, engine: str) -> None:
+    small_bert.classifier.requires_grad_(False)
+    other = copy.deepcopy(small_bert)
+    settings = {"density": 0.1, "engine": engine, "rest_lr": 0.5}
+    optimizer = prepare(small_bert, None, bases=WHOLE, train_rest=False, modules_to_save=["classifier"], **settings)
+    groups = [(group.get("kind"), group["lr"]) for group in optimizer.param_groups]
+    assert groups == [("intermediate", 1e-4), ("output", 1e-4), (None, 0.5)]
+    assert optimizer.param_groups[-1]["param_names"] == ["classifier.weight", "classifier.bias"]
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert trained == {id(parameter) for parameter in small_bert.parameters() if parameter.requires_grad}
+    with pytest.raises(UserError, match="no module with parameters of ToyBert: did you mean classifier"):
+        prepare(other, never(), train_rest=False, modules_to_save=["clasifier"])
+
+
+@pytest.mark.parametrize("engine", ["exact", "fast"])
+def test_vectors_are_left_out_of_weight_decay_on_request(small_bert: ToyBert, engine: str) -> None:
+    settings = {"density": 0.1, "engine": engine, "weight_decay": 0.1, "rest_lr": 0.5}
+    optimizer = prepare(small_bert, None, bases=WHOLE, decay_vectors=False, **settings)
+    matrices, vectors = optimizer.param_groups[-2:]
+    assert (matrices["weight_decay"], vectors["weight_decay"], vectors["lr"]) == (0.1, 0.0, 0.5)
+    assert {parameter.dim() for parameter in matrices["params"]} == {2}
+    assert {parameter.dim() for parameter in vectors["params"]} == {1}
+    assert {"classifier.bias", "bert.encoder.layer.0.output.LayerNorm.weight"} <= set(vectors["param_names"])
+    trained = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(trained) == sorted(id(one) for one in small_bert.parameters() if one.requires_grad)
+
+
 def never() -> Any:
     raise AssertionError("a batch was read")
     yield
@@ -105,6 +133,15 @@ def never() -> Any:
         ({"moments": "some"}, "moments=some is not allowed: choose one of dense, support"),
         ({"gram_device": "abacus"}, r"gram_device=abacus cannot be used \(.*: give cpu"),
         ({"gram_device": 1.5}, r"gram_device=1\.5 cannot be used"),
+        ({"train_rest": False}, r'a new head included: name .* modules_to_save=\["classifier"\], or give .*=\[\] if'),
+        ({"train_rest": 2}, "train_rest=2 is not allowed"),
+        ({"modules_to_save": ["classifier"]}, "belongs to train_rest=False: .* leave it out"),
+        (
+            {"train_rest": False, "modules_to_save": "classifier"},
+            "modules_to_save=classifier is not allowed: give a list",
+        ),
+        ({"rest_lr": -1.0}, "rest_lr=-1.0 is not allowed: give a number of at least 0"),
+        ({"decay_vectors": None}, "decay_vectors=None is not allowed"),
         ({"bases": [Basis.identity(32, 16)]}, r"bases is a list: give \{kind: Basis\}, as load_bases"),
         ({"bases": {"output": torch.eye(16)}}, r"bases is a dict: give \{kind: Basis\}"),
         ({"bases": {}}, "kinds none, the model's linears of intermediate, output: .*same target_modules="),

@@ -96,6 +96,63 @@ def test_averaging_a_fast_model_with_its_buffers_averages_its_weights() -> None:
         torch.testing.assert_close(layer.weight.detach(), weight.detach())
 
 
+def test_averaging_a_fast_model_without_its_buffers_is_refused() -> None:
+    model = bert()
+    optimizer = fast(model)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    train(model, optimizer, BATCHES[:1])
+    average.update_parameters(model)
+    with pytest.raises(UserError, match=r"AveragedModel\(model, use_buffers=True\)"):
+        average(**BATCHES[0])
+    model(**BATCHES[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_without_a_gradient_the_outputs_are_those_with_one(engine: str, enabled: bool, dtype: torch.dtype) -> None:
+    layer = ENGINES[engine](nn.Linear(IN, OUT), basis_of(OUT, IN).to(dtype=torch.float32), 0.5).to(dtype)
+    x = draw(2, TOKENS, IN).to(dtype).transpose(0, 1)
+    with _in_autocast(enabled=enabled):
+        expected = layer(x)
+        with torch.no_grad():
+            assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("engine", ["lean", "block"])
+def test_without_a_gradient_autocast_casts_a_weight_once(engine: str) -> None:
+    layer = ENGINES[engine](nn.Linear(IN, OUT, bias=False), basis_of(OUT, IN).to(dtype=torch.float32), 0.5)
+    x = draw(TOKENS, IN).bfloat16()
+    with torch.no_grad(), _in_autocast(), torch.profiler.profile() as profile:
+        for _ in range(5):
+            layer(x)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::_to_copy"] == 1
+    assert counts["aten::mm"] == 5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_per_sample_are_refused(engine: str) -> None:
+    layer = ENGINES[engine](nn.Linear(IN, OUT).double(), basis_of(OUT, IN), 0.5)
+    per_sample = torch.func.vmap(torch.func.grad(lambda x: layer(x).square().sum()))
+    with pytest.raises(UserError, match=r"torch\.func.*rotation_order='gradient'"):
+        per_sample(draw(TOKENS, IN))
+
+
+def test_the_remedy_for_gradients_per_sample_gives_them() -> None:
+    gradients = []
+    for model in (Network(), Network()):
+        if not gradients:
+            optimizer_for(model, "gradient")
+
+        def loss(weights: dict[str, torch.Tensor], x: torch.Tensor, model: nn.Module = model) -> torch.Tensor:
+            return torch.func.functional_call(model, weights, (x[None],)).square().sum()
+
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        gradients.append(torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, tokens(5)))
+    assert all(torch.equal(gradients[0][name], gradient) for name, gradient in gradients[1].items())
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_gradient_of_the_second_order_is_refused(engine: str) -> None:
     layer = ENGINES[engine](nn.Linear(IN, OUT).double(), basis_of(OUT, IN), 0.5)
@@ -121,6 +178,7 @@ def test_a_pass_that_needs_no_weight_gradient_leaves_nothing_for_the_next() -> N
     optimizer_for(model, "auto")
     x = tokens(5).requires_grad_()
     torch.autograd.grad(loss_of(model, x), x)
+    assert model.up._noted == model.down._noted == ()  # as large as the weights
     with pytest.raises(UserError, match="penalty on the weight"):
         (loss_of(model, x) + model.up.weight.square().sum()).backward()
 

@@ -23,9 +23,9 @@ from sparsegrad.methods.sparsegrad import SparseGrad
 from sparsegrad.methods.sparsegrad_authors import SparseGradAuthors
 from sparsegrad.methods.sparsegrad_fast import SparseGradFast
 from sparsegrad.methods.static_mask import StaticMask
+from sparsegrad.optim.rest import outside, set_rest_rate
 from sparsegrad.runs import saving
 from sparsegrad.runs.memory_estimate import estimate_memory, make_setup
-from sparsegrad.runs.method_setup import _outside_mlp, set_rest_rate
 from sparsegrad.trainer import parallel
 
 
@@ -127,7 +127,7 @@ def test_gradients_that_no_choice_can_be_made_from_are_refused(method: Any) -> N
     model = TwoLinears()
     with pytest.raises(UserError, match="a calibration gradient is not finite"):
         method.prepare(model, model.linears(), constant(float("nan")))
-    with pytest.raises(UserError, match=r"got 2 gradients of kind mlp, not 2 for each of its 2 weights: name only"):
+    with pytest.raises(UserError, match=r"got no gradient of unused\.weight from 2 batches: name only linears that"):
         method.prepare(model, model.linears("unused"), constant())
 
 
@@ -148,7 +148,7 @@ def test_every_engine_calls_the_same_parameters_the_rest(method: Any, small_bert
     linears = find_mlp(small_bert)
     weights = {f"{name}.weight" for found in linears.values() for name in found}
     expected = {name for name, _ in small_bert.named_parameters()} - weights
-    rest = _outside_mlp(small_bert, linears)
+    rest = outside(small_bert, linears)
     result = method.prepare(small_bert, linears, context())
     set_rest_rate(result.optimizer, rest, 1e-5)
     slow = {id(p) for group in result.optimizer.param_groups for p in group["params"] if group["lr"] == 1e-5}

@@ -14,8 +14,8 @@ from run_fixtures import Composer, RunPy, Tiny, last_wins
 
 from sparsegrad.errors import UserError
 from sparsegrad.models.pooling import mean_of_tokens, set_pooling
+from sparsegrad.optim.rest import set_rest_rate
 from sparsegrad.runs.config import build
-from sparsegrad.runs.method_setup import set_rest_rate
 from sparsegrad.runs.plan import plan_hash
 from sparsegrad.runs.predictions import (
     describe_arrays,

@@ -159,6 +159,24 @@ def low_precision() -> dict[str, Any]:
     return {"dtypes": dtypes, "moved": [float((b - a).abs().max()) for a, b in zip(before, after, strict=True)]}
 
 
+def poisoned() -> list[int]:
+    """A NaN in the shard of one process skips the step of all; then a step is taken."""
+    model = bert(torch.float32)
+    cut(model)
+    optimizer = prepare(model, batches(), **FAST)
+    core, skipped = blocks(model)[0].core, []
+    for poison in (float("nan"), 1.0):
+        model(**next(batches())).loss.backward()
+        before = whole(core.detach()).clone()
+        if rank() == 0:
+            core.grad.to_local().view(-1)[0] = poison
+        optimizer.step()
+        assert torch.equal(before, whole(core.detach())) == (poison != 1.0)
+        skipped.append(optimizer.skipped_steps)
+        optimizer.zero_grad()
+    return skipped
+
+
 def bfloat16_weights() -> dict[str, Any]:
     """Frozen weights in bfloat16: the mean change after merging is that of the core."""
     model = bert(torch.bfloat16)
@@ -261,6 +279,7 @@ def everything(folder: str) -> dict[str, Any]:
         "grams": grams(),
         "low precision": low_precision(),
         "bfloat16": bfloat16_weights(),
+        "poisoned": poisoned(),
         "refused": refusals(),
         "offloaded": offloaded(),
     }

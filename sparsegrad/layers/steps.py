@@ -1,0 +1,118 @@
+"""What an optimizer's step must know of this package's layers, whichever optimizer it is: hooks on every step.
+
+A `weight.grad` that a layer has rotated means nothing to another optimizer: it would move the weight at random, learn
+nothing and report nothing. A core moved by a kernel that does not count its writes would never reach its weight.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from sparsegrad.errors import UserError
+from sparsegrad.layers.averages import watch_averages
+from sparsegrad.optim.adamw import SparseGradAdamW
+
+if TYPE_CHECKING:
+    from sparsegrad.layers.block import BlockLinear
+    from sparsegrad.layers.lean import LeanLinear
+
+_rotating: weakref.WeakSet[LeanLinear] = weakref.WeakSet()
+_blocks: weakref.WeakSet[BlockLinear] = weakref.WeakSet()
+_known = 0  # layers seen so far; what has been found out about an optimizer holds until there are more
+_passed: weakref.WeakKeyDictionary[Optimizer, tuple[int, ...]] = weakref.WeakKeyDictionary()
+_cores: weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, ...], list[Tensor]]] = weakref.WeakKeyDictionary()
+
+
+def watch(layer: LeanLinear | BlockLinear) -> None:
+    """From now on, check which optimizer steps the weight of a `LeanLinear`, and note steps of a `BlockLinear`'s core.
+
+    Copies of a layer are watched by a call of their own.
+    """
+    global _known
+    _register()
+    _known += 1
+    watched: weakref.WeakSet[Any] = _blocks if hasattr(layer, "core") else _rotating
+    watched.add(layer)
+
+
+def forget(layer: LeanLinear) -> None:
+    """The counterpart of `watch`, for a layer that has become an ordinary linear."""
+    _rotating.discard(layer)
+
+
+@functools.cache
+def _register() -> None:
+    """Register the hooks once; before the first layer of this package no optimizer is concerned."""
+    register_optimizer_step_pre_hook(_check_optimizer)
+    register_optimizer_step_post_hook(_count_step)
+    watch_averages()
+
+
+def _check_optimizer(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise `UserError` before a step that would take rotated gradients for plain ones."""
+    state = _describe(optimizer)
+    if _passed.get(optimizer) == state or _is_wrapper(optimizer):
+        return
+    layers = {id(layer.weight): layer for layer in list(_rotating)}
+    held = [
+        (group, layers[id(one)]) for group in optimizer.param_groups for one in group["params"] if id(one) in layers
+    ]
+    # A closure computes the gradients within the step, so that there may be none yet.
+    has_closure = len(args) > 1 or kwargs.get("closure") is not None
+    for group, layer in held:
+        own, moves = _own_rotation(optimizer, group), has_closure and layer.weight.requires_grad
+        if own is layer.rotation or layer.rotation is None:  # None: during a calibration, whose gradients are plain
+            continue
+        if own is not None:
+            own.replaced = True  # of which the optimizer itself reports
+        elif moves or layer.weight.grad is not None:
+            raise _explain(optimizer, layer)
+    if all(layer.rotation is not None and layer.rotation is _own_rotation(optimizer, group) for group, layer in held):
+        _passed[optimizer] = state
+
+
+def _describe(optimizer: Optimizer) -> tuple[int, ...]:
+    """Numbers that change when the optimizer gets other weights, or when there are other layers; cheap to compare."""
+    return (_known, *[len(group["params"]) for group in optimizer.param_groups])
+
+
+def _is_wrapper(optimizer: Optimizer) -> bool:
+    """Whether it passes its steps to an optimizer within, as ZeroRedundancyOptimizer does; that one is checked."""
+    return any(isinstance(value, Optimizer) for value in vars(optimizer).values())
+
+
+def _own_rotation(optimizer: Optimizer, group: dict[str, Any]) -> Any:
+    """The rotation of the gradients that a group expects; None if it expects plain ones."""
+    return group.get("rotation") if isinstance(optimizer, SparseGradAdamW) else None
+
+
+def _explain(optimizer: Optimizer, layer: LeanLinear) -> UserError:
+    return UserError(
+        f"{type(optimizer).__name__} got the rotated gradient of {layer.describe_weight()}, from which it learns "
+        "nothing: step with the optimizer that prepare returned, as in Trainer(..., optimizers=(optimizer, None)); to "
+        "train this model with another one, call sparsegrad.to_linears(model) first"
+    )
+
+
+def _count_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Count a step as a write to each core that it has moved: fused kernels, for one, do not."""
+    if isinstance(optimizer, SparseGradAdamW) or not _blocks:
+        return
+    state = _describe(optimizer)
+    found = _cores.get(optimizer)
+    if found is None or found[0] != state:
+        found = _cores[optimizer] = state, list(_find_cores(optimizer))
+    torch.autograd.graph.increment_version(found[1])
+
+
+def _find_cores(optimizer: Optimizer) -> Iterable[Tensor]:
+    cores = {id(block.core) for block in list(_blocks) if hasattr(block, "core")}
+    return (one for group in optimizer.param_groups for one in group["params"] if id(one) in cores)
