@@ -12,6 +12,7 @@ from experiments.report.tables.speed import documents, is_main
 
 MIN_REPEATS = 3
 ON_CPU = "a CPU"
+CUT = "model cut to fewer blocks"
 Ratios = dict[tuple[bool, int], list[float]]
 """(whether the model is whole, its number of blocks) -> ratio in each repeat; the largest key is the best evidence."""
 
@@ -57,5 +58,5 @@ def _describe_larger(decides: tuple[bool, int], few: Ratios) -> str:
 
 def _describe(name: str, models: Mapping[tuple[bool, int], Sequence[float]], is_gpu: bool) -> str:
     best = max(models)
-    scaled = "" if best[0] else ", model cut to fewer blocks"
+    scaled = "" if best[0] else f", {CUT}"
     return f"{name}, {'a GPU' if is_gpu else ON_CPU}{scaled}, {len(models[best])} repeats"

@@ -171,6 +171,12 @@ def skipped_summary(store: Store) -> str:
     return f"{len(store.skipped)} records skipped: " + ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
 
 
+def commit_of(record: Mapping[str, Any]) -> str:
+    """Short form of the commit that made a record, marked if files had been changed; empty if it names none."""
+    git = record.get("environment", {}).get("git") or {}
+    return f"{git['commit'][:7]}{' with changes' if git.get('dirty') else ''}" if git.get("commit") else ""
+
+
 def hours(record: Mapping[str, Any]) -> float | None:
     """Wall-clock hours of one run; None if the record has no times."""
     seconds = run_seconds(record)

@@ -11,7 +11,7 @@ from typing import Any
 from experiments.mtbench.scores import compute_scores
 from experiments.palette import style_of
 from experiments.report import figures
-from experiments.report.bench_ratios import ON_CPU, machine_ratios
+from experiments.report.bench_ratios import CUT, ON_CPU, machine_ratios
 from experiments.report.blocks import BLOCKS
 from experiments.report.evidence import load_evidence
 from experiments.report.gates import check_task
@@ -24,6 +24,7 @@ from experiments.report.tables.grades import ALL_TURNS, Grades, complete_grades,
 from sparsegrad.errors import UserError
 
 SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED = "supported", "contradicted", "undecided", "not tested here"
+NOT_REPRODUCED = "not reproduced"  # a claim, measured elsewhere than where the paper did: on a CPU
 FINAL_SEEDS = 5  # a verdict from fewer is provisional
 Spec = Mapping[str, Any]
 Rule = Callable[[Difference, bool, int], str]
@@ -43,6 +44,7 @@ class Decision:
         seeds: paired seeds; 0 where the part has none.
         see: tables that it rests on.
         place: limit of a verdict, such as a kind of machine.
+        tasks: on which the arms were compared; empty where the part has none.
     """
 
     verdict: str
@@ -53,6 +55,7 @@ class Decision:
     seeds: int = 0
     see: tuple[str, ...] = ()
     place: str = ""
+    tasks: tuple[str, ...] = ()
 
 
 def decide(context: Context, spec: Spec, parts: int = 1) -> list[Decision]:
@@ -111,7 +114,7 @@ def _decide_pair(context: Context, spec: Spec, folder: str, rule: Rule) -> Decis
     # A margin has no direction of its own: a loss that is higher is worse.
     is_lower_better = spec["expect"] == "lower" if "expect" in spec else is_loss
     verdict = rule(found, is_lower_better, spec["parts"])
-    return Decision(verdict, measured, found.bound or 0.0, unit, seeds=found.seeds, see=see)
+    return Decision(verdict, measured, found.bound or 0.0, unit, seeds=found.seeds, see=see, tasks=tuple(counting))
 
 
 def _name(arm: str) -> str:
@@ -143,19 +146,18 @@ def _decide_bench(context: Context, spec: Spec) -> Iterable[Decision]:
     """A ratio of two arms of the benchmark in the setting of Table 3; every repeat must be on one side of the bound."""
     found = machine_ratios(context.results, spec["arm"], spec["over"], spec["field"])
     what = "steps/s" if spec["field"] == "steps_per_second" else "peak memory"
+    see = ("table3_measured",)  # table3 has one model alone, which need not be the one with enough repeats
     if not found:
-        yield Decision(
-            NOT_TESTED, f"{what} of {spec['arm']} over {spec['over']}: not measured in 3 repeats", see=("table3",)
-        )
+        yield Decision(NOT_TESTED, f"{what} of {spec['arm']} over {spec['over']}: not measured in 3 repeats", see=see)
     lower = "at_most" in spec
     bound = float(spec["at_most"] if lower else spec["at_least"])
     for machine, ratios in found.items():
         holds = [ratio <= bound if lower else ratio >= bound for ratio in ratios]
         verdict = SUPPORTED if all(holds) else UNDECIDED if any(holds) else CONTRADICTED
         times = f"{median(ratios):.2f} times that of {spec['over']} ({machine})"
-        place = f"on {ON_CPU}" if ON_CPU in machine else ""
+        place = " ".join([f"on {ON_CPU}"] * (ON_CPU in machine) + [f"with a {CUT}"] * (CUT in machine))
         mixed = f"{what} {min(ratios):.2f} to {max(ratios):.2f} times, on both sides of {bound:g}"
-        yield Decision(verdict, f"{what} of {spec['arm']} {times}", mixed=mixed, see=("table3",), place=place)
+        yield Decision(verdict, f"{what} of {spec['arm']} {times}", mixed=mixed, see=see, place=place)
 
 
 def _decide_energy(context: Context, spec: Spec) -> Iterable[Decision]:

@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from experiments.report.blocks import BLOCKS, block_command
-from experiments.report.collect import EXPERIMENTS, hours
+from experiments.report.collect import EXPERIMENTS, commit_of, hours
 from experiments.report.comparison.notes import PLANS
 from experiments.report.tables.base import Context, Table
 
@@ -77,10 +77,10 @@ def environment_line(environment: Mapping[str, Any]) -> str:
 
 
 def _run(path: Path, record: Mapping[str, Any]) -> RunLine:
-    spent, git = hours(record), record.get("environment", {}).get("git", {})
+    spent, commit = hours(record), commit_of(record)
     said = [_outcome(record)]
     said += [f"{60 * spent:.0f} min"] if spent is not None else []
-    said += [f"commit {git['commit'][:7]}{' with changes' if git.get('dirty') else ''}"] if git.get("commit") else []
+    said += [f"commit {commit}"] if commit else []
     return RunLine(path.as_posix(), int(record["config"]["seed"]), ", ".join(said))
 
 

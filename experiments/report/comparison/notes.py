@@ -41,9 +41,13 @@ SCORES = {
     False: "Scores in points (Matthews for CoLA, Pearson for STS-B, accuracy otherwise)",
     True: "Scores: loss per token on the validation rows, lower is better",
 }
+CORRECTED = (
+    "95 %: of this comparison alone. 95 % jointly: widened so that the intervals of all rows hold together "
+    "(Bonferroni); read p with these, because it is adjusted for the same comparisons (Holm). Detectable: the true "
+    "difference that this comparison finds in 80 % of repetitions after that correction, if its noise is as estimated."
+)
 RULES = (
-    "Difference from the reference, paired by seed and row; p adjusted by Holm over this table. Detectable: the "
-    "smallest true difference that this comparison finds in 80 % of repetitions.",
+    f"Difference from the reference, paired by seed and row. {CORRECTED}",
     "Each search has the same number of trials of the learning rate. Trainable: of the entries of the MLP weights, "
     "without the head.",
     "steps/s and peak MiB: medians over the runs, which shared their machine; the benchmark (docs/performance.md) has "

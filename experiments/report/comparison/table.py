@@ -24,7 +24,7 @@ from experiments.report.searches import Searches
 from experiments.report.stats import Difference, adjust
 from experiments.report.tables.base import Context, Table, interval_text
 from experiments.report.tables.evidence_cells import format_costs, format_difference, format_score
-from experiments.report.tables.main_tables import apart_notes
+from experiments.report.tables.main_tables import apart_notes, code_notes
 
 Forgetting = Mapping[str, Mapping[str, float]]
 """Key of a run -> its losses `before` and `after`."""
@@ -189,6 +189,7 @@ def _list_notes(block: Block, arms: Sequence[Arm], reference: str, health: Mappi
         *notes.describe_floors(block),
         *notes.describe_scores(block.is_loss),
         *notes.describe_unmerged(block),
+        *code_notes(block),
     ]
 
 

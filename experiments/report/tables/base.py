@@ -100,9 +100,9 @@ def signed(number: float | None) -> str:
     return "" if number is None else f"{number:+.2f}"
 
 
-def interval_text(interval: tuple[float, float] | None) -> str:
+def interval_text(interval: tuple[float, float] | None, digits: int = 2) -> str:
     """Both ends of an interval with their signs; empty for None."""
-    return "" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
+    return "" if interval is None else " to ".join(f"{end:+.{digits}f}" for end in interval)
 
 
 def hours(number: float | None) -> str:

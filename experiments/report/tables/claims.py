@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from experiments.published import TASKS, authors_runs, cells
 from experiments.report.decisions import (
     CONTRADICTED,
     FINAL_SEEDS,
+    NOT_REPRODUCED,
     NOT_TESTED,
     SUPPORTED,
     UNDECIDED,
@@ -31,6 +32,7 @@ from sparsegrad.errors import UserError
 FILE = "claims.yaml"
 FIELDS = {"id", "name", "claim", "section", "cells", "published", "logs", "caveat", "decide"}
 REQUIRED = FIELDS - {"cells", "published", "caveat"}
+PRINTED = {task: name for name, task in TASKS.items()} | {"stsb": "STS-B", "sst2": "SST-2"}
 BATCH = 16  # the logs' batch sizes differ by method and task; all methods have runs of this one
 LOGGED = {"speed": ("true_steps_per_second", "steps/s", 2), "memory": ("train_peak_mb", "MB", 0)}
 
@@ -45,15 +47,17 @@ class Verdict:
 
     @property
     def kind(self) -> str:
-        """SUPPORTED, CONTRADICTED, UNDECIDED or NOT_TESTED."""
+        """SUPPORTED, CONTRADICTED, NOT_REPRODUCED, UNDECIDED or NOT_TESTED."""
         tested = {one.verdict for one in self.decisions} - {NOT_TESTED}
-        if CONTRADICTED in tested:
-            return CONTRADICTED  # a claim says all of its parts
+        if CONTRADICTED in tested:  # a claim says all of its parts
+            # The paper measured on a GPU: a CPU does not refute that.
+            elsewhere = all(one.place for one in self.decisions if one.verdict == CONTRADICTED)
+            return NOT_REPRODUCED if elsewhere else CONTRADICTED
         return NOT_TESTED if not tested else SUPPORTED if tested == {SUPPORTED} else UNDECIDED
 
     @property
     def text(self) -> str:
-        """The verdict in words, with the number of parts that it rests on; one from few seeds is provisional."""
+        """The verdict in words, with the parts and tasks that it rests on; one from few seeds is provisional."""
         words = self.kind
         tested = [one for one in self.decisions if one.verdict != NOT_TESTED]
         holding = sum(one.verdict == SUPPORTED for one in tested)
@@ -63,10 +67,22 @@ class Verdict:
             words = _describe_open([one for one in self.decisions if one.verdict == UNDECIDED])
             if holding:
                 words = f"supported in {holding} of {len(self.decisions)} parts; in others {words}"
-        words = " ".join([words, *dict.fromkeys(one.place for one in self.decisions if one.place)])
+        words = " ".join([words, *filter(None, [self.tasks]), *_list_once(one.place for one in tested if one.place)])
         seeds = [one.seeds for one in self.decisions if one.seeds]
         is_provisional = self.kind != NOT_TESTED and seeds and min(seeds) < FINAL_SEEDS
         return f"{words} (provisional: {min(seeds)} of {FINAL_SEEDS} seeds)" if is_provisional else words
+
+    @property
+    def tasks(self) -> str:
+        """On which tasks it was decided, in words; empty where it has none."""
+        found = _list_once(task for one in self.decisions if one.verdict != NOT_TESTED for task in one.tasks)
+        names = [PRINTED.get(task, task) for task in found]
+        is_one = len(names) == 1 and found[0] in PRINTED  # one task of GLUE, of which the paper claims the average
+        return f"on {', '.join(names)}{' alone' if is_one else ''}" if names else ""
+
+
+def _list_once(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(texts))
 
 
 def _describe_open(parts: Sequence[Decision]) -> str:
@@ -129,7 +145,8 @@ def table(context: Context) -> Table:
     notes = [
         "A verdict is computed from the results (experiments/data/claims.yaml says how). Supported: every tested part "
         "holds, with a 95 % interval or in every repeat. Contradicted: a part is refuted in that way; for a claim of "
-        "several parts with intervals that are corrected for their number (Bonferroni). No difference larger than x: "
+        "several parts with intervals that are corrected for their number (Bonferroni). Not reproduced on a CPU: every "
+        "repeat refutes it, but the paper measured on a GPU. No difference larger than x: "
         "neither, and x is the end of the interval that is farthest from 0. Not tested here: its runs are missing, or "
         "full fine-tuning did not reach its gate.",
         "All runs here are of small models (MiniLM, MPNet-base, SmolLM2), not the paper's; the benchmark has "
@@ -145,16 +162,18 @@ def lines(context: Context) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for one in judge(context):
         # "supported in 1 of 3 parts, the others are not tested": what limits a verdict belongs to it.
-        limits = one.text.removeprefix(one.kind).strip() if one.kind in (SUPPORTED, CONTRADICTED) else ""
+        decided = one.kind in (SUPPORTED, CONTRADICTED, NOT_REPRODUCED)
+        limits = one.text.removeprefix(one.kind).strip() if decided else one.tasks
         kinds.setdefault(one.kind, []).append(str(one.claim["name"]) + (f" ({limits})" if limits else ""))
     open_ones = [
         f"{heading}: {'; '.join(kinds[kind])}"
         for kind, heading in ((UNDECIDED, "no significant difference"), (NOT_TESTED, "not tested here"))
         if kind in kinds
     ]
+    elsewhere = f" | {NOT_REPRODUCED}: {'; '.join(kinds[NOT_REPRODUCED])}" if NOT_REPRODUCED in kinds else ""
     return [
         f"Holds: {'; '.join(kinds.get(SUPPORTED, ['nothing yet']))}.",
-        f"Does not hold: {'; '.join(kinds.get(CONTRADICTED, ['nothing yet']))}.",
+        f"Does not hold: {'; '.join(kinds.get(CONTRADICTED, ['nothing yet']))}{elsewhere}.",
         f"Open: {' | '.join(open_ones) or 'nothing'}.",
     ]
 

@@ -29,6 +29,7 @@ BENCHED = {
     "sparsegrad_fast": "fast",
 }
 BENCHED_MODEL = "minilm"
+JOINT = "95 % jointly"  # column of the intervals that all hold together
 TARGET = 1.0  # points below full fine-tuning's score
 
 
@@ -69,7 +70,7 @@ def format_difference(
     is_loss: bool,
 ) -> dict[str, str]:
     """The columns of one of several comparisons; the reason where there is none. `tasks` are those of its row."""
-    blank = dict.fromkeys(("difference", "95 %", "p (Holm)", "detectable"), "")
+    blank = dict.fromkeys(("difference", "95 %", JOINT, "p (Holm)", "detectable"), "")
     if is_reference:
         return {**blank, "difference": "reference"}
     failed = [one for one in health.values() if not one.is_comparable]
@@ -84,10 +85,10 @@ def format_difference(
         return {**blank, "difference": value, "95 %": f"too few seeds ({found.seeds} paired)"}
     if found.interval is None:
         return {**blank, "difference": value, "95 %": "equal in every run"}
-    low, high = found.interval
     return {
         "difference": value,
-        "95 %": interval_text(found.interval) if digits == 2 else f"{low:+.3f} to {high:+.3f}",
+        "95 %": interval_text(found.interval, digits),
+        JOINT: interval_text(found.interval_of(comparisons), digits),
         "p (Holm)": "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
         "detectable": f"{smallest:.{digits}f}",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -10,7 +11,8 @@ import pandas as pd
 
 from experiments.palette import style_of
 from experiments.report.blocks import BLOCKS, block_command
-from experiments.report.comparison.notes import SCORES
+from experiments.report.collect import commit_of
+from experiments.report.comparison.notes import CORRECTED, SCORES
 from experiments.report.evidence import Evidence, load_evidence
 from experiments.report.gates import GATES, Health, check_task, comparable_tasks
 from experiments.report.resampling import LOWER_IS_BETTER
@@ -42,9 +44,8 @@ AVERAGED = (
     "mean of the average over seeds."
 )
 DIFFERENCES = (
-    "Difference: of the average over comparable tasks, paired by seed and validation row; 95 % interval from 10,000 "
-    "draws of the rows and the variance between seeds; p adjusted by Holm over this table. Detectable: the smallest "
-    "true difference that this comparison finds in 80 % of repetitions. No interval from fewer than {seeds} seeds."
+    f"Difference: of the average over comparable tasks, paired by seed and validation row; 95 % interval from 10,000 "
+    f"draws of the rows and the variance between seeds. {CORRECTED} No interval from fewer than {{seeds}} seeds."
 )
 HOURS = (
     "Search h, training h: hours on the machine of the runs; training h is the mean of one seed over all comparable "
@@ -123,6 +124,7 @@ def _main_table(
         *_describe_replaced(block, reference),
         *_describe_left_out(block, comparable, tasks),
         describe_machine(block, machine),
+        *code_notes(block),
     ]
     notes += [*_left_out_notes(found), *apart_notes(block)]
     return Table(block.folder, BLOCKS[block.folder].title, _name_difference(rows, reference), notes, _records(block))
@@ -160,6 +162,7 @@ def _task_table(evidence: Evidence, block: Block, health: Mapping[str, Health]) 
         "earlier ones; at a constant rate, above all but the last three. Gain at the end: points (a loss: as it is) by "
         "which the last evaluation is above the best before the last three, mean over seeds; with a rate that falls to "
         "0, part of it is due to that.",
+        *code_notes(block),
     ]
     title = f"{BLOCKS[block.folder].title}: per task"
     return Table(f"{block.folder}_tasks", title, _name_difference(rows, reference), notes, _records(block))
@@ -252,6 +255,15 @@ def _describe_replaced(block: Block, reference: str | None) -> list[str]:
 def _left_out_notes(found: Mapping[str, Difference | None]) -> list[str]:
     left = [f"{style_of(arm).name} {one.left_out}" for arm, one in found.items() if one is not None and one.left_out]
     return [f"Seeds that only one of the two arms has are left out of differences: {', '.join(left)}."] if left else []
+
+
+def code_notes(block: Block) -> list[str]:
+    """The commits that a table's runs were made with, from the oldest; runs whose record names none are unknown."""
+    runs = sorted(block.all_runs(), key=lambda run: str(run.record.get("environment", {}).get("finished")))
+    commits = Counter(commit_of(run.record) or "unknown" for run in runs)
+    if set(commits) <= {"unknown"}:
+        return []
+    return [f"Code of the runs, as commit (runs): {', '.join(f'{one} ({count})' for one, count in commits.items())}."]
 
 
 def apart_notes(block: Block) -> list[str]:
