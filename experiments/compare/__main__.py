@@ -18,7 +18,7 @@ from experiments.compare.methods import list_methods as list_methods
 from experiments.report.comparison.block import SHARED, find_shared
 from experiments.report.comparison.notes import PLANS as PLANS
 from experiments.report.comparison.table import write_comparison
-from experiments.report.plans import Plan
+from experiments.report.plans import EvidencePlan
 from experiments.reproduce import commands, dry_run, evidence, search_all
 from experiments.reproduce.cells import Cell, in_evidence, list_with_waiting
 from experiments.reproduce.commands import last_wins, split_names
@@ -64,7 +64,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Ended:
+class EndedPlan:
     """How a plan has ended: its status so far, the cells that this call made, and the arms that are left out."""
 
     status: int = 0
@@ -98,7 +98,7 @@ def _compare_plans(options: argparse.Namespace) -> int:
     )
     _check_overrides(request.overrides)
     check_places(request.data, request.trees, dry=request.dry)
-    plans, ended = _choose_plans(request), list[Ended]()
+    plans, ended = _choose_plans(request), list[EndedPlan]()
     try:
         for name in plans:
             ended.append(compare(name, request))
@@ -130,14 +130,14 @@ def _choose_plans(request: Request) -> list[str]:
     return chosen
 
 
-def compare(name: str, request: Request) -> Ended:
+def compare(name: str, request: Request) -> EndedPlan:
     """Search, run and show one plan."""
     plan = read_plan(name)
     if plan.takes_trees and request.trees is None:
         print(f"{name}: no new searches and runs, which need TREES=<file of conversation trees>", flush=True)
         if not request.dry and _has_runs(name, request.results):
             print(write_comparison(request.results, name), flush=True)
-        return Ended()
+        return EndedPlan()
     methods = request.methods or plan.grid["method"]
     tasks = [task for task in plan.grid["task"] if task in (request.tasks or [task])]
     data = request.trees if plan.takes_trees else request.data
@@ -150,11 +150,11 @@ def compare(name: str, request: Request) -> Ended:
     mine = _leave_shared(cells, plan)
     if request.dry:
         _list_missing(mine)
-        return Ended(status)
+        return EndedPlan(status)
     ready = [cell for cell in mine if cell.waits is None]
     outcome = evidence.make_cells(ready, request.workers) if ready else None
     print(write_comparison(request.results, name), flush=True)
-    return Ended(status, outcome, tuple(_explain_left_out(arms, found, cells)))
+    return EndedPlan(status, outcome, tuple(_explain_left_out(arms, found, cells)))
 
 
 def _list_arm(name: str, arm: tuple[str, str], data: str | None, request: Request) -> list[Cell]:
@@ -163,7 +163,7 @@ def _list_arm(name: str, arm: tuple[str, str], data: str | None, request: Reques
     return list_with_waiting(name, (*request.of_runs, f"method={method}", f"task={task}"), data)
 
 
-def _leave_shared(cells: Sequence[Cell], plan: Plan) -> list[Cell]:
+def _leave_shared(cells: Sequence[Cell], plan: EvidencePlan) -> list[Cell]:
     """The cells that are no runs of other plans, to be made again where the table would not count them."""
     mine = [cell for cell in cells if cell.waits is not None or not is_shared(cell)]
     print(f"{len(cells) - len(mine)} of {len(cells)} cells are runs of {', '.join(SHARED)}", flush=True)

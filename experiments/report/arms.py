@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from experiments.paths import CONF
-from experiments.report.plans import Plan
+from experiments.report.plans import EvidencePlan
 from sparsegrad.runs.keys import flatten
 from sparsegrad.runs.records import ENGINE_NAMES
 
@@ -22,7 +22,7 @@ _ABSENT = object()
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
-def arm_of(config: Mapping[str, Any], plan: Plan | None = None) -> str:
+def arm_of(config: Mapping[str, Any], plan: EvidencePlan | None = None) -> str:
     """Name of a record's arm, such as `sparsegrad`, `sparsegrad keep=5500` or `dora config.r=4`.
 
     Args:
@@ -36,7 +36,7 @@ def arm_of(config: Mapping[str, Any], plan: Plan | None = None) -> str:
     return arm_name(str(method["name"]), options)
 
 
-def changed_options(config: Mapping[str, Any], plan: Plan | None = None) -> dict[str, Any]:
+def changed_options(config: Mapping[str, Any], plan: EvidencePlan | None = None) -> dict[str, Any]:
     """Options of a record's method in which it differs from conf/method/NAME.yaml and from what its plan sets."""
     method = config["method"]
     defaults = {**_read_defaults(str(method["name"])), **flatten(plan.method if plan else {})}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.report.departures import find_departures
-from experiments.report.plans import Plan, read_plan
+from experiments.report.plans import EvidencePlan, read_plan
 from sparsegrad.files import read_json
 from sparsegrad.runs.records import PRUNED, SCHEMA, run_seconds
 
@@ -140,7 +140,7 @@ def collect_cells(runs: Path) -> Store:
     return store
 
 
-def _runs(place: Path, record: dict[str, Any], plan: Plan | None) -> Iterator[tuple[Key, Run]]:
+def _runs(place: Path, record: dict[str, Any], plan: EvidencePlan | None) -> Iterator[tuple[Key, Run]]:
     """(key, run) for the record's protocol; a record of protocol `both` has the values of two protocols."""
     config, result = record["config"], record.get("result", {})
     method, protocol = _variant(place.parts[0], config["method"]), config["protocol"]["name"]

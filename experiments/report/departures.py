@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.report.arms import changed_options, find_value, normalise, parse_scalar
-from experiments.report.plans import Plan, load_node
+from experiments.report.plans import EvidencePlan, load_node
 from sparsegrad.runs.keys import LATER, flatten
 
 SECTIONS = ("train", "protocol", "data", "model")
@@ -27,7 +27,7 @@ DESCRIBED = {"model": ("source", "revision", "lr", "trust_remote_code"), "task":
 OF_MODEL = re.compile(r"oc\.select:(task|model)\.|\$\{model\.|\$\{task\.(?!name\})")
 
 
-def find_departures(record: Mapping[str, Any], plan: Plan) -> list[str]:
+def find_departures(record: Mapping[str, Any], plan: EvidencePlan) -> list[str]:
     """What differs from the plan in a record, as `key=value`; empty if it follows it.
 
     The learning rate counts as planned if it comes from the plan's search or published table, or is one of its grid.
@@ -47,7 +47,7 @@ def _read_value(config: Mapping[str, Any], key: str) -> Any:
     return LATER.get((group, name)) if value is None else value
 
 
-def _other_cell(record: Mapping[str, Any], plan: Plan) -> Iterator[str]:
+def _other_cell(record: Mapping[str, Any], plan: EvidencePlan) -> Iterator[str]:
     """Values outside the plan's grid, options of the method that it does not set, and rates by hand."""
     config = record["config"]
     if plan.seeds and config["seed"] not in plan.seeds:
@@ -69,7 +69,7 @@ def _other_cell(record: Mapping[str, Any], plan: Plan) -> Iterator[str]:
                 yield f"{key}={find_value(config, key)} {source}"
 
 
-def _other_settings(config: Mapping[str, Any], plan: Plan, group: str) -> Iterator[str]:
+def _other_settings(config: Mapping[str, Any], plan: EvidencePlan, group: str) -> Iterator[str]:
     """Settings of the model or the task that neither its YAML nor the plan has: methods take defaults from them.
 
     A setting that is newer than the record, or that the YAML no longer has, is none: only added defaults are.
@@ -94,7 +94,7 @@ def _read_settings(path: Path, sha256: str, group: str, name: str) -> Mapping[st
     return flatten(content)
 
 
-def _other_options(config: Mapping[str, Any], plan: Plan) -> Iterator[str]:
+def _other_options(config: Mapping[str, Any], plan: EvidencePlan) -> Iterator[str]:
     """Options of the method that are neither its defaults nor the plan's: they would make another arm."""
     for name, value in changed_options(config, plan).items():
         if name not in SAME_RESULT and f"method.{name}" not in plan.grid:
@@ -109,7 +109,7 @@ def _parse_value(text: str) -> Any:
         return normalise(parse_scalar(text))
 
 
-def _is_swept(key: str, plan: Plan) -> bool:
+def _is_swept(key: str, plan: EvidencePlan) -> bool:
     """Whether the plan's grid has this key, or the whole group that it is of."""
     return key in plan.grid or key.partition(".")[0] in plan.grid
 

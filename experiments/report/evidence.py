@@ -10,7 +10,7 @@ from typing import Any
 from experiments.report.arms import arm_of
 from experiments.report.blocks import BLOCKS
 from experiments.report.departures import find_departures
-from experiments.report.plans import Plan, read_plan
+from experiments.report.plans import EvidencePlan, read_plan
 from experiments.report.repeats import settle_runs
 from experiments.report.resampling import LOWER_IS_BETTER, POINTS, Remembered, scores
 from experiments.report.runs import Block, EvidenceRun
@@ -59,7 +59,7 @@ def load_evidence(context: Context) -> Evidence:
 
 def _load_block(context: Context, folder: str) -> Block:
     block = Block(folder, read_plan(folder))
-    plans: dict[str, Plan | None] = {folder: block.plan}
+    plans: dict[str, EvidencePlan | None] = {folder: block.plan}
     for place, record in sorted(context.store.records.items()):
         if place.parts[0] != folder:
             continue
@@ -73,7 +73,7 @@ def _load_block(context: Context, folder: str) -> Block:
 
 
 def add_record(
-    context: Context, block: Block, plans: dict[str, Plan | None], place: Path, record: Mapping[str, Any]
+    context: Context, block: Block, plans: dict[str, EvidencePlan | None], place: Path, record: Mapping[str, Any]
 ) -> None:
     """Sort one record into `found`, `failed` or `apart`."""
     if (reason := _why_failed(record)) is not None:
@@ -101,7 +101,11 @@ def _why_failed(record: Mapping[str, Any]) -> str | None:
 
 
 def judge_record(
-    results: Path, plan: Plan | None, plans: dict[str, Plan | None], place: Path, record: Mapping[str, Any]
+    results: Path,
+    plan: EvidencePlan | None,
+    plans: dict[str, EvidencePlan | None],
+    place: Path,
+    record: Mapping[str, Any],
 ) -> EvidenceRun | str:
     """The run of a complete record, or why it does not count.
 
@@ -136,7 +140,7 @@ def _is_score_of(run: EvidenceRun) -> bool:
     return abs(float(scores(run.metric, [run.arrays])[0]) - run.score) <= tolerance
 
 
-def _find_plan(record: Mapping[str, Any], plans: dict[str, Plan | None]) -> Plan | None:
+def _find_plan(record: Mapping[str, Any], plans: dict[str, EvidencePlan | None]) -> EvidencePlan | None:
     """The plan that a record names, as it is now."""
     name = (record.get("plan") or {}).get("experiment")
     if name and name not in plans:
@@ -144,7 +148,7 @@ def _find_plan(record: Mapping[str, Any], plans: dict[str, Plan | None]) -> Plan
     return plans.get(name) if name else None
 
 
-def _why_exploratory(record: Mapping[str, Any], plan: Plan | None) -> str:
+def _why_exploratory(record: Mapping[str, Any], plan: EvidencePlan | None) -> str:
     """Why a record is no evidence; empty if it is."""
     about = record.get("plan") or {}
     if not about.get("experiment"):

@@ -29,7 +29,7 @@ FIELDS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class EvidencePlan:
     """One experiment YAML with its rules.
 
     Attributes:
@@ -94,7 +94,7 @@ class Plan:
         return "oasst1" in self.tasks
 
 
-def read_plan(experiment: str, conf: Path = CONF) -> Plan | None:
+def read_plan(experiment: str, conf: Path = CONF) -> EvidencePlan | None:
     """The plan of an experiment; None if it has no YAML.
 
     Raises:
@@ -121,7 +121,7 @@ def read_plan(experiment: str, conf: Path = CONF) -> Plan | None:
         "seeds": seeds,
     }
     known |= {"method": content.get("method") or {}, "hparams": content.get("hparams")}
-    return Plan(experiment=experiment, **known, **rules)
+    return EvidencePlan(experiment=experiment, **known, **rules)
 
 
 def load_node(path: Path) -> DictConfig:

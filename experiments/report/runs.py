@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.palette import order_of
 from experiments.report.collect import hours
-from experiments.report.plans import MIN_SEEDS, Plan
+from experiments.report.plans import MIN_SEEDS, EvidencePlan
 from experiments.report.resampling import LOWER_IS_BETTER, POINTS, has_collapsed
 from experiments.report.stats import Seeded
 from sparsegrad.runs.predictions import Arrays
@@ -123,7 +123,7 @@ class Block:
     """
 
     folder: str
-    plan: Plan | None
+    plan: EvidencePlan | None
     found: dict[tuple[str, str], list[EvidenceRun]] = field(default_factory=dict)
     runs: dict[tuple[str, str], dict[int, EvidenceRun]] = field(default_factory=dict)
     apart: list[str] = field(default_factory=list)

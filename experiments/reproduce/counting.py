@@ -13,7 +13,7 @@ from pathlib import Path
 
 from experiments.report.departures import find_departures
 from experiments.report.evidence import LEFT_OUT, judge_record
-from experiments.report.plans import Plan
+from experiments.report.plans import EvidencePlan
 from experiments.report.runs import EvidenceRun
 from experiments.reproduce.cells import Cell
 from experiments.reproduce.costs import Estimates, facts_of
@@ -42,7 +42,7 @@ def _stamp(cell: Cell) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def force_uncounted(cells: Sequence[Cell], plan: Plan | None) -> list[Cell]:
+def force_uncounted(cells: Sequence[Cell], plan: EvidencePlan | None) -> list[Cell]:
     """The cells, with `force` where a complete record does not count; prints how many are made again, and why.
 
     Args:
@@ -62,7 +62,7 @@ def force_uncounted(cells: Sequence[Cell], plan: Plan | None) -> list[Cell]:
     return forced
 
 
-def _explain(cell: Cell, plan: Plan | None) -> tuple[str, str]:
+def _explain(cell: Cell, plan: EvidencePlan | None) -> tuple[str, str]:
     """Why the complete record of a cell is made again, and why the table will not count the cell; or empty."""
     if cell.waits is not None:  # its rate is not known yet
         return "", ""
@@ -81,7 +81,7 @@ def _explain(cell: Cell, plan: Plan | None) -> tuple[str, str]:
     return "", f"{found}; ARGS=force=true makes all runs of the block again" if found and not plan.exploratory else ""
 
 
-def _judge(cell: Cell, plan: Plan) -> str:
+def _judge(cell: Cell, plan: EvidencePlan) -> str:
     """Why the table leaves out the complete record of a cell; empty if it counts."""
     record, config = cell.record(), cell.config
     assert record is not None

@@ -25,7 +25,7 @@ from experiments.reproduce.costs import RECORDS, Estimates, facts_of
 from experiments.reproduce.counting import Watch, force_uncounted
 from experiments.reproduce.places import check_places, find_lack, refuse
 from experiments.reproduce.plans import list_blocks, read_plan
-from experiments.reproduce.processes import Ended, Job, cell_job, explain_end, is_held, last_error, run_jobs
+from experiments.reproduce.processes import EndedJob, Job, cell_job, explain_end, is_held, last_error, run_jobs
 from experiments.reproduce.waiting import settle_waiting
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_integer
@@ -191,7 +191,7 @@ def _failed_elsewhere(cell: Cell, began: float) -> bool:
     return path.exists() and path.stat().st_mtime >= began and not is_held(cell) and not cell.is_complete
 
 
-def _note(ended: Ended, cell: Cell, watch: Watch, failed: dict[str, str], minutes: list[float]) -> None:
+def _note(ended: EndedJob, cell: Cell, watch: Watch, failed: dict[str, str], minutes: list[float]) -> None:
     if _BUSY in last_error(ended.job.log):  # another call took it between the check and the start
         return
     if watch.is_made(cell):
@@ -201,7 +201,7 @@ def _note(ended: Ended, cell: Cell, watch: Watch, failed: dict[str, str], minute
 
 
 def _print_progress(
-    ended: Ended, left: Sequence[Cell], failed: dict[str, str], minutes: Sequence[float], workers: int
+    ended: EndedJob, left: Sequence[Cell], failed: dict[str, str], minutes: Sequence[float], workers: int
 ) -> float:
     """Print one line for a cell that has ended; the hours of those that are left."""
     usual = median(minutes) / 60 if minutes else 0.0

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.paths import CONF
 from experiments.report import plans as report_plans
 from experiments.report.blocks import STEPS, Step
-from experiments.report.plans import REGIMES, Plan
+from experiments.report.plans import REGIMES, EvidencePlan
 from sparsegrad.errors import UserError, check_choice, fail, first_line
 
 SEARCHED = ("evidence_paper", "evidence_mlp_only", "evidence_smollm2")  # plans with searches of their own
@@ -29,7 +29,7 @@ def list_blocks(name: str) -> list[Step]:
     return [step for step in STEPS if name in ("all", step.name, step.name[0])]
 
 
-def read_plan(name: str) -> Plan:
+def read_plan(name: str) -> EvidencePlan:
     """Read a plan and check that its runs follow its `evidence` node.
 
     Raises:
@@ -53,7 +53,7 @@ def read_plan(name: str) -> Plan:
     return plan
 
 
-def _check_runs(plan: Plan, train_rest: bool) -> None:
+def _check_runs(plan: EvidencePlan, train_rest: bool) -> None:
     """Refuse a plan whose runs have another regime, or other seeds, than its rules."""
     where = f"plan {plan.experiment}: evidence"
     if REGIMES[plan.regime] is not train_rest:

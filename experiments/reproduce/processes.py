@@ -46,7 +46,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended:
+class EndedJob:
     """A job that has ended: its exit status, and the minutes it took."""
 
     job: Job
@@ -86,7 +86,7 @@ def last_error(log: Path) -> str:
     return (errors or exceptions or [""])[-1].removeprefix("error: ")
 
 
-def explain_end(ended: Ended) -> str:
+def explain_end(ended: EndedJob) -> str:
     """Why a job has not done its work: the signal that ended it and its error message, else its status."""
     log, message = ended.job.log, in_words_of_make(last_error(ended.job.log), ended.job.place)
     if ended.status < 0:
@@ -121,7 +121,7 @@ def run_jobs(
     on_wait: Callable[[], None] = lambda: None,
     *,
     threads: int | None = 1,
-) -> Generator[Ended, None, None]:
+) -> Generator[EndedJob, None, None]:
     """Run jobs, `workers` at a time; yield each as it ends.
 
     Args:
@@ -141,7 +141,7 @@ def run_jobs(
                 ended = [job for job, (process, _) in running.items() if process.poll() is not None]
                 for job in ended:
                     process, began = running.pop(job)
-                    yield Ended(job=job, status=process.returncode, minutes=(time.monotonic() - began) / 60)
+                    yield EndedJob(job=job, status=process.returncode, minutes=(time.monotonic() - began) / 60)
                 if not running and not ended:
                     return
                 if not ended:

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 
 from experiments.paths import CONF
 from sparsegrad.runs.overrides import key_of
-from sparsegrad.sweeps.config import Plan
+from sparsegrad.sweeps.config import SweepPlan
 from sparsegrad.sweeps.ledger import Ledger
 from sparsegrad.sweeps.storage import find_file, open_store
 
@@ -31,7 +31,7 @@ class Search:
     """
 
     overrides: tuple[str, ...]
-    plan: Plan
+    plan: SweepPlan
     anew: str
 
     @property

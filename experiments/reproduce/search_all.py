@@ -16,13 +16,13 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 from experiments.paths import ROOT
-from experiments.report.plans import Plan
+from experiments.report.plans import EvidencePlan
 from experiments.reproduce import commands, searches, stale_searches
 from experiments.reproduce.cells import in_evidence
 from experiments.reproduce.commands import split_names
 from experiments.reproduce.places import check_places, find_lack, refuse
 from experiments.reproduce.plans import SEARCHED, read_plan
-from experiments.reproduce.processes import Ended, Job, explain_end, log_path, run_jobs
+from experiments.reproduce.processes import EndedJob, Job, explain_end, log_path, run_jobs
 from experiments.reproduce.search import Search
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_choice
@@ -108,7 +108,7 @@ def _check_budget(search: Search) -> None:
         )
 
 
-def _searches_of(plan: Plan, request: Request) -> list[Search]:
+def _searches_of(plan: EvidencePlan, request: Request) -> list[Search]:
     data = request.trees if plan.takes_trees else request.data
     found = []
     for task in plan.grid["task"]:
@@ -118,7 +118,7 @@ def _searches_of(plan: Plan, request: Request) -> list[Search]:
     return found
 
 
-def plan_search(plan: Plan, method: str, task: str, data: str | None, overrides: Sequence[str]) -> Search:
+def plan_search(plan: EvidencePlan, method: str, task: str, data: str | None, overrides: Sequence[str]) -> Search:
     """The search of one method on one task, with the plan's budget and regime.
 
     Raises:
@@ -255,7 +255,7 @@ def _read_reason(search: Search) -> str:
     return reasons[-1] if reasons else "no reason is stored"
 
 
-def _report(ended: Ended, search: Search, found: Sequence[Search]) -> None:
+def _report(ended: EndedJob, search: Search, found: Sequence[Search]) -> None:
     """One line on a search whose worker has ended: what is left of it and, once it is finished, of the others."""
     took, budget = f"{ended.minutes:.1f} min", search.plan.budget
     if left := budget - search.finished():

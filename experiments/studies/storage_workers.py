@@ -22,7 +22,7 @@ from optuna.trial import Trial
 from experiments.paths import CONF
 from sparsegrad.progress import silence
 from sparsegrad.runs.config import RunConfig
-from sparsegrad.sweeps.config import Plan, make_plan
+from sparsegrad.sweeps.config import SweepPlan, make_plan
 from sparsegrad.sweeps.leases import BEAT
 from sparsegrad.sweeps.study import SharedStudy, open_study
 from sparsegrad.sweeps.worker import Worker
@@ -74,7 +74,7 @@ class Clock:
         return call
 
 
-class LoadPlan(Plan):
+class LoadPlan(SweepPlan):
     """The plan of all workers; building the configuration of a trial costs processor time but reads no storage."""
 
     def trial_config(self, parameters: Mapping[str, Any]) -> RunConfig:
@@ -170,7 +170,7 @@ def run_clients(load: Load, where: str, first: int, count: int, barrier: Any, re
     os._exit(0)  # threads may hang in a storage that is overloaded
 
 
-def _open(plan: Plan, clock: Clock) -> SharedStudy | None:
+def _open(plan: SweepPlan, clock: Clock) -> SharedStudy | None:
     try:
         with clock.timed("open"):
             return open_study(plan)

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from sparsegrad.errors import UserError
 from sparsegrad.runs.config import TrackerConfig
-from sparsegrad.sweeps.config import Plan
+from sparsegrad.sweeps.config import SweepPlan
 
 
 class _StartedError(Exception):
@@ -25,7 +25,7 @@ class _StopAtStart(TrainerCallback):  # type: ignore[misc]
         raise _StartedError
 
 
-def can_start(plan: Plan, run: Callable[..., Any]) -> bool:
+def can_start(plan: SweepPlan, run: Callable[..., Any]) -> bool:
     """Set up the run of `plan.base`, calibration included, and stop where its training would begin.
 
     It leaves no record, no checkpoint and no tracker run.

@@ -91,7 +91,7 @@ class SweepConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class SweepPlan:
     """A sweep that has passed all checks that need no storage.
 
     Attributes:
@@ -155,7 +155,7 @@ class Plan:
         }
 
 
-def make_plan(composed: DictConfig) -> Plan:
+def make_plan(composed: DictConfig) -> SweepPlan:
     """Check a composed configuration that has a `sweep` node.
 
     Raises:
@@ -169,7 +169,7 @@ def make_plan(composed: DictConfig) -> Plan:
         adaptive_grid.check_space(space)
     _check_overrides(space)
     _check_metric(sweep, base)
-    plan = Plan(sweep=sweep, space=space, composed=composed, base=base)
+    plan = SweepPlan(sweep=sweep, space=space, composed=composed, base=base)
     # Build what the sweep will need, so that mistakes show before the first trial.
     for probe in space.probes():
         plan.trial_config(probe)

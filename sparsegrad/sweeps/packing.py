@@ -14,12 +14,12 @@ from sparsegrad.errors import fail
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.memory_estimate import GIB, estimate_run, memory_of
 from sparsegrad.sweeps.admission import Device
-from sparsegrad.sweeps.config import Plan
+from sparsegrad.sweeps.config import SweepPlan
 
 _USABLE = 0.9  # of a device's memory: the rest is for the system, fragmentation and what an estimate misses
 
 
-def count_slots(plan: Plan) -> int:
+def count_slots(plan: SweepPlan) -> int:
     """The number of workers that share the devices of this machine: `sweep.workers`, or what `device_share` allows."""
     share = plan.sweep.device_share
     return plan.sweep.workers if share is None else len(_list_devices(plan)) * _count_per_device(share)
@@ -36,7 +36,7 @@ def take_device(index: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[index % len(devices)]
 
 
-def check_packing(plan: Plan) -> None:
+def check_packing(plan: SweepPlan) -> None:
     """Check that as many workers as asked for, and at least one trial, have room.
 
     Raises:
@@ -74,7 +74,7 @@ class Packing:
         is_shared: whether other trials may run on the device at the same time.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: SweepPlan) -> None:
         self.is_shared = plan.sweep.device_share is not None
         self._device = Device(_name_device(plan), _usable_memory(plan)) if self.is_shared else None
 
@@ -96,7 +96,7 @@ class Packing:
             yield
 
 
-def _probe(plan: Plan) -> Iterator[RunConfig]:
+def _probe(plan: SweepPlan) -> Iterator[RunConfig]:
     """The run with the values that are not searched, and with each end of each range."""
     yield plan.base
     yield from map(plan.trial_config, plan.space.probes())
@@ -111,17 +111,17 @@ def _list_gpus() -> list[str]:
     return given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
 
 
-def _list_devices(plan: Plan) -> list[str]:
+def _list_devices(plan: SweepPlan) -> list[str]:
     return (_list_gpus() if plan.base.train.device != "cpu" else []) or ["cpu"]
 
 
-def _name_device(plan: Plan) -> str:
+def _name_device(plan: SweepPlan) -> str:
     """The name of this worker's device, which is the same in all processes."""
     is_gpu = pick_device(plan.base.train.device).type == "cuda"
     return f"gpu-{torch.cuda.get_device_properties(0).uuid}" if is_gpu else "cpu"
 
 
-def _usable_memory(plan: Plan) -> int:
+def _usable_memory(plan: SweepPlan) -> int:
     return int(_USABLE * memory_of(pick_device(plan.base.train.device)))
 
 

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sparsegrad.errors import UserError
 from sparsegrad.progress import NO_BARS, QUIET, remark, say
-from sparsegrad.sweeps.config import Plan, make_plan
+from sparsegrad.sweeps.config import SweepPlan, make_plan
 from sparsegrad.sweeps.hparams import default_storage
 from sparsegrad.sweeps.ledger import FAILURE, MISTAKE, REASON
 from sparsegrad.sweeps.packing import check_packing, count_slots, take_device
@@ -182,7 +182,7 @@ def _summarize(shared: SharedStudy) -> str:
     )
 
 
-def _name_places(plan: Plan, prefix: str) -> str:
+def _name_places(plan: SweepPlan, prefix: str) -> str:
     """The arguments that lead to this study where results or storage are not in the default place."""
     where, found = plan.base.results_dir, []
     if where != DEFAULT:

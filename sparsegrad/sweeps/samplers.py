@@ -13,7 +13,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from sparsegrad.sweeps import adaptive_grid
-from sparsegrad.sweeps.config import Plan, SweepConfig
+from sparsegrad.sweeps.config import SweepConfig, SweepPlan
 from sparsegrad.sweeps.ledger import Ledger
 from sparsegrad.sweeps.space import Space
 
@@ -94,7 +94,7 @@ class _Sobol(QMCSampler):
         return self._known
 
 
-def make_sampler(plan: Plan) -> BaseSampler:
+def make_sampler(plan: SweepPlan) -> BaseSampler:
     """Create the sampler of `sweep.sampler`."""
     return sampler(plan.sweep.sampler, plan.space, plan.sweep.seed, plan.sweep.startup_trials)
 

@@ -14,7 +14,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sparsegrad.errors import ResourceError, UserError, did_you_mean
-from sparsegrad.sweeps.config import Plan
+from sparsegrad.sweeps.config import SweepPlan
 from sparsegrad.sweeps.leases import WORKER, Watch, this_worker
 from sparsegrad.sweeps.ledger import DIED, FAILURE, REASON, REDO_OF, SURPLUS, Ledger
 from sparsegrad.sweeps.samplers import make_pruner, make_sampler
@@ -26,7 +26,7 @@ IDENTITY, LABELS, CONTENT = "identity", "labels", "content"
 class SharedStudy:
     """A study as one worker uses it."""
 
-    def __init__(self, plan: Plan, store: Store, study: Study) -> None:
+    def __init__(self, plan: SweepPlan, store: Store, study: Study) -> None:
         self.plan, self.store, self.study = plan, store, study
         self._watch = Watch(plan.sweep.lease)
         self._me = this_worker()
@@ -117,7 +117,7 @@ class SharedStudy:
             self.close(trial, TrialState.PRUNED, {FAILURE: DIED, REASON: reason})
 
 
-def open_study(plan: Plan, *, overwrite: bool = False) -> SharedStudy:
+def open_study(plan: SweepPlan, *, overwrite: bool = False) -> SharedStudy:
     """Open the study of a plan, or create it.
 
     Args:
@@ -170,7 +170,7 @@ def quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def _create_or_load(plan: Plan, store: Store, options: dict[str, Any]) -> Study:
+def _create_or_load(plan: SweepPlan, store: Store, options: dict[str, Any]) -> Study:
     name, storage, direction = plan.sweep.study, store.storage, StudyDirection[plan.sweep.direction.upper()]
     try:
         study = optuna.create_study(study_name=name, storage=storage, direction=direction, **options)
@@ -180,7 +180,7 @@ def _create_or_load(plan: Plan, store: Store, options: dict[str, Any]) -> Study:
     return study
 
 
-def _write_identity(plan: Plan, study: Study) -> None:
+def _write_identity(plan: SweepPlan, study: Study) -> None:
     """Store in the study what it searches; as one attribute, so that it is stored completely or not at all."""
     base = plan.base
     labels = {"model": base.model.name, "method": base.method.name, "task": base.task.name, "sweep": plan.sweep.name}
@@ -188,7 +188,7 @@ def _write_identity(plan: Plan, study: Study) -> None:
     study.set_user_attr(LABELS, labels)
 
 
-def _check_identity(plan: Plan, study: Study) -> None:
+def _check_identity(plan: SweepPlan, study: Study) -> None:
     """Refuse a study that searches something else.
 
     Raises:
@@ -217,7 +217,7 @@ def _check_identity(plan: Plan, study: Study) -> None:
             )
 
 
-def find_refusal(plan: Plan, study: Study) -> str:
+def find_refusal(plan: SweepPlan, study: Study) -> str:
     """Why a worker of this plan would not continue a study, without the remedy; empty if it would."""
     try:
         _check_identity(plan, study)
@@ -229,7 +229,7 @@ def find_refusal(plan: Plan, study: Study) -> str:
     return ""
 
 
-def _name_metric(plan: Plan, study: Study) -> None:
+def _name_metric(plan: SweepPlan, study: Study) -> None:
     """Name the searched value, which the dashboard and plots would call "Objective 0"."""
     if study.metric_names is None:
         with warnings.catch_warnings():
@@ -243,7 +243,7 @@ def content_of(record: Mapping[str, Any]) -> dict[str, str]:
     return {part: str(value) for part, value in found.items() if value is not None}
 
 
-def _check_content(plan: Plan, study: Study) -> None:
+def _check_content(plan: SweepPlan, study: Study) -> None:
     """Refuse to continue a study with other data, before a trial starts; data that is not at hand is found out later.
 
     Names say too little: `data.dir` is no part of a run's key, and a folder can be changed in place.
@@ -253,7 +253,7 @@ def _check_content(plan: Plan, study: Study) -> None:
         _compare_content(study.study_name, stored, {"data": found})
 
 
-def read_fingerprint(plan: Plan) -> str | None:
+def read_fingerprint(plan: SweepPlan) -> str | None:
     """The fingerprint of the data that a plan reads; None if it is not at hand."""
     try:
         return plan.base.task.load(plan.base.data).fingerprint

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from experiments.report import evidence
-from experiments.report.plans import Plan, read_plan
+from experiments.report.plans import EvidencePlan, read_plan
 from sparsegrad.files import read_json, write_json
 from sparsegrad.runs.plan import plan_hash
 from sparsegrad.runs.predictions import describe_arrays, write_predictions
@@ -127,7 +127,7 @@ def cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cases:
     """An empty results folder, and plans of its own."""
     made = Cases(tmp_path)
 
-    def read(name: str) -> Plan | None:
+    def read(name: str) -> EvidencePlan | None:
         return read_plan(name, made.conf)
 
     monkeypatch.setattr(evidence, "read_plan", read)

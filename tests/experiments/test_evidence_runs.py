@@ -18,7 +18,7 @@ from run_fixtures import ROOT, SHORT, TINY
 from experiments.reproduce import evidence
 from experiments.reproduce.cells import Cell, list_cells
 from experiments.reproduce.counting import Watch
-from experiments.reproduce.processes import Ended, Job, cell_job, explain_end, last_error, run_jobs
+from experiments.reproduce.processes import EndedJob, Job, cell_job, explain_end, last_error, run_jobs
 from sparsegrad.files import write_json
 from sparsegrad.runs.plan import plan_hash
 
@@ -191,7 +191,7 @@ def test_a_process_that_was_killed_is_not_explained_by_a_line_of_its_log(
 ) -> None:
     path = tmp_path / "x.log"
     path.write_text(log)
-    found = explain_end(Ended(job=Job(label="x", command=(), log=path), status=status, minutes=0.0))
+    found = explain_end(EndedJob(job=Job(label="x", command=(), log=path), status=status, minutes=0.0))
     assert all(one in found for one in said)
     assert "%" not in found
     assert (str(path) in found) is (status < 0 or "error" not in log)

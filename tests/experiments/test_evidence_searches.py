@@ -21,7 +21,7 @@ from run_fixtures import ROOT, TINY
 
 from experiments.reproduce import search_all
 from experiments.reproduce.cells import list_cells
-from experiments.reproduce.processes import Ended
+from experiments.reproduce.processes import EndedJob
 from sparsegrad import progress
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
@@ -159,13 +159,13 @@ def test_a_search_that_does_not_fit_is_refused_by_name(
 def test_a_worker_that_fails_is_told_apart_from_its_reason_in_the_words_of_make(
     places: list[str], empty_glue: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(jobs: Any, *_: Any, **__: Any) -> Iterator[Ended]:
+    def fail(jobs: Any, *_: Any, **__: Any) -> Iterator[EndedJob]:
         for job in jobs:
             job.log.parent.mkdir(parents=True, exist_ok=True)
             job.log.write_text(
                 "error: data.dir=x has no complete mrpc; put the files there, use the hub with data.dir=null\n"
             )
-            yield Ended(job=job, status=2, minutes=0.2)
+            yield EndedJob(job=job, status=2, minutes=0.2)
 
     monkeypatch.setattr(search_all, "run_jobs", fail)
     given = ["--methods", "lora,full", "--tasks", "mrpc", "--data", empty_glue, *places]

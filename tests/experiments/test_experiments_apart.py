@@ -15,7 +15,7 @@ from experiments.bench.results import empty, find_cell, put_cell, read
 from experiments.bench.settings import Setting
 from experiments.reproduce import __main__ as runner
 from experiments.reproduce import benchmarks, search_all, searches
-from experiments.reproduce.processes import Ended, Job
+from experiments.reproduce.processes import EndedJob, Job
 from experiments.reproduce.search import compose_sweep
 from experiments.studies import gradients as measure
 from sparsegrad.files import write_json
@@ -138,7 +138,7 @@ def test_a_search_is_listed_run_exported_and_not_repeated(
             job.log.write_text("error: a mistake")
             if works:
                 run_sweep(compose_sweep(job.command[2:]), {})
-            yield Ended(job=job, status=0, minutes=0.0)
+            yield EndedJob(job=job, status=0, minutes=0.0)
 
     monkeypatch.setattr(search_all, "run_jobs", run_jobs)
     (tmp_path / "mrpc").mkdir()

@@ -10,7 +10,7 @@ from typing import Any
 from experiments.report.collect import Store
 from experiments.report.departures import find_departures
 from experiments.report.evidence import Evidence, add_record, judge_record, load_evidence
-from experiments.report.plans import Plan, read_plan
+from experiments.report.plans import EvidencePlan, read_plan
 from experiments.report.repeats import settle_runs
 from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches
@@ -20,7 +20,7 @@ from sparsegrad.runs.records import find_complete
 
 SHARED = ("evidence_mlp_only", "evidence_smollm2")  # their protocol is the comparison's
 
-Plans = dict[str, Plan | None]
+Plans = dict[str, EvidencePlan | None]
 
 
 def load_comparison(context: Context, folder: str) -> Evidence:
@@ -56,14 +56,14 @@ def find_shared(results: Path, folder: str, key: str) -> Path | None:
     return None
 
 
-def _read_existing(folder: str) -> Plan:
+def _read_existing(folder: str) -> EvidencePlan:
     plan = read_plan(folder)
     if plan is None:
         raise UserError(f"conf/experiment/{folder}.yaml is missing: restore it from the repository")
     return plan
 
 
-def _list_names(plan: Plan, store: Store | None = None) -> tuple[str, ...]:
+def _list_names(plan: EvidencePlan, store: Store | None = None) -> tuple[str, ...]:
     """Names of the methods: of the plan, whose options may be in a folder (`peft/dora`), and of its runs.
 
     METHODS takes any method, so none is a departure from the plan.
@@ -74,7 +74,7 @@ def _list_names(plan: Plan, store: Store | None = None) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*planned, *run]))
 
 
-def _choose_records(context: Context, plan: Plan, plans: Plans) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+def _choose_records(context: Context, plan: EvidencePlan, plans: Plans) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     """One record for each key: the key covers all that determines a result, so two records are the same run.
 
     The first one that counts is chosen, in the plan's own folder before others.
@@ -89,13 +89,13 @@ def _choose_records(context: Context, plan: Plan, plans: Plans) -> Iterator[tupl
         yield next(counting, same[0])
 
 
-def _counts(results: Path, plan: Plan, plans: Plans, place: Path, record: Mapping[str, Any]) -> bool:
+def _counts(results: Path, plan: EvidencePlan, plans: Plans, place: Path, record: Mapping[str, Any]) -> bool:
     if record["status"] != "complete":
         return False
     return isinstance(judge_record(results, plan, plans, place, record), EvidenceRun)
 
 
-def _is_same(record: Mapping[str, Any], plan: Plan) -> bool:
+def _is_same(record: Mapping[str, Any], plan: EvidencePlan) -> bool:
     """Whether a run of another plan does all that this plan says."""
     return (
         record.get("status") == "complete"
