@@ -130,7 +130,8 @@ def prepare(
             freezes it (`requires_grad=False`), except for `modules_to_save`.
         modules_to_save: with `train_rest=False`, and then required: the modules that train whole, as in `peft`: names
             or ends of names, such as `["classifier"]` for a new head; `[]` for none.
-        rest_lr: learning rate of everything outside the target weights; None: `lr`, as in the paper.
+        rest_lr: learning rate of everything outside the target weights; None: `lr`, as in the paper. A group that is
+            added later has the rate and the decay that it is given, by default `lr` and `weight_decay`.
         decay_vectors: whether `weight_decay` acts on parameters with fewer than two dimensions, too, which are biases
             and normalization. False leaves them out, as transformers' Trainer does.
         progress: shows the progress of the calibration with the remaining time, e.g. `tqdm`; see `calibrate`.

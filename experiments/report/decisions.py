@@ -24,6 +24,7 @@ from experiments.report.tables.grades import ALL_TURNS, Grades, complete_grades,
 from sparsegrad.errors import UserError
 
 SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED = "supported", "contradicted", "undecided", "not tested here"
+REPRODUCED = "reproduced"  # as below, but as the paper says
 NOT_REPRODUCED = "not reproduced"  # a claim, measured elsewhere than where the paper did: on a CPU
 FINAL_SEEDS = 5  # a verdict from fewer is provisional
 Spec = Mapping[str, Any]

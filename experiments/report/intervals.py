@@ -100,11 +100,12 @@ def average(parts: Sequence[Noise]) -> Noise:
 def pooled_df(seeds: Floats, df: Sequence[float]) -> Floats:
     """Degrees of freedom of the sum of variances between seeds (tasks, ...), each with its `df`.
 
-    Tasks lend each other degrees of freedom only as far as they are as noisy as the noisiest one. Satterthwaite's
-    estimate is larger, and too large where the seeds of one task scatter much more than those of the others.
+    Tasks lend each other degrees of freedom only as far as they are as noisy as the noisiest one, and as if all had the
+    fewest seeds: those few may agree by chance. Satterthwaite's estimate is larger, and too large where the seeds of
+    one task scatter much more than those of the others.
     """
-    largest = np.max([one / own for one, own in zip(seeds, df, strict=True)], axis=0)
-    return np.where(largest > 0, seeds.sum(axis=0) / np.where(largest > 0, largest, 1.0), min(df))
+    largest = seeds.max(axis=0)
+    return np.where(largest > 0, min(df) * seeds.sum(axis=0) / np.where(largest > 0, largest, 1.0), min(df))
 
 
 def split(by_seed: Floats, drawn: Floats) -> Noise:

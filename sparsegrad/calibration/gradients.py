@@ -90,9 +90,9 @@ def calibrate(
 
     Raises:
         UserError: for too few batches, a batch without loss, a weight that gets no gradient (with several processes:
-            not from every batch), a gradient that is not finite, a model sharded by FSDP1 or tensor parallelism, a
-            model that differs between processes, a device that does not exist, or weights whose gradients an optimizer
-            releases.
+            not from every batch) or several of one batch, a gradient that is not finite, a model sharded by FSDP1 or
+            tensor parallelism, a model that differs between processes, a device that does not exist, or weights whose
+            gradients an optimizer releases.
     """
     progress = progress or track
     check_integer("steps", steps, at_least=1, remedy="the paper uses 30")
@@ -162,14 +162,20 @@ def _prepare_shards(model: nn.Module) -> None:
 
 
 def check_counts(counts: Mapping[str, int], steps: int) -> None:
-    """Raise `UserError` for a weight that got no gradient, and warn of those that got fewer than `steps`.
+    """Raise `UserError` for a weight with no gradient or more than `steps`, and warn of those with fewer.
 
     Args:
         counts: name of each weight -> number of its gradients.
         steps: number of batches.
     """
-    if all(count >= steps for count in counts.values()):
+    if all(count == steps for count in counts.values()):
         return
+    most = max(counts, key=counts.__getitem__)
+    if counts[most] > steps:
+        raise UserError(
+            f"calibration got {counts[most]} gradients of {most} from {steps} batches, which are parts of the true "
+            "ones: checkpoint with use_reentrant=False, or without checkpointing, where a layer is used several times"
+        )
     fewest = min(counts, key=counts.__getitem__)
     if not counts[fewest]:
         raise UserError(

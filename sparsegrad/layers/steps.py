@@ -7,6 +7,7 @@ nothing and report nothing. A core moved by a kernel that does not count its wri
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _rotating: weakref.WeakSet[LeanLinear] = weakref.WeakSet()
 _blocks: weakref.WeakSet[BlockLinear] = weakref.WeakSet()
+_lock = threading.RLock()
 _known = 0  # layers seen so far; what has been found out about an optimizer holds until there are more
 _passed: weakref.WeakKeyDictionary[Optimizer, tuple[int, ...]] = weakref.WeakKeyDictionary()
 _cores: weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, ...], list[Tensor]]] = weakref.WeakKeyDictionary()
@@ -40,12 +42,14 @@ def watch(layer: LeanLinear | BlockLinear) -> None:
     _register()
     _known += 1
     watched: weakref.WeakSet[Any] = _blocks if hasattr(layer, "core") else _rotating
-    watched.add(layer)
+    with _lock:
+        watched.add(layer)
 
 
 def forget(layer: LeanLinear) -> None:
     """The counterpart of `watch`, for a layer that has become an ordinary linear."""
-    _rotating.discard(layer)
+    with _lock:
+        _rotating.discard(layer)
 
 
 @functools.cache
@@ -61,14 +65,19 @@ def _check_optimizer(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[s
     state = _describe(optimizer)
     if _passed.get(optimizer) == state or _is_wrapper(optimizer):
         return
-    layers = {id(layer.weight): layer for layer in list(_rotating)}
+    layers = {id(layer.weight): layer for layer in _members(_rotating)}
     held = [
         (group, layers[id(one)]) for group in optimizer.param_groups for one in group["params"] if id(one) in layers
     ]
     # A closure computes the gradients within the step, so that there may be none yet.
-    has_closure = len(args) > 1 or kwargs.get("closure") is not None
+    has_closure = (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
     for group, layer in held:
         own, moves = _own_rotation(optimizer, group), has_closure and layer.weight.requires_grad
+        if layer.rotation is None and own is not None and own.in_layers:
+            raise UserError(
+                "a calibration has plain gradients, which the optimizer of an earlier prepare takes for rotated ones: "
+                "give prepare rotation_order='gradient', or calibrate before it"
+            )
         if own is layer.rotation or layer.rotation is None:  # None: during a calibration, whose gradients are plain
             continue
         if own is not None:
@@ -81,7 +90,17 @@ def _check_optimizer(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[s
 
 def _describe(optimizer: Optimizer) -> tuple[int, ...]:
     """Numbers that change when the optimizer gets other weights, or when there are other layers; cheap to compare."""
-    return (_known, *[len(group["params"]) for group in optimizer.param_groups])
+    return (_known, *[number for group in optimizer.param_groups for number in _describe_group(group["params"])])
+
+
+def _describe_group(weights: list[Tensor]) -> tuple[int, ...]:
+    """Its size and both ends: another model's weights in its place differ."""
+    return (len(weights), id(weights[0]), id(weights[-1])) if weights else (0,)
+
+
+def _members(layers: weakref.WeakSet[Any]) -> list[Any]:
+    with _lock:  # another thread may prepare a model meanwhile
+        return list(layers)
 
 
 def _is_wrapper(optimizer: Optimizer) -> bool:
@@ -114,5 +133,5 @@ def _count_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _find_cores(optimizer: Optimizer) -> Iterable[Tensor]:
-    cores = {id(block.core) for block in list(_blocks) if hasattr(block, "core")}
+    cores = {id(block.core) for block in _members(_blocks) if hasattr(block, "core")}
     return (one for group in optimizer.param_groups for one in group["params"] if id(one) in cores)

@@ -14,7 +14,7 @@ from sparsegrad.distributed import connected, is_shard
 def all_finite(gradients: Iterable[Tensor]) -> Tensor | None:
     """Whether no gradient has an infinite entry or NaN: a bool tensor on a device of theirs; None without gradients.
 
-    Each gradient is read once, a tenth of what AdamW then reads and writes. Of shards (FSDP2) every process tells its
+    Each gradient is read once, a seventh of what AdamW then reads and writes. Of shards (FSDP2) every process tells its
     own, and all get the same answer, so all must call this together. Sparse gradients, which AdamW refuses, are left
     out.
     """

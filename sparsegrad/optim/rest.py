@@ -30,6 +30,11 @@ def check_rest(train_rest: Any, modules_to_save: Any, rest_lr: Any, decay_vector
             "train_rest=False freezes everything beside the target weights, a new head included: name the modules that "
             'train nevertheless, such as modules_to_save=["classifier"], or give modules_to_save=[] if there are none'
         )
+    elif rest_lr is not None and not modules_to_save:
+        raise UserError(
+            f"rest_lr={rest_lr} has no effect with train_rest=False and modules_to_save=[]: nothing outside the target "
+            "weights trains; leave it out"
+        )
     elif isinstance(modules_to_save, str) or not isinstance(modules_to_save, Iterable):
         raise fail("modules_to_save", modules_to_save, 'give a list of module names, such as ["classifier"]')
 

@@ -282,7 +282,7 @@ def test_the_limits_of_a_verdict_are_in_the_lines(cases: Cases) -> None:
     parts = [Decision(SUPPORTED, "", seeds=3, place="on a CPU"), Decision(NOT_TESTED, "")]
     found.store.cache["claims"] = [Verdict({"name": "it is better"}, parts, [])]
     limits = "in 1 of 2 parts, the others are not tested on a CPU (provisional: 3 of 5 seeds)"
-    assert lines(found)[0] == f"Holds: it is better ({limits})."
+    assert lines(found)[0] == f"Holds: nothing yet | reproduced: it is better ({limits})."
 
 
 def test_a_larger_model_with_fewer_repeats_stands_beside_the_one_that_decides() -> None:

@@ -12,19 +12,21 @@ Task = tuple[float, float, float]
 MANY = 6_000
 
 
-def repeat(tasks: list[Task], seeds: int, arms: int = 1) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def repeat(tasks: list[Task], seeds: int | list[int], arms: int = 1) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Differences (arms, MANY) from one reference that is as good, with their noise: the arguments of `half_width`."""
     generator, share = np.random.default_rng(11), 1 / len(tasks) ** 2
-    means, between = [], []
-    for rows, seed, own in tasks:
+    means, between, least = [], [], 0.0
+    counts = [seeds] * len(tasks) if isinstance(seeds, int) else seeds
+    for (rows, seed, own), count in zip(tasks, counts, strict=True):
         runs = generator.normal(0, rows / 2**0.5, (arms + 1, MANY, 1))
-        runs = runs + generator.normal(0, np.hypot(seed, own) / 2**0.5, (arms + 1, MANY, seeds))
+        runs = runs + generator.normal(0, np.hypot(seed, own) / 2**0.5, (arms + 1, MANY, count))
         values = runs[1:] - runs[0]
         means.append(values.mean(axis=2))
-        between.append(share * values.var(axis=2, ddof=1) / seeds)
+        between.append(share * values.var(axis=2, ddof=1) / count)
+        least += share * own**2 / count
     known = np.array(tasks) ** 2 * share
-    df = pooled_df(np.array(between), [seeds - 1] * len(tasks))
-    noise = {"rows": known[:, 0].sum(), "seeds": sum(between), "least": known[:, 2].sum() / seeds, "df": df}
+    df = pooled_df(np.array(between), [count - 1 for count in counts])
+    noise = {"rows": known[:, 0].sum(), "seeds": sum(between), "least": least, "df": df}
     return np.mean(means, axis=0), noise
 
 
@@ -51,6 +53,11 @@ def test_intervals_and_corrected_tests_hold_what_they_promise(tasks: list[Task],
         few = {name: value[:arms] if np.ndim(value) else value for name, value in noise.items()}
         found = np.abs(values[:arms]) > half_width(0.05 / arms, **few)
         assert found.any(axis=0).mean() <= 0.06
+
+
+def test_few_seeds_of_a_noisy_task_borrow_nothing_from_the_many_of_another() -> None:
+    values, noise = repeat([(0.0, 0.9, 0.0), (0.0, 0.3, 0.0)], [3, 5], arms=6)
+    assert (np.abs(values) > half_width(0.05 / 6, **noise)).any(axis=0).mean() <= 0.06
 
 
 @pytest.mark.parametrize("comparisons", [1, 6])

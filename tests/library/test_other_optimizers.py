@@ -142,6 +142,27 @@ def test_a_calibration_of_a_prepared_model_may_train_it_with_any_optimizer() -> 
     assert not torch.equal(model.up.weight, before)
 
 
+def test_the_own_optimizer_takes_no_plain_gradients_of_a_calibration() -> None:
+    model = _WithLoss()
+    own, before = optimizer_for(model, "auto"), model.up.weight.clone()
+    with pytest.raises(UserError, match="rotation_order='gradient'"):
+        calibrate(model, [{"x": tokens(5)}], {"up": [model.up], "down": [model.down]}, 1, update=own.step)
+    assert torch.equal(model.up.weight, before)
+
+
+def test_an_idle_optimizer_over_a_prepared_model_steps_as_accelerate_calls_it() -> None:
+    model, _ = prepared()
+    sgd(model.parameters()).step(None)
+
+
+def test_an_optimizer_that_passed_is_checked_again_with_other_weights() -> None:
+    plain, (model, _) = Network(), prepared()
+    other = sgd(plain.parameters())
+    assert step(plain, other)
+    other.param_groups[0]["params"] = list(model.parameters())
+    refused(model, other)
+
+
 def test_an_optimizer_for_plain_gradients_of_an_earlier_prepare_is_refused() -> None:
     model = Network()
     first = optimizer_for(model, "gradient")

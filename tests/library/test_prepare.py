@@ -76,6 +76,25 @@ def test_a_weight_that_some_batches_skip_counts_less_and_is_named_once() -> None
         calibrate(model, data, {"all": model.blocks}, steps=4)
 
 
+class _Repeating(nn.Module):
+    """A block that is applied twice, under reentrant checkpointing: its gradients come in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for _ in range(2):
+            x = torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=True)
+        return {"loss": x.square().mean()}
+
+
+def test_parts_of_gradients_are_not_taken_for_gradients() -> None:
+    model, data = _Repeating(), [{"x": torch.randn(5, 4, requires_grad=True)} for _ in range(4)]
+    with pytest.raises(UserError, match=r"8 gradients of block\.weight from 4 batches.*use_reentrant=False"):
+        calibrate(model, data, {"all": [model.block]}, steps=4)
+
+
 def test_several_processes_need_all_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would otherwise average those of different batches."""
     monkeypatch.setattr("sparsegrad.calibration.gradients.connected", lambda: True)

@@ -135,6 +135,7 @@ def never() -> Any:
         ({"gram_device": 1.5}, r"gram_device=1\.5 cannot be used"),
         ({"train_rest": False}, r'a new head included: name .* modules_to_save=\["classifier"\], or give .*=\[\] if'),
         ({"train_rest": 2}, "train_rest=2 is not allowed"),
+        ({"train_rest": False, "modules_to_save": [], "rest_lr": 1e-5}, "rest_lr=1e-05 has no effect"),
         ({"modules_to_save": ["classifier"]}, "belongs to train_rest=False: .* leave it out"),
         (
             {"train_rest": False, "modules_to_save": "classifier"},

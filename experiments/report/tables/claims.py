@@ -20,6 +20,7 @@ from experiments.report.decisions import (
     FINAL_SEEDS,
     NOT_REPRODUCED,
     NOT_TESTED,
+    REPRODUCED,
     SUPPORTED,
     UNDECIDED,
     Decision,
@@ -47,13 +48,15 @@ class Verdict:
 
     @property
     def kind(self) -> str:
-        """SUPPORTED, CONTRADICTED, NOT_REPRODUCED, UNDECIDED or NOT_TESTED."""
+        """SUPPORTED, REPRODUCED, CONTRADICTED, NOT_REPRODUCED, UNDECIDED or NOT_TESTED."""
         tested = {one.verdict for one in self.decisions} - {NOT_TESTED}
         if CONTRADICTED in tested:  # a claim says all of its parts
-            # The paper measured on a GPU: a CPU does not refute that.
+            # The paper measured on a GPU: a CPU neither refutes nor confirms that.
             elsewhere = all(one.place for one in self.decisions if one.verdict == CONTRADICTED)
             return NOT_REPRODUCED if elsewhere else CONTRADICTED
-        return NOT_TESTED if not tested else SUPPORTED if tested == {SUPPORTED} else UNDECIDED
+        if tested == {SUPPORTED}:
+            return REPRODUCED if all(one.place for one in self.decisions if one.verdict == SUPPORTED) else SUPPORTED
+        return UNDECIDED if tested else NOT_TESTED
 
     @property
     def text(self) -> str:
@@ -61,7 +64,7 @@ class Verdict:
         words = self.kind
         tested = [one for one in self.decisions if one.verdict != NOT_TESTED]
         holding = sum(one.verdict == SUPPORTED for one in tested)
-        if self.kind == SUPPORTED and holding < len(self.decisions):
+        if self.kind in (SUPPORTED, REPRODUCED) and holding < len(self.decisions):
             words = f"{words} in {holding} of {len(self.decisions)} parts, the others are not tested"
         if self.kind == UNDECIDED:
             words = _describe_open([one for one in self.decisions if one.verdict == UNDECIDED])
@@ -162,7 +165,7 @@ def lines(context: Context) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for one in judge(context):
         # "supported in 1 of 3 parts, the others are not tested": what limits a verdict belongs to it.
-        decided = one.kind in (SUPPORTED, CONTRADICTED, NOT_REPRODUCED)
+        decided = one.kind in (SUPPORTED, REPRODUCED, CONTRADICTED, NOT_REPRODUCED)
         limits = one.text.removeprefix(one.kind).strip() if decided else one.tasks
         kinds.setdefault(one.kind, []).append(str(one.claim["name"]) + (f" ({limits})" if limits else ""))
     open_ones = [
@@ -170,10 +173,10 @@ def lines(context: Context) -> list[str]:
         for kind, heading in ((UNDECIDED, "no significant difference"), (NOT_TESTED, "not tested here"))
         if kind in kinds
     ]
-    elsewhere = f" | {NOT_REPRODUCED}: {'; '.join(kinds[NOT_REPRODUCED])}" if NOT_REPRODUCED in kinds else ""
+    elsewhere = {kind: f" | {kind}: {'; '.join(kinds[kind])}" for kind in (REPRODUCED, NOT_REPRODUCED) if kind in kinds}
     return [
-        f"Holds: {'; '.join(kinds.get(SUPPORTED, ['nothing yet']))}.",
-        f"Does not hold: {'; '.join(kinds.get(CONTRADICTED, ['nothing yet']))}{elsewhere}.",
+        f"Holds: {'; '.join(kinds.get(SUPPORTED, ['nothing yet']))}{elsewhere.get(REPRODUCED, '')}.",
+        f"Does not hold: {'; '.join(kinds.get(CONTRADICTED, ['nothing yet']))}{elsewhere.get(NOT_REPRODUCED, '')}.",
         f"Open: {' | '.join(open_ones) or 'nothing'}.",
     ]
 
