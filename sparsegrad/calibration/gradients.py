@@ -30,6 +30,7 @@ from sparsegrad.distributed import (
 from sparsegrad.errors import UserError, check_choice, check_integer, first_line
 from sparsegrad.layers.lean import LeanLinear
 from sparsegrad.layers.replace import computes_gradient
+from sparsegrad.layers.steps import recheck
 from sparsegrad.optim.release import refuse_released
 from sparsegrad.optim.rotation import Rotation
 from sparsegrad.progress import track
@@ -216,6 +217,7 @@ def _lean_gradients(linears: Mapping[str, list[nn.Linear]]) -> Iterator[None]:
         for linear in (linear for found in linears.values() for linear in found):
             if isinstance(linear, LeanLinear):
                 before.append((linear, linear.rotation, linear.drop_padding))
+                recheck()
                 linear.rotation, linear.drop_padding = None, linear.drop_padding or linear.weight.is_cpu
             elif linear.weight.is_cpu and computes_gradient(linear) and not is_shard(linear.weight):
                 converted.append(LeanLinear.convert(linear, drop_padding=True))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _rotating: weakref.WeakSet[LeanLinear] = weakref.WeakSet()
 _blocks: weakref.WeakSet[BlockLinear] = weakref.WeakSet()
 _lock = threading.RLock()
-_known = 0  # layers seen so far; what has been found out about an optimizer holds until there are more
+_known = 0  # changes of layers so far; what has been found out about an optimizer holds until there are more
 _passed: weakref.WeakKeyDictionary[Optimizer, tuple[int, ...]] = weakref.WeakKeyDictionary()
 _cores: weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, ...], list[Tensor]]] = weakref.WeakKeyDictionary()
 
@@ -50,6 +50,12 @@ def forget(layer: LeanLinear) -> None:
     """The counterpart of `watch`, for a layer that has become an ordinary linear."""
     with _lock:
         _rotating.discard(layer)
+
+
+def recheck() -> None:
+    """Check every optimizer anew at its next step: layers begin or end to compute plain gradients."""
+    global _known
+    _known += 1
 
 
 @functools.cache

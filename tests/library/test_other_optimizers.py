@@ -144,7 +144,10 @@ def test_a_calibration_of_a_prepared_model_may_train_it_with_any_optimizer() -> 
 
 def test_the_own_optimizer_takes_no_plain_gradients_of_a_calibration() -> None:
     model = _WithLoss()
-    own, before = optimizer_for(model, "auto"), model.up.weight.clone()
+    own = optimizer_for(model, "auto")
+    model(tokens(5))["loss"].backward()
+    own.step()  # which is remembered as right
+    before = model.up.weight.clone()
     with pytest.raises(UserError, match="rotation_order='gradient'"):
         calibrate(model, [{"x": tokens(5)}], {"up": [model.up], "down": [model.down]}, 1, update=own.step)
     assert torch.equal(model.up.weight, before)
