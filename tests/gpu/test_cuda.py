@@ -26,6 +26,9 @@ from sparsegrad.optim.selection import top_k_index
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 ENGINES: dict[str, Method] = {**METHODS, "layer": SparseGrad(density=0.05, steps=4, engine="layer")}
+# Their start differs between devices: it is the SVD of the signs of gradients, of which some are near 0, or a randomised
+# SVD in float32.
+LOOSE = ("lora_ga", "lora_sb")
 MIB = 2**20
 
 
@@ -56,8 +59,9 @@ def walk(method: Method, device: str, bases: list[dict[str, Basis]], steps: int 
 def test_every_engine_takes_the_steps_of_the_cpu(name: str) -> None:
     bases: list[dict[str, Basis]] = []
     on_cpu, on_gpu = walk(ENGINES[name], "cpu", bases), walk(ENGINES[name], "cuda", bases)
+    tolerance = 1e-5 if name in LOOSE else 1e-8
     for key, weight in on_cpu.items():
-        assert torch.allclose(on_gpu[key], weight, atol=1e-8, rtol=0), key
+        assert torch.allclose(on_gpu[key], weight, atol=tolerance, rtol=0), key
 
 
 def weights_and_gradients(count: int, device: str) -> list[torch.nn.Parameter]:
@@ -202,7 +206,7 @@ def test_nccl_with_one_process_changes_nothing(tmp_path: Path) -> None:
     for name, launcher in (("alone", []), ("nccl", launch)):
         places = [f"results_dir={tmp_path / name}", f"work_dir={tmp_path / 'work'}"]  # one store of bases
         command = [sys.executable, *launcher, str(ROOT / "run.py"), *common, *places]
-        subprocess.run(command, cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)), check=True, timeout=300)
+        subprocess.run(command, cwd=tmp_path, env=environment(), check=True, timeout=300)
         ((path),) = (tmp_path / name).rglob("*.json")
         losses.append([row["loss"] for row in json.loads(path.read_text())["losses"]])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)

@@ -17,11 +17,30 @@ PYTHON = """#!/bin/bash
 case "$*" in
   -) cat >/dev/null; echo "3.11 torch" ;;
   "-m sparsegrad.assets"*) echo "checked $3" >>checked ;;
-  *search_all*) mkdir -p results/runs/new; echo "$*" >results/runs/new/search.json ;;
   *evidence*) mkdir -p results/runs/new; cd results/runs/new; [ -e 2a.json ] && touch 2a_second.json
     echo "$*" >"$3.json"; [ "$3" != 2a ] ;;
 esac
 """
+
+# A block whose first two calls have a fault under MPS and would wait for ever; the third, without MPS, ends.
+FAULTY = """#!/bin/bash
+case "$*" in
+  -) cat >/dev/null; echo "3.11 torch" ;;
+  *evidence*) mkdir -p outputs/work/logs results/runs/new
+    echo "MPS: ${CUDA_MPS_PIPE_DIRECTORY:+on}" >>calls
+    [ -n "$CUDA_MPS_PIPE_DIRECTORY" ] || { touch results/runs/new/run.json; exit 0; }
+    echo "torch.AcceleratorError: CUDA error: an illegal instruction" >"outputs/work/logs/$$.log"
+    sleep 300 ;;
+esac
+"""
+CONTROL = """#!/bin/bash
+if [ "$1" = -d ]; then echo started; else cat; fi >>servers
+"""
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
 
 
 @pytest.fixture
@@ -34,9 +53,7 @@ def checkout(tmp_path: Path) -> Path:
     os.utime(tmp_path / "results" / "runs" / "old" / "record.json", (1, 1))
     for number in range(12):
         (tmp_path / "parts" / "minilm" / f"part{number:02}").write_text(f"{number},")
-    python = tmp_path / "python"
-    python.write_text(PYTHON)
-    python.chmod(0o755)
+    write_program(tmp_path / "python", PYTHON)
     return tmp_path
 
 
@@ -61,11 +78,23 @@ def test_a_failed_block_ends_it_and_the_archive_has_what_is_new(checkout: Path) 
     assert summary == [f"block {block}: exit status {int(block == '2a')}, {runs} new records" for block, runs in new]
 
 
-def test_tasks_narrow_the_searches_and_the_blocks(checkout: Path) -> None:
-    assert call(checkout, BLOCKS="1 3", TASKS="stsb,cola").returncode == 0
-    asked = checkout / "results" / "runs" / "new"
-    assert "search_all --scale mini --tasks stsb,cola --data" in (asked / "search.json").read_text()
-    assert "evidence 3 task=stsb,cola --data" in (asked / "3.json").read_text()
+def test_tasks_and_methods_narrow_the_searches_and_the_blocks(checkout: Path) -> None:
+    assert call(checkout, BLOCKS="1 3", TASKS="stsb,cola", METHODS="lora").returncode == 0
+    for block in ("1", "3"):
+        asked = (checkout / "results" / "runs" / "new" / f"{block}.json").read_text()
+        assert f"evidence {block} task=stsb,cola method=lora --data" in asked
+
+
+def test_a_fault_under_mps_stops_all_and_a_second_one_turns_mps_off(checkout: Path) -> None:
+    write_program(checkout / "python", FAULTY)
+    write_program(checkout / "nvidia-cuda-mps-control", CONTROL)
+    done = call(checkout, BLOCKS="2a", MPS="1", PATH=f"{checkout}{os.pathsep}{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    assert (checkout / "calls").read_text().splitlines() == ["MPS: on", "MPS: on", "MPS: "]
+    assert (checkout / "servers").read_text().splitlines() == 2 * ["started", "quit -t 2"]
+    summary = (checkout / "out" / "summary.txt").read_text()
+    assert summary.count("everything was stopped") == 2
+    assert "block 2a: exit status 0, 1 new records" in summary
 
 
 def test_the_parts_of_a_model_are_joined_in_order_and_checked(checkout: Path) -> None:
