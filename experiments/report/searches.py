@@ -10,6 +10,8 @@ from typing import Any, TypeGuard
 
 from experiments.report.runs import EvidenceRun
 from experiments.report.tables.hyperparams import summaries
+from sparsegrad.errors import UserError
+from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps.search_results import KEY as RATE
 
 CURRENT = ""  # a run whose values are those of its search as it is now
@@ -29,6 +31,7 @@ class Searches:
     """All studies of a results folder, by name."""
 
     def __init__(self, results: Path) -> None:
+        self._results = results
         self._found = {str(one["study"]): _read_search(one) for one in summaries(results)}
 
     def of_run(self, run: EvidenceRun) -> Search | None:
@@ -72,6 +75,24 @@ class Searches:
         """The different searches behind several runs."""
         found = (self.of_run(run) for run in runs)
         return list({one.study: one for one in found if one is not None}.values())
+
+    def machines_of(self, search: Search) -> str:
+        """The machines of a search's trials, from their records; empty without such records."""
+        paths = sorted((self._results / "runs" / search.study).glob("*.json"))
+        return " and ".join(dict.fromkeys(filter(None, map(_read_machine, paths))))
+
+
+def machine_of(record: Mapping[str, Any]) -> str:
+    """The GPU that a record names, its CPU if the run used none, or empty."""
+    hardware = record.get("environment", {}).get("hardware") or {}
+    return str(hardware.get("gpu" if hardware.get("device") == "cuda" else "cpu") or "")
+
+
+def _read_machine(path: Path) -> str:
+    try:
+        return machine_of(read_record(path))
+    except UserError:
+        return ""  # the report lists damaged records
 
 
 def study_of(run: EvidenceRun) -> str:

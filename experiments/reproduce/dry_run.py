@@ -67,7 +67,7 @@ def print_listing(total: str, rows: Sequence[Mapping[str, str]]) -> None:
     shared = {} if len(rows) == 1 else shared
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     if shared:
-        text = "all: " + ", ".join(f"{name} {value}" for name, value in shared.items())
+        text = "each row: " + ", ".join(f"{name} {value}" for name, value in shared.items())
         print(textwrap.fill(text, width) if width else text)
     ranks = {name: len(_SPARE) - number for number, name in enumerate(_SPARE)}
     names = [name for name in rows[0] if name not in shared]

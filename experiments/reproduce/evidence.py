@@ -25,7 +25,16 @@ from experiments.reproduce.costs import RECORDS, Estimates, facts_of
 from experiments.reproduce.counting import Watch, force_uncounted
 from experiments.reproduce.places import check_places, find_lack, refuse
 from experiments.reproduce.plans import list_blocks, read_plan
-from experiments.reproduce.processes import EndedJob, Job, cell_job, explain_end, is_held, last_error, run_jobs
+from experiments.reproduce.processes import (
+    EndedJob,
+    Job,
+    cell_job,
+    check_cause,
+    explain_end,
+    is_held,
+    last_error,
+    run_jobs,
+)
 from experiments.reproduce.waiting import settle_waiting
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_integer
@@ -167,6 +176,7 @@ def make_cells(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS, 
             with closing(run_jobs(jobs, workers, is_needed, threads=threads)) as ended:
                 for one in ended:
                     started += 1
+                    check_cause(one)
                     _note(one, jobs[one.job], watch, failed, minutes)
                     left = [cell for cell in cells if not watch.is_made(cell)]
                     hours = _print_progress(one, left, failed, minutes, workers)

@@ -25,7 +25,7 @@ def list_blocks(name: str) -> list[Step]:
     Raises:
         UserError: for an unknown name.
     """
-    check_choice("BLOCK", name, [*(step.name for step in STEPS), "2", "all"])
+    check_choice("BLOCK", name, sorted({*(step.name for step in STEPS), "2", "all"}))
     return [step for step in STEPS if name in ("all", step.name, step.name[0])]
 
 

@@ -17,11 +17,12 @@ from typing import Any
 from experiments.paths import ROOT
 from experiments.reproduce.cells import Cell
 from experiments.reproduce.places import in_words_of_make, name_of_place
-from sparsegrad.errors import BusyError
+from sparsegrad.errors import BusyError, UserError
 from sparsegrad.runs.run_folder import run_lock
 
 POLL_SECONDS = 0.2
 _EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Interrupt): ")
+_NO_HUB = "the hub cannot be reached"  # part of the message of a run that needs it
 _PATIENCE = 60.0  # seconds for a stopped run to write its checkpoint
 # Each step allocates and frees the same large tensors. By default, glibc returns their memory to the system and gets it
 # back in small pages; kept, in huge pages, it saves a tenth of a step of MiniLM. Other systems ignore the variable.
@@ -97,6 +98,17 @@ def explain_end(ended: EndedJob) -> str:
         return message
     last = _read_lines(log)[-1:]
     return f"ended with status {ended.status}, see {log}" + "".join(f" (last line: {line})" for line in last)
+
+
+def check_cause(ended: EndedJob) -> None:
+    """Stop after a job that failed because the hub cannot be reached: the others would fail one by one as well.
+
+    Raises:
+        UserError: with the reason of the job.
+    """
+    reason = last_error(ended.job.log)
+    if ended.status and _NO_HUB in reason:
+        raise UserError(f"{ended.job.label}: {in_words_of_make(reason, ended.job.place)} (the rest was not started)")
 
 
 def _read_lines(log: Path) -> list[str]:

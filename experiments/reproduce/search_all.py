@@ -22,7 +22,7 @@ from experiments.reproduce.cells import in_evidence
 from experiments.reproduce.commands import split_names
 from experiments.reproduce.places import check_places, find_lack, refuse
 from experiments.reproduce.plans import SEARCHED, read_plan
-from experiments.reproduce.processes import EndedJob, Job, explain_end, log_path, run_jobs
+from experiments.reproduce.processes import EndedJob, Job, check_cause, explain_end, log_path, run_jobs
 from experiments.reproduce.search import Search
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_choice
@@ -210,6 +210,7 @@ def _run_workers(found: Sequence[Search], workers: int, threads: int | None, *, 
         closing(run_jobs(jobs, workers, lambda job: not jobs[job].is_finished, count, threads=threads)) as ended,
     ):
         for job in ended:
+            check_cause(job)
             export_finished(jobs[job.job], plots=plots)
             _report(job, jobs[job.job], found)
             bar.update(done=budget - _count_left(found))

@@ -47,6 +47,11 @@ class DataConfig:
             if getattr(self, name) is not None:
                 check_integer(f"data.{name}", getattr(self, name), at_least=1, remedy="null means all rows")
 
+    @property
+    def place(self) -> str:
+        """` of data.dir=...` for error messages; empty for the default source."""
+        return "" if self.dir is None else f" of data.dir={self.dir}"
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -187,7 +192,7 @@ class Task:
         """
         found = self._read(data)
         for part, rows in (("train", found.train), ("validation", found.validation)):
-            _check_rows(self, part, rows)
+            _check_rows(self, data, part, rows)
         return replace(
             found, train=subset(found.train, data.max_train), validation=subset(found.validation, data.max_eval)
         )
@@ -263,10 +268,14 @@ def check_tokenizer_fits(tokenizer: Any, data: DataConfig) -> None:
         raise fail("data.pad", data.pad, "this tokenizer has no padding token", remedy)
 
 
-def _check_rows(task: Task, part: str, rows: datasets.Dataset) -> None:
+def _check_rows(task: Task, data: DataConfig, part: str, rows: datasets.Dataset) -> None:
     if not len(rows):
-        raise UserError(f"task={task.name}: the {part} split has no rows; give a file with at least one")
+        raise UserError(
+            f"task={task.name}: the {part} split{data.place} has no rows, and each needs at least one; give more rows"
+        )
     wrong = sorted(value for value in rows.unique("label") if task.label_value(value) is None)
     if wrong:
         labels = ", ".join(map(str, wrong[:5]))
-        raise UserError(f"task={task.name}: the {part} split has the label {labels}; allowed is {task.label_help}")
+        raise UserError(
+            f"task={task.name}: the {part} split{data.place} has the label {labels}; allowed is {task.label_help}"
+        )

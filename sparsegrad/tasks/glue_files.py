@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -91,7 +92,13 @@ class Rows:
         return UserError(f"{self.path} line {number}: {what}")
 
     def finish(self) -> datasets.Dataset:
-        """Return the rows as a data set; warn once per kind of flaw."""
+        """Return the rows as a data set; warn once per kind of flaw.
+
+        Raises:
+            UserError: if there are none.
+        """
+        if not self.columns["label"]:
+            raise UserError(f"{self.path} has no rows: give at least one")
         for numbers, what in (
             (self.skipped, "cut short and left out"),
             (self.empty, "with an empty question and kept"),
@@ -123,12 +130,21 @@ def read_local(task: Task, folder: str) -> Splits:
     raise _explain_missing(task, folder, f"{train} with {validation.name}, and {tsv / 'train.tsv'} with {official.dev}")
 
 
+def find_folder_above(folder: str) -> str | None:
+    """The folder above `folder` if that bears the name of a task, else None."""
+    name = Path(folder).expanduser().resolve().name
+    is_task = any(name in (task, official.folder) for task, official in OFFICIAL.items())
+    return os.path.normpath(os.path.join(folder, "..")) if is_task else None
+
+
 def _explain_missing(task: Task, folder: str, tried: str) -> UserError:
     """The error for a folder without the task: what it holds instead, and what needs no files of GLUE."""
     root = Path(folder).expanduser()
     otherwise = "use the hub with data.dir=null, or task=snippets data.dir=null, which needs no hub"
     if not root.is_dir():
         return UserError(f"data.dir={folder} is no folder (tried {tried}): correct the path, {otherwise}")
+    if above := find_folder_above(folder):
+        return UserError(f"data.dir={folder} is the folder of one task: give the one above it, data.dir={above}")
     held = [
         name
         for name, one in OFFICIAL.items()

@@ -74,7 +74,8 @@ class LanguageTask(Task):
             if not len(rows):
                 counts = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in found.counts.items())
                 raise UserError(
-                    f"task={self.name}: no conversation is left for the {part} split ({counts or 'no counts'}); "
+                    f"task={self.name}: no conversation is left for the {part} split{data.place} "
+                    f"({counts or 'no counts'}); "
                     "give more data, or remove a filter such as task.langs"
                 )
         train, validation = subset(found.train, data.max_train), subset(found.validation, data.max_eval)

@@ -101,7 +101,7 @@ def test_blocks_2a_and_2b_are_the_plan_in_two_parts() -> None:
 def test_blocks_come_in_their_order() -> None:
     assert [block.name for block in list_blocks("all")] == ["0", "1", "2a", "3", "4", "5", "6", "2b"]
     assert [block.name for block in list_blocks("4")] == ["4"]
-    with pytest.raises(UserError, match="BLOCK=7 is not allowed: choose one of 0, 1, 2a"):
+    with pytest.raises(UserError, match="BLOCK=7 is not allowed: choose one of 0, 1, 2, 2a, 2b"):
         list_blocks("7")
 
 

@@ -250,7 +250,7 @@ def test_methods_tasks_and_seeds_of_runs_choose_searches(places: list[str], caps
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["9"], "BLOCK=9 is not allowed: choose one of 0, 1, 2a"),
+        (["9"], "BLOCK=9 is not allowed: choose one of 0, 1, 2, 2a, 2b"),
         (["6"], "block 6 needs TREES="),
         (["0", "--workers", "0"], "WORKERS=0"),
         (["2a", "task=stsb", "method=full,lora", "seed=42"], "evidence-minilm-full-stsb is missing"),

@@ -174,6 +174,31 @@ def test_a_worker_that_fails_is_told_apart_from_its_reason_in_the_words_of_make(
     assert f"search evidence-minilm-full-mrpc: {said}without DATA\n" in capsys.readouterr().out
 
 
+def test_the_folder_of_one_task_is_no_data(
+    places: list[str], empty_glue: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert search_all.main(["--methods", "lora", "--data", f"{empty_glue}/cola", "--tasks", "cola", *places]) == 2
+    assert f"is the folder of one task: give the one above it, DATA={empty_glue}\n" in capsys.readouterr().err
+
+
+def test_without_the_hub_the_first_search_stops_the_others(
+    places: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = []
+
+    def fail(jobs: Any, *_: Any, **__: Any) -> Iterator[EndedJob]:
+        for job in jobs:
+            started.append(job.label)
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            job.log.write_text("error: data set nyu-mll/glue is not in the cache, and the hub cannot be reached (x)\n")
+            yield EndedJob(job=job, status=2, minutes=0.2)
+
+    monkeypatch.setattr(search_all, "run_jobs", fail)
+    assert search_all.main(["--methods", "lora,full", "--tasks", "mrpc", *places]) == 2
+    assert started == ["evidence-minilm-full-mrpc"]
+    assert "the hub cannot be reached (x) (the rest was not started)" in capsys.readouterr().err
+
+
 def test_a_missing_search_and_a_budget_of_zero_are_refused(results: Path, places: list[str]) -> None:
     one = ["method=lora", "task=cola", "seed=42", places[0]]
     with pytest.raises(UserError, match=r"evidence-minilm-lora-cola is missing.*METHODS=lora TASKS=cola"):

@@ -53,6 +53,20 @@ def test_a_table_names_the_commits_of_its_runs(cases: Cases) -> None:
         assert "Code of the runs, as commit (runs): unknown (15), aaaaaaa (1), bbbbbbb with changes (2)." in table.notes
 
 
+def test_a_table_names_the_machines_of_its_runs_and_of_their_searches(cases: Cases) -> None:
+    cases.healthy()
+    gpu = {"hardware": {"device": "cuda", "cpu": "Xeon", "gpu": "H200"}}
+    cpu = {"hardware": {"device": "cpu", "cpu": "EPYC", "gpu": "idle"}}
+    cases.run("full", "sst2", SEEDS[0], 0.85, environment=cpu)
+    for name, about in (("1", cpu), ("2", gpu), ("3", gpu)):
+        trials = "evidence-minilm-full-sst2"
+        cases.run("full", "sst2", 7, 0.85, folder=trials, experiment="evidence_paper", name=name, environment=about)
+    main, tasks, *_ = main_tables.tables(of(cases))
+    assert "Machines of the runs (runs): unknown (17), EPYC (1)." in tasks.notes
+    assert "Machines of the runs (runs): unknown (17), EPYC (1)." in main.notes
+    assert "Machines of their searches (searches): unknown (5), EPYC and H200 (1)." in main.notes
+
+
 def test_a_run_without_a_speed_has_reached_the_target_at_an_unknown_time(cases: Cases) -> None:
     cases.healthy()
     cases.run("sparsegrad", "sst2", SEEDS[0], 0.86, speed={"steps_per_second": None})

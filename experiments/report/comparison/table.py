@@ -18,13 +18,14 @@ from experiments.report.comparison.figure import Point, draw
 from experiments.report.comparison.forgotten import read_forgetting
 from experiments.report.evidence import Evidence
 from experiments.report.gates import Health, check_task
+from experiments.report.origins import origin_notes
 from experiments.report.render import markdown, write_table
 from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches
 from experiments.report.stats import Difference, adjust
 from experiments.report.tables.base import Context, Table, interval_text
 from experiments.report.tables.evidence_cells import format_costs, format_difference, format_score
-from experiments.report.tables.main_tables import apart_notes, code_notes
+from experiments.report.tables.main_tables import apart_notes
 
 Forgetting = Mapping[str, Mapping[str, float]]
 """Key of a run -> its losses `before` and `after`."""
@@ -95,7 +96,7 @@ def make_table(context: Context, folder: str) -> tuple[Table, list[Point]]:
     tasks = [task for task, found in health.items() if found.is_comparable]
     arms = _sort_arms(block, [_compare_arm(evidence, block, name, reference, tasks) for name in block.arms])
     frame = _make_frame(evidence, block, arms, reference, health, searches, read_forgetting(context.results))
-    lines = _list_notes(block, arms, reference, health)
+    lines = [*_list_notes(block, arms, reference, health), *origin_notes(block, searches)]
     lines += [notes.FORGETTING] if "forgetting" in frame else []
     table = Table(folder, f"Comparison of {len(arms)} methods: {about.title}", frame, [*lines, *apart_notes(block)])
     return table, _make_points(arms)
@@ -189,7 +190,6 @@ def _list_notes(block: Block, arms: Sequence[Arm], reference: str, health: Mappi
         *notes.describe_floors(block),
         *notes.describe_scores(block.is_loss),
         *notes.describe_unmerged(block),
-        *code_notes(block),
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -11,10 +10,10 @@ import pandas as pd
 
 from experiments.palette import style_of
 from experiments.report.blocks import BLOCKS, block_command
-from experiments.report.collect import commit_of
 from experiments.report.comparison.notes import CORRECTED, SCORES
 from experiments.report.evidence import Evidence, load_evidence
 from experiments.report.gates import GATES, Health, check_task, comparable_tasks
+from experiments.report.origins import origin_notes
 from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches
@@ -124,7 +123,7 @@ def _main_table(
         *_describe_replaced(block, reference),
         *_describe_left_out(block, comparable, tasks),
         describe_machine(block, machine),
-        *code_notes(block),
+        *origin_notes(block, searches),
     ]
     notes += [*_left_out_notes(found), *apart_notes(block)]
     return Table(block.folder, BLOCKS[block.folder].title, _name_difference(rows, reference), notes, _records(block))
@@ -162,7 +161,7 @@ def _task_table(evidence: Evidence, block: Block, health: Mapping[str, Health]) 
         "earlier ones; at a constant rate, above all but the last three. Gain at the end: points (a loss: as it is) by "
         "which the last evaluation is above the best before the last three, mean over seeds; with a rate that falls to "
         "0, part of it is due to that.",
-        *code_notes(block),
+        *origin_notes(block),
     ]
     title = f"{BLOCKS[block.folder].title}: per task"
     return Table(f"{block.folder}_tasks", title, _name_difference(rows, reference), notes, _records(block))
@@ -255,15 +254,6 @@ def _describe_replaced(block: Block, reference: str | None) -> list[str]:
 def _left_out_notes(found: Mapping[str, Difference | None]) -> list[str]:
     left = [f"{style_of(arm).name} {one.left_out}" for arm, one in found.items() if one is not None and one.left_out]
     return [f"Seeds that only one of the two arms has are left out of differences: {', '.join(left)}."] if left else []
-
-
-def code_notes(block: Block) -> list[str]:
-    """The commits that a table's runs were made with, from the oldest; runs whose record names none are unknown."""
-    runs = sorted(block.all_runs(), key=lambda run: str(run.record.get("environment", {}).get("finished")))
-    commits = Counter(commit_of(run.record) or "unknown" for run in runs)
-    if set(commits) <= {"unknown"}:
-        return []
-    return [f"Code of the runs, as commit (runs): {', '.join(f'{one} ({count})' for one, count in commits.items())}."]
 
 
 def apart_notes(block: Block) -> list[str]:
