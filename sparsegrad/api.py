@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsegrad.arguments import explained
 from sparsegrad.basis import SIDES, Basis
 from sparsegrad.calibration.gradients import Progress, calibrate, take_batches
 from sparsegrad.calibration.loss import Batch
@@ -19,7 +20,6 @@ from sparsegrad.errors import (
     UserError,
     check_choice,
     check_integer,
-    did_you_mean,
     renamed_arguments,
     warn_renamed,
 )
@@ -41,6 +41,20 @@ from sparsegrad.targets import Linears, Names, all_linears, check_trainable, fin
 ENGINES = ("exact", "fast")
 # Options that engine `fast` does not have, with the value that they must have there.
 _FAST_DEFAULTS = {"keep": None, "sides": "both", "moments": "dense", "rotation_order": "auto", "rotation_dtype": None}
+_ELSEWHERE = "engine layer is in run.py (method.engine=layer) and as the layer sparsegrad.SparseGradLinear only"
+_NO_RANK = "SparseGrad has no rank; density= sets the share of each weight's entries that trains, keep= their number"
+# Words of peft and transformers that no argument means.
+_NOTES = {
+    **dict.fromkeys(("r", "rank"), _NO_RANK),
+    **dict.fromkeys(("lora_alpha", "alpha"), "SparseGrad scales no update; lr= sets how far a step goes"),
+    "lora_dropout": "leave it out, since SparseGrad adds no layers",
+    "bias": "biases train with everything else, unless train_rest=False freezes it",
+    **dict.fromkeys(
+        ("num_train_epochs", "max_steps", "batch_size", "warmup_steps", "lr_scheduler_type", "max_grad_norm"),
+        "leave it to your training loop or to the Trainer; prepare only calibrates and returns the optimizer",
+    ),
+}
+_ADAMW = [name for name in inspect.signature(SparseGradAdamW).parameters if name not in ("params", "lr")]
 logger = logging.getLogger(__name__)
 
 
@@ -58,8 +72,9 @@ class _Options:
     decay_vectors: bool
 
 
+@renamed_arguments(steps="calibration_steps")  # outermost, so that its warning shows the user's line
 @renamed_arguments(quiet=True, mlp="target_modules")
-@renamed_arguments(steps="calibration_steps")
+@explained(_NOTES, more=_ADAMW)
 def prepare(
     model: nn.Module,
     batches: Iterable[Batch] | None,
@@ -147,7 +162,6 @@ def prepare(
     if engine == "merged":
         warn_renamed('engine="merged"', 'engine="exact"')
         engine = "exact"
-    _refuse_unknown(adamw)
     options = _Options(
         engine=engine,
         keep=keep,
@@ -188,16 +202,6 @@ def prepare(
     return optimizer
 
 
-def _refuse_unknown(adamw: Mapping[str, Any]) -> None:
-    """Raise `UserError` for an argument of neither `prepare` nor its optimizer, whose error would name the class."""
-    optional = [name for name in inspect.signature(SparseGradAdamW).parameters if name not in ("params", "lr")]
-    for name in adamw:
-        if name not in optional:
-            known = [one for one in inspect.signature(prepare).parameters if one != "adamw"] + optional
-            hint = did_you_mean(name, known) or f"choose from {', '.join(known)}"
-            raise UserError(f"prepare has no argument {name}: {hint}")
-
-
 def _check_arguments(batches: Any, lr: Any, bases: Any, calibration_steps: Any, options: _Options) -> None:
     """Check what needs no model."""
     check_rate("lr", lr)
@@ -216,7 +220,8 @@ def _check_arguments(batches: Any, lr: Any, bases: Any, calibration_steps: Any, 
 
 def _check_engine(model: Any, options: _Options) -> None:
     """Check that the engine is known and supports the other options."""
-    if check_choice("engine", options.engine, ENGINES) == "exact":
+    remedy = _ELSEWHERE if options.engine == "layer" else ""
+    if check_choice("engine", options.engine, ENGINES, remedy) == "exact":
         return
     given = {name: getattr(options, name) for name in _FAST_DEFAULTS}
     if other := [f"{name}={value}" for name, value in given.items() if value != _FAST_DEFAULTS[name]]:

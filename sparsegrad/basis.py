@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparsegrad.arguments import explained
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.files import save_tensors, unreadable, write_with
 from sparsegrad.hashing import tensors_sha256
@@ -190,6 +191,7 @@ def small_side(shape: Sequence[int | None]) -> str:
     return "out" if out_features < in_features else "in"
 
 
+@explained()
 def save_bases(path: str | os.PathLike[str], bases: Mapping[str, Basis], fingerprint: str = "") -> None:
     """Write the bases of several layer kinds to one safetensors file, atomically.
 
@@ -222,6 +224,7 @@ def _separate(tensors: dict[str, Tensor]) -> None:
         seen.add(storage)
 
 
+@explained()
 def load_bases(path: str | os.PathLike[str], fingerprint: str | None = None) -> dict[str, Basis]:
     """Read the bases of all layer kinds in a file of `save_bases`.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from sparsegrad.arguments import explained
 from sparsegrad.distributed import refuse_fsdp1
 from sparsegrad.errors import UserError, renamed_arguments
 from sparsegrad.targets_errors import describe_linears, explain_missing, explain_unknown_layout, is_linear
@@ -44,6 +45,7 @@ Names = Mapping[str, str] | Sequence[str] | str
 
 
 @renamed_arguments(quiet=True, mlp="target_modules")
+@explained()
 def find_mlp(model: nn.Module, target_modules: Names | None = None) -> Linears:
     """Find the MLP linears of `model` by kind.
 
@@ -61,8 +63,6 @@ def find_mlp(model: nn.Module, target_modules: Names | None = None) -> Linears:
         UserError: for an unknown or ambiguous layout, an invalid expression, a kind without linears or with mixed
             shapes, a module of two kinds, a quantized or sharded weight, or one that other modules share.
     """
-    if not isinstance(model, nn.Module):
-        raise UserError(f"model is a {type(model).__name__}, not a torch.nn.Module: give the model itself")
     # Before the search, as frozen weights and flat parameters would give misleading errors.
     _refuse_peft(model)
     refuse_fsdp1(model)

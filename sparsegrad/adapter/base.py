@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sparsegrad.adapter.hub import must_use_cache
+from sparsegrad.adapter.hub import is_hub_name, must_use_cache
 from sparsegrad.adapter.merge import named_tensors
 from sparsegrad.distributed import from_gathered
 from sparsegrad.errors import UserError, first_line
@@ -19,6 +21,7 @@ from sparsegrad.layers.replace import merge_shards, refuse_layers
 Base = nn.Module | Mapping[str, Tensor] | str | Path
 Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
+_BASES = "give base= as the folder or hub id that the model came from, or as a copy of the model from before training"
 
 
 def write_gathered(
@@ -74,18 +77,25 @@ def find_base(model: nn.Module, base: Base | None) -> Base:
     if base is None:
         base = getattr(getattr(model, "config", None), "_name_or_path", None)
     if base is None or base == "":
-        raise UserError(
-            "base=None: the model does not know where it came from; give base=, its hub id or folder, or a copy of the "
-            "model from before training"
-        )
+        raise UserError(f"base=None: the model does not know where it came from; {_BASES}")
     return base
 
 
-def read_base(model: nn.Module, base: Base | None, mlp: Mapping[str, str]) -> tuple[str, dict[str, Tensor], set[str]]:
-    """The base's name, its tensors by name, and the names of tensors that only the model has."""
+def name_base(model: nn.Module, base: Base | None) -> str | None:
+    """What a user loads the base by: its hub id, or the name of its folder, whose path is private; None if unknown."""
+    for one in (base, model):
+        name = one if isinstance(one, str | Path) else getattr(getattr(one, "config", None), "_name_or_path", None)
+        if name:
+            is_folder = Path(name).is_absolute() or Path(name).exists()
+            return Path(name).absolute().name if is_folder else str(name)  # "." alone has no name
+    return None
+
+
+def read_base(model: nn.Module, base: Base | None, mlp: Mapping[str, str]) -> tuple[dict[str, Tensor], set[str]]:
+    """The base's tensors by name, and the names of tensors that only the model has."""
     base = find_base(model, base)
     if isinstance(base, str | Path):
-        return _load_base(model, str(base), mlp)
+        return _load_base(model, base, mlp)
     names = set(named_tensors(model))
     if isinstance(base, nn.Module):
         tensors = named_tensors(unwrap_compiled(base))
@@ -93,17 +103,17 @@ def read_base(model: nn.Module, base: Base | None, mlp: Mapping[str, str]) -> tu
             raise UserError(
                 f"model and base differ in the tensors {format_names(unknown)}: give the plain model and its own base"
             )
-        return get_class_name(model), tensors, set()
+        return tensors, set()
     if lacking := [name for name in mlp if name not in base]:
         found = format_names(set(base)) or "nothing"
         raise UserError(
             f"base= has no tensor {lacking[0]}, a SparseGrad weight of the model, but {found}: "
             "give tensors by the names of the plain model, as a copy of its state_dict() from before training has them"
         )
-    return get_class_name(model), dict(base), names - set(base)
+    return dict(base), names - set(base)
 
 
-def _load_base(model: nn.Module, source: str, mlp: Mapping[str, str]) -> tuple[str, dict[str, Tensor], set[str]]:
+def _load_base(model: nn.Module, source: str | Path, mlp: Mapping[str, str]) -> tuple[dict[str, Tensor], set[str]]:
     """As `read_base`, for a hub id or folder."""
     loaded, missing = _load_pretrained(model, source)
     # `from_pretrained` initializes all missing tensors and only warns: if every MLP weight is missing, the files are of
@@ -114,33 +124,51 @@ def _load_base(model: nn.Module, source: str, mlp: Mapping[str, str]) -> tuple[s
         raise UserError(
             f"base={source} does not have {format_names(unknown)} of the model: name the base that it came from"
         )
-    name = Path(source).name if Path(source).exists() else source  # the local path of a folder is private
-    return name, tensors, missing
+    return tensors, missing
 
 
-def _load_pretrained(model: nn.Module, source: str) -> tuple[nn.Module, set[str]]:
+def _load_pretrained(model: nn.Module, source: str | Path) -> tuple[nn.Module, set[str]]:
     """Load the class of `model` from a hub id or folder; and the names of the tensors that are not in its files."""
     load = getattr(type(model), "from_pretrained", None)
     if load is None:
         raise UserError(
             f"base={source} cannot be loaded for a {type(model).__name__}: give a copy of the model instead"
         )
-    away = not Path(source).exists() and must_use_cache(source, "or give base= as a folder or a copy of it")
-    options = {"local_files_only": True} if away else {}
+    options = {"local_files_only": True} if _is_cached(source) else {}
     try:
-        with torch.random.fork_rng():  # initializing a new head must not change the caller's random state
+        # Initializing a new head must not change the caller's random state.
+        with torch.random.fork_rng(), _without_report():
             dtype, config = next(model.parameters()).dtype, getattr(model, "config", None)
-            loaded, info = load(source, config=config, dtype=dtype, output_loading_info=True, **options)
+            loaded, info = load(str(source), config=config, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         if "ignore_mismatched_sizes" in str(error):
             raise UserError(
                 f"base={source} has tensors of other shapes than the model, as after resizing its embeddings: give "
                 "base= as a copy of the model from after the resizing and before training"
             ) from None
-        raise UserError(
-            f"base={source} cannot be loaded ({first_line(error)}): give base= as a folder or a copy of it"
-        ) from None
+        raise UserError(f"base={source} cannot be loaded ({first_line(error)}): {_BASES}") from None
     return loaded, set(info["missing_keys"])
+
+
+def _is_cached(source: str | Path) -> bool:
+    """Whether the hub cannot be used now, but its cache has `source`; an error if that is nowhere."""
+    if is_hub_name(source):
+        return must_use_cache(str(source), f"base={source} (no folder here)", f"or {_BASES}")
+    if not Path(source).exists():
+        raise UserError(f"base={source}: there is no such folder; {_BASES}")
+    return False
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers from reporting the new head, which it has done when the user loaded the model."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def format_names(names: set[str]) -> str:

@@ -12,11 +12,10 @@ from sparsegrad.hashing import text_sha256
 logger = logging.getLogger(__name__)
 _CARD = """---
 library_name: sparsegrad
-base_model: {quoted}
-tags: [sparsegrad, peft]
+{base_model}tags: [sparsegrad, peft]
 ---
 
-# Adapter for {source}
+# Adapter for {title}
 
 Fine-tuned with [SparseGrad](https://arxiv.org/abs/2410.07383). The adapter stores the weights that differ from the base
 and restores the trained `{model}` {exact}. Loading fails if the base weights have another SHA-256.
@@ -37,12 +36,12 @@ Data, training settings, results and limitations: to be added by whoever trained
 _MARK = "\n<!-- save_adapter wrote this card and replaces it as long as it is unchanged: {} -->\n"
 
 
-def write_card(folder: Path, source: str, model: str, size: str, tolerance: float) -> None:
+def write_card(folder: Path, source: str | None, model: str, size: str, tolerance: float) -> None:
     """Write README.md, unless there is one that was written or edited by hand; in that case log a warning.
 
     Args:
         folder: folder of the adapter.
-        source: name of the base.
+        source: name of the base; None if it is unknown.
         model: class name of the model.
         size: description of what is stored, in how many bytes.
         tolerance: as given to `save_adapter`.
@@ -51,8 +50,14 @@ def write_card(folder: Path, source: str, model: str, size: str, tolerance: floa
         UserError: when the file cannot be read or written.
     """
     exact = "bit for bit" if not tolerance else f"up to {tolerance:g} of each target weight's change"
-    text = _CARD.format(quoted=json.dumps(source), source=source, model=model, exact=exact, size=size)
+    text = _CARD.format(**describe_base(source, model), model=model, exact=exact, size=size)
     write_unless_edited(folder / "README.md", text, _MARK)
+
+
+def describe_base(source: str | None, model: str) -> dict[str, str]:
+    """The parts of a card that name the base. One without a name has no `base_model`, which has to be loadable."""
+    base_model = "" if source is None else f"base_model: {json.dumps(source)}\n"
+    return {"base_model": base_model, "title": source or f"a {model}"}
 
 
 def write_unless_edited(path: Path, text: str, mark: str) -> None:

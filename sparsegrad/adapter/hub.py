@@ -15,11 +15,12 @@ from typing import Any
 
 from sparsegrad.adapter import lora_files
 from sparsegrad.adapter.format import FACTS, TENSORS, read_adapter, tensors_path
+from sparsegrad.arguments import explained, show
 from sparsegrad.errors import UserError, first_line
 from sparsegrad.files import unwritable
 from sparsegrad.progress import foreign_bars, is_quiet, job
 
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # org/name
+_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*")  # org/name, or the name alone of a few old models
 _CARD = "README.md"
 _INSTALL = "install huggingface_hub (`pip install huggingface_hub`)"
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
@@ -35,7 +36,7 @@ def find_folder(source: str | Path, revision: str | None = None, token: str | bo
             cache has the files; or a `revision` of a folder.
     """
     folder = Path(source)
-    if folder.exists() or isinstance(source, Path) or not _NAME.fullmatch(source):
+    if "/" not in str(source) or not is_hub_name(source):
         if revision is not None:
             raise UserError(
                 f"revision={revision} is for repositories of the hub, but {source} is a folder: leave it out"
@@ -47,7 +48,8 @@ def find_folder(source: str | Path, revision: str | None = None, token: str | bo
         with _show_job(f"downloading {source}"):
             found = Path(hub.snapshot_download(source, revision=revision, token=token, allow_patterns=patterns))
     except Exception as error:  # of the HTTP client, of its parser, of the operating system
-        raise _explain(error, source, "or name a folder of save_adapter") from None
+        label = f"{source} (no folder here)"
+        raise _explain(error, label, "or name a folder of save_adapter") from None
     if not (found / FACTS).is_file():
         raise UserError(
             f"{source} on the hub has no {FACTS}: name a repository with an adapter of save_adapter; load a LoRA "
@@ -56,11 +58,17 @@ def find_folder(source: str | Path, revision: str | None = None, token: str | bo
     return found
 
 
-def must_use_cache(name: str, otherwise: str) -> bool:
+def is_hub_name(source: str | Path) -> bool:
+    """Whether `source` can be on the hub alone: there is no such folder, and it looks like a name there."""
+    return isinstance(source, str) and _NAME.fullmatch(source) is not None and not Path(source).exists()
+
+
+def must_use_cache(name: str, label: str, otherwise: str) -> bool:
     """Ask the hub once whether it has a model, before `from_pretrained` asks several times for each of its files.
 
     Args:
         name: the model's name on the hub.
+        label: what errors call it.
         otherwise: how to do without the hub.
 
     Returns:
@@ -77,10 +85,11 @@ def must_use_cache(name: str, otherwise: str) -> bool:
         with suppress(ValueError):  # the name is no name of the hub
             if isinstance(hub.try_to_load_from_cache(name, "config.json"), str):
                 return True
-        raise _explain(error, name, otherwise) from None
+        raise _explain(error, label, otherwise) from None
     return False
 
 
+@explained()
 def push_to_hub(
     folder: Any,
     repo_id: str,
@@ -108,7 +117,14 @@ def push_to_hub(
         UserError: for a folder without a valid adapter; a name, token or permission that the hub refuses; or a hub that
             cannot be reached.
     """
-    files = _find_files(Path(getattr(folder, "folder", folder)))
+    folder = getattr(folder, "folder", folder)
+    if not isinstance(folder, str | Path):
+        raise UserError(f"folder is {show(folder)}, not an adapter or its folder: save it first, then give its folder")
+    if not Path(folder).exists() and Path(repo_id).is_dir():
+        raise UserError(
+            f"folder={folder} is no folder, but repo_id={repo_id} is one: call push_to_hub(folder, repo_id)"
+        )
+    files = _find_files(Path(folder))
     hub = _import_hub(f"to upload an adapter, {_INSTALL}")
     operations = [hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
     try:

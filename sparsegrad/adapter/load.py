@@ -13,12 +13,14 @@ from sparsegrad.adapter.base import plain_model
 from sparsegrad.adapter.format import Entry, digest, read_adapter
 from sparsegrad.adapter.hub import find_folder
 from sparsegrad.adapter.merge import MERGED, Adapter, Patch, check_contiguous, mark, named_tensors
+from sparsegrad.arguments import explained, show
 from sparsegrad.errors import UserError, warn_renamed
 
 # Model -> its adapters by name. Weak keys: they are removed with their model, which they refer to only weakly.
 _NAMED: weakref.WeakKeyDictionary[nn.Module, dict[str, Adapter]] = weakref.WeakKeyDictionary()
 
 
+@explained()
 def load_adapter(
     model: nn.Module,
     folder: str | Path,
@@ -72,6 +74,7 @@ def _check_new_name(model: nn.Module, name: str) -> None:
         )
 
 
+@explained()
 def set_adapter(model: nn.Module, adapter: Adapter | str | None) -> None:
     """Merge `adapter` into `model` in place of any other; None restores the base.
 
@@ -88,7 +91,9 @@ def set_adapter(model: nn.Module, adapter: Adapter | str | None) -> None:
     if isinstance(adapter, str):
         adapter = _find(model, adapter)
     elif adapter is not None and not isinstance(adapter, Adapter):
-        raise UserError(f"adapter={adapter!r} is not allowed: give one adapter, its name, or None for the base")
+        raise UserError(
+            f"adapter is {show(adapter)}, which is not allowed: give one adapter, its name, or None for the base"
+        )
     if adapter is not None and not adapter.belongs_to(model):
         raise UserError(f"the adapter of {adapter.source} was loaded for another model: load it for this one")
     merged = MERGED.get(model)
@@ -100,11 +105,13 @@ def set_adapter(model: nn.Module, adapter: Adapter | str | None) -> None:
         adapter.merge()
 
 
+@explained()
 def get_adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters that were loaded with an `adapter_name`, by name, in the order of loading."""
     return dict(_NAMED.get(plain_model(model), {}))
 
 
+@explained()
 def active_adapter(model: nn.Module) -> str | None:
     """The name of the merged adapter, or its source if it was loaded without a name; None if the model is the base."""
     merged = MERGED.get(plain_model(model))
@@ -113,6 +120,7 @@ def active_adapter(model: nn.Module) -> str | None:
     return merged.source if merged.name is None else merged.name
 
 
+@explained()
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Forget an adapter and free its memory; if it is merged, the base is restored first. Its files stay.
 
@@ -125,6 +133,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     del _NAMED[plain_model(model)][adapter_name]
 
 
+@explained()
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Restore the base for the time of a `with` block, then merge the same adapter again.

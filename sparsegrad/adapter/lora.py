@@ -8,13 +8,22 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from sparsegrad.adapter.base import Base, check_plain, get_class_name, read_base, unwrap_compiled, write_gathered
+from sparsegrad.adapter.base import (
+    Base,
+    check_plain,
+    get_class_name,
+    name_base,
+    read_base,
+    unwrap_compiled,
+    write_gathered,
+)
 from sparsegrad.adapter.lora_card import SavedLora, write_lora_card
 from sparsegrad.adapter.lora_files import write_lora
 from sparsegrad.adapter.lora_layout import Layout, is_transposed, make_config, plan_layout, takes_lora
 from sparsegrad.adapter.low_rank import Factors, factor_block, subtract, truncate
 from sparsegrad.adapter.merge import named_tensors
 from sparsegrad.adapter.save import check_storable, view_bytes
+from sparsegrad.arguments import explained
 from sparsegrad.distributed import refuse_fsdp1
 from sparsegrad.errors import UserError, check_integer, check_number, renamed_arguments
 from sparsegrad.layers.block import BlockLinear
@@ -26,6 +35,7 @@ Blocks = Mapping[str, BlockLinear]
 
 
 @renamed_arguments(quiet=True, mlp="target_modules")
+@explained({"optimizer": "leave it out, since the change from the base is all that is stored"})
 @write_gathered
 def save_lora(
     model: nn.Module,
@@ -76,13 +86,14 @@ def save_lora(
         check_plain(model)
         _refuse_quantized(model)
         named = {} if target_modules is None else _find_named(model, target_modules, rank)
-        source, before, new = read_base(model, base, _expect_names(model, base, {**named, **blocks}))
+        before, new = read_base(model, base, _expect_names(model, base, {**named, **blocks}))
         changed = _find_changed(model, before, new)
         layout = _plan(model, changed, new, blocks, None if target_modules is None else named, rank, max_error)
         factors = {name: _factor(model, name, before, blocks, rank, max_error) for name in layout.targets}
         tensors, whole = _name_factors(model, before, layout, factors), _name_whole(model, layout)
         ranks = {name: found.rank for name, found in factors.items()}
-        write_lora(Path(folder), make_config(model, layout, ranks, _name_base(model, base)), {**tensors, **whole})
+        source = name_base(model, base)
+        write_lora(Path(folder), make_config(model, layout, ranks, source), {**tensors, **whole})
     errors = {name: found.error for name, found in factors.items()}
     sizes = [sum(tensor.nbytes for tensor in part.values()) for part in (tensors, whole)]
     saved = SavedLora(Path(folder), ranks, errors, tuple(layout.whole), layout.bias, *sizes)
@@ -169,15 +180,6 @@ def _expect_names(model: nn.Module, base: Base | None, named: Mapping[str, nn.Mo
     if not named and not isinstance(base, Mapping):
         named = {name: module for name, module in model.named_modules() if takes_lora(module)}
     return {f"{name}.weight": "" for name in named}
-
-
-def _name_base(model: nn.Module, base: Base | None) -> str | None:
-    """The hub id of the base or the name of its folder, whose path is private; None if unknown."""
-    if not isinstance(base, str | Path):
-        base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    if base is None:
-        return None
-    return Path(base).name if Path(base).is_absolute() or Path(base).exists() else str(base)
 
 
 def _find_changed(model: nn.Module, before: Mapping[str, Tensor], new: set[str]) -> set[str]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsegrad.adapter.card import write_unless_edited
+from sparsegrad.adapter.card import describe_base, write_unless_edited
 
 _CARD = """---
 library_name: peft
-base_model: {quoted}
-tags: [lora, sparsegrad]
+{base_model}tags: [lora, sparsegrad]
 ---
 
-# LoRA adapter for {source}
+# LoRA adapter for {title}
 
 The change of a fine-tuned `{model}` as an ordinary LoRA adapter, with scaling 1, extracted by
 [SparseGrad](https://arxiv.org/abs/2410.07383)'s `save_lora`.
@@ -82,12 +80,12 @@ class SavedLora:
         return f"{text}, {self.lora_bytes / 1e6:.2f} MB{whole}"
 
 
-def write_lora_card(saved: SavedLora, source: str, model: str) -> None:
+def write_lora_card(saved: SavedLora, source: str | None, model: str) -> None:
     """Write README.md, unless there is one that was written or edited by hand; in that case log a warning.
 
     Args:
         saved: what was written.
-        source: name of the base.
+        source: name of the base; None if it is unknown.
         model: class name of the model.
 
     Raises:
@@ -99,5 +97,5 @@ def write_lora_card(saved: SavedLora, source: str, model: str) -> None:
             f"It uses {', '.join(saved.obstacles)}: peft loads it, but vLLM and llama.cpp do not support all of it."
         )
     rows = "\n".join(f"| `{name}` | {rank} | {saved.errors[name]:.2g} |" for name, rank in saved.ranks.items())
-    text = _CARD.format(quoted=json.dumps(source), source=source, model=model, content=saved, served=served, rows=rows)
+    text = _CARD.format(**describe_base(source, model), model=model, content=saved, served=served, rows=rows)
     write_unless_edited(saved.folder / "README.md", text, _MARK)

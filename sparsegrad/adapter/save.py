@@ -15,6 +15,7 @@ from sparsegrad.adapter.base import (
     find_base,
     format_names,
     get_class_name,
+    name_base,
     read_base,
     unwrap_compiled,
     write_gathered,
@@ -23,6 +24,7 @@ from sparsegrad.adapter.card import write_card
 from sparsegrad.adapter.format import BASIS_PARTS, DTYPES, Entry, digest, write_adapter
 from sparsegrad.adapter.merge import named_tensors
 from sparsegrad.adapter.sizes import Saved, summarize
+from sparsegrad.arguments import explained
 from sparsegrad.basis import Basis
 from sparsegrad.bits import as_integers
 from sparsegrad.errors import UserError, check_number, renamed_arguments
@@ -33,6 +35,7 @@ _SMALL = 2**16  # entries; smaller tensors outside the MLP are stored whole, suc
 
 
 @renamed_arguments(quiet=True, mlp="target_modules")
+@explained({"rank": "save_lora has it, which writes LoRA matrices of that rank"})
 @write_gathered
 def save_adapter(
     model: nn.Module,
@@ -76,7 +79,7 @@ def save_adapter(
         raise UserError(f"tolerance={tolerance} needs the bases: give optimizer=, what sparsegrad.prepare returned")
     base = find_base(model, base)  # before the search for the weights, whose error would hide that it is missing
     kinds = _find_kinds(model, optimizer, target_modules)
-    source, before, new = read_base(model, base, kinds)
+    before, new = read_base(model, base, kinds)
     entries = _compare(named_tensors(model), before, new, kinds)
     if not entries:
         raise UserError("the model equals its base in every weight: train it first, or name the base it came from")
@@ -86,9 +89,10 @@ def save_adapter(
             if group.get("kind") is not None and group["basis"] is not None:
                 _rotate_kind(group, named_tensors(model), before, entries, bases, tolerance)
     saved = summarize(Path(folder), entries, bases, kinds, optimizer)
-    facts = {"base": source, "model": get_class_name(model), "tolerance": tolerance, "mlp": kinds}
+    source, name = name_base(model, base), get_class_name(model)
+    facts = {"base": source or name, "model": name, "tolerance": tolerance, "mlp": kinds}
     write_adapter(Path(folder), facts, entries, bases)
-    write_card(Path(folder), source, get_class_name(model), str(saved), tolerance)
+    write_card(Path(folder), source, name, str(saved), tolerance)
     return saved
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sparsegrad.arguments import explained
 from sparsegrad.basis import SIDES, Basis
 from sparsegrad.calibration.grams import Grams
 from sparsegrad.calibration.loss import Batch, compute_loss
@@ -43,6 +44,7 @@ class Progress(Protocol):
         """Yield each of `items`, a sequence, and show how many have been processed and how long the rest takes."""
 
 
+@explained()
 def calibrate(
     model: nn.Module,
     batches: Iterable[Batch],

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from sparsegrad.arguments import explained
 from sparsegrad.basis import Basis
 from sparsegrad.distributed import is_managed, is_shard, reshard
 from sparsegrad.errors import UserError
@@ -142,6 +143,7 @@ def computes_gradient(linear: nn.Module) -> bool:
     return type(linear) in (nn.Linear, LeanLinear) and "forward" not in vars(linear)
 
 
+@explained()
 def to_linears(model: Model) -> Model:
     """Replace every `BlockLinear`, `SparseGradLinear` and `LeanLinear` by an `nn.Linear` with the same function.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsegrad.arguments import explained
 from sparsegrad.errors import UserError
 from sparsegrad.optim.selection import count_kept
 
@@ -94,6 +95,7 @@ def _format_shape(shape: tuple[int, int] | None) -> str:
     return "" if shape is None else f"{shape[0]} x {shape[1]}"
 
 
+@explained()
 def describe(optimizer: Any) -> Plan:
     """Summarize an optimizer that `prepare` returned; it may be wrapped by Accelerate or a Trainer.
 
@@ -123,6 +125,7 @@ def _summarize_group(group: dict[str, Any]) -> Taken:
     return Taken(group["kind"], tuple(group["param_names"]), (weight.shape[0], weight.shape[1]), kept)
 
 
+@explained()
 def print_trainable_parameters(optimizer: Any) -> None:
     """Print one line with what trains and how it is counted, as `peft`'s method of this name does.
 

@@ -81,7 +81,7 @@ def test_a_sparse_change_is_stored_sparse(tmp_path: Path) -> None:
 
 def test_the_card_says_what_it_is(saved: Path) -> None:
     card = (saved / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: sparsegrad\nbase_model:")
+    assert card.startswith("---\nlibrary_name: sparsegrad\n")
     assert "kB (LoRA of the same count: 0." in card
     assert "bit for bit" in card
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +25,11 @@ from sparsegrad import (
     load_adapter,
     prepare,
     save_adapter,
+    save_lora,
     set_adapter,
 )
 from sparsegrad.adapter.format import FACTS
+from sparsegrad.adapter.lora_files import CONFIG
 
 
 def test_a_model_of_ones_own_is_saved_by_the_names_given_to_prepare(tmp_path: Path) -> None:
@@ -134,6 +138,34 @@ def test_tensors_without_a_head_are_a_base_and_the_head_is_new(tmp_path: Path) -
 def save(folder: Path, base: nn.Sequential, **settings: Any) -> None:
     model = changed(base)
     save_adapter(model, folder, base, Prepared(model[0].weight), **settings)
+
+
+@pytest.mark.parametrize(
+    ("base_path", "model_path", "name"),
+    [
+        ("/home/me/minilm", None, "minilm"),  # the path is private
+        ("org/base", "/home/me/checkpoint-500", "org/base"),
+        (None, "org/base", "org/base"),  # a base of tensors, as in a run
+        (None, None, None),  # a class is nothing that anybody can load
+    ],
+)
+def test_an_adapter_names_the_base_as_a_user_loads_it(
+    base_path: str | None, model_path: str | None, name: str | None, tmp_path: Path
+) -> None:
+    base: Any = own_model()
+    model: Any = changed(base)
+    base.config, model.config = (SimpleNamespace(_name_or_path=path) for path in (base_path, model_path))
+    for base_ in [base] if base_path else [base, bits(base)]:
+        save_adapter(model, tmp_path / "adapter", base_, target_modules=["0"])
+        save_lora(model, tmp_path / "lora", base_, rank=2)
+        assert json.loads((tmp_path / "adapter" / FACTS).read_text())["base"] == (name or "Sequential")
+        assert json.loads((tmp_path / "lora" / CONFIG).read_text())["base_model_name_or_path"] == name
+        for folder in ("adapter", "lora"):
+            lines = (tmp_path / folder / "README.md").read_text().splitlines()
+            assert [line for line in lines if line.startswith("base_model")] == (
+                [f'base_model: "{name}"'] if name else []
+            )
+            assert any(line.endswith(f"dapter for {name or 'a Sequential'}") for line in lines)
 
 
 def test_a_card_that_nobody_touched_is_written_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,9 @@ def test_with_a_tolerance_kept_entries_are_stored_and_keep_their_promise(layout:
     check_tolerance(tiny_model(layout, torch.float32), tiny_batches(layout, 4), tmp_path)
 
 
-def test_a_folder_is_a_base_and_a_head_that_it_lacks_is_new(tmp_path: Path) -> None:
+def test_a_folder_is_a_base_and_a_head_that_it_lacks_is_new(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As from the hub: the saved base has no classifier, each load draws another one, the adapter brings its own."""
+    caplog.set_level(logging.WARNING, "transformers")
     base = tiny_model("bert", torch.float32)
     base.bert.save_pretrained(tmp_path / "base")
     model, fresh = (type(base).from_pretrained(tmp_path / "base") for _ in range(2))
@@ -42,7 +44,10 @@ def test_a_folder_is_a_base_and_a_head_that_it_lacks_is_new(tmp_path: Path) -> N
     model.eval()
     train(model, tiny_batches("bert", 4))
     numbers = torch.get_rng_state()
+    assert "LOAD REPORT" in caplog.text
+    caplog.clear()
     save_adapter(model, tmp_path / "adapter")  # the base is where from_pretrained found it
+    assert "LOAD REPORT" not in caplog.text, "the user has seen it at the first load"
     assert torch.equal(numbers, torch.get_rng_state())
     adapter, before = load_adapter(fresh, tmp_path / "adapter"), bits(fresh)
     adapter.merge()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 ORDER = (
     ("namesake", "extras"),
     ("errors", "hashing", "precision", "bits", "threads"),
-    ("files", "distributed", "device"),
+    ("arguments", "files", "distributed", "device"),
     ("basis",),
     ("targets_errors",),
     ("targets",),

@@ -47,7 +47,7 @@ def test_without_the_optimizer_the_error_names_that_argument(
     trained: tuple[Own, Own, SparseGradAdamW], tmp_path: Path
 ) -> None:
     base, model, optimizer = trained
-    with pytest.raises(UserError, match=r"give base=, .* a copy of the model"):  # not hidden by the other mistake
+    with pytest.raises(UserError, match=r"give base= as .* a copy of the model"):  # not hidden by the other mistake
         save_adapter(model, tmp_path)
     with pytest.raises(UserError, match=r"target_modules=\[\.\.\.\].*; or give optimizer="):
         save_adapter(model, tmp_path, base)

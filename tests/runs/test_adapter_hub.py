@@ -133,9 +133,9 @@ def test_a_refused_push_is_one_line(hub: Hub, folder: Path, rule: Rule, message:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("me/flim", "me/flim is not on the hub, or this account may not use it: check the name"),
-        ("me/gated", "me/gated is gated: ask for access .* log in with"),
-        ("me/film--s", "me/film--s is not a name on the hub: give org/name, or name a folder"),
+        ("me/flim", "me/flim .no folder here. is not on the hub, or this account may not use it: check the name"),
+        ("me/gated", "me/gated .* is gated: ask for access .* log in with"),
+        ("me/film--s", "me/film--s .* is not a name on the hub: give org/name, or name a folder"),
     ],
 )
 def test_a_refused_load_is_one_line(
@@ -173,7 +173,9 @@ def test_a_base_on_the_hub_is_asked_for_once(hub: Hub, tmp_path: Path, monkeypat
     save_with_base(tmp_path / "cached", "me/base")
     assert ["local_files_only" in options for options in Loadable.options] == [False, True]
     hub.asked.clear()
-    with pytest.raises(UserError, match=r"me/other: the hub cannot be reached .* or give base= as a folder") as error:
+    with pytest.raises(
+        UserError, match=r"base=me/other .*: the hub cannot be reached .* or give base= as the"
+    ) as error:
         save_with_base(tmp_path / "away", "me/other")
     assert "\n" not in str(error.value)
     assert len(hub.asked) == 1
@@ -181,7 +183,11 @@ def test_a_base_on_the_hub_is_asked_for_once(hub: Hub, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("base", "message"), [("me/nope", "me/nope is not on the hub"), ("./nope", "not a name on the hub: .* base= as a")]
+    ("base", "message"),
+    [
+        ("me/nope", r"base=me/nope \(no folder here\) is not on the hub.* give base= as"),
+        ("./nope", r"base=\./nope: there is no such folder; give base= as"),
+    ],
 )
 def test_a_base_that_the_hub_does_not_have_is_named(hub: Hub, base: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):

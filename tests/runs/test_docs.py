@@ -85,6 +85,12 @@ def test_every_recipe_runs_after_the_first_block_and_its_optimizer_trains(number
     assert describe(run_blocks(RECIPES, [setup, recipe])["optimizer"]).taken
 
 
+def test_the_recipes_run_from_top_to_bottom(work_folder: Path) -> None:
+    """As a reader does; each of them changes its model, which the next one must not find."""
+    chosen = [block for block in blocks(RECIPES) if "import lightning" not in block]
+    assert describe(run_blocks(RECIPES, chosen)["optimizer"]).taken
+
+
 def test_every_page_is_in_the_navigation_and_every_page_of_it_exists() -> None:
     listed = re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))

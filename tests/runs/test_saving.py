@@ -59,6 +59,7 @@ def test_an_adapter_of_a_run_gives_the_trained_model(made: Made, source: Path) -
     load_adapter(model, config.adapter_folder).merge()
     trained = BertForSequenceClassification.from_pretrained(model_folder(config))
     assert torch.equal(answers(model, source), answers(trained, source))
+    assert f'base_model: "{source.name}"' in (config.adapter_folder / "README.md").read_text()
 
 
 def test_the_adapter_is_no_part_of_the_key(made: Made) -> None:
