@@ -169,12 +169,22 @@ def check_integer(
     return value
 
 
-def check_choice(name: str, value: Any, choices: Collection[Any], remedy: str = "") -> Any:
-    """Return `value` if it is one of `choices`, or raise `UserError` that lists them."""
+def check_choice(name: str, value: Any, choices: Collection[Any], remedy: str = "", *, none: str = "None") -> Any:
+    """Return `value` if it is one of `choices`, or raise `UserError` that lists them.
+
+    Args:
+        name: of the argument or setting.
+        value: what was given.
+        choices: what is allowed.
+        remedy: what else to say.
+        none: how the user writes None: `null` for a setting of a configuration.
+    """
     if value not in choices:
-        hint = did_you_mean(value, choices) if isinstance(value, str) else ""
-        remedy = "; ".join(filter(None, (hint, remedy)))
-        raise fail(name, value, "choose one of " + ", ".join(map(str, choices)), remedy)
+        written = [none if one is None else str(one) for one in choices]
+        hint = did_you_mean(value, written) if isinstance(value, str) else ""
+        # Quotes tell a text from the choice that is printed alike, such as the text None.
+        shown = repr(value) if isinstance(value, str) and value in written else value
+        raise fail(name, shown, "choose one of " + ", ".join(written), "; ".join(filter(None, (hint, remedy))))
     return value
 
 

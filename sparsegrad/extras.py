@@ -6,6 +6,7 @@ Without imports of third parties, so that it works wherever `sparsegrad` is impo
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires
@@ -33,7 +34,10 @@ def explain_missing(error: ModuleNotFoundError) -> str | None:
     package = _find_package(error.name)
     wanted = _find_need(error.__traceback__)
     extra = find_extra(package, wanted)
-    return None if extra is None else f"this command needs the package {package}: run {install_command(extra)}"
+    if extra is None:
+        return None
+    remedy = _activate_command(error.name.partition(".")[0]) or install_command(extra)
+    return f"this command needs the package {package}: run {remedy}"
 
 
 def find_extra(package: str, wanted: str) -> str | None:
@@ -52,14 +56,27 @@ def _is_installed(module: str) -> bool:
 
 
 def _list_requirements() -> list[str]:
-    """The requirements of the distribution; of a checkout that was not installed, those that its file names."""
+    """The requirements of the distribution; of a checkout that was not installed, those that its file names.
+
+    Those of no extra count as `run`'s, which brings them too. Any Python that runs in a checkout finds the metadata of
+    the distribution there, once another one installed it, but none of the packages.
+    """
     try:
-        return requires(PROJECT) or []
+        found = requires(PROJECT) or []
     except PackageNotFoundError:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = {**project["optional-dependencies"]}
-    named["run"] = [*project["dependencies"], *named["run"]]  # an extra brings them too, and nothing is there yet
-    return [f"{one}; extra == '{extra}'" for extra, found in named.items() for one in found]
+        extras = project["optional-dependencies"].items()
+        found = [*project["dependencies"], *(f"{one}; extra == '{extra}'" for extra, few in extras for one in few)]
+    return [one if _EXTRA.match(one) else f"{one}; extra == 'run'" for one in found]
+
+
+def _activate_command(module: str) -> str | None:
+    """What activates the checkout's environment, in words, where that has the module and another Python is running."""
+    own = ROOT / ".venv"
+    if Path(sys.prefix).resolve() == own.resolve():
+        return None
+    files = (path.stem for path in own.glob(f"lib/python3*/site-packages/{module}*"))
+    return "`. .venv/bin/activate` in the checkout of sparsegrad, whose environment has it" if module in files else None
 
 
 def install_command(extra: str) -> str:

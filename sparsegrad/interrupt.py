@@ -11,11 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from sparsegrad.extras import explain_missing
+from sparsegrad.extras import ROOT, explain_missing
 
 
-def is_command(words: Sequence[str]) -> bool:
-    """Whether the words of a process, as in `sys.orig_argv`, start a command of this project."""
+def is_command(words: Sequence[str], script: str | None = None) -> bool:
+    """Whether a process runs a command of this project.
+
+    Args:
+        words: its command line, as in `sys.orig_argv`.
+        script: the file that Python runs, if it runs one; torchrun starts run.py behind words of its own.
+    """
+    if script is not None and Path(script).resolve() == ROOT / "run.py":
+        return True
     if "-m" in words[:-1]:
         module = words[words.index("-m") + 1]
         return module.split(".")[0] in ("sparsegrad", "experiments")
@@ -25,15 +32,17 @@ def is_command(words: Sequence[str]) -> bool:
 def _end_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         print("\ninterrupted", file=sys.stderr)
-    elif isinstance(error, ModuleNotFoundError) and (text := explain_missing(error)):
-        print(f"error: {text}", file=sys.stderr)
+        raise SystemExit(130)
+    if isinstance(error, ModuleNotFoundError) and (text := explain_missing(error)):
+        if os.environ.get("RANK", "0") == "0":  # torchrun starts several of the same process
+            print(f"error: {text}", file=sys.stderr)
         raise SystemExit(2)  # otherwise Python would exit with 1
-    else:
-        sys.__excepthook__(kind, error, trace)
+    sys.__excepthook__(kind, error, trace)
 
 
-if is_command(sys.orig_argv):
+if is_command(sys.orig_argv, getattr(sys.modules["__main__"], "__file__", None)):
     sys.excepthook = _end_in_one_line
     if not any(word.startswith("experiments") for word in sys.orig_argv):  # the benchmark measures torch as it is
-        # As run.py does: threads that wait give up their core.
+        # Before torch is imported: threads that wait give up their core, so that two runs side by side do not slow each
+        # other down tenfold. A value of the user's own stays.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

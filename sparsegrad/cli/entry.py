@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sparsegrad.cli.screen import replace_unprintable
 from sparsegrad.errors import run_as_command
-from sparsegrad.runs.overrides import expand_aliases, explain
+from sparsegrad.runs.overrides import expand_aliases, explain, refuse_none
 from sparsegrad.runs.yaml_check import check_folder
 
 _FULL = "HYDRA_FULL_ERROR"
@@ -58,6 +58,7 @@ def _start(main: Callable[[], Any], words: Sequence[str], conf: Path) -> int:
 
         print(make_help(overrides, conf))
         return 0
+    refuse_none(overrides, conf)
     sys.argv[1:] = expand_aliases(words)
     if _FULL in os.environ:  # the user wants Hydra's own report
         main()

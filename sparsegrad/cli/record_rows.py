@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -22,6 +23,8 @@ SETUP = ("model", "task", "protocol")
 IDENTITY = (*SETUP, "method", "engine")
 SETTINGS = ("model", "method", "engine", "task", "protocol", "lr", "batch_size", "seed", "device")
 MEASURED = ("value", "steps_per_second", "peak_mib", "minutes")
+RUNS = "runs"  # the folder of records in a results folder
+_NO_RESULTS = (RUNS, "work", "models", "adapters", "studies")  # folders in which no results folder is looked for
 # Dotted names of settings that `summary` already has, or that follow from the names above.
 _KNOWN = ("seed", "train.lr", "train.batch_size", "method.engine", "evidence")
 
@@ -29,12 +32,26 @@ _KNOWN = ("seed", "train.lr", "train.batch_size", "method.engine", "evidence")
 def read_rows(folder: Path, on_bad: Callable[[UserError], None]) -> list[Row]:
     """All records below a folder, sorted by path. A damaged one is given to `on_bad` and left out."""
     rows = []
-    for path in sorted(folder.rglob("*.json")):
+    for path in sorted(path for place in _find_places(folder) for path in place.rglob("*.json")):
         try:
             rows.append(_make_row(path, read_record(path)))
         except UserError as error:
             on_bad(error)
     return rows
+
+
+def _find_places(folder: Path) -> list[Path]:
+    """The folders `runs` of all results folders below `folder`, such as outputs/quickstart; otherwise it holds records.
+
+    Other JSON files are beside them, of studies, models and adapters, and work folders hold those of trackers.
+    """
+    found: list[Path] = []
+    if folder.resolve().name == RUNS:  # a run may be called `runs` as well
+        return [folder]
+    for name, folders, _ in os.walk(folder):
+        found += [Path(name, RUNS)] if RUNS in folders else []
+        folders[:] = [one for one in folders if one not in _NO_RESULTS and not one.startswith(".")]
+    return found or [folder]
 
 
 def _make_row(path: Path, record: Mapping[str, Any]) -> Row:

@@ -42,7 +42,7 @@ def show_records(options: argparse.Namespace) -> int:
     Raises:
         UserError: where there are no records, or an option names what they do not have.
     """
-    folder = options.folder / "runs" if (options.folder / "runs").is_dir() else options.folder
+    folder = options.folder
     rows = read_rows(folder, on_bad=lambda error: print(f"skipped: {error}", file=sys.stderr))
     if not rows:
         raise UserError(f"no records below {folder}: run something first, e.g. make quickstart")

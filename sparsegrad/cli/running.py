@@ -64,7 +64,7 @@ def _refuse(error: UserError) -> NoReturn:
     """Print the error and exit; in a multirun raise it, so that Hydra runs the other jobs and exits with 1."""
     if not error.silent:
         print(f"error: {error}", file=sys.stderr)
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if _is_multirun():
         raise FailedJobs(f"error: {error}") from None
     sys.exit(2)
 
@@ -114,15 +114,19 @@ def _run_once(composed: DictConfig, labels: Mapping[str, Any], published: Publis
         remark("")
     if composed.get("verbose"):
         console.print(tree("run " + config.key, config.resolved))
-    with _noted_stop(lambda: describe_stop(config)):
+    with _noted_stop(lambda: describe_stop(config, is_one_of_several=_is_multirun())):
         record, is_new = run(config, labels=labels, announces=True)
         if is_main():
             _print_result(config, record, published, is_new=is_new)
 
 
+def _is_multirun() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def _is_later_job() -> bool:
     """Whether this is not the first job of a multirun: an empty line separates it from the one before."""
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN and HydraConfig.get().job.num > 0
+    return _is_multirun() and HydraConfig.get().job.num > 0
 
 
 def _print_result(config: RunConfig, record: Mapping[str, Any], published: Published | None, *, is_new: bool) -> None:

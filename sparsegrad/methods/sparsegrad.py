@@ -107,10 +107,10 @@ class SparseGrad:
         check_choice("method.release_gradients", self.release_gradients, (True, False))
         check_choice("method.drop_padding", self.drop_padding, (True, False))
         check_choice("method.rotation_order", self.rotation_order, ORDERS)
-        check_choice("method.save_dtype", self.save_dtype, tuple(_DTYPES), "null keeps them as they are")
-        check_choice(
-            "method.rotation_dtype", self.rotation_dtype, tuple(_DTYPES), "null rotates in that of the weights"
-        )
+        dtypes, remedy = tuple(_DTYPES), "null keeps them as they are"
+        check_choice("method.save_dtype", self.save_dtype, dtypes, remedy, none="null")
+        remedy = "null rotates in that of the weights"
+        check_choice("method.rotation_dtype", self.rotation_dtype, dtypes, remedy, none="null")
         check_choice("method.static", self.static, (True, False))
         for name, value in _ENGINE_SETTINGS["layer" if self.engine == "exact" else "exact"].items():
             if getattr(self, name) != value:

@@ -62,7 +62,7 @@ class ModelConfig:
         for name in ("tokenizer", "revision"):
             if getattr(self, name) is not None:
                 check_text(f"model.{name}", getattr(self, name))
-        check_choice("model.pooling", self.pooling, (None, "mean", "cls"))
+        check_choice("model.pooling", self.pooling, (None, "mean", "cls"), none="null")
         for name in ("keep_head", "trust_remote_code"):
             check_choice(f"model.{name}", getattr(self, name), (True, False))
         check_number("model.lr", self.lr, above=0)

@@ -20,6 +20,7 @@ from sparsegrad.hashing import SHORT, json_sha256
 from sparsegrad.models.config import ModelConfig
 from sparsegrad.models.heads import draw_head, keep_head
 from sparsegrad.models.source import Source, find_sources
+from sparsegrad.models.suitability import check_suitable
 from sparsegrad.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ def load_model(
         source: of the weights, where it was found already.
 
     Raises:
-        UserError: when the weights cannot be read or do not fit the model, or it is no causal language model.
+        UserError: when the weights cannot be read or do not fit the model, or it is of another kind than the task
+            trains.
     """
     maker = choose_class(task)
     heads = {} if task.is_language else _label_settings(task)
@@ -87,8 +89,8 @@ def load_model(
         model._weight_conversions = []
         if source.repository is not None:  # adapters name their base model, which is not a folder of this machine
             model.name_or_path = model.config._name_or_path = config.source
-    if task.is_language:
-        _check_causal(config, task, model)
+    made: Any = model.config
+    check_suitable(config, task, made.to_dict())
     return model
 
 
@@ -155,18 +157,6 @@ def _list_names(names: list[str]) -> str:
     """The first names and the count of all."""
     shown = ", ".join(names[:_NAMES_SHOWN])
     return f"{len(names)} tensors ({shown}{', ...' if len(names) > _NAMES_SHOWN else ''})"
-
-
-def _check_causal(config: ModelConfig, task: Task, model: Any) -> None:
-    """Refuse an encoder: `transformers` gives it a language head too, but its tokens see what they should predict."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    found = model.config
-    if found.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(found, "is_decoder", False):
-        raise UserError(
-            f"task={task.name} needs a causal language model, and model={config.name} ({found.model_type}) sees both "
-            "ways: choose model=smollm2, model=llama2_7b, or another decoder"
-        )
 
 
 def _random(config: ModelConfig, tokenizer: Any, heads: dict[str, Any], maker: Any, dtype: torch.dtype) -> nn.Module:

@@ -159,7 +159,7 @@ class TrackerConfig:
 
     def __post_init__(self) -> None:
         check_choice("tracker.name", self.name, ("none", "wandb", "tensorboard"))
-        check_choice("tracker.mode", self.mode, (None, "offline", "online"))
+        check_choice("tracker.mode", self.mode, (None, "offline", "online"), none="null")
         if self.project is not None:
             check_text("tracker.project", self.project)
 
@@ -193,7 +193,7 @@ class RunConfig:
             raise fail("name", self.name, "give one folder name, such as quickstart")
         check_text("results_dir", self.results_dir)
         check_text("work_dir", self.work_dir)
-        check_choice("save_adapter", self.save_adapter, (None, "lora", "sparsegrad", "peft"))
+        check_choice("save_adapter", self.save_adapter, (None, "lora", "sparsegrad", "peft"), none="null")
         if self.adapter_rank is not None:
             check_integer("adapter_rank", self.adapter_rank, at_least=1)
             if self.save_adapter != "lora":

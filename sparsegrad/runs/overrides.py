@@ -14,30 +14,18 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsegrad.errors import UserError, closest, did_you_mean, fail, first_line
+from sparsegrad.runs.near_keys import describe_unknown, find_key, list_paths
 
 ALIASES = {"lr": "train.lr", "batch_size": "train.batch_size", "epochs": "protocol.epochs", "density": "method.density"}
-# Names that users know from transformers and peft; they are suggested, not accepted.
-_ELSEWHERE = {
-    "learning_rate": "train.lr",
-    "bs": "train.batch_size",
-    "per_device_train_batch_size": "train.batch_size",
-    "per_device_eval_batch_size": "train.eval_batch_size",
-    "gradient_accumulation_steps": "train.grad_accumulation",
-    "num_train_epochs": "protocol.epochs",
-    "lora_alpha": "method.alpha",
-    "lora_dropout": "method.dropout",
-    "r": "method.rank",
-    "fp16": "train.precision",
-    "bf16": "train.precision",
-    "dataset": "task",
-    "optimizer": "method",
-    "output_dir": "results_dir",
-}
 _OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[^=\s@]+)(?P<rest>(@[^=]*)?=.*)", re.DOTALL)
+# Settings of which a list is one value, also where the chosen one is none; some models do not have them.
+_LISTS = ("model.kinds", "model.dense", "model.blocks", "task.langs")
+# Hydra's options that users mistype; their short forms are too short to be near anything.
+_OPTIONS = ("--help", "--multirun", "--cfg")
 FEW = 10  # more choices than these are not listed after a suggestion
 
 
@@ -98,7 +86,7 @@ def explain(error: Exception, overrides: Sequence[str], conf: Path) -> UserError
             f"+{found[1]}={found[2]}: the group has a choice already; write {found[1]}={found[2]}, without +"
         )
     if found := re.match(r"Ambiguous value for argument '([^=]+)=", text):
-        return _explain_several(found[1], overrides, conf)
+        return _explain_several(found[1].lstrip("+"), overrides, conf)
     if text.startswith("Config group override must be"):
         return _explain_no_option(overrides, conf)
     cause = f" ({first_line(error.__cause__)})" if error.__cause__ else ""
@@ -135,25 +123,73 @@ def _explain_no_option(overrides: Sequence[str], conf: Path) -> UserError:
 def _explain_syntax(error: OverrideParseException, overrides: Sequence[str], conf: Path) -> UserError:
     """An override that is not key=value, or has signs that need quotes."""
     word = next((one for one in overrides if _expand(one) == error.override), error.override or "")
+    if word.startswith("-"):
+        return _explain_option_word(word, overrides, conf)
     if "=" in word:
-        key, _, value = word.partition("=")
-        if value.startswith("~"):
-            return UserError(f"{word} cannot be read: write {key}=$HOME{value[1:]}")
-        return UserError(f"{word} cannot be read: put the value in two pairs of quotes, '{key}=\"{value}\"'")
+        return _explain_value(word)
     for group, options in list_groups(conf).items():
         if option := next((one for one in options if word in (one, one.rpartition("/")[2])), None):
             return UserError(f"{word} is not key=value: did you mean {group}={option}?")
     if word in list_groups(conf):
         return UserError(f"{word} is not key=value: choose {word}={'|'.join(list_groups(conf)[word])}")
-    hint = did_you_mean(word, ("--help", "--multirun", "--cfg")) if word.startswith("-") else ""
-    return UserError(f"{word} is not key=value: {hint or 'write for example lr=1e-4; run.py --help lists the keys'}")
+    return UserError(f"{word} is not key=value: write for example lr=1e-4; run.py --help lists the keys")
+
+
+def _explain_value(word: str) -> UserError:
+    """A value that Hydra cannot read."""
+    key, _, value = word.partition("=")
+    parts = [part.strip() for part in value.split(",")]
+    if value.startswith("~"):
+        return UserError(f"{word} cannot be read: write {key}=$HOME{value[1:]}")
+    if "" in parts and not re.search(r"[\"'\[({]", value):
+        kept = ",".join(filter(None, parts))
+        how = "; for several values, add -m and write no spaces between them"
+        return UserError(f"{word} cannot be read: a value is missing beside a comma; write {key}={kept or '...'}{how}")
+    return UserError(f"{word} cannot be read: put the value in two pairs of quotes, '{key}=\"{value}\"'")
+
+
+def _explain_option_word(word: str, overrides: Sequence[str], conf: Path) -> UserError:
+    """`--method lora` or `--method=lora`, as other programs write key=value; or an option of Hydra's, mistyped."""
+    name, sign, value = word.lstrip("-").partition("=")
+    composed = _compose_rest(name, overrides, conf)
+    names = [*list_groups(conf), *ALIASES]
+    key = name if name in [*names, *list_paths(composed)] else None
+    if key is None and (hint := did_you_mean(word, _OPTIONS)):
+        return UserError(f"{word} is no option: {hint}")
+    key = key or find_key(name.replace("-", "_"), composed, names)
+    if key is None:
+        return UserError(f"{word} is no option: write settings as lr=1e-4; run.py --help lists them")
+    after = overrides[overrides.index(word) + 1 :][:1]
+    if not sign and after and "=" not in after[0] and not after[0].startswith("-"):
+        word, value = f"{word} {after[0]}", after[0]
+    value = value or ("true" if isinstance(OmegaConf.select(composed, key), bool) else "...")
+    return UserError(f"{word} is no option: settings have no dashes; write {key}={value}")
 
 
 def _explain_several(key: str, overrides: Sequence[str], conf: Path) -> UserError:
-    word = _find_word(key, overrides)
-    values = word.partition("=")[2]
-    as_list = "" if key in list_groups(conf) else f", or write '{key}=[{values}]' for a list"
+    """Several values without -m; a list is suggested only where the setting takes one."""
+    word, composed = _find_word(key, overrides), _compose_rest(key, overrides, conf)
+    whole = next((one for one in overrides if one.lstrip("+") == word), word)
+    if not whole.startswith("+") and key in _LISTS and key not in list_paths(composed):
+        return _explain_key(key, overrides, conf)
+    is_list = key in _LISTS or isinstance(OmegaConf.select(composed, key), ListConfig)
+    name, _, values = whole.partition("=")
+    as_list = f", or write '{name}=[{values}]' for a list" if is_list else ""
     return UserError(f"{word} are several values: add -m to run one after the other{as_list}")
+
+
+def refuse_none(overrides: Sequence[str], conf: Path) -> None:
+    """Refuse `key=None`, which would be a text, such as a folder or a branch of that name; YAML writes null.
+
+    Raises:
+        UserError: for the first such word. Of a group, Hydra says which options there are.
+    """
+    for word in overrides:
+        key, _, value = word.partition("=")
+        parts = value.split(",")
+        if "None" in parts and key_of(word) not in list_groups(conf):
+            written = ",".join("null" if part == "None" else part for part in parts)
+            raise UserError(f"{word} is not allowed: None would be a text here; write {key}={written}")
 
 
 def _explain_key(key: str, overrides: Sequence[str], conf: Path) -> UserError:
@@ -166,7 +202,9 @@ def _explain_key(key: str, overrides: Sequence[str], conf: Path) -> UserError:
     node: Any = OmegaConf.select(composed, key.rpartition(".")[0]) if "." in key else None
     if isinstance(node, DictConfig):
         return _explain_field(word, key, node, composed)
-    return UserError(f"{word} is not allowed: there is no {key}; {_suggest_key(key, composed, conf)}")
+    found = find_key(key, composed, [*list_groups(conf), *ALIASES])
+    hint = f"did you mean {found}?" if found else "run.py --help lists the keys"
+    return UserError(f"{word} is not allowed: there is no {key}; {hint}")
 
 
 def _explain_field(word: str, key: str, node: DictConfig, composed: DictConfig) -> UserError:
@@ -180,15 +218,6 @@ def _explain_field(word: str, key: str, node: DictConfig, composed: DictConfig) 
     if not fields:
         return UserError(f"{word} is not allowed: {owner} has no {name}, and no other settings")
     return UserError(f"{word} is not allowed: {describe_unknown(owner, where, name, fields)}")
-
-
-def describe_unknown(owner: str, where: str, name: str, fields: Sequence[str]) -> str:
-    """What an error says about a field that does not exist: the nearest one, or all there are."""
-    near = _ELSEWHERE.get(name, "").removeprefix(f"{where}.")
-    near = near if near in fields else closest(name, fields) or ""
-    prefix = f"{where}." if where else ""
-    rest = f"did you mean {prefix}{near}?" if near else f"it has {', '.join(fields)}"
-    return f"{owner or 'a run'} has no {name}; {rest}"
 
 
 def check_fields(maker: Callable[..., Any], fields: Mapping[str, Any], where: str, owner: str) -> None:
@@ -206,34 +235,6 @@ def check_fields(maker: Callable[..., Any], fields: Mapping[str, Any], where: st
         path = f"{where}.{unknown[0]}" if where else str(unknown[0])
         reason = describe_unknown(owner, where, str(unknown[0]), known)
         raise UserError(f"{path}={fields[unknown[0]]} is not allowed: {reason}")
-
-
-def _suggest_key(key: str, composed: DictConfig, conf: Path) -> str:
-    """`did you mean KEY?` for a key outside all nodes; where nothing is near, where to look."""
-    paths = _list_paths(composed)
-    nested = [path for path in paths if path.count(".") == 1]
-    last = re.split(r"[./]", key)[-1]
-    same = [path for path in nested if path.endswith(f".{last}")]
-    if "." in key:
-        found = closest(key, same) or closest(key, nested)
-    elif last in _ELSEWHERE or same:
-        found = _ELSEWHERE.get(last) or same[0]
-    else:
-        found = closest(key, [*list_groups(conf), *ALIASES, *(path for path in paths if "." not in path)])
-        ends = {path.rpartition(".")[2]: path for path in reversed(nested)}
-        found = found or ends.get(closest(last, ends) or "")
-    return f"did you mean {found}?" if found else "run.py --help lists the keys"
-
-
-def _list_paths(node: DictConfig, prefix: str = "") -> list[str]:
-    """Dotted names of all keys."""
-    paths: list[str] = []
-    for name in node:
-        paths.append(prefix + str(name))
-        child = node._get_node(name)  # not the value: an interpolation might fail
-        if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
-            paths += _list_paths(child, f"{prefix}{name!s}.")
-    return paths
 
 
 def _find_word(key: str, overrides: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ from sparsegrad.errors import UserError, fail, missing_package
 from sparsegrad.files import check_writable
 from sparsegrad.hashing import SHORT
 from sparsegrad.models.source import Sources, find_sources
+from sparsegrad.models.suitability import find_suitable_sources
 from sparsegrad.progress import format_count
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.keys import config_key
@@ -172,10 +173,11 @@ def check_sources(config: RunConfig, finished: Mapping[str, Any] | None) -> Sour
     Where a finished run's are not at hand, or its record is of a version that did not note them, it counts as it is.
 
     Raises:
-        UserError: for a source that cannot be had, or one whose content has changed since the run finished.
+        UserError: for a source that cannot be had, of a model that the task cannot train, or one whose content has
+            changed since the run finished.
     """
     if finished is None:
-        return find_sources(config.model, is_language=config.task.is_language)
+        return find_suitable_sources(config.model, config.task)
     before = finished.get("source")
     if not isinstance(before, Mapping):
         return None

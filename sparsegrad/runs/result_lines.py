@@ -50,17 +50,26 @@ def describe_reuse(config: RunConfig) -> str:
     return f"seed {config.seed}: already run, from record {config.record_path} (force=true runs again{kept})"
 
 
-def describe_stop(config: RunConfig) -> str:
-    """What the same command does after this run was stopped."""
+def describe_stop(config: RunConfig, *, is_one_of_several: bool = False) -> str:
+    """What the same command does after this run was stopped, alone or as one run of a multirun."""
+    if not is_one_of_several:
+        return _describe_restart(config, "the same command")
+    if config.force:
+        return "the same command starts all runs over, because of force=true"
+    own = _describe_restart(config, "this run")
+    return f"the same command takes the finished runs from their records and runs the rest; {own}"
+
+
+def _describe_restart(config: RunConfig, what: str) -> str:
     if not config.force and find_complete(config.record_path) is not None:
         return "the run is complete, and the same command prints its result"
     step = newest_step(config.checkpoints)
     if step is None:
-        return "no checkpoint was written yet, so the same command starts over"
+        return f"no checkpoint was written yet, so {what} starts over"
     if config.force:
-        return "the same command starts over, because of force=true"
+        return f"{what} starts over, because of force=true"
     without = "" if config.resume else ", without resume=false,"
-    return f"the same command{without} continues after step {step:,}"
+    return f"{what}{without} continues after step {step:,}"
 
 
 def find_troubles(config: RunConfig, record: Mapping[str, Any]) -> list[str]:

@@ -87,6 +87,8 @@ def _check_plain(node: Any) -> None:
     place = f"line {node.start_mark.line + 1}"
     if not node.tag.startswith(_PLAIN) or node.tag.startswith(f"{_PLAIN}python/"):
         raise ValueError(f"{place}: tag {node.tag} is not plain data")
+    if isinstance(node, yaml.ScalarNode) and node.value == "None" and not node.style:  # without quotes
+        raise ValueError(f"{place}: None is a text in YAML; write null, or 'None' for the text")
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(keys) < len(node.value):

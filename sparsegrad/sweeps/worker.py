@@ -15,7 +15,7 @@ import torch
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sparsegrad import progress
-from sparsegrad.errors import BusyError, ResourceError, UserError
+from sparsegrad.errors import BusyError, ResourceError, UserError, first_line
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.records import find_complete, run_seconds
 from sparsegrad.sweeps.base_run import can_start
@@ -176,7 +176,8 @@ class Worker:
 
     def _close_crashed(self, trial: Trial, error: Exception) -> None:
         """Close a trial after a programming error; it is tried again, but at most `sweep.retries` times."""
-        facts = {FAILURE: CRASHED, REASON: f"{type(error).__name__}: {error}"[:500]}
+        # One line, as the reasons of other trials: it is a field of a table.
+        facts = {FAILURE: CRASHED, REASON: f"{type(error).__name__}: {first_line(error)}"[:500]}
         self.shared.close(trial, self._count_crash(trial), facts)
 
     def _count_crash(self, trial: Trial) -> TrialState:

@@ -57,7 +57,7 @@ from sparsegrad.runs.tokenized_splits import token_sets
         ),
         ("method.sides=left", r"method\.sides=left is not allowed: choose one of both, in, out, small"),
         ("method.moments=few", r"method\.moments=few is not allowed: choose one of dense, support"),
-        ("method.save_dtype=int8", r"method\.save_dtype=int8 is not allowed: choose one of None, bf16"),
+        ("method.save_dtype=int8", r"method\.save_dtype=int8 is not allowed: choose one of null, bf16"),
         ("method._target_=os.nothing", r"method\._target_=os\.nothing cannot be imported"),
         ("+method.rank=3", r"method\.rank=3 .*has no rank"),
         ("protocol.epochs=0", r"protocol\.epochs=0 .*above 0"),

@@ -18,6 +18,7 @@ CORE = (
     *SWEEP, "accelerate", "datasets", "evaluate", "filelock", "huggingface_hub", "hydra", "omegaconf", "pandas", "peft",
     "psutil", "yaml", "rich", "sklearn", "scipy", "tqdm", "transformers",
 )  # fmt: skip
+ALL = (*CORE, "numpy", "safetensors", "torch")  # as without the environment
 _BLOCK = """import sys
 
 class Finder:
@@ -33,6 +34,8 @@ CONSOLE = str(Path(sys.executable).with_name("sparsegrad"))
 @pytest.mark.parametrize(
     ("missing", "words", "package", "extra"),
     [
+        (ALL, (sys.executable, "run.py"), "safetensors", "run"),
+        (ALL, (sys.executable, "-m", "experiments.report"), "safetensors", "report"),
         (CORE, (sys.executable, "run.py", "--help"), "hydra-core", "run"),
         (CORE, (sys.executable, "-m", "sparsegrad.cli", "--help"), "hydra-core", "run"),
         (CORE, (CONSOLE, "report"), "matplotlib", "report"),
@@ -64,7 +67,21 @@ def test_the_extras_come_from_the_metadata_of_the_distribution(monkeypatch: pyte
     assert find_extra("huggingface-hub", "run") == "run"
     assert find_extra("huggingface-hub", "report") == "report"
     assert find_extra("optuna", "run") == "sweep"
-    assert find_extra("torch", "run") is None
+    assert find_extra("torch", "run") == "run", "a Python without it can find the metadata in the checkout"
+    assert find_extra("mine", "run") is None
+
+
+def test_another_python_is_told_to_activate_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    missing = ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+    monkeypatch.setattr(extras, "ROOT", tmp_path)
+    monkeypatch.setattr(extras, "_is_installed", lambda _: False)
+    packages = tmp_path / ".venv" / "lib" / "python3.11" / "site-packages"
+    (packages / "sklearnex").mkdir(parents=True)
+    assert "pip install" in str(explain_missing(missing)), "that environment does not have it either"
+    (packages / "sklearn").mkdir()
+    assert "scikit-learn: run `. .venv/bin/activate` in the checkout" in str(explain_missing(missing))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    assert "pip install" in str(explain_missing(missing))
 
 
 def test_a_module_of_no_extra_is_no_users_mistake() -> None:

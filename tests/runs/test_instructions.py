@@ -88,7 +88,7 @@ def test_a_bad_row_is_named(tmp_path: Path, bad: Any, says: str) -> None:
         ("rows.json", "{", "is not valid JSON"),
         ("rows.json", '{"a": 1}', "is no list"),
         ("rows.jsonl", "\n{", "line 2 is not valid JSON"),
-        ("rows.json", "[]", "no conversation is left for the train split"),
+        ("rows.json", "[]", r"is left for the train split of data\.dir=.*rows\.json"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, name: str, text: str, says: str) -> None:

@@ -141,7 +141,11 @@ def test_ctrl_c_before_the_first_evaluation_leaves_a_checkpoint(tiny: Tiny, capf
     assert "Ctrl-C again stops at once" in capfd.readouterr().err
     assert describe_stop(config) == "the same command continues after step 3"
     assert describe_stop(tiny(*rare, "resume=false")).startswith("the same command, without resume=false, continues")
-    assert describe_stop(tiny(*rare, "force=true")) == "the same command starts over, because of force=true"
+    forced = tiny(*rare, "force=true")
+    assert describe_stop(forced) == "the same command starts over, because of force=true"
+    rest = "the same command takes the finished runs from their records and runs the rest"
+    assert describe_stop(config, is_one_of_several=True) == f"{rest}; this run continues after step 3"
+    assert describe_stop(forced, is_one_of_several=True).startswith("the same command starts all runs over")
     again = Stop()
     resumed, _ = run(config, callbacks=[again])
     assert again.began == 3

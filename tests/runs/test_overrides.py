@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import OverrideParseException
 from run_fixtures import ROOT, Composer, environment
 
 from sparsegrad.cli.console import main
@@ -20,16 +21,22 @@ from sparsegrad.errors import UserError, check_choice, run_as_command
 from sparsegrad.interrupt import is_command
 from sparsegrad.runs.config import build
 from sparsegrad.runs.names import with_one_amount
-from sparsegrad.runs.overrides import expand_aliases, explain, list_groups
+from sparsegrad.runs.overrides import expand_aliases, explain, list_groups, refuse_none
+from sparsegrad.runs.yaml_check import check_yaml
 
 CONF = ROOT / "conf"
 
 
 def refusal(*words: str) -> str:
-    """The line for words that Hydra refuses."""
+    """The line for words that are refused before anything is composed, or by Hydra."""
     try:
+        if wrong := next((word for word in words if word.startswith("-")), None):
+            raise OverrideParseException(wrong, "")
+        refuse_none(words, CONF)
         with initialize_config_dir(str(CONF), version_base="1.3"):
             compose("config", expand_aliases(words))
+    except UserError as error:
+        return str(error)
     except Exception as error:  # what Hydra raises has many classes
         return str(explain(error, words, CONF))
     raise AssertionError(f"{words} are accepted")
@@ -67,10 +74,25 @@ def refusal(*words: str) -> str:
         ("sweep=quick sweep.trails=3", r"did you mean sweep\.trials\?"),
         ("lora", r"did you mean method=lora\?"),
         ("--hlep", r"did you mean --help\?"),
+        ("--method lora", "--method lora is no option: .*write method=lora$"),
+        ("--method=lora", "--method=lora is no option: .*write method=lora$"),
+        ("--learning-rate 1e-4", r"--learning-rate 1e-4 .*write train\.lr=1e-4$"),
+        ("--force seed=1", "--force is no option: .*write force=true$"),
+        ("--zzzq", "--zzzq is no option: .*--help"),
         ("data.dir=~/x", r"data\.dir=\$HOME/x"),
         ("data.dir=a(b", "quotes"),
-        ("method=lora,full", "several values.*-m"),
-        ("lr=1,2", "lr=1,2 .*-m"),
+        ("method=lora,full", "several values.*-m to run one after the other$"),
+        ("lr=1,2", "lr=1,2 .*-m to run one after the other$"),
+        ("seed=1,2", "seed=1,2 .*-m to run one after the other$"),
+        ("task=mrpc task.columns=a,b", r"-m .*or write 'task\.columns=\[a,b\]' for a list"),
+        ("model=smollm2 model.blocks=0,1", r"or write 'model\.blocks=\[0,1\]' for a list"),
+        ("++model.kinds=up,down", r"or write '\+\+model\.kinds=\[up,down\]' for a list"),
+        ("model.kinds=up,down", "model=minilm has no kinds"),
+        ("method=lora,", "a value is missing beside a comma; write method=lora;"),
+        ("seed=1,,2", "a value is missing beside a comma; write seed=1,2; for several values, add -m"),
+        ("data.dir=None", r"None would be a text here; write data\.dir=null$"),
+        ("save_adapter=lora,None", "write save_adapter=lora,null$"),
+        ("tracker=None", r"did you mean tracker=none\?"),
         ("+train.lr=3", r"without \+, train\.lr=3"),
         ("+experiment=table5", r"write experiment=table5, without \+"),
         ("~train.foo", r"train has no foo; it has lr"),
@@ -99,6 +121,11 @@ def test_what_is_suggested_is_accepted(conf: Composer, word: str) -> None:
         ("+seeed=3", r"did you mean seed\?"),
         ("train=foo", r"set its fields with train\.x=y"),
         ("train.precision=bf61", r"did you mean bf16\?"),
+        ("save_adapter=x", "choose one of null, lora, sparsegrad, peft$"),
+        ("model.pooling='\"None\"'", "choose one of null, mean, cls"),
+        ("method.rotation_dtype=x", "choose one of null, bf16; null rotates"),
+        ("method.save_dtype=x", "choose one of null, bf16; null keeps"),
+        ("+tracker.mode=x", "choose one of null, offline, online$"),
     ],
 )
 def test_what_hydra_accepts_is_checked_too(conf: Composer, override: str, said: str) -> None:
@@ -180,6 +207,20 @@ def test_choices_come_with_the_nearest_one() -> None:
         check_choice("engine", "exat", ("exact", "layer", "fast"))
 
 
+def test_none_in_a_yaml_file_is_refused_unless_it_is_quoted(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("a: null\nb: 'None'\n")
+    check_yaml(path)
+    path.write_text("a: null\nb: None\n")
+    with pytest.raises(UserError, match=r"mine\.yaml cannot be read \(line 2: None is a text in YAML; write null"):
+        check_yaml(path)
+
+
+def test_a_text_that_looks_like_a_choice_is_shown_as_one() -> None:
+    with pytest.raises(UserError, match=r"^dtype='None' is not allowed: choose one of None, 3; did you mean None\?$"):
+        check_choice("dtype", "None", (None, 3))
+
+
 def interrupt() -> int:
     raise KeyboardInterrupt
 
@@ -196,12 +237,15 @@ def test_a_command_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["python", "-m", "sparsegrad.assets"], True),
         (["python", "-m", "experiments.bench", "--quick"], True),
         (["python", "/x/bin/sparsegrad", "records"], True),
+        (["python", "-u", str(ROOT / "run.py"), "method=lora"], True),
         (["python", "-m", "pytest"], False),
         (["python", "train.py", "-m", "x"], False),
+        (["python", "/x/run.py"], False),
     ],
 )
 def test_only_our_commands_change_how_python_ends(words: list[str], expected: bool) -> None:
-    assert is_command(words) == expected
+    script = next((word for word in words if word.endswith(".py")), None)
+    assert is_command(words, script) == expected
 
 
 @pytest.mark.parametrize("command", [("run.py",), ("-m", "sparsegrad.assets"), ("-m", "experiments.bench")])

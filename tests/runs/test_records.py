@@ -124,6 +124,17 @@ def test_the_command_says_where_nothing_is(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err.startswith("error: no records below")
 
 
+def test_all_results_folders_below_a_folder_are_shown(tmp_path: Path) -> None:
+    shown = ("runs/adhoc/1.json", "quickstart/runs/quickstart/2.json", "a/b/runs/runs/3.json")
+    for name in (*shown, "work/multirun/runs/4.json", "studies/5.json", "quickstart/adapters/x/adapter_config.json"):
+        write_json(tmp_path / name, record(**FAILED))
+    bad: list[UserError] = []
+    for folder in (tmp_path, tmp_path / "a", tmp_path / "a" / "b" / "runs", tmp_path / "a" / "b" / "runs" / "runs"):
+        found = [row["path"] for row in read_rows(folder, on_bad=bad.append)]
+        assert found == sorted(str(tmp_path / name) for name in shown if (tmp_path / name).is_relative_to(folder))
+    assert bad == []
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     """Records of two methods with three seeds each, and of one more with another density."""

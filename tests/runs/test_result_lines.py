@@ -13,7 +13,7 @@ import pytest
 from run_fixtures import ROOT, Composer, Tiny
 
 from experiments.reproduce.cells import in_evidence
-from sparsegrad import threads
+from sparsegrad import interrupt, threads
 from sparsegrad.cli import quickstart_table, running
 from sparsegrad.runs.config import build
 from sparsegrad.runs.predictions import describe_arrays, write_predictions
@@ -39,10 +39,11 @@ def test_make_clean_leaves_what_a_user_made() -> None:
 
 
 def test_threads_give_way_before_torch_is_imported() -> None:
-    lines = ast.parse((ROOT / "run.py").read_text()).body
-    texts = [ast.unparse(line) for line in lines]
-    waits = next(number for number, text in enumerate(texts) if "setdefault('OMP_WAIT_POLICY', 'PASSIVE')" in text)
-    assert all("sparsegrad" not in text for text in texts[:waits])
+    for name in ("run.py", "sparsegrad/__init__.py"):
+        texts = [ast.unparse(line) for line in ast.parse((ROOT / name).read_text()).body]
+        ours = [text for text in texts if "import" in text and not text.startswith(("import sys", "from pathlib"))]
+        assert ours[0] == "from sparsegrad import interrupt as interrupt"
+    assert "setdefault('OMP_WAIT_POLICY', 'PASSIVE')" in ast.unparse(ast.parse(Path(interrupt.__file__).read_text()))
 
 
 @pytest.mark.parametrize(

@@ -39,3 +39,9 @@ def test_a_malformed_snippet_is_named(tmp_path: Path, line: str) -> None:
 def test_a_missing_snippets_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=FILE_NAME):
         make("snippets").load(DataConfig(dir=str(tmp_path)))
+
+
+def test_a_file_without_a_row_is_named(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text("")
+    with pytest.raises(UserError, match=rf"train split of data\.dir={tmp_path} has no rows"):
+        make("snippets").load(DataConfig(dir=str(tmp_path)))

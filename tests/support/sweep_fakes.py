@@ -44,7 +44,7 @@ def crash(
     config: RunConfig, *, callbacks: Sequence[Any] = (), labels: Mapping[str, Any]
 ) -> tuple[dict[str, Any], bool]:
     """A programming error."""
-    raise ZeroDivisionError("a programming error")
+    raise ZeroDivisionError("a programming error\nwhose message has a second line")
 
 
 def refuse(
