@@ -130,18 +130,19 @@ def test_every_method_and_task_of_a_plan_has_a_search_of_its_own(searches: list[
     assert len(searches) == len({one.study for one in searches}) == 32 + 21 + 5
 
 
-def test_all_searches_of_a_plan_have_the_same_budget_and_protocol(searches: list[Search]) -> None:
+def test_all_searches_of_a_plan_have_the_same_budget_and_protocol(
+    searches: list[Search], cells: dict[str, list[Cell]]
+) -> None:
     reports = {seed for name in CELLS for seed in load(name)["evidence"]["seeds"]}
     for name in SEARCHED:
         plan = read_plan(name)
         own = [one for one in searches if f"experiment={name}" in one.overrides]
         assert {one.plan.budget for one in own} == {plan.budget}
-        cells = list_cells(name, [UNSEARCHED, f"seed={plan.grid['seed'][0]}"])
         for one in own:
             trial = one.plan.trial_config({"train.lr": 1e-3})
             same = next(
                 cell.config
-                for cell in cells
+                for cell in cells[name]
                 if (cell.config.method.name, cell.config.task.name) == (trial.method.name, trial.task.name)
             )
             assert (trial.protocol, trial.train.batch_size) == (same.protocol, same.train.batch_size)
