@@ -60,9 +60,17 @@ start_mps() {
   nvidia-cuda-mps-control -d
 }
 
+kill_tree() { # kill_tree PID: kill a process and its children
+  pkill -KILL -P "$1"
+  kill -KILL "$1" 2>/dev/null
+}
+
 stop_mps() {
   echo "quit -t 2" | timeout 15 nvidia-cuda-mps-control
-  pkill -KILL -f nvidia-cuda-mps
+  # Where it does not answer after a fault: this daemon and its servers, none of other users.
+  if [ -e "$CUDA_MPS_PIPE_DIRECTORY/nvidia-cuda-mps-control.pid" ]; then
+    kill_tree "$(cat "$CUDA_MPS_PIPE_DIRECTORY/nvidia-cuda-mps-control.pid")"
+  fi
   rm -rf "$CUDA_MPS_PIPE_DIRECTORY"
   unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
 }
@@ -88,12 +96,15 @@ make_block() { # make_block BLOCK: make the missing runs of the block within the
     ${TASKS:+"task=$TASKS"} ${METHODS:+"method=$METHODS"} --data "$data" --workers "$workers" ${dry:+--dry} \
     > >(tee -a "$out/evidence.log") 2>&1 &
   launcher=$!
+  # shellcheck disable=SC2064  # the process of now
+  trap "kill -TERM -- -$launcher; wait $launcher; [ $mps = 0 ] || stop_mps; exit 130" INT TERM
   while kill -0 "$launcher" 2>/dev/null; do
     if [ "$mps" != 0 ] && has_fault; then kill_all "$launcher"; fi
     sleep 0.5
   done
   wait "$launcher"
   status=$?
+  trap - INT TERM
   [ "$mps" = 0 ] || stop_mps
   [ $faults -lt 2 ] || mps=0
   return $status

@@ -47,6 +47,7 @@ _NO_RANK = "SparseGrad has no rank; density= sets the share of each weight's ent
 _NOTES = {
     **dict.fromkeys(("r", "rank"), _NO_RANK),
     **dict.fromkeys(("lora_alpha", "alpha"), "SparseGrad scales no update; lr= sets how far a step goes"),
+    "exclude_modules": "name the modules that are to train in target_modules=",
     "lora_dropout": "leave it out, since SparseGrad adds no layers",
     "bias": "biases train with everything else, unless train_rest=False freezes it",
     **dict.fromkeys(

@@ -26,7 +26,6 @@ _SYNONYMS = {
     "calibration_steps": ("steps",),
     "target_modules": ("mlp",),
     "layers_to_transform": ("target_modules",),
-    "exclude_modules": ("target_modules",),
     "r": ("rank",),
     "base_model": ("base",),
     "name": ("adapter_name", "repo_id"),

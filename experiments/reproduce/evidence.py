@@ -29,9 +29,9 @@ from experiments.reproduce.processes import (
     EndedJob,
     Job,
     cell_job,
-    check_cause,
     explain_end,
     is_held,
+    lacks_hub,
     last_error,
     run_jobs,
 )
@@ -159,11 +159,14 @@ def make_cells(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS, 
     jobs = {cell_job(cell): cell for cell in cells if not watch.is_made(cell)}
     failed: dict[str, str] = {}
     minutes: list[float] = []
-    began = time.time()
+    began, lost = time.time(), dict[str, str]()  # task -> the cell that missed the hub for it
 
     def is_left(job: Job) -> bool:
-        if not watch.is_made(jobs[job]) and job.label not in failed and _failed_elsewhere(jobs[job], began):
-            failed[job.label] = read_reason(jobs[job])
+        if not watch.is_made(jobs[job]) and job.label not in failed:
+            if _failed_elsewhere(jobs[job], began):
+                failed[job.label] = read_reason(jobs[job])
+            elif cause := lost.get(jobs[job].config.task.name):
+                failed[job.label] = f"not started, for the reason of {cause}"
         return not watch.is_made(jobs[job]) and job.label not in failed
 
     def is_needed(job: Job) -> bool:
@@ -176,8 +179,9 @@ def make_cells(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS, 
             with closing(run_jobs(jobs, workers, is_needed, threads=threads)) as ended:
                 for one in ended:
                     started += 1
-                    check_cause(one)
                     _note(one, jobs[one.job], watch, failed, minutes)
+                    if lacks_hub(one):
+                        lost.setdefault(jobs[one.job].config.task.name, one.job.label)
                     left = [cell for cell in cells if not watch.is_made(cell)]
                     hours = _print_progress(one, left, failed, minutes, workers)
                     bar.update(done=len(cells) - len(left), left=3600 * hours)

@@ -11,7 +11,7 @@ from experiments.report.blocks import BLOCKS
 from experiments.report.comparison.notes import PLANS
 from sparsegrad.errors import UserError
 from sparsegrad.sweeps.make_commands import LANGUAGE_TASK
-from sparsegrad.tasks.glue_files import OFFICIAL, find_folder_above
+from sparsegrad.tasks.glue_files import OFFICIAL, explain_task_folder
 
 _OTHER_TASK = re.compile(r", or (use )?task=\w+( data\.dir=null)?(, which needs no hub)?")
 
@@ -34,8 +34,8 @@ def find_lack(task: str, data: str | None) -> str:
     folders = [root / one for one in (task, OFFICIAL[task].folder)]
     if any(one.is_dir() for one in folders):
         return ""
-    if above := find_folder_above(data):
-        return f"DATA={data} is the folder of one task: give the one above it, DATA={above}"
+    if reason := explain_task_folder("DATA", data):
+        return reason
     return f"DATA={data} has no {task}: put its files into {' or '.join(map(str, folders))}"
 
 

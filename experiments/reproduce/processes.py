@@ -17,7 +17,7 @@ from typing import Any
 from experiments.paths import ROOT
 from experiments.reproduce.cells import Cell
 from experiments.reproduce.places import in_words_of_make, name_of_place
-from sparsegrad.errors import BusyError, UserError
+from sparsegrad.errors import BusyError
 from sparsegrad.runs.run_folder import run_lock
 
 POLL_SECONDS = 0.2
@@ -100,15 +100,9 @@ def explain_end(ended: EndedJob) -> str:
     return f"ended with status {ended.status}, see {log}" + "".join(f" (last line: {line})" for line in last)
 
 
-def check_cause(ended: EndedJob) -> None:
-    """Stop after a job that failed because the hub cannot be reached: the others would fail one by one as well.
-
-    Raises:
-        UserError: with the reason of the job.
-    """
-    reason = last_error(ended.job.log)
-    if ended.status and _NO_HUB in reason:
-        raise UserError(f"{ended.job.label}: {in_words_of_make(reason, ended.job.place)} (the rest was not started)")
+def lacks_hub(ended: EndedJob) -> bool:
+    """Whether a job failed because the hub cannot be reached: others of its task would fail one by one as well."""
+    return ended.status != 0 and _NO_HUB in last_error(ended.job.log)
 
 
 def _read_lines(log: Path) -> list[str]:

@@ -22,7 +22,7 @@ from experiments.reproduce.cells import in_evidence
 from experiments.reproduce.commands import split_names
 from experiments.reproduce.places import check_places, find_lack, refuse
 from experiments.reproduce.plans import SEARCHED, read_plan
-from experiments.reproduce.processes import EndedJob, Job, check_cause, explain_end, log_path, run_jobs
+from experiments.reproduce.processes import EndedJob, Job, explain_end, lacks_hub, log_path, run_jobs
 from experiments.reproduce.search import Search
 from sparsegrad import progress
 from sparsegrad.errors import UserError, check_choice
@@ -197,7 +197,10 @@ def _run_workers(found: Sequence[Search], workers: int, threads: int | None, *, 
     """Run a worker for each search that is not finished, `workers` at a time, and show the trials."""
     jobs = {search_job(one): one for one in found}
     budget = sum(one.plan.budget for one in found)
-    counted = time.monotonic()
+    counted, lost = time.monotonic(), set[str]()  # tasks that need the hub, which cannot be reached
+
+    def is_needed(job: Job) -> bool:
+        return not jobs[job].is_finished and jobs[job].plan.base.task.name not in lost
 
     def count() -> None:  # a study takes its worker hours, and its trials are in the storage meanwhile
         nonlocal counted
@@ -207,10 +210,11 @@ def _run_workers(found: Sequence[Search], workers: int, threads: int | None, *, 
 
     with (
         progress.job("trials", budget, unit="trials", done=budget - _count_left(found)) as bar,
-        closing(run_jobs(jobs, workers, lambda job: not jobs[job].is_finished, count, threads=threads)) as ended,
+        closing(run_jobs(jobs, workers, is_needed, count, threads=threads)) as ended,
     ):
         for job in ended:
-            check_cause(job)
+            if lacks_hub(job):
+                lost.add(jobs[job.job].plan.base.task.name)
             export_finished(jobs[job.job], plots=plots)
             _report(job, jobs[job.job], found)
             bar.update(done=budget - _count_left(found))

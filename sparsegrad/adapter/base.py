@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,7 +79,7 @@ def find_base(model: nn.Module, base: Base | None) -> Base:
         base = getattr(getattr(model, "config", None), "_name_or_path", None)
     if base is None or base == "":
         raise UserError(f"base=None: the model does not know where it came from; {_BASES}")
-    return base
+    return Path(base) if isinstance(base, os.PathLike) else base
 
 
 def name_base(model: nn.Module, base: Base | None) -> str | None:
@@ -87,7 +88,7 @@ def name_base(model: nn.Module, base: Base | None) -> str | None:
         name = one if isinstance(one, str | Path) else getattr(getattr(one, "config", None), "_name_or_path", None)
         if name:
             is_folder = Path(name).is_absolute() or Path(name).exists()
-            return Path(name).absolute().name if is_folder else str(name)  # "." alone has no name
+            return Path(os.path.abspath(name)).name if is_folder else str(name)  # "." alone has no name
     return None
 
 

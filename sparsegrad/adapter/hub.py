@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -118,8 +119,10 @@ def push_to_hub(
             cannot be reached.
     """
     folder = getattr(folder, "folder", folder)
-    if not isinstance(folder, str | Path):
+    if not isinstance(folder, str | os.PathLike):
         raise UserError(f"folder is {show(folder)}, not an adapter or its folder: save it first, then give its folder")
+    if not isinstance(repo_id, str):
+        raise UserError(f"repo_id is {show(repo_id)}, not a name: give the repository as org/name")
     if not Path(folder).exists() and Path(repo_id).is_dir():
         raise UserError(
             f"folder={folder} is no folder, but repo_id={repo_id} is one: call push_to_hub(folder, repo_id)"

@@ -147,8 +147,13 @@ def _explain_no_files(wanted: Repository, files: list[str]) -> UserError:
     )
 
 
-def fetch_files(repository: Repository) -> Path:
+def fetch_files(repository: Repository, *, is_whole: bool = True) -> Path:
     """The folder of a repository's files; what is not in the cache is downloaded, with a bar per file.
+
+    Args:
+        repository: the files.
+        is_whole: whether they are all that a run needs. Only then does the cache note their commit: without the hub, a
+            run looks for all of its files in the noted one.
 
     Raises:
         UserError: when a file can be had neither from the hub nor from the cache, cannot be written, or is damaged.
@@ -168,7 +173,8 @@ def fetch_files(repository: Repository) -> Path:
     if missing := repository.missing():
         raise repository.fail(LocalEntryNotFoundError(f"{missing[0]} was not stored"))
     _check_content(repository)
-    _note_commit(repository)
+    if is_whole:
+        _note_commit(repository)
     return repository.folder
 
 

@@ -32,7 +32,8 @@ _KNOWN = ("seed", "train.lr", "train.batch_size", "method.engine", "evidence")
 def read_rows(folder: Path, on_bad: Callable[[UserError], None]) -> list[Row]:
     """All records below a folder, sorted by path. A damaged one is given to `on_bad` and left out."""
     rows = []
-    for path in sorted(path for place in _find_places(folder) for path in place.rglob("*.json")):
+    found = {path for place in _find_places(folder) for path in place.rglob("*.json")}
+    for path in sorted(found | set(folder.glob("*.json"))):
         try:
             rows.append(_make_row(path, read_record(path)))
         except UserError as error:

@@ -128,7 +128,7 @@ def _refuse_adapter(config: ModelConfig, source: Source, is_language: bool) -> N
     repository, about = source.repository, "adapter_config.json"
     folder = source.folder
     if repository is not None and about in repository.files:
-        folder = fetch_files(replace(repository, files=(about,)))
+        folder = fetch_files(replace(repository, files=(about,)), is_whole=False)
     if folder is None or not (folder / about).is_file():
         return
     name = config.source

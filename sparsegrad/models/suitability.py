@@ -20,7 +20,7 @@ _FIELDS = "config.json"
 def find_suitable_sources(config: ModelConfig, task: Task) -> Sources:
     """The sources of a model and its tokenizer, as `find_sources`, of a model that the task can train.
 
-    A source that is not there counts as what the model's YAML says: nobody should fetch a model that does not suit.
+    An asset that is not there counts as what its YAML says: nobody should fetch a model that does not suit.
 
     Raises:
         UserError: for a model that does not suit, or as `find_sources`.
@@ -28,7 +28,8 @@ def find_suitable_sources(config: ModelConfig, task: Task) -> Sources:
     try:
         sources = find_sources(config, is_language=task.is_language)
     except UserError:
-        check_suitable(config, task, config.architecture)
+        if config.source == f"asset:{config.name}":  # for another source, the YAML does not say what it is
+            check_suitable(config, task, config.architecture)
         raise
     check_suitable(config, task, config.architecture if sources.model is None else _read_fields(sources.model))
     return sources
@@ -38,7 +39,7 @@ def find_suitable_sources(config: ModelConfig, task: Task) -> Sources:
 def _read_fields(source: Source) -> Mapping[str, Any]:
     folder = source.folder
     if source.repository is not None and _FIELDS in source.repository.files:
-        folder = fetch_files(replace(source.repository, files=(_FIELDS,), size=0))
+        folder = fetch_files(replace(source.repository, files=(_FIELDS,), size=0), is_whole=False)
     try:
         found = json.loads((folder / _FIELDS).read_text(encoding="utf-8")) if folder is not None else {}
     except (OSError, ValueError):  # loading says what is wrong with it
@@ -62,14 +63,14 @@ def check_suitable(config: ModelConfig, task: Task, fields: Mapping[str, Any]) -
     from transformers.models.auto import modeling_auto as known
 
     kind, is_own = fields.get("model_type"), "auto_map" in fields  # `auto_map`: it brings its own code
-    what = f"model={config.name} ({kind})"
-    if kind not in known.MODEL_MAPPING_NAMES:
+    what = f"model={config.name} ({kind}, from {config.source})"
+    if not isinstance(kind, str) or kind not in known.MODEL_MAPPING_NAMES:
         return
     if not task.is_language:
         if kind not in known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES and not is_own:
             raise UserError(
-                f"task={task.name} needs a classifier, and {what} cannot be one in transformers: choose model=minilm, "
-                "model=roberta_base, or another model with a ...ForSequenceClassification"
+                f"task={task.name} needs a classifier, and {what} cannot be one in transformers: choose a model "
+                "with a ...ForSequenceClassification, such as those of model=minilm and model=roberta_base"
             )
         return
     if kind in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not fields.get("is_decoder", False):
@@ -79,6 +80,6 @@ def check_suitable(config: ModelConfig, task: Task, fields: Mapping[str, Any]) -
     else:
         return
     raise UserError(
-        f"task={task.name} needs a causal language model, and {what} {why}: choose model=smollm2, model=llama2_7b, or "
-        "another decoder"
+        f"task={task.name} needs a causal language model, and {what} {why}: choose a decoder, such as those of "
+        "model=smollm2 and model=llama2_7b"
     )

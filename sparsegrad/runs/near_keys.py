@@ -49,6 +49,18 @@ def find_key(key: str, composed: DictConfig, others: Iterable[str]) -> str | Non
     return found or ends.get(closest(last, ends) or "")
 
 
+def find_exact(name: str, composed: DictConfig, others: Sequence[str]) -> str | None:
+    """The key, or the only one that ends so, or the one that another library calls so; None if there is none."""
+    paths = list_paths(composed)
+    if name in paths or name in others:
+        return name
+    ends = [path for path in paths if path.rpartition(".")[2] == name]
+    if len(ends) == 1:
+        return ends[0]
+    meant = _ELSEWHERE.get(name)
+    return meant if meant in paths or meant in others else None
+
+
 def list_paths(node: DictConfig, prefix: str = "") -> list[str]:
     """Dotted names of all keys."""
     paths: list[str] = []

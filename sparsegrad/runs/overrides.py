@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsegrad.errors import UserError, closest, did_you_mean, fail, first_line
-from sparsegrad.runs.near_keys import describe_unknown, find_key, list_paths
+from sparsegrad.runs.near_keys import describe_unknown, find_exact, find_key, list_paths
 
 ALIASES = {"lr": "train.lr", "batch_size": "train.batch_size", "epochs": "protocol.epochs", "density": "method.density"}
 _OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[^=\s@]+)(?P<rest>(@[^=]*)?=.*)", re.DOTALL)
@@ -26,6 +26,7 @@ _OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[^=\s@]+)(?P<rest>(@[^=]*)?
 _LISTS = ("model.kinds", "model.dense", "model.blocks", "task.langs")
 # Hydra's options that users mistype; their short forms are too short to be near anything.
 _OPTIONS = ("--help", "--multirun", "--cfg")
+_PLAIN_VALUE = re.compile(r"[\w.+/-]+")
 FEW = 10  # more choices than these are not listed after a suggestion
 
 
@@ -151,19 +152,21 @@ def _explain_value(word: str) -> UserError:
 def _explain_option_word(word: str, overrides: Sequence[str], conf: Path) -> UserError:
     """`--method lora` or `--method=lora`, as other programs write key=value; or an option of Hydra's, mistyped."""
     name, sign, value = word.lstrip("-").partition("=")
+    name = name.replace("-", "_")
     composed = _compose_rest(name, overrides, conf)
-    names = [*list_groups(conf), *ALIASES]
-    key = name if name in [*names, *list_paths(composed)] else None
-    if key is None and (hint := did_you_mean(word, _OPTIONS)):
+    key = find_exact(name.removeprefix("no_"), composed, [*list_groups(conf), *ALIASES])
+    is_switch = key is not None and isinstance(OmegaConf.select(composed, key), bool)
+    if key is None or (name.startswith("no_") and not is_switch):
+        hint = did_you_mean(word, _OPTIONS) or "write settings as lr=1e-4; run.py --help lists them"
         return UserError(f"{word} is no option: {hint}")
-    key = key or find_key(name.replace("-", "_"), composed, names)
-    if key is None:
-        return UserError(f"{word} is no option: write settings as lr=1e-4; run.py --help lists them")
     after = overrides[overrides.index(word) + 1 :][:1]
     if not sign and after and "=" not in after[0] and not after[0].startswith("-"):
         word, value = f"{word} {after[0]}", after[0]
-    value = value or ("true" if isinstance(OmegaConf.select(composed, key), bool) else "...")
-    return UserError(f"{word} is no option: settings have no dashes; write {key}={value}")
+    if is_switch and not value:
+        value = "false" if name.startswith("no_") else "true"
+    # A value that Hydra reads in another way, or that means something else there, is not repeated.
+    is_same = _PLAIN_VALUE.fullmatch(value) and value != "None" and name not in ("fp16", "bf16")
+    return UserError(f"{word} is no option: settings have no dashes; write {key}={value if is_same else '...'}")
 
 
 def _explain_several(key: str, overrides: Sequence[str], conf: Path) -> UserError:
@@ -179,17 +182,22 @@ def _explain_several(key: str, overrides: Sequence[str], conf: Path) -> UserErro
 
 
 def refuse_none(overrides: Sequence[str], conf: Path) -> None:
-    """Refuse `key=None`, which would be a text, such as a folder or a branch of that name; YAML writes null.
+    """Refuse `key=None` where null is the value without it: a text, such as a folder or a branch, of that name.
 
     Raises:
-        UserError: for the first such word. Of a group, Hydra says which options there are.
+        UserError: for the first such word. Of other settings, their own checks say what is allowed.
     """
     for word in overrides:
         key, _, value = word.partition("=")
-        parts = value.split(",")
-        if "None" in parts and key_of(word) not in list_groups(conf):
+        parts = [part.strip() for part in value.split(",")]
+        if "None" in parts and not re.search(r"[\"'\[({]", value) and _is_null(key_of(word), overrides, conf):
             written = ",".join("null" if part == "None" else part for part in parts)
             raise UserError(f"{word} is not allowed: None would be a text here; write {key}={written}")
+
+
+def _is_null(key: str, overrides: Sequence[str], conf: Path) -> bool:
+    composed = _compose_rest(key, overrides, conf)
+    return key in list_paths(composed) and OmegaConf.select(composed, key) is None
 
 
 def _explain_key(key: str, overrides: Sequence[str], conf: Path) -> UserError:

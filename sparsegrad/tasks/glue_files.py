@@ -130,11 +130,14 @@ def read_local(task: Task, folder: str) -> Splits:
     raise _explain_missing(task, folder, f"{train} with {validation.name}, and {tsv / 'train.tsv'} with {official.dev}")
 
 
-def find_folder_above(folder: str) -> str | None:
-    """The folder above `folder` if that bears the name of a task, else None."""
-    name = Path(folder).expanduser().resolve().name
-    is_task = any(name in (task, official.folder) for task, official in OFFICIAL.items())
-    return os.path.normpath(os.path.join(folder, "..")) if is_task else None
+def explain_task_folder(setting: str, folder: str) -> str:
+    """Why `folder` is not the one to give, if it bears the name of a task; else empty. `setting` is what was given."""
+    place = Path(folder).expanduser()
+    target = place.resolve()
+    if all(target.name not in (task, official.folder) for task, official in OFFICIAL.items()):
+        return ""
+    above = target.parent if place.is_symlink() else os.path.normpath(os.path.join(folder, ".."))
+    return f"{setting}={folder} is the folder of one task: give the one above it, {setting}={above}"
 
 
 def _explain_missing(task: Task, folder: str, tried: str) -> UserError:
@@ -143,8 +146,8 @@ def _explain_missing(task: Task, folder: str, tried: str) -> UserError:
     otherwise = "use the hub with data.dir=null, or task=snippets data.dir=null, which needs no hub"
     if not root.is_dir():
         return UserError(f"data.dir={folder} is no folder (tried {tried}): correct the path, {otherwise}")
-    if above := find_folder_above(folder):
-        return UserError(f"data.dir={folder} is the folder of one task: give the one above it, data.dir={above}")
+    if reason := explain_task_folder("data.dir", folder):
+        return UserError(reason)
     held = [
         name
         for name, one in OFFICIAL.items()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from evidence_commands import places as places  # the fixtures
@@ -235,6 +236,24 @@ def test_dry_lists_what_can_run_and_what_waits(places: list[str], capsys: pytest
     assert f"evidence_paper: 24 of 24 cells wait for 8 searches: {command} makes them (the first: " in said
     assert "runs that will not count" not in said
     assert "left out: block 6 needs TREES=" in said
+
+
+def test_without_the_hub_one_cell_of_a_task_fails(
+    places: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = []
+
+    def fail(jobs: Any, _: int, is_needed: Any, **__: Any) -> Iterator[EndedJob]:
+        for job in filter(is_needed, jobs):
+            started.append(job.label)
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            job.log.write_text("error: data set nyu-mll/glue is not in the cache, and the hub cannot be reached (x)\n")
+            yield EndedJob(job=job, status=2, minutes=0.2)
+
+    monkeypatch.setattr(evidence, "run_jobs", fail)
+    assert evidence.main(["0", "task=stsb,mrpc", *places]) == 1
+    assert len(started) == 2, "of three rates each"
+    assert capsys.readouterr().out.count(f"not started, for the reason of {started[0]}; ") == 2
 
 
 def test_methods_tasks_and_seeds_of_runs_choose_searches(places: list[str], capsys: pytest.CaptureFixture[str]) -> None:

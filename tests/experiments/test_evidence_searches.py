@@ -181,22 +181,22 @@ def test_the_folder_of_one_task_is_no_data(
     assert f"is the folder of one task: give the one above it, DATA={empty_glue}\n" in capsys.readouterr().err
 
 
-def test_without_the_hub_the_first_search_stops_the_others(
+def test_without_the_hub_one_search_of_a_task_fails(
     places: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started = []
 
-    def fail(jobs: Any, *_: Any, **__: Any) -> Iterator[EndedJob]:
-        for job in jobs:
+    def fail(jobs: Any, _: int, is_needed: Any, *__: Any, **___: Any) -> Iterator[EndedJob]:
+        for job in filter(is_needed, jobs):
             started.append(job.label)
             job.log.parent.mkdir(parents=True, exist_ok=True)
             job.log.write_text("error: data set nyu-mll/glue is not in the cache, and the hub cannot be reached (x)\n")
             yield EndedJob(job=job, status=2, minutes=0.2)
 
     monkeypatch.setattr(search_all, "run_jobs", fail)
-    assert search_all.main(["--methods", "lora,full", "--tasks", "mrpc", *places]) == 2
-    assert started == ["evidence-minilm-full-mrpc"]
-    assert "the hub cannot be reached (x) (the rest was not started)" in capsys.readouterr().err
+    assert search_all.main(["--methods", "lora,full", "--tasks", "mrpc,cola", *places]) == 1
+    assert started == ["evidence-minilm-full-mrpc", "evidence-minilm-full-cola"]
+    assert "left: search evidence-minilm-lora-mrpc: 0 of 8 trials" in capsys.readouterr().out
 
 
 def test_a_missing_search_and_a_budget_of_zero_are_refused(results: Path, places: list[str]) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,12 @@ case "$*" in
     [ -n "$CUDA_MPS_PIPE_DIRECTORY" ] || { touch results/runs/new/run.json; exit 0; }
     echo "torch.AcceleratorError: CUDA error: an illegal instruction" >"outputs/work/logs/$$.log"
     sleep 300 ;;
+esac
+"""
+WAITING = """#!/bin/bash
+case "$*" in
+  -) cat >/dev/null; echo "3.11 torch" ;;
+  *evidence*) echo $$ >process; exec sleep 300 ;;
 esac
 """
 CONTROL = """#!/bin/bash
@@ -95,6 +102,18 @@ def test_a_fault_under_mps_stops_all_and_a_second_one_turns_mps_off(checkout: Pa
     summary = (checkout / "out" / "summary.txt").read_text()
     assert summary.count("everything was stopped") == 2
     assert "block 2a: exit status 0, 1 new records" in summary
+
+
+def test_a_signal_ends_the_block_too(checkout: Path) -> None:
+    write_program(checkout / "python", WAITING)
+    command, env = ["bash", "scripts/gpu_evidence.sh", "out", "glue"], {**os.environ, "PYTHON": "./python"}
+    script = subprocess.Popen(command, cwd=checkout, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (checkout / "process").exists() or not (checkout / "process").read_text():
+        time.sleep(0.05)
+    script.terminate()
+    assert script.wait(20) == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((checkout / "process").read_text()), 0)
 
 
 def test_the_parts_of_a_model_are_joined_in_order_and_checked(checkout: Path) -> None:

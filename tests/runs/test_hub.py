@@ -33,6 +33,7 @@ from sparsegrad.errors import UserError
 from sparsegrad.hashing import tensors_sha256
 from sparsegrad.models.loading import load_model, load_tokenizer
 from sparsegrad.models.source import find_sources
+from sparsegrad.models.suitability import find_suitable_sources
 from sparsegrad.runs.config import RunConfig, build
 from sparsegrad.runs.runner import run
 from sparsegrad.runs.saving import model_folder
@@ -240,6 +241,20 @@ def test_code_of_a_repository_runs_only_when_asked(
     assert not marker.exists()
     load(hub_run("model.source=org/own", "model.trust_remote_code=true"))
     assert marker.exists()
+
+
+def test_a_model_that_is_refused_after_its_branch_moved_stays_in_the_cache(
+    hub: Hub, hub_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(hub_run())
+    hub.repos[f"models/{made.BERT}"].push(made.make_bert(seed=1)[0])
+    config, asked = hub_run("task=oasst1"), len(hub.asked)
+    with pytest.raises(UserError, match=rf"causal language model.*\(bert, from {made.BERT}\)"):
+        find_suitable_sources(config.model, config.task)
+    assert not any("/storage/" in request for request in hub.asked[asked:]), "no weights"
+    hub.rules.append(Rule("", status=503))
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
+    load(hub_run())
 
 
 def test_an_adapter_on_the_hub_is_refused_before_its_weights_are_downloaded(hub: Hub, hub_run: Any) -> None:

@@ -215,7 +215,7 @@ def test_table6_is_section_5_2(conf: Composer) -> None:
         (("task.format=chat",), "has no chat template"),
         (
             ("model.architecture.model_type=bert",),
-            r"needs a causal language model, and model=smollm2 \(bert\) sees both",
+            r"needs a causal language model, and model=smollm2 \(bert, from .*\) sees both",
         ),
     ],
 )

@@ -176,6 +176,10 @@ def test_a_folder_without_the_task_says_what_it_holds_and_what_needs_no_hub(tmp_
         UserError, match=rf"CoLA is the folder of one task: give the one above it, data\.dir={tmp_path}$"
     ):
         make("cola").load(DataConfig(dir=str(tmp_path / "CoLA")))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(tmp_path / "CoLA")
+    with pytest.raises(UserError, match=rf"give the one above it, data\.dir={tmp_path}$"):
+        make("cola").load(DataConfig(dir=str(tmp_path / "elsewhere" / "link")))
     with pytest.raises(UserError, match=r"nowhere is no folder .*task=snippets data\.dir=null, which needs no hub"):
         make("cola").load(DataConfig(dir=str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match=r"no complete cola, nor any other task of GLUE"):
