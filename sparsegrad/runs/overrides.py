@@ -127,7 +127,7 @@ def _explain_syntax(error: OverrideParseException, overrides: Sequence[str], con
     if word.startswith("-"):
         return _explain_option_word(word, overrides, conf)
     if "=" in word:
-        return _explain_value(word)
+        return _explain_value(word, overrides, conf)
     for group, options in list_groups(conf).items():
         if option := next((one for one in options if word in (one, one.rpartition("/")[2])), None):
             return UserError(f"{word} is not key=value: did you mean {group}={option}?")
@@ -136,16 +136,18 @@ def _explain_syntax(error: OverrideParseException, overrides: Sequence[str], con
     return UserError(f"{word} is not key=value: write for example lr=1e-4; run.py --help lists the keys")
 
 
-def _explain_value(word: str) -> UserError:
+def _explain_value(word: str, overrides: Sequence[str], conf: Path) -> UserError:
     """A value that Hydra cannot read."""
     key, _, value = word.partition("=")
     parts = [part.strip() for part in value.split(",")]
     if value.startswith("~"):
         return UserError(f"{word} cannot be read: write {key}=$HOME{value[1:]}")
     if "" in parts and not re.search(r"[\"'\[({]", value):
-        kept = ",".join(filter(None, parts))
-        how = "; for several values, add -m and write no spaces between them"
-        return UserError(f"{word} cannot be read: a value is missing beside a comma; write {key}={kept or '...'}{how}")
+        kept = ",".join(filter(None, parts)) or "..."
+        how = f"{key}={kept}; for several values, add -m and write no spaces between them"
+        if _takes_list(key_of(word), _compose_rest(key_of(word), overrides, conf)):
+            how = f"'{key}=[{kept}]'"
+        return UserError(f"{word} cannot be read: a value is missing beside a comma; write {how}")
     return UserError(f"{word} cannot be read: put the value in two pairs of quotes, '{key}=\"{value}\"'")
 
 
@@ -175,10 +177,13 @@ def _explain_several(key: str, overrides: Sequence[str], conf: Path) -> UserErro
     whole = next((one for one in overrides if one.lstrip("+") == word), word)
     if not whole.startswith("+") and key in _LISTS and key not in list_paths(composed):
         return _explain_key(key, overrides, conf)
-    is_list = key in _LISTS or isinstance(OmegaConf.select(composed, key), ListConfig)
     name, _, values = whole.partition("=")
-    as_list = f", or write '{name}=[{values}]' for a list" if is_list else ""
+    as_list = f", or write '{name}=[{values}]' for a list" if _takes_list(key, composed) else ""
     return UserError(f"{word} are several values: add -m to run one after the other{as_list}")
+
+
+def _takes_list(key: str, composed: DictConfig) -> bool:
+    return key in _LISTS or isinstance(OmegaConf.select(composed, key), ListConfig)
 
 
 def refuse_none(overrides: Sequence[str], conf: Path) -> None:

@@ -95,6 +95,7 @@ def refusal(*words: str) -> str:
         ("++model.kinds=up,down", r"or write '\+\+model\.kinds=\[up,down\]' for a list"),
         ("model.kinds=up,down", "model=minilm has no kinds"),
         ("method=lora,", "a value is missing beside a comma; write method=lora;"),
+        ("task=mrpc task.columns=a,", r"write 'task\.columns=\[a\]'$"),
         ("seed=1,,2", "a value is missing beside a comma; write seed=1,2; for several values, add -m"),
         ("data.dir=None", r"None would be a text here; write data\.dir=null$"),
         ("save_adapter=lora,None", "write save_adapter=lora,null$"),
