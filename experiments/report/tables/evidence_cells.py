@@ -97,8 +97,8 @@ def format_difference(
 def format_costs(
     evidence: Evidence, block: Block, arm: str, tasks: Sequence[str], searches: Searches
 ) -> dict[str, str]:
-    """Trials and hours of the searches, hours of training, and hours to the target."""
-    behind = searches.of_runs(run for task in block.tasks for run in block.of(arm, task).values())
+    """Trials and hours of the searches, hours of training, and hours to the target, over these tasks."""
+    behind = searches.of_runs(run for task in tasks for run in block.of(arm, task).values())
     trials = sorted({search.trials for search in behind})
     return {
         "trials per search": " / ".join(map(str, trials)) or "none",
