@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from experiments.report.collect import commit_of
 from experiments.report.runs import Block
@@ -29,8 +28,8 @@ def origin_notes(block: Block, searches: Searches | None = None) -> list[str]:
     ]
 
 
-def _count(what: str, names: Iterable[Any]) -> list[str]:
-    counts: Mapping[str, int] = Counter(name or _UNKNOWN for name in names)
+def _count(what: str, names: Iterable[str]) -> list[str]:
+    counts = Counter(name or _UNKNOWN for name in names)
     if set(counts) <= {_UNKNOWN}:
         return []
     return [f"{what}: {', '.join(f'{name} ({count})' for name, count in counts.items())}."]

@@ -26,6 +26,7 @@ _OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[^=\s@]+)(?P<rest>(@[^=]*)?
 _LISTS = ("model.kinds", "model.dense", "model.blocks", "task.langs")
 # Hydra's options that users mistype; their short forms are too short to be near anything.
 _OPTIONS = ("--help", "--multirun", "--cfg")
+_QUOTED = re.compile(r"[\"'\[({]")  # signs of a text, list or mapping, in which a comma parts no values
 _PLAIN_VALUE = re.compile(r"[\w.+/-]+")
 FEW = 10  # more choices than these are not listed after a suggestion
 
@@ -142,7 +143,7 @@ def _explain_value(word: str, overrides: Sequence[str], conf: Path) -> UserError
     parts = [part.strip() for part in value.split(",")]
     if value.startswith("~"):
         return UserError(f"{word} cannot be read: write {key}=$HOME{value[1:]}")
-    if "" in parts and not re.search(r"[\"'\[({]", value):
+    if "" in parts and not _QUOTED.search(value):
         kept = ",".join(filter(None, parts)) or "..."
         how = f"{key}={kept}; for several values, add -m and write no spaces between them"
         if _takes_list(key_of(word), _compose_rest(key_of(word), overrides, conf)):
@@ -195,7 +196,7 @@ def refuse_none(overrides: Sequence[str], conf: Path) -> None:
     for word in overrides:
         key, _, value = word.partition("=")
         parts = [part.strip() for part in value.split(",")]
-        if "None" in parts and not re.search(r"[\"'\[({]", value) and _is_null(key_of(word), overrides, conf):
+        if "None" in parts and not _QUOTED.search(value) and _is_null(key_of(word), overrides, conf):
             written = ",".join("null" if part == "None" else part for part in parts)
             raise UserError(f"{word} is not allowed: None would be a text here; write {key}={written}")
 

@@ -9,9 +9,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from evidence_commands import lose_hub
 from evidence_commands import places as places  # the fixtures
 from evidence_commands import results as results
 from run_fixtures import ROOT, SHORT, TINY
@@ -241,16 +241,7 @@ def test_dry_lists_what_can_run_and_what_waits(places: list[str], capsys: pytest
 def test_without_the_hub_one_cell_of_a_task_fails(
     places: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    started = []
-
-    def fail(jobs: Any, _: int, is_needed: Any, **__: Any) -> Iterator[EndedJob]:
-        for job in filter(is_needed, jobs):
-            started.append(job.label)
-            job.log.parent.mkdir(parents=True, exist_ok=True)
-            job.log.write_text("error: data set nyu-mll/glue is not in the cache, and the hub cannot be reached (x)\n")
-            yield EndedJob(job=job, status=2, minutes=0.2)
-
-    monkeypatch.setattr(evidence, "run_jobs", fail)
+    started = lose_hub(evidence, monkeypatch)
     assert evidence.main(["0", "task=stsb,mrpc", *places]) == 1
     assert len(started) == 2, "of three rates each"
     assert capsys.readouterr().out.count(f"not started, for the reason of {started[0]}; ") == 2

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evidence_commands import FAKE
+from evidence_commands import FAKE, lose_hub
 from evidence_commands import empty_glue as empty_glue  # the fixtures
 from evidence_commands import places as places  # the fixtures
 from evidence_commands import results as results
@@ -184,16 +184,7 @@ def test_the_folder_of_one_task_is_no_data(
 def test_without_the_hub_one_search_of_a_task_fails(
     places: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    started = []
-
-    def fail(jobs: Any, _: int, is_needed: Any, *__: Any, **___: Any) -> Iterator[EndedJob]:
-        for job in filter(is_needed, jobs):
-            started.append(job.label)
-            job.log.parent.mkdir(parents=True, exist_ok=True)
-            job.log.write_text("error: data set nyu-mll/glue is not in the cache, and the hub cannot be reached (x)\n")
-            yield EndedJob(job=job, status=2, minutes=0.2)
-
-    monkeypatch.setattr(search_all, "run_jobs", fail)
+    started = lose_hub(search_all, monkeypatch)
     assert search_all.main(["--methods", "lora,full", "--tasks", "mrpc,cola", *places]) == 1
     assert started == ["evidence-minilm-full-mrpc", "evidence-minilm-full-cola"]
     assert "left: search evidence-minilm-lora-mrpc: 0 of 8 trials" in capsys.readouterr().out
