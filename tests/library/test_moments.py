@@ -1,9 +1,7 @@
 """Moments on the kept entries alone, compact ones included, and steps that are refused."""
 
 import copy
-import gc
 import io
-import weakref
 from typing import Any
 
 import pytest
@@ -260,57 +258,6 @@ def test_compact_moments_follow_a_change_of_the_density(keep: int) -> None:
     assert optimizer.skipped_steps == 1
 
 
-def model() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 2)).double()
-
-
-def optimizer_of(network: nn.Sequential) -> SparseGradAdamW:
-    linears = [network[0].weight, network[2].weight]
-    rest = [p for p in network.parameters() if all(p is not weight for weight in linears)]
-    return SparseGradAdamW([{"params": [w], "density": 0.1} for w in linears] + [{"params": rest}], lr=1e-2)
-
-
-def test_released_gradients_walk_the_same_path_and_are_gone() -> None:
-    ordinary, released = model(), model()
-    one, other = optimizer_of(ordinary), optimizer_of(released)
-    other.release_gradients()
-    for seed in range(6):
-        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(seed)).double()
-        for network, optimizer in ((ordinary, one), (released, other)):
-            network(x).square().sum().backward()
-            assert (network[0].weight.grad is None) == (network is released)
-            optimizer.step()
-            optimizer.zero_grad()
-    assert all(torch.equal(a, b) for a, b in zip(ordinary.parameters(), released.parameters(), strict=True))
-
-
-def test_released_gradients_move_by_the_groups_of_a_loaded_state() -> None:
-    """Loading replaces the groups, and schedules change the rate of those."""
-    ordinary, released = model(), model()
-    one, other = optimizer_of(ordinary), optimizer_of(released)
-    other.release_gradients()
-    for network, optimizer in ((ordinary, one), (released, other)):
-        optimizer.load_state_dict(optimizer.state_dict())
-        for group in optimizer.param_groups:
-            group["lr"] = 0.5
-        network(torch.ones(2, 8).double()).sum().backward()
-        optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(ordinary.parameters(), released.parameters(), strict=True))
-
-
-def test_a_model_with_released_gradients_can_be_freed() -> None:
-    network = model()
-    optimizer = optimizer_of(network)
-    optimizer.release_gradients()
-    network(torch.ones(2, 8).double()).sum().backward()
-    optimizer.step()
-    gone = weakref.ref(optimizer), weakref.ref(network[0])
-    del optimizer, network
-    gc.collect()
-    assert [one() for one in gone] == [None, None]
-
-
 def test_the_slots_do_not_depend_on_how_a_device_orders_equals(monkeypatch: pytest.MonkeyPatch) -> None:
     """`topk` of equal values: the first ones on one device, the last ones on another."""
 
@@ -327,13 +274,3 @@ def test_the_slots_do_not_depend_on_how_a_device_orders_equals(monkeypatch: pyte
         walk(parameters, SparseGradAdamW([group], lr=1e-2), range(12))
         walked.append(parameters)
     assert all(torch.equal(a, b) for a, b in zip(*walked, strict=True))
-
-
-def test_released_gradients_cannot_be_accumulated() -> None:
-    network = model()
-    optimizer = optimizer_of(network)
-    optimizer.release_gradients()
-    x = torch.randn(5, 8).double()
-    network(x).sum().backward()
-    with pytest.raises(UserError, match="a second backward pass before step"):
-        network(x).sum().backward()

@@ -5,21 +5,10 @@ import io
 
 import pytest
 import torch
+from optim_cases import IN, OUT, groups, network, random_basis
 from torch import Tensor, nn
 
-from sparsegrad import Basis, SparseGradAdamW, SparseGradLinear, UserError, hosvd
-
-OUT, IN = 12, 8
-
-
-def random_basis(out: int = OUT, features: int = IN, seed: int = 0) -> Basis:
-    generator = torch.Generator().manual_seed(seed)
-    return hosvd(torch.randn(3, out, features, generator=generator, dtype=torch.float64))
-
-
-def network(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(IN, OUT), nn.Tanh(), nn.Linear(OUT, 3)).double()
+from sparsegrad import Basis, SparseGradAdamW, SparseGradLinear
 
 
 def batches(steps: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -41,11 +30,6 @@ def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], data: list[
             optimizer.step()
         losses.append(loss.item())
     return losses
-
-
-def groups(model: nn.Sequential, **sparse: object) -> list[dict]:
-    rest = [parameter for parameter in model.parameters() if parameter is not model[0].weight]
-    return [{"params": [model[0].weight], **sparse}, {"params": rest}]
 
 
 @pytest.mark.parametrize("backward", ["regular", "sparse_dense"])
@@ -237,119 +221,3 @@ def test_any_shape_density_and_dtype(out: int, features: int, density: float, dt
     if dtype == torch.float64:
         changed = (basis.rotate(weight.detach() - before).abs() > 1e-12).sum()
         assert changed <= round(density * weight.numel())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"lr": -1.0}, "lr=-1.0 is not allowed: give a number of at least 0"),
-        ({"lr": torch.tensor(-1.0)}, "lr=-1.0"),
-        ({"lr": torch.ones(1)}, "lr=.* is a Tensor"),
-        ({"lr": float("nan")}, "lr=nan"),
-        ({"lr": "fast"}, "lr=fast"),
-        ({"betas": (0.9, 1.0)}, "betas=1.0"),
-        ({"betas": 0.9}, "betas=0.9 is not allowed: Adam has two"),
-        ({"betas": (0.9, 0.9, 0.9)}, "Adam has two"),
-        ({"eps": -1.0}, "eps=-1.0"),
-        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
-    ],
-)
-def test_bad_hyperparameters_are_named(arguments: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        SparseGradAdamW(network().parameters(), **arguments)
-
-
-@pytest.mark.parametrize(
-    ("group", "message"),
-    [
-        ({"density": 0}, "density=0 "),
-        ({"density": 1.5}, "density=1.5 "),
-        ({"keep": OUT * IN + 1}, "keep=97 .* to 96"),
-        ({"keep": 0}, "keep=0 "),
-        ({"keep": 3, "density": 0.1}, "exactly one"),
-        ({"basis": Basis.identity(4, 4)}, "needs keep or density"),
-        (
-            {"keep": 3, "amsgrad": True},
-            r"amsgrad=True has no effect on SparseGrad weights: set group\['amsgrad'\] = False",
-        ),
-        ({"keep": 3, "capturable": True}, "capturable=True has no effect"),
-        ({"weight_decay": -1.0}, "weight_decay=-1.0"),
-        ({"basis": Basis.identity(IN, OUT), "keep": 3}, r"basis for \(8, 12\) does not fit a weight \(12, 8\)"),
-    ],
-)
-def test_bad_groups_are_named(group: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        SparseGradAdamW(groups(network(), **group))
-
-
-def test_a_refused_group_is_not_added() -> None:
-    optimizer = SparseGradAdamW(groups(network(), keep=3))
-    count, bias = len(optimizer.param_groups), nn.Parameter(torch.zeros(12))
-    with pytest.raises(UserError, match="cannot be SparseGrad"):
-        optimizer.add_param_group({"params": bias, "keep": 3})
-    assert len(optimizer.param_groups) == count
-    optimizer.add_param_group({"params": bias})
-    assert len(optimizer.param_groups) == count + 1
-
-
-def test_an_option_that_sparsegrad_lacks_is_refused_where_it_is_set_later() -> None:
-    model = network()
-    optimizer = SparseGradAdamW(groups(model, keep=3))
-    optimizer.param_groups[0]["amsgrad"] = True
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    with pytest.raises(UserError, match="amsgrad=True has no effect"):
-        optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize("form", ["list", "one", "pairs"])
-def test_parameters_that_are_unfrozen_later_train(named: bool, form: str) -> None:
-    model, later = network(), nn.Linear(2, 2, bias=False)
-    optimizer = SparseGradAdamW(list(model.named_parameters()) if named else model.parameters(), lr=0.1)
-    forms = {"list": [later.weight], "one": later.weight, "pairs": list(later.named_parameters())}
-    if form == "pairs" and not named:
-        return  # torch names the mistake
-    optimizer.add_param_group({"params": forms[form], "lr": 0.01})
-    before = later.weight.detach().clone()
-    later.weight.grad = torch.ones(2, 2)
-    optimizer.step()
-    assert torch.allclose(before - later.weight, torch.full((2, 2), 0.01), atol=1e-5)
-    count = len(list(model.parameters()))
-    names = {"list": [f"unnamed.{count}"], "one": [f"unnamed.{count}"], "pairs": ["weight"]}
-    assert optimizer.param_groups[-1].get("param_names") == (names[form] if named else None)
-
-
-def test_a_refused_state_changes_nothing() -> None:
-    optimizer = SparseGradAdamW(groups(network(), keep=3), lr=0.5)
-    state = optimizer.state_dict()
-    foreign = [{**group, "lr": 0.1, "basis": Basis.identity(4, 4)} for group in state["param_groups"]]
-    with pytest.raises(UserError, match="does not fit"):
-        optimizer.load_state_dict({**state, "param_groups": foreign})
-    assert {group["lr"] for group in optimizer.param_groups} == {0.5}
-    assert {group["basis"] for group in optimizer.param_groups} == {None}
-
-
-def test_gradients_are_released_by_one_hook_each() -> None:
-    model = network()
-    optimizer = SparseGradAdamW(groups(model, keep=3))
-    optimizer.release_gradients()
-    optimizer.release_gradients()
-    for _ in range(2):
-        model(torch.randn(5, IN, dtype=torch.float64)).sum().backward()
-        released = [weight for group in optimizer.param_groups if group["keep"] for weight in group["params"]]
-        assert released
-        assert all(weight.grad is None for weight in released)
-        optimizer.step()
-
-
-def test_float16_is_refused_and_what_works_is_named() -> None:
-    with pytest.raises(UserError, match=r"SparseGrad weight in torch.float16 .* float32, .* or in bfloat16"):
-        SparseGradAdamW([{"params": [nn.Parameter(torch.zeros(4, 3, dtype=torch.float16))], "keep": 3}])
-
-
-def test_a_bias_cannot_be_sparsegrad() -> None:
-    with pytest.raises(UserError, match=r"parameter \(12,\) cannot be SparseGrad"):
-        SparseGradAdamW([{"params": [network()[0].bias], "keep": 3}])

@@ -62,7 +62,7 @@ RunPy = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quiet_and_quick() -> None:
+def quiet_and_quick() -> None:
     """No bars; and each run collects garbage before it measures memory: leave out what imports made, for good."""
     import peft  # noqa: F401
 

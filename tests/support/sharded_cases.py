@@ -4,74 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed.checkpoint as dcp
-from distributed_cases import arrays, batches, bert, loop, messages
-from torch import distributed as dist
-from torch import nn
+from distributed_cases import arrays, batches, bert, loop
+from sharded_models import FAST, STEPS, blocks, by_columns, cut, end, shard_prepared, weights
+from sharded_refusals import offloaded, refusals
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsegrad import BlockLinear, calibrate, find_mlp, prepare, save_adapter, save_lora, to_linears
-from sparsegrad.distributed import connected, gathered, rank, whole
+from sparsegrad import calibrate, find_mlp, prepare, save_adapter, save_lora, to_linears
+from sparsegrad.distributed import connected, rank, whole
 from sparsegrad.layers.replace import merge_shards
-from sparsegrad.layers.shards import check_shards
-
-DENSITY, STEPS = 0.05, 3
-FAST: dict[str, Any] = {"engine": "fast", "density": DENSITY, "calibration_steps": 4, "lr": 1e-3, "weight_decay": 0.01}
-
-
-def cut(model: Any, mesh: tuple[int, ...] = (), **options: Any) -> None:
-    """FSDP2 on each block and on the model, if there are several processes."""
-    if not connected():
-        return
-    sizes = mesh or (dist.get_world_size(),)
-    found = init_device_mesh("cpu", sizes, mesh_dim_names=("copies", "shards")[-len(sizes) :])
-    for layer in model.bert.encoder.layer:
-        fully_shard(layer, mesh=found, **options)
-    fully_shard(model, mesh=found, **options)
-
-
-def by_columns(parameter: nn.Parameter) -> Shard | None:
-    """Cut the MLP weights by columns, everything else by rows."""
-    return Shard(1) if parameter.dim() == 2 and 32 in parameter.shape else None
-
-
-def weights(model: Any) -> dict[str, Any]:
-    """All weights, whole, in the main process; the others return nothing."""
-    with gathered(model) as main:
-        return arrays(model.state_dict()) if main else {}
-
-
-def blocks(model: nn.Module) -> list[BlockLinear]:
-    return [module for module in model.modules() if isinstance(module, BlockLinear)]
-
-
-def end(model: Any, losses: list[float], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Losses, moments of the cores, and weights as ordinary linears, after forward passes without back-propagation."""
-    with torch.no_grad():
-        model(**next(batches()))
-    cores = [whole(optimizer.state[block.core]["exp_avg"]).numpy().copy() for block in blocks(model)]
-    to_linears(model)
-    assert not any("core" in name or "merged" in name for name in model.state_dict())
-    with torch.no_grad():
-        losses = [*losses, mean(model(**next(batches())).loss)]
-    return {"losses": losses, "cores": cores, "weights": weights(model)}
-
-
-def mean(loss: torch.Tensor) -> float:
-    if connected():
-        dist.all_reduce(loss)
-        loss /= dist.get_world_size()
-    return float(loss)
 
 
 def sharded_first(dtype: torch.dtype, mesh: tuple[int, ...] = (), **options: Any) -> dict[str, Any]:
@@ -88,15 +35,6 @@ def prepared_first(dtype: torch.dtype) -> dict[str, Any]:
     optimizer = prepare(model, batches(), **FAST)
     shard_prepared(model, optimizer, cut)
     return end(model, loop(model, optimizer, STEPS), optimizer)
-
-
-def shard_prepared(model: Any, optimizer: torch.optim.Optimizer, shard: Callable[[Any], Any]) -> None:
-    """Shard the model, and give the optimizer the sharded parameters."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    shard(model)
-    sharded = dict(model.named_parameters())
-    for group in optimizer.param_groups:
-        group["params"] = [sharded[names[id(parameter)]] for parameter in group["params"]]
 
 
 def by_ddp(dtype: torch.dtype) -> dict[str, Any]:
@@ -190,79 +128,6 @@ def bfloat16_weights() -> dict[str, Any]:
     wanted = block.out_basis.float() @ whole(block.core.detach()) @ block.in_basis.float().T
     change = whole(block.weight).float() - before
     return {"wanted": wanted.numpy(), "change": change.numpy()}
-
-
-def refusals() -> dict[str, str]:
-    """What is refused, and with what words."""
-    calls = {
-        "exact": prepare_exact,
-        "small": lambda: prepare_exact(sides="small"),
-        "tensor parallel": prepare_tensor_parallel,
-        "single linears": shard_single_linears,
-        "root alone": shard_root_alone,
-        "rounded": round_prepared,
-        "a part": call_a_part,
-        "fsdp1": prepare_fsdp1,
-    }
-    return dict(zip(calls, messages(*calls.values()), strict=True))
-
-
-def prepare_exact(**options: Any) -> None:
-    model = bert()
-    cut(model)
-    prepare(model, batches(), density=0.05, calibration_steps=2, **options)
-
-
-def prepare_tensor_parallel() -> None:
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    model: Any = bert()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    plan = {f"bert.encoder.layer.{number}.intermediate.dense": ColwiseParallel() for number in range(2)}
-    prepare(parallelize_module(model, mesh, plan), batches(), **FAST)
-
-
-def shard_single_linears() -> None:
-    model: Any = bert()
-    for layer in model.bert.encoder.layer:
-        fully_shard(layer.output.dense)
-    cut(model)
-    prepare(model, batches(), **FAST)
-
-
-def shard_root_alone() -> None:
-    model = bert()
-    optimizer = prepare(model, batches(), **FAST)
-    shard_prepared(model, optimizer, fully_shard)
-    loop(model, optimizer, 2)
-
-
-def round_prepared() -> None:
-    model = bert(torch.float32)
-    prepare(model, batches(), **FAST)
-    cut(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False))
-    model(**next(batches()))
-
-
-def call_a_part() -> None:
-    model: Any = bert()
-    cut(model)
-    optimizer = prepare(model, batches(), **FAST)
-    loop(model, optimizer, 1)
-    model.bert.encoder.layer[0](torch.zeros(1, 6, 16, dtype=torch.float64))
-
-
-def prepare_fsdp1() -> None:
-    wrapper = type("FullyShardedDataParallel", (nn.Sequential,), {})
-    prepare(wrapper(bert()), batches(), **FAST)
-
-
-def offloaded() -> str:
-    """Shards on another device than the one that computes."""
-    model: Any = bert()
-    cut(model)
-    with patch.object(DeviceMesh, "device_type", "cuda"):
-        return messages(lambda: check_shards(model.bert.encoder.layer[0].output.dense))[0]
 
 
 def everything(folder: str) -> dict[str, Any]:
