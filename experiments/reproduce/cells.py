@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.paths import CONF, SCALES
 from sparsegrad.errors import UserError, check_choice
+from sparsegrad.runs.composing import compose_run, read_sweep
 from sparsegrad.runs.config import RunConfig, build
 from sparsegrad.runs.overrides import expand_aliases, explain, key_of
 from sparsegrad.runs.records import read_record
@@ -155,19 +153,16 @@ def list_with_waiting(experiment: str, extra: Sequence[str] = (), data: str | No
     return _list(experiment, extra, data, functools.partial(_cell, may_wait=True))
 
 
-def _list(experiment: str, extra: Sequence[str], data: str | None, compose_cell: Callable[..., Cell]) -> list[Cell]:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        try:
-            given = expand_aliases(extra)
-            points, known = _points(experiment, given), dict[tuple[str, ...], DictConfig]()
-            return [compose_cell(experiment, point, given, data, known) for point in points]
-        except (HydraException, OmegaConfBaseException) as error:
-            raise explain(error, [f"experiment={experiment}", *extra], CONF) from None
+def _list(experiment: str, extra: Sequence[str], data: str | None, make: Callable[..., Cell]) -> list[Cell]:
+    try:
+        given = expand_aliases(extra)
+        return [make(experiment, point, given, data) for point in _points(experiment, given)]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error, [f"experiment={experiment}", *extra], CONF) from None
 
 
 def _points(experiment: str, extra: Iterable[str]) -> list[dict[str, str]]:
-    composed = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
-    params = {str(key): str(value) for key, value in (composed.hydra.sweeper.params or GRID).items()}
+    params = read_sweep(experiment, CONF) or dict(GRID)
     params |= {key: value for key, _, value in (one.partition("=") for one in extra) if key in params}
     # The first parameter varies slowest, as in a multirun of Hydra.
     axes = [[(key, value.strip()) for value in text.split(",")] for key, text in params.items()]
@@ -179,14 +174,13 @@ def _cell(
     point: dict[str, str],
     extra: Sequence[str],
     data: str | None,
-    known: dict[tuple[str, ...], DictConfig],
     *,
     may_wait: bool = False,
 ) -> Cell:
     rest = [one for one in extra if one.partition("=")[0] not in point]
     overrides = [*(f"{key}={value}" for key, value in point.items()), *rest]
     own = [one for one in overrides if not one.startswith("hydra.")]  # options of Hydra are for the launcher
-    composed = _compose([f"experiment={experiment}", *own], known)
+    composed = compose_run([f"experiment={experiment}", *own], CONF)
     if data and reads_folder(composed.task.name):
         composed.data.dir = data
         overrides.append(f"data.dir={data}")
@@ -200,18 +194,6 @@ def _cell(
         OmegaConf.resolve(composed)
     config, given = build(composed), tuple(overrides)
     return Cell(experiment=experiment, point=point, overrides=given, config=config, hparams=source, waits=waits)
-
-
-def _compose(overrides: Sequence[str], known: dict[tuple[str, ...], DictConfig]) -> DictConfig:
-    """The configuration of a cell; those that differ in the seed alone are copies, ten times as fast as Hydra."""
-    seeds = [one for one in overrides if re.fullmatch(r"seed=\d+", one)]
-    rest = tuple(one for one in overrides if one not in seeds)
-    if rest not in known:
-        known[rest] = compose("config", list(rest))
-    composed = copy.deepcopy(known[rest])
-    if seeds:
-        composed.seed = int(seeds[-1].removeprefix("seed="))
-    return composed
 
 
 def _fill(composed: DictConfig, overrides: Iterable[str]) -> dict[str, Any] | None:

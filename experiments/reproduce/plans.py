@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -15,6 +14,7 @@ from experiments.report import plans as report_plans
 from experiments.report.blocks import STEPS, Step
 from experiments.report.plans import REGIMES, EvidencePlan
 from sparsegrad.errors import UserError, check_choice, fail, first_line
+from sparsegrad.runs.composing import compose_run
 
 SEARCHED = ("evidence_paper", "evidence_mlp_only", "evidence_smollm2")  # plans with searches of their own
 
@@ -36,8 +36,7 @@ def read_plan(name: str) -> EvidencePlan:
         UserError: if the YAML cannot be composed, or a value of `evidence` is missing or not allowed.
     """
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("config", [f"experiment={name}"])
+        composed = compose_run([f"experiment={name}"], CONF)
         node: Any = OmegaConf.to_container(composed.evidence, resolve=False) if composed.evidence else None
         train_rest = composed.train.train_rest
     except (HydraException, OmegaConfBaseException) as error:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from optuna.trial import TrialState
 
 from experiments.paths import CONF
+from sparsegrad.runs.composing import compose_run
 from sparsegrad.runs.overrides import key_of
 from sparsegrad.sweeps.config import SweepPlan
 from sparsegrad.sweeps.ledger import Ledger
@@ -111,5 +111,4 @@ def has_completed(study: optuna.Study) -> bool:
 
 def compose_sweep(overrides: Sequence[str]) -> DictConfig:
     """The configuration that run.py composes from these; options of Hydra, which are for the launcher, are left out."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [one for one in overrides if not one.startswith("hydra.")])
+    return compose_run([one for one in overrides if not one.startswith("hydra.")], CONF)

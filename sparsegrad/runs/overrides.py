@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsegrad.errors import UserError, closest, did_you_mean, fail, first_line
+from sparsegrad.runs.composing import compose_run
 from sparsegrad.runs.near_keys import describe_unknown, find_exact, find_key, list_paths
 
 ALIASES = {"lr": "train.lr", "batch_size": "train.batch_size", "epochs": "protocol.epochs", "density": "method.density"}
@@ -266,8 +266,7 @@ def _compose_rest(key: str, overrides: Sequence[str], conf: Path) -> DictConfig:
     groups = [one.split(",")[0] for one in rest if key_of(one) in list_groups(conf)]
     for chosen in (rest, groups, []):
         try:
-            with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-                return compose("config", chosen)
+            return compose_run(chosen, conf.resolve())
         except (HydraException, OmegaConfBaseException, ValueError):
             continue
     return OmegaConf.create()

@@ -65,8 +65,10 @@ def read_settings(composed: DictConfig, seed: int, group: str = "method") -> dic
     Raises:
         UserError: if a setting cannot be resolved.
     """
-    config = composed.copy()
-    config.seed = seed
+    config = composed
+    if config.seed != seed:
+        config = composed.copy()
+        config.seed = seed
     try:
         node: Any = OmegaConf.to_container(config[group], resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from quick_python import quick_python
 
+from sparsegrad.runs.composing import compose_run
 from sparsegrad.runs.config import RunConfig, build
 
 ROOT = Path(__file__).parents[2]
@@ -76,11 +76,10 @@ def quiet_and_quick() -> None:
 
 @pytest.fixture(scope="session")
 def conf() -> Composer:
-    """`conf(*overrides)`: the real conf/, composed as run.py does it."""
+    """`conf(*overrides)`: the real conf/, composed as run.py does it (test_composing.py)."""
 
     def composed(*overrides: str) -> DictConfig:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return compose("config", list(overrides))
+        return compose_run(overrides, ROOT / "conf")
 
     return composed
 
