@@ -39,8 +39,8 @@ class Decision:
     Attributes:
         verdict: SUPPORTED, CONTRADICTED, UNDECIDED or NOT_TESTED.
         measured: what was measured, or why nothing was.
-        bound: of an undecided part with an interval: the largest difference that is not excluded.
-        unit: of `bound`.
+        interval: of an undecided part that has one, at 95 %.
+        unit: of the interval.
         mixed: of an undecided part without an interval: what speaks for it and what against.
         seeds: paired seeds; 0 where the part has none.
         see: tables that it rests on.
@@ -50,7 +50,7 @@ class Decision:
 
     verdict: str
     measured: str
-    bound: float = 0.0
+    interval: tuple[float, float] | None = None
     unit: str = "points"
     mixed: str = ""
     seeds: int = 0
@@ -115,7 +115,7 @@ def _decide_pair(context: Context, spec: Spec, folder: str, rule: Rule) -> Decis
     # A margin has no direction of its own: a loss that is higher is worse.
     is_lower_better = spec["expect"] == "lower" if "expect" in spec else is_loss
     verdict = rule(found, is_lower_better, spec["parts"])
-    return Decision(verdict, measured, found.bound or 0.0, unit, seeds=found.seeds, see=see, tasks=tuple(counting))
+    return Decision(verdict, measured, found.interval, unit, seeds=found.seeds, see=see, tasks=tuple(counting))
 
 
 def _name(arm: str) -> str:
@@ -191,7 +191,10 @@ def _decide_padding(context: Context, spec: Spec) -> Iterable[Decision]:
     # The last block is special: only its first token reaches the classifier.
     nonzero = mean(share for row in rows for kind in figures.KINDS for share in row["nonzero"][kind][:-1])
     share = (1 - real) / (1 - nonzero)
-    shown = f"{found['model']}, padded to 128: {100 * share:.1f} % of the zero entries of dL/dY are on padding tokens"
+    shown = (
+        f"{found['model']}, padded to 128: {100 * share:.1f} % of the zero entries of dL/dY are on padding tokens, in "
+        "all blocks but the last, where the first token alone has a gradient"
+    )
     verdict = CONTRADICTED if share >= float(spec["bound"]) else SUPPORTED
     yield Decision(verdict, shown, see=see)
 
@@ -227,10 +230,14 @@ def _decide_grade(context: Context, spec: Spec) -> Iterable[Decision]:
     is_above = all(one is not None and one[0] > 0 for one in single)
     is_below = all(one is not None and one[1] < 0 for one in joint)
     verdict = SUPPORTED if is_above else CONTRADICTED if is_below else UNDECIDED
-    bound = max((abs(end) for one in single if one for end in one), default=0.0)
+    widest = max(filter(None, single), key=_width, default=None)
     # The interval is over questions: it knows nothing of how much another seed would change.
     seeds = min(count_answers(graded, model, method) for method in methods)
-    yield Decision(verdict, f"{model}: {shown}", bound, "in grade", seeds=seeds, see=see)
+    yield Decision(verdict, f"{model}: {shown}", widest, "in grade", seeds=seeds, see=see)
+
+
+def _width(interval: tuple[float, float]) -> float:
+    return interval[1] - interval[0]
 
 
 def _gains(a: Grades, b: Grades) -> list[float]:

@@ -59,7 +59,7 @@ def _detail(context: Context, table: Table, label: str, paths: Sequence[Path]) -
     found = [record for _, record in records]
     return Detail(
         anchor=anchor(table.name, label),
-        label=label.replace(" ", ", "),
+        label=label,
         runs=[_run(path, record) for path, record in sorted(records, key=lambda pair: pair[1]["config"]["seed"])],
         curves=[_draw_curves(_losses(found), "training loss"), _draw_curves(*_metrics(found))],
         environments=sorted({environment_line(record.get("environment", {})) for record in found}),

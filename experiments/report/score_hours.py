@@ -22,13 +22,14 @@ PANELS = ("evidence_paper", "evidence_mlp_only")
 
 @dataclass(frozen=True)
 class Point:
-    """One arm: hours over all comparable tasks, average score with its interval, and whether it reaches the target."""
+    """One arm over all comparable tasks: hours, average score, interval, seeds, and whether it reaches the target."""
 
     arm: str
     hours: float
     score: float
     interval: tuple[float, float] | None
     reaches: bool
+    seeds: int = 0
 
 
 def points(context: Context, folder: str) -> list[Point]:
@@ -45,7 +46,7 @@ def points(context: Context, folder: str) -> list[Point]:
         reached = target.hours
         spent = training_hours(block, arm, tasks) if reached is None else reached
         if score is not None and spent is not None:
-            found.append(Point(arm, spent, score.value, score.interval, reached is not None))
+            found.append(Point(arm, spent, score.value, score.interval, reached is not None, score.seeds))
     return found
 
 
@@ -73,11 +74,12 @@ def draw(context: Context) -> Figure | None:
         axis.plot(*line, color="gray", linewidth=1, zorder=0)
         axis.margins(x=0.3, y=0.12)
         tasks = ", ".join(averaged_tasks(context, folder))
-        axis.set(title=f"{BLOCKS[folder].title}\n{tasks}", xlabel="hours to the target, all tasks")
+        seeds = min(point.seeds for point in found)
+        axis.set(title=f"{BLOCKS[folder].title}\n{tasks}, {seeds} seeds", xlabel="hours to the target, all tasks")
     axes[0][0].set_ylabel("average score, points, with 95 % interval")
     said = (
-        "gray line: Pareto front; hollow: target not reached on every task, at its training hours; paired differences "
-        "are in the table"
+        "gray line: Pareto front of the means; hollow: a seed misses the target, so at its training hours\n"
+        "hours are of shared machines, and rough; paired differences are in the table"
     )
     figure.supxlabel(said, fontsize=8)
     for axis, found in zip(axes[0], panels.values(), strict=True):  # last: the labels need the final layout

@@ -133,11 +133,6 @@ class Difference:
         """
         return None if self.noise is None else self.noise.detectable(comparisons)
 
-    @property
-    def bound(self) -> float | None:
-        """Largest absolute difference inside the interval: larger ones are excluded with 95 % confidence."""
-        return None if self.interval is None else max(abs(end) for end in self.interval)
-
 
 def _upper(comparisons: int) -> float:
     """Share of a distribution below the upper end of a two-sided interval."""

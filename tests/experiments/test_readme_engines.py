@@ -20,7 +20,7 @@ ROWS = {
     "`fast`": (
         "fast",
         ("speed", "full", STACKS),
-        ("speed", "lora_peft", STACKS),
+        ("speed", "lora_peft", (*STACKS, MINILM)),
         ("memory", "lora_peft", (*STACKS, MINILM)),
     ),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +58,7 @@ def test_a_difference_is_decided_by_its_interval(cases: Cases, gain: float, expe
     assert "sst2, mrpc, 3 seeds" in found.measured
 
 
-def test_no_difference_says_how_large_one_could_be(cases: Cases) -> None:
+def test_an_undecided_claim_shows_its_interval(cases: Cases) -> None:
     cases.healthy(0.0)
     for task in ("sst2", "mrpc"):
         for number, seed in enumerate(SEEDS):
@@ -67,11 +66,12 @@ def test_no_difference_says_how_large_one_could_be(cases: Cases) -> None:
     claim = {"decide": [PAIR]}
     one = Verdict(claim, decide(of(cases), PAIR), [])
     assert one.kind == UNDECIDED
-    said = r"no difference larger than (\d+\.\d) points on SST-2, MRPC \(provisional: 3 of 5 seeds\)"
-    number = re.fullmatch(said, one.text)
-    assert number is not None
     (found,) = one.decisions
-    assert 0 <= float(number[1]) - found.bound < 0.1
+    assert found.interval is not None
+    low, high = found.interval
+    said = f"undecided: the interval is {low:+.2f} to {high:+.2f} points on SST-2, MRPC (provisional: 3 of 5 seeds)"
+    assert one.text == said
+    assert low < 0 < high
 
 
 def test_a_margin_is_kept_or_broken(cases: Cases) -> None:
@@ -113,14 +113,14 @@ def test_two_paired_seeds_decide_nothing(cases: Cases) -> None:
         (
             [SUPPORTED, UNDECIDED],
             UNDECIDED,
-            "supported in 1 of 2 parts; in others no difference larger than 1.3 points",
+            "supported in 1 of 2 parts; in others undecided: the interval is -1.21 to +0.30 points",
         ),
-        ([UNDECIDED, NOT_TESTED], UNDECIDED, "no difference larger than 1.3 points"),
+        ([UNDECIDED, NOT_TESTED], UNDECIDED, "undecided: the interval is -1.21 to +0.30 points"),
         ([NOT_TESTED], NOT_TESTED, "not tested here"),
     ],
 )
 def test_a_claim_says_all_of_its_parts(kinds: list[str], verdict: str, text: str) -> None:
-    parts = [Decision(kind, "", bound=1.21, seeds=5) for kind in kinds]
+    parts = [Decision(kind, "", (-1.21, 0.30) if kind == UNDECIDED else None, seeds=5) for kind in kinds]
     one = Verdict({}, parts, [])
     assert one.kind == verdict
     assert one.text == text
@@ -200,16 +200,20 @@ def test_grades_of_different_questions_are_not_compared(cases: Cases, monkeypatc
     assert decide(of(cases), GRADE)[0].verdict == NOT_TESTED
 
 
-def test_an_undecided_grade_names_the_difference_that_is_excluded(
-    cases: Cases, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_undecided_grade_shows_its_interval(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = [graded("sparsegrad", "j", 6.5, 160), graded("lora", "j", 6.4, 160)]
     monkeypatch.setattr(decisions, "compute_scores", lambda folder: scores)
     (found,) = decide(of(cases), GRADE)
     gains = [scores[0].questions[one] - scores[1].questions[one] for one in scores[0].questions]
     interval = scipy.stats.ttest_1samp(gains, 0.0).confidence_interval(0.95)
-    assert found.bound == pytest.approx(max(abs(interval.low), abs(interval.high)))
-    assert Verdict({}, [found], []).text.startswith(f"no difference larger than {math.ceil(found.bound * 10) / 10:.1f}")
+    assert found.interval == pytest.approx((interval.low, interval.high))
+    said = f"undecided: the interval is {interval.low:+.2f} to {interval.high:+.2f} in grade"
+    assert Verdict({}, [found], []).text.startswith(said)
+
+
+def test_of_several_undecided_parts_the_widest_interval_is_shown() -> None:
+    parts = [Decision(UNDECIDED, "", interval, "in loss") for interval in ((-0.1, 0.2), (-0.3, 0.1))]
+    assert Verdict({}, parts, []).text == "undecided: the widest interval is -0.300 to +0.100 in loss"
 
 
 def test_zeros_on_padding_contradict_strides(cases: Cases) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,18 +88,16 @@ def _list_once(texts: Iterable[str]) -> list[str]:
 
 
 def _describe_open(parts: Sequence[Decision]) -> str:
-    """What undecided parts leave open: the largest difference that none excludes, or what speaks for and against."""
+    """What undecided parts leave open: their widest interval, or what speaks for and against."""
     if mixed := [one.mixed for one in parts if one.mixed]:
         return f"undecided ({'; '.join(mixed)})"
-    largest = max(parts, key=lambda one: one.bound)
-    digits = 3 if largest.unit == "in loss" else 1
-    return f"no difference larger than {_round_up(largest.bound, digits):.{digits}f} {largest.unit}"
-
-
-def _round_up(bound: float, digits: int) -> float:
-    """`bound` with that many decimals and not below it: 0.54 is 0.6, as 0.5 would not be a bound."""
-    scale = float(10**digits)
-    return math.ceil(round(bound * scale, 6)) / scale  # rounded first: 1.2 * 10 may be 12.000000000000002
+    intervals = {one.interval: one.unit for one in parts if one.interval is not None}
+    if not intervals:
+        return UNDECIDED
+    low, high = max(intervals, key=lambda one: one[1] - one[0])
+    unit, which = intervals[low, high], "interval" if len(intervals) == 1 else "widest interval"
+    digits = 3 if unit == "in loss" else 2
+    return f"undecided: the {which} is {low:+.{digits}f} to {high:+.{digits}f} {unit}"
 
 
 def read_claims(folder: Path = DATA) -> list[dict[str, Any]]:
@@ -149,9 +146,9 @@ def table(context: Context) -> Table:
         "A verdict is computed from the results (experiments/data/claims.yaml says how). Supported: every tested part "
         "holds, with a 95 % interval or in every repeat. Contradicted: a part is refuted in that way; for a claim of "
         "several parts with intervals that are corrected for their number (Bonferroni). Not reproduced on a CPU: every "
-        "repeat refutes it, but the paper measured on a GPU. No difference larger than x: "
-        "neither, and x is the end of the interval that is farthest from 0. Not tested here: its runs are missing, or "
-        "full fine-tuning did not reach its gate.",
+        "repeat refutes it, but the paper measured on a GPU. Undecided: neither; the 95 % "
+        "interval is shown, if there is one. Not tested here: its runs are missing, or full fine-tuning did not reach "
+        "its gate.",
         "All runs here are of small models (MiniLM, MPNet-base, SmolLM2), not the paper's; the benchmark has "
         "RoBERTa-base's shape with random weights.",
         "Provisional: from fewer than 5 seeds. Intervals are not corrected for the number of claims; those of the "
@@ -170,7 +167,7 @@ def lines(context: Context) -> list[str]:
         kinds.setdefault(one.kind, []).append(str(one.claim["name"]) + (f" ({limits})" if limits else ""))
     open_ones = [
         f"{heading}: {'; '.join(kinds[kind])}"
-        for kind, heading in ((UNDECIDED, "no significant difference"), (NOT_TESTED, "not tested here"))
+        for kind, heading in ((UNDECIDED, "undecided"), (NOT_TESTED, "not tested here"))
         if kind in kinds
     ]
     elsewhere = {kind: f" | {kind}: {'; '.join(kinds[kind])}" for kind in (REPRODUCED, NOT_REPRODUCED) if kind in kinds}

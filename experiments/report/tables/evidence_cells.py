@@ -125,7 +125,7 @@ class TargetTime:
 
     Attributes:
         hours: the sum.
-        missed: tasks on which some seed does not reach the target.
+        missed: tasks on which some seed does not reach the target, with their number: "1 of 3 seeds (stsb)".
         unknown: tasks on which all seeds reach it, but some at an unknown time, because its speed was not measured.
     """
 
@@ -145,8 +145,8 @@ def hours_to_target(evidence: Evidence, block: Block, arm: str, tasks: Sequence[
             return TargetTime()
         target = mean(run.chosen_score for run in references) - TARGET
         times = [time for run in runs if (time := run.hours_until(target)) is not None]
-        if not all(run.reaches(target) for run in runs):
-            missed.append(task)
+        if missing := sum(not run.reaches(target) for run in runs):
+            missed.append(f"{missing} of {len(runs)} seeds ({task})")
         elif len(times) < len(runs):
             unknown.append(task)
         else:
@@ -158,7 +158,7 @@ def hours_to_target(evidence: Evidence, block: Block, arm: str, tasks: Sequence[
 def _format_target(evidence: Evidence, block: Block, arm: str, tasks: Sequence[str]) -> str:
     found = hours_to_target(evidence, block, arm, tasks)
     if found.missed:
-        return f"not reached on {', '.join(found.missed)}"
+        return f"not reached by {', '.join(found.missed)}"
     return f"unknown on {', '.join(found.unknown)}" if found.unknown else hours(found.hours)
 
 

@@ -47,12 +47,12 @@ DIFFERENCES = (
     f"draws of the rows and the variance between seeds. {CORRECTED} No interval from fewer than {{seeds}} seeds."
 )
 HOURS = (
-    "Search h, training h: hours on the machine of the runs; training h is the mean of one seed over all comparable "
-    "tasks."
+    "Search h, training h: hours on the machine of the runs; training h is of the training steps of one seed (mean "
+    "over seeds) on all comparable tasks, without evaluation and calibration."
 )
 TO_TARGET = (
-    " Hours to target: until full fine-tuning's held-out score minus one point is first reached, summed over these "
-    "tasks, mean over seeds."
+    " Hours to target: until full fine-tuning's score on held-out training rows minus one point is first reached, "
+    "summed over these tasks, mean over seeds; every seed must reach it."
 )
 SHARED = "Accuracy runs share their machine, so their hours are rough."
 
