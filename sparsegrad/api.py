@@ -136,8 +136,9 @@ def prepare(
         rotation_order: how engine `exact` computes rotated gradients. With `auto` the linears do it during
             back-propagation, in the cheapest order of products for the number of tokens, and leave the result in
             `weight.grad`. Accumulation, DDP, clipping by norm and `GradScaler` mean the same as before. Clipping by
-            value and penalties on the weights in the loss do not, and raise an error, as does a step of another
-            optimizer than the returned one. With `gradient` the gradients stay plain, and the optimizer rotates them,
+            value and penalties on the weights in the loss do not. A penalty raises an error if the linear runs once in
+            the backward pass, and clipping by value if it leaves many equal entries in step 1, 2, 4, 8 and so on; so
+            does a step of another optimizer than the returned one. With `gradient` the gradients stay plain, and the optimizer rotates them,
             as it does for `Conv1D` in any case. `tokens`, `inputs` and `outputs` are the other orders, for
             measurements.
         rotation_dtype: `torch.bfloat16` rotates gradients in bfloat16 with sums in float32, on hardware that has it. It

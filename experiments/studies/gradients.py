@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from experiments.studies.captured import DENSITY, capture
-from experiments.studies.probe import Probe, compose_run, top_energy, variants
+from experiments.studies.probe import Probe, build_run, top_energy, variants
 from sparsegrad.errors import UserError, check_integer, run_as_command
 from sparsegrad.files import write_json
 from sparsegrad.runs.config import RunConfig
@@ -68,7 +68,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
     given = {one.partition("=")[0]: one for one in (*SETTINGS, *task, *rows, *options.overrides)}
     for name in ("step", "steps", "block"):
         check_integer(name, getattr(options, name), at_least=0)
-    return compose_run(*given.values())
+    return build_run(*given.values())
 
 
 def read_settings(arguments: Sequence[str]) -> dict[str, Any]:

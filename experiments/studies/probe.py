@@ -6,18 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, set_seed
 
-from experiments.paths import ROOT
+from experiments.paths import CONF
 from sparsegrad.basis import Basis
 from sparsegrad.calibration.gradients import calibrate
 from sparsegrad.models.loading import load_model, load_tokenizer
 from sparsegrad.optim.adamw import SparseGradAdamW
+from sparsegrad.runs.composing import compose_run
 from sparsegrad.runs.config import RunConfig, build
 from sparsegrad.runs.overrides import explain
 from sparsegrad.targets import find_mlp
@@ -27,17 +27,16 @@ from sparsegrad.trainer.quiet import quiet_transformers
 Batch = Mapping[str, Any]
 
 
-def compose_run(*overrides: str) -> RunConfig:
+def build_run(*overrides: str) -> RunConfig:
     """The checked configuration that run.py composes from `overrides`.
 
     Raises:
         UserError: for an invalid override, or a value that is not allowed.
     """
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        try:
-            return build(compose("config", list(overrides)))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise explain(error, overrides, ROOT / "conf") from None
+    try:
+        return build(compose_run(overrides, CONF))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error, overrides, CONF) from None
 
 
 class Probe:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.layers.common import check_linear, product_dtype, refuse_second_order, refuse_transforms
-from sparsegrad.layers.steps import forget, watch
+from sparsegrad.layers.steps import forget, layers_of, watch
 from sparsegrad.optim.orders import rotated_gradient
 from sparsegrad.optim.rotation import Rotation
 
@@ -136,25 +136,38 @@ class LeanLinear(nn.Linear):
         if linear.rotation is not None and linear.rotation is not rotation:
             linear.rotation.replaced = True  # the earlier optimizer must not take these gradients for its own
         linear.rotation = rotation
-        if rotation is not None:
-            watch(linear)
-        if linear._guard is None and rotation is not None:
-            linear._guard = linear.weight.register_hook(linear._check_gradient)  # type: ignore[no-untyped-call]
+        linear._watch()
         return linear
+
+    def _watch(self) -> None:
+        """Check the gradients of a layer that rotates, and the optimizer that steps its weight."""
+        if self.rotation is None:
+            return
+        watch(self)
+        if self._guard is None and self.weight.requires_grad:
+            self._guard = self.weight.register_hook(self._check_gradient)  # type: ignore[no-untyped-call]
 
     def restore(self) -> None:
         """Turn this layer itself back into an `nn.Linear`. The optimizer then rotates its gradients.
 
-        A rotated gradient is deleted: the next optimizer would take it for a plain one.
+        All layers of its rotation leave that to the optimizer then, which treats the weights of a layer kind alike. A
+        rotated gradient is deleted: the next optimizer would take it for a plain one.
         """
         if self.rotation is not None:
-            self.rotation.in_layers, self.weight.grad = False, None
+            self.rotation.in_layers = False
+            for layer in layers_of(self.rotation):
+                layer._stop_rotating()
+        for name in ("drop_padding", "save_dtype", "_name"):
+            self.__dict__.pop(name, None)
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+
+    def _stop_rotating(self) -> None:
+        self.weight.grad = None
         forget(self)
         if self._guard is not None:
             self._guard.remove()
-        for name in ("drop_padding", "save_dtype", "rotation", "_name", "_guard", "_noted", "_noted_in", "_traced"):
+        for name in ("rotation", "_guard", "_noted", "_noted_in", "_traced"):
             self.__dict__.pop(name, None)
-        self.__class__ = nn.Linear  # type: ignore[assignment]
 
     def to_linear(self) -> nn.Linear:
         """An ordinary linear that shares the parameters of this layer."""
@@ -261,8 +274,7 @@ class LeanLinear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.rotation is not None:
-            watch(self)
+        self._watch()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the hook, which neither a copy nor a file can have."""

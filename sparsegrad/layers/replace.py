@@ -55,7 +55,8 @@ def use_blocks(model: nn.Module, linears: Linears, bases: Mapping[str, Basis], d
         blocks[kind] = dict(zip(found, layers, strict=True))
     # First of the hooks: FSDP2's own gathers the weights. If the model is sharded later, that one comes first and has
     # gathered the root's parameters, but those of no block.
-    model.register_forward_pre_hook(merge_shards, prepend=True)
+    if merge_shards not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(merge_shards, prepend=True)
     return blocks
 
 
@@ -152,7 +153,8 @@ def to_linears(model: Model) -> Model:
     Call it after training: the model can then be saved, exported and compared with its base like any other. A model
     without such layers is not changed. After engine `fast` the optimizer still refers to the removed layers: to
     continue training, call `prepare` again. After engine `exact` the same optimizer can continue, and rotates the
-    gradients itself.
+    gradients itself: those of all layers of a kind, also where `model` is a part that has only some of them. Call it
+    after a step, because rotated gradients are deleted.
 
     Args:
         model: changed in place.
@@ -166,8 +168,9 @@ def to_linears(model: Model) -> Model:
     if isinstance(model, LAYERS):
         raise UserError(f"the model is itself a {type(model).__name__}: use what its to_linear() returns")
     reshard(model)
-    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is merge_shards]:
-        del model._forward_pre_hooks[key]
+    for module in model.modules():  # `model` may be a wrapper around the one that was prepared
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is merge_shards]:
+            del module._forward_pre_hooks[key]
     made: dict[int, nn.Linear] = {}  # id of a layer -> its linear: a layer with two names stays one module
     # A list, since the loop changes the tree; with duplicates, so that every name of a shared layer is replaced.
     for name, module in list(model.named_modules(remove_duplicate=False)):

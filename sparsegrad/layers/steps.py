@@ -24,6 +24,7 @@ from sparsegrad.optim.adamw import SparseGradAdamW
 if TYPE_CHECKING:
     from sparsegrad.layers.block import BlockLinear
     from sparsegrad.layers.lean import LeanLinear
+    from sparsegrad.optim.rotation import Rotation
 
 _rotating: weakref.WeakSet[LeanLinear] = weakref.WeakSet()
 _blocks: weakref.WeakSet[BlockLinear] = weakref.WeakSet()
@@ -50,6 +51,11 @@ def forget(layer: LeanLinear) -> None:
     """The counterpart of `watch`, for a layer that has become an ordinary linear."""
     with _lock:
         _rotating.discard(layer)
+
+
+def layers_of(rotation: Rotation) -> list[LeanLinear]:
+    """The layers that rotate by `rotation`, of whichever model."""
+    return [layer for layer in _members(_rotating) if layer.rotation is rotation]
 
 
 def recheck() -> None:

@@ -26,7 +26,7 @@ def compose_run(overrides: Sequence[str], conf: Path) -> DictConfig:
     """The configuration that run.py composes from these overrides; the caller may change it.
 
     Args:
-        overrides: as for run.py, without those of Hydra itself.
+        overrides: as for run.py, with full names (`expand_aliases`) and without those of Hydra itself.
         conf: the folder with `config.yaml`.
 
     Raises:
@@ -44,16 +44,22 @@ def read_sweep(experiment: str, conf: Path) -> dict[str, str]:
 
 
 def _set_in_copy(overrides: Sequence[str], conf: Path) -> DictConfig:
+    if any("shuffle(" in one for one in overrides):
+        raise ValueError("Hydra orders this list anew in each call")
     parsed = [_parse(one) for one in overrides]
     if not all(map(_is_plain, parsed)):
         raise ValueError("more than choices and values")
-    groups = {one.key_or_group for one in parsed if (conf / one.key_or_group).is_dir()}
-    choices = tuple(str(one.input_line) for one in parsed if one.key_or_group in groups)
+    choices = tuple(str(one.input_line) for one in parsed if _is_choice(one, conf))
     composed = copy.deepcopy(_compose_choices(conf, choices, _list_files(conf)))
     for one in parsed:
-        if one.key_or_group not in groups:
+        if not _is_choice(one, conf):
             OmegaConf.update(composed, one.key_or_group, one.value(), merge=True)
     return composed
+
+
+def _is_choice(override: Override, conf: Path) -> bool:
+    """Whether it chooses an option of a group; `method={rank: 3}` sets a value of the chosen one."""
+    return (conf / override.key_or_group).is_dir() and not isinstance(override.value(), dict)
 
 
 @lru_cache(maxsize=1000)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from test_orders import NAMES, Network, assert_same, bases, loss_of, optimizer_for, tokens, train
@@ -16,6 +18,9 @@ def test_what_adds_a_plain_gradient_is_refused() -> None:
     optimizer_for(model, "auto")
     with pytest.raises(UserError, match=r"penalty on the weight.*weight_decay=.*rotation_order='gradient'"):
         (loss_of(model, tokens(5)) + model.up.weight.square().sum()).backward()
+    copied = copy.deepcopy(model)
+    with pytest.raises(UserError, match="penalty on the weight"):
+        (loss_of(copied, tokens(5)) + copied.up.weight.square().sum()).backward()
     other = Network()
     optimizer_for(other, "auto")
     with pytest.raises(UserError, match="did not compute"):

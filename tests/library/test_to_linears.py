@@ -138,3 +138,30 @@ def test_a_layer_that_is_no_part_of_a_model_has_its_own_way_out() -> None:
     layer = BlockLinear.from_linear(nn.Linear(8, 8), Basis.identity(8, 8), (2, 2))
     with pytest.raises(UserError, match=r"the model is itself a BlockLinear: use what its to_linear\(\) returns"):
         to_linears(layer)
+
+
+@pytest.mark.parametrize("how", ["a block", "one linear in a later prepare"])
+def test_where_one_layer_no_longer_rotates_the_optimizer_does_for_all(how: str) -> None:
+    """All weights of a layer kind are treated alike: none may be rotated twice, or not at all."""
+    models = [bert(torch.float64) for _ in range(2)]
+    optimizers = [prepare(model, BATCHES, density=DENSITY, lr=LR, calibration_steps=2) for model in models]
+    if how == "a block":
+        to_linears(models[0].bert.encoder.layer[0])
+    else:
+        name = "bert.encoder.layer.0.intermediate.dense"
+        prepare(models[0], BATCHES, [name], DENSITY, calibration_steps=2, rotation_order="gradient")
+    for batch in BATCHES:
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-9)
+
+
+def test_a_wrapper_leaves_no_hook_on_the_model_within() -> None:
+    model = bert()
+    fast(model)
+    assert len(model._forward_pre_hooks) == 1
+    to_linears(nn.Sequential(model))
+    assert not model._forward_pre_hooks

@@ -43,6 +43,8 @@ def content(composed: DictConfig) -> tuple[Any, ...]:
         ["sweep=custom", "sweep.space={train.lr:{float:[1e-5,1e-1],log:true}}"],
         [PAPER, "+model.architecture.extra=1", "seed=3"],
         [PAPER, "~evidence", "seed=3"],
+        ["method=lora", "method.rank=4", "method={rank: 3}"],
+        ["model.lr=${seed}", "model={lr: '${seed}1'}"],
     ],
 )
 def test_it_is_what_hydra_composes(overrides: list[str]) -> None:
