@@ -138,9 +138,9 @@ def prepare(
             `weight.grad`. Accumulation, DDP, clipping by norm and `GradScaler` mean the same as before. Clipping by
             value and penalties on the weights in the loss do not. A penalty raises an error if the linear runs once in
             the backward pass, and clipping by value if it leaves many equal entries in step 1, 2, 4, 8 and so on; so
-            does a step of another optimizer than the returned one. With `gradient` the gradients stay plain, and the optimizer rotates them,
-            as it does for `Conv1D` in any case. `tokens`, `inputs` and `outputs` are the other orders, for
-            measurements.
+            does a step of another optimizer than the returned one. With `gradient` the gradients stay plain, and the
+            optimizer rotates them, as it does for `Conv1D` in any case. `tokens`, `inputs` and `outputs` are the other
+            orders, for measurements.
         rotation_dtype: `torch.bfloat16` rotates gradients in bfloat16 with sums in float32, on hardware that has it. It
             rounds, so that a few of the kept entries differ. None: the dtype of the weights, at least float32.
         train_rest: whether everything outside the target weights trains that requires a gradient (the paper). False

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparsegrad.arguments import explained
 from sparsegrad.distributed import refuse_fsdp1
 from sparsegrad.errors import UserError, renamed_arguments
+from sparsegrad.targets_blocks import refuse_partial
 from sparsegrad.targets_errors import describe_linears, explain_missing, explain_unknown_layout, is_linear
 
 # Layer kind -> pattern that must match the whole module name. Many families share names: Gemma, Phi-1 and others are
@@ -51,17 +52,18 @@ def find_mlp(model: nn.Module, target_modules: Names | None = None) -> Linears:
 
     Args:
         model: any module; only its module names matter.
-        target_modules: None detects the one layout of `LAYOUTS` that matches the model's names. Otherwise the name of
-            a layout; a mapping from layer kind to a regular expression for the whole module name; or a list of module
-            names or their ends, as in `peft`, where names that differ only in numbers form one kind
+        target_modules: None detects the one layout of `LAYOUTS` that matches the model's names, in every block.
+            Otherwise the name of a layout; a mapping from layer kind to a regular expression for the whole module name;
+            or a list of module names or their ends, as in `peft`, where names that differ only in numbers form one kind
             (`layers.*.mlp.up_proj`). `mlp=` is an alias.
 
     Returns:
         Layer kind -> module name -> linear. All weights of a kind have one shape.
 
     Raises:
-        UserError: for an unknown or ambiguous layout, an invalid expression, a kind without linears or with mixed
-            shapes, a module of two kinds, a quantized or sharded weight, or one that other modules share.
+        UserError: for an unknown or ambiguous layout, a detected one that some blocks lack, an invalid expression, a
+            kind without linears or with mixed shapes, a module of two kinds, a quantized or sharded weight, or one
+            that other modules share.
     """
     # Before the search, as frozen weights and flat parameters would give misleading errors.
     _refuse_peft(model)
@@ -106,7 +108,7 @@ def _resolve_names(model: nn.Module, names: Names | None) -> dict[str, list[str]
 
 
 def _detect_layout(model: nn.Module) -> dict[str, str]:
-    """The one layout of which the model has every kind."""
+    """The one layout of which the model has every kind, in all of its blocks."""
     # Several names share one layout (BERT, RoBERTa, ...): keep each layout once, under its first name.
     distinct = {tuple(layout.values()): (name, layout) for name, layout in reversed(LAYOUTS.items())}
     fitting = dict(pair for pair in distinct.values() if all(_match_patterns(model, pair[1]).values()))
@@ -119,7 +121,9 @@ def _detect_layout(model: nn.Module) -> dict[str, str]:
         raise UserError(
             f"{type(model).__name__} fits the layouts {', '.join(fitting)}: choose one of them as target_modules="
         )
-    return next(iter(fitting.values()))
+    ((name, layout),) = fitting.items()
+    refuse_partial(model, name, layout, _match_patterns(model, layout))
+    return layout
 
 
 def _match_patterns(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from sparsegrad.errors import UserError, check_number, renamed_arguments
 from sparsegrad.optim.summary import describe
 from sparsegrad.targets import Linears, Names, find_mlp
 
+_ROUNDING = 2.0**-24  # the largest relative error of a number in float32, as kept entries and bases are stored
 _SMALL = 2**16  # entries; smaller tensors outside the MLP are stored whole, such as a head, which no base has
 
 
@@ -61,7 +63,8 @@ def save_adapter(
             kept entries. None: the weights of `target_modules`.
         tolerance: 0 stores the model bit for bit. With a larger value, the change of an MLP weight may be stored as
             kept entries of the rotated space, if that is smaller. They then miss at most this share of the change
-            (Frobenius norm). Needs `optimizer`.
+            (Frobenius norm); they are float32, so that a float64 weight needs a tolerance above about 1e-5 for it.
+            Needs `optimizer`.
         target_modules: without `optimizer`, which weights are SparseGrad, as given to `prepare`; None detects a known
             layout. `mlp=` is an alias.
 
@@ -195,10 +198,14 @@ def _rotate_kind(
     U, V = basis.in_basis, basis.out_basis
     if U is None or V is None:  # with one side rotated the change is not sparse enough to save anything
         return
-    names = [name for name in (_strip_compiled(tensors, own) for own in group["param_names"]) if name in entries]
-    cores = {name: _rotate_change(basis, tensors[name], before[name], tolerance) for name in names}
+    listed = [name for name in (_strip_compiled(tensors, own) for own in group["param_names"]) if name in entries]
+    limits = {name: _limit_dropped(tensors[name], tolerance) for name in listed}
+    names = [name for name in listed if limits[name] > 0]
+    if not names:
+        return
+    cores = {name: _rotate_change(basis, tensors[name], before[name], limits[name]) for name in names}
     # Only rows and columns with a nonzero entry in any core are stored, and only their columns of the basis.
-    used = torch.stack([core != 0 for core in cores.values()]).any(0) if cores else torch.zeros(1, 1)
+    used = torch.stack([core != 0 for core in cores.values()]).any(0)
     rows, columns = used.any(1), used.any(0)  # (out,) and (in,)
     rotated = {
         name: _make_rotated(core[rows][:, columns], entries[name], before[name], group["kind"])
@@ -206,7 +213,7 @@ def _rotate_kind(
     }
     matrices = (V[:, rows].float(), U[:, columns].float())  # (out, c) and (in, r)
     size = sum(matrix.nbytes for matrix in matrices) + sum(entry.size for entry in rotated.values())
-    if cores and size < sum(entries[name].size for name in names):
+    if size < sum(entries[name].size for name in names):
         entries.update(rotated)
         bases.update({f"{group['kind']}.{part}": matrix for part, matrix in zip(BASIS_PARTS, matrices, strict=True)})
 
@@ -218,10 +225,19 @@ def _make_rotated(core: Tensor, old: Entry, before: Tensor, kind: str) -> Entry:
     return Entry("rotated", old.shape, old.dtype, digest(before), flat[index.long()].float(), index, kind)
 
 
-def _rotate_change(basis: Basis, after: Tensor, before: Tensor, tolerance: float) -> Tensor:
-    """The rotated change (out, in), without its smallest entries, which are at most `tolerance` of its norm."""
+def _limit_dropped(weight: Tensor, tolerance: float) -> float:
+    """The share of the change that may be dropped for a total error of `tolerance`; not positive if there is none."""
+    if weight.dtype != torch.float64:  # no more precise than what is stored
+        return tolerance
+    # Of the kept entries, and of each orthogonal matrix of n columns, whose error has a norm of at most sqrt(n) times
+    # that of an entry.
+    return tolerance - _ROUNDING * (1 + sum(math.sqrt(size) for size in weight.shape))
+
+
+def _rotate_change(basis: Basis, after: Tensor, before: Tensor, limit: float) -> Tensor:
+    """The rotated change (out, in), without its smallest entries, which are at most `limit` of its norm."""
     core = basis.rotate(after.detach().cpu().double() - before.detach().cpu().double())
     energy, order = core.flatten().square().sort()  # the basis is orthogonal: the same norm as the change of W
-    dropped = order[energy.cumsum(0) <= tolerance**2 * energy.sum()]
+    dropped = order[energy.cumsum(0) <= limit**2 * energy.sum()]
     core.view(-1)[dropped] = 0
     return core

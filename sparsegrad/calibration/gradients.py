@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any, Protocol
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from sparsegrad.arguments import explained
 from sparsegrad.basis import SIDES, Basis
+from sparsegrad.calibration.buffers import keep_buffers
 from sparsegrad.calibration.grams import Grams
+from sparsegrad.calibration.inputs import check_batches, check_device, read_linears
 from sparsegrad.calibration.loss import Batch, compute_loss
 from sparsegrad.distributed import (
     average_,
@@ -28,7 +30,7 @@ from sparsegrad.distributed import (
     unwrapped,
     whole,
 )
-from sparsegrad.errors import UserError, check_choice, check_integer, first_line
+from sparsegrad.errors import UserError, check_choice, check_integer
 from sparsegrad.layers.lean import LeanLinear
 from sparsegrad.layers.replace import computes_gradient
 from sparsegrad.layers.steps import recheck
@@ -48,7 +50,7 @@ class Progress(Protocol):
 def calibrate(
     model: nn.Module,
     batches: Iterable[Batch],
-    mlp: Mapping[str, Iterable[nn.Linear]],
+    mlp: Mapping[str, Mapping[str, nn.Linear] | Iterable[nn.Linear]],
     steps: int = 30,
     *,
     sides: str = "both",
@@ -60,7 +62,8 @@ def calibrate(
 
     During calibration all parameters except the MLP weights are frozen. No weight changes, and no gradient is kept:
     each is added to the Gram matrices of its kind and released as soon as back-propagation has computed it. Flags,
-    gradients and the train or eval mode are the same after the call as before.
+    gradients, the train or eval mode and the state dict, with the statistics of BatchNorm, are the same after the call
+    as before.
 
     All gradients of a kind are stacked. A batch that does not use a weight (LayerDrop, an expert that no token is sent
     to) adds nothing to the stack, as a gradient of zero would: such a weight counts less in the basis, and a warning
@@ -75,7 +78,7 @@ def calibrate(
             is the loss.
         batches: mappings of tensors with labels; at least `steps` of them. They are read lazily and moved to the
             model's device.
-        mlp: layer kind -> linears whose weights (out, in) share one basis.
+        mlp: what `find_mlp` returns; or layer kind -> linears, whose weights (out, in) share one basis.
         steps: number of batches (paper: 30).
         sides: `both` (the paper), or only `in`, `out` or `small`, the side with fewer features. Decomposing the longer
             side is most of the cost.
@@ -83,7 +86,7 @@ def calibrate(
             first gradient for a model on several devices (`device_map`). For a LLaMA block (4096, 11008) the sums of
             one kind occupy 0.55 GB.
         update: called after each batch, e.g. to take an optimizer step as the authors' code does. The other parameters
-            are then not frozen.
+            are then not frozen, and the statistics of BatchNorm are not set back.
         progress: called as `progress(items, desc=...)` for the batches, and again for the decompositions; `tqdm` fits,
             and shows the remaining time. None: `sparsegrad.progress.track`, which `sparsegrad.progress.silence()` or
             `SPARSEGRAD_QUIET=1` in the environment turns off.
@@ -92,27 +95,27 @@ def calibrate(
         Layer kind -> `Basis`, in the weights' dtype (float32 for lower precisions) and on the model's device.
 
     Raises:
-        UserError: for too few batches, a batch without loss, a weight that gets no gradient (with several processes:
-            not from every batch) or several of one batch, a gradient that is not finite, a model sharded by FSDP1 or
-            tensor parallelism, a model that differs between processes, a device that does not exist, or weights whose
-            gradients an optimizer releases.
+        UserError: for names instead of linears, too few batches, a batch without loss, a weight that gets no gradient
+            (with several processes: not from every batch) or several of one batch, a gradient that is not finite, a
+            model sharded by FSDP1 or tensor parallelism, a model that differs between processes, a device that does not
+            exist, or weights whose gradients an optimizer releases.
     """
     progress = progress or track
     check_integer("steps", steps, at_least=1, remedy="the paper uses 30")
     check_choice("sides", sides, SIDES)
-    _check_device(gram_device)
+    check_device(gram_device)
+    found, source = read_linears(mlp), take_batches(batches, steps)
     model = unwrapped(model)
     _prepare_shards(model)
     check_same_weights(model)
-    found = {kind: list(linears) for kind, linears in mlp.items()}
     weights = {kind: [linear.weight for linear in linears] for kind, linears in found.items()}
     refuse_released(weight for group in weights.values() for weight in group)
     grams = {kind: Grams(sides=sides, device=gram_device) for kind in weights}
     device = next(model.parameters()).device
     names = _names_of(model, weights)
     counts = dict.fromkeys(names, 0)
-    with _lean_gradients(found), _collect_gradients(model, weights, grams, counts, freeze=update is None):
-        source = take_batches(batches, steps)
+    kept = keep_buffers(model) if update is None else nullcontext()
+    with kept, _lean_gradients(found), _collect_gradients(model, weights, grams, counts, freeze=update is None):
         for _ in progress(range(steps), desc="calibration"):
             compute_loss(model, next(source), device).backward()  # type: ignore[no-untyped-call]
             if update is not None:
@@ -132,8 +135,13 @@ def take_batches(batches: Iterable[Batch], steps: int, name: str = "steps") -> I
         name: of the argument that sets `steps` in the function that the user called.
 
     Raises:
-        UserError: when there are fewer, with their number.
+        UserError: at once for what is not several batches; later, when there are fewer, with their number.
     """
+    check_batches(batches, name)
+    return _count_batches(batches, steps, name)
+
+
+def _count_batches(batches: Iterable[Batch], steps: int, name: str) -> Iterator[Batch]:
     count = 0
     for batch in islice(batches, steps):
         yield batch
@@ -144,15 +152,6 @@ def take_batches(batches: Iterable[Batch], steps: int, name: str = "steps") -> I
         raise UserError(
             f"calibration ran out of batches at {count} of {steps}: give more batches, or set {name}={count}"
         )
-
-
-def _check_device(device: torch.device | str | None) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # unknown name, missing backend, wrong type
-        raise UserError(
-            f"gram_device={device} cannot be used ({first_line(error)}): give cpu, or None for that of the weights"
-        ) from None
 
 
 def _prepare_shards(model: nn.Module) -> None:

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsegrad.arguments import show
 from sparsegrad.basis import Basis, small_side
 from sparsegrad.calibration.eigh import is_large, large_eigenvectors, to_host
 from sparsegrad.errors import UserError, check_choice, missing_package
@@ -51,8 +53,11 @@ class Grams:
         """Add one gradient (out, in) to the sums.
 
         Raises:
-            UserError: when its shape differs from that of the first.
+            UserError: when it is not a matrix, or its shape differs from that of the first.
         """
+        if not isinstance(gradient, Tensor) or gradient.ndim != 2:
+            shape = f"has shape {tuple(gradient.shape)}" if isinstance(gradient, Tensor) else f"is {show(gradient)}"
+            raise UserError(f"a gradient {shape}: give tensors (out, in)")
         G = gradient.detach().to(self.device, torch.promote_types(gradient.dtype, torch.float32))
         if self.shape is None:
             self._begin(G)
@@ -152,7 +157,7 @@ def hosvd(gradients: Iterable[Tensor], method: str = "gram") -> Basis:
     """HOSVD of stacked gradients (paper, section 3.1).
 
     Args:
-        gradients: any number of tensors (out, in) of one shape; read once.
+        gradients: any number of tensors (out, in) of one shape, read once; or one tensor (steps, out, in).
         method: `gram` (default), with O(out^2 + in^2) memory; or `stacked`, the reference: an SVD of the unfoldings of
             the whole tensor by `tensorly`.
 
@@ -160,15 +165,27 @@ def hosvd(gradients: Iterable[Tensor], method: str = "gram") -> Basis:
         The basis of both sides, in the gradients' dtype (float32 for lower precisions).
 
     Raises:
-        UserError: for no gradients, different shapes, or a gradient that is not finite.
+        UserError: for what is not a stack of matrices, no gradients, different shapes, or a gradient that is not
+            finite.
     """
     check_choice("method", method, ("gram", "stacked"))
+    _check_stack(gradients)
     if method == "stacked":
         return _hosvd_stacked(list(gradients))
     grams = Grams()
     for gradient in gradients:
         grams.add(gradient)
     return grams.basis()
+
+
+def _check_stack(gradients: Any) -> None:
+    if isinstance(gradients, Tensor) and gradients.ndim != 3:
+        given = f"a tensor {tuple(gradients.shape)}"
+    elif not isinstance(gradients, Iterable):
+        given = show(gradients)
+    else:
+        return
+    raise UserError(f"gradients is {given}: give one tensor (steps, out, in), or several (out, in), as hosvd([G, ...])")
 
 
 def _hosvd_stacked(gradients: list[Tensor]) -> Basis:

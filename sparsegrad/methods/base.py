@@ -143,12 +143,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def adamw(parameters: Iterable[nn.Parameter], context: Context) -> torch.optim.AdamW:
     """Create the AdamW that all methods use: fused, so that comparisons of speed are fair."""
-    trained = list(parameters)
-    optimizer = torch.optim.AdamW(trained, lr=context.lr, weight_decay=context.weight_decay, fused=True)
-    # Fused AdamW does not increment the version of the tensors it writes; `BlockLinear` needs it to see that its core
-    # has changed.
-    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(trained))
-    return optimizer
+    return torch.optim.AdamW(parameters, lr=context.lr, weight_decay=context.weight_decay, fused=True)
 
 
 def count_trainable(model: nn.Module, linears: Linears, per_weight: Mapping[str, int]) -> int:

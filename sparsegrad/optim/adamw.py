@@ -20,8 +20,8 @@ from sparsegrad.optim.finite import all_finite
 from sparsegrad.optim.group_checks import (
     check_group,
     check_hyperparameters,
-    check_implemented,
     check_saved,
+    check_step,
     is_sparse,
 )
 from sparsegrad.optim.groups import with_names
@@ -178,7 +178,8 @@ class SparseGradAdamW(torch.optim.AdamW):
 
         Raises:
             UserError: for a rotated gradient that was clipped by value, a sharded weight, layers whose gradients
-                another optimizer rotates, or a group with an option that SparseGrad lacks; nothing has changed.
+                another optimizer rotates, a sparse gradient in a plain group, or a group with an option that SparseGrad
+                lacks; nothing has changed.
         """
         loss = None
         if closure is not None:
@@ -190,8 +191,8 @@ class SparseGradAdamW(torch.optim.AdamW):
     @without_autocast
     def _update_all(self) -> None:
         sparse = [group for group in self.param_groups if is_sparse(group)]
-        for group in sparse:
-            check_implemented(group)  # somebody may have changed it
+        for group in self.param_groups:
+            check_step(group)
         # Select everything first: a value that is not finite anywhere must stop the update of every weight.
         batches = [(group, weights) for group in sparse for weights in together(group["params"])]
         selections = [select(group, weights, self.state, self._buffers()) for group, weights in batches]

@@ -49,6 +49,20 @@ def check_implemented(group: dict[str, Any]) -> None:
             )
 
 
+def check_step(group: dict[str, Any]) -> None:
+    """Check what may have changed since a group was added: options, and the gradients that torch's AdamW refuses."""
+    if is_sparse(group):
+        check_implemented(group)
+        return
+    for number, weight in enumerate(group["params"]):
+        if (gradient := weight.grad) is not None and gradient.is_sparse:
+            name = group["param_names"][number] if "param_names" in group else f"a parameter {tuple(weight.shape)}"
+            raise UserError(
+                f"{name} has a sparse gradient, which AdamW does not take: build its embedding with sparse=False, or "
+                "freeze it with requires_grad_(False) before the optimizer is made"
+            )
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Check that every weight is a matrix, fits the basis and has enough entries."""
     check_implemented(group)

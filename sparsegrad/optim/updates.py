@@ -39,7 +39,7 @@ def apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor, sc
         index, size = torch.arange(index.shape[1], device=index.device).expand_as(index), index.shape[1]
     values = -selection.values if group.get("maximize") else selection.values
     change = update(states, index, values, size, group, finite)  # (count, k)
-    rate = group["lr"] * group["weight_decay"] * finite if group["weight_decay"] else None
+    rate = _decay_rate(group, finite, change.dtype) if group["weight_decay"] else None
     if rate is not None and "positions" in states[0]:
         change, rate = change - rate * _read_entries(selection, change.dtype), None
     if count == 1 and _adds_in_place(weights[0], change):
@@ -59,6 +59,16 @@ def apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor, sc
         torch._foreach_add_(weights, list(change))  # one kernel for all weights
         return
     add_stochastic_each(weights, change, selection.values, [state["step"] for state in states])
+
+
+def _decay_rate(group: dict[str, Any], finite: Tensor, dtype: torch.dtype) -> Tensor:
+    """The share of a weight that one step takes away, lr * weight_decay or 0: a scalar tensor, for changes of `dtype`.
+
+    Only float64 has its own, because not all devices know it; a rate in float32 would round 1 - 1e-8 to 1.
+    """
+    lr, weight_decay = group["lr"], group["weight_decay"]
+    rate: Tensor = finite.double() * lr * weight_decay if dtype == torch.float64 else lr * weight_decay * finite
+    return rate
 
 
 def _read_entries(selection: Selection, dtype: torch.dtype) -> Tensor:

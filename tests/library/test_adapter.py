@@ -49,6 +49,29 @@ def test_with_a_tolerance_kept_entries_are_stored_and_keep_their_promise(layout:
     check_tolerance(toy_model(layout, torch.float32), toy_batches(layout, 4), tmp_path)
 
 
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-5, 1e-9])
+def test_the_promise_holds_for_float64_whose_entries_are_stored_in_float32(tolerance: float, tmp_path: Path) -> None:
+    base = toy_model("llama", torch.float64)
+    model, fresh = copy.deepcopy(base), copy.deepcopy(base)
+    optimizer = train(model, toy_batches("llama", 4), steps=2, keep=4)
+    saved = save_adapter(model, tmp_path, base, optimizer, tolerance=tolerance)
+    assert ("rotated" in saved.forms) == (tolerance > 1e-6)
+    load_adapter(fresh, tmp_path).merge()
+    for found, wanted, old in zip(fresh.parameters(), model.parameters(), base.parameters(), strict=True):
+        assert (found - wanted).norm() <= tolerance * (wanted - old).norm()
+
+
+def test_with_a_tolerance_a_kind_that_did_not_change_is_left_out(tmp_path: Path) -> None:
+    base = toy_model("llama", torch.float32)
+    model = copy.deepcopy(base)
+    optimizer = train(model, toy_batches("llama", 4), steps=2, keep=4)
+    names = optimizer.param_groups[0]["param_names"]
+    for name in names:
+        model.get_parameter(name).data.copy_(base.get_parameter(name))
+    save_adapter(model, tmp_path, base, optimizer, tolerance=1e-3)
+    assert not set(names) & set(json.loads((tmp_path / FACTS).read_text())["tensors"])
+
+
 def test_an_adapter_prints_where_it_is_from_and_whether_it_is_merged(trained: Trained, saved: Path) -> None:
     adapter = load_adapter(copy.deepcopy(trained[0]), saved)
     assert repr(adapter).startswith(f"Adapter({str(saved)!r}, base='ToyBert', ")

@@ -17,6 +17,7 @@ ORDER = (
     ("arguments", "files", "distributed", "device"),
     ("basis",),
     ("targets_errors",),
+    ("targets_blocks",),
     ("targets",),
     ("optim",),
     ("layers",),

@@ -110,6 +110,21 @@ def test_describe_refuses_other_optimizers() -> None:
         describe(torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
 
 
+def test_a_layout_that_some_blocks_lack_is_refused_and_both_remedies_work() -> None:
+    """A mixture of experts with one dense block, whose other MLPs would train densely; a pruned block has nothing."""
+    model = toy_model("llama")
+    blocks = model.model.layers
+    blocks.append(nn.Identity())
+    assert len(find_mlp(model)["up"]) == 2
+    blocks[1].mlp.shared, blocks[1].mlp.up_proj = nn.Module(), None
+    blocks[1].mlp.shared.up_proj = nn.Linear(16, 8)
+    expected = r'layout llama in 1 of 2 blocks of model\.layers, .*target_modules=\[\.\.\.\], or .*="llama" .*up_proj'
+    with pytest.raises(UserError, match=expected):
+        find_mlp(model)
+    assert list(find_mlp(model, "llama")["up"]) == ["model.layers.0.mlp.up_proj"]
+    assert list(find_mlp(model, ["up_proj"])) == ["model.layers.*.mlp.up_proj", "model.layers.*.mlp.shared.up_proj"]
+
+
 def frozen(model: Any) -> None:
     model.bert.encoder.layer[1].output.dense.weight.requires_grad_(False)
 

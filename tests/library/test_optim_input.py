@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from optim_cases import IN, OUT, groups, network
-from torch import nn
+from torch import Tensor, nn
 
 from sparsegrad import Basis, SparseGradAdamW, UserError
 
@@ -73,6 +73,29 @@ def test_an_option_that_sparsegrad_lacks_is_refused_where_it_is_set_later() -> N
     with pytest.raises(UserError, match="amsgrad=True has no effect"):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_sparse_gradient_of_a_plain_group_is_refused_before_anything_moves(named: bool) -> None:
+    model, embedding = network(), nn.Embedding(5, IN, sparse=True).double()
+    optimizer = SparseGradAdamW([{"params": [("up", model[0].weight)], "keep": 3}] if named else groups(model, keep=3))
+    optimizer.add_param_group({"params": [("words", embedding.weight)] if named else [embedding.weight]})
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(embedding(torch.tensor([1, 3]))).sum().backward()
+        optimizer.step()
+
+    def everything() -> list[Tensor]:
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        return [one.detach().clone() for one in [*model.parameters(), embedding.weight, *states]]
+
+    embedding.sparse = False
+    step()
+    before, embedding.sparse = everything(), True
+    with pytest.raises(UserError, match=rf"^{'words' if named else '.*5, 8.*'} has a sparse gradient.*sparse=False"):
+        step()
+    assert all(map(torch.equal, everything(), before))
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -53,6 +53,21 @@ def test_a_step_is_that_of_whole_matrices(
     assert torch.allclose(*found, atol=1e-12)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("keep", [3, 1920])
+def test_weight_decay_of_float64_is_as_precise_as_torch_s(count: int, keep: int) -> None:
+    """Without gradients weights only decay, here by 1e-8, which a factor in float32 does not have."""
+    found: list[Tensor] = []
+    for make, group in ((SparseGradAdamW, {"keep": keep}), (torch.optim.AdamW, {})):
+        weights = [nn.Parameter(draw(48, 40, seed=seed)) for seed in range(count)]
+        optimizer = make([{"params": weights, **group}], lr=1e-5, weight_decay=1e-3)
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        found.append(torch.stack(weights).detach())
+    assert torch.allclose(*found, rtol=1e-15, atol=0)
+
+
 @pytest.mark.parametrize("size", [0, 7, 8, 64, 1000, 1001])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
 def test_true_entries_are_found_in_order(size: int, share: float) -> None:

@@ -16,7 +16,7 @@ from transformers import BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from sparsegrad import Basis, UserError, calibrate, find_mlp
-from sparsegrad.methods.base import Context, Prepared, adamw
+from sparsegrad.methods.base import Context, Prepared
 from sparsegrad.methods.lora import Lora
 from sparsegrad.methods.meprop import MeProp
 from sparsegrad.methods.sparsegrad import SparseGrad
@@ -191,16 +191,6 @@ def test_a_given_basis_and_a_training_calibration_exclude_each_other(tmp_path: P
 def test_the_authors_method_refuses_weights_whose_sides_are_the_other_way_round() -> None:
     with pytest.raises(UserError, match=r"not Conv1D.*method=sparsegrad"):
         SparseGradAuthors(keep=2).check({"up": {"a": Conv1D(4, 3)}})
-
-
-def test_a_fused_step_counts_as_a_write() -> None:
-    """`BlockLinear` merges its core when it was written; torch's fused AdamW does not count its writes."""
-    parameter = torch.nn.Parameter(torch.zeros(3))
-    optimizer = adamw([parameter], context(train_rest=False))
-    parameter.grad = torch.ones(3)
-    before = parameter._version
-    optimizer.step()
-    assert parameter._version > before
 
 
 def test_lora_of_the_authors_draws_a_as_if_its_fan_in_were_the_rank(model: nn.Module) -> None:
