@@ -41,7 +41,7 @@ def test_weight_decay_of_finer_weights_is_one_product_before_the_change(dtype: t
     zeros = [nn.Parameter(torch.zeros_like(weight)) for weight in plain]
     give_gradients(zeros, 0)
     SparseGradAdamW([{"params": zeros, **group}], lr=1e-2).step()
-    factor = 1 - torch.tensor(1e-2 * 0.1)  # a tensor of float32, as a flag times a number is
+    factor = 1 - torch.tensor(1e-2 * 0.1, dtype=dtype)  # of the weight's precision
     for weight, before, change in zip(decayed, plain, zeros, strict=True):
         assert torch.equal(weight, before * factor + change)
 
