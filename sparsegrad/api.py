@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparsegrad.arguments import explained
 from sparsegrad.basis import SIDES, Basis
 from sparsegrad.calibration.gradients import Progress, calibrate, take_batches
+from sparsegrad.calibration.inputs import refuse_one_batch
 from sparsegrad.calibration.loss import Batch
 from sparsegrad.distributed import check_same_weights, is_managed, is_shard, refuse_shards, reshard, unwrapped
 from sparsegrad.errors import (
@@ -184,10 +185,9 @@ def prepare(
     SparseGradAdamW(model.parameters(), lr=lr, **adamw)
     if bases is None:
         assert batches is not None
-        by_kind = {kind: found.values() for kind, found in linears.items()}
         taken = take_batches(batches, calibration_steps, "calibration_steps")  # too few: names this argument
         bases = calibrate(
-            model, taken, by_kind, calibration_steps, sides=sides, gram_device=gram_device, progress=progress
+            model, taken, linears, calibration_steps, sides=sides, gram_device=gram_device, progress=progress
         )
     else:
         check_same_weights(model)  # `calibrate` checks this in the other case
@@ -209,8 +209,7 @@ def _check_arguments(batches: Any, lr: Any, bases: Any, calibration_steps: Any, 
     check_rate("lr", lr)
     check_choice("sides", options.sides, SIDES)
     check_choice("moments", options.moments, tuple(MOMENTS))
-    if isinstance(batches, Mapping):
-        raise UserError("batches is one batch: give several, as a list of batches or a DataLoader")
+    refuse_one_batch(batches)
     if bases is None:
         check_integer("calibration_steps", calibration_steps, at_least=1, remedy="the paper uses 30")
     if batches is None and bases is None:

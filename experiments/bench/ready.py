@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-
 from experiments.bench.arms import lora_rank
 from experiments.bench.settings import Setting
 from experiments.paths import CONF
 from sparsegrad.methods.base import Method
+from sparsegrad.runs.composing import compose_run
 from sparsegrad.runs.config import build
 
 
 def make_method(option: str, setting: Setting) -> Method:
     """The method of `conf/method/<option>.yaml`, with about the density of `setting` where its size can be set."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        method: Any = build(compose("config", [f"method={option}"])).method
+    method: Any = build(compose_run([f"method={option}"], CONF)).method
     resized: Method = replace(method, **_choose_size(method, setting))
     return resized
 

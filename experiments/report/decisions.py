@@ -39,7 +39,7 @@ class Decision:
     Attributes:
         verdict: SUPPORTED, CONTRADICTED, UNDECIDED or NOT_TESTED.
         measured: what was measured, or why nothing was.
-        interval: of an undecided part that has one, at 95 %.
+        interval: at 95 %; None for a part without one.
         unit: of the interval.
         mixed: of an undecided part without an interval: what speaks for it and what against.
         seeds: paired seeds; 0 where the part has none.
@@ -230,13 +230,14 @@ def _decide_grade(context: Context, spec: Spec) -> Iterable[Decision]:
     is_above = all(one is not None and one[0] > 0 for one in single)
     is_below = all(one is not None and one[1] < 0 for one in joint)
     verdict = SUPPORTED if is_above else CONTRADICTED if is_below else UNDECIDED
-    widest = max(filter(None, single), key=_width, default=None)
+    widest = max(filter(None, single), key=width, default=None)
     # The interval is over questions: it knows nothing of how much another seed would change.
     seeds = min(count_answers(graded, model, method) for method in methods)
     yield Decision(verdict, f"{model}: {shown}", widest, "in grade", seeds=seeds, see=see)
 
 
-def _width(interval: tuple[float, float]) -> float:
+def width(interval: tuple[float, float]) -> float:
+    """Of an interval."""
     return interval[1] - interval[0]
 
 

@@ -16,11 +16,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from optuna.trial import Trial
 
 from experiments.paths import CONF
 from sparsegrad.progress import silence
+from sparsegrad.runs.composing import compose_run
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.sweeps.config import SweepPlan, make_plan
 from sparsegrad.sweeps.leases import BEAT
@@ -142,8 +142,7 @@ def make_load_plan(load: Load, where: str) -> LoadPlan:
         f"sweep.storage='{where}'", f"sweep.trials={load.trials}", f"sweep.heartbeat={load.heartbeat}",
         f"sweep.sampler={load.sampler}", f"sweep.pruner={load.pruner}",
     ]  # fmt: skip
-    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        plan = make_plan(compose("config", overrides))
+    plan = make_plan(compose_run(overrides, CONF))
     return LoadPlan(sweep=plan.sweep, space=plan.space, composed=plan.composed, base=plan.base)
 
 

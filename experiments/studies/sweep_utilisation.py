@@ -20,11 +20,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from optuna.trial import FrozenTrial
 
 from experiments.paths import CONF, ROOT
 from sparsegrad.files import write_json
+from sparsegrad.runs.composing import compose_run
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.sweeps.config import make_plan
 from sparsegrad.sweeps.pool import start_workers
@@ -48,8 +48,7 @@ def sweep(folder: Path, workers: int, trials: int) -> list[FrozenTrial]:
         f"sweep.trials={trials}",
         f"results_dir={folder}",
     ]
-    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        composed = compose("config", overrides)
+    composed = compose_run(overrides, CONF)
     shared = open_study(make_plan(composed))
     for worker in start_workers(composed, workers):
         worker.join()

@@ -47,13 +47,18 @@ def _refuse_linears(what: str, value: Any, mlp: Any) -> UserError:
 
 def check_batches(batches: Any, name: str) -> None:
     """Raise `UserError` for what is not several batches; the argument `name` sets how many are used."""
-    if isinstance(batches, Mapping):
-        raise UserError("batches is one batch: give several, as a list of batches or a DataLoader")
+    refuse_one_batch(batches)
     # Not `iter(batches)`: that of a DataLoader starts its workers. A dataset may have `__getitem__` alone.
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
         raise UserError(
             f"batches is {show(batches)}: give a list of batches or a DataLoader, and their number as {name}="
         )
+
+
+def refuse_one_batch(batches: Any) -> None:
+    """Raise `UserError` for one batch in place of several."""
+    if isinstance(batches, Mapping):
+        raise UserError("batches is one batch: give several, as a list of batches or a DataLoader")
 
 
 def check_device(device: torch.device | str | None) -> None:

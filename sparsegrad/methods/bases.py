@@ -39,12 +39,11 @@ def calibrated_bases(
         update: called after every batch, for a calibration that also trains. Such a calibration is never read from
             the store, because its updates would be missing.
     """
-    mlp = {kind: list(found.values()) for kind, found in linears.items()}
     batches = islice(context.batches(), steps)
     # Settings name the stored basis; `both`, the default, is left out of the name.
     settings = {"steps": steps, **({} if sides == "both" else {"sides": sides})} if update is None else None
     return context.calibrated(
-        settings, lambda: calibrate(model, batches, mlp, steps, sides=sides, update=update, progress=track)
+        settings, lambda: calibrate(model, batches, linears, steps, sides=sides, update=update, progress=track)
     )
 
 

@@ -49,10 +49,11 @@ def _set_in_copy(overrides: Sequence[str], conf: Path) -> DictConfig:
     parsed = [_parse(one) for one in overrides]
     if not all(map(_is_plain, parsed)):
         raise ValueError("more than choices and values")
-    choices = tuple(str(one.input_line) for one in parsed if _is_choice(one, conf))
-    composed = copy.deepcopy(_compose_choices(conf, choices, _list_files(conf)))
+    choices = [one for one in parsed if _is_choice(one, conf)]
+    words = tuple(str(one.input_line) for one in choices)
+    composed = copy.deepcopy(_compose_choices(conf, words, _list_files(conf)))
     for one in parsed:
-        if not _is_choice(one, conf):
+        if one not in choices:
             OmegaConf.update(composed, one.key_or_group, one.value(), merge=True)
     return composed
 

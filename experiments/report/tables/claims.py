@@ -24,6 +24,7 @@ from experiments.report.decisions import (
     UNDECIDED,
     Decision,
     decide,
+    width,
 )
 from experiments.report.tables.accuracy import AVERAGE, LOGGED_SEEDS, logs
 from experiments.report.tables.base import Context, Table
@@ -94,7 +95,7 @@ def _describe_open(parts: Sequence[Decision]) -> str:
     intervals = {one.interval: one.unit for one in parts if one.interval is not None}
     if not intervals:
         return UNDECIDED
-    low, high = max(intervals, key=lambda one: one[1] - one[0])
+    low, high = max(intervals, key=width)
     unit, which = intervals[low, high], "interval" if len(intervals) == 1 else "widest interval"
     digits = 3 if unit == "in loss" else 2
     return f"undecided: the {which} is {low:+.{digits}f} to {high:+.{digits}f} {unit}"
