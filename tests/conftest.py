@@ -1,7 +1,4 @@
-"""Where the tests write: in memory, where there is room for it.
-
-Runs and searches sync what they write. On a disk that takes its time the suite waits as long as it computes.
-"""
+"""How the suite uses the machine: what the tests write stays in memory, and workers that wait cost no time."""
 
 from __future__ import annotations
 
@@ -10,14 +7,26 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
+
 MEMORY = Path("/dev/shm")
 NEEDED_BYTES = 4 << 30
 
 
 def pytest_configure() -> None:
-    """Choose the folder before pytest and the first test make files; processes that tests start inherit it."""
+    """Choose the folder before pytest and the first test make files; processes that tests start inherit it.
+
+    Runs and searches sync what they write. On a disk that takes its time the suite waits as long as it computes.
+    """
     if "TMPDIR" in os.environ or not os.access(MEMORY, os.W_OK):
         return
     if shutil.disk_usage(MEMORY).free >= NEEDED_BYTES:
         os.environ["TMPDIR"] = str(MEMORY)
         tempfile.tempdir = None  # what was found before
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n logical`: half as many again as the machine has cores; some tests wait for processes that they start."""
+    cores = os.cpu_count() or 1
+    return cores + cores // 2

@@ -17,6 +17,7 @@ from evidence_commands import FAKE, lose_hub
 from evidence_commands import empty_glue as empty_glue  # the fixtures
 from evidence_commands import places as places  # the fixtures
 from evidence_commands import results as results
+from quick_python import quick_python
 from run_fixtures import ROOT, TINY
 
 from experiments.reproduce import search_all
@@ -85,7 +86,7 @@ def test_a_killed_search_continues_where_it_stopped(
     results: Path, places: list[str], empty_glue: str, tmp_path: Path
 ) -> None:
     slow = ["protocol.patience=400", "sweep.pruner=none"]  # milliseconds of a run of the stand-in
-    command = [sys.executable, "-m", "experiments.reproduce.search_all", "--methods", "full", "--tasks", "mrpc"]
+    command = [quick_python(), "-m", "experiments.reproduce.search_all", "--methods", "full", "--tasks", "mrpc"]
     command += ["--data", empty_glue, *FAKE, *places, *slow]
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL)
     runs = results / "runs"

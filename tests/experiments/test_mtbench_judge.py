@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from judge_cases import PROMPTS, QUESTIONS, TURNS, run, verdicts, write_answers
 from judge_server import Judge, Says
+from quick_python import quick_python
 from run_fixtures import ROOT, environment
 
 from experiments.mtbench import compute_scores, side_by_side
@@ -120,7 +120,7 @@ def test_a_killed_grading_goes_on_where_it_was(folder: Path, judge: Judge) -> No
     folders = [str(ROOT / "tests" / name) for name in ("experiments", "support")]
     code = f"import sys; sys.path[:0] = {folders}; import test_mtbench_judge as t; t.grade_here()"
     env = environment(PYTHONPATH=str(ROOT), FOLDER=str(folder), URL=judge.url)
-    process = subprocess.Popen([sys.executable, "-c", code], env=env, cwd=ROOT)
+    process = subprocess.Popen([quick_python(), "-c", code], env=env, cwd=ROOT)
     path = folder / "model_judgment" / "j_single.jsonl"
     deadline = time.monotonic() + 60
     while not read_lines(path) and time.monotonic() < deadline:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from quick_python import quick_python
 from run_fixtures import ROOT, environment
 
 # The last is a console without Unicode on which Python takes file names and files for ASCII too.
@@ -21,10 +22,9 @@ ENCODINGS = {
 
 def start(*command: str, folder: Path, **env: str) -> subprocess.CompletedProcess[bytes]:
     """A command of the project in a process of its own, its output as bytes."""
-    paths = {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment(**paths, **env), capture_output=True, check=False
-    )
+    python = sys.executable if "LC_ALL" in env else quick_python()  # which has its locale already
+    there = environment(PYTHONPATH=str(ROOT), **env)
+    return subprocess.run([python, *command], cwd=folder, env=there, capture_output=True, check=False)
 
 
 @pytest.mark.parametrize("name", ENCODINGS)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
+from quick_python import quick_python
 
 from sparsegrad.cli.running import KEPT_PRODUCTS
 from sparsegrad.precision import has_bfloat16_products
@@ -86,7 +86,7 @@ print(held[-1] - held[49])
 def growth(how: str) -> float:
     environment = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
     ran = subprocess.run(
-        [sys.executable, "-c", GROWTH, how], env=environment, capture_output=True, text=True, check=False
+        [quick_python(), "-c", GROWTH, how], env=environment, capture_output=True, text=True, check=False
     )
     if "mallinfo2" in ran.stderr:
         pytest.skip("this C library does not tell what malloc holds")

@@ -9,7 +9,6 @@ import pickle
 import re
 import shlex
 import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick_python import quick_python
 from run_fixtures import Composer, environment, last_wins
 from transformers import (
     BertConfig,
@@ -95,7 +95,7 @@ def carry_out(remedy: str) -> str:
     found = re.search(r'(python -c ".*?"), then set (model\.\w+=\S+)', remedy)
     assert found, remedy
     words = shlex.split(found[1])
-    subprocess.run([sys.executable, *words[1:]], env=environment(), check=True, capture_output=True)
+    subprocess.run([quick_python(), *words[1:]], env=environment(), check=True, capture_output=True)
     return found[2]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick_python import quick_python
 from run_fixtures import ROOT, Composer, environment, last_wins
 from safetensors.torch import load_file, save_file
 from test_runs import Stop
@@ -163,7 +163,7 @@ def test_an_adapter_of_peft_is_refused_before_data_is_read_and_the_remedy_works(
         run(config)
     _, _, rest = str(refused.value).partition('python -c "')
     code, _, rest = rest.partition('"')
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=environment(PYTHONPATH=str(ROOT)))
+    subprocess.run([quick_python(), "-c", code], cwd=tmp_path, check=True, env=environment(PYTHONPATH=str(ROOT)))
     assert f"model.tokenizer={source}" in rest
     merged = made(f"model.source={tmp_path / 'merged'}", f"model.tokenizer={source}")
     assert run(merged)[0]["status"] == "complete"
