@@ -1,4 +1,9 @@
-"""SparseGrad: parameter-efficient fine-tuning of the MLP layers of transformers (arXiv 2410.07383)."""
+"""SparseGrad: parameter-efficient fine-tuning of the MLP layers of transformers (arXiv 2410.07383).
+
+`prepare` returns the optimizer of a model, `describe` lists what it trains, and `save_adapter` stores what changed. The
+names below are all public names of the library, which needs torch, numpy and safetensors only. `sparsegrad.runs` and
+`sparsegrad.sweeps`, which need extras, are the code behind run.py.
+"""
 
 from sparsegrad import interrupt as interrupt  # first, before torch is imported
 from sparsegrad.adapter.hub import push_to_hub

@@ -1,4 +1,8 @@
-"""The two-line entry point: `prepare` calibrates a model and returns its optimizer."""
+"""The two-line entry point: `prepare` calibrates a model and returns its optimizer.
+
+It finds the weights (`targets`), computes their bases (`calibration`), changes the model for the engine (`layers`) and
+makes the parameter groups (`optim`).
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,7 @@ from sparsegrad.calibration.gradients import Progress, calibrate, take_batches
 from sparsegrad.calibration.inputs import refuse_one_batch
 from sparsegrad.calibration.loss import Batch
 from sparsegrad.distributed import check_same_weights, is_managed, is_shard, refuse_shards, reshard, unwrapped
-from sparsegrad.errors import (
-    UserError,
-    check_choice,
-    check_integer,
-    renamed_arguments,
-    warn_renamed,
-)
+from sparsegrad.errors import UserError, check_choice, check_integer, renamed_arguments, warn_renamed
 from sparsegrad.layers.common import check_linear
 from sparsegrad.layers.replace import rotate_gradients, use_blocks
 from sparsegrad.layers.shards import check_shards
@@ -33,7 +31,7 @@ from sparsegrad.optim.groups import core_groups, param_groups
 from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.optim.orders import ORDERS
 from sparsegrad.optim.release import refuse_released
-from sparsegrad.optim.rest import check_rest, find_saved, outside, set_rest_rate, train_only
+from sparsegrad.optim.rest import check_rest, find_saved, freeze_rest, outside, set_rest_rate
 from sparsegrad.optim.rotation import check_rotation_dtype
 from sparsegrad.optim.selection import count_kept
 from sparsegrad.optim.summary import describe
@@ -195,7 +193,7 @@ def prepare(
     # Counted first: engine `fast` adds its cores to the model's parameters.
     size = sum(parameter.numel() for parameter in model.parameters())
     if not train_rest:
-        train_only(model, rest, saved)
+        freeze_rest(model, rest, saved)
     optimizer = SparseGradAdamW(_make_groups(model, linears, bases, options), lr=lr, **adamw)
     optimizer.model_size = size
     if rest_lr is not None:

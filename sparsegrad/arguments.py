@@ -55,6 +55,7 @@ def explained(notes: Mapping[str, str] | None = None, more: Iterable[str] = ()) 
     def decorate(function: Function) -> Function:
         parameters = inspect.signature(function).parameters
         order = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
+        required = [name for name in order if parameters[name].default is inspect.Parameter.empty]
         known = [name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD] + list(more)
         checked = {name: _CLASSES[name] for name in known if name in _CLASSES and parameters[name].annotation != "Any"}
         form = f"{function.__name__}({', '.join(order)}{', ...' if len(order) < len(parameters) else ''})"
@@ -67,6 +68,8 @@ def explained(notes: Mapping[str, str] | None = None, more: Iterable[str] = ()) 
             for name, value in {**dict(zip(order, args, strict=False)), **given}.items():
                 if name in checked and not isinstance(value, checked[name][0]):
                     raise UserError(f"{name} is {show(value)}, not {checked[name][1]}: call {form}")
+            if missing := [name for name in required[len(args) :] if name not in given]:
+                raise UserError(f"{function.__name__} needs {', '.join(missing)}: call {form}")
             return function(*args, **given)
 
         return call  # type: ignore[return-value]

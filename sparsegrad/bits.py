@@ -1,4 +1,7 @@
-"""The bits of numbers, read as integers."""
+"""The bits of numbers, read as integers.
+
+Comparisons and sums of these are exact and the same on every device.
+"""
 
 from __future__ import annotations
 

@@ -181,7 +181,9 @@ def check_choice(name: str, value: Any, choices: Collection[Any], remedy: str = 
     """
     if value not in choices:
         written = [none if one is None else str(one) for one in choices]
-        hint = did_you_mean(value, written) if isinstance(value, str) else ""
+        # "None" is nearer to `online` than to `null`.
+        meant = none if value == "None" and None in choices else value
+        hint = did_you_mean(meant, written) if isinstance(value, str) else ""
         # Quotes tell a text from the choice that is printed alike, such as the text None.
         shown = repr(value) if isinstance(value, str) and value in written else value
         raise fail(name, shown, "choose one of " + ", ".join(written), "; ".join(filter(None, (hint, remedy))))

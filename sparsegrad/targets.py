@@ -1,9 +1,12 @@
-"""Which weights SparseGrad trains: the MLP linears of a model by layer kind, found by their module names."""
+"""Which weights SparseGrad trains: the MLP linears of a model by layer kind, found by their module names.
+
+`LAYOUTS` has the known layouts, and `find_mlp` the rules for names.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -236,15 +239,17 @@ def is_quantized(weight: Tensor) -> bool:
 
 def _refuse_shared(model: nn.Module, linears: Linears) -> None:
     """Raise `UserError` for a weight with several names: training it under one name would change all."""
+    if names := find_tied(model, {f"{name}.weight" for found in linears.values() for name in found}):
+        raise UserError(f"one weight is tied under the names {', '.join(names)}: untie it, or leave it out")
+
+
+def find_tied(model: nn.Module, wanted: Collection[str]) -> list[str]:
+    """All names of the first parameter that has several, one of them in `wanted`; empty if there is none."""
     named: dict[int, list[str]] = {}
     # With duplicates: by default torch lists a tied parameter only under its first name.
     for name, parameter in model.named_parameters(remove_duplicate=False):
         named.setdefault(id(parameter), []).append(name)
-    for found in linears.values():
-        for linear in found.values():
-            names = named.get(id(linear.weight), [])
-            if len(names) > 1:
-                raise UserError(f"one weight is tied under the names {', '.join(names)}: untie it, or leave it out")
+    return next((names for names in named.values() if len(names) > 1 and not set(names).isdisjoint(wanted)), [])
 
 
 def all_linears(linears: Linears) -> Iterator[nn.Linear]:

@@ -12,7 +12,7 @@ import torch
 from experiments.bench.settings import PRECISIONS
 from sparsegrad.errors import fail
 from sparsegrad.precision import has_bfloat16_products
-from sparsegrad.runs.environment import hardware
+from sparsegrad.runs.environment import hardware, name_device
 
 
 def default_threads() -> int:
@@ -33,18 +33,12 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Raise `UserError` for a precision that the device does not support."""
     allowed = precisions(device)
     if precision not in allowed:
-        raise fail("precision", precision, f"{machine_name(device)} has {', '.join(allowed)}", "choose one of these")
-
-
-def machine_name(device: torch.device) -> str:
-    """The marketing name of the GPU or CPU."""
-    facts = hardware(device)
-    return str(facts.get("gpu", facts["cpu"]))
+        raise fail("precision", precision, f"{name_device(device)} has {', '.join(allowed)}", "choose one of these")
 
 
 def slug(device: torch.device, threads: int) -> str:
     """A short name for files, such as cpu-2-amd-epyc or nvidia-h100."""
-    name = machine_name(device).lower()
+    name = name_device(device).lower()
     words = re.sub(r"\((r|tm)\)|@.*|\b\d+ ?gb\b|\b(hbm\d*e?|pcie|sxm\d*|nvl|cpu|processor)\b", " ", name)
     short = "-".join(re.findall(r"[a-z0-9]+", words)[:4]) or "unknown"
     return short if device.type == "cuda" else f"cpu-{threads}-{short}"

@@ -11,6 +11,7 @@ from experiments.bench.arms import ARMS
 from experiments.bench.results import mlp_of
 from experiments.bench.settings import Setting
 from sparsegrad.files import write_text
+from sparsegrad.runs.environment import read_device_name
 
 PREDICTED_BATCHES = (4, 16, 32, 64)  # of 128 tokens
 _HEAD = (
@@ -53,8 +54,7 @@ def _lines(document: Mapping[str, Any]) -> Iterable[str]:
 
 def _preamble(document: Mapping[str, Any]) -> Iterable[str]:
     hardware, versions = document["hardware"], document["versions"]
-    device = hardware.get("gpu", hardware["cpu"])
-    yield f"# Speed and memory: {device}"
+    yield f"# Speed and memory: {read_device_name(hardware)}"
     yield ""
     yield f"{hardware['threads']} CPU threads; torch {versions['torch']}, transformers {versions['transformers']},"
     yield f"peft {versions['peft']}. Random weights; batches of random tokens, with the token lengths of a task."

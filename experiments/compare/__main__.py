@@ -19,7 +19,7 @@ from experiments.report.comparison.block import SHARED, find_shared
 from experiments.report.comparison.notes import PLANS as PLANS
 from experiments.report.comparison.table import write_comparison
 from experiments.report.plans import EvidencePlan
-from experiments.reproduce import commands, dry_run, evidence, search_all
+from experiments.reproduce import commands, dry_run, evidence, making, search_all
 from experiments.reproduce.cells import Cell, in_evidence, list_with_waiting
 from experiments.reproduce.commands import last_wins, split_names
 from experiments.reproduce.counting import force_uncounted
@@ -68,7 +68,7 @@ class EndedPlan:
     """How a plan has ended: its status so far, the cells that this call made, and the arms that are left out."""
 
     status: int = 0
-    outcome: evidence.Outcome | None = None
+    outcome: making.Outcome | None = None
     left_out: tuple[str, ...] = ()
 
     def report(self) -> int:
@@ -152,7 +152,7 @@ def compare(name: str, request: Request) -> EndedPlan:
         _list_missing(mine)
         return EndedPlan(status)
     ready = [cell for cell in mine if cell.waits is None]
-    outcome = evidence.make_cells(ready, request.workers) if ready else None
+    outcome = making.make_cells(ready, request.workers) if ready else None
     print(write_comparison(request.results, name), flush=True)
     return EndedPlan(status, outcome, tuple(_explain_left_out(arms, found, cells)))
 

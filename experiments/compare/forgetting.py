@@ -27,7 +27,7 @@ from experiments.compare.methods import find_method
 from experiments.report.comparison.block import SHARED
 from experiments.report.comparison.forgotten import FOLDER, describe_texts, read_forgetting
 from experiments.report.comparison.table import write_comparison
-from experiments.reproduce import commands, dry_run, evidence
+from experiments.reproduce import commands, dry_run, making
 from experiments.reproduce.cells import Cell, in_evidence, list_cells
 from experiments.reproduce.commands import carried, last_wins, split_names
 from experiments.reproduce.places import check_places
@@ -179,7 +179,7 @@ def _measure_cells(
     for one in again:
         one.config.record_path.unlink(missing_ok=True)  # else a run whose adapter was deleted counts as done
     if again:
-        evidence.make(again, workers)
+        making.make(again, workers)
     model = load_model(config.model, config.task, tokenizer, torch.float32, sources.model)
     measure = functools.partial(mean_loss, model, tokenizer, texts, about["tokens"])
     before, failed = measure(), dict[str, str]()

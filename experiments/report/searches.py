@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 from experiments.report.runs import EvidenceRun
 from experiments.report.tables.hyperparams import summaries
 from sparsegrad.errors import UserError
+from sparsegrad.runs.environment import read_device_name
 from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps.search_results import KEY as RATE
 
@@ -84,8 +85,7 @@ class Searches:
 
 def machine_of(record: Mapping[str, Any]) -> str:
     """The GPU that a record names, its CPU if the run used none, or empty."""
-    hardware = record.get("environment", {}).get("hardware") or {}
-    return str(hardware.get("gpu" if hardware.get("device") == "cuda" else "cpu") or "")
+    return read_device_name(record.get("environment", {}).get("hardware") or {})
 
 
 def _read_machine(path: Path) -> str:

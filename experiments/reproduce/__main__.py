@@ -15,7 +15,7 @@ from pathlib import Path
 
 from experiments.paths import ROOT, SCALES
 from experiments.report.blocks import BLOCKS
-from experiments.reproduce import benchmarks, commands, evidence, search_all, searches
+from experiments.reproduce import benchmarks, commands, evidence, making, search_all, searches
 from experiments.reproduce.cells import (
     ELSEWHERE,
     EXPERIMENTS,
@@ -79,7 +79,7 @@ def _group(cells: list[Cell], options: argparse.Namespace) -> int:
         show(cells)
         return 0
     if options.launcher == "local":
-        return evidence.make(cells, workers=1, threads=None)
+        return making.make(cells, workers=1, threads=None)
     return _launch(cells, options.launcher)
 
 
@@ -159,9 +159,9 @@ def _launch(cells: Sequence[Cell], launcher: str) -> int:
     for group in ([cell for cell in missing if cell.takes_data is data] for data in (True, False)):
         if group:
             run_to_its_end(_multirun(group, launcher))
-    failed = {cell.label: evidence.read_reason(cell) for cell in missing if not watch.is_made(cell)}
+    failed = {cell.label: making.read_reason(cell) for cell in missing if not watch.is_made(cell)}
     complete, done = sum(map(watch.is_made, cells)), len(missing) - len(failed)
-    return evidence.Outcome(complete=complete, planned=len(cells), done=done, failed=failed).report()
+    return making.Outcome(complete=complete, planned=len(cells), done=done, failed=failed).report()
 
 
 def _multirun(cells: Sequence[Cell], launcher: str) -> list[str]:

@@ -163,17 +163,13 @@ def make(
         return 0
     if plots and (stale or not all(one.is_summarised for one in found)):
         check_plot_packages()  # now: the plots are drawn when a search has taken its hours
-    for one in stale:
-        if stale_searches.find_staleness(one):  # again: another call may have begun it anew meanwhile
-            stale_searches.delete_search(one)
-    for one in found:  # also those that others finished, but that have no summary yet
-        export_finished(one, plots=plots)
+    stale_searches.delete_stale(stale)
+    _export_all(found, plots=plots)  # also those that others finished, but that have no summary yet
     if launcher == "local":
         _run_workers(found, workers, threads, plots=plots)
     else:
         searches.launch([one for one in found if not one.is_finished], launcher)
-        for one in found:
-            export_finished(one, plots=plots)
+        _export_all(found, plots=plots)
     return 1 if _report_open(found) else 0
 
 
@@ -239,6 +235,11 @@ def search_job(search: Search) -> Job:
     base, command = search.plan.base, (sys.executable, str(ROOT / "run.py"), *search.worker_overrides)
     place = "TREES" if base.task.name == LANGUAGE_TASK else "DATA"
     return Job(label=search.study, command=command, log=log_path(base.work_dir, search.study), place=place)
+
+
+def _export_all(found: Sequence[Search], *, plots: bool) -> None:
+    for one in found:
+        export_finished(one, plots=plots)
 
 
 def export_finished(search: Search, *, plots: bool = False) -> None:

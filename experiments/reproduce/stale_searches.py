@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,13 @@ def _find_other_data(search: Search) -> str:
     stored = search.read_summary().get("content", {}).get("data")
     found = None if stored is None else read_fingerprint(search.plan)
     return "" if found is None or found == stored else f"its data has the fingerprint {stored}, not {found}"
+
+
+def delete_stale(searches: Sequence[Search]) -> None:
+    """Delete those of `searches` that are still to be made anew: another call may have begun them meanwhile."""
+    for one in searches:
+        if find_staleness(one):
+            delete_search(one)
 
 
 def delete_search(search: Search) -> None:

@@ -1,4 +1,8 @@
-"""Adapters: save what fine-tuning changed, load it, merge it into the base model and remove it again."""
+"""Adapters: save what fine-tuning changed, load it, merge it into the base model and remove it again.
+
+`save.py` and `load.py` have the public functions, `merge.py` changes the model, and `format.py` describes the files.
+`lora.py` writes an ordinary LoRA adapter of `peft` instead.
+"""
 
 from sparsegrad.adapter.hub import push_to_hub
 from sparsegrad.adapter.load import (

@@ -119,14 +119,7 @@ def push_to_hub(
             cannot be reached.
     """
     folder = getattr(folder, "folder", folder)
-    if not isinstance(folder, str | os.PathLike):
-        raise UserError(f"folder is {show(folder)}, not an adapter or its folder: save it first, then give its folder")
-    if not isinstance(repo_id, str):
-        raise UserError(f"repo_id is {show(repo_id)}, not a name: give the repository as org/name")
-    if not Path(folder).exists() and Path(repo_id).is_dir():
-        raise UserError(
-            f"folder={folder} is no folder, but repo_id={repo_id} is one: call push_to_hub(folder, repo_id)"
-        )
+    _check_upload(folder, repo_id)
     files = _find_files(Path(folder))
     hub = _import_hub(f"to upload an adapter, {_INSTALL}")
     operations = [hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
@@ -139,6 +132,17 @@ def push_to_hub(
         if isinstance(error, hub.errors.OfflineModeIsEnabled):
             raise UserError(f"the hub is switched off: unset HF_HUB_OFFLINE to upload {repo_id}") from None
         raise _explain(error, repo_id, "with a token that may write there") from None
+
+
+def _check_upload(folder: Any, repo_id: Any) -> None:
+    if not isinstance(folder, str | os.PathLike):
+        raise UserError(f"folder is {show(folder)}, not an adapter or its folder: save it first, then give its folder")
+    if not isinstance(repo_id, str):
+        raise UserError(f"repo_id is {show(repo_id)}, not a name: give the repository as org/name")
+    if not Path(folder).exists() and Path(repo_id).is_dir():
+        raise UserError(
+            f"folder={folder} is no folder, but repo_id={repo_id} is one: call push_to_hub(folder, repo_id)"
+        )
 
 
 def _find_files(folder: Path) -> dict[str, Path]:

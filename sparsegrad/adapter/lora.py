@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,18 +17,18 @@ from sparsegrad.adapter.base import (
     unwrap_compiled,
     write_gathered,
 )
+from sparsegrad.adapter.changes import find_changed
 from sparsegrad.adapter.lora_card import SavedLora, write_lora_card
 from sparsegrad.adapter.lora_files import write_lora
 from sparsegrad.adapter.lora_layout import Layout, is_transposed, make_config, plan_layout, takes_lora
 from sparsegrad.adapter.low_rank import Factors, factor_block, subtract, truncate
-from sparsegrad.adapter.merge import named_tensors
-from sparsegrad.adapter.save import check_storable, view_bytes
 from sparsegrad.arguments import explained
 from sparsegrad.distributed import refuse_fsdp1
 from sparsegrad.errors import UserError, check_integer, check_number, renamed_arguments
 from sparsegrad.layers.block import BlockLinear
+from sparsegrad.layers.common import make_linear
 from sparsegrad.layers.replace import replace_module
-from sparsegrad.targets import Names, find_mlp, is_quantized
+from sparsegrad.targets import Names, find_mlp, find_tied, is_quantized
 
 _PREFIX = "base_model.model."  # what peft puts before the names of the model
 Blocks = Mapping[str, BlockLinear]
@@ -87,7 +87,8 @@ def save_lora(
         _refuse_quantized(model)
         named = {} if target_modules is None else _find_named(model, target_modules, rank)
         before, new = read_base(model, base, _expect_names(model, base, {**named, **blocks}))
-        changed = _find_changed(model, before, new)
+        changed = set(find_changed(model, before, new))
+        _refuse_tied(model, changed)
         layout = _plan(model, changed, new, blocks, None if target_modules is None else named, rank, max_error)
         factors = {name: _factor(model, name, before, blocks, rank, max_error) for name in layout.targets}
         tensors, whole = _name_factors(model, before, layout, factors), _name_whole(model, layout)
@@ -115,20 +116,12 @@ def _plain_linears(model: nn.Module) -> Iterator[Blocks]:
         for name, block in blocks.items():
             block.merge()  # a step since the last forward pass is not in the weight yet
             if id(block) not in linears:
-                linears[id(block)] = _share_weight(block)
+                linears[id(block)] = make_linear(block.weight, block.bias)
             replace_module(model, name, linears[id(block)])
         yield blocks
     finally:
         for name, block in blocks.items():
             replace_module(model, name, block)
-
-
-def _share_weight(block: BlockLinear) -> nn.Linear:
-    out_features, in_features = block.weight.shape
-    linear = nn.Linear(in_features, out_features, block.bias is not None, device="meta")
-    linear.weight = block.weight
-    linear.bias = block.bias  # type: ignore[assignment]
-    return linear
 
 
 def _check_options(blocks: Blocks, rank: int | None, max_error: float | None, names: Names | None) -> None:
@@ -182,36 +175,13 @@ def _expect_names(model: nn.Module, base: Base | None, named: Mapping[str, nn.Mo
     return {f"{name}.weight": "" for name in named}
 
 
-def _find_changed(model: nn.Module, before: Mapping[str, Tensor], new: set[str]) -> set[str]:
-    """Names of the tensors whose bits differ from those of the base, or that the base does not have."""
-    changed = set()
-    for name, tensor in named_tensors(model).items():
-        old = None if name in new else before[name]
-        if old is not None and (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
-            raise UserError(
-                f"{name} is {tuple(old.shape)} {old.dtype} in the base and {tuple(tensor.shape)} {tensor.dtype} in the "
-                "model: give the base that the model was trained from"
-            )
-        if old is None or not view_bytes(old).equal(view_bytes(tensor)):
-            check_storable(name, tensor)
-            changed.add(name)
-    if not changed:
-        raise UserError("the model equals its base in every weight: train it first, or name the base it came from")
-    _refuse_tied(model, changed)
-    return changed
-
-
-def _refuse_tied(model: nn.Module, changed: set[str]) -> None:
+def _refuse_tied(model: nn.Module, changed: Collection[str]) -> None:
     """Raise `UserError` for a changed tensor with several names: peft would change it under one of them."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    for tied in names.values():
-        if len(tied) > 1 and not changed.isdisjoint(tied):
-            raise UserError(
-                f"one weight is tied under the names {', '.join(tied)}, and it changed: peft would change it under one "
-                "name only; freeze it before training, or use sparsegrad.save_adapter"
-            )
+    if names := find_tied(model, changed):
+        raise UserError(
+            f"one weight is tied under the names {', '.join(names)}, and it changed: peft would change it under one "
+            "name only; freeze it before training, or use sparsegrad.save_adapter"
+        )
 
 
 def _plan(

@@ -22,7 +22,8 @@ from sparsegrad.adapter.base import (
     write_gathered,
 )
 from sparsegrad.adapter.card import write_card
-from sparsegrad.adapter.format import BASIS_PARTS, DTYPES, Entry, digest, write_adapter
+from sparsegrad.adapter.changes import find_changed
+from sparsegrad.adapter.format import BASIS_PARTS, Entry, digest, write_adapter
 from sparsegrad.adapter.merge import named_tensors
 from sparsegrad.adapter.sizes import Saved, summarize
 from sparsegrad.arguments import explained
@@ -83,9 +84,10 @@ def save_adapter(
     base = find_base(model, base)  # before the search for the weights, whose error would hide that it is missing
     kinds = _find_kinds(model, optimizer, target_modules)
     before, new = read_base(model, base, kinds)
-    entries = _compare(named_tensors(model), before, new, kinds)
-    if not entries:
-        raise UserError("the model equals its base in every weight: train it first, or name the base it came from")
+    entries = {
+        name: _make_entry(tensor, None if name in new else before[name], name in kinds)
+        for name, tensor in find_changed(model, before, new).items()
+    }
     bases: dict[str, Tensor] = {}
     if tolerance:  # 0 forbids the rotated form, which cannot restore a weight bit for bit
         for group in optimizer.param_groups:
@@ -128,41 +130,6 @@ def _find_linears(model: nn.Module, names: Names | None) -> Linears:
 def _strip_compiled(tensors: Mapping[str, Tensor], name: str) -> str:
     """The name of a parameter in the plain model, if the model was compiled when it was prepared."""
     return name if name in tensors else name.replace("_orig_mod.", "")
-
-
-def _compare(
-    tensors: Mapping[str, Tensor], before: Mapping[str, Tensor], new: set[str], mlp: Mapping[str, str]
-) -> dict[str, Entry]:
-    """Entries of all tensors whose bits differ from those of the base."""
-    entries = {}
-    for name, tensor in tensors.items():
-        old = None if name in new else before[name]
-        if old is not None and (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
-            raise UserError(
-                f"{name} is {tuple(old.shape)} {old.dtype} in the base and {tuple(tensor.shape)} {tensor.dtype} in the "
-                "model: give the base that the model was trained from"
-            )
-        if old is not None and torch.equal(view_bytes(old), view_bytes(tensor)):
-            continue
-        check_storable(name, tensor)
-        entries[name] = _make_entry(tensor, old, name in mlp)
-    return entries
-
-
-def view_bytes(tensor: Tensor) -> Tensor:
-    """All bytes of a tensor, on the CPU, so that the comparison does not depend on the dtype."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-
-
-def check_storable(name: str, tensor: Tensor) -> None:
-    """Raise `UserError` for an unsupported dtype, or values that are not finite."""
-    if str(tensor.dtype) not in DTYPES:
-        raise UserError(
-            f"{name} is {tensor.dtype}, which an adapter cannot store; it stores {', '.join(DTYPES)}: convert it in "
-            "the model and its base, or register the buffer with persistent=False"
-        )
-    if not torch.isfinite(tensor).all():
-        raise UserError(f"{name} is not finite: the training diverged; go back to an earlier checkpoint")
 
 
 def _make_entry(tensor: Tensor, before: Tensor | None, is_mlp: bool) -> Entry:

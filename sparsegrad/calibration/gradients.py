@@ -46,7 +46,7 @@ class Progress(Protocol):
         """Yield each of `items`, a sequence, and show how many have been processed and how long the rest takes."""
 
 
-@explained()
+@explained(dict.fromkeys(("path", "folder"), "give what it returns to save_bases, which writes the file"))
 def calibrate(
     model: nn.Module,
     batches: Iterable[Batch],

@@ -1,4 +1,7 @@
-"""The screen: what `run.py` and the command `sparsegrad` print, and their exit status."""
+"""The screen: what `run.py` and the command `sparsegrad` print, and their exit status.
+
+`entry.py` starts run.py, and `console.py` the command `sparsegrad`.
+"""
 
 from __future__ import annotations
 

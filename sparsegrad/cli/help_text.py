@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsegrad.cli.explanations import read_explanations, read_title
+from sparsegrad.runs.composing import compose_with_choices
 from sparsegrad.runs.overrides import ALIASES, expand_aliases, explain, list_groups
 
 WIDTH = 80
@@ -42,14 +42,9 @@ def make_help(overrides: Sequence[str], conf: Path) -> str:
         UserError: for an override that Hydra refuses.
     """
     try:
-        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-            composed = compose("config", expand_aliases(overrides), return_hydra_config=True)
+        composed, choices = compose_with_choices(expand_aliases(overrides), conf.resolve())
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error, overrides, conf) from None
-    choices = composed.hydra.runtime.choices
-    OmegaConf.set_readonly(composed, False)
-    OmegaConf.set_struct(composed, False)
-    del composed["hydra"]
     groups = list_groups(conf)
     chosen = {group: choices.get(group) for group in groups}
     parts = [_USAGE, _describe_groups(groups, chosen, conf), *_describe_settings(composed, chosen, conf), _FOOTER]

@@ -27,6 +27,7 @@ from sparsegrad.layers.common import (
     check_linear,
     core_gradient,
     factor_change,
+    make_linear,
     product_dtype,
     refuse_second_order,
     refuse_transforms,
@@ -174,12 +175,8 @@ class BlockLinear(nn.Module):
             UserError: as `merge`.
         """
         self.merge()
-        out_features, in_features = self.weight.shape
-        # On `meta`, so that no weight is allocated and initialized just to be replaced.
-        linear = nn.Linear(in_features, out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight.detach().clone())
-        linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())  # type: ignore[assignment]
-        return linear
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
+        return make_linear(nn.Parameter(self.weight.detach().clone()), bias)
 
     @torch.no_grad()
     def merge(self) -> None:

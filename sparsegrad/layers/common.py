@@ -15,6 +15,14 @@ def check_linear(linear: nn.Module, what: str, remedy: str = "use engine exact")
         raise UserError(f"{what} wraps nn.Linear, not {type(linear).__name__}: {remedy}")
 
 
+def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear that has these very parameters (out, in) and (out,)."""
+    # On `meta`, so that no weight is allocated and initialized just to be replaced.
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
+    return linear
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of `nn.Linear`'s product for input `x`: that of autocast if it is enabled, otherwise that of `x`."""
     device = x.device.type

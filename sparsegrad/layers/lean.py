@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.layers.common import check_linear, product_dtype, refuse_second_order, refuse_transforms
+from sparsegrad.layers.common import check_linear, make_linear, product_dtype, refuse_second_order, refuse_transforms
 from sparsegrad.layers.steps import forget, layers_of, watch
 from sparsegrad.optim.orders import rotated_gradient
 from sparsegrad.optim.rotation import Rotation
@@ -171,10 +171,7 @@ class LeanLinear(nn.Linear):
 
     def to_linear(self) -> nn.Linear:
         """An ordinary linear that shares the parameters of this layer."""
-        # On `meta`, so that no weight is allocated and initialized just to be replaced.
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
-        return linear
+        return make_linear(self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to y (..., out). Under autocast the products use its dtype, as in `nn.Linear`."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.layers.common import check_linear, product_dtype, refuse_second_order, refuse_transforms
+from sparsegrad.layers.common import check_linear, make_linear, product_dtype, refuse_second_order, refuse_transforms
 from sparsegrad.layers.sparse_matmul import sparse_dense_matmul
 from sparsegrad.optim.selection import count_kept, top_k_index
 
@@ -124,11 +124,8 @@ class SparseGradLinear(nn.Module):
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """An ordinary linear that computes the same function: W = V W~ U^T."""
-        out_features, in_features = self.rotated_weight.shape
-        linear = nn.Linear(in_features, out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.basis.unrotate(self.rotated_weight))
-        linear.bias = None if self.bias is None else nn.Parameter(self.bias.clone())  # type: ignore[assignment]
-        return linear
+        bias = None if self.bias is None else nn.Parameter(self.bias.clone())
+        return make_linear(nn.Parameter(self.basis.unrotate(self.rotated_weight)), bias)
 
     @property
     @torch.no_grad()

@@ -117,7 +117,7 @@ def freeze(model: nn.Module, linears: Linears, context: Context, *, mlp_weights:
     check_head(model, context)
     for name, parameter in model.named_parameters():
         rest = context.train_rest or context.is_head(name)
-        train_only(parameter, mlp_weights if id(parameter) in weights else rest)
+        set_trainable(parameter, mlp_weights if id(parameter) in weights else rest)
 
 
 def check_head(model: nn.Module, context: Context) -> None:
@@ -129,7 +129,7 @@ def check_head(model: nn.Module, context: Context) -> None:
         )
 
 
-def train_only(parameter: nn.Parameter, trains: bool) -> None:
+def set_trainable(parameter: nn.Parameter, trains: bool) -> None:
     """Set whether a parameter trains. Trainable ones become float32: in bfloat16 most updates would round to zero."""
     parameter.requires_grad_(trains)
     if trains and parameter.dtype in (torch.bfloat16, torch.float16):

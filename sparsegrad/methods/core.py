@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.errors import UserError, check_integer, fail
-from sparsegrad.layers.common import check_linear
+from sparsegrad.layers.common import check_linear, make_linear
 from sparsegrad.layers.replace import replace_linear, replace_module
 from sparsegrad.methods.base import Context, Prepared, adamw, freeze, trainable_parameters
 from sparsegrad.optim.selection import check_density
@@ -42,11 +42,9 @@ class CoreLinear(nn.Module):
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """An ordinary linear that computes the same function."""
-        linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], self.bias is not None, device="meta")
         change = self.B.float() @ self.core.float() @ self.A.float()
-        linear.weight = nn.Parameter((self.weight.float() + change).to(self.weight.dtype), requires_grad=False)
-        linear.bias = self.bias
-        return linear
+        weight = (self.weight.float() + change).to(self.weight.dtype)
+        return make_linear(nn.Parameter(weight, requires_grad=False), self.bias)
 
 
 def check_size(density: float | None, rank: int | None) -> None:

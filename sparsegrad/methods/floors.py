@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from sparsegrad.errors import UserError
-from sparsegrad.methods.base import Context, Prepared, adamw, check_head, train_only, trainable_parameters
+from sparsegrad.methods.base import Context, Prepared, adamw, check_head, set_trainable, trainable_parameters
 from sparsegrad.targets import Linears
 
 
@@ -30,7 +30,7 @@ class Frozen:
         """See `Method`."""
         check_head(model, context)
         for name, parameter in model.named_parameters():
-            train_only(parameter, context.is_head(name))
+            set_trainable(parameter, context.is_head(name))
         return _prepare(model, linears, context, "a model without a new head has nothing to train: use method=bitfit")
 
 
@@ -52,7 +52,7 @@ class BitFit:
         """See `Method`."""
         check_head(model, context)
         for name, parameter in model.named_parameters():
-            train_only(parameter, _is_bias(name, parameter) or context.is_head(name))
+            set_trainable(parameter, _is_bias(name, parameter) or context.is_head(name))
         return _prepare(model, linears, context, "this model has no bias: use method=lora")
 
 

@@ -15,7 +15,7 @@ from sparsegrad.methods.base import (
     Prepared,
     adamw,
     freeze,
-    train_only,
+    set_trainable,
     trainable_parameters,
 )
 from sparsegrad.targets import Linears, weight_shapes
@@ -69,7 +69,7 @@ class Lora:
             if self.authors_init and ".lora_A." in name:
                 nn.init.uniform_(parameter, -(self.rank**-0.5), self.rank**-0.5)  # kaiming_uniform_ with fan_in = rank
             if ".lora_" in name:  # the adapters too: `freeze` treats them like any other parameter
-                train_only(parameter, True)
+                set_trainable(parameter, True)
         parameters = trainable_parameters(model)
         return Prepared(
             optimizer=adamw(parameters, context),

@@ -17,7 +17,7 @@ from torch import nn
 from sparsegrad.calibration.loss import compute_loss
 from sparsegrad.distributed import average_
 from sparsegrad.errors import UserError, check_integer, fail
-from sparsegrad.methods.base import Context, Prepared, adamw, freeze, train_only, trainable_parameters
+from sparsegrad.methods.base import Context, Prepared, adamw, freeze, set_trainable, trainable_parameters
 from sparsegrad.methods.peft_config import (
     FROM_DATA,
     add_seed,
@@ -149,7 +149,7 @@ class Peft:
         freeze(model, linears, context, mlp_weights=False)
         layers = {kind: [model.get_submodule(name) for name in found] for kind, found in linears.items()}
         for layer in chain.from_iterable(layers.values()):
-            _set_trainable(layer, adapters)
+            _train_adapter(layer, adapters)
         parameters = trainable_parameters(model)
         # An initialisation such as PiSSA's takes its part out of W, so the adapter does not fit the model as published.
         changes_base = not torch.equal(before, _base_weight(layers))
@@ -221,13 +221,13 @@ def _read_data(
     average_(getattr(linear, "_peft_loraga_grad") for linear in linears.values())  # noqa: B009 - a field of peft's
 
 
-def _set_trainable(layer: nn.Module, adapters: set[int]) -> None:
+def _train_adapter(layer: nn.Module, adapters: set[int]) -> None:
     """Set what trains in one wrapped linear: what peft chose. The bias of the linear itself was set with the rest."""
     assert isinstance(layer, BaseTunerLayer)
     own = getattr(layer.get_base_layer(), "bias", None)
     for parameter in layer.parameters():
         if parameter is not own:
-            train_only(parameter, id(parameter) in adapters)
+            set_trainable(parameter, id(parameter) in adapters)
 
 
 def _count_adapter(layer: Any) -> int:

@@ -68,8 +68,8 @@ def outside(model: nn.Module, linears: Linears) -> set[int]:
     return {id(parameter) for parameter in model.parameters() if id(parameter) not in weights}
 
 
-def train_only(model: nn.Module, rest: set[int], saved: set[int]) -> None:
-    """Let the parameters of `rest` train only if they are among `saved`."""
+def freeze_rest(model: nn.Module, rest: set[int], saved: set[int]) -> None:
+    """Freeze the parameters of `rest`, except for those in `saved`, which train."""
     for parameter in model.parameters():
         if id(parameter) in rest:
             parameter.requires_grad_(id(parameter) in saved)

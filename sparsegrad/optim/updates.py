@@ -31,34 +31,37 @@ def apply(selection: Selection, states: list[dict[str, Any]], finite: Tensor, sc
         finite: bool tensor on the weights' device; False skips the step.
         scratch: buffers of this step.
     """
-    group, weights = selection.group, selection.weights
-    count, shape = len(weights), weights[0].shape
-    update = MOMENTS[group["moments"]]
-    index, size = selection.index, shape.numel()
+    group, index, size = selection.group, selection.index, selection.weights[0].numel()
     if "positions" in states[0]:  # always the same entries: only they have moments, in their own order
         index, size = torch.arange(index.shape[1], device=index.device).expand_as(index), index.shape[1]
     values = -selection.values if group.get("maximize") else selection.values
-    change = update(states, index, values, size, group, finite)  # (count, k)
+    change = MOMENTS[group["moments"]](states, index, values, size, group, finite)  # (count, k)
     rate = _decay_rate(group, finite, change.dtype) if group["weight_decay"] else None
     if rate is not None and "positions" in states[0]:
         change, rate = change - rate * _read_entries(selection, change.dtype), None
-    if count == 1 and _adds_in_place(weights[0], change):
+    _add_change(selection, change, rate, [state["step"] for state in states], scratch)
+
+
+def _add_change(selection: Selection, change: Tensor, rate: Tensor | None, steps: list[Any], scratch: Scratch) -> None:
+    """Add `change` (count, k) of the selected entries, rotated back, to the weights, after a decay by `rate`."""
+    weights, shape = selection.weights, selection.weights[0].shape
+    if len(weights) == 1 and _adds_in_place(weights[0], change):
         if rate is not None:
             decay_(weights, change, rate)
         add_sparse_(weights[0], selection.basis, selection.index[0], change[0], scratch)
         return
     if selection.basis is None:
-        whole = torch.zeros(count, shape.numel(), dtype=change.dtype, device=change.device)
+        whole = torch.zeros(len(weights), shape.numel(), dtype=change.dtype, device=change.device)
         change = whole.scatter_(1, selection.index, change)
     else:
         change = selection.basis.unrotate_sparse(selection.index, change, shape)
-    change = change.view(count, *shape)  # (count, out, in)
+    change = change.view(len(weights), *shape)  # (count, out, in)
     if rate is not None:
         decay_(weights, change, rate)
     if weights[0].dtype == change.dtype:
         torch._foreach_add_(weights, list(change))  # one kernel for all weights
         return
-    add_stochastic_each(weights, change, selection.values, [state["step"] for state in states])
+    add_stochastic_each(weights, change, selection.values, steps)
 
 
 def _decay_rate(group: dict[str, Any], finite: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,7 @@
-"""One run: configuration in, record out."""
+"""One run: configuration in, record out.
+
+`config.py` reads the configuration, `preflight.py` checks it, and `runner.py` has the steps of a run.
+"""
 
 from __future__ import annotations
 

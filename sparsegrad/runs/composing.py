@@ -38,6 +38,16 @@ def compose_run(overrides: Sequence[str], conf: Path) -> DictConfig:
         return _compose(conf, overrides)  # composes what only Hydra can, and names what is wrong
 
 
+def compose_with_choices(overrides: Sequence[str], conf: Path) -> tuple[DictConfig, dict[str, str | None]]:
+    """What `compose_run` returns, and group -> the option that is chosen."""
+    composed = _compose(conf, overrides, return_hydra_config=True)
+    choices = dict(composed.hydra.runtime.choices)
+    OmegaConf.set_readonly(composed, False)
+    OmegaConf.set_struct(composed, False)
+    del composed["hydra"]
+    return composed, choices
+
+
 def read_sweep(experiment: str, conf: Path) -> dict[str, str]:
     """The sweeper parameters of an experiment: key -> values with commas; empty without any."""
     return dict(_sweep(conf, experiment, _list_files(conf)))

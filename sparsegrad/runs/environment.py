@@ -55,9 +55,19 @@ def hardware(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         facts["bfloat16"] = has_bfloat16_products(device)
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
+        memory = torch.cuda.get_device_properties(device).total_memory
+        facts |= {"gpu": name_device(device), "gpu_memory_gib": round(memory / 2**30, 1)}
     return facts
+
+
+def name_device(device: torch.device) -> str:
+    """The marketing name of the GPU or CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def read_device_name(facts: Mapping[str, Any]) -> str:
+    """The GPU that `hardware` has recorded, its CPU if none was used; empty without both."""
+    return str(facts.get("gpu") or facts.get("cpu") or "")
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:

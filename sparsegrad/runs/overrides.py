@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ _LISTS = ("model.kinds", "model.dense", "model.blocks", "task.langs")
 # Hydra's options that users mistype; their short forms are too short to be near anything.
 _OPTIONS = ("--help", "--multirun", "--cfg")
 _QUOTED = re.compile(r"[\"'\[({]")  # signs of a text, list or mapping, in which a comma parts no values
+_NONE = re.compile(r"(^|[,:])(\s*)None(?=\s*([,}]|$))")  # a whole value, of several or of a field
+_NONE_FIELD = re.compile(r"(\w+)\s*:\s*None\s*[,}]")
 _PLAIN_VALUE = re.compile(r"[\w.+/-]+")
 FEW = 10  # more choices than these are not listed after a suggestion
 
@@ -195,10 +197,18 @@ def refuse_none(overrides: Sequence[str], conf: Path) -> None:
     """
     for word in overrides:
         key, _, value = word.partition("=")
-        parts = [part.strip() for part in value.split(",")]
-        if "None" in parts and not _QUOTED.search(value) and _is_null(key_of(word), overrides, conf):
-            written = ",".join("null" if part == "None" else part for part in parts)
+        others = [one for one in overrides if one != word]
+        if any(_is_null(setting, others, conf) for setting in _find_nones(key_of(word), value)):
+            written = _NONE.sub(r"\1\2null", value)
             raise UserError(f"{word} is not allowed: None would be a text here; write {key}={written}")
+
+
+def _find_nones(key: str, value: str) -> Iterator[str]:
+    """The settings that a value sets to None, which has no quotes: `key` itself, or fields as of `{dir: None}`."""
+    if not _QUOTED.search(value):
+        yield from [key] if "None" in map(str.strip, value.split(",")) else []
+    elif value.startswith("{"):
+        yield from (f"{key}.{name}" for name in _NONE_FIELD.findall(value))
 
 
 def _is_null(key: str, overrides: Sequence[str], conf: Path) -> bool:

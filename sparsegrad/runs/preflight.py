@@ -23,6 +23,7 @@ from sparsegrad.models.source import Sources, find_sources
 from sparsegrad.models.suitability import find_suitable_sources
 from sparsegrad.progress import format_count
 from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.environment import name_device
 from sparsegrad.runs.keys import config_key
 from sparsegrad.runs.records import find_complete
 from sparsegrad.runs.run_folder import hash_basis
@@ -98,10 +99,9 @@ def check_pooling(config: RunConfig) -> None:
 def check_precision(config: RunConfig, device: torch.device) -> None:
     """A GPU that shall compute in bfloat16 can."""
     if device.type == "cuda" and config.train.precision != "fp32" and not torch.cuda.is_bf16_supported(False):
-        name = torch.cuda.get_device_name(device)
         raise UserError(
-            f"train.precision={config.train.precision} is not allowed: {name} has no bfloat16 (compute capability 8.0 "
-            "has); use train.precision=fp32"
+            f"train.precision={config.train.precision} is not allowed: {name_device(device)} has no bfloat16 "
+            "(compute capability 8.0 has); use train.precision=fp32"
         )
 
 

@@ -41,7 +41,7 @@ def check_yaml(path: Path) -> None:
         if path.stat().st_size > MAX_NODES * 10:
             raise ValueError(f"{path.stat().st_size} bytes are too many")
         text = path.read_text(encoding="utf-8")
-        _check_depth(text)
+        _check_events(text)
         root = yaml.compose(text, Loader=_LOADER)
         if root is not None and not isinstance(root, yaml.MappingNode):
             raise ValueError("it is not a mapping")
@@ -53,10 +53,16 @@ def check_yaml(path: Path) -> None:
         raise UserError(f"{path} cannot be read ({reason}): correct it, or restore it from the repository") from None
 
 
-def _check_depth(text: str) -> None:
-    """Refuse deep nesting by counting events: the C composer recurses, and a stack overflow would end the process."""
+def _check_events(text: str) -> None:
+    """Refuse what nodes do not show: None without quotes or tag, and deep nesting, before the C composer recurses.
+
+    Its stack overflow would end the process.
+    """
     depth = 0
     for event in yaml.parse(text, Loader=_LOADER):
+        if isinstance(event, yaml.ScalarEvent) and event.value == "None" and not event.style and event.tag is None:
+            line = event.start_mark.line + 1
+            raise ValueError(f"line {line}: None is a text in YAML; write null, or 'None' for the text")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise ValueError(f"line {event.start_mark.line + 1}: nested deeper than {MAX_DEPTH}")
@@ -87,8 +93,6 @@ def _check_plain(node: Any) -> None:
     place = f"line {node.start_mark.line + 1}"
     if not node.tag.startswith(_PLAIN) or node.tag.startswith(f"{_PLAIN}python/"):
         raise ValueError(f"{place}: tag {node.tag} is not plain data")
-    if isinstance(node, yaml.ScalarNode) and node.value == "None" and not node.style:  # without quotes
-        raise ValueError(f"{place}: None is a text in YAML; write null, or 'None' for the text")
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(keys) < len(node.value):

@@ -202,10 +202,10 @@ def test_the_whole_path_from_searches_to_the_table(
 
     def run(cells: Any, workers: int) -> Any:
         asked.extend(cell.label for cell in cells)
-        return command.evidence.Outcome(complete=3, planned=3, done=3, failed={})
+        return command.making.Outcome(complete=3, planned=3, done=3, failed={})
 
     monkeypatch.setattr(command.search_all, "make", search)
-    monkeypatch.setattr(command.evidence, "make_cells", run)
+    monkeypatch.setattr(command.making, "make_cells", run)
     given = ["--methods", "peft/dora", "--tasks", "mrpc", f"results_dir={cases.results}"]
     assert command.main(given) == 0
     said = capsys.readouterr().out

@@ -20,7 +20,7 @@ from experiments.report.command import write_comparisons
 from experiments.report.plans import read_plan as read_stored_plan
 from experiments.report.tables.base import Context
 from experiments.reproduce.cells import Cell, list_cells
-from experiments.reproduce.evidence import Outcome
+from experiments.reproduce.making import Outcome
 from experiments.reproduce.plans import read_plan
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
@@ -39,7 +39,7 @@ def test_a_method_whose_trials_all_diverged_does_not_stop_the_others(
         made.extend(one.label for one in cells)
         return Outcome(complete=0, planned=1, done=0, failed={"the run": "it diverged"})
 
-    monkeypatch.setattr(command.evidence, "make_cells", make)
+    monkeypatch.setattr(command.making, "make_cells", make)
     monkeypatch.setattr(command, "write_comparison", lambda *_: "the table")
     given = ["--methods", "frozen,bitfit", "--tasks", "mrpc", "--data", str(tmp_path), *where]
     assert command.main([*given, "seed=42,3705", "--dry"]) == 0
@@ -88,7 +88,7 @@ def test_a_run_of_any_method_is_made_again_without_its_predictions_and_named_if_
         made.extend(one.config.force for one in cells)
         return Outcome(complete=1, planned=1, done=1, failed={})
 
-    monkeypatch.setattr(command.evidence, "make_cells", make)
+    monkeypatch.setattr(command.making, "make_cells", make)
     monkeypatch.setattr(command, "write_comparison", lambda *_: "the table")
     assert command.main(["--methods", "peft", "--tasks", "mrpc", "seed=42", *where]) == 0
     assert made == [not is_edited]

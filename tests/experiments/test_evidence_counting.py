@@ -63,7 +63,7 @@ def test_a_record_without_its_predictions_is_listed_and_made_again(
 ) -> None:
     spoil(planned.config.record_path)
     asked: list[bool] = []
-    monkeypatch.setattr(evidence, "make", lambda cells, _: asked.extend(one.config.force for one in cells) or 0)
+    monkeypatch.setattr(evidence.making, "make", lambda cells, _: asked.extend(one.config.force for one in cells) or 0)
     arguments = ["0", "task=stsb", "train.lr=1e-4", *places, *given]
     assert evidence.main([*arguments, "--dry"]) == 0
     said = capsys.readouterr().out

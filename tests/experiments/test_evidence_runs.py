@@ -16,7 +16,7 @@ from evidence_commands import places as places  # the fixtures
 from evidence_commands import results as results
 from run_fixtures import ROOT, SHORT, TINY
 
-from experiments.reproduce import evidence
+from experiments.reproduce import evidence, making
 from experiments.reproduce.cells import Cell, list_cells
 from experiments.reproduce.counting import Watch
 from experiments.reproduce.processes import EndedJob, Job, cell_job, explain_end, last_error, run_jobs
@@ -65,7 +65,7 @@ def quick(cells: list[Cell], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         command += [json.dumps(record), str(notes), str(lock_of(cell)), str(cell.config.force)]
         return Job(label=cell.label, command=tuple(command), log=tmp_path / f"{numbers[cell.label]}.log")
 
-    monkeypatch.setattr(evidence, "cell_job", job)
+    monkeypatch.setattr(making, "cell_job", job)
     return notes
 
 
@@ -76,13 +76,13 @@ def starts(notes: Path) -> list[str]:
 def test_each_cell_is_made_once_with_a_line_and_the_remaining_hours(
     cells: list[Cell], quick: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evidence.make(cells, workers=1) == 0
+    assert making.make(cells, workers=1) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert lines[0].endswith(" min); 3 cells left, about 3.0 hours, 1 at a time")  # each record says one hour
     assert lines[-1] == "4 of 4 cells complete, 4 of them by this call"
     assert starts(quick) == ["0", "1", "2", "3"]
-    assert evidence.make(cells, workers=2) == 0
+    assert making.make(cells, workers=2) == 0
     assert starts(quick) == ["0", "1", "2", "3"]
 
 
@@ -90,20 +90,20 @@ def test_a_failed_cell_is_named_and_tried_again_by_the_next_call(
     cells: list[Cell], quick: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (quick / "broken1").touch()
-    assert evidence.make(cells, workers=2) == 1
+    assert making.make(cells, workers=2) == 1
     assert f"failed: {cells[1].label}: the loss is not a finite number" in capsys.readouterr().out
     (quick / "broken1").unlink()
-    assert evidence.make(cells, workers=2) == 0
+    assert making.make(cells, workers=2) == 0
     assert starts(quick) == ["0", "1", "1", "2", "3"]
 
 
 def test_force_makes_complete_cells_again_once(
     cells: list[Cell], quick: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evidence.make(cells[:2], workers=2) == 0
+    assert making.make(cells[:2], workers=2) == 0
     capsys.readouterr()
     (quick / "broken1").touch()
-    assert evidence.make([cells[0].with_force(), cells[1].with_force(), cells[2]], workers=3) == 1
+    assert making.make([cells[0].with_force(), cells[1].with_force(), cells[2]], workers=3) == 1
     said = capsys.readouterr().out
     assert "2 of 3 cells complete, 2 of them by this call" in said, "an earlier record is not what was asked for"
     assert f"failed: {cells[1].label}: the loss is not a finite number" in said
@@ -147,7 +147,7 @@ def test_a_cell_in_the_hands_of_another_call_is_waited_for_and_taken_up_if_nothi
     assert other.stdout is not None
     assert other.stdout.readline() == b"held\n"
     has_failed = left_by_the_other is not None and left_by_the_other["status"] == "failed"
-    assert evidence.make(cells, workers=3, poll=0.1) == int(has_failed)
+    assert making.make(cells, workers=3, poll=0.1) == int(has_failed)
     assert (f"failed: {cells[0].label}" in (said := capsys.readouterr().out)) is has_failed
     assert ("diverged" in said) is has_failed
     assert starts(quick) == made_here
@@ -158,7 +158,7 @@ def test_two_calls_make_each_cell_once(cells: list[Cell], quick: Path) -> None:
     context = multiprocessing.get_context("fork")
 
     def work() -> None:
-        sys.exit(evidence.make(cells, workers=1, poll=0.05))
+        sys.exit(making.make(cells, workers=1, poll=0.05))
 
     calls = [context.Process(target=work) for _ in range(2)]
     for call in calls:
@@ -241,7 +241,7 @@ def test_dry_lists_what_can_run_and_what_waits(places: list[str], capsys: pytest
 def test_without_the_hub_one_cell_of_a_task_fails(
     places: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    started = lose_hub(evidence, monkeypatch)
+    started = lose_hub(making, monkeypatch)
     assert evidence.main(["0", "task=stsb,mrpc", *places]) == 1
     assert len(started) == 2, "of three rates each"
     assert capsys.readouterr().out.count(f"not started, for the reason of {started[0]}; ") == 2

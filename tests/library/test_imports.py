@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # From the ground up; a row may import itself and all rows above it in this list. `tasks` and `metrics` see each other.
 ORDER = (
-    ("namesake", "extras"),
+    ("namesake", "extras", "interrupt", "sparse_product"),
     ("errors", "hashing", "precision", "bits", "threads"),
-    ("arguments", "files", "distributed", "device"),
+    ("arguments", "files", "progress", "distributed", "device"),
     ("basis",),
     ("targets_errors",),
     ("targets_blocks",),
@@ -78,6 +78,16 @@ def test_imports_go_down_only(path: Path) -> None:
         if package_of(name) != own and LEVEL.get(package_of(name)) == LEVEL.get(own) and own in ("adapter", "api")
     ]
     assert not wrong + beside, f"{own} must not import {wrong + beside}"
+
+
+def test_every_module_has_its_place() -> None:
+    tops = {path.stem for path in (ROOT / "sparsegrad").glob("*.py")} | {
+        path.parent.name for path in (ROOT / "sparsegrad").glob("*/__init__.py")
+    }
+    tops |= {f"experiments.{path.stem}" for path in (ROOT / "experiments").glob("*.py")} | {
+        f"experiments.{path.parent.name}" for path in (ROOT / "experiments").glob("*/__init__.py")
+    }
+    assert tops - {"__init__", "experiments.__init__"} == LEVEL.keys()
 
 
 def test_the_library_loads_none_of_the_extras() -> None:

@@ -16,7 +16,7 @@ from run_fixtures import Composer, last_wins
 from sparsegrad import Basis
 from sparsegrad.errors import UserError
 from sparsegrad.layers.rotated import SparseGradLinear
-from sparsegrad.methods.base import train_only
+from sparsegrad.methods.base import set_trainable
 from sparsegrad.metrics.language import language_metrics, token_losses
 from sparsegrad.runs.config import RunConfig, build
 from sparsegrad.runs.preflight import check_precision
@@ -88,7 +88,7 @@ def test_gate_trains_densely_beside_the_sparse_kinds(llama: Any) -> None:
 def test_small_updates_add_up_although_the_model_is_bfloat16() -> None:
     weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     rounded = weight.detach().clone()
-    train_only(weight, True)
+    set_trainable(weight, True)
     optimizer = torch.optim.SGD([weight], lr=1e-4)
     for _ in range(100):
         weight.grad = torch.ones_like(weight)
@@ -100,7 +100,7 @@ def test_small_updates_add_up_although_the_model_is_bfloat16() -> None:
 
 def test_a_frozen_weight_keeps_its_precision() -> None:
     weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    train_only(weight, False)
+    set_trainable(weight, False)
     assert weight.dtype == torch.bfloat16
 
 

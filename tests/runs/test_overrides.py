@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import OverrideParseException
+from quick_python import quick_python
 from run_fixtures import ROOT, Composer, environment
 
 from sparsegrad.cli.console import main
@@ -99,6 +100,8 @@ def refusal(*words: str) -> str:
         ("seed=1,,2", "a value is missing beside a comma; write seed=1,2; for several values, add -m"),
         ("data.dir=None", r"None would be a text here; write data\.dir=null$"),
         ("save_adapter=lora,None", "write save_adapter=lora,null$"),
+        ("data={dir:None}", r"None would be a text here; write data={dir:null}$"),
+        ("data={dir:None,cache:x}", r"write data={dir:null,cache:x}$"),
         ("~tracker.mode=None", "tracker=none has no mode"),
         ("tracker=None", r"did you mean tracker=none\?"),
         ("+train.lr=3", r"without \+, train\.lr=3"),
@@ -136,6 +139,7 @@ def test_what_is_suggested_is_accepted(conf: Composer, word: str) -> None:
         ("train.device=None", "train.device=None is not allowed: choose one of auto, cpu, cuda"),
         ("train.lr=None", "train.lr=None is not allowed: give a number"),
         ("+tracker.mode=x", "choose one of null, offline, online$"),
+        ("+tracker={mode: None}", r"tracker\.mode=None .*did you mean null\?$"),
     ],
 )
 def test_what_hydra_accepts_is_checked_too(conf: Composer, override: str, said: str) -> None:
@@ -205,7 +209,7 @@ def test_options_of_hydra_are_no_overrides() -> None:
 
 def test_sparsegrad_run_prints_one_line_for_a_mistyped_word(tmp_path: Path) -> None:
     """From another folder, as run.py does."""
-    command = [sys.executable, "-m", "sparsegrad.cli", "run", "-m", "method=lora,lorra"]
+    command = [quick_python(), "-m", "sparsegrad.cli", "run", "-m", "method=lora,lorra"]
     there = environment(PYTHONPATH=str(ROOT))
     done = subprocess.run(command, cwd=tmp_path, env=there, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
@@ -219,7 +223,7 @@ def test_choices_come_with_the_nearest_one() -> None:
 
 def test_none_in_a_yaml_file_is_refused_unless_it_is_quoted(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("a: null\nb: 'None'\n")
+    path.write_text("a: null\nb: 'None'\nc: !!str None\n")
     check_yaml(path)
     path.write_text("a: null\nb: None\n")
     with pytest.raises(UserError, match=r"mine\.yaml cannot be read \(line 2: None is a text in YAML; write null"):

@@ -30,6 +30,7 @@ from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
 from sparsegrad.hashing import file_sha256
 from sparsegrad.runs.basis_cache import BasisStore
+from sparsegrad.runs.composing import compose_run
 from sparsegrad.runs.config import build
 from sparsegrad.runs.yaml_check import check_yaml
 from sparsegrad.tasks import DataConfig, Glue, Instructions, Oasst, Snippets, Task
@@ -177,10 +178,7 @@ _GROUPS = {"model": "minilm", "method": "sparsegrad", "task": "sst2", "protocol"
 
 @cache
 def _composed() -> dict[str, Any]:
-    from hydra import compose, initialize_config_dir
-
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose("config", [f"{group}={choice}" for group, choice in _GROUPS.items()])
+    composed = compose_run([f"{group}={choice}" for group, choice in _GROUPS.items()], ROOT / "conf")
     return OmegaConf.to_container(composed)  # type: ignore[return-value]
 
 

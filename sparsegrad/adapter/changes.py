@@ -1,0 +1,59 @@
+"""Which tensors of a model differ from those of its base, bit for bit, and whether an adapter can store them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sparsegrad.adapter.format import DTYPES
+from sparsegrad.adapter.merge import named_tensors
+from sparsegrad.errors import UserError
+
+
+def find_changed(model: nn.Module, before: Mapping[str, Tensor], new: set[str]) -> dict[str, Tensor]:
+    """The model's tensors whose bits differ from those of the base, by name, in the model's order.
+
+    Args:
+        model: the plain model.
+        before: the base's tensors by name.
+        new: names of tensors that the base does not have; they count as changed.
+
+    Raises:
+        UserError: for a base with another shape or dtype; a changed tensor that is not finite or that an adapter cannot
+            store; or no change at all.
+    """
+    changed = {}
+    for name, tensor in named_tensors(model).items():
+        if name in new or _differs(name, tensor, before[name]):
+            _check_storable(name, tensor)
+            changed[name] = tensor
+    if not changed:
+        raise UserError("the model equals its base in every weight: train it first, or name the base it came from")
+    return changed
+
+
+def _differs(name: str, tensor: Tensor, old: Tensor) -> bool:
+    if (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
+        raise UserError(
+            f"{name} is {tuple(old.shape)} {old.dtype} in the base and {tuple(tensor.shape)} {tensor.dtype} in the "
+            "model: give the base that the model was trained from"
+        )
+    return not _view_bytes(old).equal(_view_bytes(tensor))
+
+
+def _view_bytes(tensor: Tensor) -> Tensor:
+    """All bytes of a tensor, on the CPU, so that the comparison does not depend on the dtype."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def _check_storable(name: str, tensor: Tensor) -> None:
+    """Raise `UserError` for an unsupported dtype, or values that are not finite."""
+    if str(tensor.dtype) not in DTYPES:
+        raise UserError(
+            f"{name} is {tensor.dtype}, which an adapter cannot store; it stores {', '.join(DTYPES)}: convert it in "
+            "the model and its base, or register the buffer with persistent=False"
+        )
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{name} is not finite: the training diverged; go back to an earlier checkpoint")
