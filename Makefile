@@ -30,6 +30,7 @@ $(RUNNABLE): pyproject.toml constraints.txt
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(MAKE_VENV)
+	@echo "installing; this prints nothing for a few minutes"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(RUNNABLE) $@
 

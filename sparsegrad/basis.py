@@ -27,7 +27,7 @@ FORMAT = "sparsegrad-basis-1"
 SIDES = ("both", "in", "out", "small")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Basis:
     """Orthogonal matrices whose columns are singular vectors by decreasing energy, for both sides or for one.
 
@@ -52,6 +52,10 @@ class Basis:
         for name, matrix in (("in_basis", self.in_basis), ("out_basis", self.out_basis)):
             if matrix is not None and (matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]):
                 raise UserError(f"{name} of shape {tuple(matrix.shape)} is not a basis: give a square matrix")
+
+    def __repr__(self) -> str:
+        """Shape and dtype, since an optimizer's repr has one basis for each group."""
+        return f"Basis({self.shape}, {self.dtype})"
 
     @classmethod
     def identity(cls, out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Basis:

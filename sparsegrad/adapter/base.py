@@ -69,6 +69,12 @@ def check_plain(model: nn.Module) -> None:
     refuse_layers(plain_model(model))
 
 
+def refuse_other_format(folder: Path, file: str, what: str) -> None:
+    """Raise `UserError` if `folder` has `file`, which belongs to `what`: a folder holds one adapter, with its card."""
+    if (folder / file).exists():
+        raise UserError(f"folder={folder} has {what} ({file}): give another folder, or delete that one first")
+
+
 def find_base(model: nn.Module, base: Base | None) -> Base:
     """The base as it was given, or the name that `from_pretrained` stored in the model's configuration.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,26 +12,40 @@ from sparsegrad.adapter.merge import named_tensors
 from sparsegrad.errors import UserError
 
 
-def find_changed(model: nn.Module, before: Mapping[str, Tensor], new: set[str]) -> dict[str, Tensor]:
+def find_changed(
+    model: nn.Module, before: Mapping[str, Tensor], new: set[str], targets: Collection[str]
+) -> dict[str, Tensor]:
     """The model's tensors whose bits differ from those of the base, by name, in the model's order.
 
     Args:
         model: the plain model.
         before: the base's tensors by name.
         new: names of tensors that the base does not have; they count as changed.
+        targets: names of the weights that SparseGrad trained.
 
     Raises:
-        UserError: for a base with another shape or dtype; a changed tensor that is not finite or that an adapter cannot
-            store; or no change at all.
+        UserError: for a base that shares tensors with the model, or has another shape or dtype; a changed tensor that
+            is not finite or that an adapter cannot store; or no change at all.
     """
     changed = {}
     for name, tensor in named_tensors(model).items():
+        if name not in new and (name in targets or tensor.requires_grad):
+            _refuse_shared(name, tensor, before[name])
         if name in new or _differs(name, tensor, before[name]):
             _check_storable(name, tensor)
             changed[name] = tensor
     if not changed:
         raise UserError("the model equals its base in every weight: train it first, or name the base it came from")
     return changed
+
+
+def _refuse_shared(name: str, tensor: Tensor, old: Tensor) -> None:
+    """Raise `UserError` if both are the same memory: then training has changed the base as well."""
+    if tensor.data_ptr() == old.data_ptr() and tensor.numel() and tensor.device.type != "meta":
+        raise UserError(
+            f"base= shares the memory of {name} with the model, so that training has changed both: give the folder or "
+            "hub id that the model came from, or a copy from before training, copy.deepcopy(model.state_dict())"
+        )
 
 
 def _differs(name: str, tensor: Tensor, old: Tensor) -> bool:

@@ -14,10 +14,12 @@ from sparsegrad.adapter.base import (
     get_class_name,
     name_base,
     read_base,
+    refuse_other_format,
     unwrap_compiled,
     write_gathered,
 )
 from sparsegrad.adapter.changes import find_changed
+from sparsegrad.adapter.format import FACTS
 from sparsegrad.adapter.lora_card import SavedLora, write_lora_card
 from sparsegrad.adapter.lora_files import write_lora
 from sparsegrad.adapter.lora_layout import Layout, is_transposed, make_config, plan_layout, takes_lora
@@ -75,19 +77,21 @@ def save_lora(
         Rank and relative error of each linear, and the names of the modules that are stored whole.
 
     Raises:
-        UserError: for `rank` or `max_error` out of range; a base that cannot be loaded or is of another model; a model
-            that equals its base, is wrapped or sharded by FSDP1; weights that are tied, quantized or not finite; a
-            change that peft cannot store; or a folder that cannot be written, which keeps its old adapter.
+        UserError: for `rank` or `max_error` out of range; a base that cannot be loaded, is of another model or shares
+            memory with this one; a model that equals its base, is wrapped or sharded by FSDP1; weights that are tied,
+            quantized or not finite; a change that peft cannot store; or a folder that holds an adapter of
+            `save_adapter`, or cannot be written, which keeps its old adapter.
     """
     model = unwrap_compiled(model)
     refuse_fsdp1(model)
     with _plain_linears(model) as blocks:
         _check_options(blocks, rank, max_error, target_modules)
         check_plain(model)
+        refuse_other_format(Path(folder), FACTS, "an adapter of save_adapter")
         _refuse_quantized(model)
         named = {} if target_modules is None else _find_named(model, target_modules, rank)
         before, new = read_base(model, base, _expect_names(model, base, {**named, **blocks}))
-        changed = set(find_changed(model, before, new))
+        changed = set(find_changed(model, before, new, {f"{name}.weight" for name in (*named, *blocks)}))
         _refuse_tied(model, changed)
         layout = _plan(model, changed, new, blocks, None if target_modules is None else named, rank, max_error)
         factors = {name: _factor(model, name, before, blocks, rank, max_error) for name in layout.targets}

@@ -18,12 +18,14 @@ from sparsegrad.adapter.base import (
     get_class_name,
     name_base,
     read_base,
+    refuse_other_format,
     unwrap_compiled,
     write_gathered,
 )
 from sparsegrad.adapter.card import write_card
 from sparsegrad.adapter.changes import find_changed
 from sparsegrad.adapter.format import BASIS_PARTS, Entry, digest, write_adapter
+from sparsegrad.adapter.lora_files import CONFIG
 from sparsegrad.adapter.merge import named_tensors
 from sparsegrad.adapter.sizes import Saved, summarize
 from sparsegrad.arguments import explained
@@ -73,12 +75,14 @@ def save_adapter(
         The sizes of what was stored.
 
     Raises:
-        UserError: for a base that cannot be loaded, has other tensors or lacks SparseGrad weights; a model that equals
-            its base; weights that are not finite or of an unsupported dtype; or a folder that cannot be written.
+        UserError: for a base that cannot be loaded, has other tensors, lacks SparseGrad weights or shares memory with
+            the model; a model that equals its base; weights that are not finite or of an unsupported dtype; or a folder
+            that cannot be written or holds a LoRA adapter.
     """
     check_number("tolerance", tolerance, at_least=0, below=1)
     model = unwrap_compiled(model)
     check_plain(model)
+    refuse_other_format(Path(folder), CONFIG, "a LoRA adapter")
     if tolerance and optimizer is None:
         raise UserError(f"tolerance={tolerance} needs the bases: give optimizer=, what sparsegrad.prepare returned")
     base = find_base(model, base)  # before the search for the weights, whose error would hide that it is missing
@@ -86,7 +90,7 @@ def save_adapter(
     before, new = read_base(model, base, kinds)
     entries = {
         name: _make_entry(tensor, None if name in new else before[name], name in kinds)
-        for name, tensor in find_changed(model, before, new).items()
+        for name, tensor in find_changed(model, before, new, kinds).items()
     }
     bases: dict[str, Tensor] = {}
     if tolerance:  # 0 forbids the rotated form, which cannot restore a weight bit for bit

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from sparsegrad import __version__
 from sparsegrad.cli.screen import replace_unprintable
 from sparsegrad.errors import UserError, did_you_mean, run_as_command
 
@@ -44,23 +45,30 @@ def _dispatch(words: list[str]) -> int:
             hint = did_you_mean(words[0], known, "sparsegrad ") or f"choose one of {', '.join(known)}"
             raise UserError(f"sparsegrad {words[0]} is not a command: {hint}")
         words = ["records", *words]  # `python -m sparsegrad.cli FOLDER`, as it was called before
-    options = make_parser().parse_args(words)
+    options = make_parser(with_records=words[0] == "records").parse_args(words)
     return int(options.do(options))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the commands; those of `MODULES` and `run` read their own words."""
-    from sparsegrad.cli import records_command  # here: it needs the extra `run`, and others name an extra of their own
+def make_parser(with_records: bool = False) -> argparse.ArgumentParser:
+    """The parser of the commands; those of `MODULES` and `run` read their own words.
 
+    Args:
+        with_records: with the options of `records`, which need the extra `run`; the list of commands needs none.
+    """
     parser = argparse.ArgumentParser(
         prog="sparsegrad",
         description="SparseGrad: fine-tune with few trainable MLP weights, and look at the results.",
         epilog="sparsegrad COMMAND --help explains a command.",
     )
+    parser.add_argument("--version", action="version", version=f"sparsegrad {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("run", help=_RUN)
     about = "the records below a folder as a table"
-    records_command.add_options(commands.add_parser("records", help=about, description=f"Show {about}."))
+    records = commands.add_parser("records", help=about, description=f"Show {about}.")
+    if with_records:
+        from sparsegrad.cli.records_command import add_options
+
+        add_options(records)
     for name, (_, text) in MODULES.items():
         commands.add_parser(name, help=text)
     return parser

@@ -22,6 +22,16 @@ Row = dict[str, Any]
 SETUP = ("model", "task", "protocol")
 IDENTITY = (*SETUP, "method", "engine")
 SETTINGS = ("model", "method", "engine", "task", "protocol", "lr", "batch_size", "seed", "device")
+# Titles of columns that are not the last part of their name.
+HEADS = {
+    "batch_size": "batch",
+    "steps_per_second": "steps/s",
+    "peak_mib": "peak\nMiB",
+    "per_weight": "per MLP\nweight",
+    "minutes": "min",
+    "method.steps": "calibration\nsteps",
+}
+SHORT_METRICS = {"matthews_correlation": "matthews"}
 MEASURED = ("value", "steps_per_second", "peak_mib", "minutes")
 RUNS = "runs"  # the folder of records in a results folder
 _NO_RESULTS = (RUNS, "work", "models", "adapters", "studies")  # folders in which no results folder is looked for
@@ -88,14 +98,17 @@ def narrow(rows: Sequence[Row], conditions: Iterable[str]) -> list[Row]:
 
 
 def find_key(rows: Sequence[Row], key: str, option: str) -> str:
-    """The name in rows of `key`, which may be `score` or a setting without its group, such as `density`.
+    """The name in rows of `key`: it may be `score`, a title of the table, or a setting without its group.
 
     Raises:
         UserError: when no record has it, or several settings end with it.
     """
     known = list(dict.fromkeys(name for row in rows for name in row))
-    if key == "score":
+    metrics = {row["metric"] for row in rows}
+    if key == "score" or key in metrics or key in map(SHORT_METRICS.get, metrics):
         return "value"
+    if shown := [name for name, title in HEADS.items() if key == title.replace("\n", " ")]:
+        return shown[0]
     if key in known:
         return key
     ends = [name for name in known if name.endswith(f".{key}")]
@@ -103,7 +116,7 @@ def find_key(rows: Sequence[Row], key: str, option: str) -> str:
         return ends[0]
     if ends:
         raise UserError(f"{option} {key} is not allowed: choose one of {', '.join(ends)}")
-    hint = did_you_mean(key, ["score", *known, *(name.rpartition(".")[2] for name in known)])
+    hint = did_you_mean(key, ["score", *HEADS.values(), *known, *(name.rpartition(".")[2] for name in known)])
     raise UserError(f"{option} {key} is not allowed: no record has it; {hint or 'give a setting, such as method'}")
 
 

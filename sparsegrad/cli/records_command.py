@@ -10,7 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsegrad.cli.record_rows import SETTINGS, Row, average, find_differences, find_key, narrow, read_rows, sort
+from sparsegrad.cli.record_rows import (
+    HEADS,
+    SETTINGS,
+    SHORT_METRICS,
+    Row,
+    average,
+    find_differences,
+    find_key,
+    narrow,
+    read_rows,
+    sort,
+)
 from sparsegrad.cli.text_table import Column, fit, render
 from sparsegrad.errors import UserError
 
@@ -21,8 +32,6 @@ _RANKS |= dict.fromkeys(("protocol", "batch_size"), 2) | dict.fromkeys(("lr", "s
 _RANKS |= dict.fromkeys(("model", "method", "task"), 0)
 MEASUREMENT = 5  # and above: without room they are left out; settings go below their row
 _INDENT = "    "
-_HEADS = {"batch_size": "batch", "steps_per_second": "steps/s", "peak_mib": "peak\nMiB", "minutes": "min"}
-_SHORT_METRICS = {"matthews_correlation": "matthews"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -182,13 +191,11 @@ def _shorten_keys(keys: Sequence[str]) -> list[str]:
 
 
 def _head(name: str) -> str:
-    if name == "per_weight":
-        return "per MLP\nweight"
-    return _HEADS.get(name) or name.rpartition(".")[2].replace("_", " ")
+    return HEADS.get(name) or name.rpartition(".")[2].replace("_", " ")
 
 
 def _shorten(metric: Any) -> str:
-    return _SHORT_METRICS.get(metric, str(metric))
+    return SHORT_METRICS.get(metric, str(metric))
 
 
 def _format(value: Any) -> str:

@@ -17,13 +17,7 @@ from torch import Tensor
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, warn_renamed
 from sparsegrad.optim.finite import all_finite
-from sparsegrad.optim.group_checks import (
-    check_group,
-    check_hyperparameters,
-    check_saved,
-    check_step,
-    is_sparse,
-)
+from sparsegrad.optim.group_checks import check_group, check_hyperparameters, check_saved, check_step, is_sparse
 from sparsegrad.optim.groups import with_names
 from sparsegrad.optim.release import Release
 from sparsegrad.optim.scratch import Scratch
@@ -178,8 +172,8 @@ class SparseGradAdamW(torch.optim.AdamW):
 
         Raises:
             UserError: for a rotated gradient that was clipped by value, a sharded weight, layers whose gradients
-                another optimizer rotates, a sparse gradient in a plain group, or a group with an option that SparseGrad
-                lacks; nothing has changed.
+                another optimizer rotates, a sparse gradient in a plain group, a parameter whose dtype changed after the
+                first step, or a group with an option that SparseGrad lacks; nothing has changed.
         """
         loss = None
         if closure is not None:
@@ -192,7 +186,7 @@ class SparseGradAdamW(torch.optim.AdamW):
     def _update_all(self) -> None:
         sparse = [group for group in self.param_groups if is_sparse(group)]
         for group in self.param_groups:
-            check_step(group)
+            check_step(group, self.state)
         # Select everything first: a value that is not finite anywhere must stop the update of every weight.
         batches = [(group, weights) for group in sparse for weights in together(group["params"])]
         selections = [select(group, weights, self.state, self._buffers()) for group, weights in batches]

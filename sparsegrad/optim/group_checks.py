@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import repeat
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsegrad.distributed import is_shard, shards_error
@@ -49,18 +51,36 @@ def check_implemented(group: dict[str, Any]) -> None:
             )
 
 
-def check_step(group: dict[str, Any]) -> None:
-    """Check what may have changed since a group was added: options, and the gradients that torch's AdamW refuses."""
-    if is_sparse(group):
+def check_step(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Check what may have changed since a group was added: options, dtypes, gradients that torch's AdamW refuses."""
+    if taken := is_sparse(group):
         check_implemented(group)
-        return
     for number, weight in enumerate(group["params"]):
-        if (gradient := weight.grad) is not None and gradient.is_sparse:
+        if weight.grad is not None:
             name = group["param_names"][number] if "param_names" in group else f"a parameter {tuple(weight.shape)}"
-            raise UserError(
-                f"{name} has a sparse gradient, which AdamW does not take: build its embedding with sparse=False, or "
-                "freeze it with requires_grad_(False) before the optimizer is made"
-            )
+            _check_gradient(name, weight, taken)
+            _check_dtype(name, weight, state.get(weight, {}), taken)
+
+
+def _check_gradient(name: str, weight: Tensor, taken: bool) -> None:
+    if weight.grad.is_sparse and not taken:  # type: ignore[union-attr]
+        raise UserError(
+            f"{name} has a sparse gradient, which AdamW does not take: build its embedding with sparse=False, or "
+            "freeze it with requires_grad_(False) before the optimizer is made"
+        )
+
+
+def _check_dtype(name: str, weight: Tensor, state: Mapping[str, Any], taken: bool) -> None:
+    """Check that a weight still has a dtype that its moments go with."""
+    if taken:
+        check_updated(weight, name)
+    moments = state.get("exp_avg")
+    wanted = torch.float32 if taken and weight.dtype == torch.bfloat16 else weight.dtype
+    if moments is not None and moments.dtype != wanted:
+        raise UserError(
+            f"{name} is {weight.dtype}, but its moments of the steps before are {moments.dtype}: change the dtype of "
+            "the model before its first step, or make the optimizer anew with prepare"
+        )
 
 
 def check_group(group: dict[str, Any]) -> None:

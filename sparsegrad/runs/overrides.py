@@ -103,9 +103,10 @@ def _explain_option(group: str, name: str, options: list[str]) -> UserError:
     hint = "" if meant is None else f"did you mean {group}={meant}?"
     if hint and len(options) > FEW:
         return fail(group, name, f"{hint} run.py --help lists all")
-    return fail(
-        group, name, f"{hint} Choose one of {', '.join(options)}" if hint else f"choose one of {', '.join(options)}"
-    )
+    choose = f"{hint} Choose one of {', '.join(options)}" if hint else f"choose one of {', '.join(options)}"
+    is_source = group == "model" and bool(name) and ("/" in name or "-" in name or Path(name).exists())
+    own = f"a hub id or folder goes into model.source={name}, beside the model with its architecture"
+    return fail(group, name, choose, own if is_source else "")
 
 
 def _find_option(name: str, options: Sequence[str]) -> str | None:

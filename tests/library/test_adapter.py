@@ -163,7 +163,7 @@ def test_what_cannot_be_saved_is_refused(trained: Trained, tmp_path: Path) -> No
     with torch.no_grad():
         spoiled.classifier.bias[0] = float("inf")
     for call, message in (
-        (lambda: save_adapter(base, tmp_path, base), "equals its base"),
+        (lambda: save_adapter(copy.deepcopy(base), tmp_path, base), "equals its base"),
         (lambda: save_adapter(spoiled, tmp_path, base), r"classifier\.bias is not finite"),
         (lambda: save_adapter(model, tmp_path), "does not know where it came from"),
         (lambda: save_adapter(model, tmp_path, "nowhere/at-all-" + "x" * 99), "cannot be loaded"),

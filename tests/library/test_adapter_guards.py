@@ -12,7 +12,7 @@ from adapter_checks import Prepared, changed, own_model
 from model_states import bits, has_bits
 from torch import Tensor, nn
 
-from sparsegrad import UserError, load_adapter, save_adapter, set_adapter
+from sparsegrad import UserError, load_adapter, save_adapter, save_lora, set_adapter
 from sparsegrad.adapter.merge import Patch, mark
 
 
@@ -198,3 +198,45 @@ def test_the_values_stay_on_their_own_device(folder: Path) -> None:
     model.cpu()
     adapter.unmerge()
     assert has_bits(model, bits(own_model()))
+
+
+def test_a_base_that_was_trained_along_is_refused(tmp_path: Path) -> None:
+    """`state_dict()` shares the memory of the model: what it was before training is lost."""
+    base = own_model()
+    state = base.state_dict()
+    with torch.no_grad():
+        base[1].bias.add_(1)
+    optimizer: Any = Prepared(base[0].weight)
+    for shared in (state, base, {**copy.deepcopy(state), "1.bias": state["1.bias"]}):
+        with pytest.raises(UserError, match=r"shares the memory of [01]\.\w+ with the model, .* copy from before"):
+            save_adapter(base, tmp_path, shared, optimizer)
+        with pytest.raises(UserError, match=r"shares the memory of [01]\.\w+ with the model"):
+            save_lora(base, tmp_path, shared, rank=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_base_may_share_what_is_frozen(tmp_path: Path) -> None:
+    model = own_model()
+    state = copy.deepcopy(model.state_dict())
+    state["1.weight"] = model[1].weight.requires_grad_(False)
+    with torch.no_grad():
+        model[1].bias.add_(1)
+    saved: Any = save_adapter(model, tmp_path, state, Prepared(model[0].weight))  # type: ignore[arg-type]
+    assert sum(saved.forms.values()) == 1, "the bias"
+    with pytest.raises(UserError, match=r"shares the memory of 1\.weight"):
+        save_adapter(model, tmp_path, state, Prepared(model[1].weight, "1.weight"))  # type: ignore[arg-type]
+
+
+def test_a_folder_holds_one_adapter(tmp_path: Path) -> None:
+    """The card of the one would describe the other."""
+    base = own_model()
+    model = changed(base)
+    optimizer: Any = Prepared(model[0].weight)
+    save_adapter(model, tmp_path / "whole", base, optimizer)
+    save_lora(model, tmp_path / "lora", base, rank=2)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    with pytest.raises(UserError, match=r"has an adapter of save_adapter .*: give another folder, or delete"):
+        save_lora(model, tmp_path / "whole", base, rank=2)
+    with pytest.raises(UserError, match=r"has a LoRA adapter \(adapter_config\.json\): give another folder, or delete"):
+        save_adapter(model, tmp_path / "lora", base, optimizer)
+    assert files == {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}

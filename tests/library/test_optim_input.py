@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optim_cases import IN, OUT, groups, network
+from optim_cases import IN, OUT, groups, network, random_basis
 from torch import Tensor, nn
 
 from sparsegrad import Basis, SparseGradAdamW, UserError
@@ -134,3 +134,34 @@ def test_float16_is_refused_and_what_works_is_named() -> None:
 def test_a_bias_cannot_be_sparsegrad() -> None:
     with pytest.raises(UserError, match=r"parameter \(12,\) cannot be SparseGrad"):
         SparseGradAdamW([{"params": [network()[0].bias], "keep": 3}])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", ["sparse", "plain"])
+def test_another_dtype_after_the_first_step_is_named(trained: str, dtype: torch.dtype) -> None:
+    model = network()  # in float64
+    optimizer = SparseGradAdamW(groups(model, keep=3) if trained == "sparse" else model.parameters(), lr=0.1)
+    model(torch.ones(2, IN, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.to(dtype)
+    model(torch.ones(2, IN, dtype=dtype)).sum().backward()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(UserError, match=rf"{dtype}, but its moments .* are torch.float64: change the dtype .* before"):
+        optimizer.step()
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_float16_after_prepare_is_refused_too() -> None:
+    model = network()
+    optimizer = SparseGradAdamW(groups(model, keep=3), lr=0.1)
+    model.half()(torch.ones(2, IN, dtype=torch.float16)).sum().backward()
+    with pytest.raises(UserError, match=r"parameter \(12, 8\) in torch.float16 loses small updates"):
+        optimizer.step()
+
+
+def test_what_an_optimizer_shows_has_no_matrices() -> None:
+    model = network()
+    shown = repr(SparseGradAdamW(groups(model, keep=3, basis=random_basis()), lr=0.1))
+    assert "basis: Basis((12, 8), torch.float64)" in shown
+    assert "tensor" not in shown

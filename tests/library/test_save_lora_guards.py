@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fast_checks import blocks, fast, train
+from fast_checks import bert, blocks, fast, train
 from lora_checks import MLP, apply_lora, perturbed
 from torch import nn
 from toy_bert import WIDTH, toy_bert
@@ -99,6 +99,15 @@ def test_unchanged_and_diverged_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"classifier\.bias is not finite: the training diverged"):
         save_lora(model, tmp_path, base, rank=2)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_engine_fast_changed_along_is_refused(tmp_path: Path) -> None:
+    """It moves a weight in place, which is frozen while the core trains."""
+    model = bert()
+    state = model.state_dict()
+    train(model, fast(model, train_rest=False, modules_to_save=[]))
+    with pytest.raises(UserError, match=r"shares the memory of bert\..*dense\.weight with the model"):
+        save_lora(model, tmp_path, state)
 
 
 def test_wrapped_models_are_refused(tmp_path: Path) -> None:

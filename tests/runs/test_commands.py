@@ -95,7 +95,7 @@ def check_console(words: list[str], conf: Composer) -> None:
     elif words[0] in MODULES:
         assert importlib.util.find_spec(MODULES[words[0]][0]) is not None
     else:
-        make_parser().parse_args(words)
+        make_parser(with_records=True).parse_args(words)
 
 
 def check_module(module: str, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from run_fixtures import ROOT, environment
 
-from sparsegrad import extras
+from sparsegrad import __version__, extras
+from sparsegrad.cli.console import main
 from sparsegrad.extras import explain_missing, find_extra, install_command
 
 SWEEP = ("matplotlib", "optuna", "optuna_dashboard", "plotly", "psycopg", "jinja2", "tabulate")
@@ -31,13 +32,20 @@ sys.meta_path.insert(0, Finder())
 CONSOLE = str(Path(sys.executable).with_name("sparsegrad"))
 
 
+def run_without(missing: tuple[str, ...], folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command where packages are missing: by Python itself, since the quick one has imported them."""
+    (folder / "sitecustomize.py").write_text(_BLOCK.format(blocked=set(missing)))
+    there = environment(PYTHONPATH=str(folder))
+    return subprocess.run(words, cwd=ROOT, env=there, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.parametrize(
     ("missing", "words", "package", "extra"),
     [
         (ALL, (sys.executable, "run.py"), "safetensors", "run"),
         (ALL, (sys.executable, "-m", "experiments.report"), "safetensors", "report"),
         (CORE, (sys.executable, "run.py", "--help"), "hydra-core", "run"),
-        (CORE, (sys.executable, "-m", "sparsegrad.cli", "--help"), "hydra-core", "run"),
+        (CORE, (sys.executable, "-m", "sparsegrad.cli", "records", "--help"), "hydra-core", "run"),
         (CORE, (CONSOLE, "report"), "matplotlib", "report"),
         (CORE, (sys.executable, "-m", "sparsegrad.sweeps", "list"), "rich", "sweep"),
         (SWEEP, (CONSOLE, "report"), "matplotlib", "report"),
@@ -49,15 +57,24 @@ def test_a_command_names_the_extra(
 ) -> None:
     if words[0] == CONSOLE and not Path(CONSOLE).is_file():
         pytest.skip("the package is not installed")
-    (tmp_path / "sitecustomize.py").write_text(_BLOCK.format(blocked=set(missing)))
-    # Python itself, not the quick one, which has imported what is missing here.
-    ended = subprocess.run(
-        words, cwd=ROOT, env=environment(PYTHONPATH=str(tmp_path)), capture_output=True, text=True, check=False
-    )
+    ended = run_without(missing, tmp_path, *words)
     assert ended.returncode == 2, ended.stderr
     remedy = f"run pip install -e '.[{extra}]' in the checkout of sparsegrad"
     assert ended.stderr.splitlines()[-1] == f"error: this command needs the package {package}: {remedy}"
     assert "Traceback" not in ended.stderr
+
+
+def test_the_list_of_commands_needs_no_extra(tmp_path: Path) -> None:
+    helped = run_without(CORE, tmp_path, sys.executable, "-m", "sparsegrad.cli", "--help")
+    assert helped.returncode == 0, helped.stderr
+    assert "records" in helped.stdout
+
+
+def test_the_command_has_a_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"sparsegrad {__version__}\n"
 
 
 def test_the_extras_come_from_the_metadata_of_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:

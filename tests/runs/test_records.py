@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -156,9 +157,11 @@ def show(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 def test_records_are_narrowed_sorted_and_averaged(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert show(capsys, runs, "--filter", "density=0.05").count("0.9500") == 1
     assert "lora" not in show(capsys, runs, "--filter", "method=sparsegrad", "--filter", "seed=1,2")
-    scores = [line.split(",") for line in show(capsys, runs, "--sort", "score", "--reverse", "--csv").splitlines()]
-    column = scores[0].index("value")
-    assert [float(row[column]) for row in scores[1:]] == pytest.approx([0.95, 0.83, 0.82, 0.81, 0.73, 0.72, 0.71])
+    for title in ("score", "matthews_correlation", "matthews"):  # the last is what the table shows
+        rows = [line.split(",") for line in show(capsys, runs, "--sort", title, "--reverse", "--csv").splitlines()]
+        column = rows[0].index("value")
+        assert [float(row[column]) for row in rows[1:]] == pytest.approx([0.95, 0.83, 0.82, 0.81, 0.73, 0.72, 0.71])
+    assert show(capsys, runs, "--sort", "peak MiB") == show(capsys, runs, "--sort", "peak_mib")
     means = [line for line in show(capsys, runs, "--mean").splitlines() if "±" in line]
     assert sum("0.7200 ± 0.0100" in line for line in means) == 1
     assert sum("0.8200 ± 0.0100" in line for line in means) == 1  # the run of another density is not part of it
@@ -169,6 +172,7 @@ def test_records_are_narrowed_sorted_and_averaged(runs: Path, capsys: pytest.Cap
     [
         (("--filter", "metod=lora"), "did you mean method"),
         (("--sort", "scor"), "did you mean score"),
+        (("--sort", "steps/"), "did you mean steps/s"),
         (("--filter", "lora"), "key=value"),
         (("--filter", "method=full"), "no record"),
     ],
@@ -257,3 +261,14 @@ def test_the_environment_names_versions_commit_and_hardware() -> None:
 )
 def test_only_errors_of_writing_are_called_so(error: Exception, expected: bool) -> None:
     assert is_of_writing(error, ["/data/runs", "/data/results"]) == expected
+
+
+def test_steps_of_calibration_are_not_taken_for_those_of_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for steps in (2, 30):
+        content = record(key=f"{steps:016x}")
+        content["config"] = {**content["config"], "method": {"name": "sparsegrad", "steps": steps}}
+        write_json(tmp_path / "runs" / f"{steps}.json", content)
+    shown = show(capsys, tmp_path).splitlines()
+    assert any("calibration" in one and "steps" in other for one, other in itertools.pairwise(shown))

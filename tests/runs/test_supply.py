@@ -137,6 +137,22 @@ def test_every_file_of_the_package_that_is_not_python_is_package_data() -> None:
     assert declared == files
 
 
+def test_an_editable_installation_is_found_from_the_folder_above_its_checkout(tmp_path: Path) -> None:
+    """`git clone` calls the checkout sparsegrad, which Python could take for a package without __init__.py."""
+    checkout, packages = tmp_path / "sparsegrad", tmp_path / "site-packages"
+    shutil.copytree(ROOT / "sparsegrad", checkout / "sparsegrad", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout / name)
+    build = f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], check=True, capture_output=True, cwd=checkout)
+    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(packages)
+    find = f"import site; site.addsitedir({str(packages)!r}); from importlib.util import find_spec; "
+    find += "print(find_spec('sparsegrad').origin)"
+    # Without the packages of this Python, among which is sparsegrad.
+    found = subprocess.run([sys.executable, "-S", "-c", find], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert found.stdout.strip() == str(checkout / "sparsegrad" / "__init__.py")
+
+
 def test_the_wheel_trains_saves_and_loads_without_the_checkout(tmp_path: Path) -> None:
     """`make test-wheel` does the same in a fresh environment; here the extras are only kept from being imported."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
