@@ -26,7 +26,9 @@ def pytest_configure() -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """`-n logical`: half as many again as the machine has cores; some tests wait for processes that they start."""
-    cores = os.cpu_count() or 1
+def pytest_xdist_auto_num_workers() -> int | None:
+    """`-n logical` and `-n auto`: half as many again as there are cores; some tests wait for processes they start."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores + cores // 2

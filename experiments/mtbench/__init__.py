@@ -4,6 +4,9 @@ The commands are `python -m experiments.mtbench answer | judge | show`; see docs
 `side_by_side` return the data of tables and pages.
 """
 
+from sparsegrad import interrupt as interrupt  # first: Ctrl-C while torch is imported ends in one line
+
+# isort: split
 from experiments.mtbench.scores import ModelScores, SideBySide, compute_scores, side_by_side
 
 __all__ = ["ModelScores", "SideBySide", "compute_scores", "side_by_side"]

@@ -72,7 +72,7 @@ def check_plain(model: nn.Module) -> None:
 def refuse_other_format(folder: Path, file: str, what: str) -> None:
     """Raise `UserError` if `folder` has `file`, which belongs to `what`: a folder holds one adapter, with its card."""
     if (folder / file).exists():
-        raise UserError(f"folder={folder} has {what} ({file}): give another folder, or delete that one first")
+        raise UserError(f"folder={folder} has {what} ({file}): give another folder, or delete this one")
 
 
 def find_base(model: nn.Module, base: Base | None) -> Base:

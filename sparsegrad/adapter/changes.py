@@ -13,7 +13,7 @@ from sparsegrad.errors import UserError
 
 
 def find_changed(
-    model: nn.Module, before: Mapping[str, Tensor], new: set[str], targets: Collection[str]
+    model: nn.Module, before: Mapping[str, Tensor], new: set[str], trained: Collection[str]
 ) -> dict[str, Tensor]:
     """The model's tensors whose bits differ from those of the base, by name, in the model's order.
 
@@ -21,15 +21,15 @@ def find_changed(
         model: the plain model.
         before: the base's tensors by name.
         new: names of tensors that the base does not have; they count as changed.
-        targets: names of the weights that SparseGrad trained.
+        trained: names of the parameters that the base must not share with the model, because training moved both.
 
     Raises:
         UserError: for a base that shares tensors with the model, or has another shape or dtype; a changed tensor that
             is not finite or that an adapter cannot store; or no change at all.
     """
-    changed = {}
+    changed, moving = {}, {*trained, *_list_statistics(model)} - new
     for name, tensor in named_tensors(model).items():
-        if name not in new and (name in targets or tensor.requires_grad):
+        if name in moving:
             _refuse_shared(name, tensor, before[name])
         if name in new or _differs(name, tensor, before[name]):
             _check_storable(name, tensor)
@@ -39,12 +39,18 @@ def find_changed(
     return changed
 
 
+def _list_statistics(model: nn.Module) -> set[str]:
+    """Names of the buffers that forward passes change while a model trains: those of batch normalization."""
+    owners = {name: one for name, one in model.named_modules() if getattr(one, "track_running_stats", False)}
+    return {f"{name}.{buffer}" for name, one in owners.items() for buffer, _ in one.named_buffers(recurse=False)}
+
+
 def _refuse_shared(name: str, tensor: Tensor, old: Tensor) -> None:
     """Raise `UserError` if both are the same memory: then training has changed the base as well."""
-    if tensor.data_ptr() == old.data_ptr() and tensor.numel() and tensor.device.type != "meta":
+    if tensor.device == old.device and tensor.data_ptr() == old.data_ptr() and tensor.numel():
         raise UserError(
-            f"base= shares the memory of {name} with the model, so that training has changed both: give the folder or "
-            "hub id that the model came from, or a copy from before training, copy.deepcopy(model.state_dict())"
+            f"base= shares the memory of {name} with the model, so training has changed both: give the folder or hub "
+            "id that the model came from, or a copy from before training, copy.deepcopy(model.state_dict())"
         )
 
 

@@ -90,7 +90,7 @@ def save_adapter(
     before, new = read_base(model, base, kinds)
     entries = {
         name: _make_entry(tensor, None if name in new else before[name], name in kinds)
-        for name, tensor in find_changed(model, before, new, kinds).items()
+        for name, tensor in find_changed(model, before, new, _find_trained(model, optimizer, kinds)).items()
     }
     bases: dict[str, Tensor] = {}
     if tolerance:  # 0 forbids the rotated form, which cannot restore a weight bit for bit
@@ -121,6 +121,14 @@ def _find_kinds(model: nn.Module, optimizer: Any, names: Names | None) -> dict[s
             "prepared, not wrapped; or leave out optimizer="
         )
     return kinds
+
+
+def _find_trained(model: nn.Module, optimizer: Any, kinds: Mapping[str, str]) -> set[str]:
+    """Names of the parameters that the optimizer trains; without it, of those that require a gradient."""
+    if optimizer is None:
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in own} | set(kinds)
 
 
 def _find_linears(model: nn.Module, names: Names | None) -> Linears:

@@ -104,20 +104,29 @@ def find_key(rows: Sequence[Row], key: str, option: str) -> str:
         UserError: when no record has it, or several settings end with it.
     """
     known = list(dict.fromkeys(name for row in rows for name in row))
-    metrics = {row["metric"] for row in rows}
-    if key == "score" or key in metrics or key in map(SHORT_METRICS.get, metrics):
-        return "value"
-    if shown := [name for name, title in HEADS.items() if key == title.replace("\n", " ")]:
-        return shown[0]
-    if key in known:
-        return key
+    titles = {make_title(name).replace("\n", " "): name for name in known} | {"score": "value"}
+    metrics = {row["metric"] for row in rows} - {None}
+    if len(metrics) == 1:  # it is the title of the scores then
+        titles |= dict.fromkeys(metrics, "value") | {shorten_metric(metric): "value" for metric in metrics}
+    if key in known or key in titles:
+        return key if key in known else titles[key]
     ends = [name for name in known if name.endswith(f".{key}")]
     if len(ends) == 1:
         return ends[0]
     if ends:
         raise UserError(f"{option} {key} is not allowed: choose one of {', '.join(ends)}")
-    hint = did_you_mean(key, ["score", *HEADS.values(), *known, *(name.rpartition(".")[2] for name in known)])
+    hint = did_you_mean(key, [*titles, *known, *(name.rpartition(".")[2] for name in known)])
     raise UserError(f"{option} {key} is not allowed: no record has it; {hint or 'give a setting, such as method'}")
+
+
+def make_title(name: str) -> str:
+    """The title of a column."""
+    return HEADS.get(name) or name.rpartition(".")[2].replace("_", " ")
+
+
+def shorten_metric(metric: Any) -> str:
+    """The name of a metric in titles and cells."""
+    return SHORT_METRICS.get(metric, str(metric))
 
 
 def sort(rows: Sequence[Row], name: str, reverse: bool = False) -> list[Row]:

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad.cli.record_rows import (
-    HEADS,
     SETTINGS,
-    SHORT_METRICS,
     Row,
     average,
     find_differences,
     find_key,
+    make_title,
     narrow,
     read_rows,
+    shorten_metric,
     sort,
 )
 from sparsegrad.cli.text_table import Column, fit, render
@@ -135,13 +135,17 @@ def _make_columns(rows: Sequence[Row]) -> tuple[list[str], list[Column]]:
     if is_mean:
         shared.append("mean ± std over seeds")
     columns = [] if is_mean else [Column("key", _shorten_keys([row["key"] for row in rows]))]
-    columns += [Column(_head(name), [_format(row.get(name)) for row in rows], _RANKS.get(name, 3)) for name in differ]
+    columns += [
+        Column(make_title(name), [_format(row.get(name)) for row in rows], _RANKS.get(name, 3)) for name in differ
+    ]
     if is_mean:
         columns.append(Column("seeds", [str(row["seeds"]) for row in rows]))
     metrics = {row["metric"] for row in rows if row["metric"] is not None}
-    columns.append(Column(_shorten(metrics.pop()) if len(metrics) == 1 else "score", _scores(rows, bool(metrics))))
+    columns.append(
+        Column(shorten_metric(metrics.pop()) if len(metrics) == 1 else "score", _scores(rows, bool(metrics)))
+    )
     measured = ("steps_per_second", "peak_mib", "trainable", "per_weight", "minutes")
-    columns += [Column(_head(name), [_measure(row, name) for row in rows], _RANKS[name]) for name in measured]
+    columns += [Column(make_title(name), [_measure(row, name) for row in rows], _RANKS[name]) for name in measured]
     return shared, columns
 
 
@@ -158,7 +162,7 @@ def _describe_shared(rows: Sequence[Row], name: str) -> str:
         return ""
     methods = dict.fromkeys(row["method"] for row in having)
     is_of_all = methods.keys() == {row["method"] for row in rows}
-    return f"{_head(name)} {having[0][name]}" + ("" if is_of_all else f" ({', '.join(methods)})")
+    return f"{make_title(name)} {having[0][name]}" + ("" if is_of_all else f" ({', '.join(methods)})")
 
 
 def _scores(rows: Sequence[Row], named: bool) -> list[str]:
@@ -169,7 +173,7 @@ def _scores(rows: Sequence[Row], named: bool) -> list[str]:
             cells.append(row["status"] if row["status"] != "complete" else "-")
             continue
         spread = f" ± {row['value_std']:.4f}" if row.get("value_std") is not None else ""
-        cells.append((f"{_shorten(row['metric'])} " if named else "") + f"{row['value']:.4f}{spread}")
+        cells.append((f"{shorten_metric(row['metric'])} " if named else "") + f"{row['value']:.4f}{spread}")
     return cells
 
 
@@ -188,14 +192,6 @@ def _shorten_keys(keys: Sequence[str]) -> list[str]:
     while len({key[:length] for key in keys}) < len(set(keys)):
         length += 1
     return [key[:length] for key in keys]
-
-
-def _head(name: str) -> str:
-    return HEADS.get(name) or name.rpartition(".")[2].replace("_", " ")
-
-
-def _shorten(metric: Any) -> str:
-    return SHORT_METRICS.get(metric, str(metric))
 
 
 def _format(value: Any) -> str:

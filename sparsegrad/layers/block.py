@@ -169,14 +169,14 @@ class BlockLinear(nn.Module):
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """An ordinary linear that computes the same function.
+        """An ordinary linear that computes the same function. It shares weight and bias with this layer.
 
         Raises:
             UserError: as `merge`.
         """
         self.merge()
-        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
-        return make_linear(nn.Parameter(self.weight.detach().clone()), bias)
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach())
+        return make_linear(nn.Parameter(self.weight.detach()), bias)
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -17,7 +17,14 @@ from torch import Tensor
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, warn_renamed
 from sparsegrad.optim.finite import all_finite
-from sparsegrad.optim.group_checks import check_group, check_hyperparameters, check_saved, check_step, is_sparse
+from sparsegrad.optim.group_checks import (
+    check_dtype,
+    check_group,
+    check_hyperparameters,
+    check_saved,
+    check_step,
+    is_sparse,
+)
 from sparsegrad.optim.groups import with_names
 from sparsegrad.optim.release import Release
 from sparsegrad.optim.scratch import Scratch
@@ -163,6 +170,7 @@ class SparseGradAdamW(torch.optim.AdamW):
         self._release.updated.add(weight)
         # Looked up anew, because loading a state replaces the groups.
         group = next(one for one in self.param_groups if is_sparse(one) and any(weight is p for p in one["params"]))
+        check_dtype(weight, self.state.get(weight, {}), "a SparseGrad weight")
         self._update([select(group, [weight], self.state, self._buffers())])
         weight.grad = None
 

@@ -13,7 +13,7 @@ from sparsegrad.distributed import is_shard, shards_error
 from sparsegrad.errors import UserError, check_choice, check_number, fail
 from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.optim.selection import count_kept
-from sparsegrad.targets import check_updated
+from sparsegrad.targets import UPDATED, check_updated
 
 # Options of AdamW's groups with the value that a SparseGrad group must have.
 _NOT_IMPLEMENTED = {"amsgrad": False, "capturable": False, "differentiable": False, "decoupled_weight_decay": True}
@@ -56,30 +56,36 @@ def check_step(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) ->
     if taken := is_sparse(group):
         check_implemented(group)
     for number, weight in enumerate(group["params"]):
-        if weight.grad is not None:
-            name = group["param_names"][number] if "param_names" in group else f"a parameter {tuple(weight.shape)}"
-            _check_gradient(name, weight, taken)
-            _check_dtype(name, weight, state.get(weight, {}), taken)
+        if (gradient := weight.grad) is None:
+            continue
+        if gradient.is_sparse and not taken:
+            raise UserError(
+                f"{_name(group, number)} has a sparse gradient, which AdamW does not take: build its embedding with "
+                "sparse=False, or freeze it with requires_grad_(False) before the optimizer is made"
+            )
+        moments = state.get(weight, {}).get("exp_avg")
+        if weight.dtype not in UPDATED or (moments is not None and moments.dtype != weight.dtype):
+            check_dtype(weight, state.get(weight, {}), _name(group, number), taken=taken)
 
 
-def _check_gradient(name: str, weight: Tensor, taken: bool) -> None:
-    if weight.grad.is_sparse and not taken:  # type: ignore[union-attr]
-        raise UserError(
-            f"{name} has a sparse gradient, which AdamW does not take: build its embedding with sparse=False, or "
-            "freeze it with requires_grad_(False) before the optimizer is made"
-        )
+def _name(group: dict[str, Any], number: int) -> str:
+    return (
+        group["param_names"][number]
+        if "param_names" in group
+        else f"a parameter {tuple(group['params'][number].shape)}"
+    )
 
 
-def _check_dtype(name: str, weight: Tensor, state: Mapping[str, Any], taken: bool) -> None:
-    """Check that a weight still has a dtype that its moments go with."""
+def check_dtype(weight: Tensor, state: Mapping[str, Any], name: str, taken: bool = True) -> None:
+    """Check that the moments of a weight, which may have changed its dtype since, go with it; `taken` by SparseGrad."""
     if taken:
         check_updated(weight, name)
     moments = state.get("exp_avg")
     wanted = torch.float32 if taken and weight.dtype == torch.bfloat16 else weight.dtype
     if moments is not None and moments.dtype != wanted:
         raise UserError(
-            f"{name} is {weight.dtype}, but its moments of the steps before are {moments.dtype}: change the dtype of "
-            "the model before its first step, or make the optimizer anew with prepare"
+            f"{name} is {weight.dtype}, but its moments from earlier steps are {moments.dtype}: convert the model "
+            "before the first step, or call to_linears(model) and prepare again"
         )
 
 

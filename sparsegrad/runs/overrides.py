@@ -104,8 +104,8 @@ def _explain_option(group: str, name: str, options: list[str]) -> UserError:
     if hint and len(options) > FEW:
         return fail(group, name, f"{hint} run.py --help lists all")
     choose = f"{hint} Choose one of {', '.join(options)}" if hint else f"choose one of {', '.join(options)}"
-    is_source = group == "model" and bool(name) and ("/" in name or "-" in name or Path(name).exists())
-    own = f"a hub id or folder goes into model.source={name}, beside the model with its architecture"
+    is_source = group == "model" and ("/" in name or bool(name and not hint))
+    own = f"for a hub id or a folder, write model=MODEL model.source={name}, MODEL being the one of its architecture"
     return fail(group, name, choose, own if is_source else "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsegrad.adapter import lora_files
+from sparsegrad.adapter.format import FACTS
 from sparsegrad.adapter.lora import save_lora
 from sparsegrad.adapter.save import save_adapter
 from sparsegrad.distributed import from_main, gathered
@@ -56,6 +59,7 @@ def save_results(config: RunConfig, parts: Parts, prepared: Prepared, sources: S
     """Save what `save_model` and `save_adapter` ask for; the model has ordinary linears afterwards."""
     # The layers of engine fast hold the factors of their change, so they are saved as LoRA before they become linears.
     exact = getattr(config.method, "holds_factors", False)
+    from_main(lambda: _discard_other_format(config))
     if config.save_adapter == "lora" and exact:
         _write_whole(parts, lambda: _save_lora(config, parts, sources, max_error=None))
     if config.save_adapter == "peft":
@@ -65,6 +69,13 @@ def save_results(config: RunConfig, parts: Parts, prepared: Prepared, sources: S
         _write_whole(parts, lambda: save(config.adapter_folder))
     prepared.finish()
     _write_whole(parts, lambda: _save_linears(config, parts, sources, exact))
+
+
+def _discard_other_format(config: RunConfig) -> None:
+    """Delete an adapter that this run left when it was asked for another format: a folder holds one."""
+    other = lora_files.CONFIG if config.save_adapter == "sparsegrad" else FACTS
+    if config.save_adapter is not None and (config.adapter_folder / other).exists():
+        shutil.rmtree(config.adapter_folder)
 
 
 def _write_whole(parts: Parts, write: Callable[[], object]) -> None:

@@ -206,25 +206,34 @@ def test_a_base_that_was_trained_along_is_refused(tmp_path: Path) -> None:
     state = base.state_dict()
     with torch.no_grad():
         base[1].bias.add_(1)
-    optimizer: Any = Prepared(base[0].weight)
     for shared in (state, base, {**copy.deepcopy(state), "1.bias": state["1.bias"]}):
         with pytest.raises(UserError, match=r"shares the memory of [01]\.\w+ with the model, .* copy from before"):
-            save_adapter(base, tmp_path, shared, optimizer)
+            save_adapter(base, tmp_path, shared, target_modules=["0"])
         with pytest.raises(UserError, match=r"shares the memory of [01]\.\w+ with the model"):
             save_lora(base, tmp_path, shared, rank=2)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_base_may_share_what_is_frozen(tmp_path: Path) -> None:
+def test_a_base_may_share_what_does_not_train(tmp_path: Path) -> None:
     model = own_model()
     state = copy.deepcopy(model.state_dict())
-    state["1.weight"] = model[1].weight.requires_grad_(False)
+    state["1.weight"], state["1.bias"] = model[1].weight, model[1].bias.requires_grad_(False)
     with torch.no_grad():
-        model[1].bias.add_(1)
+        model[0].weight[0, 0] += 1
     saved: Any = save_adapter(model, tmp_path, state, Prepared(model[0].weight))  # type: ignore[arg-type]
-    assert sum(saved.forms.values()) == 1, "the bias"
+    assert sum(saved.forms.values()) == 1, "the weight alone"
     with pytest.raises(UserError, match=r"shares the memory of 1\.weight"):
-        save_adapter(model, tmp_path, state, Prepared(model[1].weight, "1.weight"))  # type: ignore[arg-type]
+        save_lora(model, tmp_path / "lora", state, rank=2)  # which cannot know what trained, except by requires_grad
+    model[1].weight.requires_grad_(False)
+    save_lora(model, tmp_path / "lora", state, rank=2)
+
+
+def test_a_base_does_not_share_what_forward_passes_change(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    state = {**model.state_dict(), **{name: value.detach().clone() for name, value in model.named_parameters()}}
+    model(torch.randn(5, 4))
+    with pytest.raises(UserError, match=r"shares the memory of 1\.running_mean"):
+        save_adapter(model, tmp_path, state, Prepared(model[0].weight))  # type: ignore[arg-type]
 
 
 def test_a_folder_holds_one_adapter(tmp_path: Path) -> None:
@@ -235,8 +244,10 @@ def test_a_folder_holds_one_adapter(tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "whole", base, optimizer)
     save_lora(model, tmp_path / "lora", base, rank=2)
     files = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
-    with pytest.raises(UserError, match=r"has an adapter of save_adapter .*: give another folder, or delete"):
+    with pytest.raises(UserError, match=r"has an adapter of save_adapter .*: give another folder, or delete this one"):
         save_lora(model, tmp_path / "whole", base, rank=2)
-    with pytest.raises(UserError, match=r"has a LoRA adapter \(adapter_config\.json\): give another folder, or delete"):
+    with pytest.raises(
+        UserError, match=r"has a LoRA adapter \(adapter_config\.json\): give another folder, or delete this one"
+    ):
         save_adapter(model, tmp_path / "lora", base, optimizer)
     assert files == {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}

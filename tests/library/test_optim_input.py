@@ -147,7 +147,7 @@ def test_another_dtype_after_the_first_step_is_named(trained: str, dtype: torch.
     model.to(dtype)
     model(torch.ones(2, IN, dtype=dtype)).sum().backward()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    with pytest.raises(UserError, match=rf"{dtype}, but its moments .* are torch.float64: change the dtype .* before"):
+    with pytest.raises(UserError, match=rf"{dtype}, but its moments .* are torch.float64: convert the model before"):
         optimizer.step()
     assert all(map(torch.equal, model.parameters(), before))
 
@@ -158,6 +158,20 @@ def test_float16_after_prepare_is_refused_too() -> None:
     model.half()(torch.ones(2, IN, dtype=torch.float16)).sum().backward()
     with pytest.raises(UserError, match=r"parameter \(12, 8\) in torch.float16 loses small updates"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_released_weights_keep_their_dtype(dtype: torch.dtype) -> None:
+    model = network()  # in float64
+    optimizer = SparseGradAdamW([{"params": [model[0].weight], "keep": 3}], lr=0.1)
+    optimizer.release_gradients()
+    model(torch.ones(2, IN, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    model.to(dtype)
+    before = model[0].weight.detach().clone()
+    with pytest.raises(UserError, match=r"moments from earlier steps are torch.float64|torch.float16 loses small"):
+        model(torch.ones(2, IN, dtype=dtype)).sum().backward()
+    assert torch.equal(model[0].weight, before)
 
 
 def test_what_an_optimizer_shows_has_no_matrices() -> None:

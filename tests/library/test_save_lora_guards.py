@@ -14,7 +14,7 @@ from torch import nn
 from toy_bert import WIDTH, toy_bert
 from toy_models import toy_model
 
-from sparsegrad import UserError, save_lora
+from sparsegrad import UserError, save_adapter, save_lora, to_linears
 from sparsegrad.adapter.lora_files import CONFIG
 
 
@@ -108,6 +108,9 @@ def test_a_base_that_engine_fast_changed_along_is_refused(tmp_path: Path) -> Non
     train(model, fast(model, train_rest=False, modules_to_save=[]))
     with pytest.raises(UserError, match=r"shares the memory of bert\..*dense\.weight with the model"):
         save_lora(model, tmp_path, state)
+    to_linears(model)
+    with pytest.raises(UserError, match=r"shares the memory of bert\..*dense\.weight with the model"):
+        save_adapter(model, tmp_path, {name: value for name, value in state.items() if "classifier" not in name})
 
 
 def test_wrapped_models_are_refused(tmp_path: Path) -> None:

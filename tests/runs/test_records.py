@@ -161,7 +161,11 @@ def test_records_are_narrowed_sorted_and_averaged(runs: Path, capsys: pytest.Cap
         rows = [line.split(",") for line in show(capsys, runs, "--sort", title, "--reverse", "--csv").splitlines()]
         column = rows[0].index("value")
         assert [float(row[column]) for row in rows[1:]] == pytest.approx([0.95, 0.83, 0.82, 0.81, 0.73, 0.72, 0.71])
-    assert show(capsys, runs, "--sort", "peak MiB") == show(capsys, runs, "--sort", "peak_mib")
+    for title, name in (("peak MiB", "peak_mib"), ("per MLP weight", "per_weight"), ("batch", "batch_size")):
+        assert show(capsys, runs, "--sort", title) == show(capsys, runs, "--sort", name)
+    write_json(runs / "runs" / "other.json", record(key="f" * 16))  # of another metric
+    assert main(["records", str(runs), "--sort", "accuracy"]) == 2
+    assert "--sort accuracy is not allowed" in capsys.readouterr().err
     means = [line for line in show(capsys, runs, "--mean").splitlines() if "±" in line]
     assert sum("0.7200 ± 0.0100" in line for line in means) == 1
     assert sum("0.8200 ± 0.0100" in line for line in means) == 1  # the run of another density is not part of it

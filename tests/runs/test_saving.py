@@ -62,6 +62,19 @@ def test_an_adapter_of_a_run_gives_the_trained_model(made: Made, source: Path) -
     assert f'base_model: "{source.name}"' in (config.adapter_folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("formats", [("sparsegrad", "lora"), ("lora", "sparsegrad")])
+def test_the_other_format_takes_the_place_of_the_first(made: Made, source: Path, formats: tuple[str, str]) -> None:
+    """Both belong to one key; a refusal after the training would lose it."""
+    for one in formats:
+        config = made("method=sparsegrad", f"save_adapter={one}", "force=true")
+        run(config)
+    names = {path.name for path in config.adapter_folder.iterdir()}
+    (fresh,) = (made("method=sparsegrad", f"save_adapter={formats[1]}", "seed=7"),)
+    run(fresh)
+    assert names == {path.name for path in fresh.adapter_folder.iterdir()}
+    assert "save_lora wrote this card" in (config.adapter_folder / "README.md").read_text() or formats[1] != "lora"
+
+
 def test_the_adapter_is_no_part_of_the_key(made: Made) -> None:
     assert made("save_adapter=lora").key == made().key
 

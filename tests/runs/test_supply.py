@@ -146,11 +146,16 @@ def test_an_editable_installation_is_found_from_the_folder_above_its_checkout(tm
     build = f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", build], check=True, capture_output=True, cwd=checkout)
     zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(packages)
+    for folder in (checkout, tmp_path):
+        (folder / "experiments").mkdir()
+    (tmp_path / "experiments" / "mine.py").touch()
     find = f"import site; site.addsitedir({str(packages)!r}); from importlib.util import find_spec; "
-    find += "print(find_spec('sparsegrad').origin)"
+    find += "print(find_spec('sparsegrad').origin, find_spec('experiments.mine') is not None)"
     # Without the packages of this Python, among which is sparsegrad.
     found = subprocess.run([sys.executable, "-S", "-c", find], check=True, capture_output=True, text=True, cwd=tmp_path)
-    assert found.stdout.strip() == str(checkout / "sparsegrad" / "__init__.py")
+    assert found.stdout.split() == [str(checkout / "sparsegrad" / "__init__.py"), "True"]
+    others = {path.parent for path in ROOT.glob("*/__init__.py")} - {ROOT / "sparsegrad"}
+    assert not others, "they would hide folders of the same name"
 
 
 def test_the_wheel_trains_saves_and_loads_without_the_checkout(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def _run(words: list[str], program: str) -> NoReturn:
     """What Python does with these words, and its exit status."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Those of the server belong to its own files, which may have been seekable.
-    text: dict[str, Any] = {"encoding": os.environ.get("PYTHONIOENCODING", "utf-8"), "closefd": False}
+    text: dict[str, Any] = {"encoding": os.environ.get("PYTHONIOENCODING", "utf-8").partition(":")[0], "closefd": False}
     sys.stdin = sys.__stdin__ = os.fdopen(0, **text)
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w", **text)
     sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, errors="backslashreplace", **text)
