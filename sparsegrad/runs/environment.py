@@ -67,7 +67,7 @@ def name_device(device: torch.device) -> str:
 
 def read_device_name(facts: Mapping[str, Any]) -> str:
     """The GPU that `hardware` has recorded, its CPU if none was used; empty without both."""
-    return str(facts.get("gpu") or facts.get("cpu") or "")
+    return str(facts.get("gpu" if facts.get("device") == "cuda" else "cpu") or "")
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:

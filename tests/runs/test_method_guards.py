@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import repeat
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -183,12 +184,13 @@ def test_fsdp2_takes_engine_fast_under_any_name(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(("method", "expected"), [(OWN, [None]), (SparseGrad(name="sparsegrad_fast"), [0.05])])
 def test_a_lora_of_engine_fast_is_exact_under_any_name(
-    method: Any, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+    method: Any, expected: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Saved once: before the layers become linears if these hold the factors, else afterwards by an SVD."""
     saved: list[Any] = []
     monkeypatch.setattr(saving, "_write_whole", lambda parts, write: write())
     monkeypatch.setattr(saving, "_save_lora", lambda config, parts, sources, max_error: saved.append(max_error))
-    config: Any = SimpleNamespace(method=method, save_adapter="lora", save_model=False, adapter_rank=None)
+    asked = {"save_adapter": "lora", "save_model": False, "adapter_rank": None, "adapter_folder": tmp_path}
+    config: Any = SimpleNamespace(method=method, **asked)
     saving.save_results(config, SimpleNamespace(), SimpleNamespace(finish=lambda: None), SimpleNamespace())  # type: ignore[arg-type]
     assert saved == expected
