@@ -39,6 +39,11 @@ def find_changed(
     return changed
 
 
+def list_trainable(model: nn.Module) -> set[str]:
+    """Names of the parameters that require a gradient."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def _list_statistics(model: nn.Module) -> set[str]:
     """Names of the buffers that forward passes change while a model trains: those of batch normalization."""
     owners = {name: one for name, one in model.named_modules() if getattr(one, "track_running_stats", False)}

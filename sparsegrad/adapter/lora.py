@@ -18,7 +18,7 @@ from sparsegrad.adapter.base import (
     unwrap_compiled,
     write_gathered,
 )
-from sparsegrad.adapter.changes import find_changed
+from sparsegrad.adapter.changes import find_changed, list_trainable
 from sparsegrad.adapter.format import FACTS
 from sparsegrad.adapter.lora_card import SavedLora, write_lora_card
 from sparsegrad.adapter.lora_files import write_lora
@@ -91,8 +91,8 @@ def save_lora(
         _refuse_quantized(model)
         named = {} if target_modules is None else _find_named(model, target_modules, rank)
         before, new = read_base(model, base, _expect_names(model, base, {**named, **blocks}))
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        changed = set(find_changed(model, before, new, trained | {f"{name}.weight" for name in blocks}))
+        trained = list_trainable(model) | {f"{name}.weight" for name in blocks}
+        changed = set(find_changed(model, before, new, trained))
         _refuse_tied(model, changed)
         layout = _plan(model, changed, new, blocks, None if target_modules is None else named, rank, max_error)
         factors = {name: _factor(model, name, before, blocks, rank, max_error) for name in layout.targets}

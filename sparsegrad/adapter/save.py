@@ -23,7 +23,7 @@ from sparsegrad.adapter.base import (
     write_gathered,
 )
 from sparsegrad.adapter.card import write_card
-from sparsegrad.adapter.changes import find_changed
+from sparsegrad.adapter.changes import find_changed, list_trainable
 from sparsegrad.adapter.format import BASIS_PARTS, Entry, digest, write_adapter
 from sparsegrad.adapter.lora_files import CONFIG
 from sparsegrad.adapter.merge import named_tensors
@@ -126,7 +126,7 @@ def _find_kinds(model: nn.Module, optimizer: Any, names: Names | None) -> dict[s
 def _find_trained(model: nn.Module, optimizer: Any, kinds: Mapping[str, str]) -> set[str]:
     """Names of the parameters that the optimizer trains; without it, of those that require a gradient."""
     if optimizer is None:
-        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return list_trainable(model)
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return {name for name, parameter in model.named_parameters() if id(parameter) in own} | set(kinds)
 

@@ -108,14 +108,15 @@ def find_key(rows: Sequence[Row], key: str, option: str) -> str:
     metrics = {row["metric"] for row in rows} - {None}
     if len(metrics) == 1:  # it is the title of the scores then
         titles |= dict.fromkeys(metrics, "value") | {shorten_metric(metric): "value" for metric in metrics}
-    if key in known or key in titles:
-        return key if key in known else titles[key]
+    names = titles | {name: name for name in known}
+    if key in names:
+        return names[key]
     ends = [name for name in known if name.endswith(f".{key}")]
     if len(ends) == 1:
         return ends[0]
     if ends:
         raise UserError(f"{option} {key} is not allowed: choose one of {', '.join(ends)}")
-    hint = did_you_mean(key, [*titles, *known, *(name.rpartition(".")[2] for name in known)])
+    hint = did_you_mean(key, [*names, *(name.rpartition(".")[2] for name in known)])
     raise UserError(f"{option} {key} is not allowed: no record has it; {hint or 'give a setting, such as method'}")
 
 
