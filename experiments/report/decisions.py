@@ -103,12 +103,8 @@ def _decide_pair(context: Context, spec: Spec, folder: str, rule: Rule) -> Decis
         why = "equal in every run" if equal else f"fewer than {block.fewest_seeds} paired seeds"
         return Decision(NOT_TESTED, f"{where}: {why} on {', '.join(counting or tasks)}", see=see)
     is_loss = block.metric(tasks[0]) in LOWER_IS_BETTER
-    digits = 3 if is_loss else 2
-    low, high = found.interval
-    measured = (
-        f"{where}: {_name(a)} minus {_name(b)} {found.value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}), "
-        f"{', '.join(counting)}, {found.seeds} seeds"
-    )
+    measured = f"{where}: {_name(a)} minus {_name(b)} {_describe_interval(found, 3 if is_loss else 2)}, "
+    measured += f"{', '.join(counting)}, {found.seeds} seeds"
     if few := [task for task in tasks if task not in counting]:
         measured += f" (not {', '.join(few)}: fewer than {block.fewest_seeds} paired seeds)"
     unit = "in loss" if is_loss else "points"
@@ -116,6 +112,12 @@ def _decide_pair(context: Context, spec: Spec, folder: str, rule: Rule) -> Decis
     is_lower_better = spec["expect"] == "lower" if "expect" in spec else is_loss
     verdict = rule(found, is_lower_better, spec["parts"])
     return Decision(verdict, measured, found.interval, unit, seeds=found.seeds, see=see, tasks=tuple(counting))
+
+
+def _describe_interval(found: Difference, digits: int) -> str:
+    assert found.interval is not None
+    low, high = found.interval
+    return f"{found.value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
 def _name(arm: str) -> str:

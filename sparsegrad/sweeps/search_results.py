@@ -186,25 +186,23 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
     path = find_exported(composed.results_dir, f"studies/{name}/summary.json")
     remedy = f"{_command_of(composed, method)} fills what is missing"
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        labels = tuple(found["labels"][key] for key in ("model", "method", "task"))
-        finished = found["trials"]["complete"] + found["trials"]["pruned"]
-        found["method"] = dict(found["method"]) if found.get("method") else None
-        facts = found["budget"], found["train_rest"], found["objective"], float(found["best"]["values"][KEY])
+        found = _parse_summary(path)
     except FileNotFoundError:
         raise SearchMissingError(name, method, task, f"the search {name} is missing ({path})", remedy) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"hparams=search: {path} is not a summary of a search ({error!r}): {remedy}") from None
+    labels = tuple(found["labels"][key] for key in ("model", "method", "task"))
     if labels != (model, method, task):
         raise UserError(f"hparams=search: {path} is of {' / '.join(map(str, labels))}, not {name}: {remedy}")
-    if facts[1] is not train_rest:
+    if found["train_rest"] is not train_rest:
         raise UserError(
-            f"hparams=search: {name} searched another regime (train.train_rest={facts[1]}, this run has {train_rest}): "
-            f"{remedy}"
+            f"hparams=search: {name} searched another regime (train.train_rest={found['train_rest']}, this run has "
+            f"{train_rest}): {remedy}"
         )
-    if facts[2] != "heldout":
-        raise UserError(f"hparams=search: {name} was chosen on {facts[2]} rows, a table needs heldout: {remedy}")
-    spent = facts[0]
+    if found["objective"] != "heldout":
+        rows = found["objective"]
+        raise UserError(f"hparams=search: {name} was chosen on {rows} rows, a table needs heldout: {remedy}")
+    spent, finished = found["budget"], _count_finished(found)
     if budget is not None and spent != budget:
         raise UserError(
             f"hparams=search: {name} has a budget of {spent} trials, this plan one of {budget}: all methods need the "
@@ -214,6 +212,24 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
         raise SearchMissingError(name, method, task, f"{name} has {finished} of {spent} trials", remedy)
     _check_conditions(composed, found, name, method)
     return found
+
+
+def _parse_summary(path: Path) -> dict[str, Any]:
+    """Read a summary and look up every entry that the checks use: a damaged file raises KeyError or the like here."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("model", "method", "task"):
+        found["labels"][key]
+    for key in ("budget", "train_rest", "objective"):
+        found[key]
+    float(found["best"]["values"][KEY])
+    _count_finished(found)
+    found["method"] = dict(found["method"]) if found.get("method") else None
+    return found
+
+
+def _count_finished(summary: Mapping[str, Any]) -> int:
+    finished: int = summary["trials"]["complete"] + summary["trials"]["pruned"]
+    return finished
 
 
 def _command_of(composed: DictConfig, method: str, *more: str) -> str:

@@ -31,6 +31,8 @@ from sparsegrad.trainer.signals import StopOnSignal
 
 _MAX_PAUSE = 5.0  # seconds between the first looks at a study that has no free trial
 _MAX_IDLE = 30.0  # seconds between later looks
+Outcome = tuple[TrialState, float | None, dict[str, Any]]
+"""State of a trial, its value, and facts to store with it."""
 
 
 class Worker:
@@ -101,20 +103,15 @@ class Worker:
         patiently(lambda: close(trial, state, facts, value), sweep.lease)
         return facts.get(REASON) or f"{self.shared.plan.metric} {value:.4f}{self._source}"
 
-    def _find_outcome(self, trial: Trial, heartbeat: Heartbeat) -> tuple[TrialState, float | None, dict[str, Any]]:
-        """Run the configuration of a trial; return its state, its value, and facts to store with it."""
+    def _find_outcome(self, trial: Trial, heartbeat: Heartbeat) -> Outcome:
+        """Run the configuration of a trial."""
         reporter = Reporter(trial, self.shared.plan.metric, heartbeat)
         config: RunConfig | None = None
-        facts: dict[str, Any]
         try:
             config = self.shared.plan.trial_config(trial.params)
             record, is_new = self._run_admitted(config, trial, reporter)
         except torch.OutOfMemoryError:
-            if config is not None and has_checkpoint(config.checkpoints):
-                # It has fitted before, so another program may hold the memory: tried again, as after a crash.
-                facts = {FAILURE: CRASHED, REASON: "out of device memory, where it trained before"}
-                return self._count_crash(trial), None, facts
-            return TrialState.PRUNED, None, {REASON: "out of device memory"}
+            return self._find_outcome_of_full_memory(trial, config)
         except ResourceError:
             raise  # of this machine, not of the values
         except UserError as error:
@@ -125,11 +122,22 @@ class Worker:
             if not self._is_of_values(trial, reporter):
                 raise
             return TrialState.PRUNED, None, {FAILURE: MISTAKE, REASON: str(error)}
+        return self._read_outcome(config, record, is_new)
+
+    def _find_outcome_of_full_memory(self, trial: Trial, config: RunConfig | None) -> Outcome:
+        if config is None or not has_checkpoint(config.checkpoints):
+            return TrialState.PRUNED, None, {REASON: "out of device memory"}
+        # It has fitted before, so another program may hold the memory: tried again, as after a crash.
+        facts = {FAILURE: CRASHED, REASON: "out of device memory, where it trained before"}
+        return self._count_crash(trial), None, facts
+
+    def _read_outcome(self, config: RunConfig, record: dict[str, Any], is_new: bool) -> Outcome:
+        """The outcome of a run that was completed, by this call or by an earlier one."""
         self.shared.check_content(record)
         value = _read_score(record, self.shared.plan.metric)
         # Not stored in the study: only this call found the run done.
         self._source = "" if is_new else f", from record {config.record_path}"
-        facts = {"record": str(config.record_path)}
+        facts: dict[str, Any] = {"record": str(config.record_path)}
         if not is_new and (spent := run_seconds(record)) is not None:
             facts[RECORD_SECONDS] = spent  # else a search that is made anew from its records would cost nothing
         if value is None:

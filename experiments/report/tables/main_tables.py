@@ -97,14 +97,13 @@ def _main_table(
 ) -> Table:
     """One row per arm."""
     reference = reference_of(block)
-    comparable = [task for task, found in health.items() if found.is_comparable]
-    tasks = _averaged(block, comparable)
+    tasks = _averaged(block, [task for task, found in health.items() if found.is_comparable])
     machine, costs = measured(context.results)
     found = {arm: _difference(evidence, block, arm, reference, tasks) for arm in block.arms}
     adjusted = adjust(found)
     rows = []
     for arm in block.arms:
-        scores = {task: format_score(block.scores(arm, task), block.metric(task)) for task in block.tasks}
+        own = block.tasks_of(arm, None, tasks)
         difference = (
             {}
             if reference is None
@@ -112,21 +111,34 @@ def _main_table(
                 found[arm], adjusted.get(arm), arm == reference, health, len(adjusted), tasks, block.is_loss
             )
         )
-        own = block.tasks_of(arm, None, tasks)
         expense = {**format_costs(evidence, block, arm, own, searches), **format_speed(block, arm, costs)}
-        average = format_averages(block, arm, own, tasks)
-        rows.append({"method": style_of(arm).name, **scores, **average, **difference, **expense})
+        rows.append({**_format_scores(block, arm, own, tasks), **difference, **expense})
     notes = [
+        *_main_notes(block, health, reference, tasks),
+        describe_machine(block, machine),
+        *origin_notes(block, searches),
+        *_left_out_notes(found),
+        *apart_notes(block),
+    ]
+    return Table(block.folder, BLOCKS[block.folder].title, _name_difference(rows, reference), notes, _records(block))
+
+
+def _format_scores(block: Block, arm: str, own: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
+    """Name of an arm, its score per task, and its averages over `own`, those of the averaged tasks that it has."""
+    scores = {task: format_score(block.scores(arm, task), block.metric(task)) for task in block.tasks}
+    return {"method": style_of(arm).name, **scores, **format_averages(block, arm, own, tasks)}
+
+
+def _main_notes(block: Block, health: Mapping[str, Health], reference: str | None, tasks: Sequence[str]) -> list[str]:
+    """The notes on what the main table compares: health of the tasks, rules, reference, and what is left out."""
+    comparable = [task for task, found in health.items() if found.is_comparable]
+    return [
         *_health_notes(health),
         *_list_rules(block),
         _describe_reference(reference, tasks),
         *_describe_replaced(block, reference),
         *_describe_left_out(block, comparable, tasks),
-        describe_machine(block, machine),
-        *origin_notes(block, searches),
     ]
-    notes += [*_left_out_notes(found), *apart_notes(block)]
-    return Table(block.folder, BLOCKS[block.folder].title, _name_difference(rows, reference), notes, _records(block))
 
 
 def _averaged(block: Block, comparable: Sequence[str]) -> list[str]:
