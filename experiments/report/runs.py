@@ -9,7 +9,6 @@ from statistics import mean
 from typing import Any
 
 from experiments.palette import order_of
-from experiments.report.collect import hours
 from experiments.report.plans import MIN_SEEDS, EvidencePlan
 from experiments.report.resampling import LOWER_IS_BETTER, POINTS, has_collapsed
 from experiments.report.stats import Seeded
@@ -52,10 +51,14 @@ class EvidenceRun:
         return has_collapsed(self.metric, self.arrays)
 
     @property
-    def hours(self) -> float | None:
-        """Training hours: its steps at its own steps/s, or the wall clock without them."""
-        rate = self.record.get("speed", {}).get("steps_per_second")
-        return self.record["result"]["steps"] / rate / 3600 if rate else hours(self.record)
+    def steps(self) -> int:
+        """Number of its training steps."""
+        return int(self.record["result"]["steps"])
+
+    @property
+    def speed(self) -> float | None:
+        """Its own steps/s; None where it was not measured."""
+        return self.record.get("speed", {}).get("steps_per_second") or None
 
     @property
     def still_improving(self) -> bool:
@@ -92,15 +95,9 @@ class EvidenceRun:
         best = min if self.metric in LOWER_IS_BETTER else max
         return best((score for _, score in self._evaluations()), default=float("nan"))
 
-    def reaches(self, target: float) -> bool:
-        """Whether an evaluation reaches a score."""
-        return any(score >= target for _, score in self._evaluations())
-
-    def hours_until(self, target: float) -> float | None:
-        """Hours until an evaluation first reaches a score; None if none does, or the run has no steps/s."""
-        rate = self.record.get("speed", {}).get("steps_per_second")
-        step = next((step for step, score in self._evaluations() if score >= target), None)
-        return None if step is None or not rate else step / rate / 3600
+    def steps_until(self, target: float) -> int | None:
+        """Steps until an evaluation first reaches a score; None if none does."""
+        return next((step for step, score in self._evaluations() if score >= target), None)
 
     def _evaluations(self) -> list[tuple[int, float]]:
         """(step, points) of each evaluation on the rows that choose the checkpoint."""

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from experiments.labels import label_points
 from experiments.palette import style_of
 from experiments.report.blocks import BLOCKS
+from experiments.report.clock import Clock, hours_to_target, make_clock, training_hours
 from experiments.report.evidence import load_evidence
 from experiments.report.tables.base import Context
-from experiments.report.tables.evidence_cells import hours_to_target, training_hours
+from experiments.report.tables.costs import measured
 from experiments.report.tables.main_tables import averaged_tasks
 
 PANELS = ("evidence_paper", "evidence_mlp_only")
@@ -36,18 +37,23 @@ def points(context: Context, folder: str) -> list[Point]:
     """The arms of a block that have enough seeds on every task of its averages, and known times."""
     evidence, tasks = load_evidence(context), averaged_tasks(context, folder)
     block, found = evidence.blocks[folder], []
+    clock = _make_clock(context, folder)
     for arm in block.arms if tasks else ():
         if block.tasks_of(arm, None, tasks) != tasks:
             continue
         score = evidence.compare(folder, arm, None, tasks)
-        target = hours_to_target(evidence, block, arm, tasks)
+        target = hours_to_target(evidence, block, arm, tasks, clock)
         if target.unknown and not target.missed:
             continue  # it reaches the target, at an unknown time
         reached = target.hours
-        spent = training_hours(block, arm, tasks) if reached is None else reached
+        spent = training_hours(block, arm, tasks, clock) if reached is None else reached
         if score is not None and spent is not None:
             found.append(Point(arm, spent, score.value, score.interval, reached is not None, score.seeds))
     return found
+
+
+def _make_clock(context: Context, folder: str) -> Clock:
+    return make_clock(load_evidence(context).blocks[folder], measured(context.results)[1])
 
 
 def front(found: Sequence[Point]) -> list[Point]:
@@ -75,11 +81,13 @@ def draw(context: Context) -> Figure | None:
         axis.margins(x=0.3, y=0.12)
         tasks = ", ".join(averaged_tasks(context, folder))
         seeds = min(point.seeds for point in found)
-        axis.set(title=f"{BLOCKS[folder].title}\n{tasks}, {seeds} seeds", xlabel="hours to the target, all tasks")
+        speed = "the benchmark's steps/s" if _make_clock(context, folder).speeds else "the runs' own steps/s, rough"
+        hours = f"hours to the target, all tasks, at {speed}"
+        axis.set(title=f"{BLOCKS[folder].title}\n{tasks}, {seeds} seeds", xlabel=hours)
     axes[0][0].set_ylabel("average score, points, with 95 % interval")
     said = (
         "gray line: Pareto front of the means; hollow: a seed misses the target, so at its training hours\n"
-        "hours are of shared machines, and rough; paired differences are in the table"
+        "paired differences are in the table"
     )
     figure.supxlabel(said, fontsize=8)
     for axis, found in zip(axes[0], panels.values(), strict=True):  # last: the labels need the final layout

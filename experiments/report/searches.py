@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import pandas as pd
+
 from experiments.report.runs import EvidenceRun
 from experiments.report.tables.hyperparams import summaries
 from sparsegrad.errors import UserError
@@ -20,12 +22,13 @@ CURRENT = ""  # a run whose values are those of its search as it is now
 
 @dataclass(frozen=True)
 class Search:
-    """One study: its finished trials, their hours, and the values of the best one."""
+    """One study: its finished trials, their hours, the values of the best one, and the evaluations of all trials."""
 
     study: str
     trials: int
     hours: float
     values: Mapping[str, float]
+    evaluations: int | None = None
 
 
 class Searches:
@@ -33,7 +36,7 @@ class Searches:
 
     def __init__(self, results: Path) -> None:
         self._results = results
-        self._found = {str(one["study"]): _read_search(one) for one in summaries(results)}
+        self._found = {str(one["study"]): _read_search(one, results) for one in summaries(results)}
 
     def of_run(self, run: EvidenceRun) -> Search | None:
         """The search that gave a run its rate; None for a run without one, or if its summary is gone."""
@@ -77,6 +80,21 @@ class Searches:
         found = (self.of_run(run) for run in runs)
         return list({one.study: one for one in found if one is not None}.values())
 
+    def count_steps(self, runs: Iterable[EvidenceRun]) -> int | None:
+        """Steps that all trials of the searches behind several runs trained; None if that is not known.
+
+        A run has the protocol of its search, so that its steps between evaluations are those of the trials.
+        """
+        total, intervals = 0, {}
+        for run in runs:
+            if (search := self.of_run(run)) is not None:
+                intervals[search.study] = search, run.record["config"]["protocol"].get("eval_steps")
+        for search, interval in intervals.values():
+            if search.evaluations is None or not is_number(interval):
+                return None
+            total += int(search.evaluations * interval)
+        return total or None
+
     def machines_of(self, search: Search) -> str:
         """The machines of a search's trials, from their records; empty without such records."""
         paths = sorted((self._results / "runs" / search.study).glob("*.json"))
@@ -102,11 +120,19 @@ def study_of(run: EvidenceRun) -> str:
     return str(about.get("study") or source.removeprefix("study:") if source.startswith(("study:", "search")) else "")
 
 
-def _read_search(summary: Mapping[str, Any]) -> Search:
-    trials = summary["trials"]
+def _read_search(summary: Mapping[str, Any], results: Path) -> Search:
+    study, trials = str(summary["study"]), summary["trials"]
     finished = int(trials["complete"]) + int(trials.get("pruned", 0))
     values = {str(key): float(value) for key, value in summary["best"]["values"].items() if is_number(value)}
-    return Search(str(summary["study"]), finished, float(summary.get("seconds", 0.0)) / 3600, values)
+    evaluations = _count_evaluations(results / "studies" / study / "trials.csv")
+    return Search(study, finished, float(summary.get("seconds", 0.0)) / 3600, values, evaluations)
+
+
+def _count_evaluations(trials: Path) -> int | None:
+    if not trials.is_file():
+        return None
+    counts = pd.to_numeric(pd.read_csv(trials).get("evaluations", pd.Series(dtype=float)), errors="coerce").dropna()
+    return int(counts.sum()) if len(counts) else None
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.palette import order_of, style_of
+from experiments.report.clock import make_clock
 from experiments.report.collect import collect_cells
 from experiments.report.comparison import notes
 from experiments.report.comparison.block import load_comparison
@@ -24,7 +25,13 @@ from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches
 from experiments.report.stats import Difference, adjust
 from experiments.report.tables.base import Context, Table, interval_text
-from experiments.report.tables.evidence_cells import format_costs, format_difference, format_score
+from experiments.report.tables.evidence_cells import (
+    format_costs,
+    format_difference,
+    format_score,
+    format_trainable,
+    median_share,
+)
 from experiments.report.tables.main_tables import apart_notes
 
 Forgetting = Mapping[str, Mapping[str, float]]
@@ -96,7 +103,7 @@ def make_table(context: Context, folder: str) -> tuple[Table, list[Point]]:
     tasks = [task for task, found in health.items() if found.is_comparable]
     arms = _sort_arms(block, [_compare_arm(evidence, block, name, reference, tasks) for name in block.arms])
     frame = _make_frame(evidence, block, arms, reference, health, searches, read_forgetting(context.results))
-    lines = [*_list_notes(block, arms, reference, health), *origin_notes(block, searches)]
+    lines = [*_list_notes(block, arms, reference, health), make_clock(block, {}).about, *origin_notes(block, searches)]
     lines += [notes.FORGETTING] if "forgetting" in frame else []
     table = Table(folder, f"Comparison of {len(arms)} methods: {about.title}", frame, [*lines, *apart_notes(block)])
     return table, _make_points(arms)
@@ -150,6 +157,7 @@ def _make_frame(
 ) -> pd.DataFrame:  # fmt: skip
     """One row per arm; columns that would be empty are left out."""
     adjusted = adjust({arm.name: arm.difference for arm in arms})
+    clock = make_clock(block, {})  # the benchmark lacks most of the methods
     is_any = any(found.is_comparable for found in health.values())
     rows = []
     for arm in arms:
@@ -164,7 +172,7 @@ def _make_frame(
                 block.is_loss,
             ),
             **_describe_cost(block, arm.name),
-            **format_costs(evidence, block, arm.name, tasks, searches),
+            **format_costs(evidence, block, arm.name, tasks, searches, clock),
             **_describe_forgetting(block, arm.name, forgotten),
         })  # fmt: skip
     frame = pd.DataFrame(rows).rename(columns={"difference": f"minus {style_of(reference).name}"})
@@ -181,7 +189,7 @@ def _format_average(block: Block, arm: Arm) -> str:
 
 
 def _list_notes(block: Block, arms: Sequence[Arm], reference: str, health: Mapping[str, Health]) -> list[str]:
-    shares = {arm.name: share for arm in arms if (share := _median_share(block, arm.name)) is not None}
+    shares = {arm.name: share for arm in arms if (share := median_share(block, arm.name)) is not None}
     return [
         *notes.describe_health(health),
         *notes.describe_reference(block, reference),
@@ -211,20 +219,14 @@ def _runs_of(block: Block, arm: str) -> list[EvidenceRun]:
 
 def _describe_cost(block: Block, arm: str) -> dict[str, str]:
     """Trainable share of the MLP weights, steps/s and peak memory, of the runs."""
-    runs, share = [run.record for run in _runs_of(block, arm)], _median_share(block, arm)
+    runs = [run.record for run in _runs_of(block, arm)]
     speeds = [float(rate) for run in runs if (rate := run.get("speed", {}).get("steps_per_second"))]
     peaks = [float(peak) for run in runs if (peak := _peak_mib(run.get("memory") or {})) is not None]
     return {
-        "trainable": "" if share is None else f"{100 * share:.2f} %",
+        **format_trainable(block, arm),
         "steps/s": f"{median(speeds):.2f}" if speeds else "",
         "peak MiB": f"{median(peaks):.0f}" if peaks else "",
     }
-
-
-def _median_share(block: Block, arm: str) -> float | None:
-    """Trained entries of the MLP weights over all of them; None if no record says."""
-    counts = [about for run in _runs_of(block, arm) if (about := (run.record.get("trainable") or {}).get("mlp"))]
-    return median(about["trained"] / about["total"] for about in counts) if counts else None
 
 
 def _peak_mib(memory: Mapping[str, Any]) -> float | None:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from experiments.palette import style_of
 from experiments.report.blocks import BLOCKS, block_command
+from experiments.report.clock import make_clock
 from experiments.report.comparison.notes import CORRECTED, SCORES
 from experiments.report.evidence import Evidence, load_evidence
 from experiments.report.gates import GATES, Health, check_task, comparable_tasks
@@ -28,6 +29,7 @@ from experiments.report.tables.evidence_cells import (
     format_rates,
     format_score,
     format_speed,
+    format_trainable,
 )
 
 NOT_RUN = "not run yet"
@@ -47,14 +49,14 @@ DIFFERENCES = (
     f"draws of the rows and the variance between seeds. {CORRECTED} No interval from fewer than {{seeds}} seeds."
 )
 HOURS = (
-    "Search h, training h: hours on the machine of the runs; training h is of the training steps of one seed (mean "
-    "over seeds) on all comparable tasks, without evaluation and calibration."
+    "Training h: of the training steps of one seed (mean over seeds) on all comparable tasks, without evaluation and "
+    "calibration. Search h: of all trials of the searches on these tasks."
 )
 TO_TARGET = (
-    " Hours to target: until full fine-tuning's score on held-out training rows minus one point is first reached, "
+    " H to target: until full fine-tuning's score on held-out training rows minus one point is first reached, "
     "summed over these tasks, mean over seeds; every seed must reach it."
 )
-SHARED = "Accuracy runs share their machine, so their hours are rough."
+TRAINABLE = "Trainable: trained entries of the MLP weights, of all of them; per step for methods that choose them anew."
 
 
 def tables(context: Context) -> list[Table]:
@@ -99,6 +101,7 @@ def _main_table(
     reference = reference_of(block)
     tasks = _averaged(block, [task for task, found in health.items() if found.is_comparable])
     machine, costs = measured(context.results)
+    clock = make_clock(block, costs)
     found = {arm: _difference(evidence, block, arm, reference, tasks) for arm in block.arms}
     adjusted = adjust(found)
     rows = []
@@ -111,10 +114,11 @@ def _main_table(
                 found[arm], adjusted.get(arm), arm == reference, health, len(adjusted), tasks, block.is_loss
             )
         )
-        expense = {**format_costs(evidence, block, arm, own, searches), **format_speed(block, arm, costs)}
+        expense = {**format_costs(evidence, block, arm, own, searches, clock), **format_speed(block, arm, costs)}
         rows.append({**_format_scores(block, arm, own, tasks), **difference, **expense})
     notes = [
         *_main_notes(block, health, reference, tasks),
+        clock.about,
         describe_machine(block, machine),
         *origin_notes(block, searches),
         *_left_out_notes(found),
@@ -124,9 +128,10 @@ def _main_table(
 
 
 def _format_scores(block: Block, arm: str, own: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
-    """Name of an arm, its score per task, and its averages over `own`, those of the averaged tasks that it has."""
+    """Name, size and scores of an arm, and its averages over `own`: those of the averaged tasks that it has."""
     scores = {task: format_score(block.scores(arm, task), block.metric(task)) for task in block.tasks}
-    return {"method": style_of(arm).name, **scores, **format_averages(block, arm, own, tasks)}
+    averages = format_averages(block, arm, own, tasks)
+    return {"method": style_of(arm).name, **format_trainable(block, arm), **scores, **averages}
 
 
 def _main_notes(block: Block, health: Mapping[str, Health], reference: str | None, tasks: Sequence[str]) -> list[str]:
@@ -235,7 +240,7 @@ def _health_notes(health: Mapping[str, Health]) -> list[str]:
 
 
 def _list_rules(block: Block) -> list[str]:
-    rules = (SCORES[block.is_loss] + AVERAGED, DIFFERENCES, HOURS + ("" if block.is_loss else TO_TARGET), SHARED)
+    rules = (SCORES[block.is_loss] + AVERAGED, DIFFERENCES, HOURS + ("" if block.is_loss else TO_TARGET), TRAINABLE)
     return [rule.format(seeds=block.fewest_seeds) for rule in rules]
 
 
