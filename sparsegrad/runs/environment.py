@@ -20,6 +20,8 @@ _PACKAGES = (
     "sparsegrad-peft", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "hydra-core", "numpy",
     "huggingface_hub", "tokenizers",
 )  # fmt: skip
+ROOT = Path(__file__).resolve().parents[2]  # of a checkout
+CODE = ("sparsegrad", "experiments", "conf", "scripts", "run.py", "pyproject.toml")  # what decides a result
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -81,20 +83,17 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def _git() -> dict[str, Any]:
-    """Commit and dirty flag of the checkout that contains this file; empty outside a checkout."""
-    root = Path(__file__).parent
+    """Commit of the checkout that this package runs from, and whether its code has changes; empty elsewhere."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--", ".", ":(exclude)results"],
-            cwd=root.parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        if Path(_ask_git("rev-parse", "--show-toplevel")) != ROOT:
+            return {}  # installed in a folder of another repository, whose commit says nothing about this code
+        return {"commit": _ask_git("rev-parse", "HEAD"), "dirty": bool(_ask_git("status", "--porcelain", "--", *CODE))}
     except (OSError, subprocess.CalledProcessError):
         return {}
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def _ask_git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _cpu_name() -> str:
