@@ -165,9 +165,9 @@ def _command(name: str) -> str:
 
 
 def _count_failed(context: Context) -> int:
-    """Number of failed runs; trials that their sweep pruned do not count."""
+    """Number of failed runs; trials of a search do not count, because a rate that is too high is one of its results."""
     failed = [record for record in context.store.records.values() if record["status"] == "failed"]
-    return sum(not str(record.get("reason", "")).startswith(PRUNED) for record in failed)
+    return sum(not str(record.get("reason", "")).startswith(PRUNED) and not record.get("sweep") for record in failed)
 
 
 def _template(name: str) -> Any:

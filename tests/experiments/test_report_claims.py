@@ -128,8 +128,11 @@ def test_a_claim_says_all_of_its_parts(kinds: list[str], verdict: str, text: str
 
 def test_each_of_many_parts_must_refute_a_claim_more_clearly_but_not_support_it(cases: Cases) -> None:
     cases.healthy(0.02)
-    verdicts = [decide(of(cases), {**PAIR, "expect": expect}, 10**9)[0].verdict for expect in ("higher", "lower")]
-    assert verdicts == [SUPPORTED, UNDECIDED]
+    found = [decide(of(cases), {**PAIR, "expect": expect}, 10**9)[0] for expect in ("higher", "lower")]
+    assert [one.verdict for one in found] == [SUPPORTED, UNDECIDED]
+    alone, joint = (one.interval for one in found)
+    assert joint[0] < 0 < alone[0], "an undecided part shows the interval that leaves it open"
+    assert "the interval, widened for 1000000000 parts, is -" in Verdict({}, found[1:], []).text
 
 
 @pytest.mark.parametrize(
@@ -212,20 +215,24 @@ def test_an_undecided_grade_shows_its_interval(cases: Cases, monkeypatch: pytest
 
 
 def test_of_several_undecided_parts_the_widest_interval_is_shown() -> None:
-    parts = [Decision(UNDECIDED, "", interval, "in loss") for interval in ((-0.1, 0.2), (-0.3, 0.1))]
+    parts = [Decision(UNDECIDED, "", interval, unit="in loss") for interval in ((-0.1, 0.2), (-0.3, 0.1))]
     assert Verdict({}, parts, []).text == "undecided: the widest interval is -0.300 to +0.100 in loss"
 
 
-def test_zeros_on_padding_contradict_strides(cases: Cases) -> None:
+def test_rows_of_zeros_are_supported_and_their_share_of_padding_is_shown(cases: Cases) -> None:
     def share(nonzero: float) -> dict[str, Any]:
-        kinds = {kind: [nonzero, nonzero, 0.01] for kind in figures.KINDS}
+        kinds = {kind: [nonzero, nonzero, 0.1] for kind in figures.KINDS}
         return {"model": "minilm", "shares": [{"pad": "max_length", "real_tokens": 0.5, "nonzero": kinds}]}
 
-    spec = {"kind": "padding", "bound": 0.95, "see": ["figure3"]}
+    spec = {"kind": "zeros", "at_least": 0.5, "see": ["figure3"]}
     assert decide(of(cases), spec)[0].verdict == NOT_TESTED
-    for nonzero, verdict in ((0.5, CONTRADICTED), (0.1, SUPPORTED)):
+    for nonzero, verdict, said in ((0.4, SUPPORTED, "70 % of dL/dY"), (0.9, CONTRADICTED, "37 % of dL/dY")):
         write_json(cases.results / "figures" / "figure3.json", share(nonzero))
-        assert decide(of(cases), spec)[0].verdict == verdict
+        found = decide(of(cases), spec)[0]
+        assert found.verdict == verdict
+        assert said in found.measured
+    write_json(cases.results / "figures" / "figure3.json", share(0.375))
+    assert "80.0 % of the zeros are on padding tokens" in decide(of(cases), spec)[0].measured, "0.5 of 0.625"
 
 
 def test_an_unknown_kind_is_one_error(cases: Cases) -> None:

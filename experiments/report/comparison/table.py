@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.palette import order_of, style_of
-from experiments.report.clock import make_clock
+from experiments.report.clock import Clock, make_clock
 from experiments.report.collect import collect_cells
 from experiments.report.comparison import notes
 from experiments.report.comparison.block import load_comparison
@@ -171,7 +171,7 @@ def _make_frame(
                 arm.difference, adjusted.get(arm.name), arm.name == reference, health, len(adjusted), arm.tasks,
                 block.is_loss,
             ),
-            **_describe_cost(block, arm.name),
+            **_describe_cost(block, arm.name, clock),
             **format_costs(evidence, block, arm.name, tasks, searches, clock),
             **_describe_forgetting(block, arm.name, forgotten),
         })  # fmt: skip
@@ -217,14 +217,14 @@ def _runs_of(block: Block, arm: str) -> list[EvidenceRun]:
     return [run for task in block.tasks for run in block.of(arm, task).values()]
 
 
-def _describe_cost(block: Block, arm: str) -> dict[str, str]:
-    """Trainable share of the MLP weights, steps/s and peak memory, of the runs."""
+def _describe_cost(block: Block, arm: str, clock: Clock) -> dict[str, str]:
+    """Trainable share of the MLP weights, and of the runs, peak memory and steps/s, if these come from one machine."""
     runs = [run.record for run in _runs_of(block, arm)]
     speeds = [float(rate) for run in runs if (rate := run.get("speed", {}).get("steps_per_second"))]
     peaks = [float(peak) for run in runs if (peak := _peak_mib(run.get("memory") or {})) is not None]
     return {
         **format_trainable(block, arm),
-        "steps/s": f"{median(speeds):.2f}" if speeds else "",
+        "steps/s": f"{median(speeds):.2f}" if speeds and clock.is_known else "",
         "peak MiB": f"{median(peaks):.0f}" if peaks else "",
     }
 

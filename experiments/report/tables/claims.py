@@ -92,13 +92,14 @@ def _describe_open(parts: Sequence[Decision]) -> str:
     """What undecided parts leave open: their widest interval, or what speaks for and against."""
     if mixed := [one.mixed for one in parts if one.mixed]:
         return f"undecided ({'; '.join(mixed)})"
-    intervals = {one.interval: one.unit for one in parts if one.interval is not None}
+    intervals = {one.interval: one for one in parts if one.interval is not None}
     if not intervals:
         return UNDECIDED
     low, high = max(intervals, key=width)
-    unit, which = intervals[low, high], "interval" if len(intervals) == 1 else "widest interval"
-    digits = 3 if unit == "in loss" else 2
-    return f"undecided: the {which} is {low:+.{digits}f} to {high:+.{digits}f} {unit}"
+    shown, which = intervals[low, high], "interval" if len(intervals) == 1 else "widest interval"
+    digits = 3 if shown.unit == "in loss" else 2
+    joint = f", widened for {shown.joint} parts," if shown.joint > 1 else ""
+    return f"undecided: the {which}{joint} is {low:+.{digits}f} to {high:+.{digits}f} {shown.unit}"
 
 
 def read_claims(folder: Path = DATA) -> list[dict[str, Any]]:
