@@ -20,6 +20,7 @@ from sparsegrad.adapter.lora import save_lora
 from sparsegrad.adapter.lora_card import SavedLora
 from sparsegrad.adapter.merge import Adapter
 from sparsegrad.adapter.save import save_adapter
+from sparsegrad.adapter.sizes import Saved
 from sparsegrad.api import create_sparsegrad_optimizer, prepare
 from sparsegrad.basis import Basis, load_bases, save_bases
 from sparsegrad.calibration.gradients import calibrate
@@ -31,7 +32,7 @@ from sparsegrad.layers.replace import to_linears
 from sparsegrad.layers.rotated import SparseGradLinear
 from sparsegrad.layers.sparse_matmul import sparse_dense_matmul
 from sparsegrad.optim.adamw import SparseGradAdamW
-from sparsegrad.optim.summary import Plan, describe, print_trainable_parameters
+from sparsegrad.optim.summary import Plan, Taken, describe, print_trainable_parameters
 from sparsegrad.targets import find_mlp
 
 __all__ = [
@@ -40,9 +41,11 @@ __all__ = [
     "BlockLinear",
     "LeanLinear",
     "Plan",
+    "Saved",
     "SavedLora",
     "SparseGradAdamW",
     "SparseGradLinear",
+    "Taken",
     "UserError",
     "active_adapter",
     "calibrate",

@@ -237,9 +237,11 @@ def load_bases(path: str | os.PathLike[str], fingerprint: str | None = None) -> 
         fingerprint: what the bases must have been made from; None accepts any.
 
     Raises:
-        UserError: when the file is missing, damaged, of another format, or of another fingerprint.
+        UserError: when the file is missing, unreadable, damaged, of another format, or of another fingerprint.
     """
     try:
+        with open(path, "rb"):  # because safetensors calls every file missing that it cannot open
+            pass
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             _check_metadata(path, metadata, fingerprint)

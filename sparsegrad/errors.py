@@ -20,17 +20,21 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class UserError(ValueError):
     """A mistake in the input. The message names the value, what is allowed and the remedy.
 
-    `run.py` prints it as one line and exits with status 2.
+    A command prints it as one line and exits with its status.
     """
 
     silent = False  # True when another process prints the same error
+    status = 2
 
 
+BUSY = 75  # the exit status that sysexits.h gives to "try again later"
 DIVERGED = "diverged"  # in the message of each error by which a run ends because its loss or predictions are not finite
 
 
 class BusyError(UserError):
     """Another process is working on the same run."""
+
+    status = BUSY
 
 
 class ResourceError(UserError):
@@ -54,7 +58,7 @@ def run_as_command(command: Callable[[], int | None], interrupted: str = "interr
         interrupted: the line after Ctrl-C, which says what is kept.
 
     Returns:
-        The exit status: that of `command`, 2 after a `UserError` or where the package of an extra is missing, 130 after
+        The exit status: that of `command` or of its `UserError`, 2 where the package of an extra is missing, 130 after
         Ctrl-C, 141 after `command | head`.
     """
     is_first = os.environ.get("RANK", "0") == "0"  # torchrun starts several of the same process
@@ -65,7 +69,7 @@ def run_as_command(command: Callable[[], int | None], interrupted: str = "interr
     except UserError as error:
         if not error.silent and is_first:
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except ModuleNotFoundError as error:
         if (text := explain_missing(error)) is None:
             raise

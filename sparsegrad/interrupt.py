@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 
@@ -23,10 +24,20 @@ def is_command(words: Sequence[str], script: str | None = None) -> bool:
     """
     if script is not None and Path(script).resolve() == ROOT / "run.py":
         return True
-    if "-m" in words[:-1]:
-        module = words[words.index("-m") + 1]
+    if module := _find_module(words):
         return module.split(".")[0] in ("sparsegrad", "experiments")
     return any(Path(word).stem == "sparsegrad" for word in words[:2])  # the console script, with or without Python
+
+
+def _find_module(words: Sequence[str]) -> str:
+    """The module of Python's own `-m`, else empty: what follows a script, or the code of `-c`, are its own words."""
+    for before, word in pairwise(words):
+        if before == "-m":
+            return word
+        is_script = not word.startswith("-") and before not in ("-W", "-X")  # these have a value
+        if is_script or before in ("-c", "-"):
+            return ""
+    return ""
 
 
 def _end_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -42,7 +53,7 @@ def _end_in_one_line(kind: type[BaseException], error: BaseException, trace: Tra
 
 if is_command(sys.orig_argv, getattr(sys.modules["__main__"], "__file__", None)):
     sys.excepthook = _end_in_one_line
-    if not any(word.startswith("experiments") for word in sys.orig_argv):  # the benchmark measures torch as it is
+    if not _find_module(sys.orig_argv).startswith("experiments"):  # the benchmark measures torch as it is
         # Before torch is imported: threads that wait give up their core, so that two runs side by side do not slow each
         # other down tenfold. A value of the user's own stays.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

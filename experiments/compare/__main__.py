@@ -22,7 +22,7 @@ from experiments.report.plans import EvidencePlan
 from experiments.reproduce import commands, dry_run, evidence, making, search_all
 from experiments.reproduce.cells import Cell, in_evidence, list_with_waiting
 from experiments.reproduce.commands import last_wins, split_names
-from experiments.reproduce.counting import force_uncounted
+from experiments.reproduce.counting import mark_uncounted
 from experiments.reproduce.places import check_places
 from experiments.reproduce.plans import read_plan
 from experiments.reproduce.search import Search
@@ -169,7 +169,7 @@ def _leave_shared(cells: Sequence[Cell], plan: EvidencePlan) -> list[Cell]:
     print(f"{len(cells) - len(mine)} of {len(cells)} cells are runs of {', '.join(SHARED)}", flush=True)
     # METHODS takes any method, so none is a departure from the plan.
     names = tuple(dict.fromkeys(cell.config.method.name for cell in mine))
-    return force_uncounted(mine, replace(plan, grid={**plan.grid, "method": names}))
+    return mark_uncounted(mine, replace(plan, grid={**plan.grid, "method": names}))
 
 
 def _list_missing(cells: Sequence[Cell]) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments.paths import CONF
 from experiments.report.plans import EvidencePlan
@@ -81,14 +83,25 @@ def _list_methods(conf: Path) -> Mapping[str, Path]:
     """Name of a method, which is not always that of its option (`peft/dora`) -> its YAML."""
     found = {}
     for path in sorted((conf / "method").rglob("*.yaml")):
-        with contextlib.suppress(yaml.YAMLError):  # another method's damaged YAML stops its runs, no report
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Another method's damaged YAML stops its runs, no report.
+        with contextlib.suppress(yaml.YAMLError, OmegaConfBaseException):
+            content = _load(path)
             found[str(content.get("name", path.stem)) if isinstance(content, dict) else path.stem] = path
     return found
 
 
+def _load(path: Path) -> Any:
+    """A YAML as runs read it, its references as they are written."""
+    return _parse(path.read_text(encoding="utf-8"))
+
+
+def _parse(text: str) -> Any:
+    # Not by PyYAML: to it, 1e-1 without a dot is a text.
+    return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+
+
 def _read_options(path: Path, conf: Path) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found = _load(path)
     merged: dict[str, Any] = {}
     for one in found.pop("defaults", []):
         # `sparsegrad` is beside the YAML or below conf/method; `/method/peft@_here_` is below conf.
@@ -118,8 +131,8 @@ def _select(selected: re.Match[str], config: Mapping[str, Any]) -> Any:
 
 @functools.cache
 def parse_scalar(text: str) -> Any:
-    """A value as YAML reads it, remembered: a report reads the same few for every record."""
-    return yaml.safe_load(text)
+    """A value as runs read it, remembered: a report reads the same few for every record."""
+    return _parse(f"- {text}")[0]
 
 
 def normalise(value: Any) -> Any:

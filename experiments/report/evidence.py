@@ -17,7 +17,7 @@ from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches, is_number
 from experiments.report.stats import Difference, compare
 from experiments.report.tables.base import Context
-from sparsegrad.errors import DIVERGED, UserError
+from sparsegrad.errors import DIVERGED, ResourceError, UserError
 from sparsegrad.runs.predictions import read_predictions
 from sparsegrad.runs.records import PRUNED
 
@@ -115,12 +115,17 @@ def judge_record(
         plans: the plans read so far, by name.
         place: path of the record below results/runs.
         record: its content.
+
+    Raises:
+        ResourceError: when the disk does not let its predictions be read, which says nothing about them.
     """
     own = _find_plan(record, plans)
     if why := _why_exploratory(record, own):
         return f"exploratory, {why}"
     try:
         arrays = Remembered(read_predictions(results / "runs" / place, record))
+    except ResourceError:
+        raise
     except UserError as error:
         return f"{LEFT_OUT}{error}"
     if not is_number(record["result"].get("value")):

@@ -8,7 +8,6 @@ the end. A failed cell does not stop the others; it is reported with its reason,
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from experiments.reproduce.cells import (
     experiments_of,
     in_evidence,
 )
-from experiments.reproduce.counting import Watch, force_uncounted
+from experiments.reproduce.counting import Watch, mark_uncounted
 from experiments.reproduce.dry_run import show
 from experiments.reproduce.places import check_places
 from experiments.reproduce.plans import read_plan
@@ -32,6 +31,7 @@ from experiments.reproduce.processes import run_to_its_end
 from experiments.reproduce.search import Search
 from experiments.studies import gradients as measure
 from sparsegrad.errors import UserError, check_choice
+from sparsegrad.files import load_json, unreadable
 
 LAUNCHERS = ("local", "joblib", "slurm", "ray")
 FIGURE_KEYS = ("block", "step", "steps")  # options of figures 2 and 3 and the basis study, such as block=2 step=40
@@ -74,7 +74,7 @@ def _group(cells: list[Cell], options: argparse.Namespace) -> int:
     experiment = cells[0].experiment
     # A launcher runs the smallest grid around its cells: with force, it would repeat those between them, too.
     is_judged = experiment in BLOCKS and options.launcher == "local"
-    cells = force_uncounted(cells, read_plan(experiment) if is_judged else None)
+    cells = mark_uncounted(cells, read_plan(experiment) if is_judged else None)
     if options.dry:
         show(cells)
         return 0
@@ -124,12 +124,14 @@ def _find_other_setting(path: Path, flags: Sequence[str], arguments: Sequence[st
     if not any(one.startswith("task=") for one in arguments):
         wanted.pop("task")  # the task is SST-2 with data and the snippets without: what was measured on either will do
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = load_json(path)
         different = [key for key in wanted if found.get(key, wanted[key]) != wanted[key]]
         # The number of steps is not stored, nor the block by some measurements: giving them measures anew.
         different += [key for key in FIGURE_KEYS if key not in found and any(f"--{key}=" in one for one in flags)]
-    except (OSError, ValueError, AttributeError, TypeError):
-        return "is not readable"
+    except OSError as error:  # temporary, perhaps: what was measured is not replaced
+        raise unreadable(path, error) from error
+    except (ValueError, AttributeError, TypeError):
+        return "is damaged"
     if not different:
         return ""
     key = different[0]

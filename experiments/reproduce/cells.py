@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException
@@ -20,6 +21,9 @@ from sparsegrad.runs.overrides import expand_aliases, explain, key_of
 from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps import hparams
 from sparsegrad.sweeps.search_results import SearchMissingError
+
+Stamp = tuple[int, int]
+"""What tells a record from the one that replaces it, which is a new file."""
 
 # Scale -> table -> experiment YAMLs. The mini tables share their runs: one small model replaces all of the paper's.
 EXPERIMENTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -66,6 +70,7 @@ class Cell:
         config: the composed and checked configuration.
         hparams: what its record will say about the source of its hyperparameters; None without one.
         waits: why its search gives no rate yet, so that its record is not known either; None if it has its rate.
+        uncounted: stamp of its complete record, if no table counts it, so that it is made again; else None.
     """
 
     experiment: str
@@ -74,6 +79,7 @@ class Cell:
     config: RunConfig
     hparams: Mapping[str, Any] | None = None
     waits: SearchMissingError | None = None
+    uncounted: Stamp | None = None
 
     @property
     def label(self) -> str:
@@ -86,7 +92,7 @@ class Cell:
         return reads_folder(self.config.task.name)
 
     def record(self) -> dict[str, Any] | None:
-        """Its record, or None; a damaged record counts as none, because the next run replaces it."""
+        """Its record, or None; one that cannot be read counts as none: the next run replaces it, or says why not."""
         if self.waits is not None or not self.config.record_path.exists():
             return None
         try:
@@ -100,9 +106,19 @@ class Cell:
         record = self.record()
         return record is not None and record["status"] == "complete"
 
-    def with_force(self) -> Cell:
-        """The same run, made again although its record exists."""
-        return replace(self, overrides=(*self.overrides, "force=true"), config=replace(self.config, force=True))
+    @property
+    def is_again(self) -> bool:
+        """Whether its complete record, if it has one, is to be replaced."""
+        return self.config.force or self.uncounted is not None
+
+
+def stamp(record: Path) -> Stamp | None:
+    """The stamp of a record; None without one."""
+    try:
+        found = record.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def experiments_of(name: str, scale: str) -> tuple[str, ...]:

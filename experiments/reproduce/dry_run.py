@@ -24,7 +24,7 @@ def state(cell: Cell) -> str:
     record = cell.record()
     if record is None:
         return "missing"
-    return "again" if cell.config.force and record["status"] == "complete" else str(record["status"])
+    return "again" if cell.is_again and record["status"] == "complete" else str(record["status"])
 
 
 def show(cells: Sequence[Cell], runs: Path | None = None) -> None:

@@ -17,12 +17,14 @@ from experiments.report.blocks import Step
 from experiments.reproduce import commands, dry_run, making, search_all
 from experiments.reproduce.cells import Cell, in_evidence, list_with_waiting
 from experiments.reproduce.commands import last_wins
-from experiments.reproduce.counting import force_uncounted
+from experiments.reproduce.counting import mark_uncounted
 from experiments.reproduce.places import check_places, find_lack, refuse
 from experiments.reproduce.plans import list_blocks, read_plan
 from experiments.reproduce.waiting import settle_waiting
 from sparsegrad.errors import UserError, check_integer
 from sparsegrad.runs.overrides import key_of
+from sparsegrad.sweeps.make_commands import make_command
+from sparsegrad.sweeps.search_results import COMMITTED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _make_blocks(name: str, request: Request) -> int:
     check_integer("WORKERS", request.workers, at_least=1)
     check_places(request.data, request.trees, dry=request.dry)
-    return max(_make_block(block, request, is_only=name != "all") for block in list_blocks(name))
+    status = max(_make_block(block, request, is_only=name != "all") for block in list_blocks(name))
+    if not request.dry:
+        print(f"next: {_report_command(request.overrides)} rebuilds the tables", flush=True)
+    return status
+
+
+def _report_command(overrides: Sequence[str]) -> str:
+    """`make report` for the folder of the records."""
+    (place,) = (one.partition("=")[2] for one in last_wins(overrides) if key_of(one) == "results_dir")
+    return make_command("report", scale=None, args=[] if place == COMMITTED else ["--results-dir", place])
 
 
 def _make_block(block: Step, request: Request, *, is_only: bool) -> int:
@@ -73,7 +84,7 @@ def _make_block(block: Step, request: Request, *, is_only: bool) -> int:
 def _make_plan(name: str, block: Step, request: Request) -> int:
     overrides = last_wins((*block.overrides, *request.overrides))
     cells = plan_cells(name, overrides, request.trees if block.takes_trees else request.data, dry=request.dry)
-    cells = force_uncounted(cells, read_plan(name))
+    cells = mark_uncounted(cells, read_plan(name))
     if request.dry:
         dry_run.show(cells)
         return 0

@@ -11,7 +11,7 @@ from statistics import median
 
 from experiments.reproduce.cells import Cell
 from experiments.reproduce.costs import RECORDS, Estimates, facts_of
-from experiments.reproduce.counting import Watch
+from experiments.reproduce.counting import Watch, drop_aside, set_aside
 from experiments.reproduce.processes import (
     EndedJob,
     Job,
@@ -19,13 +19,13 @@ from experiments.reproduce.processes import (
     explain_end,
     is_held,
     lacks_hub,
-    last_error,
     run_jobs,
 )
 from sparsegrad import progress
+from sparsegrad.errors import BUSY
 
 POLL_SECONDS = 5.0
-_BUSY = "is at work in another process"  # part of the message of `BusyError`, which a run prints in its own process
+_DONE, _ELSEWHERE = "done", "at work in another call"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def make(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS, thread
 
 
 def make_cells(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS, threads: int | None = 1) -> Outcome:
-    """Make every cell without a complete record, and those with `force` once.
+    """Make every cell without a complete record, and those with `force` or an uncounted record once.
 
     A cell that another call is running is left to it, and looked at again at the end. A cell that fails is tried once.
 
@@ -73,10 +73,11 @@ def make_cells(cells: Sequence[Cell], workers: int, poll: float = POLL_SECONDS, 
             with closing(run_jobs(state.jobs, workers, state.is_needed, threads=threads)) as ended:
                 for one in ended:
                     started += 1
-                    state.note(one)
+                    what = state.note(one)
                     left = state.list_missing()
                     hours = state.estimate_hours(left) / workers
-                    state.print_end(one, f"{len(left)} cells left, about {hours:.1f} hours, {workers} at a time")
+                    about = f"{len(left)} cells left, about {hours:.1f} hours, {workers} at a time"
+                    progress.say(f"{one.job.label}: {what} ({one.minutes:.1f} min); {about}")
                     bar.update(done=len(cells) - len(left), left=3600 * hours)
             if not started:  # the rest is in the hands of another call
                 time.sleep(poll)
@@ -98,9 +99,12 @@ class _State:
         self._offline: dict[str, str] = {}  # task -> label of the cell that missed the hub for it
 
     def is_needed(self, job: Job) -> bool:
-        """Whether this call should start the cell now."""
+        """Whether this call should start the cell now; if so, a record that does not count is out of its way."""
         # In this order: a run writes its record before it releases its lock.
-        return not is_held(self.jobs[job]) and self.is_left(job)
+        if is_held(self.jobs[job]) or not self.is_left(job):
+            return False
+        set_aside(self.jobs[job])
+        return True
 
     def is_left(self, job: Job) -> bool:
         """Whether the cell has neither been made nor failed, here or in another call; notes a failure elsewhere."""
@@ -113,17 +117,21 @@ class _State:
             self._failed[job.label] = f"not started, for the reason of {cause}"
         return job.label not in self._failed
 
-    def note(self, ended: EndedJob) -> None:
-        """Note what became of a cell whose process has ended."""
+    def note(self, ended: EndedJob) -> str:
+        """Note what became of a cell whose process has ended; in words."""
         job, cell = ended.job, self.jobs[ended.job]
         if lacks_hub(ended):
             self._offline.setdefault(cell.config.task.name, job.label)
-        if _BUSY in last_error(job.log):  # another call took it between the check and the start
-            return
+        if ended.status == BUSY:  # another call took it between the check and the start
+            return _ELSEWHERE
         if self._watch.is_made(cell):
             self._minutes.append(ended.minutes)
-        elif not is_held(cell):
-            self._failed[job.label] = explain_end(ended)
+            drop_aside(cell)
+            return _DONE
+        if is_held(cell):
+            return _ELSEWHERE
+        self._failed[job.label] = explain_end(ended)
+        return self._failed[job.label]
 
     def list_missing(self) -> list[Cell]:
         """The cells that are not made, those that failed included."""
@@ -137,11 +145,6 @@ class _State:
         estimates = Estimates(Path(left[0].config.results_dir) / "runs")  # anew: the new record is one of them
         found = [estimates.of(facts_of(cell.config.resolved)) for cell in left]
         return sum(known if known is not None and source == RECORDS else usual for known, source in found)
-
-    def print_end(self, ended: EndedJob, left: str) -> None:
-        """Print one line for a cell that has ended, with what is `left`."""
-        what = self._failed.get(ended.job.label, "done")
-        progress.say(f"{ended.job.label}: {what} ({ended.minutes:.1f} min); {left}")
 
     def summarize(self) -> Outcome:
         """What became of the cells."""

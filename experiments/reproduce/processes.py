@@ -72,7 +72,7 @@ def log_path(work_dir: str, name: str) -> Path:
 def is_held(cell: Cell) -> bool:
     """Whether another process is running the cell."""
     try:
-        with run_lock(cell.config):
+        with run_lock(cell.config, wait=0.0):
             return False
     except BusyError:
         return True

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from omegaconf import DictConfig
 from optuna.trial import TrialState
 
 from experiments.paths import CONF
+from sparsegrad.errors import UserError
+from sparsegrad.files import load_json, unreadable
 from sparsegrad.runs.composing import compose_run
 from sparsegrad.runs.overrides import key_of
 from sparsegrad.sweeps.config import SweepPlan
@@ -75,12 +76,27 @@ class Search:
         return min(self.plan.budget, max(self._count_stored(), self._count_summarised()))
 
     def read_summary(self) -> dict[str, Any]:
-        """The content of the summary; empty if it is missing or damaged, because the next export replaces it."""
+        """The content of the summary; empty without one, or where the next export replaces a damaged one.
+
+        Raises:
+            UserError: when it is damaged and the storage has no study: the search would silently begin again.
+            ResourceError: when the disk does not let it be read.
+        """
         try:
-            found = json.loads(self.summary.read_text())
-        except (OSError, ValueError):
+            found: dict[str, Any] = load_json(self.summary)
+            _count_finished(found)
+        except FileNotFoundError:
             return {}
-        return found if isinstance(found, dict) else {}
+        except OSError as error:
+            raise unreadable(self.summary, error) from error
+        except (ValueError, KeyError, TypeError) as error:
+            if self.load_study() is None:
+                raise UserError(
+                    f"{self.summary} is not a summary of a search ({error!r}): restore it, or delete it to make its "
+                    f"{self.plan.budget} trials again"
+                ) from None
+            return {}
+        return found
 
     def load_study(self) -> optuna.Study | None:
         """The study in the storage; None if there is none."""
@@ -97,11 +113,12 @@ class Search:
         return 0 if study is None else len(Ledger(study.get_trials(deepcopy=False)).finished(self.plan.budget))
 
     def _count_summarised(self) -> int:
-        try:
-            trials = self.read_summary()["trials"]
-            return int(trials["complete"]) + int(trials["pruned"])
-        except (ValueError, KeyError, TypeError):
-            return 0
+        found = self.read_summary()
+        return _count_finished(found) if found else 0
+
+
+def _count_finished(summary: Mapping[str, Any]) -> int:
+    return int(summary["trials"]["complete"]) + int(summary["trials"]["pruned"])
 
 
 def has_completed(study: optuna.Study) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.reproduce.search import Search, compose_sweep
-from sparsegrad.errors import UserError
+from sparsegrad.errors import ResourceError, UserError
 from sparsegrad.runs.overrides import key_of
 from sparsegrad.runs.predictions import predictions_path
 from sparsegrad.runs.records import read_record
@@ -119,6 +119,8 @@ def _read_data(record: Path) -> str | None:
     """The fingerprint of the data of a record; None if it does not say, or is damaged, which its run will report."""
     try:
         return content_of(read_record(record)).get("data")
+    except ResourceError:  # it may be of other data, so that the new search would be refused
+        raise
     except UserError:
         return None
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparsegrad.adapter.lora_files import CONFIG
 from sparsegrad.errors import UserError
-from sparsegrad.files import flush, load_json, save_tensors, unwritable, write_json
+from sparsegrad.files import flush, load_json, save_tensors, unreadable, unwritable, write_json
 from sparsegrad.hashing import file_sha256, tensors_sha256
 
 FORMAT = "sparsegrad-adapter-1"
@@ -68,9 +68,13 @@ class Entry:
         V, U = (bases[f"{self.kind}.{part}"] for part in BASIS_PARTS)  # (out, c) and (in, r)
         core = torch.zeros(V.shape[1] * U.shape[1], dtype=torch.float64)
         core[self.index.long()] = self.values.double()  # type: ignore[union-attr]
-        change = V.double() @ core.view(V.shape[1], U.shape[1]) @ U.double().T
-        merged = base.detach().cpu().double() + change
-        return None, merged.to(self.dtype).view(-1)
+        return None, add_rotated(base, core.view(V.shape[1], U.shape[1]), V, U).view(-1)
+
+
+def add_rotated(base: Tensor, core: Tensor, V: Tensor, U: Tensor) -> Tensor:
+    """The merged weight W + V S U^T (out, in) on the CPU, for a change S (c, r): in float64, then of the dtype of W."""
+    change = V.double() @ core.double() @ U.double().T
+    return (base.detach().cpu().double() + change).to(base.dtype)
 
 
 def digest(tensor: Tensor) -> str:
@@ -93,7 +97,7 @@ def write_adapter(
         Size of the tensors' file in bytes.
 
     Raises:
-        UserError: when the folder cannot be written.
+        UserError: when the folder cannot be written, or the JSON that is there cannot be read now.
     """
     tensors = {f"{name}::values": entry.values.contiguous() for name, entry in entries.items()}
     tensors |= {f"{name}::index": entry.index for name, entry in entries.items() if entry.index is not None}
@@ -120,8 +124,10 @@ def _finish_interrupted(folder: Path) -> None:
     """Complete or undo a save that was killed: rename the tensors that the JSON refers to, and delete others."""
     try:
         current = _WAITING.format(_read_facts(folder / FACTS)["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        current = None  # no adapter, or one that cannot be read
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        current = None  # no adapter, or a damaged one
+    except OSError as error:  # as for a moment on a network file system: the adapter may be valid
+        raise unreadable(folder / FACTS, error) from None
     for path in folder.glob(_WAITING.format("*")):
         if path.name == current:
             path.replace(folder / TENSORS)
@@ -156,8 +162,8 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[s
     """The facts, the entries by name, and the parts of the bases, after all checks that do not need a model.
 
     Raises:
-        UserError: for files that are missing, damaged, of another version or inconsistent, or hold values that are not
-            finite.
+        UserError: for files that are missing, unreadable, damaged, of another version or inconsistent, or hold values
+            that are not finite.
     """
     with _explained_errors(folder):
         facts = _read_facts(folder / FACTS)
@@ -175,15 +181,16 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Entry], dict[s
 
 @contextmanager
 def _explained_errors(folder: Path) -> Iterator[None]:
-    """Within: a file that is missing or damaged becomes an error for the user."""
+    """Within: a file that is missing, cannot be read or is damaged becomes an error for the user."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"no adapter in {folder}: {_explain_missing(folder, error.filename or FACTS)}") from None
     except UserError:
         raise
+    except OSError as error:  # says nothing about the file's content
+        raise unreadable(error.filename or folder, error) from None
     except (
-        OSError,
         ValueError,
         KeyError,
         TypeError,
@@ -261,7 +268,8 @@ def _check_rotated(entries: Mapping[str, Entry], bases: Mapping[str, Tensor]) ->
 
 def _is_as_written(path: Path, sha256: Any) -> bool:
     """Whether a file of tensors has the sha256 that the JSON states; `FileNotFoundError` if it is missing."""
-    path.stat()
+    with path.open("rb"):  # because safetensors calls every file missing that it cannot open
+        pass
     try:
         with safe_open(path, framework="pt"):
             pass  # checks the header against the file size, before the whole file is read for its hash

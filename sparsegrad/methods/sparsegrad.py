@@ -166,15 +166,19 @@ class SparseGrad:
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""
+        self._check_context(linears, context)
+        freeze(model, linears, context, mlp_weights=True)
+        bases, cost = self.find_bases(model, linears, context)
+        return self.build(model, linears, context, bases, cost)
+
+    def _check_context(self, linears: Linears, context: Context) -> None:
+        """Raise `UserError` if settings do not fit the accumulation or the device."""
         if self.release_gradients and context.accumulation > 1:
             raise UserError(
                 f"method.release_gradients=true does not go with train.grad_accumulation={context.accumulation}, which "
                 "adds up the gradients of several passes: set the first to false, or the second to 1"
             )
         check_rotation_dtype(_DTYPES[self.rotation_dtype], next(all_linears(linears)).weight.device)
-        freeze(model, linears, context, mlp_weights=True)
-        bases, cost = self.find_bases(model, linears, context)
-        return self.build(model, linears, context, bases, cost)
 
     def find_bases(
         self, model: nn.Module, linears: Linears, context: Context

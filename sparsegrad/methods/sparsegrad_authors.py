@@ -68,6 +68,7 @@ class SparseGradAuthors(SparseGrad):
 
     def prepare(self, model: nn.Module, linears: Linears, context: Context) -> Prepared:
         """See `Method`."""
+        self._check_context(linears, context)
         freeze(model, linears, context, mlp_weights=True)
         bases, cost = self.find_bases(model, linears, context)
         if self.transposed_in_basis:

@@ -81,7 +81,7 @@ class Rotation:
             return FIXED_ORDERS[self.order]
         U, V = self.basis.in_basis, self.basis.out_basis
         sides = "out" if U is None else "in" if V is None else "both"
-        return cheapest_order(len(dy), features, dy.shape[1], sides, dy.device.type)
+        return cheapest_order(len(dy), features, dy.shape[1], sides)
 
     def check_gradients(self, index: Tensor, values: Tensor, columns: int) -> None:
         """Check the kept entries of rotated gradients.

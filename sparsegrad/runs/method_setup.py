@@ -12,6 +12,7 @@ from sparsegrad.distributed import world_size
 from sparsegrad.errors import UserError, fail
 from sparsegrad.methods.base import Context, Prepared, freeze
 from sparsegrad.models.loading import describe_tokenizer
+from sparsegrad.models.source import Sources
 from sparsegrad.optim.rest import outside, set_rest_rate
 from sparsegrad.runs.basis_cache import BasisStore
 from sparsegrad.runs.config import RunConfig
@@ -23,20 +24,20 @@ from sparsegrad.trainer.parallel import shard_model
 
 
 def prepare_method(
-    config: RunConfig, parts: Parts, splits: Splits, device: torch.device, *, resuming: bool
+    config: RunConfig, parts: Parts, splits: Splits, sources: Sources, device: torch.device, *, resuming: bool
 ) -> Prepared:
     """Let the method change the model into what trains, calibration included."""
     model: Any = parts.model
     model.train()
     if config.train.gradient_checkpointing:  # the calibration needs it as much as the training
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    context = _make_context(config, parts, _basis_store(config, parts, splits, resuming))
+    context = _make_context(config, parts, _basis_store(config, parts, splits, sources, resuming))
     if config.train.parallel == "fsdp2":
         # What trains becomes float32, which is not possible in a shard.
         freeze(model, parts.linears, context, mlp_weights=True)
         shard_model(model, device)
     # Weights of two precisions in one model need autocast, in the calibration too.
-    mixed = config.train.precision == "bf16_weights"
+    mixed = _calibrates_mixed(config)
     rest = outside(model, parts.linears)
     fast = fast_bfloat16(device) if config.multiplies_bfloat16 else nullcontext()
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed), fast:
@@ -87,7 +88,12 @@ def _make_context(config: RunConfig, parts: Parts, store: BasisStore) -> Context
     )
 
 
-def _basis_store(config: RunConfig, parts: Parts, splits: Splits, resuming: bool) -> BasisStore:
+def _calibrates_mixed(config: RunConfig) -> bool:
+    """Whether the calibration runs under autocast; with precision `bf16` only the training does."""
+    return config.train.precision == "bf16_weights"
+
+
+def _basis_store(config: RunConfig, parts: Parts, splits: Splits, sources: Sources, resuming: bool) -> BasisStore:
     """The store of bases, with all that a calibration's gradients depend on besides the weights."""
     model: Any = parts.model
     machine_dependent = ("transformers_version", "_name_or_path")  # the same architecture on any machine
@@ -103,9 +109,8 @@ def _basis_store(config: RunConfig, parts: Parts, splits: Splits, resuming: bool
         "pad": config.data.pad,
         "max_length": config.data.max_length,
         **config.task.token_facts,
+        **_unusual_facts(config, sources),
     }
-    if config.model.pooling is not None:  # left out otherwise, so that stored bases keep their names
-        facts["pooling"] = config.model.pooling
     return BasisStore(
         folder=Path(config.work_dir) / "bases",
         model=model,
@@ -113,3 +118,20 @@ def _basis_store(config: RunConfig, parts: Parts, splits: Splits, resuming: bool
         own=config.checkpoints / "bases.safetensors",
         resuming=resuming,
     )
+
+
+def _unusual_facts(config: RunConfig, sources: Sources) -> dict[str, Any]:
+    """Facts of settings that most runs leave as they are: left out there, so that stored bases keep their names."""
+    model, columns = config.model, list(config.task.columns)
+    facts: dict[str, Any] = {}
+    if model.pooling is not None:
+        facts["pooling"] = model.pooling
+    if _calibrates_mixed(config):
+        facts["precision"] = config.train.precision
+    if columns != sorted(columns):  # in this order a pair of texts is read; the data's fingerprint sorts them
+        facts["columns"] = columns
+    if model.tokenizer is not None or model.trust_remote_code:  # another one may share its vocabulary; code computes
+        facts["source"] = sources.as_json()
+    if config.task.is_language and world_size() > 1:  # whose loss is a mean over the tokens of each process
+        facts["processes"] = world_size()
+    return facts

@@ -95,9 +95,17 @@ def score_run(config: RunConfig, trainer: RunTrainer, parts: Parts) -> tuple[dic
     """The `result` of a record, and the predictions on the validation rows.
 
     Both are of the best checkpoint, which is the model when training has ended.
+
+    Raises:
+        FailedRunError: if no evaluation has a score, so that none is the best.
     """
     main, state = config.task.main_metric, trainer.state
-    chosen = next(row for row in evaluations(state.log_history) if row["step"] == state.best_global_step)
+    chosen = next((row for row in evaluations(state.log_history) if row["step"] == state.best_global_step), None)
+    if chosen is None:
+        raise FailedRunError(
+            f"{main} is undefined in every evaluation, as a correlation with constant predictions is: no checkpoint "
+            f"can be chosen; change train.lr={config.train.lr:g}, or train longer"
+        )
     scores = {name: value for name, value in chosen.items() if name not in ("step", "epoch", "loss")}
     if parts.sets.report is None:
         predicted = trainer.predict_best()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from sparsegrad.errors import UserError, first_line
-from sparsegrad.files import write_bytes
+from sparsegrad.files import unreadable, write_bytes
 from sparsegrad.hashing import SHORT, tensors_sha256
 from sparsegrad.tasks.base import Task
 
@@ -75,13 +75,20 @@ def read_predictions(path: Path, record: Mapping[str, Any]) -> Arrays:
     """The predictions that belong to the record at `path`.
 
     Raises:
-        UserError: when there are none, they cannot be read, or they are another run's.
+        UserError: when there are none, they are damaged, or they are another run's.
+        ResourceError: when the disk does not let them be read.
     """
     about, file = record.get("predictions"), predictions_path(path)
     if not isinstance(about, Mapping):
         raise UserError(f"{path} was made without predictions: run it again with force=true")
     try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as found:
+        content = file.read_bytes()  # whole, because zipfile takes a failure of the disk for a damaged archive
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: run it again with force=true") from None
+    except OSError as error:
+        raise unreadable(file, error) from error
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as found:
             arrays = {name: found[name] for name in found.files}
         own = _hash(arrays)
     except Exception as error:  # zip, zlib, struct and numpy each raise types of their own for a damaged archive

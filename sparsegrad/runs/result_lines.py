@@ -129,7 +129,9 @@ def _full_scores(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
             other = find_complete(file)
         except UserError:
             continue
-        if other is not None and other["config"]["method"]["name"] == "full" and _facts(other) == _facts(record):
+        if other is None or other["config"]["method"]["name"] != "full" or _facts(other) != _facts(record):
+            continue
+        if other["result"]["value"] is not None:  # such as Pearson of a constant prediction, which is undefined
             found.append(float(other["result"]["value"]))
     if found:
         seeds = f" (mean of {len(found)} records)" if len(found) > 1 else ""

@@ -20,8 +20,12 @@ from sparsegrad.trainer.checkpoints import last_checkpoint
 
 
 @contextmanager
-def run_lock(config: RunConfig) -> Iterator[None]:
+def run_lock(config: RunConfig, wait: float = 1.0) -> Iterator[None]:
     """Held while a run is at work: two processes must not write one folder of checkpoints.
+
+    Args:
+        config: the run.
+        wait: seconds to wait for it. A process that asks whether a run is at work holds it for a moment.
 
     Raises:
         BusyError: when another process holds it.
@@ -29,7 +33,7 @@ def run_lock(config: RunConfig) -> Iterator[None]:
     folder = Path(config.work_dir) / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f"{config.key}.lock")
-    _acquire(lock, config.key)
+    _acquire(lock, config.key, wait)
     try:
         yield
     finally:
@@ -37,9 +41,9 @@ def run_lock(config: RunConfig) -> Iterator[None]:
 
 
 @on_main
-def _acquire(lock: FileLock, key: str) -> None:
+def _acquire(lock: FileLock, key: str, wait: float) -> None:
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait)
     except Timeout:
         raise BusyError(f"run {key} is at work in another process: wait for it, or stop it") from None
 

@@ -150,9 +150,10 @@ def _set_up(
     if announces:
         announce(config, parts.sets, checkpoint)
     memory = PeakMemory(device)
-    prepared = prepare_method(config, parts, splits, device, resuming=checkpoint is not None)
+    resuming = checkpoint is not None
+    prepared = prepare_method(config, parts, splits, sources, device, resuming=resuming)
     trainer, stopwatch = make_trainer(
-        config, parts.model, prepared.optimizer, parts.sets, parts.tokenizer, memory, stop
+        config, parts.model, prepared.optimizer, parts.sets, parts.tokenizer, memory, stop, resuming=resuming
     )
     if announces:
         announce_time(config, trainer, parts.sets)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,23 +60,15 @@ def save_results(config: RunConfig, parts: Parts, prepared: Prepared, sources: S
     """Save what `save_model` and `save_adapter` ask for; the model has ordinary linears afterwards."""
     # The layers of engine fast hold the factors of their change, so they are saved as LoRA before they become linears.
     exact = getattr(config.method, "holds_factors", False)
-    from_main(lambda: _discard_other_format(config))
     if config.save_adapter == "lora" and exact:
         _write_whole(parts, lambda: _save_lora(config, parts, sources, max_error=None))
     if config.save_adapter == "peft":
         assert prepared.save is not None  # `check_saving` and `prepare_method` have checked it
         save = prepared.save
         _named(config, parts)
-        _write_whole(parts, lambda: save(config.adapter_folder))
+        _write_whole(parts, lambda: _write_adapter(config, save))
     prepared.finish()
     _write_whole(parts, lambda: _save_linears(config, parts, sources, exact))
-
-
-def _discard_other_format(config: RunConfig) -> None:
-    """Delete an adapter that this run left when it was asked for another format: a folder holds one."""
-    other = lora_files.CONFIG if config.save_adapter == "sparsegrad" else FACTS
-    if config.save_adapter is not None and (config.adapter_folder / other).exists():
-        shutil.rmtree(config.adapter_folder)
 
 
 def _write_whole(parts: Parts, write: Callable[[], object]) -> None:
@@ -90,15 +83,39 @@ def _save_linears(config: RunConfig, parts: Parts, sources: Sources, exact: bool
     if config.save_adapter == "lora" and not exact:
         _save_lora(config, parts, sources, max_error=MAX_ERROR if config.adapter_rank is None else None)
     if config.save_adapter == "sparsegrad":
-        base = _base_tensors(config, parts, sources)
-        save_adapter(_named(config, parts), config.adapter_folder, base, target_modules=config.model.mlp)
+        base, model = _base_tensors(config, parts, sources), _named(config, parts)
+        _write_adapter(config, lambda folder: save_adapter(model, folder, base, target_modules=config.model.mlp))
     if config.save_model:
         _save_model(config, parts)
 
 
 def _save_lora(config: RunConfig, parts: Parts, sources: Sources, max_error: float | None) -> None:
     base, model = _base_tensors(config, parts, sources), _named(config, parts)
-    save_lora(model, config.adapter_folder, base, rank=config.adapter_rank, max_error=max_error)
+    _write_adapter(config, lambda folder: save_lora(model, folder, base, rank=config.adapter_rank, max_error=max_error))
+
+
+def _write_adapter(config: RunConfig, write: Callable[[Path], object]) -> None:
+    """Let `write` make the adapter. One of another format, which the folder cannot hold too, stays until it has."""
+    folder, other = config.adapter_folder, lora_files.CONFIG if config.save_adapter == "sparsegrad" else FACTS
+    if not (folder / other).exists():
+        write(folder)  # in place, where a card that was edited by hand stays
+        return
+    with _scratch(folder, "new") as fresh, _scratch(folder, "old") as old:
+        write(fresh)
+        folder.rename(old / folder.name)
+        fresh.rename(folder)
+
+
+@contextmanager
+def _scratch(folder: Path, word: str) -> Iterator[Path]:
+    """Within: an empty folder beside `folder`, on the same file system."""
+    scratch = folder.with_name(f".{folder.name}.{word}")  # the same name each time: one that a killed process left goes
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _named(config: RunConfig, parts: Parts) -> Any:
@@ -128,9 +145,16 @@ def _device(parts: Parts) -> torch.device:
 
 
 def _save_model(config: RunConfig, parts: Parts) -> None:
-    """Write the fine-tuned model, as ordinary linears, and its tokenizer."""
-    folder = model_folder(config)
+    """Write the fine-tuned model, as ordinary linears, and its tokenizer.
+
+    An earlier one stays until all files are written; files of other names stay in any case.
+    """
     model: Any = parts.model
-    model.save_pretrained(folder)
-    parts.tokenizer.save_pretrained(folder)
-    share_tensors(folder, like="config.json")
+    folder = model_folder(config)
+    with _scratch(folder, "new") as fresh:
+        model.save_pretrained(fresh)
+        parts.tokenizer.save_pretrained(fresh)
+        share_tensors(fresh, like="config.json")
+        folder.mkdir(exist_ok=True)
+        for path in fresh.iterdir():
+            path.replace(folder / path.name)

@@ -18,7 +18,6 @@ from sparsegrad.metrics.language import token_losses
 from sparsegrad.runs.config import RunConfig, TrainConfig
 from sparsegrad.runs.tokenized_splits import TokenSets
 from sparsegrad.trainer.callbacks import EvaluationSteps, LossWatch, Progress, Stopwatch
-from sparsegrad.trainer.checkpoints import last_checkpoint
 from sparsegrad.trainer.early_stopping import make_early_stopping
 from sparsegrad.trainer.parallel import ShardedTrainer
 from sparsegrad.trainer.peak_memory import PeakMemory
@@ -58,8 +57,10 @@ def make_trainer(
     tokenizer: Any,
     memory: PeakMemory,
     stop: StopOnSignal | None = None,
+    *,
+    resuming: bool,
 ) -> tuple[RunTrainer, Stopwatch]:
-    """Build the Trainer of one run, and the stopwatch that measures it."""
+    """Build the Trainer of one run, which may continue from a checkpoint, and the stopwatch that measures it."""
     stopwatch = Stopwatch(memory)
     callbacks: list[Any] = [stopwatch, EvaluationSteps(), stop or StopOnSignal()]
     if config.protocol.patience is not None:
@@ -67,7 +68,7 @@ def make_trainer(
     maker = ShardedTrainer if config.train.parallel == "fsdp2" else RunTrainer
     trainer = maker(
         model=model,
-        args=training_arguments(config, len(sets.train)),
+        args=training_arguments(config, len(sets.train), resuming=resuming),
         train_dataset=sets.train,
         eval_dataset=sets.choose,
         data_collator=config.task.collator(tokenizer),
@@ -100,7 +101,7 @@ class OneDeviceArguments(TrainingArguments):  # type: ignore[misc]
         return min(1, int(super().n_gpu))
 
 
-def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
+def training_arguments(config: RunConfig, rows: int, *, resuming: bool) -> TrainingArguments:
     """Translate the run's settings for the Trainer. There is no clipping, as in the paper."""
     train, protocol = config.train, config.protocol
     interval = protocol.steps_between_evaluations(config.task.eval_base, train.batch_size, total_steps(config, rows))
@@ -121,7 +122,7 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
         bf16=train.precision != "fp32",
         train_sampling_strategy="group_by_length" if train.group_by_length else "random",
         eval_strategy="steps",
-        eval_on_start=protocol.eval_at_start and last_checkpoint(config.checkpoints) is None,
+        eval_on_start=protocol.eval_at_start and not resuming,
         eval_steps=interval,
         save_strategy="steps",
         save_steps=interval,

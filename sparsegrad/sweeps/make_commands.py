@@ -12,7 +12,7 @@ NO_TREES = "<file of conversation trees>"
 def make_command(
     target: str,
     *,
-    scale: str = "mini",
+    scale: str | None = "mini",
     data: str | None = None,
     trees: str | None = None,
     methods: Collection[str] = (),

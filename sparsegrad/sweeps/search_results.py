@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sparsegrad.distributed import world_size
 from sparsegrad.errors import UserError, check_integer, first_line
+from sparsegrad.files import load_json, unreadable
 from sparsegrad.runs.keys import LATER, determining, flatten
 from sparsegrad.sweeps.make_commands import search_command
 
@@ -147,6 +148,7 @@ def read_search(composed: DictConfig, by_hand: Collection[str] = ()) -> tuple[di
     Raises:
         UserError: if the search is missing, damaged, unfinished, of another regime, of other settings of the method, or
             of training, or has another budget.
+        ResourceError: when the disk does not let its summary be read.
     """
     plan: Mapping[str, Any] = composed.get("evidence") or {}
     if "budget" in plan:
@@ -189,8 +191,12 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
         found = _parse_summary(path)
     except FileNotFoundError:
         raise SearchMissingError(name, method, task, f"the search {name} is missing ({path})", remedy) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"hparams=search: {path} is not a summary of a search ({error!r}): {remedy}") from None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"hparams=search: {path} is not a summary of a search ({error!r}): restore it; else {remedy}"
+        ) from None
     labels = tuple(found["labels"][key] for key in ("model", "method", "task"))
     if labels != (model, method, task):
         raise UserError(f"hparams=search: {path} is of {' / '.join(map(str, labels))}, not {name}: {remedy}")
@@ -216,7 +222,7 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
 
 def _parse_summary(path: Path) -> dict[str, Any]:
     """Read a summary and look up every entry that the checks use: a damaged file raises KeyError or the like here."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, Any] = load_json(path)
     for key in ("model", "method", "task"):
         found["labels"][key]
     for key in ("budget", "train_rest", "objective"):

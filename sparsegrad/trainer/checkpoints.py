@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from sparsegrad.distributed import whole
+from sparsegrad.distributed import from_main, rank, whole
 from sparsegrad.errors import ResourceError
 from sparsegrad.files import load_json, unreadable, write_json
 from sparsegrad.hashing import SHORT, file_sha256, tensors_sha256
@@ -61,6 +61,30 @@ def is_whole(checkpoint: Path) -> bool:
         ResourceError: if a file exists but cannot be read, as after a temporary failure of the disk.
     """
     return _run_check(lambda: _matches_manifest(checkpoint))
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Check that a checkpoint of this run is still whole, and in sight of every process; all processes call this.
+
+    The main process reads the files, the others only look for them.
+
+    Raises:
+        ResourceError: if it is not, or a file exists but cannot be read.
+    """
+    from_main(lambda: _refuse_damaged(checkpoint))
+    if lacking := [name for name in read_manifest(checkpoint)["files"] if not (checkpoint / name).exists()]:
+        raise ResourceError(
+            f"{checkpoint / lacking[0]} cannot be seen by process {rank()}: work_dir must be on a file system that all "
+            "machines share; the same command continues from the last checkpoint"
+        )
+
+
+def _refuse_damaged(checkpoint: Path) -> None:
+    if not is_whole(checkpoint):
+        raise ResourceError(
+            f"{checkpoint} has been damaged or deleted since it was written: the same command continues from an "
+            "earlier checkpoint, or starts over if there is none"
+        )
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -114,9 +114,8 @@ class ShardedTrainer(RunTrainer):
             self._load_state(checkpoint, with_optimizer=True)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 
-    def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        self._load_state(self.state.best_model_checkpoint, with_optimizer=False)
+    def _read_best_model(self, best: str) -> None:
+        self._load_state(best, with_optimizer=False)
 
     def _load_state(self, checkpoint: str, with_optimizer: bool) -> None:
         from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict

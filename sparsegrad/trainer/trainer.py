@@ -19,7 +19,7 @@ from sparsegrad.errors import ResourceError, UserError, first_line
 from sparsegrad.files import unreadable
 from sparsegrad.trainer.bfloat16 import fast_bfloat16
 from sparsegrad.trainer.callbacks import LossWatch, Progress, Stopwatch
-from sparsegrad.trainer.checkpoints import OR_RESTART, PREFIX, load_state, prune, read_manifest, seal
+from sparsegrad.trainer.checkpoints import OR_RESTART, PREFIX, check_whole, load_state, prune, read_manifest, seal
 from sparsegrad.trainer.last_batch import own_rows, weighted, without_labels
 from sparsegrad.trainer.length_groups import ShuffledLengthGroups
 from sparsegrad.trainer.processes import is_of_connection
@@ -70,7 +70,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         """Train to the end, from a checkpoint if given; afterwards the model is the best one. Bars are closed."""
         if resume_from_checkpoint is not None and self._is_done(resume_from_checkpoint):
             # Only the record is missing; the Trainer would run one step too many.
-            self._load_best_model()
+            if self.state.best_model_checkpoint is not None:
+                self._load_best_model()
             return
         try:
             super().train(resume_from_checkpoint=resume_from_checkpoint)
@@ -105,6 +106,17 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with report_unreadable(checkpoint):
             super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint if it is whole: without its file, the Trainer would keep the last weights."""
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        with report_unreadable(best):
+            check_whole(Path(best))
+            self._read_best_model(best)
+
+    def _read_best_model(self, best: str) -> None:
+        super()._load_best_model()
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)

@@ -85,7 +85,7 @@ def test_a_run_of_any_method_is_made_again_without_its_predictions_and_named_if_
     made: list[bool] = []
 
     def make(cells: list[Cell], _: int) -> Outcome:
-        made.extend(one.config.force for one in cells)
+        made.extend(one.uncounted is not None for one in cells)
         return Outcome(complete=1, planned=1, done=1, failed={})
 
     monkeypatch.setattr(command.making, "make_cells", make)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def quick(cells: list[Cell], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         "number, record, text, notes, lock, force = sys.argv[1:]\n"
         "held = FileLock(lock)\n"
         "try: held.acquire(timeout=0)\n"
-        "except Timeout: sys.exit('error: the run is at work in another process')\n"
+        "except Timeout: sys.exit(75)\n"
         "if pathlib.Path(record).exists() and force != 'True': sys.exit()\n"
         "(pathlib.Path(notes) / f'{number}-{time.monotonic_ns()}').touch()\n"
         "time.sleep(0.5)\n"
@@ -67,6 +68,10 @@ def quick(cells: list[Cell], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
     monkeypatch.setattr(making, "cell_job", job)
     return notes
+
+
+def with_force(cell: Cell) -> Cell:
+    return replace(cell, overrides=(*cell.overrides, "force=true"), config=replace(cell.config, force=True))
 
 
 def starts(notes: Path) -> list[str]:
@@ -103,7 +108,7 @@ def test_force_makes_complete_cells_again_once(
     assert making.make(cells[:2], workers=2) == 0
     capsys.readouterr()
     (quick / "broken1").touch()
-    assert making.make([cells[0].with_force(), cells[1].with_force(), cells[2]], workers=3) == 1
+    assert making.make([with_force(cells[0]), with_force(cells[1]), cells[2]], workers=3) == 1
     said = capsys.readouterr().out
     assert "2 of 3 cells complete, 2 of them by this call" in said, "an earlier record is not what was asked for"
     assert f"failed: {cells[1].label}: the loss is not a finite number" in said
@@ -111,7 +116,7 @@ def test_force_makes_complete_cells_again_once(
 
 
 def test_another_call_may_make_a_cell_with_force(cells: list[Cell]) -> None:
-    cell = cells[0].with_force()
+    cell = with_force(cells[0])
     record = {"schema": 1, "status": "complete", "config": cell.config.resolved}
     write_json(cell.config.record_path, record)
     watch = Watch([cell])

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from test_report_gates import load, replan
 
 from experiments.paths import CONF
+from experiments.report import arms
 from experiments.report.arms import arm_of
 from experiments.report.blocks import BLOCKS
 from experiments.report.departures import find_departures
@@ -241,6 +242,17 @@ def test_an_arm_is_named_by_what_differs_from_its_yaml() -> None:
     assert arm_of({"model": {}, "method": sparse}) == "sparsegrad density=0.05 sides=small"
     assert arm_of({"model": {"usual": {"density": 0.05}}, "method": {**sparse, "sides": "both"}}) == "sparsegrad"
     assert arm_of({"model": {}, "method": {"name": "new_method", "depth": 3}}) == "new_method"
+
+
+def test_a_number_without_a_dot_is_read_as_runs_read_it(cases: Cases) -> None:
+    """To PyYAML 1e-1 is a text, so that a default would count as changed."""
+    text = "name: mine\ndropout: 1e-1\nrate: ${oc.select:model.usual.rate,1e-3}\n"
+    (cases.conf / "method").mkdir(parents=True)
+    (cases.conf / "method" / "mine.yaml").write_text(text)
+    assert arms._read_defaults("mine", cases.conf) == {
+        "name": "mine", "dropout": 0.1, "rate": "${oc.select:model.usual.rate,1e-3}"
+    }  # fmt: skip
+    assert [arms.parse_scalar(one) for one in ("1e-3", "null", "true", "x")] == [0.001, None, True, "x"]
 
 
 @pytest.mark.parametrize(

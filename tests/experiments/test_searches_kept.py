@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shlex
 from dataclasses import replace
@@ -206,6 +207,33 @@ def test_a_finished_search_that_cannot_be_summarised_now_does_not_count_as_witho
     monkeypatch.setattr("sparsegrad.sweeps.show.find_spec", lambda name: None)
     with pytest.raises(UserError, match="matplotlib"):
         search_all.make([search], 1, dry=False, plots=True)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"trials": {"complete": 1}}'])
+def test_a_damaged_summary_does_not_begin_its_search_again(
+    damage: str, where: tuple[str, str], results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = plan("frozen", *where)
+    finish(search)
+    search.summary.write_text(damage)
+    assert search.finished() == 1, "the storage has it"
+    search_all.export_finished(search)
+    assert search.is_summarised
+
+    (results / "studies" / "studies.db").unlink()
+    assert search.finished() == 1
+    search.summary.write_text(damage)
+    with pytest.raises(UserError, match=r"summary\.json is not a summary of a search .*restore it, or delete it"):
+        plan("frozen", *where)
+    with pytest.raises(UserError, match=r"summary\.json is not a summary of a search .*restore it; else make compare"):
+        list_cells("compare", ["method=frozen", "task=mrpc", "seed=42", *where])
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(ResourceError, match=r"Input/output error.*try again"):
+        search.finished()
 
 
 def test_an_unfinished_summary_is_exported_again(where: tuple[str, str]) -> None:

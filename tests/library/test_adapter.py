@@ -49,15 +49,29 @@ def test_with_a_tolerance_kept_entries_are_stored_and_keep_their_promise(layout:
     check_tolerance(toy_model(layout, torch.float32), toy_batches(layout, 4), tmp_path)
 
 
-@pytest.mark.parametrize("tolerance", [1e-3, 1e-5, 1e-9])
-def test_the_promise_holds_for_float64_whose_entries_are_stored_in_float32(tolerance: float, tmp_path: Path) -> None:
-    base = toy_model("llama", torch.float64)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "is_rotated"),
+    [
+        (torch.float64, 1e-3, True),
+        (torch.float64, 1e-5, True),
+        (torch.float64, 1e-9, False),  # entries are stored in float32
+        (torch.float32, 1e-3, True),
+        (torch.bfloat16, 0.5, True),  # the merged weight is rounded by more than what was dropped
+        (torch.bfloat16, 0.9, True),
+        (torch.bfloat16, 1e-3, False),
+    ],
+)
+def test_the_promise_of_a_tolerance_holds_for_every_dtype(
+    dtype: torch.dtype, tolerance: float, is_rotated: bool, tmp_path: Path
+) -> None:
+    base = toy_model("llama", dtype)
     model, fresh = copy.deepcopy(base), copy.deepcopy(base)
     optimizer = train(model, toy_batches("llama", 4), steps=2, keep=4)
     saved = save_adapter(model, tmp_path, base, optimizer, tolerance=tolerance)
-    assert ("rotated" in saved.forms) == (tolerance > 1e-6)
+    assert ("rotated" in saved.forms) == is_rotated
     load_adapter(fresh, tmp_path).merge()
-    for found, wanted, old in zip(fresh.parameters(), model.parameters(), base.parameters(), strict=True):
+    for states in zip(fresh.parameters(), model.parameters(), base.parameters(), strict=True):
+        found, wanted, old = (one.double() for one in states)
         assert (found - wanted).norm() <= tolerance * (wanted - old).norm()
 
 

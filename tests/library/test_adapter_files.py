@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import nn
 from sparsegrad import UserError, load_adapter, save_adapter
 from sparsegrad.adapter import format as adapter_file
 from sparsegrad.adapter.format import FACTS, TENSORS
+from sparsegrad.errors import ResourceError
 
 
 def trained(by: float) -> Any:
@@ -34,6 +37,15 @@ def loaded(folder: Path) -> nn.Module:
     model = own_model()
     load_adapter(model, folder).merge()
     return model
+
+
+def failing(number: int) -> Any:
+    """A function that fails as reading from a disk does."""
+
+    def fail(path: Path) -> Any:
+        raise OSError(number, os.strerror(number), str(path))
+
+    return fail
 
 
 class Killed(BaseException):
@@ -76,6 +88,43 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(
     save(tmp_path, 4.0)
     assert has_bits(loaded(tmp_path), bits(trained(4.0)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", FACTS, TENSORS]
+
+
+def test_a_json_that_cannot_be_read_for_a_moment_leaves_an_interrupted_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1.0)
+    with monkeypatch.context() as patch:
+        killed_at("told", patch)
+        with pytest.raises(Killed):
+            save(tmp_path, 2.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_file, "load_json", failing(errno.ESTALE))
+        with pytest.raises(ResourceError, match=r"cannot read .*json \(Stale file handle\): nothing was deleted"):
+            save(tmp_path, 3.0)
+    assert has_bits(loaded(tmp_path), bits(trained(2.0)))
+
+
+@pytest.mark.parametrize("file", [FACTS, TENSORS])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1.0)
+    monkeypatch.setattr(adapter_file, "load_json" if file == FACTS else "file_sha256", failing(errno.EIO))
+    with pytest.raises(ResourceError, match=rf"cannot read .*{file} \(Input/output error\): nothing was deleted"):
+        loaded(tmp_path)
+
+
+def test_tensors_that_cannot_be_opened_are_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1.0)
+    plain_open = Path.open
+
+    def refused(path: Path, *args: Any, **options: Any) -> Any:
+        return failing(errno.EACCES)(path) if path.name == TENSORS else plain_open(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(ResourceError, match=rf"cannot read .*{TENSORS} \(Permission denied\)"):
+        loaded(tmp_path)
 
 
 def test_a_json_that_cannot_be_written_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

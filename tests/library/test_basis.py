@@ -197,6 +197,8 @@ def test_damaged_files_are_refused(tmp_path) -> None:
             Basis.load(path)
     with pytest.raises(UserError, match="no basis file"):
         Basis.load(tmp_path / "missing")
+    with pytest.raises(UserError, match=r"cannot read .*nothing was deleted"):
+        Basis.load(tmp_path / ("x" * 300))  # exists or not: the system does not open it
 
 
 def test_bad_input_is_named() -> None:

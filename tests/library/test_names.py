@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import re
+import sys
 import warnings
 from typing import Any
 
@@ -84,3 +87,13 @@ def test_every_public_name_is_there() -> None:
     assert {"BlockLinear", "LeanLinear", "load_bases", "save_bases", "set_adapter", "prepare"} <= set(
         sparsegrad.__all__
     )
+
+
+def test_the_classes_of_public_results_are_public() -> None:
+    """What a public function returns, and the fields of those dataclasses."""
+    for public in (getattr(sparsegrad, name) for name in sparsegrad.__all__):
+        fields = [one.type for one in dataclasses.fields(public)] if dataclasses.is_dataclass(public) else []
+        types = fields if isinstance(public, type) else [public.__annotations__["return"]]
+        classes = {getattr(sys.modules[public.__module__], word, None) for word in re.findall(r"\w+", f"{types}")}
+        ours = {one.__name__ for one in classes if isinstance(one, type) and one.__module__.startswith("sparsegrad")}
+        assert ours <= set(sparsegrad.__all__), public

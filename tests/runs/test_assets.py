@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 from asset_cases import CONTENT, Toy, contents, giving, offline, sha, tarball, wheel
 from asset_cases import toy as toy  # the fixture
+from filelock import FileLock
 
 from sparsegrad.assets import download as assets
+from sparsegrad.assets import scratch
 from sparsegrad.assets.table import ASSETS, Asset, AssetFile
-from sparsegrad.errors import UserError
+from sparsegrad.errors import ResourceError, UserError
 
 
 def test_fetch_takes_only_the_named_files(toy: Toy, tmp_path: Path) -> None:
@@ -96,14 +99,50 @@ def test_an_interrupted_fetch_leaves_no_half_asset(toy: Toy, tmp_path: Path, mon
     assert assets.asset_path("toy").is_dir()
 
 
-def test_leftovers_of_a_killed_fetch_are_removed_when_old(toy: Toy, tmp_path: Path) -> None:
+def test_only_old_leftovers_of_killed_fetches_are_removed(toy: Toy, tmp_path: Path) -> None:
     toy(wheel())
-    old, young = (tmp_path / "root" / f".toy.{age}.tmp" for age in ("old", "young"))
-    for left in (old, young):
-        (left / "files").mkdir(parents=True)
-    os.utime(old, (time.time() - 7200,) * 2)
+    names = {
+        "killed": ".toy.1.tmp",
+        "running": ".toy.2.tmp",
+        "young": ".toy.3.tmp",
+        "mine": ".notes.tmp",
+        "own": ".toy.own.tmp",
+    }
+    folders = {what: tmp_path / "root" / name for what, name in names.items()}
+    for what, folder in folders.items():
+        (folder / "files").mkdir(parents=True)
+        if what != "own":
+            (folder / scratch._LOCK).touch()
+        if what != "young":
+            os.utime(folder, (time.time() - 7200,) * 2)
+    with FileLock(folders["running"] / scratch._LOCK):
+        assets.fetch(["toy"], download=giving(wheel()))
+    assert [what for what, folder in folders.items() if not folder.exists()] == ["killed"]
+
+
+def test_a_running_fetch_holds_a_lock_that_ends_with_it(toy: Toy, tmp_path: Path) -> None:
+    toy(wheel())
+
+    def long(asset: Asset, folder: Path) -> Path:
+        os.utime(folder.parent, (time.time() - 7200,) * 2)
+        assets.fetch(["toy"], download=giving(wheel()))
+        assert folder.is_dir(), "another process fetches meanwhile"
+        return giving(wheel())(asset, folder)
+
+    assets.fetch(["toy"], download=long)
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["toy"]
+
+
+def test_a_file_that_cannot_be_read_is_not_called_corrupt(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy(wheel())
     assets.fetch(["toy"], download=giving(wheel()))
-    assert (old.exists(), young.exists()) == (False, True)
+
+    def fail(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(assets, "file_sha256", fail)
+    with pytest.raises(ResourceError, match=r"cannot read .*a\.txt \(Input/output error\): nothing was deleted"):
+        assets.fetch(["toy"], download=offline)
 
 
 def test_a_missing_asset_names_the_command(toy: Toy) -> None:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_fixtures import Tiny, write_rows
+from run_fixtures import Composer, Tiny, write_rows
 from test_runs import Stop, curves
 
 from sparsegrad.basis import Basis, load_bases, save_bases
 from sparsegrad.errors import UserError
 from sparsegrad.hashing import file_sha256
+from sparsegrad.models.source import Source, Sources
+from sparsegrad.runs import method_setup, parts
+from sparsegrad.runs.config import build
 from sparsegrad.runs.runner import run
 from sparsegrad.runs.saving import model_folder
 
@@ -89,6 +92,42 @@ def test_a_stored_basis_is_not_taken_for_another_calibration(tiny: Tiny, change:
     assert not second["calibration"]["reused"]
 
 
+def test_a_calibration_under_autocast_has_bases_of_its_own(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its weights have the same bits: those of a checkpoint in bfloat16 that train are made float32."""
+    load = parts.load_model
+
+    def rounded(config, task, tokenizer, dtype, source):
+        return load(config, task, tokenizer, torch.float32, source).to(torch.bfloat16).to(dtype)
+
+    monkeypatch.setattr(parts, "load_model", rounded)
+    first, _ = run(tiny("method=sparsegrad"))
+    assert not run(tiny("method=sparsegrad", "train.precision=bf16_weights"))[0]["calibration"]["reused"]
+    third, _ = run(tiny("method=sparsegrad", "train.precision=bf16"))  # of the training alone
+    assert third["calibration"]["fingerprint"] == first["calibration"]["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "names"),
+    [
+        ((), 2, set()),
+        (("model.pooling=cls",), 1, {"pooling"}),
+        (("train.precision=bf16_weights",), 1, {"precision"}),
+        (("task=qnli",), 1, set()),
+        (("task=qnli", "task.columns=[sentence,question]"), 1, {"columns"}),
+        (("model.tokenizer=asset:other",), 1, {"source"}),
+        (("model.trust_remote_code=true",), 1, {"source"}),
+        (("task=oasst1",), 1, set()),
+        (("task=oasst1",), 2, {"processes"}),
+    ],
+)
+def test_what_few_runs_set_is_in_the_name_of_their_bases_alone(
+    conf: Composer, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], processes: int, names: set[str]
+) -> None:
+    monkeypatch.setattr(method_setup, "world_size", lambda: processes)
+    sources = Sources(Source("files:1"), Source("files:2"))
+    assert set(method_setup._unusual_facts(build(conf(*overrides)), sources)) == names
+
+
 def test_a_stored_basis_is_taken_for_the_same_calibration(tiny: Tiny) -> None:
     first, _ = run(tiny("method=sparsegrad"))
     second, _ = run(tiny("method=sparsegrad", "train.lr=3e-4"))
@@ -128,9 +167,9 @@ def test_the_core_that_fused_adamw_trains_reaches_the_weight(tiny: Tiny, monkeyp
     layers: list[BlockLinear] = []
     made = runs.make_trainer
 
-    def make_trainer(config, model, *rest):
+    def make_trainer(config, model, *rest, **more):
         layers.extend(module for module in model.modules() if isinstance(module, BlockLinear))
-        return made(config, model, *rest)
+        return made(config, model, *rest, **more)
 
     monkeypatch.setattr(runs, "make_trainer", make_trainer)
     run(tiny("method=sparsegrad_fast"))

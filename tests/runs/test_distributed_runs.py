@@ -55,7 +55,17 @@ class At(TrainerCallback):  # type: ignore[misc]
             os.kill(os.getpid(), self.number)
 
 
-def outcome(case: Case, callback: At | None = None) -> dict[str, Any]:
+class Lose(TrainerCallback):  # type: ignore[misc]
+    """Deletes a part of the best checkpoint before training ends."""
+
+    began = -1
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == state.max_steps and state.is_world_process_zero:
+            next(Path(state.best_model_checkpoint).glob("*.distcp")).unlink()
+
+
+def outcome(case: Case, callback: At | Lose | None = None) -> dict[str, Any]:
     """What a run ends with: its curves and weights, or what it was refused or interrupted with."""
     chosen = config(*case, "save_model=true")
     try:
@@ -142,6 +152,13 @@ def test_sharded_runs_are_those_of_one_process_and_continue(bert: Case, tmp_path
         assert found["stopped"] == "interrupted"
         assert found["continued"]["began"] == 2
         assert_same(found["continued"], found["whole"], 0, "continued")
+
+
+def test_a_sharded_run_whose_best_checkpoint_was_lost_says_so_once(bert: Case) -> None:
+    case = (*bert, "method=sparsegrad_fast", "train.parallel=fsdp2", "train.batch_size=4")
+    found = together(2, outcome, case, Lose())
+    assert all("has been damaged or deleted since it was written" in one["error"] for one in found)
+    assert [one["silent"] for one in found] == [False, True]
 
 
 def refusals(case: Case) -> list[str]:

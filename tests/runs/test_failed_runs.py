@@ -16,13 +16,15 @@ from bad_input_cases import Refused
 from bad_input_cases import nothing_loaded as nothing_loaded  # the fixtures
 from bad_input_cases import refused as refused
 from run_fixtures import Composer, Tiny, last_wins, small_files
+from test_runs import LEARNS, Stop
 from transformers import Trainer, TrainerCallback
 
 from sparsegrad import cli
-from sparsegrad.errors import UserError
+from sparsegrad.errors import ResourceError, UserError
 from sparsegrad.runs import runner as runs
 from sparsegrad.runs.runner import run
-from sparsegrad.trainer.checkpoints import has_checkpoint, last_checkpoint, seal
+from sparsegrad.trainer import checkpoints
+from sparsegrad.trainer.checkpoints import check_whole, has_checkpoint, last_checkpoint, seal
 
 
 @pytest.mark.usefixtures("nothing_loaded")
@@ -162,6 +164,51 @@ def test_what_fails_around_a_run_costs_no_checkpoint_and_is_no_failed_run(
         assert has_checkpoint(config.checkpoints), message
         assert leftovers(tmp_path / "results") == [], message
     assert str(last_checkpoint(config.checkpoints)).endswith("checkpoint-1")
+
+
+class Spoil(TrainerCallback):  # type: ignore[misc]
+    """Deletes the weights of the best checkpoint before training ends, or cuts them."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == state.max_steps:
+            weights = Path(state.best_model_checkpoint) / "model.safetensors"
+            weights.unlink() if self.how == "deleted" else weights.write_bytes(weights.read_bytes()[:100])
+
+
+@pytest.mark.parametrize("how", ["deleted", "cut"])
+def test_a_best_checkpoint_that_was_lost_leaves_no_record_of_other_weights(tiny: Tiny, how: str) -> None:
+    """The Trainer would only log a warning and keep the weights of the last step."""
+    whole, _ = run(tiny(*LEARNS, "name=whole"))
+    assert whole["result"]["chosen_step"] < whole["result"]["steps"], "with equal steps nothing is loaded"
+    config = tiny(*LEARNS)
+    with pytest.raises(ResourceError, match=r"checkpoint-12 has been damaged or deleted .* the same command"):
+        run(config, callbacks=[Spoil(how)])
+    assert not config.record_path.exists()
+    assert run(config)[0]["result"] == whole["result"]
+
+
+def test_a_run_without_any_score_fails_in_one_line(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it was stopped just before its record."""
+    undefined = {"accuracy": float("nan")}
+    monkeypatch.setattr("sparsegrad.runs.trainer_setup.compute_metrics", lambda task: lambda prediction: undefined)
+    config = tiny()
+    with pytest.raises(KeyboardInterrupt):
+        run(config, callbacks=[Stop(0)])
+    with pytest.raises(UserError, match=r"accuracy is undefined in every evaluation.* train\.lr=0\.01.*marked failed"):
+        run(config)
+    assert json.loads(config.record_path.read_text())["status"] == "failed"
+
+
+def test_a_best_checkpoint_must_be_in_sight_of_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_text("weights")
+    seal(tmp_path, {})
+    (tmp_path / "model.safetensors").unlink()
+    monkeypatch.setattr(checkpoints, "from_main", lambda make: None)  # the main process has found it whole
+    with pytest.raises(ResourceError, match=r"model\.safetensors cannot be seen by process 0: .* all machines share"):
+        check_whole(tmp_path)
 
 
 def test_a_damaged_record_is_named(refused: Refused, conf: Composer, small: tuple[str, ...], tmp_path: Path) -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from run_fixtures import Tiny, last_wins
+from filelock import FileLock
+from run_fixtures import Composer, Tiny, last_wins
 from test_runs import METHODS, Stop, curves, method, steps
 
-from sparsegrad.errors import UserError
+from sparsegrad.cli.running import run_command
+from sparsegrad.errors import BUSY, BusyError, UserError
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.result_lines import describe_stop
+from sparsegrad.runs.run_folder import run_lock
 from sparsegrad.runs.runner import run
 from sparsegrad.trainer import signals
 from sparsegrad.trainer.checkpoints import last_checkpoint, newest_step, read_manifest
@@ -189,6 +193,39 @@ def test_an_interrupted_process_leaves_no_record_and_is_continued(
     whole, _ = run(tiny(*LONG, f"work_dir={config.work_dir}-whole", "name=whole"))
     assert len(whole["evaluations"]) == 5
     assert curves(resumed) == pytest.approx(curves(whole), rel=1e-4)
+
+
+def test_a_process_that_only_asks_whether_a_run_is_at_work_does_not_stop_it(tiny: Tiny) -> None:
+    config = tiny()
+    with run_lock(config):
+        pass
+    has_asked = threading.Event()
+
+    def ask() -> None:
+        with FileLock(Path(config.work_dir) / "locks" / f"{config.key}.lock"):
+            has_asked.set()
+            time.sleep(0.2)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert has_asked.wait(10)
+    with run_lock(config):
+        pass
+    asking.join()
+    with run_lock(config), pytest.raises(BusyError), run_lock(config, wait=0.0):
+        pass
+
+
+def test_a_run_that_is_at_work_elsewhere_has_a_status_of_its_own(
+    conf: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise BusyError("run k is at work in another process")
+
+    monkeypatch.setattr("sparsegrad.cli.running._run", refuse)
+    with pytest.raises(SystemExit) as ended:
+        run_command(conf())
+    assert ended.value.code == BUSY != UserError.status
 
 
 def last_whole(config: RunConfig) -> bool:

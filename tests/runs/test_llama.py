@@ -190,7 +190,7 @@ def test_plan_and_counts_are_shown_before_training(llama: Any, caplog: pytest.Lo
 
 
 def test_schedule_and_warm_up_reach_the_trainer(llama: Any) -> None:
-    arguments = training_arguments(llama("train.warmup_steps=7"), rows=100)
+    arguments = training_arguments(llama("train.warmup_steps=7"), rows=100, resuming=False)
     assert (arguments.lr_scheduler_type, arguments.warmup_steps) == ("cosine", 7)
 
 

@@ -54,9 +54,9 @@ def trained(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[st
     caught: list[Any] = []
     finish = runs.make_trainer
 
-    def make_trainer(config: RunConfig, model: nn.Module, *rest: Any) -> Any:
+    def make_trainer(config: RunConfig, model: nn.Module, *rest: Any, **more: Any) -> Any:
         caught.append(model)
-        return finish(config, model, *rest)
+        return finish(config, model, *rest, **more)
 
     prepare = runs.prepare_method
 

@@ -253,7 +253,12 @@ def test_a_command_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["python", "/x/bin/sparsegrad", "records"], True),
         (["python", "-u", str(ROOT / "run.py"), "method=lora"], True),
         (["python", "-m", "pytest"], False),
+        (["python", "-u", "-X", "dev", "-W", "error", "-m", "sparsegrad.cli"], True),
         (["python", "train.py", "-m", "x"], False),
+        (["python", "-u", "train.py", "-m", "sparsegrad"], False),
+        (["python", "-X", "dev", "/x/bin/mine", "-m", "sparsegrad"], False),
+        (["python", "-c", "import sparsegrad", "-m", "sparsegrad"], False),
+        (["python", "-m", "mine", "-m", "sparsegrad"], False),
         (["python", "/x/run.py"], False),
     ],
 )

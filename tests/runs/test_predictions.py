@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from model_zoo import tiny_model
 from run_fixtures import Composer, RunPy, Tiny, last_wins
 
-from sparsegrad.errors import UserError
+from sparsegrad.errors import ResourceError, UserError
 from sparsegrad.models.pooling import mean_of_tokens, set_pooling
 from sparsegrad.optim.rest import set_rest_rate
 from sparsegrad.runs.config import build
@@ -90,10 +92,26 @@ def test_predictions_of_another_run_are_refused(tiny: Tiny) -> None:
     with pytest.raises(UserError, match=r"cannot be read .*force=true"):
         read_predictions(config.record_path, record)
     predictions_path(config.record_path).unlink()
-    with pytest.raises(UserError, match=r"cannot be read .*force=true"):
+    with pytest.raises(UserError, match=r"is missing: .*force=true"):
         read_predictions(config.record_path, record)
     with pytest.raises(UserError, match="made without predictions"):
         read_predictions(config.record_path, {name: one for name, one in record.items() if name != "predictions"})
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_predictions_that_the_disk_does_not_give_are_not_called_damaged(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays, path = {"predicted": np.zeros(3, np.uint8), "label": np.ones(3, np.uint8)}, tmp_path / "key.json"
+    write_predictions(path, arrays)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ResourceError, match=r"cannot read .*key.npz .*nothing was deleted"):
+        read_predictions(path, {"predictions": describe_arrays(arrays)})
 
 
 def test_equal_arrays_give_equal_files(tmp_path: Path) -> None:
@@ -122,11 +140,18 @@ def test_the_record_names_its_plan(run_py: RunPy, small: tuple[str, ...], tmp_pa
 
 def test_warm_up_is_a_share_of_the_steps_and_a_linear_schedule_ends_at_zero(tiny: Tiny) -> None:
     config = tiny("train.warmup_ratio=0.25", "train.schedule=linear", "protocol.max_steps=8")
-    arguments = training_arguments(config, 24)
+    arguments = training_arguments(config, 24, resuming=False)
     assert (arguments.warmup_steps, arguments.lr_scheduler_type) == (2, "linear")
-    assert training_arguments(tiny("train.warmup_ratio=0.25"), 24).lr_scheduler_type == "constant_with_warmup"
+    arguments = training_arguments(tiny("train.warmup_ratio=0.25"), 24, resuming=False)
+    assert arguments.lr_scheduler_type == "constant_with_warmup"
     with pytest.raises(UserError, match=r"train\.warmup_ratio=0\.1.*train\.warmup_steps"):
         tiny("train.warmup_ratio=0.1", "train.warmup_steps=3")
+
+
+def test_only_a_run_from_the_start_evaluates_the_untrained_model(tiny: Tiny) -> None:
+    config = tiny("protocol.eval_at_start=true")
+    assert training_arguments(config, 24, resuming=False).eval_on_start
+    assert not training_arguments(config, 24, resuming=True).eval_on_start
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "meprop", "sparsegrad", "sparsegrad_fast"])
@@ -136,10 +161,10 @@ def test_the_rest_has_a_rate_of_its_own(tiny: Tiny, method: str, monkeypatch: py
     rates: dict[str, float] = {}
     make = runner.make_trainer
 
-    def spy(config: Any, model: Any, optimizer: Any, *rest: Any) -> Any:
+    def spy(config: Any, model: Any, optimizer: Any, *rest: Any, **more: Any) -> Any:
         by_id = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         rates.update({name: by_id[id(p)] for name, p in model.named_parameters() if id(p) in by_id})
-        return make(config, model, optimizer, *rest)
+        return make(config, model, optimizer, *rest, **more)
 
     monkeypatch.setattr(runner, "make_trainer", spy)
     run(tiny(f"method={method}", "train.rest_lr=1e-4"))

@@ -17,7 +17,8 @@ from sparsegrad import interrupt, threads
 from sparsegrad.cli import quickstart_table, running
 from sparsegrad.runs.config import build
 from sparsegrad.runs.predictions import describe_arrays, write_predictions
-from sparsegrad.runs.result_lines import find_troubles
+from sparsegrad.runs.result_lines import describe_result, find_troubles
+from sparsegrad.runs.runner import run
 from sparsegrad.runs.saving import model_folder
 
 
@@ -93,6 +94,17 @@ def test_quiet_prints_the_score_alone(
     running.run_command(conf(*small, "quiet=true"))
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("minilm / ")
+
+
+def test_a_record_without_a_value_is_not_compared_with(tiny: Tiny) -> None:
+    """Such as one whose Pearson correlation is undefined."""
+    full = [tiny("method=full", f"seed={seed}") for seed in (1, 2)]
+    records = [run(config)[0] for config in full]
+    other, _ = run(tiny("method=lora"))
+    records[0]["result"]["value"] = None
+    full[0].record_path.write_text(json.dumps(records[0]))
+    text = "\n".join(describe_result(tiny("method=lora"), other))
+    assert f"full fine-tuning {records[1]['result']['value']:.4f}\n" in text
 
 
 def make_record(losses: list[float], steps: int = 100) -> dict[str, Any]:

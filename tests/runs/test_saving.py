@@ -16,7 +16,8 @@ from test_model_sources import source as source
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from sparsegrad import load_adapter
-from sparsegrad.errors import UserError
+from sparsegrad.errors import ResourceError, UserError
+from sparsegrad.runs import saving
 from sparsegrad.runs.runner import run
 from sparsegrad.runs.saving import check_saving, model_folder
 
@@ -73,6 +74,42 @@ def test_the_other_format_takes_the_place_of_the_first(made: Made, source: Path,
     run(fresh)
     assert names == {path.name for path in fresh.adapter_folder.iterdir()}
     assert "save_lora wrote this card" in (config.adapter_folder / "README.md").read_text() or formats[1] != "lora"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("before", "then", "part"),
+    [
+        ("save_adapter=lora", "save_adapter=sparsegrad", "save_adapter"),
+        ("save_adapter=sparsegrad", "save_adapter=lora", "save_lora"),
+        ("save_model=true", "save_model=true", "share_tensors"),
+    ],
+)
+def test_what_was_saved_stays_if_its_successor_cannot_be_written(
+    made: Made, monkeypatch: pytest.MonkeyPatch, before: str, then: str, part: str
+) -> None:
+    """The record, which says complete, stays as well."""
+    config = made("method=sparsegrad", before)
+    run(config)
+    folder = model_folder(config) if "model" in before else config.adapter_folder
+    (folder / "notes.txt").write_text("of the user")
+    found = contents(folder)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise ResourceError("the disk is full")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(saving, part, full)
+        with pytest.raises(ResourceError):
+            run(made("method=sparsegrad", then, "force=true"))
+    assert contents(folder) == found
+    assert list(folder.parent.iterdir()) == [folder]
+    run(made("method=sparsegrad", then, "force=true"))
+    assert list(folder.parent.iterdir()) == [folder]
+    assert ("notes.txt" in contents(folder)) == ("model" in before)
 
 
 def test_the_adapter_is_no_part_of_the_key(made: Made) -> None:
