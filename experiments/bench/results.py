@@ -12,6 +12,7 @@ from experiments.bench.arithmetic import Linear, relative_speed
 from experiments.bench.arms import ARMS, REFERENCES, lora_rank
 from experiments.bench.settings import Setting
 from sparsegrad.errors import UserError
+from sparsegrad.files import unreadable
 from sparsegrad.layers.common import core_shape
 
 SCHEMA = 1
@@ -35,13 +36,15 @@ def read(path: Path) -> Document:
     """The document at `path`, or an empty one if there is no file.
 
     Raises:
-        UserError: when the file is damaged or of another schema.
+        UserError: when the file cannot be read, is damaged or of another schema.
     """
     if not path.exists():
         return empty()
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
         raise UserError(
             f"{path} is not a readable results file ({error}): delete it, or choose another --out"
         ) from None

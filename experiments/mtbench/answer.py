@@ -14,7 +14,7 @@ from experiments.mtbench.generation import Writer
 from experiments.mtbench.lines import append_line, read_lines
 from experiments.mtbench.schema import Answer, Question, answer_id, content_hash
 from sparsegrad.errors import UserError, fail
-from sparsegrad.files import write_json
+from sparsegrad.files import unreadable, write_json
 
 Say = Callable[[str], None]
 _LATER = ("source", "dtype")  # settings that earlier versions did not store, or as `auto`
@@ -42,9 +42,11 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     if not beside.exists():
         return write_json(beside, settings)
     try:
-        before = json.loads(beside.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{beside} cannot be read ({error}): delete it and {path.name}") from None
+        before = json.loads(beside.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise unreadable(beside, error) from error
+    except ValueError as error:
+        raise UserError(f"{beside} is damaged ({error}): delete it and {path.name}") from None
     unknown = {key: settings[key] for key in _LATER if before.get(key) in (None, "auto")}
     remedy = "choose another --name, or delete that file and its settings"
     # Where the content is known it decides: the folder may have moved.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsegrad.errors import UserError
-from sparsegrad.files import read_json
+from sparsegrad.files import load_json, unreadable
 
 # File -> what it measured.
 _MEASURED = {"figure2": "kinds", "figure3": "shares", "basis": "rows", "energy": "rows"}
@@ -27,8 +27,10 @@ def read_figure_data(results: Path, name: str) -> dict[str, Any] | None:
         return None
     remedy = f"make reproduce-{'quality' if name == 'energy' else name} measures it again"
     try:
-        found = read_json(path)
-    except (OSError, ValueError) as error:
+        found = load_json(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): {remedy}") from None
     if not isinstance(found, dict) or not found.get(_MEASURED[name]):
         raise UserError(f"{path} is damaged (no {_MEASURED[name]}): {remedy}")

@@ -19,7 +19,7 @@ from experiments.bench.presets import Decomposition, Planned, Schedule
 from experiments.bench.render import write_table
 from experiments.bench.runner import Bench, interleaved, run_process
 from experiments.bench.settings import Setting, setting_from
-from sparsegrad.errors import UserError
+from sparsegrad.errors import ResourceError, UserError
 
 CPU = torch.device("cpu")
 SETTING = Setting(shape="mlp_tiny", batch=2, length=8, padding="none", density=0.05)
@@ -226,6 +226,12 @@ def test_results_of_another_schema_are_not_touched(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="schema 99"):
         run(fake(tmp_path))
     assert path.read_text() == '{"schema": 99}'
+
+
+def test_results_that_cannot_be_read_now_are_not_called_damaged(tmp_path: Path) -> None:
+    (tmp_path / "x.json").mkdir()  # stands for any failure of the disk
+    with pytest.raises(ResourceError, match="nothing was deleted"):
+        results.read(tmp_path / "x.json")
 
 
 def test_a_process_that_dies_leaves_its_reason(tmp_path: Path) -> None:
