@@ -22,7 +22,7 @@ CURRENT = ""  # a run whose values are those of its search as it is now
 
 @dataclass(frozen=True)
 class Search:
-    """One study: its finished trials, their hours, the values of the best one, and the evaluations of all trials."""
+    """One study: its finished trials, their hours, the values of the best one, and the evaluations of these trials."""
 
     study: str
     trials: int
@@ -81,7 +81,7 @@ class Searches:
         return list({one.study: one for one in found if one is not None}.values())
 
     def count_steps(self, runs: Iterable[EvidenceRun]) -> int | None:
-        """Steps that all trials of the searches behind several runs trained; None if that is not known.
+        """Steps that the finished trials of the searches behind several runs trained; None if that is not known.
 
         A run has the protocol of its search, so that its steps between evaluations are those of the trials.
         """
@@ -129,9 +129,14 @@ def _read_search(summary: Mapping[str, Any], results: Path) -> Search:
 
 
 def _count_evaluations(trials: Path) -> int | None:
+    """Those of finished trials: a trial that took over from a stopped one counts the evaluations of both."""
     if not trials.is_file():
         return None
-    counts = pd.to_numeric(pd.read_csv(trials).get("evaluations", pd.Series(dtype=float)), errors="coerce").dropna()
+    frame = pd.read_csv(trials)
+    if "evaluations" not in frame:  # an export of an earlier version
+        return None
+    finished = frame[frame["state"].isin(("complete", "pruned"))]
+    counts = pd.to_numeric(finished["evaluations"], errors="coerce").dropna()
     return int(counts.sum()) if len(counts) else None
 
 

@@ -9,6 +9,7 @@ again, as all are with force=true. The records go to results/, with the plan's h
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def _make_blocks(name: str, request: Request) -> int:
 def _report_command(overrides: Sequence[str]) -> str:
     """`make report` for the folder of the records."""
     (place,) = (one.partition("=")[2] for one in last_wins(overrides) if key_of(one) == "results_dir")
-    return make_command("report", scale=None, args=[] if place == COMMITTED else ["--results-dir", place])
+    return make_command("report", scale=None, args=[] if place == COMMITTED else ["--results-dir", shlex.quote(place)])
 
 
 def _make_block(block: Step, request: Request, *, is_only: bool) -> int:

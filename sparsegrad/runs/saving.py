@@ -97,10 +97,10 @@ def _save_lora(config: RunConfig, parts: Parts, sources: Sources, max_error: flo
 def _write_adapter(config: RunConfig, write: Callable[[Path], object]) -> None:
     """Let `write` make the adapter. One of another format, which the folder cannot hold too, stays until it has."""
     folder, other = config.adapter_folder, lora_files.CONFIG if config.save_adapter == "sparsegrad" else FACTS
-    if not (folder / other).exists():
-        write(folder)  # in place, where a card that was edited by hand stays
-        return
     with _scratch(folder, "new") as fresh, _scratch(folder, "old") as old:
+        if not (folder / other).exists():
+            write(folder)  # in place, where a card that was edited by hand stays
+            return
         write(fresh)
         folder.rename(old / folder.name)
         fresh.rename(folder)
@@ -157,4 +157,6 @@ def _save_model(config: RunConfig, parts: Parts) -> None:
         share_tensors(fresh, like="config.json")
         folder.mkdir(exist_ok=True)
         for path in fresh.iterdir():
+            if path.is_dir():  # such as the chat templates of a tokenizer; a rename replaces no folder that has files
+                shutil.rmtree(folder / path.name, ignore_errors=True)
             path.replace(folder / path.name)

@@ -132,6 +132,6 @@ def format_rates(block: Block, arm: str, task: str) -> str:
 def describe_machine(block: Block, machine: str) -> str:
     if not is_benched(block) or not machine:
         return "steps/s and peak memory: not measured by the benchmark for this model and regime."
-    same = [style_of(arm).name for arm in ("lora", "lora_tuned") if arm in block.arms]
-    shared = f" {' and '.join(same)} have the same arm there." if len(same) > 1 else ""
+    same = [style_of(arm).name for arm in block.arms if BENCHED.get(arm) == BENCHED["lora"]]
+    shared = f" The same arm there: {'; '.join(same)}." if len(same) > 1 else ""
     return f"steps/s, peak: results/bench/{machine}, MiniLM on snippets, everything trains; medians.{shared}"

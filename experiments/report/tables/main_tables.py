@@ -50,7 +50,7 @@ DIFFERENCES = (
 )
 HOURS = (
     "Training h: of the training steps of one seed (mean over seeds) on all comparable tasks, without evaluation and "
-    "calibration. Search h: of all trials of the searches on these tasks."
+    "calibration. Search h: of the finished trials of the searches on these tasks."
 )
 TO_TARGET = (
     " H to target: until full fine-tuning's score on held-out training rows minus one point is first reached, "
