@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -212,6 +213,21 @@ def test_another_block_of_a_figure_is_measured_again(tmp_path: Path, monkeypatch
     assert asked == [["figure2", "--block=1", "--step=40", where]]
     assert runner.main(["figure2", where, "force=true"]) == 0
     assert len(asked) == 2
+
+
+def test_a_figure_that_cannot_be_read_now_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: Path) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    asked: list[Any] = []
+    monkeypatch.setattr(measure, "main", lambda arguments: asked.append(arguments) or 0)
+    monkeypatch.setattr(runner, "load_json", fail)
+    write_json(tmp_path / "figures" / "figure2.json", {"block": 3, "step": 80})
+    assert runner.main(["figure2", f"results_dir={tmp_path}"]) == 2
+    assert "nothing was deleted" in capsys.readouterr().err
+    assert asked == []
 
 
 @pytest.mark.parametrize(

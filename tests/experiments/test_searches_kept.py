@@ -181,6 +181,20 @@ def test_a_search_of_other_data_is_made_anew_without_the_records_of_the_old_data
     assert sorted(path.name for path in folder.iterdir()) == ["damaged.json", "new.json", "new.npz"]
 
 
+def test_a_record_that_cannot_be_read_now_stops_the_deletion_of_a_search(
+    where: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = plan("frozen", *where)
+    write_json(first.summary, {**finish(first), "content": {"data": "old"}})
+    unread = first.plan.base.record_path.parent / "unread.json"
+    unread.parent.mkdir(parents=True, exist_ok=True)
+    unread.symlink_to(unread)  # which cannot be opened: it stands for any failure of the disk
+    monkeypatch.setattr(stale_searches, "read_fingerprint", lambda _: "new")
+    with pytest.raises(ResourceError, match="nothing was deleted"):
+        stale_searches.delete_search(plan("frozen", *where, "sweep.overwrite=true"))
+    assert first.summary.exists()
+
+
 def test_a_refused_search_of_a_table_names_its_task(where: tuple[str, str]) -> None:
     given = ["task=mrpc", *where]
     finish(searches.planned_searches("table13", "mini", None, given)[0])
