@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import mean
 
 from experiments.report.evidence import Evidence
@@ -110,8 +110,8 @@ class TargetTime:
     """
 
     hours: float | None = None
-    missed: tuple[str, ...] = field(default=())
-    unknown: tuple[str, ...] = field(default=())
+    missed: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
 
 def hours_to_target(evidence: Evidence, block: Block, arm: str, tasks: Sequence[str], clock: Clock) -> TargetTime:

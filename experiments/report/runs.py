@@ -142,6 +142,10 @@ class Block:
         """Seed -> run."""
         return self.runs.get((arm, task), {})
 
+    def runs_of(self, arm: str) -> list[EvidenceRun]:
+        """The runs of an arm on all tasks."""
+        return [run for task in self.tasks for run in self.of(arm, task).values()]
+
     def failures(self, arm: str, task: str) -> dict[int, str]:
         """Seed -> why it failed, of seeds without a run that counts."""
         return {seed: why for seed, why in self.failed.get((arm, task), {}).items() if seed not in self.of(arm, task)}

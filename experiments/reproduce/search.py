@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sparsegrad.runs.composing import compose_run
 from sparsegrad.runs.overrides import key_of
 from sparsegrad.sweeps.config import SweepPlan
 from sparsegrad.sweeps.ledger import Ledger
+from sparsegrad.sweeps.search_results import count_finished
 from sparsegrad.sweeps.storage import find_file, open_store
 
 
@@ -84,7 +85,7 @@ class Search:
         """
         try:
             found: dict[str, Any] = load_json(self.summary)
-            _count_finished(found)
+            count_finished(found)
         except FileNotFoundError:
             return {}
         except OSError as error:
@@ -114,11 +115,7 @@ class Search:
 
     def _count_summarised(self) -> int:
         found = self.read_summary()
-        return _count_finished(found) if found else 0
-
-
-def _count_finished(summary: Mapping[str, Any]) -> int:
-    return int(summary["trials"]["complete"]) + int(summary["trials"]["pruned"])
+        return count_finished(found) if found else 0
 
 
 def has_completed(study: optuna.Study) -> bool:

@@ -208,7 +208,7 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
     if found["objective"] != "heldout":
         rows = found["objective"]
         raise UserError(f"hparams=search: {name} was chosen on {rows} rows, a table needs heldout: {remedy}")
-    spent, finished = found["budget"], _count_finished(found)
+    spent, finished = found["budget"], count_finished(found)
     if budget is not None and spent != budget:
         raise UserError(
             f"hparams=search: {name} has a budget of {spent} trials, this plan one of {budget}: all methods need the "
@@ -228,14 +228,14 @@ def _parse_summary(path: Path) -> dict[str, Any]:
     for key in ("budget", "train_rest", "objective"):
         found[key]
     float(found["best"]["values"][KEY])
-    _count_finished(found)
+    count_finished(found)
     found["method"] = dict(found["method"]) if found.get("method") else None
     return found
 
 
-def _count_finished(summary: Mapping[str, Any]) -> int:
-    finished: int = summary["trials"]["complete"] + summary["trials"]["pruned"]
-    return finished
+def count_finished(summary: Mapping[str, Any]) -> int:
+    """Finished trials of a summary; a built-in error if it is damaged."""
+    return int(summary["trials"]["complete"]) + int(summary["trials"]["pruned"])
 
 
 def _command_of(composed: DictConfig, method: str, *more: str) -> str:

@@ -21,7 +21,7 @@ from experiments.report.evidence import Evidence
 from experiments.report.gates import Health, check_task
 from experiments.report.origins import origin_notes
 from experiments.report.render import markdown, write_table
-from experiments.report.runs import Block, EvidenceRun
+from experiments.report.runs import Block
 from experiments.report.searches import Searches
 from experiments.report.stats import Difference, adjust
 from experiments.report.tables.base import Context, Table, interval_text
@@ -102,8 +102,9 @@ def make_table(context: Context, folder: str) -> tuple[Table, list[Point]]:
     reference = choose_reference(block)
     tasks = [task for task, found in health.items() if found.is_comparable]
     arms = _sort_arms(block, [_compare_arm(evidence, block, name, reference, tasks) for name in block.arms])
-    frame = _make_frame(evidence, block, arms, reference, health, searches, read_forgetting(context.results))
-    lines = [*_list_notes(block, arms, reference, health), make_clock(block, {}).about, *origin_notes(block, searches)]
+    clock = make_clock(block, {})  # the benchmark lacks most of the methods
+    frame = _make_frame(evidence, block, arms, reference, health, searches, clock, read_forgetting(context.results))
+    lines = [*_list_notes(block, arms, reference, health), clock.about, *origin_notes(block, searches)]
     lines += [notes.FORGETTING] if "forgetting" in frame else []
     table = Table(folder, f"Comparison of {len(arms)} methods: {about.title}", frame, [*lines, *apart_notes(block)])
     return table, _make_points(arms)
@@ -153,11 +154,10 @@ def _sort_arms(block: Block, arms: Sequence[Arm]) -> list[Arm]:
 
 def _make_frame(
     evidence: Evidence, block: Block, arms: Sequence[Arm], reference: str, health: Mapping[str, Health],
-    searches: Searches, forgotten: Forgetting,
+    searches: Searches, clock: Clock, forgotten: Forgetting,
 ) -> pd.DataFrame:  # fmt: skip
     """One row per arm; columns that would be empty are left out."""
     adjusted = adjust({arm.name: arm.difference for arm in arms})
-    clock = make_clock(block, {})  # the benchmark lacks most of the methods
     is_any = any(found.is_comparable for found in health.values())
     rows = []
     for arm in arms:
@@ -213,13 +213,9 @@ def _plain_interval(interval: tuple[float, float] | None) -> str:
     return interval_text(interval).replace("+", "")
 
 
-def _runs_of(block: Block, arm: str) -> list[EvidenceRun]:
-    return [run for task in block.tasks for run in block.of(arm, task).values()]
-
-
 def _describe_cost(block: Block, arm: str, clock: Clock) -> dict[str, str]:
     """Trainable share of the MLP weights, and of the runs, peak memory and steps/s, if these come from one machine."""
-    runs = [run.record for run in _runs_of(block, arm)]
+    runs = [run.record for run in block.runs_of(arm)]
     speeds = [float(rate) for run in runs if (rate := run.get("speed", {}).get("steps_per_second"))]
     peaks = [float(peak) for run in runs if (peak := _peak_mib(run.get("memory") or {})) is not None]
     return {
@@ -238,6 +234,6 @@ def _describe_forgetting(block: Block, arm: str, found: Forgetting) -> dict[str,
     """Loss on general text after training minus before, and the number of runs that were measured."""
     if not any(run.path.stem in found for run in block.all_runs()):
         return {}
-    keys = [run.path.stem for run in _runs_of(block, arm) if run.path.stem in found]
+    keys = [run.path.stem for run in block.runs_of(arm) if run.path.stem in found]
     changes = [found[key]["after"] - found[key]["before"] for key in keys]
     return {"forgetting": f"{mean(changes):+.3f} ({len(changes)})" if changes else "not measured"}

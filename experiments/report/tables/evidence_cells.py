@@ -110,7 +110,7 @@ def format_trainable(block: Block, arm: str) -> dict[str, str]:
 
 def median_share(block: Block, arm: str) -> float | None:
     """Trained entries of the MLP weights over all of them; None if no record says."""
-    runs = (run.record for task in block.tasks for run in block.of(arm, task).values())
+    runs = (run.record for run in block.runs_of(arm))
     counts = [about for run in runs if (about := (run.get("trainable") or {}).get("mlp"))]
     return median(about["trained"] / about["total"] for about in counts) if counts else None
 
