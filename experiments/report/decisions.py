@@ -109,14 +109,20 @@ def _decide_pair(context: Context, spec: Spec, folder: str, rule: Rule) -> Decis
     measured += f"{', '.join(counting)}, {found.seeds} seeds"
     if few := [task for task in tasks if task not in counting]:
         measured += f" (not {', '.join(few)}: fewer than {block.fewest_seeds} paired seeds)"
+    verdict, joint = _judge(found, spec, rule, is_loss)
     unit = "in loss" if is_loss else "points"
+    interval = found.interval_of(joint)
+    return Decision(verdict, measured, interval, joint, unit, seeds=found.seeds, see=see, tasks=tuple(counting))
+
+
+def _judge(found: Difference, spec: Spec, rule: Rule, is_loss: bool) -> tuple[str, int]:
+    """Verdict of a difference, and the number of parts for which the interval that decides it is widened."""
     # A margin has no direction of its own: a loss that is higher is worse.
     is_lower_better = spec["expect"] == "lower" if "expect" in spec else is_loss
     verdict = rule(found, is_lower_better, spec["parts"])
     # Refuted alone, but not together with the other parts of the claim: the interval that says so is shown.
     joint = spec["parts"] if verdict == UNDECIDED and rule(found, is_lower_better, 1) != UNDECIDED else 1
-    interval = found.interval_of(joint)
-    return Decision(verdict, measured, interval, joint, unit, seeds=found.seeds, see=see, tasks=tuple(counting))
+    return verdict, joint
 
 
 def _describe_interval(found: Difference, digits: int) -> str:

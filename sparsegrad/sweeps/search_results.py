@@ -200,6 +200,14 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
     labels = tuple(found["labels"][key] for key in ("model", "method", "task"))
     if labels != (model, method, task):
         raise UserError(f"hparams=search: {path} is of {' / '.join(map(str, labels))}, not {name}: {remedy}")
+    _check_rows(found, name, train_rest, remedy)
+    _check_budget(composed, found, name, budget, remedy)
+    _check_conditions(composed, found, name, method)
+    return found
+
+
+def _check_rows(found: dict[str, Any], name: str, train_rest: bool, remedy: str) -> None:
+    """Check the regime of a search, and the rows that chose its best trial."""
     if found["train_rest"] is not train_rest:
         raise UserError(
             f"hparams=search: {name} searched another regime (train.train_rest={found['train_rest']}, this run has "
@@ -208,7 +216,12 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
     if found["objective"] != "heldout":
         rows = found["objective"]
         raise UserError(f"hparams=search: {name} was chosen on {rows} rows, a table needs heldout: {remedy}")
+
+
+def _check_budget(composed: DictConfig, found: dict[str, Any], name: str, budget: int | None, remedy: str) -> None:
+    """Check that a search has the budget of the plan, and has spent it."""
     spent, finished = found["budget"], count_finished(found)
+    method, task = found["labels"]["method"], found["labels"]["task"]
     if budget is not None and spent != budget:
         raise UserError(
             f"hparams=search: {name} has a budget of {spent} trials, this plan one of {budget}: all methods need the "
@@ -216,8 +229,6 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
         )
     if not isinstance(spent, int) or finished < spent:
         raise SearchMissingError(name, method, task, f"{name} has {finished} of {spent} trials", remedy)
-    _check_conditions(composed, found, name, method)
-    return found
 
 
 def _parse_summary(path: Path) -> dict[str, Any]:
