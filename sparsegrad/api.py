@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ from sparsegrad.optim.release import refuse_released
 from sparsegrad.optim.rest import check_rest, find_saved, freeze_rest, outside, set_rest_rate
 from sparsegrad.optim.rotation import check_rotation_dtype
 from sparsegrad.optim.selection import count_kept
-from sparsegrad.optim.summary import describe
+from sparsegrad.optim.summary import count_parameters, describe
 from sparsegrad.targets import Linears, Names, all_linears, check_trainable, find_mlp
 
 ENGINES = ("exact", "fast")
@@ -134,12 +135,14 @@ def prepare(
             training, before saving.
         rotation_order: how engine `exact` computes rotated gradients. With `auto` the linears do it during
             back-propagation, in the cheapest order of products for the number of tokens, and leave the result in
-            `weight.grad`. Accumulation, DDP, clipping by norm and `GradScaler` mean the same as before. Clipping by
-            value and penalties on the weights in the loss do not. A penalty raises an error if the linear runs once in
-            the backward pass, and clipping by value if it leaves many equal entries in step 1, 2, 4, 8 and so on; so
-            does a step of another optimizer than the returned one. With `gradient` the gradients stay plain, and the
-            optimizer rotates them, as it does for `Conv1D` in any case. `tokens`, `inputs` and `outputs` are the other
-            orders, for measurements.
+            `weight.grad`. Accumulation, DDP, clipping by norm and `GradScaler` mean the same as before. What adds a
+            plain gradient does not, such as a penalty on the weights in the loss (L2-SP, EWC), nor does what reads
+            single entries of `weight.grad` or moves the weight along it: clipping by value or by unit (AGC), SAM,
+            Fisher information, gradient surgery by entry. These need `gradient`, where `weight.grad` is the plain
+            gradient and the optimizer rotates it, as it does for `Conv1D` in any case. Errors are raised for a penalty,
+            except on layers that `torch.compile` compiled, which cannot tell its gradient from theirs; for clipping by
+            value, if it leaves many equal entries in step 1, 2, 4, 8 and so on; and for a step of another optimizer.
+            The other uses are not noticed. `tokens`, `inputs` and `outputs` are the other orders, for measurements.
         rotation_dtype: `torch.bfloat16` rotates gradients in bfloat16 with sums in float32, on hardware that has it. It
             rounds, so that a few of the kept entries differ. None: the dtype of the weights, at least float32.
         train_rest: whether everything outside the target weights trains that requires a gradient (the paper). False
@@ -190,12 +193,10 @@ def prepare(
     else:
         check_same_weights(model)  # `calibrate` checks this in the other case
         bases = _fit_bases(bases, linears, sides)
-    # Counted first: engine `fast` adds its cores to the model's parameters.
-    size = sum(parameter.numel() for parameter in model.parameters())
     if not train_rest:
         freeze_rest(model, rest, saved)
     optimizer = SparseGradAdamW(_make_groups(model, linears, bases, options), lr=lr, **adamw)
-    optimizer.model_size = size
+    optimizer.model, optimizer.model_size = weakref.ref(model), count_parameters(model)
     if rest_lr is not None:
         set_rest_rate(optimizer, rest, rest_lr)
     logger.info("SparseGrad trains:\n%s", describe(optimizer))

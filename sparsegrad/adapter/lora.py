@@ -119,7 +119,7 @@ def _plain_linears(model: nn.Module) -> Iterator[Blocks]:
     linears: dict[int, nn.Linear] = {}
     try:
         for name, block in blocks.items():
-            block.merge()  # a step since the last forward pass is not in the weight yet
+            block.merge(force=True)  # also what was written through `.data`
             if id(block) not in linears:
                 linears[id(block)] = make_linear(block.weight, block.bias)
             replace_module(model, name, linears[id(block)])

@@ -16,7 +16,7 @@ from sparsegrad.basis import SIDES, Basis
 from sparsegrad.calibration.buffers import keep_buffers
 from sparsegrad.calibration.grams import Grams
 from sparsegrad.calibration.inputs import check_batches, check_device, read_linears
-from sparsegrad.calibration.loss import Batch, compute_loss
+from sparsegrad.calibration.loss import NO_REENTRANT, Batch, compute_loss
 from sparsegrad.distributed import (
     average_,
     check_same_weights,
@@ -182,7 +182,7 @@ def check_counts(counts: Mapping[str, int], steps: int) -> None:
     if not counts[fewest]:
         raise UserError(
             f"calibration got no gradient of {fewest} from {steps} batches: name only linears that the model's forward "
-            "pass uses, or give more batches if it uses some of them in few batches only"
+            f"pass uses, or give more batches if it uses some of them in few batches only; {NO_REENTRANT}"
         )
     fewer = sum(count < steps for count in counts.values())
     found = (
@@ -234,8 +234,8 @@ def _lean_gradients(linears: Mapping[str, list[nn.Linear]]) -> Iterator[None]:
 def only_trains(model: nn.Module, weights: Iterable[Tensor], *, others: bool = False) -> Iterator[None]:
     """Inside the context, only `weights` need gradients, and no parameter has one; afterwards all is as before.
 
-    Freezing the rest saves its weight gradients: back-propagation then computes only what is asked for. With `others`
-    the other parameters keep their flags.
+    Freezing the rest saves its weight gradients: back-propagation then computes only what is asked for. (A reentrant
+    checkpoint whose inputs then need no gradient has none either.) With `others` the other parameters keep their flags.
     """
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     wanted = {id(weight) for weight in weights}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparsegrad.errors import UserError
 
 Batch = Mapping[str, Any]
+NO_REENTRANT = "checkpointing of activations needs use_reentrant=False here, because only the linears train"
 
 
 def compute_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
@@ -36,8 +37,10 @@ def compute_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor
             f"it returned {_describe_output(output)}"
         )
     if loss.numel() != 1 or not loss.requires_grad:
+        # A reentrant checkpoint has no gradient if none of its inputs needs one, as after a frozen embedding.
+        remedy = "" if loss.numel() != 1 else f"; {NO_REENTRANT}"
         raise UserError(
-            f"the model's loss {tuple(loss.shape)} cannot be differentiated: give one number with gradients"
+            f"the model's loss {tuple(loss.shape)} cannot be differentiated: give one number with gradients{remedy}"
         )
     return loss
 

@@ -1,7 +1,7 @@
 """Modules that replace `nn.Linear`, and how they are put into a model and removed again.
 
 `rotated.py` is the layer of engine `layer`, `block.py` that of `fast`, and `lean.py` computes the rotated gradients of
-`exact`; `replace.py` puts them in and takes them out.
+`exact`, which `guard.py` checks; `replace.py` puts them in and takes them out.
 """
 
 from sparsegrad.layers.block import BlockLinear

@@ -1,14 +1,6 @@
 """The layer of engine `fast`: it trains one fixed leading block of the rotated gradient, not its largest entries.
 
-This is not the exact method. HOSVD sorts directions by energy, so the leading r input and c output directions hold much
-of the gradient. Their block of the rotated gradient can be computed without rotating the whole gradient. With the
-leading columns U_r (n, r) and V_c (m, c) of the bases of a linear with n inputs and m outputs,
-
-    core gradient = (dy V_c)^T (x U_r)    (c, r)
-
-takes at most T (n r + m c + r c) multiplications for T tokens, instead of T n m. Back-propagation stores x U_r (T, r)
-instead of x (T, n). If c is large, V_c^T (dy^T (x U_r)) gives the same with T m r + m r c multiplications, a cost that
-only r keeps small.
+This is not the exact method; see `sparsegrad.layers.block_product`.
 """
 
 from __future__ import annotations
@@ -22,55 +14,35 @@ from torch import Tensor, nn
 from sparsegrad.basis import Basis
 from sparsegrad.distributed import is_managed, is_shard, whole
 from sparsegrad.errors import UserError, check_integer
-from sparsegrad.layers.averages import refuse_partial_average
+from sparsegrad.layers.block_product import REMEDY, BlockProduct
 from sparsegrad.layers.common import (
+    FixedParameter,
+    check_input,
     check_linear,
-    core_gradient,
     factor_change,
     make_linear,
     product_dtype,
-    refuse_second_order,
     refuse_transforms,
 )
-from sparsegrad.layers.shards import average_shards, check_shards, count_writes, layout_of, new_core, own_part
-from sparsegrad.layers.steps import watch
+from sparsegrad.layers.shards import check_shards, count_writes, new_core, own_part
+from sparsegrad.layers.steps import forget, watch
 from sparsegrad.optim.rounding import add_stochastic
 from sparsegrad.targets import check_updated
-
-_REMEDY = "use engine='exact' with rotation_order='gradient'"
-
-
-class _BlockLinear(torch.autograd.Function):
-    """y = x W^T + b with gradients for x, b and the core. W (out, in) already includes V_c core U_r^T."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, core: Tensor, U_r: Tensor, V_c: Tensor) -> Tensor:
-        # x (T, in) itself is not saved: its gradient needs only W, and that of the core only x U_r (T, r).
-        ctx.save_for_backward(x @ U_r if ctx.needs_input_grad[3] else None, W, V_c)
-        ctx.core_dtype, ctx.layout = core.dtype, layout_of(core)
-        return nn.functional.linear(x, W.to(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_order(_REMEDY)
-        (dy,), (x_r, W, V_c) = grads, ctx.saved_tensors
-        # FSDP2 has gathered W again by now. Storing a cast copy between the passes would undo that: it is made twice.
-        dx = dy @ W.to(dy.dtype) if ctx.needs_input_grad[0] else None
-        db = dy.sum(0) if ctx.needs_input_grad[2] else None
-        dcore = core_gradient(dy, x_r, V_c).to(ctx.core_dtype) if ctx.needs_input_grad[3] else None
-        if dcore is not None and ctx.layout is not None:
-            dcore = average_shards(dcore, ctx.layout)
-        return dx, None, db, dcore, None, None
 
 
 class BlockLinear(nn.Module):
     """A linear whose weight is W + V_c core U_r^T, of which only the core (c, r) trains.
 
     The core is an ordinary parameter, so gradient accumulation, clipping, AMP and any optimizer work as usual. Its
-    change is merged into W before the next forward pass, which then costs one product. W itself has no gradient.
+    change is merged into W at the end of the optimizer's step, so that a forward pass costs one product, and whoever
+    reads `weight` sees the step. W itself has no gradient.
 
-    The layer detects a change of the core by torch's version counter of in-place writes, and the steps of optimizers
-    that do not increment it (see `sparsegrad.layers.steps`). It does not see writes through `.data`.
+    `merged` (c, r) is the part of the core that W includes already. It never trains, but it is a parameter: the layer's
+    function is linear in W, `core` and `merged` together, so averages, vectors and copies made over `parameters()` are
+    those of the function.
+
+    Other changes of the core are merged in the next forward pass. The layer detects them by torch's version counter of
+    in-place writes, which leaves out writes through `.data`. It sees those when the mode changes (`train`, `eval`).
 
     W may be sharded by FSDP2 (see `sparsegrad.layers.shards`). The layer then merges its own rows of V_c core U_r^T
     into its own rows of W. This must happen before FSDP2 gathers W, so `merge_shards` does it when a forward pass of
@@ -86,11 +58,12 @@ class BlockLinear(nn.Module):
         UserError: for a basis of another shape or of one side, a core larger than the weight, or a weight in float16.
     """
 
-    merged: Tensor
+    merged: FixedParameter
     in_basis: Tensor
     out_basis: Tensor
     _cast: tuple[tuple[Any, ...], Tensor] | None = None  # state of W, and W in another dtype
     _merged_state: tuple[int, ...]  # of the core when it was merged; see `count_writes`
+    _unsure: bool = False  # whether the core may have been written to through `.data`
 
     def __init__(self, weight: Tensor, bias: Tensor | None, basis: Basis, core_shape: tuple[int, int]) -> None:
         super().__init__()
@@ -110,8 +83,7 @@ class BlockLinear(nn.Module):
             check_integer(f"{name} directions", size, at_least=1, at_most=most)
         # At least float32, whatever the weight's dtype, so that small changes are not lost to rounding.
         self.core = nn.Parameter(new_core(weight, core_shape))
-        # The part of the core that W includes already; whole on every process.
-        self.register_buffer("merged", torch.zeros(core_shape, dtype=self.core.dtype, device=weight.device))
+        self.merged = FixedParameter(new_core(weight, core_shape))
         U, V = basis.to(weight.device, weight.dtype).both()
         # Not persistent: bases are the same for all blocks, and `save_bases` stores them once.
         self.register_buffer("in_basis", U[:, : core_shape[1]].contiguous(), persistent=False)
@@ -132,12 +104,15 @@ class BlockLinear(nn.Module):
 
     @classmethod
     def convert(cls, linear: nn.Linear, basis: Basis, core_shape: tuple[int, int]) -> BlockLinear:
-        """Turn a sharded `linear` itself into this layer, since FSDP2 remembers modules and parameters by identity.
+        """Turn `linear` itself into this layer: it keeps its place in the model, its names, its hooks and its weight.
+
+        FSDP2, too, remembers modules and parameters by identity.
 
         Raises:
-            UserError: as the class, or for shards that are not supported (see `check_shards`).
+            UserError: as the class, or for shards that are not supported (see `check_shards`); `linear` is unchanged.
         """
-        check_shards(linear)
+        if is_managed(linear) or is_shard(linear.weight):
+            check_shards(linear)
         before = dict(linear.__dict__)
         linear.__class__ = cls  # type: ignore[assignment]
         assert isinstance(linear, BlockLinear)
@@ -148,24 +123,27 @@ class BlockLinear(nn.Module):
             linear.__class__ = nn.Linear
             raise
         linear.weight.requires_grad_(False)
+        linear.weight.grad = None  # of an earlier pass: no optimizer would delete it
         return linear
 
     def restore(self) -> None:
         """Turn this layer itself into an `nn.Linear` with the same function: the counterpart of `convert`.
 
+        Its weight trains again; its bias trains if it did before.
+
         Raises:
             UserError: as `merge`.
         """
-        self.merge()
+        self.merge(force=True)
+        forget(self)
         out_features, in_features = self.weight.shape
         for name in ("core", "merged", "in_basis", "out_basis"):
             delattr(self, name)
-        for name in ("_merged_state", "_cast"):
+        for name in ("_merged_state", "_unsure", "_cast"):
             self.__dict__.pop(name, None)
         self.__class__ = nn.Linear  # type: ignore[assignment]
         self.in_features, self.out_features = in_features, out_features
-        for parameter in self.parameters():
-            parameter.requires_grad_(True)  # as those of a new linear
+        self.weight.requires_grad_(True)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
@@ -174,45 +152,56 @@ class BlockLinear(nn.Module):
         Raises:
             UserError: as `merge`.
         """
-        self.merge()
+        self.merge(force=True)
         bias = None if self.bias is None else nn.Parameter(self.bias.detach())
         return make_linear(nn.Parameter(self.weight.detach()), bias)
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, force: bool = False) -> None:
         """Add to W what has changed in the core since the last merge.
 
         With shards all processes must call it together; each adds its own rows.
 
+        Args:
+            force: also after writes to the core that torch does not count: those through `.data`.
+
         Raises:
-            UserError: while FSDP2 has gathered W: what is added to that copy would be lost; or in a partial average.
+            UserError: while FSDP2 has gathered W: what is added to that copy would be lost.
         """
         # The version counts in-place writes. Comparing values instead would make the CPU wait for the GPU.
         state = count_writes(self.core)
-        if state == self._merged_state:
+        counted = state != self._merged_state
+        if not (counted or force or self._unsure):
             return
-        refuse_partial_average(self)
         if is_managed(self) and not is_shard(self.weight):
-            if whole(self.core).equal(self.merged):  # only the identity of the core has changed
+            if whole(self.core).equal(whole(self.merged)):  # only the identity of the core has changed
                 return
             raise UserError(
                 "FSDP2 has gathered this weight, so that it cannot change: call fully_shard on each block of the "
                 "model, and not on the whole model alone"
             )
-        core = whole(self.core)  # (c, r)
         # A forward pass may call this under autocast, which would round the products to half precision.
-        with torch.autocast(core.device.type, enabled=False):
-            self._add_change(core)
-        self.merged.copy_(core)
-        self._merged_state = state
+        with torch.autocast(self.core.device.type, enabled=False):
+            # Usually a change that is not counted is none, which must not invalidate a graph that has saved W.
+            self._add_change(self.weight if counted else self.weight.data, whole(self.core - self.merged))
+        self.merged.copy_(self.core)
+        self._merged_state, self._unsure = state, False
+        if not counted:
+            self._cast = None
 
-    def _add_change(self, core: Tensor) -> None:
-        """Add this process's part of V_c (core - merged) U_r^T to its part of W."""
-        weight, rows, columns = own_part(self.weight)
+    def train(self, mode: bool = True) -> BlockLinear:
+        """As for every module. The next merge then does not rely on counts: see the class on writes through `.data`."""
+        if mode != self.training and not is_managed(self):  # shards would have to be exchanged
+            self._unsure = True
+        return super().train(mode)
+
+    def _add_change(self, W: Tensor, change: Tensor) -> None:
+        """Add this process's part of V_c change U_r^T to its part of W, for a change (c, r) of the core."""
+        weight, rows, columns = own_part(W)
         # (rows, k) and (k, columns), with k the shorter side of the core
-        left, right = factor_change(core - self.merged, self.in_basis[columns], self.out_basis[rows])
+        left, right = factor_change(change, self.in_basis[columns], self.out_basis[rows])
         if weight.dtype == torch.bfloat16:
-            add_stochastic(weight, left @ right, core)
+            add_stochastic(weight, left @ right, whole(self.core))
         else:
             weight.addmm_(left.to(weight.dtype), right.to(weight.dtype))
 
@@ -234,12 +223,15 @@ class BlockLinear(nn.Module):
         """x (..., in) to y (..., out). Under autocast the products use its dtype, as in `nn.Linear`.
 
         Raises:
-            UserError: with FSDP2, if the gathered weight lacks the core, or if its policy rounds the core.
+            RuntimeError: as `nn.Linear`, for an input of another dtype that autocast does not cast.
+            UserError: for a nested tensor; with FSDP2, if the gathered weight lacks the core, or if its policy rounds
+                the core.
         """
         if sharded := is_managed(self):
             self._check_gathered()
         else:
             self.merge()
+        check_input(x, self.weight, self.bias, REMEDY)
         dtype = product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             W = self.weight if sharded else self._cast_weight(dtype)
@@ -251,9 +243,9 @@ class BlockLinear(nn.Module):
     def _multiply(self, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         if not torch.is_grad_enabled():  # spares the products and casts that only a gradient needs
             return nn.functional.linear(x, W.to(x.dtype), bias)
-        refuse_transforms(_REMEDY)
+        refuse_transforms(REMEDY)
         U_r, V_c = self.in_basis.to(x.dtype), self.out_basis.to(x.dtype)
-        return _BlockLinear.apply(x, W, bias, self.core, U_r, V_c)  # type: ignore[no-untyped-call, no-any-return]
+        return BlockProduct.apply(x, W, bias, self.core, U_r, V_c)  # type: ignore[no-untyped-call, no-any-return]
 
     def _check_gathered(self) -> None:
         """Check that the weight that FSDP2 has gathered includes the core, and that its policy does not round the core.
@@ -265,11 +257,10 @@ class BlockLinear(nn.Module):
                 "a core has changed, and the sharded weight does not include it yet: call the whole model, as it was "
                 "given to prepare, and not a part of it"
             )
-        if self.core.dtype != self.merged.dtype:
+        if self.core.dtype not in (torch.float32, torch.float64):
             raise UserError(
-                f"a policy of mixed precision rounds the core from {self.merged.dtype} to {self.core.dtype}: call "
-                "fully_shard before prepare, which then keeps the cores out of it; or leave param_dtype out and use "
-                "torch.autocast"
+                f"a policy of mixed precision rounds the core to {self.core.dtype}: call fully_shard before prepare, "
+                "which then keeps the cores out of it; or leave param_dtype out and use torch.autocast"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -278,6 +269,10 @@ class BlockLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if type(self.merged) is not FixedParameter:  # pickle makes a plain one; earlier versions had a buffer
+            merged = self.merged.detach()
+            del self.merged
+            self.merged = FixedParameter(merged)
         _keep_out_of_compiler()
         watch(self)
         # A copied core has a new version counter, and the copy may have been made between a step and its merge.

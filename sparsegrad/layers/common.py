@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from sparsegrad.errors import UserError
 from sparsegrad.optim.selection import check_density
+
+
+class FixedParameter(nn.Parameter):
+    """A parameter that never trains, not even if someone unfreezes the whole model."""
+
+    requires_grad = property(lambda self: False, lambda self, value: None)
+
+    def __new__(cls, data: Tensor) -> FixedParameter:
+        return super().__new__(cls, data, requires_grad=False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> FixedParameter:
+        """Without effect."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FixedParameter:
+        if id(self) not in memo:
+            memo[id(self)] = FixedParameter(self.data.clone(memory_format=torch.preserve_format))
+        found: FixedParameter = memo[id(self)]
+        return found
 
 
 def check_linear(linear: nn.Module, what: str, remedy: str = "use engine exact") -> None:
@@ -30,6 +51,28 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if casts else x.dtype
 
 
+def check_input(x: Tensor, weight: Tensor, bias: Tensor | None, remedy: str) -> None:
+    """Raise what `nn.Linear` raises for dtypes that differ, as autocast does not cast integers and float64.
+
+    Raises:
+        UserError: for a nested tensor, whose tokens these layers do not find.
+        RuntimeError: of torch, for dtypes that differ.
+    """
+    if x.is_nested:
+        raise UserError(
+            f"nested tensors do not work with the layers of this engine: give padded tokens, or all of them in one row "
+            f"(values()); or {remedy}"
+        )
+    dtypes = {x.dtype, weight.dtype} | ({bias.dtype} if bias is not None else set())
+    casts = torch.is_autocast_enabled(x.device.type) and all(map(_autocast_casts, dtypes))
+    if len(dtypes) > 1 and not casts:
+        nn.functional.linear(x, weight, bias)
+
+
+def _autocast_casts(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype != torch.float64
+
+
 def refuse_second_order(remedy: str) -> None:
     """Raise `UserError` in a backward pass that autograd records to differentiate it again.
 
@@ -43,15 +86,20 @@ def refuse_second_order(remedy: str) -> None:
 
 
 def refuse_transforms(remedy: str) -> None:
-    """Raise `UserError` within a transform of `torch.func`, which needs the parts of a gradient that these layers skip.
+    """Raise `UserError` within a transform of `torch.func` or a level of forward-mode gradients.
 
-    Without a gradient, under `torch.no_grad`, the layers do not call this.
+    They need the parts of a gradient that these layers skip. Without a gradient, under `torch.no_grad`, the layers do
+    not call this.
     """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
         raise UserError(
             f"torch.func (vmap, grad, jvp), as for gradients per sample, does not work with the layers of this engine: "
             f"{remedy}"
         )
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise UserError(f"forward-mode gradients (dual_level) do not work with the layers of this engine: {remedy}")
 
 
 def core_gradient(dy: Tensor, x_r: Tensor, V_c: Tensor) -> Tensor:

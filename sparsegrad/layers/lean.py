@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.layers.common import check_linear, make_linear, product_dtype, refuse_second_order, refuse_transforms
+from sparsegrad.layers.common import (
+    check_input,
+    check_linear,
+    make_linear,
+    product_dtype,
+    refuse_second_order,
+    refuse_transforms,
+)
+from sparsegrad.layers.guard import Guard
 from sparsegrad.layers.steps import forget, layers_of, watch
 from sparsegrad.optim.orders import rotated_gradient
 from sparsegrad.optim.rotation import Rotation
@@ -41,9 +49,10 @@ class _LeanLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order(_REMEDY)
         device = grads[0].device.type
-        if not torch.is_autocast_enabled(device):
+        if not torch.is_autocast_enabled(device) and not torch.compiler.is_compiling():
             return _LeanLinear._multiply(ctx, *grads)
-        # Autograd runs this in the caller's autocast: a backward pass within it would round the rotations.
+        # Autograd runs this in the caller's autocast, and compiled code in that of the forward pass, which would round
+        # the rotations.
         with torch.autocast(device, enabled=False):
             return _LeanLinear._multiply(ctx, *grads)
 
@@ -60,7 +69,8 @@ class _LeanLinear(torch.autograd.Function):
                 dx = dx.new_empty(tokens, dx.shape[1]).index_copy_(0, rows, dx).index_fill_(0, empty, 0)
         if needs[1]:
             dW = ctx.layer.weight_gradient(dy, x if rows is None else x[rows], U, V).to(ctx.weight_dtype)
-            ctx.layer.note(dW)
+            if U is not None or V is not None:
+                dW = ctx.layer.guarded(dW)
         return dx, dW, dy.sum(0) if needs[2] else None, None, None, None
 
 
@@ -89,10 +99,8 @@ class LeanLinear(nn.Linear):
     save_dtype: torch.dtype | None = None
     rotation: Rotation | None = None
     _name: str | None = None  # in the model
-    _guard: Any = None  # handle of the hook that checks gradients
-    _noted: tuple[Tensor, ...] = ()  # gradients of W that the backward pass `_noted_in` has computed so far
-    _noted_in: int = -1
-    _traced: bool = False  # compiled code does not note its gradients
+    _guard: Guard | None = None  # checks the gradients of a weight that gets rotated ones
+    is_traced: bool = False  # whether compiled code computes the gradients, of which the guard learns nothing
 
     def __init__(
         self,
@@ -144,8 +152,11 @@ class LeanLinear(nn.Linear):
         if self.rotation is None:
             return
         watch(self)
+        if self._guard is not None and not self._guard.watches(self.weight):  # as after load_state_dict(assign=True)
+            self._guard.remove()
+            self._guard = None
         if self._guard is None and self.weight.requires_grad:
-            self._guard = self.weight.register_hook(self._check_gradient)  # type: ignore[no-untyped-call]
+            self._guard = Guard(self)
 
     def restore(self) -> None:
         """Turn this layer itself back into an `nn.Linear`. The optimizer then rotates its gradients.
@@ -166,7 +177,7 @@ class LeanLinear(nn.Linear):
         forget(self)
         if self._guard is not None:
             self._guard.remove()
-        for name in ("rotation", "_guard", "_noted", "_noted_in", "_traced"):
+        for name in ("rotation", "_guard", "is_traced"):
             self.__dict__.pop(name, None)
 
     def to_linear(self) -> nn.Linear:
@@ -178,12 +189,13 @@ class LeanLinear(nn.Linear):
         if not torch.is_grad_enabled():
             return self._infer(x)
         refuse_transforms(_REMEDY)
+        check_input(x, self.weight, self.bias, _REMEDY)
         dtype, U, V = product_dtype(x), None, None
-        if self.rotation is not None and self.weight.requires_grad:
-            self._refuse_replica()
+        if self._rotates():
+            assert self.rotation is not None
             basis = self.rotation.for_gradients(self.weight)
             U, V = basis.in_basis, basis.out_basis
-            self._traced = torch.compiler.is_compiling()
+            self.is_traced = torch.compiler.is_compiling()
         with torch.autocast(x.device.type, enabled=False):
             tokens = x.reshape(-1, x.shape[-1]).to(dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
@@ -192,12 +204,21 @@ class LeanLinear(nn.Linear):
 
     def _infer(self, x: Tensor) -> Tensor:
         """y without a gradient, by the product of `nn.Linear`: autocast casts its weight once, not in each call."""
-        W: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if not torch.is_autocast_enabled(x.device.type):  # which remembers the casts of parameters alone
-            W, bias = W.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        y = nn.functional.linear(x.reshape(-1, x.shape[-1]), W, bias)
+        if x.is_nested:
+            return nn.functional.linear(x, self.weight, self.bias)
+        # Rows of tokens, as with a gradient: other products round otherwise.
+        y = nn.functional.linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _rotates(self) -> bool:
+        """Whether the gradient is to be rotated: only that of the parameter itself, which the optimizer steps.
+
+        Another tensor in its place, as `torch.func.functional_call` puts there, gets a plain gradient.
+        """
+        if self.rotation is None or not self.weight.requires_grad:
+            return False
+        self._refuse_replica()
+        return self._guard is None or self._guard.watches(self.weight)
 
     def _refuse_replica(self) -> None:
         """Raise `UserError` in a copy that `nn.DataParallel` makes, whose gradients the original could not check."""
@@ -229,41 +250,15 @@ class LeanLinear(nn.Linear):
         """dW (out, in), rotated by U and V if given, from dy (tokens, out) and the saved x (tokens, in)."""
         # In the saved dtype: casting x back would allocate the copy that saving it in bfloat16 avoids.
         dy = dy.to(x.dtype)
-        if self.rotation is None:
+        if self.rotation is None or (U is None and V is None):
             return dy.T @ x
         return rotated_gradient(dy, x, U, V, self.rotation.choose(dy, x.shape[1]))
 
-    def note(self, gradient: Tensor) -> None:
-        """Remember a gradient of this backward pass for `_check_gradient`."""
-        if self._guard is not None and not torch.compiler.is_compiling():
-            task = torch._C._current_graph_task_id()
-            if task != self._noted_in:
-                # Where a pass does not ask for the weight's gradient, as `autograd.grad` for an input, no hook runs.
-                torch.autograd.Variable._execution_engine.queue_callback(self._forget_noted)
-            earlier = self._noted if task == self._noted_in else ()
-            # An alias: while it exists, autograd adds other gradients into a new tensor instead of this one. Two are
-            # enough to know that there were several.
-            self._noted, self._noted_in = (*earlier, gradient.detach())[:2], task
-
-    def _forget_noted(self) -> None:
-        """Let go of what a backward pass noted, when it ends."""
-        self._noted, self._noted_in = (), -1
-
-    def _check_gradient(self, gradient: Tensor) -> None:
-        """Hook on the weight: raise `UserError` if `gradient` (out, in) has a part that this layer did not compute.
-
-        Such a part is not rotated, so the sum would be meaningless. With several calls of the layer in one backward
-        pass autograd has already added them up, and nothing is checked.
-        """
-        noted, self._noted = self._noted, ()
-        if len(noted) > 1 or self._traced or self.rotation is None:
-            return
-        if not noted or noted[0].data_ptr() != gradient.data_ptr():
-            raise UserError(
-                f"{self.describe_weight()} has a gradient that its linear did not compute, such as of a "
-                "penalty on the weight in the loss, or changed by a hook; it cannot be added to a rotated one: use "
-                "weight_decay=, or give rotation_order='gradient'"
-            )
+    def guarded(self, gradient: Tensor) -> Tensor | None:
+        """What to give to autograd for a rotated gradient (out, in), of which the guard is told."""
+        if torch.compiler.is_compiling() or self._guard is None:  # in this order: the compiler knows no guard
+            return gradient
+        return self._guard.add(gradient)
 
     def describe_weight(self) -> str:
         """The weight for a message: by its name in the model, if it is known."""
@@ -274,5 +269,5 @@ class LeanLinear(nn.Linear):
         self._watch()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the hook, which neither a copy nor a file can have."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_guard", "_noted", "_noted_in")}
+        """Without the guard, which neither a copy nor a file can have."""
+        return {name: value for name, value in self.__dict__.items() if name != "_guard"}

@@ -16,24 +16,35 @@ from sparsegrad.layers.block import BlockLinear
 from sparsegrad.layers.common import check_linear, core_shape
 from sparsegrad.layers.lean import LeanLinear
 from sparsegrad.layers.rotated import SparseGradLinear
-from sparsegrad.layers.shards import forget_core
+from sparsegrad.layers.shards import forget_cores
 from sparsegrad.optim.rotation import Rotation, check_rotation_dtype
 from sparsegrad.targets import Linears, all_linears, weight_shapes
 
 Blocks = dict[str, dict[str, BlockLinear]]
 """Layer kind -> module name -> the layer, in the model's order."""
 LAYERS = (BlockLinear, SparseGradLinear)  # their parameters differ from those of a linear; `LeanLinear`'s do not
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def use_blocks(model: nn.Module, linears: Linears, bases: Mapping[str, Basis], density: float) -> Blocks:
     """Replace each of `linears` by a `BlockLinear`, whose weight is frozen and whose bias trains if it did before.
 
-    The layers take over the weights without a copy. Linears that FSDP2 shards become such layers in place.
+    The linears become such layers in place, without a copy of their weights. A subclass of `nn.Linear` or one with a
+    patched `forward` is replaced by a new layer, which takes over its weight and its hooks.
 
     Args:
         model: changed in place.
-        linears: linears of `model`, as `find_mlp` returns them; not to be used afterwards.
+        linears: linears of `model`, as `find_mlp` returns them.
         bases: layer kind -> basis of both sides; the layers of a kind share its leading columns.
         density: share of a weight's entries that its core (c, r) has, in (0, 1].
 
@@ -50,7 +61,7 @@ def use_blocks(model: nn.Module, linears: Linears, bases: Mapping[str, Basis], d
         layers = [_make_block(linear, bases[kind], core) for linear in found.values()]
         share_bases(layers)
         for (name, linear), layer in zip(found.items(), layers, strict=True):
-            if not is_managed(layer):  # otherwise it is the same module
+            if id(layer) != id(linear):  # otherwise it has become the layer
                 replace_linear(model, name, linear, layer)
         blocks[kind] = dict(zip(found, layers, strict=True))
     # First of the hooks: FSDP2's own gathers the weights. If the model is sharded later, that one comes first and has
@@ -68,7 +79,9 @@ def share_bases(layers: Sequence[BlockLinear]) -> None:
 
 def _make_block(linear: nn.Linear, basis: Basis, core: tuple[int, int]) -> BlockLinear:
     check_linear(linear, "a block")
-    if is_managed(linear) or is_shard(linear.weight):
+    if is_managed(linear) or is_shard(linear.weight) or computes_gradient(linear):
+        if isinstance(linear, LeanLinear):  # of an earlier call with engine `exact`
+            linear.restore()
         return BlockLinear.convert(linear, basis, core)
     # Shared, not copied: who still holds the old linears would otherwise keep a second copy of all MLP weights.
     return BlockLinear(linear.weight.detach(), linear.bias, basis, core)
@@ -78,7 +91,7 @@ def merge_shards(model: nn.Module, *_: Any) -> None:
     """Merge the cores of a model that FSDP2 shards; each process changes its own rows of the weights.
 
     It runs as a hook when a forward pass of the model begins. All processes must call it together. Without shards it
-    does nothing, because each layer merges its core in its own forward pass.
+    does nothing, because each layer merges its core itself.
     """
     if not is_managed(model):
         return
@@ -151,7 +164,7 @@ def to_linears(model: Model) -> Model:
     A model that FSDP2 shards stays sharded; all processes must call this together.
 
     Call it after training: the model can then be saved, exported and compared with its base like any other. A model
-    without such layers is not changed. After engine `fast` the optimizer still refers to the removed layers: to
+    without such layers is not changed. After engine `fast` the optimizer still refers to the removed cores: to
     continue training, call `prepare` again. After engine `exact` the same optimizer can continue, and rotates the
     gradients itself: those of all layers of a kind, also where `model` is a part that has only some of them. Call it
     after a step, because rotated gradients are deleted.
@@ -176,10 +189,10 @@ def to_linears(model: Model) -> Model:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, LeanLinear):
             module.restore()  # in place: its names and hooks stay
-        elif isinstance(module, BlockLinear) and is_managed(module):
-            core = module.core
+        elif isinstance(module, BlockLinear):
+            core, merged = module.core, module.merged
             module.restore()
-            forget_core(model, core)
+            forget_cores(model, (core, merged))
         elif isinstance(module, LAYERS):
             if id(module) not in made:
                 made[id(module)] = module.to_linear()
@@ -204,7 +217,10 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def replace_linear(model: nn.Module, name: str, linear: Any, layer: Any) -> None:
-    """Put `layer` in the place of `linear`; its bias trains if that of the linear did."""
+    """Put `layer` in the place of `linear`, with its hooks and its mode; its bias trains if that of the linear did."""
     if layer.bias is not None and linear.bias is not None:
         layer.bias.requires_grad_(linear.bias.requires_grad)
+    for hooks in _HOOKS:  # the same objects, so that the handles that the user holds still remove hooks
+        setattr(layer, hooks, getattr(linear, hooks))
+    layer.train(linear.training)
     replace_module(model, name, layer)

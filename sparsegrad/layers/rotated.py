@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_choice
-from sparsegrad.layers.common import check_linear, make_linear, product_dtype, refuse_second_order, refuse_transforms
+from sparsegrad.layers.common import (
+    check_input,
+    check_linear,
+    make_linear,
+    product_dtype,
+    refuse_second_order,
+    refuse_transforms,
+)
 from sparsegrad.layers.sparse_matmul import sparse_dense_matmul
 from sparsegrad.optim.selection import count_kept, top_k_index
 
@@ -145,6 +152,7 @@ class SparseGradLinear(nn.Module):
         """x (..., in) to y (..., out). Under autocast the products use its dtype, as in `nn.Linear`."""
         if torch.is_grad_enabled():
             refuse_transforms(_REMEDY)
+        check_input(x, self.rotated_weight, self.bias, _REMEDY)
         dtype = product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             tokens, U, V = x.reshape(-1, x.shape[-1]).to(dtype), self.in_basis.to(dtype), self.out_basis.to(dtype)

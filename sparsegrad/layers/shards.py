@@ -10,6 +10,7 @@ U_r and V_c are whole on each process: back-propagation needs all of them for th
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -97,10 +98,11 @@ def count_writes(tensor: Tensor) -> tuple[int, ...]:
     return (id(tensor), tensor._version, 0 if local is None else local._version)
 
 
-def forget_core(model: nn.Module, core: Tensor) -> None:
-    """Take `core` out of FSDP2's care, if it was sharded by `fully_shard` after it had been created."""
+def forget_cores(model: nn.Module, cores: Collection[Tensor]) -> None:
+    """Take `cores` out of FSDP2's care, if they were sharded by `fully_shard` after they had been created."""
+    removed = set(map(id, cores))
     for module in model.modules():
         if not (is_managed(module) and hasattr(module, "_get_fsdp_state")):
             continue
         for group in module._get_fsdp_state()._fsdp_param_groups:  # type: ignore[operator]
-            group.fsdp_params = [one for one in group.fsdp_params if one.sharded_param is not core]
+            group.fsdp_params = [one for one in group.fsdp_params if id(one.sharded_param) not in removed]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from sparsegrad.distributed import is_managed
 from sparsegrad.errors import UserError
-from sparsegrad.layers.averages import watch_averages
 from sparsegrad.optim.adamw import SparseGradAdamW
 
 if TYPE_CHECKING:
@@ -31,7 +30,9 @@ _blocks: weakref.WeakSet[BlockLinear] = weakref.WeakSet()
 _lock = threading.RLock()
 _known = 0  # changes of layers so far; what has been found out about an optimizer holds until there are more
 _passed: weakref.WeakKeyDictionary[Optimizer, tuple[int, ...]] = weakref.WeakKeyDictionary()
-_cores: weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, ...], list[Tensor]]] = weakref.WeakKeyDictionary()
+_moved: weakref.WeakKeyDictionary[Optimizer, tuple[tuple[int, ...], weakref.WeakSet[BlockLinear]]] = (
+    weakref.WeakKeyDictionary()
+)  # the layers whose cores an optimizer moves
 
 
 def watch(layer: LeanLinear | BlockLinear) -> None:
@@ -47,10 +48,12 @@ def watch(layer: LeanLinear | BlockLinear) -> None:
         watched.add(layer)
 
 
-def forget(layer: LeanLinear) -> None:
-    """The counterpart of `watch`, for a layer that has become an ordinary linear."""
+def forget(layer: LeanLinear | BlockLinear) -> None:
+    """The counterpart of `watch`, for a layer that becomes an ordinary linear."""
+    watched: weakref.WeakSet[Any] = _blocks if hasattr(layer, "core") else _rotating
     with _lock:
-        _rotating.discard(layer)
+        watched.discard(layer)
+    recheck()
 
 
 def layers_of(rotation: Rotation) -> list[LeanLinear]:
@@ -68,8 +71,7 @@ def recheck() -> None:
 def _register() -> None:
     """Register the hooks once; before the first layer of this package no optimizer is concerned."""
     register_optimizer_step_pre_hook(_check_optimizer)
-    register_optimizer_step_post_hook(_count_step)
-    watch_averages()
+    register_optimizer_step_post_hook(_merge_cores)
 
 
 def _check_optimizer(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -133,17 +135,27 @@ def _explain(optimizer: Optimizer, layer: LeanLinear) -> UserError:
     )
 
 
-def _count_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Count a step as a write to each core that it has moved: fused kernels, for one, do not."""
-    if isinstance(optimizer, SparseGradAdamW) or not _blocks:
+def _merge_cores(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Merge each core that a step has moved, so that who reads the weight without calling the layer sees the step.
+
+    Shards are merged when a forward pass of the whole model begins, before FSDP2 gathers them (`merge_shards`).
+    """
+    if not _blocks:
         return
+    blocks = _find_blocks(optimizer)
+    if not isinstance(optimizer, SparseGradAdamW):  # which counts its steps itself
+        # As a write to each core: fused kernels, for one, do not count theirs.
+        torch.autograd.graph.increment_version([block.core for block in blocks])
+    for block in blocks:
+        if not is_managed(block):
+            block.merge()
+
+
+def _find_blocks(optimizer: Optimizer) -> list[BlockLinear]:
     state = _describe(optimizer)
-    found = _cores.get(optimizer)
+    found = _moved.get(optimizer)
     if found is None or found[0] != state:
-        found = _cores[optimizer] = state, list(_find_cores(optimizer))
-    torch.autograd.graph.increment_version(found[1])
-
-
-def _find_cores(optimizer: Optimizer) -> Iterable[Tensor]:
-    cores = {id(block.core) for block in _members(_blocks) if hasattr(block, "core")}
-    return (one for group in optimizer.param_groups for one in group["params"] if id(one) in cores)
+        held = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        blocks = weakref.WeakSet(block for block in _members(_blocks) if id(block.core) in held)
+        found = _moved[optimizer] = state, blocks
+    return _members(found[1])

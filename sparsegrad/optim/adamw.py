@@ -8,11 +8,12 @@ layer kind share their basis, so they are rotated, selected from and updated tog
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, warn_renamed
@@ -21,16 +22,17 @@ from sparsegrad.optim.group_checks import (
     check_dtype,
     check_group,
     check_hyperparameters,
-    check_saved,
     check_step,
     is_sparse,
 )
 from sparsegrad.optim.groups import with_names
 from sparsegrad.optim.release import Release
+from sparsegrad.optim.saved_states import check_saved, keep_layers, pack_group, unpack_group
 from sparsegrad.optim.scratch import Scratch
 from sparsegrad.optim.selection import Selection, select, together
-from sparsegrad.optim.torch_step import unwrap_step
+from sparsegrad.optim.torch_step import keep_out_of_compiler, unwrap_step
 from sparsegrad.optim.updates import apply
+from sparsegrad.optim.watch import Watch
 from sparsegrad.precision import without_autocast
 
 
@@ -45,8 +47,9 @@ class SparseGradAdamW(torch.optim.AdamW):
     bfloat16 are rounded stochastically, so that small updates add up.
 
     A step in which any kept entry, or any gradient of a plain group, is not finite changes neither weights nor moments
-    nor step counts of any group. It is counted in `skipped_steps`. On a GPU this is decided without waiting for it,
-    if `fused=True` or there are no plain groups; otherwise the CPU waits once per step, before the plain groups.
+    nor step counts of any group. It is counted in `skipped_steps`; 10 and 100 of them in a row give a warning. On a GPU
+    this is decided without waiting for it, if `fused=True` or there are no plain groups; otherwise the CPU waits once
+    per step, before the plain groups. The first step in which weights that `prepare` found are frozen warns, too.
 
     Args:
         params: parameters or groups. A group may hold `basis: Basis`, `keep: int` or `density: float`, and `moments`:
@@ -67,7 +70,9 @@ class SparseGradAdamW(torch.optim.AdamW):
     _finite: Tensor | None = None  # whether all gradients of the current step so far are finite
     _scratch: Scratch | None = None  # buffers of the current step
     _release: Release | None = None  # of `release_gradients`
+    _watch: Watch | None = None  # of the steps so far
     model_size: int | None = None  # parameters of the model as it was given to `prepare`, frozen ones included
+    model: weakref.ref[nn.Module] | None = None  # that `prepare` was given, for `describe`
 
     def __init__(
         self,
@@ -81,6 +86,7 @@ class SparseGradAdamW(torch.optim.AdamW):
         foreach: bool | None = None,
     ) -> None:
         check_hyperparameters(lr, betas, eps, weight_decay)
+        keep_out_of_compiler(SparseGradAdamW, "_update_all", "_update_released")
         super().__init__(params, lr, betas, eps, weight_decay, fused=fused, foreach=foreach)
         # With fused=True GradScaler would leave unscaling to the optimizer; SparseGrad groups need unscaled gradients.
         self._step_supports_amp_scaling = False
@@ -181,7 +187,8 @@ class SparseGradAdamW(torch.optim.AdamW):
         Raises:
             UserError: for a rotated gradient that was clipped by value, a sharded weight, layers whose gradients
                 another optimizer rotates, a sparse gradient in a plain group, a parameter whose dtype changed after the
-                first step, or a group with an option that SparseGrad lacks; nothing has changed.
+                first step, a group with an option that SparseGrad lacks, or, in the third step, a kind of cores (engine
+            `fast`) that has had no gradient while other parameters have; nothing has changed.
         """
         loss = None
         if closure is not None:
@@ -195,6 +202,9 @@ class SparseGradAdamW(torch.optim.AdamW):
         sparse = [group for group in self.param_groups if is_sparse(group)]
         for group in self.param_groups:
             check_step(group, self.state)
+        if self._watch is None:
+            self._watch = Watch()
+        self._watch.check(self.param_groups)
         # Select everything first: a value that is not finite anywhere must stop the update of every weight.
         batches = [(group, weights) for group in sparse for weights in together(group["params"])]
         selections = [select(group, weights, self.state, self._buffers()) for group, weights in batches]
@@ -203,6 +213,7 @@ class SparseGradAdamW(torch.optim.AdamW):
         self._step_plain()
         if self._finite is not None:
             self._skipped = self._skipped + (~self._finite).int()
+        self._watch.count(self._skipped, self.param_groups)
         self._finite = self._scratch = None
         if self._release is not None:
             self._release.updated.clear()
@@ -257,42 +268,27 @@ class SparseGradAdamW(torch.optim.AdamW):
     def state_dict(self) -> dict[str, Any]:
         """The usual state dict, with bases as plain tensors, so that `torch.load(weights_only=True)` accepts it."""
         state = super().state_dict()
-        groups = []
-        for group in state["param_groups"]:
-            basis: Basis | None = group["basis"]
-            packed = None if basis is None else {"in_basis": basis.in_basis, "out_basis": basis.out_basis}
-            kept = {name: value for name, value in group.items() if name != "rotation"}
-            groups.append({**kept, "basis": packed})
-        return {**state, "param_groups": groups}
+        return {**state, "param_groups": [pack_group(group) for group in state["param_groups"]]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load state and hyperparameters. The moments keep the precision in which they were saved.
 
         Raises:
             UserError: when a saved basis does not fit the group's weights, or the state was saved with other moments,
-                another engine, or cores between other bases; nothing is changed.
+                another engine, other weights or another order of them, cores between other bases, or by another
+                optimizer; nothing is changed.
         """
         check_saved(self.param_groups, state_dict["param_groups"])
         before = self.param_groups
-        groups = []
-        for group in state_dict["param_groups"]:
-            basis = group.get("basis")
-            groups.append({**group, "basis": Basis(**basis) if isinstance(basis, dict) else basis})
+        groups = [unpack_group(group) for group in state_dict["param_groups"]]
         for own, group in zip(self.param_groups, groups, strict=False):  # torch refuses another number of groups
             if is_sparse(group):
                 check_group({**own, **group, "params": own["params"]})
         super().load_state_dict({**state_dict, "param_groups": groups})
         for group, saved, own in zip(self.param_groups, groups, before, strict=True):
-            if "directions" in own:  # of this model's layers, whether the saved state has them or not
-                group["directions"] = own["directions"]
-            rotation = own["rotation"]
-            # Who rotates is a matter of this model's layers, not of the saved state: its moments are of the rotated
-            # space in either case. The layers rotate by the saved basis from now on.
-            group["rotation"] = rotation
+            keep_layers(group, own)
             if not is_sparse(group):
                 continue
-            if rotation is not None:
-                rotation.load(group["basis"])
             # torch has cast the state to the weight's dtype, which rounds moments and corrupts positions: undo that.
             for weight, index in zip(group["params"], saved["params"], strict=True):
                 for name, value in state_dict["state"].get(index, {}).items():

@@ -1,4 +1,4 @@
-"""Checks of `SparseGradAdamW`: hyperparameters, parameter groups and saved states. Each raises `UserError`."""
+"""Checks of `SparseGradAdamW`: hyperparameters and parameter groups. Each raises `UserError`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from sparsegrad.targets import UPDATED, check_updated
 
 # Options of AdamW's groups with the value that a SparseGrad group must have.
 _NOT_IMPLEMENTED = {"amsgrad": False, "capturable": False, "differentiable": False, "decoupled_weight_decay": True}
-_SAME_DIRECTION = 0.02  # at most: what bases of the same calibration differ by, even in bfloat16
 
 
 def is_sparse(group: dict[str, Any]) -> bool:
@@ -60,15 +59,16 @@ def check_step(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) ->
             continue
         if gradient.is_sparse and not taken:
             raise UserError(
-                f"{_name(group, number)} has a sparse gradient, which AdamW does not take: build its embedding with "
+                f"{name_of(group, number)} has a sparse gradient, which AdamW does not take: build its embedding with "
                 "sparse=False, or freeze it with requires_grad_(False) before the optimizer is made"
             )
         moments = state.get(weight, {}).get("exp_avg")
         if weight.dtype not in UPDATED or (moments is not None and moments.dtype != weight.dtype):
-            check_dtype(weight, state.get(weight, {}), _name(group, number), taken=taken)
+            check_dtype(weight, state.get(weight, {}), name_of(group, number), taken=taken)
 
 
-def _name(group: dict[str, Any], number: int) -> str:
+def name_of(group: dict[str, Any], number: int) -> str:
+    """What a message calls a parameter of a group: its name, or its shape."""
     return (
         group["param_names"][number]
         if "param_names" in group
@@ -105,36 +105,3 @@ def check_group(group: dict[str, Any]) -> None:
             raise UserError(
                 f"a basis for {basis.shape} does not fit a weight {tuple(weight.shape)}: calibrate it again"
             )
-
-
-def check_saved(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
-    """Check that a saved state has the engine, the moments and, with engine `fast`, the bases of this optimizer."""
-    for mine, theirs in zip(groups, saved, strict=False):  # torch itself refuses another number of groups
-        if (engine := _get_engine(theirs)) != _get_engine(mine):
-            raise UserError(
-                f"the saved state is of engine={engine}, this optimizer of engine={_get_engine(mine)}: "
-                f"make it with engine={engine}, or start without that state"
-            )
-        if (kind := theirs.get("moments", "dense")) != mine["moments"]:
-            raise UserError(
-                f"the saved state has moments={kind}, this optimizer moments={mine['moments']}: "
-                f"make it with moments={kind}, or start without that state"
-            )
-        if _has_other_directions(mine, theirs):
-            raise UserError(
-                f"the saved state is of cores between other bases of kind {mine['kind']}: give prepare those of its "
-                "calibration, bases=load_bases(...), or start without that state"
-            )
-
-
-def _has_other_directions(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    """Whether two groups of cores have different bases, as far as both tell: states of older versions do not."""
-    own, saved = mine.get("directions"), theirs.get("directions")
-    if own is None or saved is None:
-        return False
-    return len(own) != len(saved) or any(abs(a - b) > _SAME_DIRECTION for a, b in zip(own, saved, strict=True))
-
-
-def _get_engine(group: dict[str, Any]) -> str:
-    """The engine that made a group: only that of `fast` records the shape of the weight beside its core."""
-    return "fast" if group.get("weight_shape") else "exact"

@@ -94,9 +94,12 @@ def _update_moments(
 
 
 def _count_step(states: Sequence[State], finite: Tensor) -> Tensor:
-    """Increment the step count of every state if `finite`; returns the counts (count,), float32 as in torch's Adam."""
-    zero = torch.zeros((), device=finite.device)
-    steps = torch.stack([state.get("step", zero).to(finite.device) for state in states]) + finite
+    """Increment the step count of every state if `finite`; returns the counts (count,), float32 as in torch's Adam.
+
+    Not in torch's default dtype: bfloat16 cannot count beyond 256.
+    """
+    zero = torch.zeros((), dtype=torch.float32, device=finite.device)
+    steps = torch.stack([state.get("step", zero).to(finite.device, torch.float32) for state in states]) + finite
     for state, step in zip(states, steps, strict=True):
         state["step"] = step
     return steps

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError, check_choice
+from sparsegrad.optim.later import Later
 from sparsegrad.optim.orders import FIXED_ORDERS, ORDERS, Order, cheapest_order
 from sparsegrad.precision import has_bfloat16_products
 
@@ -36,7 +37,7 @@ class Rotation:
         self.dtype = check_choice("rotation_dtype", dtype, DTYPES, "None keeps that of the weights")
         self.in_layers = self.replaced = False
         self._steps = 0
-        self._ties: list[_Ties] = []  # counts that are not read yet
+        self._ties: list[Later] = []  # counts that are not read yet
         self._settled = False  # whether `basis` has been placed where the first weights are
         # Copies for weights elsewhere: the layers of one kind may be on several devices (`device_map`).
         self._copies: dict[tuple[torch.device, torch.dtype], Basis] = {}
@@ -105,9 +106,9 @@ class Rotation:
             )
         self._steps += 1
         if self.in_layers and not self._steps & (self._steps - 1):
-            self._ties.append(_Ties(index, values, columns))
+            self._ties.append(_count_ties(index, values, columns))
         while self._ties and self._ties[0].has_arrived:
-            ties = int(self._ties.pop(0).count)
+            ties = int(self._ties.pop(0).number)
             if ties >= _TIES:
                 raise UserError(
                     f"{ties} entries of a rotated gradient are equal, as after clipping by value, which means "
@@ -115,32 +116,18 @@ class Rotation:
                 )
 
 
-class _Ties:
+def _count_ties(index: Tensor, values: Tensor, columns: int) -> Later:
     """How many of a gradient's kept entries have its largest magnitude; the most of any of some gradients.
 
     Ties within one column or one row do not count: with a basis of one side, neurons that are alike have them.
-
-    Attributes:
-        count: on the CPU; not valid before `has_arrived`.
     """
-
-    def __init__(self, index: Tensor, values: Tensor, columns: int) -> None:
-        magnitudes = values.abs()
-        largest = magnitudes.amax(1, keepdim=True)
-        tied = (magnitudes == largest) & (largest > 0) & largest.isfinite()  # (count, k)
-        first = index.gather(1, tied.int().argmax(1, keepdim=True))  # position of a tied entry
-        rows = (tied & (index // columns != first // columns)).any(1)
-        within = (tied & (index % columns != first % columns)).any(1)
-        ties = (tied.sum(1) * (rows & within)).max()
-        self.count = ties.to("cpu", non_blocking=ties.is_cuda)
-        self._arrival = torch.cuda.Event() if values.is_cuda else None  # type: ignore[no-untyped-call]
-        if self._arrival is not None:
-            self._arrival.record(torch.cuda.current_stream(values.device))
-
-    @property
-    def has_arrived(self) -> bool:
-        """Whether the device has come to it."""
-        return self._arrival is None or self._arrival.query()  # type: ignore[no-untyped-call]
+    magnitudes = values.abs()
+    largest = magnitudes.amax(1, keepdim=True)
+    tied = (magnitudes == largest) & (largest > 0) & largest.isfinite()  # (count, k)
+    first = index.gather(1, tied.int().argmax(1, keepdim=True))  # position of a tied entry
+    rows = (tied & (index // columns != first // columns)).any(1)
+    within = (tied & (index % columns != first % columns)).any(1)
+    return Later((tied.sum(1) * (rows & within)).max())
 
 
 def check_rotation_dtype(dtype: torch.dtype | None, device: torch.device) -> None:

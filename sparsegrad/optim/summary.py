@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ class Taken:
         shape: shape of each weight as stored: (out, in), or (in, out) for GPT-2's `Conv1D`.
         kept: number of entries of each weight that one step changes in the rotated space.
         core: shape (c, r) of the core with engine `fast`; otherwise None.
+        frozen: number of these weights, or of their cores, that do not train (`requires_grad=False`).
     """
 
     kind: str
@@ -30,6 +32,12 @@ class Taken:
     shape: tuple[int, int]
     kept: int
     core: tuple[int, int] | None = None
+    frozen: int = 0
+
+    @property
+    def all_kept(self) -> int:
+        """Number of entries of all these weights that one step changes in the rotated space."""
+        return (len(self.names) - self.frozen) * self.kept
 
 
 @dataclass(frozen=True)
@@ -38,9 +46,9 @@ class Plan:
 
     Attributes:
         taken: the SparseGrad weights by kind.
-        rest: number of other parameters, which plain AdamW trains.
-        model_size: number of parameters of the model as it was given, frozen ones included, without the cores of engine
-            `fast`; None if `prepare` did not make the optimizer.
+        rest: number of other parameters, which plain AdamW trains; frozen ones are not counted.
+        model_size: number of parameters of the model as it is now, frozen ones included, without the cores of engine
+            `fast`; as it was given, if it is gone; None if `prepare` did not make the optimizer.
     """
 
     taken: tuple[Taken, ...]
@@ -50,7 +58,7 @@ class Plan:
     @property
     def kept(self) -> int:
         """Number of entries of all SparseGrad weights that one step changes in the rotated space."""
-        return sum(len(group.names) * group.kept for group in self.taken)
+        return sum(group.all_kept for group in self.taken)
 
     @property
     def mlp_size(self) -> int:
@@ -68,7 +76,7 @@ class Plan:
         for group in self.taken:
             size = group.shape[0] * group.shape[1]
             counts = (
-                str(len(group.names)),
+                f"{len(group.names)} ({group.frozen} frozen)" if group.frozen else str(len(group.names)),
                 _format_shape(group.shape),
                 _format_shape(group.core),
                 f"{group.kept:,} of {size:,}",
@@ -99,6 +107,8 @@ def _format_shape(shape: tuple[int, int] | None) -> str:
 def describe(optimizer: Any) -> Plan:
     """Summarize an optimizer that `prepare` returned; it may be wrapped by Accelerate or a Trainer.
 
+    Parameters count as they are now: one that has been frozen since does not train.
+
     Raises:
         UserError: for another optimizer, or for the model.
     """
@@ -112,17 +122,38 @@ def describe(optimizer: Any) -> Plan:
     if not taken:
         raise UserError(f"{type(optimizer).__name__} has no SparseGrad weights: give what sparsegrad.prepare returned")
     rest = [parameter for group in groups if group.get("kind") is None for parameter in group["params"]]
-    wrapped = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper has no `model_size`
-    return Plan(taken, sum(parameter.numel() for parameter in rest), getattr(wrapped, "model_size", None))
+    trained = sum(parameter.numel() for parameter in rest if parameter.requires_grad)
+    return Plan(taken, trained, _read_size(getattr(optimizer, "optimizer", optimizer)))  # Accelerate's wrapper has none
+
+
+def _read_size(optimizer: Any) -> int | None:
+    reference = getattr(optimizer, "model", None)
+    model = reference() if isinstance(reference, weakref.ref) else None
+    size: int | None = getattr(optimizer, "model_size", None)
+    return size if model is None else count_parameters(model)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, frozen ones included, without what engine `fast` adds to its layers."""
+    added = {
+        id(module._parameters.get(name))
+        for module in model.modules()
+        if "in_basis" in module._buffers  # a `BlockLinear`
+        for name in ("core", "merged")
+    }
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in added)
 
 
 def _summarize_group(group: dict[str, Any]) -> Taken:
     weight: torch.Tensor = group["params"][0]
+    frozen = sum(not parameter.requires_grad for parameter in group["params"])
     if group.get("weight_shape"):  # engine `fast`: the parameter is the core, beside the frozen weight
         names = tuple(name.removesuffix("core") + "weight" for name in group["param_names"])
-        return Taken(group["kind"], names, group["weight_shape"], weight.numel(), (weight.shape[0], weight.shape[1]))
+        core = (weight.shape[0], weight.shape[1])
+        return Taken(group["kind"], names, group["weight_shape"], weight.numel(), core, frozen)
     kept = count_kept(weight.shape, keep=group["keep"], density=group["density"])
-    return Taken(group["kind"], tuple(group["param_names"]), (weight.shape[0], weight.shape[1]), kept)
+    shape = (weight.shape[0], weight.shape[1])
+    return Taken(group["kind"], tuple(group["param_names"]), shape, kept, frozen=frozen)
 
 
 @explained()

@@ -67,10 +67,11 @@ def _add_change(selection: Selection, change: Tensor, rate: Tensor | None, steps
 def _decay_rate(group: dict[str, Any], finite: Tensor, dtype: torch.dtype) -> Tensor:
     """The share of a weight that one step takes away, lr * weight_decay or 0: a scalar tensor, for changes of `dtype`.
 
-    Only float64 has its own, because not all devices know it; a rate in float32 would round 1 - 1e-8 to 1.
+    Only float64 has its own, because not all devices know it; a rate in float32 would round 1 - 1e-8 to 1. In bfloat16,
+    which may be torch's default dtype, 1 - 1e-4 is 1.
     """
     lr, weight_decay = group["lr"], group["weight_decay"]
-    rate: Tensor = finite.double() * lr * weight_decay if dtype == torch.float64 else lr * weight_decay * finite
+    rate: Tensor = finite.double() * lr * weight_decay if dtype == torch.float64 else lr * weight_decay * finite.float()
     return rate
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import sparsegrad
 from sparsegrad import SparseGradAdamW
-from sparsegrad.layers.block import _BlockLinear
+from sparsegrad.layers.block_product import BlockProduct
 from sparsegrad.layers.lean import LeanLinear, _LeanLinear
 from sparsegrad.layers.rotated import _RotatedLinear
 
@@ -43,7 +43,7 @@ def block(x: Tensor, bias: Tensor, core: Tensor) -> Tensor:
     """The core's part of W enters by value; its gradient is the Function's own."""
     basis = basis_of(OUT, IN)
     U, V = basis.in_basis[:, : core.shape[1]], basis.out_basis[:, : core.shape[0]]
-    return _BlockLinear.apply(x, draw(OUT, IN, seed=5) + V @ core.detach() @ U.T, bias, core, U, V).sin()
+    return BlockProduct.apply(x, draw(OUT, IN, seed=5) + V @ core.detach() @ U.T, bias, core, U, V).sin()
 
 
 def lean(x: Tensor, weight: Tensor, bias: Tensor, drop_padding: bool) -> Tensor:
@@ -54,7 +54,7 @@ def lean(x: Tensor, weight: Tensor, bias: Tensor, drop_padding: bool) -> Tensor:
 CHECKS: dict[str, tuple[type, Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "layer regular": (_RotatedLinear, lambda *a: rotated(*a, "regular"), [(TOKENS, IN), (OUT, IN)]),
     "layer sparse_dense": (_RotatedLinear, lambda *a: rotated(*a, "sparse_dense"), [(TOKENS, IN), (OUT, IN)]),
-    "block": (_BlockLinear, block, [(TOKENS, IN), (OUT,), (3, 2)]),
+    "block": (BlockProduct, block, [(TOKENS, IN), (OUT,), (3, 2)]),
     "lean": (_LeanLinear, lambda *a: lean(*a, False), [(TOKENS, IN), (OUT, IN), (OUT,)]),
     "lean, no padding": (_LeanLinear, lambda *a: lean(*a, True), [(TOKENS, IN), (OUT, IN), (OUT,)]),
 }

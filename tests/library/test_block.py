@@ -89,7 +89,10 @@ def test_to_linear_has_the_trained_function_and_the_source_is_untouched(linear, 
 def test_state_dict_goes_on_where_it_was(linear, basis) -> None:
     layer = BlockLinear.from_linear(linear, basis, CORE)
     train(layer, 3)
-    state = copy.deepcopy(layer.state_dict())  # after a step, before the merge of its change
+    with torch.no_grad():
+        layer.core.add_(1e-2)
+    state = copy.deepcopy(layer.state_dict())  # before the merge of this change
+    assert not state["core"].equal(state["merged"])
     fresh = BlockLinear.from_linear(linear, basis, CORE)
     fresh.load_state_dict(state)
     assert torch.allclose(fresh(data()[0]), layer(data()[0]), atol=1e-14)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -44,6 +45,63 @@ def test_weight_decay_of_finer_weights_is_one_product_before_the_change(dtype: t
     factor = 1 - torch.tensor(1e-2 * 0.1, dtype=dtype)  # of the weight's precision
     for weight, before, change in zip(decayed, plain, zeros, strict=True):
         assert torch.equal(weight, before * factor + change)
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16])
+def low_default(request: pytest.FixtureRequest) -> Iterator[None]:
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("low_default")
+@pytest.mark.parametrize("moments", ["dense", "support"])
+def test_a_low_default_dtype_changes_nothing(moments: str) -> None:
+    """bfloat16 cannot count beyond 256, and 1 - 1e-4 is 1 in it."""
+    default, found = torch.get_default_dtype(), []
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        parameters = weights(dtype=torch.float32)
+        group = {"params": parameters, "keep": 9, "basis": basis(), "moments": moments}
+        optimizer = SparseGradAdamW([group], lr=1e-3, weight_decay=0.1)
+        for parameter in parameters:
+            optimizer.state[parameter]["step"] = torch.tensor(300.0, dtype=torch.float32)
+        for seed in range(3):
+            give_gradients(parameters, seed)
+            optimizer.step()
+        found.append(parameters)
+        assert optimizer.state[parameters[0]]["step"].item() == 303
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.usefixtures("low_default")
+def test_a_step_count_of_a_low_default_dtype_is_loaded_as_float32() -> None:
+    parameters = weights(dtype=torch.float32)
+    optimizer = SparseGradAdamW([{"params": parameters, "keep": 9}])
+    walked(parameters, optimizer, [0])
+    state = optimizer.state_dict()
+    for one in state["state"].values():
+        one["step"] = torch.tensor(256.0)  # of the default dtype
+    optimizer.load_state_dict(state)
+    walked(parameters, optimizer, [1])
+    assert optimizer.state[parameters[0]]["step"].item() == 257
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_a_compiled_step_is_an_eager_one(release: bool) -> None:
+    found = []
+    for compiled in (False, True):
+        parameters = weights(dtype=torch.float32)
+        optimizer = SparseGradAdamW([{"params": parameters, "keep": 9, "basis": basis()}], lr=1e-2)
+        if release:
+            optimizer.release_gradients()
+        step = torch.compile(lambda optimizer=optimizer: optimizer.step()) if compiled else optimizer.step
+        for factor in (1.0, 2.0):
+            sum((weight * factor).cos().sum() for weight in parameters).backward()
+            step()
+            optimizer.zero_grad()
+        found.append(parameters)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def walked(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, seeds: list[int | None]) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from engine_checks import ENGINES, basis_of
 from torch import Tensor, nn
 
 from sparsegrad import UserError
@@ -65,6 +66,35 @@ def test_inputs_kept_in_bfloat16_cost_half_and_round() -> None:
     assert torch.allclose(dx, exact_dx, atol=1e-6)
     assert dW.dtype == torch.float32
     assert 0 < (dW - exact_dW).norm() / exact_dW.norm() < 0.01
+
+
+@pytest.mark.parametrize("engine", ["lean", "layer regular", "block"])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64])
+def test_inputs_of_other_dtypes_are_taken_or_refused_as_by_a_linear(
+    dtype: torch.dtype, autocast: bool, grad: bool, engine: str
+) -> None:
+    linear, x = nn.Linear(IN, OUT), torch.ones(3, IN, dtype=dtype)
+    layer = ENGINES[engine](linear, basis_of(OUT, IN).to(dtype=torch.float32), 0.5)
+    found: list[object] = []
+    for one in (linear, layer):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.set_grad_enabled(grad):
+            try:
+                found.append(one(x).dtype)
+            except RuntimeError as error:
+                found.append(str(error))
+    assert found[0] == found[1]
+
+
+def test_nested_inputs_are_taken_without_a_gradient_and_refused_with_one() -> None:
+    linear = nn.Linear(IN, OUT)
+    lean = LeanLinear(linear)
+    x = torch.nested.nested_tensor([torch.randn(2, IN), torch.randn(3, IN)], layout=torch.jagged)
+    with pytest.raises(UserError, match=r"nested tensors.*rotation_order='gradient'"):
+        lean(x)
+    with torch.no_grad():
+        assert torch.equal(lean(x).values(), linear(x).values())
 
 
 def test_a_dtype_that_is_no_number_with_a_point_is_named() -> None:

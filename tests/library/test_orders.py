@@ -288,7 +288,7 @@ def test_compiled_layers_rotate_too() -> None:
     torch.compiler.reset()
     reference, model = Network(), Network()
     optimizers = [optimizer_for(one, "auto") for one in (reference, model)]
-    called = [reference, torch.compile(model, backend="aot_eager")]
+    called = [reference, torch.compile(model, backend="aot_eager", fullgraph=True)]
     for one, optimizer in zip(called, optimizers, strict=True):
         train(one, optimizer, (5, 9, 40, 5))
     assert_same(model, reference)

@@ -95,6 +95,30 @@ def test_parts_of_gradients_are_not_taken_for_gradients() -> None:
         calibrate(model, data, {"all": [model.block]}, steps=4)
 
 
+class _Checkpointing(nn.Module):
+    """A block under reentrant checkpointing, whose input needs a gradient in training only."""
+
+    def __init__(self, reentrant: bool, outside: bool) -> None:
+        super().__init__()
+        self.embed, self.block, self.last = (nn.Linear(4, 4) for _ in range(3))
+        self.reentrant, self.outside = reentrant, outside
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = torch.utils.checkpoint.checkpoint(self.block, self.embed(x), use_reentrant=self.reentrant)
+        return {"loss": (self.last(x) if self.outside else x).square().mean()}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(("outside", "message"), [(False, "cannot be differentiated"), (True, "no gradient of block")])
+def test_a_reentrant_checkpoint_after_frozen_layers_is_named(outside: bool, message: str) -> None:
+    model, data = _Checkpointing(True, outside), [{"x": torch.randn(5, 4)}]
+    linears = {"all": [model.block, *([model.last] if outside else [])]}
+    with pytest.raises(UserError, match=f"{message}.*use_reentrant=False"):
+        calibrate(model, data, linears, steps=1)
+    model.reentrant = False
+    calibrate(model, data, linears, steps=1)
+
+
 def test_several_processes_need_all_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would otherwise average those of different batches."""
     monkeypatch.setattr("sparsegrad.calibration.gradients.connected", lambda: True)

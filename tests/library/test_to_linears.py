@@ -46,7 +46,7 @@ def test_to_linears_keeps_the_function_and_gives_the_plain_model(dtype: torch.dt
 
 
 def test_to_linears_takes_the_last_step_along() -> None:
-    """No forward pass came after it, so the layer has not merged it."""
+    """No forward pass came after it."""
     model = bert(torch.float64)
     train(model, fast(model, fused=True), BATCHES[:2])
     other = copy.deepcopy(model)
@@ -55,7 +55,7 @@ def test_to_linears_takes_the_last_step_along() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_copy_made_between_a_step_and_its_merge_has_the_step(steps: int) -> None:
+def test_a_copy_made_after_a_step_has_the_step(steps: int) -> None:
     """A copied core counts its writes anew: after one step its count is that of a core just made."""
     model = bert(torch.float64)
     train(model, fast(model), BATCHES[:steps])

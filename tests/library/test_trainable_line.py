@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -37,6 +38,26 @@ def test_the_line_adds_up_to_the_model(engine: str, frozen: bool, capsys: pytest
     )
     total = f"trainable params: {kept + rest:,} || all params: {size:,} || trainable%: {(kept + rest) / size:.4%}"
     assert str(describe(optimizer)).endswith(total.removesuffix("%"))
+
+
+@pytest.mark.parametrize("engine", ["exact", "fast"])
+def test_what_is_frozen_or_added_later_counts_as_it_is(engine: str) -> None:
+    model: Any = toy_model("bert", torch.float32)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    optimizer = prepare(model, toy_batches("bert", 2), calibration_steps=2, density=0.1, engine=engine)
+    before = describe(optimizer)
+    model.requires_grad_(False)
+    optimizer.param_groups[0]["params"][0].requires_grad_(True)
+    model.adapter = torch.nn.Linear(3, 4)
+    optimizer.add_param_group({"params": list(model.adapter.parameters())})
+    plan = describe(optimizer)
+    assert [(group.frozen, len(group.names)) for group in plan.taken] == [(1, 2), (2, 2)]
+    assert (plan.kept, plan.rest, plan.mlp_size) == (before.taken[0].kept, 16, before.mlp_size)
+    assert (before.model_size, plan.model_size) == (size, size + 16)
+    assert "2 (1 frozen)" in str(plan)
+    del model
+    gc.collect()
+    assert describe(optimizer).model_size == size  # as it was given
 
 
 def test_a_model_is_refused_with_the_optimizer_as_remedy() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from engine_checks import ENGINES, IN, OUT, TOKENS, basis_of, draw
-from fast_checks import BATCHES, bert, blocks, fast, train
+from fast_checks import BATCHES, bert, fast, train
 from test_orders import NAMES, Network, bases, loss_of, optimizer_for, tokens
 from torch import nn
 
@@ -18,14 +17,6 @@ from sparsegrad.layers.rotated import SparseGradLinear
 
 def _in_autocast(enabled: bool = True) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
-
-
-def _merged_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model whose cores are merged."""
-    merged = copy.deepcopy(model)
-    for layer in blocks(merged):
-        layer.merge()
-    return merged
 
 
 @pytest.mark.parametrize("order", ["auto", "tokens", "gradient"])
@@ -49,6 +40,20 @@ def test_backward_and_step_within_autocast_are_those_outside(order: str, dtype: 
         changed.append([parameter.detach() for parameter in model.parameters()])
     for outside, inside_ in zip(*changed, strict=True):
         assert torch.equal(outside, inside_)
+
+
+def test_compiled_layers_do_not_rotate_in_the_autocast_of_the_forward_pass() -> None:
+    torch.compiler.reset()
+    gradients = []
+    for compiled in (False, True):
+        model = Network().float()
+        optimizer_for(model, "auto")
+        called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        with _in_autocast():
+            loss = loss_of(called, tokens(20).float())
+        loss.backward()
+        gradients.append(model.up.weight.grad)
+    assert torch.equal(*gradients)
 
 
 def test_a_closure_runs_in_the_autocast_of_its_caller() -> None:
@@ -82,31 +87,6 @@ def test_fast_trains_on_after_a_validation_in_inference_mode() -> None:
         train(model, optimizer)
 
 
-def test_averaging_a_fast_model_with_its_buffers_averages_its_weights() -> None:
-    model = bert()
-    optimizer, seen = fast(model), []
-    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
-    for batch in BATCHES:
-        train(model, optimizer, [batch])
-        average.update_parameters(model)
-        seen.append([layer.weight for layer in blocks(_merged_copy(model))])
-    expected = [torch.stack(weights).mean(0) for weights in zip(*seen, strict=True)]
-    for layer, weight in zip(blocks(average), expected, strict=True):
-        layer.merge()
-        torch.testing.assert_close(layer.weight.detach(), weight.detach())
-
-
-def test_averaging_a_fast_model_without_its_buffers_is_refused() -> None:
-    model = bert()
-    optimizer = fast(model)
-    average = torch.optim.swa_utils.AveragedModel(model)
-    train(model, optimizer, BATCHES[:1])
-    average.update_parameters(model)
-    with pytest.raises(UserError, match=r"AveragedModel\(model, use_buffers=True\)"):
-        average(**BATCHES[0])
-    model(**BATCHES[0])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("engine", ENGINES)
@@ -137,6 +117,15 @@ def test_gradients_per_sample_are_refused(engine: str) -> None:
     per_sample = torch.func.vmap(torch.func.grad(lambda x: layer(x).square().sum()))
     with pytest.raises(UserError, match=r"torch\.func.*rotation_order='gradient'"):
         per_sample(draw(TOKENS, IN))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_forward_mode_gradients_are_refused(engine: str) -> None:
+    layer = ENGINES[engine](nn.Linear(IN, OUT).double(), basis_of(OUT, IN), 0.5)
+    x, ad = draw(TOKENS, IN), torch.autograd.forward_ad
+    with ad.dual_level(), pytest.raises(UserError, match=r"dual_level.*rotation_order='gradient'"):
+        layer(ad.make_dual(x, x))
+    layer(x)
 
 
 def test_the_remedy_for_gradients_per_sample_gives_them() -> None:
@@ -178,7 +167,8 @@ def test_a_pass_that_needs_no_weight_gradient_leaves_nothing_for_the_next() -> N
     optimizer_for(model, "auto")
     x = tokens(5).requires_grad_()
     torch.autograd.grad(loss_of(model, x), x)
-    assert model.up._noted == model.down._noted == ()  # as large as the weights
+    assert not model.up._guard._sums  # as large as the weights
+    assert not model.down._guard._sums
     with pytest.raises(UserError, match="penalty on the weight"):
         (loss_of(model, x) + model.up.weight.square().sum()).backward()
 

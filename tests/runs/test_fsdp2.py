@@ -114,7 +114,7 @@ WORDS = {
     "tensor parallel": ["tensor parallelism", "fully_shard on each block"],
     "single linears": ["FSDPLinear", "not on single linears"],
     "root alone": ["FSDP2 has gathered this weight", "each block"],
-    "rounded": ["rounds the core from torch.float32 to torch.bfloat16", "before prepare"],
+    "rounded": ["rounds the core to torch.bfloat16", "before prepare"],
     "a part": ["a core has changed", "call the whole model"],
     "fsdp1": ["FSDP1", "fully_shard"],
 }
