@@ -20,11 +20,12 @@ from sparsegrad.layers.common import (
     check_input,
     check_linear,
     factor_change,
+    keep_fixed,
     make_linear,
     product_dtype,
     refuse_transforms,
 )
-from sparsegrad.layers.shards import check_shards, count_writes, new_core, own_part
+from sparsegrad.layers.shards import check_gathered, check_shards, count_writes, new_core, own_part
 from sparsegrad.layers.steps import forget, watch
 from sparsegrad.optim.rounding import add_stochastic
 from sparsegrad.targets import check_updated
@@ -39,7 +40,7 @@ class BlockLinear(nn.Module):
 
     `merged` (c, r) is the part of the core that W includes already. It never trains, but it is a parameter: the layer's
     function is linear in W, `core` and `merged` together, so averages, vectors and copies made over `parameters()` are
-    those of the function.
+    those of the function. With shards it is a `DTensor`, which would train if someone unfroze it.
 
     Other changes of the core are merged in the next forward pass. The layer detects them by torch's version counter of
     in-place writes, which leaves out writes through `.data`. It sees those when the mode changes (`train`, `eval`).
@@ -109,18 +110,20 @@ class BlockLinear(nn.Module):
         FSDP2, too, remembers modules and parameters by identity.
 
         Raises:
-            UserError: as the class, or for shards that are not supported (see `check_shards`); `linear` is unchanged.
+            UserError: as the class, or for shards that are not supported (see `check_shards`).
+
+        After any error `linear` is unchanged.
         """
         if is_managed(linear) or is_shard(linear.weight):
             check_shards(linear)
-        before = dict(linear.__dict__)
+        kind = type(linear)
         linear.__class__ = cls  # type: ignore[assignment]
         assert isinstance(linear, BlockLinear)
         try:
             linear._add_core(basis, core_shape)
-        except UserError:
-            linear.__dict__.update(before)
-            linear.__class__ = nn.Linear
+        except BaseException:  # memory may be short
+            linear.discard_core()
+            linear.__class__ = kind
             raise
         linear.weight.requires_grad_(False)
         linear.weight.grad = None  # of an earlier pass: no optimizer would delete it
@@ -135,15 +138,18 @@ class BlockLinear(nn.Module):
             UserError: as `merge`.
         """
         self.merge(force=True)
+        self.discard_core()
+        self.out_features, self.in_features = self.weight.shape
+        self.weight.requires_grad_(True)
+
+    def discard_core(self) -> None:
+        """Turn this layer itself into an `nn.Linear` of W as it is, also if it has only a part of a core yet."""
         forget(self)
-        out_features, in_features = self.weight.shape
-        for name in ("core", "merged", "in_basis", "out_basis"):
+        for name in {"core", "merged", "in_basis", "out_basis"} & {*self._parameters, *self._buffers}:
             delattr(self, name)
         for name in ("_merged_state", "_unsure", "_cast"):
             self.__dict__.pop(name, None)
         self.__class__ = nn.Linear  # type: ignore[assignment]
-        self.in_features, self.out_features = in_features, out_features
-        self.weight.requires_grad_(True)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
@@ -224,13 +230,14 @@ class BlockLinear(nn.Module):
 
         Raises:
             RuntimeError: as `nn.Linear`, for an input of another dtype that autocast does not cast.
-            UserError: for a nested tensor; with FSDP2, if the gathered weight lacks the core, or if its policy rounds
-                the core.
+            UserError: for a nested tensor, unless gradients are off; with FSDP2, as `check_gathered`.
         """
         if sharded := is_managed(self):
-            self._check_gathered()
+            check_gathered(self.core, self._merged_state)
         else:
             self.merge()
+        if x.is_nested and not torch.is_grad_enabled():
+            return nn.functional.linear(x, self.weight, self.bias)
         check_input(x, self.weight, self.bias, REMEDY)
         dtype = product_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -247,21 +254,14 @@ class BlockLinear(nn.Module):
         U_r, V_c = self.in_basis.to(x.dtype), self.out_basis.to(x.dtype)
         return BlockProduct.apply(x, W, bias, self.core, U_r, V_c)  # type: ignore[no-untyped-call, no-any-return]
 
-    def _check_gathered(self) -> None:
-        """Check that the weight that FSDP2 has gathered includes the core, and that its policy does not round the core.
+    def _apply(self, *args: Any, **kwargs: Any) -> BlockLinear:
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        keep_fixed(self, "merged")
+        return self
 
-        A core that `fully_shard` shards is gathered too, and then says neither when it changed nor how it is stored.
-        """
-        if is_shard(self.core) and count_writes(self.core) != self._merged_state:
-            raise UserError(
-                "a core has changed, and the sharded weight does not include it yet: call the whole model, as it was "
-                "given to prepare, and not a part of it"
-            )
-        if self.core.dtype not in (torch.float32, torch.float64):
-            raise UserError(
-                f"a policy of mixed precision rounds the core to {self.core.dtype}: call fully_shard before prepare, "
-                "which then keeps the cores out of it; or leave param_dtype out and use torch.autocast"
-            )
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        keep_fixed(self, "merged")
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the cast weight, which the copy makes for itself."""
@@ -269,10 +269,9 @@ class BlockLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if type(self.merged) is not FixedParameter:  # pickle makes a plain one; earlier versions had a buffer
-            merged = self.merged.detach()
-            del self.merged
+        if (merged := self._buffers.pop("merged", None)) is not None:  # of an earlier version
             self.merged = FixedParameter(merged)
+        keep_fixed(self, "merged")
         _keep_out_of_compiler()
         watch(self)
         # A copied core has a new version counter, and the copy may have been made between a step and its merge.

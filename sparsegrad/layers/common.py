@@ -12,12 +12,16 @@ from sparsegrad.optim.selection import check_density
 
 
 class FixedParameter(nn.Parameter):
-    """A parameter that never trains, not even if someone unfreezes the whole model."""
+    """A parameter that never trains, not even if someone unfreezes the whole model.
+
+    Made of a `DTensor` it is an ordinary parameter, which does not train until it is unfrozen.
+    """
 
     requires_grad = property(lambda self: False, lambda self, value: None)
 
-    def __new__(cls, data: Tensor) -> FixedParameter:
-        return super().__new__(cls, data, requires_grad=False)
+    def __new__(cls, data: Tensor, requires_grad: bool = False) -> FixedParameter:
+        """`requires_grad` has no effect: Accelerate gives it to whatever class of parameter it moves."""
+        return super().__new__(cls, data.detach(), requires_grad=False)
 
     def requires_grad_(self, requires_grad: bool = True) -> FixedParameter:
         """Without effect."""
@@ -28,6 +32,13 @@ class FixedParameter(nn.Parameter):
             memo[id(self)] = FixedParameter(self.data.clone(memory_format=torch.preserve_format))
         found: FixedParameter = memo[id(self)]
         return found
+
+
+def keep_fixed(module: nn.Module, name: str) -> None:
+    """Let a parameter be a `FixedParameter` again, where torch or pickle has put an ordinary one in its place."""
+    parameter = module._parameters.get(name)
+    if type(parameter) is nn.Parameter:
+        parameter.requires_grad_(False).__class__ = FixedParameter
 
 
 def check_linear(linear: nn.Module, what: str, remedy: str = "use engine exact") -> None:

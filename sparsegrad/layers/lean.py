@@ -195,7 +195,8 @@ class LeanLinear(nn.Linear):
             assert self.rotation is not None
             basis = self.rotation.for_gradients(self.weight)
             U, V = basis.in_basis, basis.out_basis
-            self.is_traced = torch.compiler.is_compiling()
+            if torch.compiler.is_compiling():
+                self.is_traced = True
         with torch.autocast(x.device.type, enabled=False):
             tokens = x.reshape(-1, x.shape[-1]).to(dtype)
             bias = None if self.bias is None else self.bias.to(dtype)
@@ -213,12 +214,19 @@ class LeanLinear(nn.Linear):
     def _rotates(self) -> bool:
         """Whether the gradient is to be rotated: only that of the parameter itself, which the optimizer steps.
 
-        Another tensor in its place, as `torch.func.functional_call` puts there, gets a plain gradient.
+        Another tensor in its place, as `torch.func.functional_call` puts there, gets a plain gradient. A new parameter
+        is the layer's own, as after `load_state_dict(assign=True)`: whoever puts it there gives it to the optimizer.
         """
         if self.rotation is None or not self.weight.requires_grad:
             return False
         self._refuse_replica()
-        return self._guard is None or self._guard.watches(self.weight)
+        if self._guard is None or self._guard.watches(self.weight):
+            return True
+        if not isinstance(self.weight, nn.Parameter):
+            return False
+        if not torch.compiler.is_compiling():
+            self._watch()
+        return True
 
     def _refuse_replica(self) -> None:
         """Raise `UserError` in a copy that `nn.DataParallel` makes, whose gradients the original could not check."""
@@ -256,7 +264,8 @@ class LeanLinear(nn.Linear):
 
     def guarded(self, gradient: Tensor) -> Tensor | None:
         """What to give to autograd for a rotated gradient (out, in), of which the guard is told."""
-        if torch.compiler.is_compiling() or self._guard is None:  # in this order: the compiler knows no guard
+        # In this order: the compiler knows no guard. What compiled calls of the layer add, it cannot tell apart.
+        if torch.compiler.is_compiling() or self._guard is None or self.is_traced:
             return gradient
         return self._guard.add(gradient)
 

@@ -53,21 +53,38 @@ def use_blocks(model: nn.Module, linears: Linears, bases: Mapping[str, Basis], d
 
     Raises:
         UserError: as `BlockLinear.from_linear`, or for a density out of range.
+
+    After any error `model` has the linears and the function that it had. Weights that were converted before it have no
+    gradient then, and linears of engine `exact` may leave the rotation to their optimizer, as after `to_linears`.
     """
-    blocks: Blocks = {}
     reshard(model)
-    for kind, shape in weight_shapes(linears).items():
-        found, core = linears[kind], core_shape(shape, density)
-        layers = [_make_block(linear, bases[kind], core) for linear in found.values()]
-        share_bases(layers)
-        for (name, linear), layer in zip(found.items(), layers, strict=True):
-            if id(layer) != id(linear):  # otherwise it has become the layer
-                replace_linear(model, name, linear, layer)
-        blocks[kind] = dict(zip(found, layers, strict=True))
+    blocks = _make_blocks(linears, bases, density)
+    for kind, found in linears.items():
+        for name, linear in found.items():
+            if id(blocks[kind][name]) != id(linear):  # otherwise it has become the layer
+                replace_linear(model, name, linear, blocks[kind][name])
     # First of the hooks: FSDP2's own gathers the weights. If the model is sharded later, that one comes first and has
     # gathered the root's parameters, but those of no block.
     if merge_shards not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(merge_shards, prepend=True)
+    return blocks
+
+
+def _make_blocks(linears: Linears, bases: Mapping[str, Basis], density: float) -> Blocks:
+    """The layers of `use_blocks`: all, or none if one of them fails, as for lack of memory."""
+    blocks: Blocks = {}
+    before = [(one, one.weight.requires_grad) for one in all_linears(linears) if not isinstance(one, BlockLinear)]
+    try:
+        for kind, shape in weight_shapes(linears).items():
+            core = core_shape(shape, density)
+            blocks[kind] = {name: _make_block(linear, bases[kind], core) for name, linear in linears[kind].items()}
+            share_bases(list(blocks[kind].values()))
+    except BaseException:
+        for linear, trained in before:
+            if isinstance(linear, BlockLinear):
+                linear.discard_core()
+                linear.weight.requires_grad_(trained)
+        raise
     return blocks
 
 

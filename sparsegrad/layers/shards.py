@@ -98,6 +98,30 @@ def count_writes(tensor: Tensor) -> tuple[int, ...]:
     return (id(tensor), tensor._version, 0 if local is None else local._version)
 
 
+def check_gathered(core: Tensor, merged_state: tuple[int, ...]) -> None:
+    """Check that the weight that FSDP2 has gathered includes the core, and that its policy does not round the core.
+
+    A core that `fully_shard` shards is gathered too, and then says neither when it changed nor how it is stored.
+
+    Args:
+        core: of the layer, as it is now.
+        merged_state: what `count_writes` gave for it when it was merged.
+
+    Raises:
+        UserError: otherwise.
+    """
+    if is_shard(core) and count_writes(core) != merged_state:
+        raise UserError(
+            "a core has changed, and the sharded weight does not include it yet: call the whole model, as it was "
+            "given to prepare, and not a part of it"
+        )
+    if core.dtype not in (torch.float32, torch.float64):
+        raise UserError(
+            f"a policy of mixed precision rounds the core to {core.dtype}: call fully_shard before prepare, "
+            "which then keeps the cores out of it; or leave param_dtype out and use torch.autocast"
+        )
+
+
 def forget_cores(model: nn.Module, cores: Collection[Tensor]) -> None:
     """Take `cores` out of FSDP2's care, if they were sharded by `fully_shard` after they had been created."""
     removed = set(map(id, cores))

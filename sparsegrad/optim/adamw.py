@@ -47,9 +47,10 @@ class SparseGradAdamW(torch.optim.AdamW):
     bfloat16 are rounded stochastically, so that small updates add up.
 
     A step in which any kept entry, or any gradient of a plain group, is not finite changes neither weights nor moments
-    nor step counts of any group. It is counted in `skipped_steps`; 10 and 100 of them in a row give a warning. On a GPU
-    this is decided without waiting for it, if `fused=True` or there are no plain groups; otherwise the CPU waits once
-    per step, before the plain groups. The first step in which weights that `prepare` found are frozen warns, too.
+    nor step counts of any group. It is counted in `skipped_steps`; 10 to 20 of them in a row, and 100, give a warning.
+    On a GPU this is decided without waiting for it, if `fused=True` or there are no plain groups; otherwise the CPU
+    waits once per step, before the plain groups. The first step in which weights that `prepare` found are frozen
+    warns, too.
 
     Args:
         params: parameters or groups. A group may hold `basis: Basis`, `keep: int` or `density: float`, and `moments`:
@@ -187,8 +188,8 @@ class SparseGradAdamW(torch.optim.AdamW):
         Raises:
             UserError: for a rotated gradient that was clipped by value, a sharded weight, layers whose gradients
                 another optimizer rotates, a sparse gradient in a plain group, a parameter whose dtype changed after the
-                first step, a group with an option that SparseGrad lacks, or, in the third step, a kind of cores (engine
-            `fast`) that has had no gradient while other parameters have; nothing has changed.
+                first step, a group with an option that SparseGrad lacks, or cores (engine `fast`) none of which has had
+                a gradient in 20 steps in which other parameters had one; nothing has changed.
         """
         loss = None
         if closure is not None:
@@ -204,7 +205,7 @@ class SparseGradAdamW(torch.optim.AdamW):
             check_step(group, self.state)
         if self._watch is None:
             self._watch = Watch()
-        self._watch.check(self.param_groups)
+        self._watch.check(self.param_groups, self.state)
         # Select everything first: a value that is not finite anywhere must stop the update of every weight.
         batches = [(group, weights) for group in sparse for weights in together(group["params"])]
         selections = [select(group, weights, self.state, self._buffers()) for group, weights in batches]

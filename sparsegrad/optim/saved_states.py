@@ -14,6 +14,8 @@ Group = dict[str, Any]
 _SAME_DIRECTION = 0.02  # at most: what bases of the same calibration differ by, even in bfloat16
 # Parts of names that DDP, torch.compile, FSDP and activation checkpoints put in.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Of peft, around a layer that it trains as a whole or wraps.
+_WRAPPERS |= {"modules_to_save", "default", "base_layer", "original_module"}
 _UNNAMED = "unnamed."  # begins the names that `with_names` gives
 
 
@@ -61,17 +63,17 @@ def check_saved(groups: list[Group], saved: list[Group]) -> None:
 
 def _check_engine(mine: Group, theirs: Group) -> None:
     """Check that both groups are of one engine, both SparseGrad or both plain, and with the same moments."""
+    names = ("SparseGrad", "plain AdamW")
+    if _is_plain(theirs) != _is_plain(mine):
+        was, now = names if _is_plain(mine) else reversed(names)
+        raise UserError(
+            f"a group of the saved state is trained by {was}, that of this optimizer by {now}: give prepare the same "
+            "target_modules= as then, or start without that state if it is of another optimizer"
+        )
     if (engine := _get_engine(theirs)) != _get_engine(mine):
         raise UserError(
             f"the saved state is of engine={engine}, this optimizer of engine={_get_engine(mine)}: "
             f"make it with engine={engine}, or start without that state"
-        )
-    if is_sparse(theirs) != is_sparse(mine):
-        names = ("SparseGrad", "plain AdamW")
-        was, now = names if is_sparse(theirs) else reversed(names)
-        raise UserError(
-            f"a group of the saved state is trained by {was}, that of this optimizer by {now}: give prepare the same "
-            "target_modules= as then, or start without that state if it is of another optimizer"
         )
     if (kind := theirs.get("moments", "dense")) != mine["moments"]:
         raise UserError(
@@ -81,7 +83,12 @@ def _check_engine(mine: Group, theirs: Group) -> None:
 
 
 def _check_weights(mine: Group, theirs: Group) -> None:
-    """Check that both groups hold the same weights in the same order; without names, weights of the same kind."""
+    """Check that both groups hold the same target weights in the same order; without names, of the same kind.
+
+    Names of other parameters may change, such as that of a head, or with a version of transformers.
+    """
+    if _is_plain(mine):
+        return
     own, saved = mine.get("param_names"), theirs.get("param_names")
     if own is not None and saved is not None:
         pair = _find_other(own, saved) if len(own) == len(saved) else None  # torch refuses another number
@@ -114,6 +121,11 @@ def _has_other_directions(mine: Mapping[str, Any], theirs: Mapping[str, Any]) ->
     if own is None or saved is None:
         return False
     return len(own) != len(saved) or any(abs(a - b) > _SAME_DIRECTION for a, b in zip(own, saved, strict=True))
+
+
+def _is_plain(group: Group) -> bool:
+    """Whether a group is trained by plain AdamW, as the parameters beside the target weights."""
+    return not is_sparse(group) and not group.get("weight_shape")
 
 
 def _get_engine(group: Mapping[str, Any]) -> str:

@@ -6,8 +6,7 @@ Nothing here makes the CPU wait for a GPU, unless training stands still already.
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from sparsegrad.optim.later import Later
 
 Groups = list[dict[str, Any]]
 
-_SILENT = 3  # steps after which a kind of layers without a gradient is refused: a batch may leave out some layers
+_SILENT = 20  # steps after which cores without any gradient are refused: a batch may leave out layers, as experts
 _INTERVAL = 10  # steps between two looks at the number of skipped ones
 _WARNINGS = (10, 100)  # skipped steps in a row at which to warn
 
@@ -29,33 +28,31 @@ class Watch:
 
     def __init__(self) -> None:
         self._watches_frozen = self._watches_cores = True
-        self._called: set[str] = set()  # kinds of cores that have had a gradient
-        self._silent: Counter[str] = Counter()  # for the other kinds, steps that had one elsewhere
+        self._silent = 0  # steps in which other parameters had a gradient, but no core so far
         self._steps = self._in_a_row = self._seen = 0  # all steps; of these skipped in a row, and skipped at all
         self._counts: list[Later] = []  # of skipped steps, not read yet
 
-    def check(self, groups: Groups) -> None:
+    def check(self, groups: Groups, state: Mapping[Tensor, Any]) -> None:
         """Before a step: warn of frozen SparseGrad weights, and refuse cores whose layers are never called."""
         if self._watches_frozen:
             self._watches_frozen = not _warn_of_frozen(groups)
         if self._watches_cores:
-            self._check_cores(groups)
+            self._check_cores(groups, state)
 
-    def _check_cores(self, groups: Groups) -> None:
-        """Refuse a step if a kind of cores has had no gradient in the first steps, but other parameters have.
+    def _check_cores(self, groups: Groups, state: Mapping[Tensor, Any]) -> None:
+        """Refuse a step if no core has ever had a gradient, and other parameters have had one in several steps.
 
-        In back-propagation every core has a gradient whose layer was called. Once every kind has had one, this ends.
-        Frozen cores do not count: they may train later.
+        In back-propagation every core has a gradient whose layer was called. Once one has, as before the last save of
+        a loaded state, this ends: which of the layers a batch needs is a matter of the model. Frozen cores do not
+        count: they may train later.
         """
-        self._called |= {group["kind"] for group in groups if group.get("weight_shape") and _has_gradient(group)}
-        waiting = [group for group in groups if group.get("weight_shape") and group["kind"] not in self._called]
-        self._watches_cores = bool(waiting)
-        if not waiting or not any(_has_gradient(group) for group in groups):
+        cores = [core for group in groups if group.get("weight_shape") for core in group["params"]]
+        self._watches_cores = bool(cores) and not any(core.grad is not None or state.get(core) for core in cores)
+        if not self._watches_cores or not any(core.requires_grad for core in cores):
             return
-        for group in waiting:
-            self._silent[group["kind"]] += any(core.requires_grad for core in group["params"])
-            if self._silent[group["kind"]] >= _SILENT:
-                raise _uncalled_error(group)
+        self._silent += any(_has_gradient(group) for group in groups)
+        if self._silent >= _SILENT:
+            raise _uncalled_error(next(group for group in groups if group.get("weight_shape")))
 
     def count(self, skipped: Tensor | int, groups: Groups) -> None:
         """After a step: warn if many steps in a row were skipped; `skipped` counts all of them, on a device."""
@@ -77,10 +74,10 @@ def _has_gradient(group: dict[str, Any]) -> bool:
 def _uncalled_error(group: dict[str, Any]) -> UserError:
     layer = name_of(group, 0).removesuffix(".core")
     return UserError(
-        f"no layer of kind {group['kind']} has had a gradient in {_SILENT} steps, though other parameters have: the "
-        f"forward of {layer} and of the others is not called, as when fused code reads their weight. Engine fast needs "
-        'that call: make it, or give prepare engine="exact", rotation_order="gradient". If these layers do not take '
-        "part yet, freeze their cores with requires_grad_(False) until then"
+        f"no core has had a gradient in {_SILENT} steps, though other parameters have: the forward of {layer} and of "
+        "the other layers is not called, as when fused code reads their weight. Engine fast needs that call: make it, "
+        'or give prepare engine="exact", rotation_order="gradient". If these layers do not take part yet, freeze their '
+        "cores with requires_grad_(False) until then"
     )
 
 

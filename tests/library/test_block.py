@@ -242,3 +242,16 @@ def test_under_autocast_the_frozen_weight_is_cast_once_after_each_merge(linear, 
     assert not forward().any()
     layer(x)  # without autocast nothing is cast
     assert layer._cast[1] is not None
+
+
+def test_nested_inputs_are_taken_without_a_gradient_and_refused_with_one(linear, basis) -> None:
+    """As by engine `exact`; what has changed in the core is merged first."""
+    layer = BlockLinear.from_linear(linear, basis, CORE)
+    rows = [torch.randn(2, IN, dtype=torch.float64), torch.randn(3, IN, dtype=torch.float64)]
+    x = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    with torch.no_grad():
+        layer.core.add_(0.1)
+        assert torch.allclose(layer(x).values(), layer(torch.cat(rows)), atol=1e-12)
+    assert layer.merged.equal(layer.core)
+    with pytest.raises(UserError, match="nested tensors"):
+        layer(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -110,6 +111,32 @@ def test_a_gradient_that_flows_on_from_functional_call_is_refused() -> None:
     fast = {name: one - 0.1 * one.detach() for name, one in model.named_parameters()}
     with pytest.raises(UserError, match=r"did not compute.*rotation_order='gradient'"):
         torch.func.functional_call(model, fast, (tokens(5),)).sum().backward()
+
+
+@pytest.mark.parametrize("calls", list(itertools.product("ec", repeat=3)), ids="".join)
+def test_eager_and_compiled_calls_of_one_layer_add_up(calls: tuple[str, ...]) -> None:
+    torch.compiler.reset()
+    gradients = []
+    for order in ("auto", "gradient"):
+        model = Network()
+        optimizer_for(model, order)
+        compiled = torch.compile(model.up, backend="aot_eager")
+        for call in calls:
+            (compiled if call == "c" else model.up)(tokens(5)).square().sum().backward()
+        sum((compiled if call == "c" else model.up)(tokens(5)).square().sum() for call in calls).backward()
+        gradients.append(model.up.weight.grad)
+    torch.testing.assert_close(gradients[0], bases()["up"].rotate(gradients[1]))
+
+
+def test_a_parameter_that_replaces_the_weight_has_rotated_gradients_as_before() -> None:
+    """An optimizer that follows it, as libraries arrange that replace parameters, takes them for rotated."""
+    model = Network()
+    optimizer_for(model, "auto")
+    loss_of(model, tokens(5)).backward()
+    expected = model.up.weight.grad
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    loss_of(model, tokens(5)).backward()
+    assert torch.equal(model.up.weight.grad, expected)
 
 
 def test_a_weight_that_was_replaced_is_checked_after_the_next_prepare() -> None:

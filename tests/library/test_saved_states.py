@@ -76,6 +76,19 @@ def test_the_state_of_another_optimizer_is_refused(of: str) -> None:
         refused(plain, sparse, "is trained by SparseGrad, that of this optimizer by plain AdamW")
 
 
+def test_the_state_of_plain_adamw_is_refused_by_engine_fast_as_what_it_is() -> None:
+    model = TwoKinds()
+    mine = prepare(model, BATCHES, ["fc", "g"], density=0.1, calibration_steps=4, engine="fast")
+    other = torch.optim.AdamW([{"params": group["params"]} for group in mine.param_groups])
+    refused(mine, other.state_dict(), "is trained by plain AdamW, that of this optimizer by SparseGrad")
+
+
+def test_parameters_beside_the_target_weights_may_have_other_names() -> None:
+    state = trained().state_dict()
+    state["param_groups"][2]["param_names"] = ["classifier.weight", "classifier.bias"]
+    trained().load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
