@@ -144,6 +144,7 @@ class LeanLinear(nn.Linear):
         if linear.rotation is not None and linear.rotation is not rotation:
             linear.rotation.replaced = True  # the earlier optimizer must not take these gradients for its own
         linear.rotation = rotation
+        linear.__dict__.pop("is_traced", None)  # of calls before this
         linear._watch()
         return linear
 
@@ -214,19 +215,26 @@ class LeanLinear(nn.Linear):
     def _rotates(self) -> bool:
         """Whether the gradient is to be rotated: only that of the parameter itself, which the optimizer steps.
 
-        Another tensor in its place, as `torch.func.functional_call` puts there, gets a plain gradient. A new parameter
-        is the layer's own, as after `load_state_dict(assign=True)`: whoever puts it there gives it to the optimizer.
+        Another tensor in its place, as `torch.func.functional_call` puts there, gets a plain gradient.
         """
         if self.rotation is None or not self.weight.requires_grad:
             return False
         self._refuse_replica()
-        if self._guard is None or self._guard.watches(self.weight):
-            return True
-        if not isinstance(self.weight, nn.Parameter):
-            return False
-        if not torch.compiler.is_compiling():
+        return self._guard is None or self._guard.watches(self.weight)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As for every module. A new weight is the layer's own, as after `load_state_dict(assign=True)`.
+
+        So it gets rotated gradients: whoever puts it there gives it to the optimizer.
+        """
+        super().register_parameter(name, param)
+        if name == "weight":
             self._watch()
-        return True
+
+    def _apply(self, *args: Any, **kwargs: Any) -> LeanLinear:
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._watch()  # a conversion may have replaced the weight
+        return self
 
     def _refuse_replica(self) -> None:
         """Raise `UserError` in a copy that `nn.DataParallel` makes, whose gradients the original could not check."""
@@ -278,5 +286,5 @@ class LeanLinear(nn.Linear):
         self._watch()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the guard, which neither a copy nor a file can have."""
-        return {name: value for name, value in self.__dict__.items() if name != "_guard"}
+        """Without the guard, which neither a copy nor a file can have, and what is known of compiled calls."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_guard", "is_traced")}

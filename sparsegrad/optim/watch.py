@@ -18,7 +18,7 @@ from sparsegrad.optim.later import Later
 
 Groups = list[dict[str, Any]]
 
-_SILENT = 20  # steps after which cores without any gradient are refused: a batch may leave out layers, as experts
+_SILENT = 20  # steps after which cores without a gradient are mentioned: a batch may leave out layers, as experts
 _INTERVAL = 10  # steps between two looks at the number of skipped ones
 _WARNINGS = (10, 100)  # skipped steps in a row at which to warn
 
@@ -28,31 +28,35 @@ class Watch:
 
     def __init__(self) -> None:
         self._watches_frozen = self._watches_cores = True
-        self._silent = 0  # steps in which other parameters had a gradient, but no core so far
+        self._silent = 0  # steps with gradients, but none so far for a kind of cores
         self._steps = self._in_a_row = self._seen = 0  # all steps; of these skipped in a row, and skipped at all
         self._counts: list[Later] = []  # of skipped steps, not read yet
 
     def check(self, groups: Groups, state: Mapping[Tensor, Any]) -> None:
-        """Before a step: warn of frozen SparseGrad weights, and refuse cores whose layers are never called."""
+        """Before a step: warn of frozen SparseGrad weights; warn of cores whose layers are never called, or refuse."""
         if self._watches_frozen:
             self._watches_frozen = not _warn_of_frozen(groups)
         if self._watches_cores:
             self._check_cores(groups, state)
 
     def _check_cores(self, groups: Groups, state: Mapping[Tensor, Any]) -> None:
-        """Refuse a step if no core has ever had a gradient, and other parameters have had one in several steps.
+        """After some steps, refuse the next if no core has ever had a gradient; if those of a kind have not, warn.
 
-        In back-propagation every core has a gradient whose layer was called. Once one has, as before the last save of
-        a loaded state, this ends: which of the layers a batch needs is a matter of the model. Frozen cores do not
-        count: they may train later.
+        In back-propagation every core has a gradient whose layer was called. Which kinds a batch needs is a matter of
+        the model, as with experts. Frozen cores do not count: they may train later. Steps without any gradient do not
+        count either. A core with a state has had a gradient, as in the steps before a loaded state was saved.
         """
-        cores = [core for group in groups if group.get("weight_shape") for core in group["params"]]
-        self._watches_cores = bool(cores) and not any(core.grad is not None or state.get(core) for core in cores)
-        if not self._watches_cores or not any(core.requires_grad for core in cores):
+        cores = [group for group in groups if group.get("weight_shape")]
+        waiting = [group for group in cores if not _has_trained(group, state)]
+        self._watches_cores = bool(waiting)
+        waiting = [group for group in waiting if any(core.requires_grad for core in group["params"])]
+        self._silent += bool(waiting) and any(_has_gradient(group) for group in groups)
+        if self._silent < _SILENT or not waiting:
             return
-        self._silent += any(_has_gradient(group) for group in groups)
-        if self._silent >= _SILENT:
-            raise _uncalled_error(next(group for group in groups if group.get("weight_shape")))
+        if not any(_has_trained(group, state) for group in cores):
+            raise UserError(_describe_uncalled(waiting[0]))
+        self._watches_cores = False
+        warnings.warn(_describe_uncalled(waiting[0]), stacklevel=2)
 
     def count(self, skipped: Tensor | int, groups: Groups) -> None:
         """After a step: warn if many steps in a row were skipped; `skipped` counts all of them, on a device."""
@@ -71,13 +75,17 @@ def _has_gradient(group: dict[str, Any]) -> bool:
     return any(parameter.grad is not None for parameter in group["params"])
 
 
-def _uncalled_error(group: dict[str, Any]) -> UserError:
+def _has_trained(group: dict[str, Any], state: Mapping[Tensor, Any]) -> bool:
+    return any(parameter.grad is not None or state.get(parameter) for parameter in group["params"])
+
+
+def _describe_uncalled(group: dict[str, Any]) -> str:
     layer = name_of(group, 0).removesuffix(".core")
-    return UserError(
-        f"no core has had a gradient in {_SILENT} steps, though other parameters have: the forward of {layer} and of "
-        "the other layers is not called, as when fused code reads their weight. Engine fast needs that call: make it, "
-        'or give prepare engine="exact", rotation_order="gradient". If these layers do not take part yet, freeze their '
-        "cores with requires_grad_(False) until then"
+    return (
+        f"no core of kind {group['kind']} has had a gradient in {_SILENT} steps, though other parameters have: the "
+        f"forward of {layer} and of the other layers of this kind is not called, as when fused code reads their weight."
+        ' Engine fast needs that call: make it, or give prepare engine="exact", rotation_order="gradient". If these '
+        "layers do not take part yet, freeze their cores with requires_grad_(False) until then"
     )
 
 

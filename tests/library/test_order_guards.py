@@ -139,6 +139,20 @@ def test_a_parameter_that_replaces_the_weight_has_rotated_gradients_as_before() 
     assert torch.equal(model.up.weight.grad, expected)
 
 
+def test_parameters_given_to_functional_call_get_plain_gradients_of_their_own() -> None:
+    model, plain = Network(), Network()
+    optimizer_for(model, "auto")
+    optimizer_for(plain, "gradient")
+    found = []
+    for one in (model, plain):
+        other = {name: nn.Parameter(value.detach().clone()) for name, value in one.named_parameters()}
+        loss = loss_of(one, tokens(5)) + loss_of(one, tokens(7))
+        (loss + torch.func.functional_call(one, other, (tokens(6),)).square().sum()).backward()
+        found.append((one.up.weight.grad, other["up.weight"].grad))
+    assert torch.allclose(found[0][0], bases()["up"].rotate(found[1][0]))
+    assert torch.allclose(found[0][1], found[1][1])
+
+
 def test_a_weight_that_was_replaced_is_checked_after_the_next_prepare() -> None:
     model = Network()
     optimizer_for(model, "auto")

@@ -16,7 +16,7 @@ from toy_models import toy_batches, toy_model
 
 from sparsegrad import SparseGradAdamW, UserError, prepare
 
-UNCALLED = r"no core has had a gradient in 20 steps.*the forward of \S*dense and of the other layers is not called"
+UNCALLED = r"no core of kind {} has had a gradient in 20 steps.*the forward of \S*dense and of the other layers"
 
 
 def made(engine: str) -> tuple[Any, SparseGradAdamW]:
@@ -42,16 +42,21 @@ def test_cores_whose_layers_are_not_called_are_refused_before_anything_moves() -
     use_weights_of(model, "intermediate|output")
     silent(model, optimizer, BATCHES[:1] * 19)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(UserError, match=UNCALLED):
+    with pytest.raises(UserError, match=UNCALLED.format("intermediate")):
         train(model, optimizer, BATCHES[:1])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_a_kind_may_wait_for_its_batch() -> None:
+def test_a_kind_may_wait_for_its_batch_and_is_mentioned_once() -> None:
     """As an expert of a kind of its own, or the layers for images while all batches are text; also after a resume."""
     model, optimizer = made("fast")
     use_weights_of(model, "output")
+    silent(model, optimizer, BATCHES[:1] * 19)
+    with pytest.warns(UserWarning, match=UNCALLED.format("output")):
+        train(model, optimizer, BATCHES[:1])
     silent(model, optimizer, BATCHES[:1] * 25)
+    model, optimizer = made("fast")
+    silent(model, optimizer, BATCHES[:1])
     resumed_model, resumed = made("fast")
     resumed.load_state_dict(optimizer.state_dict())
     use_weights_of(resumed_model, "intermediate|output")
