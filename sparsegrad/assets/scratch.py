@@ -12,26 +12,33 @@ from pathlib import Path
 from filelock import FileLock, Timeout  # a requirement of torch
 
 from sparsegrad.assets.table import ASSETS, Asset
-from sparsegrad.errors import UserError
+from sparsegrad.files import is_of_writing, unwritable
 
 _LOCK = "running.lock"  # in each folder; a running download holds it
+_OTHERWISE = ", with SPARSEGRAD_ASSETS"
 _YOUNG_SECONDS = 3600.0  # a younger folder may belong to a download that does not hold its lock yet
 
 
 @contextmanager
 def make_scratch(asset: Asset, root: Path) -> Iterator[Path]:
-    """Create a temporary folder in `root`: on the same file system, so that the last step is one rename."""
+    """Create a temporary folder in `root`: on the same file system, so that files can be renamed into place.
+
+    Raises:
+        ResourceError: if `root` cannot be written, also later, as when the disk becomes full.
+    """
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_left(root)
         scratch = Path(tempfile.mkdtemp(prefix=f".{asset.name}.", suffix=".tmp", dir=root))
     except OSError as error:
-        raise UserError(
-            f"assets folder {root} cannot be written ({error.strerror}); set SPARSEGRAD_ASSETS to another folder"
-        ) from None
+        raise unwritable(root, error, _OTHERWISE) from None
     try:
         with FileLock(scratch / _LOCK):
             yield scratch
+    except Exception as error:
+        if not is_of_writing(error, (root,)):
+            raise
+        raise unwritable(root, error, _OTHERWISE) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

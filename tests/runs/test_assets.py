@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from asset_cases import CONTENT, Toy, contents, giving, offline, sha, tarball, wheel
+from asset_cases import CONTENT, Toy, contents, giving, names, offline, sha, tarball, wheel
 from asset_cases import toy as toy  # the fixture
 from filelock import FileLock
 
 from sparsegrad.assets import download as assets
-from sparsegrad.assets import scratch
+from sparsegrad.assets import placing, scratch
 from sparsegrad.assets.table import ASSETS, Asset, AssetFile
 from sparsegrad.errors import ResourceError, UserError
 
@@ -91,24 +92,24 @@ def test_an_interrupted_fetch_leaves_no_half_asset(toy: Toy, tmp_path: Path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(assets, "_replace", killed)
+        patch.setattr(assets, "place_files", killed)
         with pytest.raises(KeyboardInterrupt):
             assets.fetch(["toy"], download=giving(wheel()))
-    assert list((tmp_path / "root").iterdir()) == []
+    assert names(tmp_path / "root") == []
     assets.fetch(["toy"], download=giving(wheel()))
     assert assets.asset_path("toy").is_dir()
 
 
 def test_only_old_leftovers_of_killed_fetches_are_removed(toy: Toy, tmp_path: Path) -> None:
     toy(wheel())
-    names = {
+    folders_of = {
         "killed": ".toy.1.tmp",
         "running": ".toy.2.tmp",
         "young": ".toy.3.tmp",
         "mine": ".notes.tmp",
         "own": ".toy.own.tmp",
     }
-    folders = {what: tmp_path / "root" / name for what, name in names.items()}
+    folders = {what: tmp_path / "root" / name for what, name in folders_of.items()}
     for what, folder in folders.items():
         (folder / "files").mkdir(parents=True)
         if what != "own":
@@ -130,7 +131,7 @@ def test_a_running_fetch_holds_a_lock_that_ends_with_it(toy: Toy, tmp_path: Path
         return giving(wheel())(asset, folder)
 
     assets.fetch(["toy"], download=long)
-    assert [path.name for path in (tmp_path / "root").iterdir()] == ["toy"]
+    assert names(tmp_path / "root") == ["toy"]
 
 
 def test_a_file_that_cannot_be_read_is_not_called_corrupt(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +161,68 @@ def test_a_corrupt_file_is_shown_and_mended(toy: Toy, tmp_path: Path) -> None:
         assets.asset_path("toy")
     assets.fetch(["toy"], download=giving(wheel()))
     assert (assets.asset_path("toy") / "a.txt").read_bytes() == b"first"
-    assert [entry.name for entry in (tmp_path / "root").iterdir()] == ["toy"]
+    assert names(tmp_path / "root") == ["toy"]
+
+
+@pytest.mark.parametrize("before", [{}, {"a.txt": b"my own"}, {"a.txt": b"first", "config.json": b"{}"}])
+def test_files_of_the_user_in_the_folder_of_an_asset_stay(toy: Toy, tmp_path: Path, before: dict[str, bytes]) -> None:
+    toy(wheel())
+    folder, said = tmp_path / "root" / "toy", list[str]()
+    (folder / "sub").mkdir(parents=True)
+    own = before | {"notes.txt": b"mine", "sub/data.json": b"[]"}
+    for name, data in own.items():
+        (folder / name).write_bytes(data)
+    assets.fetch(["toy"], download=giving(wheel()), say=said.append)
+    found = contents(folder)
+    assert set(own.values()) <= set(found.values()), "every file of the user is there"
+    moved = {"a.txt": "a.txt.old"} if before.get("a.txt") == b"my own" else {}
+    assert found == {moved.get(name, name): data for name, data in own.items()} | CONTENT
+    assert [f"{folder / name} had other content, which is now in {kept}" for name, kept in moved.items()] == said[1:-1]
+
+
+def test_what_an_earlier_fetch_kept_stays_too(toy: Toy, tmp_path: Path) -> None:
+    toy(wheel())
+    for content in (b"one", b"two"):
+        (tmp_path / "root" / "toy").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / "toy" / "a.txt").write_bytes(content)
+        assets.fetch(["toy"], download=giving(wheel()))
+    kept = {"a.txt.old": b"one", "a.txt.old1": b"two"}
+    assert contents(tmp_path / "root" / "toy") == CONTENT | kept
+
+
+def test_the_same_command_repairs_what_a_kill_between_two_files_leaves(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy(wheel())
+    folder = tmp_path / "root" / "toy"
+    folder.mkdir(parents=True)
+    (folder / "b.bin").write_bytes(b"mine")
+    for allowed in (0, 1):  # files that are placed before the kill
+        with monkeypatch.context() as patch:
+            left = iter(range(allowed))
+
+            def move(file: Path, place: Path, left: Iterator[int] = left) -> None:
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                file.rename(place)
+
+            patch.setattr(placing.shutil, "move", move)
+            with pytest.raises(KeyboardInterrupt):
+                assets.fetch(["toy"], download=giving(wheel()))
+        assert assets.problem(ASSETS["toy"], tmp_path / "root")
+    assets.fetch(["toy"], download=giving(wheel()))
+    assert contents(tmp_path / "root") == {f"toy/{name}": data for name, data in CONTENT.items()} | {
+        "toy/b.bin.old": b"mine"
+    }
+
+
+def test_a_file_in_the_place_of_the_folder_is_named_before_the_download(toy: Toy, tmp_path: Path) -> None:
+    toy(wheel())
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "toy").write_text("mine")
+    with pytest.raises(UserError, match=r"toy is a file: rename it, or set SPARSEGRAD_ASSETS"):
+        assets.fetch(["toy"], download=offline)
+    assert (tmp_path / "root" / "toy").read_text() == "mine"
 
 
 def test_files_are_hashed_once_per_process(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:

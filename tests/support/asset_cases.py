@@ -75,4 +75,13 @@ def offline(asset: Asset, folder: Path) -> Path:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if _is_content(path)}
+
+
+def names(root: Path) -> list[str]:
+    """What is in `root`, without the lock of a download, which stays."""
+    return sorted(path.name for path in root.iterdir() if path.suffix != ".lock")
+
+
+def _is_content(path: Path) -> bool:
+    return path.is_file() and path.suffix != ".lock"
