@@ -84,10 +84,12 @@ def flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def unwritable(path: Path, error: Exception) -> ResourceError:
-    """The error for a path that cannot be written, with the remedy for its cause."""
+def unwritable(path: Path, error: Exception, otherwise: str = "") -> ResourceError:
+    """The error for a path that cannot be written, with the remedy for its cause and, after it, `otherwise`."""
     reason = getattr(error, "strerror", None) or first_line(error)
-    return ResourceError(f"cannot write {path}: {reason}; {_find_remedy(path, getattr(error, 'errno', None))}")
+    return ResourceError(
+        f"cannot write {path}: {reason}; {_find_remedy(path, getattr(error, 'errno', None))}{otherwise}"
+    )
 
 
 def unreadable(path: Path | str | None, error: OSError, otherwise: str = "") -> ResourceError:

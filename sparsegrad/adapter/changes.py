@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from sparsegrad.adapter.format import DTYPES
-from sparsegrad.adapter.merge import named_tensors
+from sparsegrad.adapter.format import DTYPES, HALVES
+from sparsegrad.adapter.merge import check_present, named_tensors
 from sparsegrad.errors import UserError
 
 
@@ -25,10 +25,13 @@ def find_changed(
 
     Raises:
         UserError: for a base that shares tensors with the model, or has another shape or dtype; a changed tensor that
-            is not finite or that an adapter cannot store; or no change at all.
+            is not finite or that an adapter cannot store; tensors without values; or no change at all.
     """
     changed, moving = {}, {*trained, *_list_statistics(model)} - new
     for name, tensor in named_tensors(model).items():
+        check_present(name, tensor)
+        if name not in new:
+            check_present(f"{name} of the base", before[name])
         if name in moving:
             _refuse_shared(name, tensor, before[name])
         if name in new or _differs(name, tensor, before[name]):
@@ -37,6 +40,17 @@ def find_changed(
     if not changed:
         raise UserError("the model equals its base in every weight: train it first, or name the base it came from")
     return changed
+
+
+def find_narrow(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """The dtype of 16 bits that holds every value of wider floating-point tensors; None without one."""
+    for dtype in HALVES:
+        if tensors and all(
+            one.dtype in (torch.float32, torch.float64) and torch.equal(one.to(dtype).to(one.dtype), one)
+            for one in tensors
+        ):
+            return dtype
+    return None
 
 
 def list_trainable(model: nn.Module) -> set[str]:

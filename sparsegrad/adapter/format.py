@@ -2,11 +2,11 @@
 
 Saving must not damage an existing adapter. So new tensors are first stored under a temporary name that contains their
 sha256. Replacing the JSON, which holds the sha256 of its tensors, is the atomic switch from the old adapter to the new.
+One process saves at a time.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,18 +19,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sparsegrad.adapter.folder_lock import Files, saving
 from sparsegrad.adapter.lora_files import CONFIG
 from sparsegrad.errors import UserError
-from sparsegrad.files import flush, load_json, save_tensors, unreadable, unwritable, write_json
+from sparsegrad.files import flush, load_json, save_tensors, unreadable, write_json
 from sparsegrad.hashing import file_sha256, tensors_sha256
 
 FORMAT = "sparsegrad-adapter-1"
 TENSORS, FACTS = "sparsegrad_adapter.safetensors", "sparsegrad_adapter.json"
 _WAITING = "sparsegrad_adapter.{}.safetensors"  # tensors of a save in progress; the name contains their sha256
+_SCRATCH = ".sparsegrad_adapter.*.saving"  # folder of a save in progress, with the process id
+# What a killed save leaves beside it; tensors are from an earlier version.
+_DEAD = (".sparsegrad_adapter.json.*.tmp", ".sparsegrad_adapter.safetensors.*.tmp", _WAITING.format("[0-9a-f]" * 64))
 _SHA256 = re.compile("[0-9a-f]{64}")
 BASIS_PARTS = ("out_basis", "in_basis")  # stored per kind, only the columns that its kept entries need
 FORMS = ("whole", "sparse", "rotated")
 DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+HALVES = (torch.bfloat16, torch.float16)
 # Buffers that hold counts.
 DTYPES |= {str(dtype): dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}
 
@@ -97,54 +102,51 @@ def write_adapter(
         Size of the tensors' file in bytes.
 
     Raises:
-        UserError: when the folder cannot be written, or the JSON that is there cannot be read now.
+        UserError: when the folder cannot be written, or the JSON of an interrupted save cannot be read now.
     """
     tensors = {f"{name}::values": entry.values.contiguous() for name, entry in entries.items()}
     tensors |= {f"{name}::index": entry.index for name, entry in entries.items() if entry.index is not None}
     tensors |= {f"{name}::basis": tensor.contiguous() for name, tensor in bases.items()}
     listed = {name: _describe_entry(entry) for name, entry in entries.items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _finish_interrupted(folder)
-        waiting, sha256 = _write_waiting(folder, tensors)
-        size = waiting.stat().st_size
-        try:
-            # From here on the new adapter is valid: `tensors_path` finds its tensors under either name.
-            write_json(folder / FACTS, {"format": FORMAT, **facts, "sha256": sha256, "tensors": listed})
-        except UserError:
-            waiting.unlink()
-            raise
-        waiting.replace(folder / TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise unwritable(folder / TENSORS, error) from None
+    with saving(folder, ADAPTER) as scratch:
+        stored = scratch / TENSORS  # in a folder: safetensors itself writes another file beside it first
+        save_tensors(tensors, stored, {"format": FORMAT})
+        flush(stored)  # to disk before the JSON can refer to them
+        size, sha256 = stored.stat().st_size, file_sha256(stored)
+        write_json(scratch / FACTS, {"format": FORMAT, **facts, "sha256": sha256, "tensors": listed})
+        _exchange(folder, scratch, sha256)
     return size
 
 
-def _finish_interrupted(folder: Path) -> None:
-    """Complete or undo a save that was killed: rename the tensors that the JSON refers to, and delete others."""
+def _exchange(folder: Path, scratch: Path, sha256: str) -> None:
+    """Replace the adapter by the one in `scratch`: three renames, each of which fails if `scratch` was deleted."""
+    waiting = folder / _WAITING.format(sha256)
+    try:
+        (scratch / TENSORS).replace(waiting)
+        # From here on the new adapter is valid: `tensors_path` finds its tensors under either name.
+        (scratch / FACTS).replace(folder / FACTS)
+        waiting.replace(folder / TENSORS)
+    finally:
+        _settle(folder)  # renames the tensors if the JSON refers to them
+        waiting.unlink(missing_ok=True)
+
+
+def _settle(folder: Path) -> None:
+    """Complete a save that was interrupted: rename the tensors that the JSON refers to."""
+    if not any(folder.glob(_WAITING.format("*"))):
+        return
     try:
         current = _WAITING.format(_read_facts(folder / FACTS)["sha256"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        current = None  # no adapter, or a damaged one
+        return  # no adapter, or a damaged one
     except OSError as error:  # as for a moment on a network file system: the adapter may be valid
         raise unreadable(folder / FACTS, error) from None
     for path in folder.glob(_WAITING.format("*")):
         if path.name == current:
             path.replace(folder / TENSORS)
-        elif _SHA256.fullmatch(path.name.split(".")[1]):
-            path.unlink()
 
 
-def _write_waiting(folder: Path, tensors: dict[str, Tensor]) -> tuple[Path, str]:
-    """Store the tensors under the name of their sha256, flushed to disk before the JSON can refer to them."""
-    scratch = folder / f".{TENSORS}.{os.getpid()}.tmp"
-    try:
-        save_tensors(tensors, scratch, {"format": FORMAT})
-        flush(scratch)
-        sha256 = file_sha256(scratch)
-        return scratch.replace(folder / _WAITING.format(sha256)), sha256
-    finally:
-        scratch.unlink(missing_ok=True)
+ADAPTER = Files(FACTS, TENSORS, _SCRATCH, _DEAD, _settle)
 
 
 def tensors_path(folder: Path, sha256: Any) -> Path:

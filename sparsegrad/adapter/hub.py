@@ -102,7 +102,9 @@ def push_to_hub(
     """Upload an adapter to a model repository of the Hugging Face hub, in one commit.
 
     Its files and its model card are uploaded, and nothing else of the folder. The files are checked first, so that a
-    damaged adapter is not published. Needs the package `huggingface_hub`.
+    damaged adapter is not published: those of `save_adapter` by their sha256, those of a LoRA adapter for being
+    complete. A save of a LoRA adapter that was killed is completed or undone before. Needs the package
+    `huggingface_hub`.
 
     Args:
         folder: a folder of `save_adapter` or `save_lora`, what these functions returned, or a loaded `Adapter`.
@@ -147,7 +149,10 @@ def _check_upload(folder: Any, repo_id: Any) -> None:
 
 def _find_files(folder: Path) -> dict[str, Path]:
     """Name in the repository -> path, of the adapter in `folder`, SparseGrad's or LoRA's."""
+    if not (folder / FACTS).is_file():
+        lora_files.settle_lora(folder)
     if (folder / lora_files.CONFIG).is_file() and not (folder / FACTS).is_file():
+        lora_files.check_lora(folder)
         files = {name: folder / name for name in (lora_files.CONFIG, lora_files.TENSORS, _CARD)}
     else:
         facts, _, _ = read_adapter(folder)

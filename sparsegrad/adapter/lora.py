@@ -82,12 +82,25 @@ def save_lora(
             quantized or not finite; a change that peft cannot store; or a folder that holds an adapter of
             `save_adapter`, or cannot be written, which keeps its old adapter.
     """
+    refuse_other_format(Path(folder), FACTS, "an adapter of save_adapter")
+    return write_matrices(model, folder, base, rank=rank, max_error=max_error, target_modules=target_modules)
+
+
+def write_matrices(
+    model: nn.Module,
+    folder: str | Path,
+    base: Base | None = None,
+    *,
+    rank: int | None = None,
+    max_error: float | None = None,
+    target_modules: Names | None = None,
+) -> SavedLora:
+    """As `save_lora`, for a model without shards; an adapter of `save_adapter` stays, except for its card."""
     model = unwrap_compiled(model)
     refuse_fsdp1(model)
     with _plain_linears(model) as blocks:
         _check_options(blocks, rank, max_error, target_modules)
         check_plain(model)
-        refuse_other_format(Path(folder), FACTS, "an adapter of save_adapter")
         _refuse_quantized(model)
         named = {} if target_modules is None else _find_named(model, target_modules, rank)
         before, new = read_base(model, base, _expect_names(model, base, {**named, **blocks}))
@@ -105,6 +118,30 @@ def save_lora(
     saved = SavedLora(Path(folder), ranks, errors, tuple(layout.whole), layout.bias, *sizes)
     write_lora_card(saved, source, get_class_name(model))
     return saved
+
+
+def check_changes(
+    model: nn.Module,
+    changed: set[str],
+    new: set[str],
+    blocks: Collection[str],
+    rank: int | None,
+    max_error: float | None,
+) -> None:
+    """Check before a training what `save_lora` could only refuse after it.
+
+    Args:
+        model: with plain linears; their values do not matter.
+        changed: names of the tensors that will change.
+        new: those of them that the base does not have.
+        blocks: names of the layers that engine `fast` makes.
+        rank, max_error: as for `save_lora`.
+
+    Raises:
+        UserError: for changes that peft cannot store, whatever their values.
+    """
+    _refuse_tied(model, changed)
+    _plan(model, changed, new, blocks, None, rank, max_error)
 
 
 @contextmanager
@@ -193,7 +230,7 @@ def _plan(
     model: nn.Module,
     changed: set[str],
     new: set[str],
-    blocks: Blocks,
+    blocks: Collection[str],
     named: Mapping[str, nn.Module] | None,
     rank: int | None,
     max_error: float | None,

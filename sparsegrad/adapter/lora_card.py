@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsegrad.adapter.card import describe_base, write_unless_edited
+from sparsegrad.adapter.card import LORA_MARK, describe_base, write_unless_edited
 
 _CARD = """---
 library_name: peft
@@ -36,7 +36,6 @@ The relative error of a weight is the Frobenius norm of what its LoRA matrices m
 
 Data, training settings, results and limitations: to be added by whoever trained it.
 """
-_MARK = "\n<!-- save_lora wrote this card and replaces it as long as it is unchanged: {} -->\n"
 
 
 @dataclass(frozen=True)
@@ -98,4 +97,4 @@ def write_lora_card(saved: SavedLora, source: str | None, model: str) -> None:
         )
     rows = "\n".join(f"| `{name}` | {rank} | {saved.errors[name]:.2g} |" for name, rank in saved.ranks.items())
     text = _CARD.format(**describe_base(source, model), model=model, content=saved, served=served, rows=rows)
-    write_unless_edited(saved.folder / "README.md", text, _MARK)
+    write_unless_edited(saved.folder / "README.md", text, LORA_MARK)

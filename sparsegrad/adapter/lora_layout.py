@@ -24,7 +24,7 @@ _TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ForCausalLM": ("CAUSAL_LM", ()),
     "LMHeadModel": ("CAUSAL_LM", ()),
 }
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # peft cannot wrap them
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # peft cannot wrap them
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _store_whole(
     stored = {f"{name}.{part}" for name in targets for part in ("weight", "bias")}
     owners = {name: name.rpartition(".")[0] for name in changed if name not in stored}
     for tensor, owner in owners.items():
-        if not owner or isinstance(model.get_submodule(owner), _CONTAINERS):
+        if not owner or isinstance(model.get_submodule(owner), CONTAINERS):
             kind = type(model.get_submodule(owner)).__name__
             raise UserError(f"{tensor} is a tensor of a {kind}, which peft cannot store in modules_to_save: {REMEDY}")
     # The heads of the task are stored whether they changed or not.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.bits import as_integers
+from sparsegrad.distributed import is_shard
 from sparsegrad.errors import UserError
 
 # Model -> the adapter that is merged into it. Weak keys: the entry is removed with its model.
@@ -36,6 +37,9 @@ Mark = tuple[torch.dtype, torch.Size, int]
 @dataclass
 class Patch:
     """Values to exchange with one tensor of the model: all of them, or those at flat positions `index`.
+
+    Values of a wider dtype than the tensor's widen all of it; the exchange back narrows it again. Both are exact, as
+    the entries without new values are still those of the narrower dtype.
 
     Attributes:
         values: values (n,) of the trained model; while merged, those of the base.
@@ -56,16 +60,19 @@ class Patch:
         All memory is allocated before the first write, and an interruption of the write is undone, so that an error
         leaves both unchanged.
         """
-        flat = target.detach().view(-1)
+        data = target.detach()
+        flat, whole = data.view(-1), data.to(self.values.dtype)  # the same memory, unless the dtype changes
         index = slice(None) if self.index is None else self.index.to(flat.device)
         old = flat[index].to(self.values.device, copy=True)
         # Assignment to a slice copies between devices; assignment by positions needs the values on the same device.
         new = self.values if self.index is None else self.values.to(flat.device)
         try:
-            flat[index] = new
+            whole.view(-1)[index] = new
+            _set_data(target, whole)
             self.values = old
         except BaseException:  # KeyboardInterrupt is raised between two lines: else the old values would be lost
             flat[index] = old.to(flat.device)
+            _set_data(target, data)
             raise
 
 
@@ -106,11 +113,14 @@ class Adapter:
     def merge(self) -> None:
         """Give the model the trained weights, in place.
 
+        Tensors of a narrower dtype than the trained ones, such as those of a base in bfloat16, are widened until
+        `unmerge`. If others stay narrow, call the model under `torch.autocast`.
+
         If it fails halfway, e.g. for lack of memory, the tensors exchanged so far are restored first.
 
         Raises:
             UserError: when this or another adapter is already merged, or the weights that the adapter changes were
-                modified since it was loaded or unmerged.
+                modified, sharded or offloaded since it was loaded or unmerged.
         """
         model = self._get_model()
         if model in MERGED:
@@ -168,10 +178,18 @@ class Adapter:
         """
         tensors = named_tensors(model)
         for name, patch in self._patches.items():
+            if name in tensors:
+                check_present(name, tensors[name])
             if name not in tensors or mark(tensors[name]) != patch.now:
                 raise UserError(f"{name} was changed since this adapter was loaded, merged or unmerged: {remedy}")
             check_contiguous(name, tensors[name])
         return {name: tensors[name] for name in self._patches}
+
+
+def _set_data(target: Tensor, data: Tensor) -> None:
+    """Give a tensor values of another dtype; it stays the same object, to which modules may be tied."""
+    if target.dtype != data.dtype:
+        target.data = data
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -202,6 +220,20 @@ def _draw_weights(device: torch.device) -> Tensor:
     """Random 64-bit numbers, the same on every device and in every call: drawn on the CPU, then moved."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(-(2**63), 2**63 - 1, (_TOGETHER,), generator=generator, device="cpu").to(device)
+
+
+def check_present(name: str, target: Tensor) -> None:
+    """Raise `UserError` for a tensor of which this process does not have all values."""
+    if is_shard(target):
+        raise UserError(
+            f"{name} is cut into shards (FSDP2, tensor parallelism), and an adapter needs whole weights: load and "
+            "merge the adapter before fully_shard, or load the model without shards"
+        )
+    if target.is_meta:
+        raise UserError(
+            f"{name} has no values (device meta), as with weights that are offloaded to the CPU or a disk: load the "
+            "model without offloading, such as with device_map=None"
+        )
 
 
 def check_contiguous(name: str, target: Tensor) -> None:

@@ -22,7 +22,7 @@ from sparsegrad.adapter.base import (
     write_gathered,
 )
 from sparsegrad.adapter.card import write_card
-from sparsegrad.adapter.changes import find_changed, list_trainable
+from sparsegrad.adapter.changes import find_changed, find_narrow, list_trainable
 from sparsegrad.adapter.format import BASIS_PARTS, Entry, add_rotated, digest, write_adapter
 from sparsegrad.adapter.lora_files import CONFIG
 from sparsegrad.adapter.merge import named_tensors
@@ -32,7 +32,7 @@ from sparsegrad.basis import Basis
 from sparsegrad.bits import as_integers
 from sparsegrad.errors import UserError, check_number, renamed_arguments
 from sparsegrad.optim.summary import describe
-from sparsegrad.targets import Linears, Names, find_mlp
+from sparsegrad.targets import Linears, Names, find_mlp, is_quantized
 
 _TRIES = 3  # to keep the tolerance in spite of rounding
 _SMALL = 2**16  # entries; smaller tensors outside the MLP are stored whole, such as a head, which no base has
@@ -78,10 +78,23 @@ def save_adapter(
             the model; a model that equals its base; weights that are not finite or of an unsupported dtype; or a folder
             that cannot be written or holds a LoRA adapter.
     """
+    refuse_other_format(Path(folder), CONFIG, "a LoRA adapter")
+    return write_changes(model, folder, base, optimizer, tolerance=tolerance, target_modules=target_modules)
+
+
+def write_changes(
+    model: nn.Module,
+    folder: str | Path,
+    base: Base | None = None,
+    optimizer: Any = None,
+    *,
+    tolerance: float = 0.0,
+    target_modules: Names | None = None,
+) -> Saved:
+    """As `save_adapter`, for a model without shards; a LoRA adapter in `folder` stays, except for its card."""
     check_number("tolerance", tolerance, at_least=0, below=1)
     model = unwrap_compiled(model)
     check_plain(model)
-    refuse_other_format(Path(folder), CONFIG, "a LoRA adapter")
     if tolerance and optimizer is None:
         raise UserError(f"tolerance={tolerance} needs the bases: give optimizer=, what sparsegrad.prepare returned")
     base = find_base(model, base)  # before the search for the weights, whose error would hide that it is missing
@@ -97,10 +110,17 @@ def save_adapter(
             if group.get("kind") is not None and group["basis"] is not None:
                 _rotate_kind(group, named_tensors(model), before, entries, bases, tolerance)
     saved = summarize(Path(folder), entries, bases, kinds, optimizer)
-    source, name = name_base(model, base), get_class_name(model)
-    facts = {"base": source or name, "model": name, "tolerance": tolerance, "mlp": kinds}
+    source, model_name = name_base(model, base), get_class_name(model)
+    # Of the target weights that stayed; the entries hold those of the others.
+    stayed = {
+        name: {"shape": list(one.shape), "dtype": str(one.dtype), "sha256": digest(one)}
+        for name, one in before.items()
+        if name in kinds and name not in entries and name not in new and not is_quantized(one)
+    }
+    facts = {"base": source or model_name, "model": model_name, "tolerance": tolerance, "mlp": kinds, "stayed": stayed}
     write_adapter(Path(folder), facts, entries, bases)
-    write_card(Path(folder), source, name, str(saved), tolerance)
+    narrow = find_narrow([before[name] for name in kinds if name in before])
+    write_card(Path(folder), source, model_name, str(saved), tolerance, narrow)
     return saved
 
 

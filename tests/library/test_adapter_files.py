@@ -5,18 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapter_checks import Prepared, own_model
+from filelock import FileLock
 from model_states import bits, has_bits
 from torch import nn
 
 from sparsegrad import UserError, load_adapter, save_adapter
+from sparsegrad.adapter import folder_lock
 from sparsegrad.adapter import format as adapter_file
-from sparsegrad.adapter.format import FACTS, TENSORS
+from sparsegrad.adapter.format import FACTS, TENSORS, Entry, read_adapter, write_adapter
 from sparsegrad.errors import ResourceError
 
 
@@ -39,6 +42,11 @@ def loaded(folder: Path) -> nn.Module:
     return model
 
 
+def names(folder: Path) -> list[str]:
+    """Without the lock, which stays."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".sparsegrad_adapter.lock")
+
+
 def failing(number: int) -> Any:
     """A function that fails as reading from a disk does."""
 
@@ -54,20 +62,17 @@ class Killed(BaseException):
 
 def killed_at(step: str, patch: pytest.MonkeyPatch) -> None:
     """End the process, as it were: before the tensors are named, before or after the JSON is there."""
-    replace, write_json = Path.replace, adapter_file.write_json
+    replace, unlink = Path.replace, Path.unlink
+    steps = {TENSORS: "unnamed", FACTS: "named"}
 
-    def no_name(path: Path, target: Path) -> Path:
-        if Path(target).name == TENSORS or (step == "unnamed" and path.name.startswith(f".{TENSORS}")):
+    def stop(path: Path, target: Path) -> Path:
+        if Path(target).name == TENSORS or steps.get(path.name) == step:
+            patch.setattr(Path, "unlink", lambda path, **_: path.suffix == ".tmp" and unlink(path))
+            patch.setattr(folder_lock, "_delete", lambda *_: None)
             raise Killed
         return replace(path, target)
 
-    def no_json(path: Path, facts: Any) -> None:
-        if step == "named":
-            raise Killed
-        write_json(path, facts)
-
-    patch.setattr(Path, "replace", no_name)
-    patch.setattr(adapter_file, "write_json", no_json)
+    patch.setattr(Path, "replace", stop)
 
 
 @pytest.mark.parametrize(("step", "found"), [("unnamed", 1.0), ("named", 1.0), ("told", 2.0)])
@@ -87,7 +92,49 @@ def test_a_save_that_is_killed_leaves_the_old_adapter_or_the_new_one(
     assert has_bits(loaded(tmp_path), bits(trained(found)))
     save(tmp_path, 4.0)
     assert has_bits(loaded(tmp_path), bits(trained(4.0)))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", FACTS, TENSORS]
+    assert names(tmp_path) == ["README.md", FACTS, TENSORS]
+
+
+def test_what_killed_saves_left_is_deleted(tmp_path: Path) -> None:
+    for name in (f".{TENSORS}.99.tmp", f".{FACTS}.99.tmp", f"sparsegrad_adapter.{64 * 'a'}.safetensors", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / ".sparsegrad_adapter.99.saving").mkdir()
+    (tmp_path / ".sparsegrad_adapter.99.saving" / ".tmpAbCdEf").touch()  # safetensors' own
+    (tmp_path / ".sparsegrad_adapter.lock").touch()
+    save(tmp_path, 1.0)
+    assert names(tmp_path) == ["README.md", "notes.txt", FACTS, TENSORS]
+
+
+def test_two_processes_that_save_to_one_folder_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one begins while the first has written its tensors and not yet its JSON."""
+    write_json, children = adapter_file.write_json, []
+
+    def fork(path: Path, facts: Any) -> None:
+        monkeypatch.setattr(adapter_file, "write_json", write_json)
+        if (child := os.fork()) == 0:
+            other = {"x": Entry("whole", (3,), torch.float32, None, torch.full((3,), 2.0))}
+            write_adapter(tmp_path, {}, other, {})
+            os._exit(0)
+        children.append(child)
+        time.sleep(0.2)
+        write_json(path, facts)
+
+    monkeypatch.setattr(adapter_file, "write_json", fork)
+    write_adapter(tmp_path, {}, {"x": Entry("whole", (3,), torch.float32, None, torch.ones(3))}, {})
+    assert [os.waitpid(child, 0)[1] for child in children] == [0]
+    _, entries, _ = read_adapter(tmp_path)
+    assert entries["x"].values.tolist() == [2.0, 2.0, 2.0]
+    assert names(tmp_path) == [FACTS, TENSORS]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EACCES, errno.EROFS])
+def test_without_locks_nothing_of_others_is_deleted(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FileLock, "_acquire", lambda *_: failing(number)(tmp_path))
+    (tmp_path / f".{TENSORS}.99.tmp").touch()
+    save(tmp_path, 1.0)
+    assert names(tmp_path) == [f".{TENSORS}.99.tmp", "README.md", FACTS, TENSORS]
 
 
 def test_a_json_that_cannot_be_read_for_a_moment_leaves_an_interrupted_save(
@@ -138,7 +185,7 @@ def test_a_json_that_cannot_be_written_leaves_the_old_adapter(tmp_path: Path, mo
         with pytest.raises(UserError, match="no space"):
             save(tmp_path, 2.0)
     assert has_bits(loaded(tmp_path), bits(trained(1.0)))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", FACTS, TENSORS]
+    assert names(tmp_path) == ["README.md", FACTS, TENSORS]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from sparsegrad import (
     save_lora,
     set_adapter,
 )
+from sparsegrad.adapter.card import remove_card
 from sparsegrad.adapter.format import FACTS
 from sparsegrad.adapter.lora_files import CONFIG
 
@@ -181,6 +182,20 @@ def test_a_card_that_nobody_touched_is_written_anew(tmp_path: Path, caplog: pyte
     assert not caplog.records
 
 
+def test_a_card_of_the_other_format_is_written_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path, own_model())
+    (tmp_path / FACTS).unlink()
+    base = own_model()
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        model[0].weight += 1
+    save_lora(model, tmp_path, base, rank=2)
+    assert "save_lora wrote this card" in (tmp_path / "README.md").read_text()
+    assert not caplog.records
+    remove_card(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+
+
 @pytest.mark.parametrize(
     "edit",
     [
@@ -205,3 +220,5 @@ def test_a_readme_that_somebody_wrote_or_edited_stays(
         save(tmp_path, own_model())
     assert path.read_bytes() == mine
     assert f"{path} stays as it is" in caplog.text
+    remove_card(tmp_path)
+    assert path.read_bytes() == mine
