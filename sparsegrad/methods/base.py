@@ -57,8 +57,8 @@ class Prepared:
         trainable_per_weight: layer kind -> the same count per MLP weight.
         calibration: cost of reading calibration batches and of what is computed from them, for the record; empty
             without any.
-        finish: turns the model in place into an ordinary one that computes the same function; does nothing where
-            `notes` say that the method does not merge.
+        finish: turns the model in place into an ordinary one that computes the same function, with the weights that
+            were trained in float32; does nothing where `notes` say that the method does not merge.
         save: writes an adapter in peft's own format to a folder; None where there is none.
         notes: what the record says of the method's settings, such as the size that a budget gave.
     """
@@ -132,8 +132,24 @@ def check_head(model: nn.Module, context: Context) -> None:
 def set_trainable(parameter: nn.Parameter, trains: bool) -> None:
     """Set whether a parameter trains. Trainable ones become float32: in bfloat16 most updates would round to zero."""
     parameter.requires_grad_(trains)
-    if trains and parameter.dtype in (torch.bfloat16, torch.float16):
+    if trains:
+        widen(parameter)
+
+
+def widen(parameter: nn.Parameter) -> None:
+    """Make a parameter of half precision float32, in place."""
+    if parameter.dtype in (torch.bfloat16, torch.float16):
         parameter.data = parameter.data.float()
+
+
+def widen_linear(linear: nn.Module) -> None:
+    """Make the weight and bias of a linear of half precision float32, in place.
+
+    A frozen weight needs it before a change is merged into it: what is below half of its last digit would be lost. Its
+    bias needs the same dtype, or the linear could only be called under autocast.
+    """
+    for parameter in linear.parameters(recurse=False):
+        widen(parameter)
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

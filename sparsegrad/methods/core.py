@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsegrad.errors import UserError, check_integer, fail
 from sparsegrad.layers.common import check_linear, make_linear
 from sparsegrad.layers.replace import replace_linear, replace_module
-from sparsegrad.methods.base import Context, Prepared, adamw, freeze, trainable_parameters
+from sparsegrad.methods.base import Context, Prepared, adamw, freeze, trainable_parameters, widen_linear
 from sparsegrad.optim.selection import check_density
 from sparsegrad.targets import Linears, all_linears, weight_shapes
 
@@ -41,10 +41,12 @@ class CoreLinear(nn.Module):
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """An ordinary linear that computes the same function."""
-        change = self.B.float() @ self.core.float() @ self.A.float()
-        weight = (self.weight.float() + change).to(self.weight.dtype)
-        return make_linear(nn.Parameter(weight, requires_grad=False), self.bias)
+        """An ordinary linear that computes the same function, of the dtype of the core (see `widen_linear`)."""
+        dtype = self.core.dtype
+        weight = self.weight.to(dtype) + self.B.to(dtype) @ self.core @ self.A.to(dtype)
+        linear = make_linear(nn.Parameter(weight, requires_grad=False), self.bias)
+        widen_linear(linear)
+        return linear
 
 
 def check_size(density: float | None, rank: int | None) -> None:

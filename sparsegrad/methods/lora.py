@@ -17,6 +17,7 @@ from sparsegrad.methods.base import (
     freeze,
     set_trainable,
     trainable_parameters,
+    widen_linear,
 )
 from sparsegrad.targets import Linears, weight_shapes
 
@@ -83,5 +84,6 @@ def _merge_adapters(model: nn.Module, names: list[str]) -> None:
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, LoraLayer)
+        widen_linear(layer.get_base_layer())
         layer.merge()
         replace_module(model, name, layer.get_base_layer())

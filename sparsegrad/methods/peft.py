@@ -17,7 +17,7 @@ from torch import nn
 from sparsegrad.calibration.loss import compute_loss
 from sparsegrad.distributed import average_
 from sparsegrad.errors import UserError, check_integer, fail
-from sparsegrad.methods.base import Context, Prepared, adamw, freeze, set_trainable, trainable_parameters
+from sparsegrad.methods.base import Context, Prepared, adamw, freeze, set_trainable, trainable_parameters, widen_linear
 from sparsegrad.methods.peft_config import (
     FROM_DATA,
     add_seed,
@@ -28,7 +28,7 @@ from sparsegrad.methods.peft_config import (
     quiet,
     wrap,
 )
-from sparsegrad.methods.peft_save import save_peft
+from sparsegrad.methods.peft_save import find_trained, save_peft
 from sparsegrad.methods.peft_size import (
     SIZE_PATTERNS,
     Weight,
@@ -155,7 +155,8 @@ class Peft:
         changes_base = not torch.equal(before, _base_weight(layers))
         # Of each linear, as a method may give those of one kind different sizes.
         counts = {kind: [_count_adapter(layer) for layer in found] for kind, found in layers.items()}
-        save = None if context.train_rest or changes_base else functools.partial(save_peft, model, tuner)
+        cannot_save = context.train_rest or changes_base or find_trained(model)[1] is not None
+        save = None if cannot_save else functools.partial(save_peft, model, tuner)
         return Prepared(
             optimizer=adamw(parameters, context),
             trainable=sum(parameter.numel() for parameter in parameters),
@@ -241,5 +242,8 @@ def _base_weight(layers: Mapping[str, list[Any]]) -> torch.Tensor:
 
 
 def _merge(tuner: BaseTuner) -> None:
+    for layer in tuner.modules():
+        if isinstance(layer, BaseTunerLayer):
+            widen_linear(layer.get_base_layer())
     with quiet():
         tuner.merge_and_unload()

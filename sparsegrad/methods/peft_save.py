@@ -10,6 +10,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from sparsegrad.adapter.lora_files import write_lora
+from sparsegrad.adapter.lora_layout import CONTAINERS
 
 _PREFIX = "base_model."  # before the names of a tuner, in a PeftModel
 
@@ -26,7 +27,7 @@ def save_peft(model: nn.Module, tuner: BaseTuner, folder: Path) -> None:
         UserError: when the folder cannot be written.
     """
     config = tuner.peft_config["default"]
-    whole = find_whole_modules(model)
+    whole, _ = find_trained(model)
     tensors = {
         f"{_PREFIX}{name}": tensor.detach().clone().contiguous()
         for name, tensor in get_peft_model_state_dict(tuner, save_embedding_layers=False).items()
@@ -40,16 +41,37 @@ def save_peft(model: nn.Module, tuner: BaseTuner, folder: Path) -> None:
     write_lora(folder, {name: _plain(value) for name, value in described.items()}, tensors)
 
 
-def find_whole_modules(model: nn.Module) -> list[str]:
-    """The largest modules outside the adapters of which every parameter trains, such as a head."""
-    wrapped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    found: list[str] = []
+def find_trained(model: nn.Module) -> tuple[list[str], str | None]:
+    """What trains outside the adapters: the modules that are stored whole, and the first parameter that cannot be.
+
+    The modules, none inside another and in the model's order, are the largest ones of which every parameter trains,
+    such as a head, and those of which an own one does. A parameter that none of them holds (else None) belongs to the
+    model itself, to a list of parameters, to a module that has adapters inside, or to a linear that an adapter wraps,
+    as its bias.
+    """
+    wrapped = _list_wrapped(model)
+    whole: list[str] = []
     for name, module in model.named_modules():
-        parameters = list(module.parameters())
-        inside = name.startswith(tuple(f"{one}." for one in found)) or f"{name}.".startswith(wrapped or ("\0",))
-        if name and parameters and not inside and all(one.requires_grad for one in parameters):
-            found.append(name)
-    return found
+        is_inside = f"{name}.".startswith((*wrapped, *(f"{one}." for one in whole)))
+        if name and not is_inside and _trains_whole(module):
+            whole.append(name)
+    held = (*wrapped, *(f"{one}." for one in whole if not any(inner.startswith(f"{one}.") for inner in wrapped)))
+    trained = (name for name, one in model.named_parameters() if one.requires_grad)
+    uncovered = (one for one in trained if not one.startswith(held) or one.endswith(".base_layer.bias"))
+    return whole, next(uncovered, None)
+
+
+def _trains_whole(module: nn.Module) -> bool:
+    """Whether all parameters of a module train, or an own one, so that peft stores the module whole."""
+    if isinstance(module, CONTAINERS):
+        return False
+    trains = [one.requires_grad for one in module.parameters()]
+    return (bool(trains) and all(trains)) or any(one.requires_grad for one in module.parameters(recurse=False))
+
+
+def _list_wrapped(model: nn.Module) -> tuple[str, ...]:
+    """Names of the linears that adapters wrap, each with a dot."""
+    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
 
 
 def _plain(value: Any) -> Any:

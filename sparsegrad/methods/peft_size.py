@@ -75,7 +75,8 @@ def measure_size(node: Mapping[str, Any], weights: Weights, *, merge: bool = Tru
     node = {name: value for name, value in {**node, **plain}.items() if not (plain and name.endswith("_ga_config"))}
     chosen = _choose_names(node, weights)
     shapes = {name: weights[kind][:2] for kind, names in chosen.items() for name in names}
-    with torch.random.fork_rng(devices=[]):  # the run's own draws must not depend on this
+    # The run's own draws must not depend on this, nor the merge on an autocast under which the run prepares its method.
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         model = _make_stand_in(weights, chosen)
         tuner = wrap(model, make_config(node, shapes))
         counts = {kind: _count(model, names) * weights[kind].number // len(names) for kind, names in chosen.items()}

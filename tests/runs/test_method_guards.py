@@ -131,6 +131,14 @@ def test_the_floors_name_a_head_that_matches_nothing(method: Any, small_bert: nn
         prepared(method, small_bert, is_head=lambda name: False)
 
 
+def test_bitfit_is_refused_where_only_the_head_would_train() -> None:
+    model = TwoLinears()
+    for linear in (model.mlp, model.unused):
+        linear.bias = None
+    with pytest.raises(UserError, match=r"no bias outside its head: .* method=frozen"):
+        BitFit().prepare(model, model.linears(), constant())
+
+
 def test_biases_of_other_names_train_with_bitfit() -> None:
     """As DeBERTa's q_bias; a table of biases is none."""
     model = TwoLinears()

@@ -13,11 +13,13 @@ from peft import PeftModel
 from peft_cases import KIN, READY, fresh, made, needs_lora_ga, prepared, train
 from run_fixtures import Composer
 from test_methods import batch, context
+from torch import nn
 
 from sparsegrad import find_mlp
 from sparsegrad.methods.core import CoreLinear
 from sparsegrad.methods.floors import BitFit, Frozen
 from sparsegrad.methods.gradients import mean_gradients
+from sparsegrad.methods.lora import Lora
 from sparsegrad.methods.lora_sb import LoraSb
 from sparsegrad.methods.lora_xs import LoraXs
 from sparsegrad.methods.peft import Peft
@@ -61,6 +63,51 @@ def test_every_method_trains_merges_and_resumes(conf: Composer, name: str) -> No
     ]
     assert all(moved) is (name not in ("bitfit", "frozen"))
     assert torch.equal(start["bert.embeddings.word_embeddings.weight"], model.bert.embeddings.word_embeddings.weight)
+
+
+# What trains is in the model itself: nothing is merged into a linear, whose bias stays frozen.
+UNMERGED = ("bitfit", "frozen", "static_mask", "random_mask", "sparsegrad_static")
+LORAS: dict[str, Any] = {
+    "lora": Lora(rank=2),
+    "lora_bias": Peft(config={"peft_type": "LORA", "r": 2, "lora_bias": True}),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=needs_lora_ga if one == "lora_ga" else ()) for one in (*LORAS, *READY, *KIN)]
+)
+def test_bfloat16_weights_keep_the_whole_change_when_it_is_merged(conf: Composer, name: str) -> None:
+    """Most of a small change is below the last digit of bfloat16."""
+    model = fresh()
+    for linear in [one for found in find_mlp(model).values() for one in found.values()]:
+        nn.init.normal_(linear.bias)  # some methods change it
+    model.bfloat16()
+    method = LORAS.get(name) or made(conf, name)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = prepared(method, model, lr=1e-4)
+        train(model, result, range(2))
+    exact = copy.deepcopy(model).float().eval()
+    result.finish()
+    linears = [one for found in find_mlp(model).values() for one in found.values()]
+    assert {one.weight.dtype for one in linears} == {torch.bfloat16 if name in ("bitfit", "frozen") else torch.float32}
+    if name not in UNMERGED:  # also without autocast, as the bias has the dtype of the weight
+        assert all(one(torch.zeros(1, one.in_features)).dtype == torch.float32 for one in linears)
+    with torch.no_grad():
+        torch.testing.assert_close(model.float().eval()(**batch(9)).logits, exact(**batch(9)).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [Lora(rank=2), LoraXs(rank=2, density=None), LoraSb(rank=2, density=None, steps=2)])
+def test_a_change_that_is_merged_into_bfloat16_weights_has_its_rank(method: Any) -> None:
+    model = fresh().bfloat16()
+    before = {name: one.weight.double() for found in find_mlp(model).values() for name, one in found.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        result = prepared(method, model)
+        train(model, result, range(3))
+    result.finish()
+    for name, weight in before.items():
+        with torch.no_grad():
+            values = torch.linalg.svdvals(model.get_submodule(name).weight.double() - weight)
+        assert values[2] < 1e-3 * values[1]
 
 
 @pytest.mark.parametrize("name", [pytest.param(one, marks=needs_lora_ga if one == "lora_ga" else ()) for one in READY])

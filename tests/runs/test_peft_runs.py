@@ -16,9 +16,12 @@ from test_model_sources import checkpoint as checkpoint  # fixtures
 from test_model_sources import made as made
 from test_model_sources import source as source
 from test_runs import Stop, curves
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from sparsegrad import UserError, load_adapter
+from sparsegrad.methods.peft_config import make_config, wrap
+from sparsegrad.methods.peft_save import find_trained
 from sparsegrad.runs.config import RunConfig, build
 from sparsegrad.runs.records import read_record
 from sparsegrad.runs.runner import run
@@ -102,6 +105,32 @@ def test_a_method_that_cannot_be_merged_is_evaluated_unmerged_and_saved_as_its_a
     base = AutoModelForCausalLM.from_pretrained(config.model.source)
     before = answers(base)
     assert not torch.equal(answers(PeftModel.from_pretrained(base, config.adapter_folder)), before)
+
+
+def test_weights_that_train_densely_are_in_the_adapter(made: Made, source: Path) -> None:
+    """Their linears are stored whole, with the bias that is frozen."""
+    layers = ("++model.kinds=[output]", "++model.dense=[intermediate]")
+    config = made(
+        "method=peft/dora", "method.budget=density:0.2", *layers, *LONG, "save_model=true", "save_adapter=peft"
+    )
+    run(config)
+    trained = AutoModelForSequenceClassification.from_pretrained(model_folder(config))
+    base = AutoModelForSequenceClassification.from_pretrained(source)
+    torch.testing.assert_close(answers(PeftModel.from_pretrained(base, config.adapter_folder)), answers(trained))
+
+
+def test_what_the_format_of_peft_cannot_hold_is_named() -> None:
+    model: Any = nn.Sequential(nn.ModuleList([nn.Linear(4, 4)]), nn.Linear(4, 4), nn.Linear(4, 4))
+    wrap(model, make_config({"peft_type": "LORA", "r": 2}, {"1": (4, 4)}))
+    model[2].bias.requires_grad_(False)
+    for name in ("0.0.weight", "0.0.bias", "2.weight"):
+        model.get_parameter(name).requires_grad_(True)
+    assert find_trained(model) == (["0.0", "2"], None)
+    model[1].base_layer.bias.requires_grad_(True)
+    assert find_trained(model)[1] == "1.base_layer.bias"
+    model[1].base_layer.bias.requires_grad_(False)
+    model.scale = nn.Parameter(torch.ones(1))
+    assert find_trained(model)[1] == "scale"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparsegrad import UserError, find_mlp
 from sparsegrad.methods.peft import Peft
 from sparsegrad.methods.peft_config import check_apart, list_types, make_config, wrap
-from sparsegrad.methods.peft_size import describe_weights, fit_budget, size_field
+from sparsegrad.methods.peft_size import describe_weights, fit_budget, measure_size, size_field
 
 # Sizes for weights of 16 x 32, where not `r: 4`.
 SIZES: dict[str, dict[str, Any]] = {
@@ -97,6 +97,12 @@ def test_every_type_trains_continues_saves_and_merges(kind: str, base: str, tmp_
     )
     assert merged is result.notes["merges"]
     assert merged is ((kind, base) != ("BEFT", "llama")), "its bias has no place in a linear without one"
+
+
+def test_every_type_merges_whatever_autocast_a_run_prepares_it_under() -> None:
+    linears = describe_weights(find_mlp(fresh()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(measure_size(settings(kind), linears).merges for kind in TYPES)
 
 
 @pytest.mark.parametrize("density", [0.03, 0.3])
