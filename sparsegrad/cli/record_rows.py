@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -12,7 +11,7 @@ from typing import Any
 from sparsegrad.errors import UserError, did_you_mean
 from sparsegrad.runs.keys import determining, flatten
 from sparsegrad.runs.names import name_method
-from sparsegrad.runs.records import PRUNED, read_record, run_seconds, summary
+from sparsegrad.runs.records import PRUNED, find_records, read_record, run_seconds, summary
 
 Row = dict[str, Any]
 """A record, flat: the facts of `summary`, `key`, `path` and `minutes`, and its settings by their dotted names."""
@@ -33,8 +32,6 @@ HEADS = {
 }
 SHORT_METRICS = {"matthews_correlation": "matthews"}
 MEASURED = ("value", "steps_per_second", "peak_mib", "minutes")
-RUNS = "runs"  # the folder of records in a results folder
-_NO_RESULTS = (RUNS, "work", "models", "adapters", "studies")  # folders in which no results folder is looked for
 # Dotted names of settings that `summary` already has, or that follow from the names above.
 _KNOWN = ("seed", "train.lr", "train.batch_size", "method.engine", "evidence")
 
@@ -42,27 +39,12 @@ _KNOWN = ("seed", "train.lr", "train.batch_size", "method.engine", "evidence")
 def read_rows(folder: Path, on_bad: Callable[[UserError], None]) -> list[Row]:
     """All records below a folder, sorted by path. A damaged one is given to `on_bad` and left out."""
     rows = []
-    found = {path for place in _find_places(folder) for path in place.rglob("*.json")}
-    for path in sorted(found | set(folder.glob("*.json"))):
+    for path in find_records(folder):
         try:
             rows.append(_make_row(path, read_record(path)))
         except UserError as error:
             on_bad(error)
     return rows
-
-
-def _find_places(folder: Path) -> list[Path]:
-    """The folders `runs` of all results folders below `folder`, such as outputs/quickstart; otherwise it holds records.
-
-    Other JSON files are beside them, of studies, models and adapters, and work folders hold those of trackers.
-    """
-    found: list[Path] = []
-    if folder.resolve().name == RUNS:  # a run may be called `runs` as well
-        return [folder]
-    for name, folders, _ in os.walk(folder):
-        found += [Path(name, RUNS)] if RUNS in folders else []
-        folders[:] = [one for one in folders if one not in _NO_RESULTS and not one.startswith(".")]
-    return found or [folder]
 
 
 def _make_row(path: Path, record: Mapping[str, Any]) -> Row:

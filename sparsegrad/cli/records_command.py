@@ -49,9 +49,11 @@ def show_records(options: argparse.Namespace) -> int:
     """Print what the options ask for.
 
     Raises:
-        UserError: where there are no records, or an option names what they do not have.
+        UserError: where there are no records, an option names what they do not have, or `--reverse` has no `--sort`.
     """
     folder = options.folder
+    if options.reverse and options.sort is None:
+        raise UserError("--reverse does nothing alone: add --sort KEY, such as --sort score")
     rows = read_rows(folder, on_bad=lambda error: print(f"skipped: {error}", file=sys.stderr))
     if not rows:
         raise UserError(f"no records below {folder}: run something first, e.g. make quickstart")

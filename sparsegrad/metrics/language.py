@@ -15,6 +15,8 @@ from sparsegrad.tasks.language import IGNORED
 if TYPE_CHECKING:
     from transformers import EvalPrediction
 
+LANGUAGE_SCORES = ("nll", "perplexity", "tokens")
+
 
 def token_losses(logits: Any, labels: Tensor) -> Tensor:
     """Sum the losses of each row.
@@ -46,4 +48,4 @@ def language_metrics(prediction: EvalPrediction) -> dict[str, float]:
     if not math.isfinite(nll):
         raise FailedRunError(f"the validation loss is not a finite number: training has {DIVERGED}; lower train.lr")
     # exp overflows float64 above 709.
-    return {"nll": nll, "perplexity": math.exp(min(nll, 700.0)), "tokens": float(sums[1])}
+    return dict(zip(LANGUAGE_SCORES, (nll, math.exp(min(nll, 700.0)), float(sums[1])), strict=True))

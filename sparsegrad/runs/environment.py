@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,9 +34,22 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def finish_environment(environment: Mapping[str, Any], seconds: float | None) -> dict[str, Any]:
-    """Add the current time, and the seconds of the run: a resumed run started in an earlier process."""
-    return {**environment, "finished": now(), "seconds": seconds}
+def finish_environment(
+    environment: Mapping[str, Any], seconds: float | None, earlier: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Add the current time, the seconds of the run, and the `earlier` processes that it was continued from, if any."""
+    continued = {"continued_from": list(earlier)} if earlier else {}
+    return {**environment, "finished": now(), "seconds": seconds, **continued}
+
+
+def list_processes(environment: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The processes of a run, from a record's `environment`: those that it was continued from, and the last one."""
+    return [*environment.get("continued_from", ()), environment]
+
+
+def has_changed_code(environment: Mapping[str, Any]) -> bool:
+    """Whether any process of a run, also one that it was continued from, had code that differs from its commit."""
+    return any((one.get("git") or {}).get("dirty") for one in list_processes(environment))
 
 
 def now() -> str:

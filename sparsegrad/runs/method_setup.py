@@ -16,6 +16,7 @@ from sparsegrad.models.source import Sources
 from sparsegrad.optim.rest import outside, set_rest_rate
 from sparsegrad.runs.basis_cache import BasisStore
 from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.lora_check import check_outline, make_outline
 from sparsegrad.runs.parts import Parts
 from sparsegrad.runs.trainer_setup import training_batches
 from sparsegrad.tasks.base import Splits
@@ -28,6 +29,7 @@ def prepare_method(
 ) -> Prepared:
     """Let the method change the model into what trains, calibration included."""
     model: Any = parts.model
+    outline = make_outline(model) if config.save_adapter == "lora" else None
     model.train()
     if config.train.gradient_checkpointing:  # the calibration needs it as much as the training
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -40,23 +42,22 @@ def prepare_method(
     mixed = _calibrates_mixed(config)
     rest = outside(model, parts.linears)
     fast = fast_bfloat16(device) if config.multiplies_bfloat16 else nullcontext()
+    before = [] if outline is None else list(model.named_parameters(remove_duplicate=False))
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed), fast:
         prepared = config.method.prepare(model, parts.linears, context)
-    _check_saving(config, prepared)
+    _check_saving(config, parts, prepared)
+    if outline is not None:
+        check_outline(config, parts, prepared, outline, before)
     if config.train.rest_lr is not None:
         set_rest_rate(prepared.optimizer, rest, config.train.rest_lr)
     return prepared
 
 
-def _check_saving(config: RunConfig, prepared: Prepared) -> None:
+def _check_saving(config: RunConfig, parts: Parts, prepared: Prepared) -> None:
     """What shall be saved at the end can be; known now, before the training."""
     merges = prepared.notes.get("merges", True)
     if config.save_adapter == "peft" and prepared.save is None:
-        # `check_saving` has refused the other reasons.
-        why = (
-            f"the initialisation of method={config.method.name} changes W, so that its adapter does not fit the model "
-            "as published"
-        )
+        why = _explain_unsaved(config, parts)
         raise fail("save_adapter", "peft", why, "use save_adapter=lora" if merges else _suggest_unmerged(config))
     if not merges and (config.save_model or config.save_adapter in ("lora", "sparsegrad")):
         name = "save_model=true" if config.save_model else f"save_adapter={config.save_adapter}"
@@ -64,6 +65,18 @@ def _check_saving(config: RunConfig, prepared: Prepared) -> None:
         raise UserError(
             f"{name} is not allowed: peft cannot merge method={config.method.name} into the weights; {remedy}"
         )
+
+
+def _explain_unsaved(config: RunConfig, parts: Parts) -> str:
+    """Why peft's format cannot hold what trains; `check_saving` has refused the other reasons."""
+    from sparsegrad.methods.peft_save import find_trained  # imports peft, which the method has done here
+
+    if (name := find_trained(parts.model)[1]) is not None:
+        return f"peft can store {name}, which trains, neither in the adapter nor in modules_to_save"
+    return (
+        f"the initialisation of method={config.method.name} changes W, so that its adapter does not fit the model as "
+        "published"
+    )
 
 
 def _suggest_unmerged(config: RunConfig) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sparsegrad.distributed import is_main, world_size
-from sparsegrad.errors import DIVERGED, FailedRunError, UserError
+from sparsegrad.errors import DIVERGED, FailedRunError, ResourceError, UserError
 from sparsegrad.files import write_json
 from sparsegrad.methods.base import Prepared
 from sparsegrad.models.loading import describe_tokenizer
@@ -16,7 +15,8 @@ from sparsegrad.models.source import Sources
 from sparsegrad.runs.config import RunConfig, TrainConfig
 from sparsegrad.runs.parts import Parts
 from sparsegrad.runs.predictions import Arrays, make_arrays
-from sparsegrad.runs.records import SCHEMA
+from sparsegrad.runs.records import SCHEMA, find_complete
+from sparsegrad.runs.run_folder import delete_own_checkpoints
 from sparsegrad.runs.tokenized_splits import TokenSets
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.callbacks import NonFiniteLossError
@@ -136,15 +136,28 @@ def write_failed(
 ) -> UserError:
     """Write the record of a run that failed while it trained; the error for the user, which the caller raises.
 
-    After a `FailedRunError` checkpoints are deleted: they lead there again. After any other error they are kept: the
-    next try continues from them.
+    A complete record, which `force=true` was to replace, stays. After a `FailedRunError` checkpoints are deleted: they
+    lead there again. After any other error they are kept: the next try continues from them.
     """
     reason = str(error)
     if isinstance(error, NonFiniteLossError):
         reason = f"{error}: training {DIVERGED}; lower train.lr={config.train.lr:g}, or check the data"
-    if is_main():  # the other processes may not fail, or not here
+    failure = FailedRunError if isinstance(error, FailedRunError) else UserError
+    if not is_main():  # the main one may not fail, or not here: then there is no record
+        return failure(reason)
+    if config.force and _has_complete(config.record_path):
+        note = f"the complete record {config.record_path} is kept"
+    else:
+        note = f"record {config.record_path}, marked failed"
         rest = {"reason": reason, "environment": environment}
         write_json(config.record_path, {**record, **history(trainer.state.log_history), **rest})
-        if isinstance(error, FailedRunError):
-            shutil.rmtree(config.checkpoints, ignore_errors=True)
-    return UserError(f"{reason} (record {config.record_path}, marked failed)")
+    if isinstance(error, FailedRunError):
+        delete_own_checkpoints(config)
+    return failure(f"{reason} ({note})")
+
+
+def _has_complete(path: Path) -> bool:
+    try:
+        return find_complete(path) is not None
+    except UserError as error:
+        return isinstance(error, ResourceError)  # a damaged record is replaced, not one that the disk holds back

@@ -2,9 +2,9 @@
 what paired statistics need.
 
 `KEY.npz` beside `KEY.json` holds for a classification `predicted` and `label` (the smallest unsigned integers that
-fit), for a regression the same in float16, or float32 if a number is too large, for a language model `nll` (float32,
-the sum over a row's tokens) and `tokens` (uint32). The record has the hash of these arrays, so that no file is taken
-for another run's.
+fit), for a regression the same in float16, each of them in float32 if one of its numbers is too large, for a language
+model `nll` (float32, the sum over a row's tokens) and `tokens` (uint32). The record has the hash of these arrays, so
+that no file is taken for another run's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from sparsegrad.hashing import SHORT, tensors_sha256
 from sparsegrad.tasks.base import Task
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+AGAIN = "run it again with force=true"  # ends the errors of `read_predictions` that a new run mends
 
 
 def make_arrays(task: Task, predictions: Any, labels: Any, rows: Sequence[int]) -> Arrays:
@@ -44,10 +45,15 @@ def _read_output(task: Task, predictions: Any, labels: Any) -> Arrays:
         return {"nll": found[:, 0].astype(np.float32), "tokens": found[:, 1].astype(np.uint32)}
     if task.is_regression:
         arrays = {"predicted": found.reshape(len(found)), "label": _flat(labels)}
-        fits = all(np.abs(array).max(initial=0) <= np.finfo(np.float16).max for array in arrays.values())
-        return {name: array.astype(np.float16 if fits else np.float32) for name, array in arrays.items()}
+        # Each by itself: the labels of all runs must be equal, whatever a run predicts.
+        return {name: array.astype(smallest_float(array)) for name, array in arrays.items()}
     dtype = np.min_scalar_type(found.shape[-1] - 1)  # uint8 up to 256 classes
     return {"predicted": found.argmax(-1).astype(dtype), "label": _flat(labels).astype(dtype)}
+
+
+def smallest_float(numbers: np.ndarray[Any, Any]) -> type[np.floating[Any]]:
+    """The type in which numbers are stored: float16, or float32 if one of them is too large."""
+    return np.float16 if np.abs(numbers).max(initial=0) <= np.finfo(np.float16).max else np.float32
 
 
 def _flat(labels: Any) -> np.ndarray[Any, Any]:
@@ -80,11 +86,11 @@ def read_predictions(path: Path, record: Mapping[str, Any]) -> Arrays:
     """
     about, file = record.get("predictions"), predictions_path(path)
     if not isinstance(about, Mapping):
-        raise UserError(f"{path} was made without predictions: run it again with force=true")
+        raise UserError(f"{path} was made without predictions: {AGAIN}")
     try:
         content = file.read_bytes()  # whole, because zipfile takes a failure of the disk for a damaged archive
     except FileNotFoundError:
-        raise UserError(f"{file} is missing: run it again with force=true") from None
+        raise UserError(f"{file} is missing: {AGAIN}") from None
     except OSError as error:
         raise unreadable(file, error) from error
     try:
@@ -92,9 +98,9 @@ def read_predictions(path: Path, record: Mapping[str, Any]) -> Arrays:
             arrays = {name: found[name] for name in found.files}
         own = _hash(arrays)
     except Exception as error:  # zip, zlib, struct and numpy each raise types of their own for a damaged archive
-        raise UserError(f"{file} cannot be read ({first_line(error)}): run it again with force=true") from None
+        raise UserError(f"{file} cannot be read ({first_line(error)}): {AGAIN}") from None
     if own != about.get("sha256"):
-        raise UserError(f"{file} does not belong to {path.name}: run it again with force=true")
+        raise UserError(f"{file} does not belong to {path.name}: {AGAIN}")
     return arrays
 
 

@@ -26,9 +26,10 @@ from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.environment import name_device
 from sparsegrad.runs.keys import config_key
 from sparsegrad.runs.records import find_complete
-from sparsegrad.runs.run_folder import hash_basis
-from sparsegrad.runs.saving import check_saving
+from sparsegrad.runs.run_folder import hash_basis, is_own, is_unsaved
+from sparsegrad.runs.saving import check_saving, restore_adapter
 from sparsegrad.runs.tokenized_splits import describe_batch
+from sparsegrad.runs.tracking import check_login
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.checkpoints import has_checkpoint
 from sparsegrad.trainer.parallel import check_parallel
@@ -70,11 +71,14 @@ def check_run(config: RunConfig, device: torch.device) -> Checked:
     check_tracker_package(config)
     check_pooling(config)
     check_saving(config)
+    restore_adapter(config)
     check_precision(config, device)
     check_settings_for_processes(config)
     check_launcher(config)
     check_process_count(config)
     finished = None if config.force else find_finished(config)
+    if finished is None:
+        check_login(config)
     sources = check_sources(config, finished)  # before the data: a gated model would be found out late
     check_basis(config, finished)
     splits = load_splits(config, finished)
@@ -153,7 +157,7 @@ def check_process_count(config: RunConfig) -> None:
     for count in range(1, _MAX_PROCESSES + 1):
         processes = {"processes": count} if count > 1 else {}
         folder = Path(config.work_dir) / config_key({**settings, **processes}) / "checkpoints"
-        if has_checkpoint(folder):
+        if has_checkpoint(folder) and is_own(folder, config):
             by = "1 process" if count == 1 else f"{count} processes"
             raise UserError(
                 f"{folder} is of this run with {by}, and cannot be continued by {world_size()}: rows per step, their "
@@ -163,8 +167,8 @@ def check_process_count(config: RunConfig) -> None:
 
 @on_main
 def find_finished(config: RunConfig) -> dict[str, Any] | None:
-    """The complete record of this run, if there is one."""
-    return find_complete(config.record_path)
+    """The complete record of this run, if there is one and nothing is left to be saved from checkpoints."""
+    return None if is_unsaved(config) else find_complete(config.record_path)
 
 
 def check_sources(config: RunConfig, finished: Mapping[str, Any] | None) -> Sources | None:

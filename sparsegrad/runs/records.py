@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 PRUNED = "pruned by the sweep"  # start of the reason of a trial that its sweep stopped, which is not a failure
+RUNS = "runs"  # the folder of records in a results folder
+_BESIDE_RUNS = (RUNS, "work", "models", "adapters", "studies")  # folders of a results folder that hold no other
 ENGINE_NAMES = {"merged": "exact"}  # earlier names of engines, in records made before they changed
 
 
@@ -31,8 +34,10 @@ def read_record(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a readable record ({error}): delete it and run again") from None
     except OSError as error:
         raise unreadable(path, error) from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
+    if not isinstance(record, dict) or "schema" not in record:
+        raise UserError(f"{path} is not a record, as it has no schema: give a folder of records, or move it elsewhere")
+    if record["schema"] != SCHEMA:
+        found = record["schema"]
         raise UserError(f"{path} has record schema {found}, this version reads {SCHEMA}: delete it and run again")
     if wrong := _wrong_field(record):
         raise UserError(f"{path} is not a readable record ({wrong}): delete it and run again")
@@ -81,13 +86,15 @@ def run_seconds(record: Mapping[str, Any]) -> float | None:
 def load_records(folder: Path | str, on_bad: Callable[[UserError], None] | None = None) -> pd.DataFrame:
     """All records below `folder`, one row each, sorted by path: the fields that tables need, and `path`.
 
+    `find_records` says which files these are.
+
     Raises:
-        UserError: for a damaged record, unless `on_bad` takes it.
+        UserError: for a damaged record, or another JSON file among the records, unless `on_bad` takes it.
     """
     import pandas as pd  # here: the benchmark writes its results on machines without it
 
     rows = []
-    for path in sorted(Path(folder).rglob("*.json")):
+    for path in find_records(Path(folder)):
         try:
             rows.append({"path": str(path), **summary(read_record(path))})
         except UserError as error:
@@ -95,6 +102,40 @@ def load_records(folder: Path | str, on_bad: Callable[[UserError], None] | None 
                 raise
             on_bad(error)
     return pd.DataFrame(rows)
+
+
+def find_records(folder: Path) -> list[Path]:
+    """The files of all records below `folder`, sorted: the JSON files in `runs` of each results folder.
+
+    Other JSON files are beside `runs`, of studies, models and adapters, and work folders hold those of trackers. A
+    record outside `runs`, such as a copy, is found in `folder` itself, and below it if there is no `runs` at all.
+    """
+    places = _find_places(folder)
+    found = {path for place in places for path in place.rglob("*.json")}
+    outside = set(folder.glob("*.json") if places else folder.rglob("*.json")) - found
+    return sorted(found | {path for path in outside if not _is_other(path)})
+
+
+def _find_places(folder: Path) -> list[Path]:
+    """The folders `runs` of all results folders below `folder`, such as outputs/quickstart; or it is part of one."""
+    found: list[Path] = []
+    if folder.resolve().name == RUNS:  # a run may be called `runs` as well
+        return [folder]
+    for name, folders, _ in os.walk(folder):
+        is_results = RUNS in folders
+        found += [Path(name, RUNS)] if is_results else []
+        skipped = _BESIDE_RUNS if is_results else ()
+        folders[:] = [one for one in folders if one not in skipped and not one.startswith(".")]
+    return found or ([folder] if folder.resolve().parent.name == RUNS else [])
+
+
+def _is_other(path: Path) -> bool:
+    """Whether a JSON file is of something else than a run; a damaged one may be a record."""
+    try:
+        content = load_json(path)
+    except (OSError, ValueError):
+        return False
+    return not isinstance(content, dict) or "schema" not in content
 
 
 def summary(record: Mapping[str, Any]) -> dict[str, Any]:

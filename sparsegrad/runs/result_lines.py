@@ -12,6 +12,7 @@ import numpy as np
 from sparsegrad.errors import UserError
 from sparsegrad.progress import format_seconds
 from sparsegrad.runs.config import RunConfig
+from sparsegrad.runs.keys import determining
 from sparsegrad.runs.predictions import Arrays, read_predictions
 from sparsegrad.runs.records import find_complete, run_seconds
 from sparsegrad.runs.saving import model_folder
@@ -19,6 +20,7 @@ from sparsegrad.trainer.checkpoints import newest_step
 
 LABEL = 9  # columns of the words before each line
 _ENOUGH = 50  # steps: after fewer, a model may give one answer to everything and yet be learning
+_MODEL = ("weights", "architecture", "pooling", "keep_head", "mlp", "kinds", "dense", "blocks")
 _MOST = 200  # records that are looked through for a run of full fine-tuning to compare with
 
 
@@ -119,10 +121,14 @@ def _constant_scores(record: Mapping[str, Any], arrays: Arrays) -> Iterator[str]
 
 
 def _full_scores(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
-    """The mean score of full fine-tuning on the same model, task, protocol and steps, from records beside this one."""
+    """The mean score of full fine-tuning on what `_facts` names, from records beside this one.
+
+    Learning rates may differ, as each method is tuned by itself; then they are named.
+    """
     if record["config"]["method"]["name"] == "full":
         return
-    found = []
+    found: list[float] = []
+    rates: set[float] = set()
     files = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     for file in files[:_MOST]:
         try:
@@ -133,15 +139,27 @@ def _full_scores(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
             continue
         if other["result"]["value"] is not None:  # such as Pearson of a constant prediction, which is undefined
             found.append(float(other["result"]["value"]))
+            rates.add(other["config"]["train"]["lr"])
     if found:
-        seeds = f" (mean of {len(found)} records)" if len(found) > 1 else ""
-        yield f"full fine-tuning {sum(found) / len(found):.4f}{seeds}"
+        notes = [f"mean of {len(found)} records"] if len(found) > 1 else []
+        if rates != {record["config"]["train"]["lr"]}:
+            notes.append(f"train.lr {', '.join(f'{rate:g}' for rate in sorted(rates))}")
+        yield f"full fine-tuning {sum(found) / len(found):.4f}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _facts(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    config = record["config"]
-    groups = [config[group]["name"] for group in ("model", "task", "protocol")]
-    return (*groups, config["protocol"].get("max_steps"), config["protocol"].get("epochs"))
+    """What two runs share whose scores are compared: model, task, data, what trains beside the MLP, and how long."""
+    config, data = determining(record["config"]), record.get("data", {})  # older records lack later settings
+    model, protocol, train = config["model"], config["protocol"], config["train"]
+    return (
+        *(config[group]["name"] for group in ("model", "task", "protocol")),
+        *(model.get(name) for name in _MODEL),
+        record.get("source"),
+        *(data.get(name) for name in ("fingerprint", "train_rows")),
+        *(protocol.get(name) for name in ("max_steps", "epochs")),
+        train.get("train_rest"),
+        record.get("batch", {}).get("global"),
+    )
 
 
 def _describe_time(record: Mapping[str, Any]) -> str:

@@ -32,6 +32,7 @@ from sparsegrad.runs.tracking import tracked
 from sparsegrad.runs.trainer_setup import make_trainer
 from sparsegrad.tasks.base import Splits
 from sparsegrad.trainer.callbacks import Stopwatch
+from sparsegrad.trainer.lineage import Lineage
 from sparsegrad.trainer.log_history import history
 from sparsegrad.trainer.peak_memory import PeakMemory
 from sparsegrad.trainer.processes import connect, lost_process
@@ -58,8 +59,11 @@ def run(
         The record, and whether it is new.
 
     Raises:
-        UserError: for whatever the user can mend; if training has begun, a record marked failed is left.
-        ResourceError: if a disk or another process failed; the same command continues from the last checkpoint.
+        UserError: for whatever the user can mend; if training has begun, a record marked failed is left. A complete one
+            that `force=true` was to replace stays.
+        ResourceError: if a disk, a tracker or another process failed; the same command continues from the last
+            checkpoint. Also if the checkpoints were made from something else, or the model or adapter could not be
+            saved, which keeps them.
     """
     device = pick_device(config.train.device)
     with _explained_errors(config):
@@ -101,13 +105,14 @@ def _train(
     labels: Mapping[str, Any],
     announces: bool,
 ) -> tuple[dict[str, Any], Arrays]:
-    """Load, calibrate, train and evaluate; the record and the predictions."""
+    """Load, calibrate, train, evaluate and save; the record and the predictions."""
     environment, began = describe_environment(device), time.monotonic()  # now: the checkout may change during the run
     stop = StopOnSignal()
     with stop.listening():
         setup = _set_up(config, splits, sources, device, stop, announces)
         parts, trainer, stopwatch = setup.parts, setup.trainer, setup.stopwatch
         stopwatch.began = began  # the time of a run includes loading and calibration
+        trainer.lineage = lineage = Lineage(environment)
         for callback in callbacks:
             trainer.add_callback(callback)
         record = describe_run(config, parts, splits, sources, setup.prepared, labels)
@@ -118,13 +123,15 @@ def _train(
             except ResourceError:
                 raise  # the run itself is sound: no failed record, and its checkpoints are kept
             except UserError as error:
-                finished = finish_environment(environment, stopwatch.run_seconds())
-                raise write_failed(config, record, trainer, finished, error) from None
+                finished = finish_environment(environment, stopwatch.run_seconds(), lineage.describe())
+                failure = write_failed(config, record, trainer, finished, error)
+                failure.silent = error.silent  # where every process raises it, the main one prints it
+                raise failure from None
             measured = {"speed": stopwatch.report(), "memory": stopwatch.memory.report()}
             record |= {"status": "complete", "result": result, **measured}
         if config.save_model or config.save_adapter:
             save_results(config, parts, setup.prepared, sources)
-    finished = finish_environment(environment, stopwatch.run_seconds())
+    finished = finish_environment(environment, stopwatch.run_seconds(), lineage.describe())
     record |= {"predictions": describe_arrays(arrays)}
     return {**record, **history(trainer.state.log_history), "environment": finished}, arrays
 

@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from sparsegrad.distributed import is_main
+from sparsegrad.distributed import is_main, on_main
+from sparsegrad.errors import ResourceError, first_line
 from sparsegrad.optim.group_checks import is_sparse
 from sparsegrad.optim.scratch import Scratch
 from sparsegrad.optim.selection import select
@@ -26,6 +27,28 @@ from sparsegrad.runs.config import RunConfig
 from sparsegrad.trainer.callbacks import Stopwatch
 
 Numbers = dict[str, float]
+_OFFLINE = "set tracker.mode=offline, and upload the run later with `wandb sync`"
+
+
+@on_main
+def check_login(config: RunConfig) -> None:
+    """An online run of Weights & Biases has a key that the server accepts; in a terminal, wandb asks for a missing one.
+
+    Raises:
+        ResourceError: otherwise. No other `UserError`: a sweep would put it down to the trial's values.
+    """
+    if config.tracker.name != "wandb" or config.tracker.mode != "online":
+        return
+    import wandb as package
+
+    wandb: Any = package
+    try:
+        # wandb's own search: environment, netrc and settings. Force: no choice of another mode than the one asked for.
+        wandb.login(force=True, verify=True)
+    except (wandb.errors.Error, ValueError) as error:  # earlier versions raise ValueError for a malformed key
+        raise ResourceError(
+            f"tracker.mode=online cannot log in to W&B ({first_line(error)}): run `wandb login`, or {_OFFLINE}"
+        ) from None
 
 
 @contextmanager
@@ -169,23 +192,31 @@ class WandbTracker(Tracker):
     """A run of Weights & Biases; offline runs are uploaded later with `wandb sync`."""
 
     def open(self, step: int) -> None:
-        """Start the run, or continue the one of the same key."""
+        """Start the run, or continue the one of the same key.
+
+        Raises:
+            ResourceError: if wandb refuses, for example because its server cannot be reached.
+        """
         import wandb as package
 
         wandb: Any = package
         tracker, folder = self.config.tracker, Path(self.config.work_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.run: Any = wandb.init(
-            project=tracker.project or "sparsegrad",
-            mode=tracker.mode or "offline",
-            id=_run_id(self.config),
-            resume="allow",
-            name=run_title(self.config),
-            group=self.config.name,
-            dir=str(folder),
-            config=run_facts(self.config, self.record),
-            settings=wandb.Settings(silent=True),
-        )
+        try:
+            self.run: Any = wandb.init(
+                project=tracker.project or "sparsegrad",
+                mode=tracker.mode or "offline",
+                id=_run_id(self.config),
+                resume="allow",
+                name=run_title(self.config),
+                group=self.config.name,
+                dir=str(folder),
+                config=run_facts(self.config, self.record),
+                settings=wandb.Settings(silent=True),
+            )
+        except wandb.errors.Error as error:
+            remedy = f"repeat the command, or {_OFFLINE}" if tracker.mode == "online" else "set tracker=none"
+            raise ResourceError(f"W&B cannot start the run ({first_line(error)}): {remedy}") from error
 
     def write(self, values: Numbers, step: int) -> None:
         """Log numbers; W&B ignores steps that it has already."""

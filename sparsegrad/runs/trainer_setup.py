@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from sparsegrad.trainer.signals import StopOnSignal
 from sparsegrad.trainer.trainer import RunTrainer
 
 LOGGING_STEPS = 10
+log = logging.getLogger(__name__)
 
 
 def training_batches(rows: datasets.Dataset, config: RunConfig, tokenizer: Any) -> Iterator[dict[str, torch.Tensor]]:
@@ -61,6 +63,8 @@ def make_trainer(
     resuming: bool,
 ) -> tuple[RunTrainer, Stopwatch]:
     """Build the Trainer of one run, which may continue from a checkpoint, and the stopwatch that measures it."""
+    if is_main():
+        _warn_of_warm_up(config, len(sets.train))
     stopwatch = Stopwatch(memory)
     callbacks: list[Any] = [stopwatch, EvaluationSteps(), stop or StopOnSignal()]
     if config.protocol.patience is not None:
@@ -151,6 +155,17 @@ def _schedule(train: TrainConfig) -> str:
 
 def _warmup_steps(config: RunConfig, rows: int) -> int:
     return config.train.warmup_steps or round(config.train.warmup_ratio * total_steps(config, rows))
+
+
+def _warn_of_warm_up(config: RunConfig, rows: int) -> None:
+    """Log a warning if the warm-up, which some tasks set, takes the whole run: the rate never reaches `train.lr`."""
+    warm_up, total = config.train.warmup_steps, total_steps(config, rows)
+    if warm_up >= total:
+        log.warning(
+            "train.warmup_steps=%d is not shorter than the run, which has %d steps: the learning rate only rises, to "
+            "%.0f %% of train.lr=%g; set a smaller one, such as train.warmup_steps=%d",
+            *(warm_up, total, 100 * (total - 1) / warm_up, config.train.lr, total // 10),
+        )
 
 
 def total_steps(config: RunConfig, rows: int) -> int:

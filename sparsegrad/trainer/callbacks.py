@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from sparsegrad import progress
+from sparsegrad.distributed import mark_shared
 from sparsegrad.errors import FailedRunError
 from sparsegrad.trainer.peak_memory import PeakMemory
+from sparsegrad.trainer.processes import largest
 
 WARM_UP_STEPS = 3  # not timed: the first steps allocate memory and choose kernels
 
@@ -29,8 +31,8 @@ class NonFiniteLossError(FailedRunError):
 class Stopwatch(TrainerCallback):  # type: ignore[misc]
     """Measures seconds and peak memory of training steps, without evaluation, logging and saving; and the whole run.
 
-    The first `WARM_UP_STEPS` of a process are not timed. Seconds include those of the processes that the run continues,
-    up to their last checkpoint; the peak of memory is that of this process.
+    The first `WARM_UP_STEPS` of a process are not timed. Seconds and the peak of memory include those of the processes
+    that the run continues, up to their last checkpoint.
 
     Attributes:
         began: time at which this process began the run, by `time.monotonic`.
@@ -92,7 +94,8 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint stores of this clock."""
-        return {"steps": self.steps, "seconds": round(self.seconds, 3), "run_seconds": self.run_seconds()}
+        times = {"steps": self.steps, "seconds": round(self.seconds, 3), "run_seconds": self.run_seconds()}
+        return {**times, "memory": self.memory.report()}
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Add what `state` returned in an earlier process; None for a checkpoint of an earlier version."""
@@ -101,6 +104,8 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
             return
         self.steps, self.seconds = self.steps + int(state["steps"]), self.seconds + float(state["seconds"])
         self._before = None if state["run_seconds"] is None else float(state["run_seconds"])
+        if "memory" in state:  # earlier versions did not store it
+            self.memory.restore(state["memory"])
 
     def _resume(self) -> None:
         self._mark = time.monotonic()
@@ -121,12 +126,28 @@ class EvaluationSteps(TrainerCallback):  # type: ignore[misc]
         control.should_log = control.should_log or control.should_evaluate
 
 
+class RestoreLosses(TrainerCallback):  # type: ignore[misc]
+    """Gives a resumed run the sum of the losses since the last log, so that its next log is the same."""
+
+    def __init__(self, trainer: Trainer, loss: float, since: int) -> None:
+        self.trainer, self.loss, self.since = trainer, float(loss), int(since)
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Restore both values, which the Trainer has just set to zero."""
+        self.trainer._tr_loss += self.loss
+        self.trainer._globalstep_last_logged = self.since
+
+
 class LossWatch(TrainerCallback):  # type: ignore[misc]
-    """Counts finite losses on the device without waiting for it; raises before the next log, evaluation or save."""
+    """Counts finite losses on the device without waiting for it; raises before the next log, evaluation or save.
+
+    Of several processes all raise, though only one may have such a loss: the others would wait for it.
+    """
 
     def __init__(self) -> None:
         self._finite: Tensor | None = None
         self._count = 0
+        self._ends: list[tuple[int, int]] = []  # steps since the last check, with the losses up to each step's end
 
     def add(self, loss: Tensor) -> None:
         """Count the loss of one micro-batch."""
@@ -137,16 +158,21 @@ class LossWatch(TrainerCallback):  # type: ignore[misc]
         self._count += 1
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Check before an evaluation, which would fail without naming the step, and before a save."""
-        if control.should_log or control.should_evaluate or control.should_save:
-            self.on_log(args, state, control)
+        """Check before a log, an evaluation, which would fail without naming the step, and a save.
 
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Raise `NonFiniteLossError` with the step of the first bad loss."""
-        finite = self._count if self._finite is None else int(self._finite)
+        The processes agree on these events, so that each takes part in the comparison.
+
+        Raises:
+            NonFiniteLossError: with the step of the first loss of any process that is not finite.
+        """
+        # Not computed from the accumulation: the last step of an epoch may have fewer micro-batches.
+        self._ends.append((state.global_step, self._count))
+        if not (control.should_log or control.should_evaluate or control.should_save):
+            return
+        finite = -largest(-(self._count if self._finite is None else int(self._finite)))
         if finite < self._count:
-            micro_batches_back = self._count - finite - 1
-            raise NonFiniteLossError(state.global_step - micro_batches_back // args.gradient_accumulation_steps)
+            raise mark_shared(NonFiniteLossError(next(step for step, end in self._ends if end > finite)))
+        self._ends.clear()
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]

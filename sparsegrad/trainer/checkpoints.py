@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from sparsegrad.distributed import from_main, rank, whole
 from sparsegrad.errors import ResourceError
-from sparsegrad.files import load_json, unreadable, write_json
-from sparsegrad.hashing import SHORT, file_sha256, tensors_sha256
+from sparsegrad.files import flush, load_json, unreadable, unwritable, write_json
+from sparsegrad.hashing import SHORT, file_sha256, json_sha256, tensors_sha256
 
 MANIFEST = "manifest.json"
-KEEP = 2  # newest checkpoints that are kept, besides the best one
+KEEP = 2  # newest checkpoints that are kept, besides the best one of each
 PREFIX = "checkpoint-"
 OR_RESTART = ", or restart the run with resume=false"
 # Error numbers of files that do not exist. Any other, such as EIO, says nothing about the file.
@@ -31,11 +32,33 @@ _log = logging.getLogger("sparsegrad")
 def seal(checkpoint: Path, facts: Mapping[str, Any]) -> None:
     """Write the manifest; only then does the checkpoint count. `read_manifest` returns `facts` again.
 
+    All files are on the disk before the manifest is, and the manifest before this returns: after a power failure, a
+    checkpoint that has a manifest is whole, and older ones may be deleted.
+
     Raises:
-        ResourceError: if the manifest cannot be written.
+        ResourceError: if a file cannot be written to the disk.
     """
-    files = {path.name: _fingerprint_file(path) for path in sorted(checkpoint.iterdir()) if path.name != MANIFEST}
-    write_json(checkpoint / MANIFEST, {"files": files, **facts})
+    paths = sorted(path for path in checkpoint.iterdir() if path.name != MANIFEST)
+    for path in paths:
+        try:
+            flush(path)
+        except OSError as error:  # the system may report a full disk only now
+            raise unwritable(path, error) from error
+    _flush_folder(checkpoint)
+    content = {"files": {path.name: _fingerprint_file(path) for path in paths}, **facts}
+    write_json(checkpoint / MANIFEST, {**content, "sha256": json_sha256(content)})
+    _flush_folder(checkpoint)
+    _flush_folder(checkpoint.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the file system can do that."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def read_manifest(checkpoint: Path | str) -> dict[str, Any]:
@@ -103,17 +126,31 @@ def last_checkpoint(folder: Path) -> str | None:
             break
         damaged.append(checkpoint)
     # Deleted only now: the loop raises if a file cannot be read, and nothing must be lost then.
+    instead = "the run starts over" if found is None else f"using {found}"
     for checkpoint in damaged:
-        _log.warning("%s is damaged or incomplete: using the checkpoint before it", checkpoint)
+        _log.warning("%s, or the best one that it names, is damaged or incomplete: %s", checkpoint, instead)
         shutil.rmtree(checkpoint)
     return found
 
 
 def prune(folder: Path, best_step: int | None) -> None:
-    """Delete all checkpoints except the newest `KEEP` and the best one."""
-    for checkpoint in _list_checkpoints(folder)[:-KEEP]:
-        if _parse_step(checkpoint) != best_step:
+    """Delete all checkpoints except the newest `KEEP`, the best one, and the one that each of those names as its best.
+
+    Without the last, a checkpoint could not take the place of a newer one that is damaged and was the first to be best.
+    """
+    found = _list_checkpoints(folder)
+    kept = {best_step, *(_read_best_step(checkpoint) for checkpoint in found[-KEEP:])}
+    for checkpoint in found[:-KEEP]:
+        if _parse_step(checkpoint) not in kept:
             shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _read_best_step(checkpoint: Path) -> int | None:
+    """The best step that a checkpoint names; None if it names none, or cannot be read."""
+    step: int | None = None
+    with suppress(OSError, ValueError, TypeError):
+        step = load_state(checkpoint).best_global_step
+    return step
 
 
 def load_state(checkpoint: Path | str) -> TrainerState:
@@ -150,7 +187,11 @@ def _run_check(check: Callable[[], bool]) -> bool:
 
 def _matches_manifest(checkpoint: Path) -> bool:
     with _add_path_to_errors(checkpoint / MANIFEST):
-        files = load_json(checkpoint / MANIFEST)["files"]
+        content = load_json(checkpoint / MANIFEST)
+    own = content.pop("sha256", None)  # missing in those of earlier versions
+    if own is not None and own != json_sha256(content):
+        return False
+    files = content["files"]
     inside = all(Path(name).name == name for name in files)  # no path may lead outside the folder
     # Sizes first: they find most damage without reading gigabytes.
     sizes = inside and all((checkpoint / name).stat().st_size == files[name][0] for name in files)

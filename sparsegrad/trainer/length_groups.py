@@ -1,4 +1,4 @@
-"""Batches of rows of similar length, in random order."""
+"""Batches of rows of similar length: from long to short as in transformers, or in random order."""
 
 from __future__ import annotations
 
@@ -6,6 +6,35 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
+
+
+class RepeatableLengthGroups(LengthGroupedSampler):  # type: ignore[misc]
+    """`LengthGroupedSampler`, which knows how to draw the order of an epoch again, where a run continues within it.
+
+    That sampler draws from torch's own generator. The Trainer restores its state from a checkpoint, but only after the
+    order has been drawn.
+
+    Args:
+        batch_size: rows of a step.
+        lengths: length of each row.
+        redraw_from: `drawn_from` of the process that began the first epoch, for its order; None if this one begins it.
+
+    Attributes:
+        drawn_from: state of torch's generator, in hexadecimal digits, from which the order of this epoch was drawn;
+            None before the first.
+    """
+
+    def __init__(self, batch_size: int, lengths: Sequence[int], redraw_from: str | None) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.drawn_from: str | None = None
+        self._redraw_from = redraw_from
+
+    def __iter__(self) -> Iterator[int]:
+        if self._redraw_from is not None:
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(self._redraw_from), dtype=torch.uint8))
+            self._redraw_from = None
+        self.drawn_from = torch.get_rng_state().numpy().tobytes().hex()
+        yield from super().__iter__()
 
 
 class ShuffledLengthGroups(LengthGroupedSampler):  # type: ignore[misc]

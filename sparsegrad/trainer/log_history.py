@@ -6,10 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sparsegrad.metrics.language import LANGUAGE_SCORES
+from sparsegrad.metrics.text_classification.text_classification import CONFIGS
 from sparsegrad.tasks.base import Task
 from sparsegrad.trainer.trainer import VALIDATION
 
 Log = list[dict[str, Any]]
+_SCORES = {"loss", *LANGUAGE_SCORES, *(name for names in CONFIGS.values() for name in names)}
 
 
 def history(log: Log) -> dict[str, Any]:
@@ -35,10 +38,9 @@ def best_on_validation(log: Log, task: Task) -> dict[str, Any]:
 
 
 def scores_of(row: Mapping[str, Any], prefix: str = "eval") -> dict[str, Any]:
-    """Return the scores of an evaluation, without its timings."""
-    timings = ("runtime", "per_second")
+    """Return the loss and what the metric computed in an evaluation, without the Trainer's timings."""
     found = {name.removeprefix(f"{prefix}_"): value for name, value in row.items() if name.startswith(f"{prefix}_")}
-    return {name: _drop_nonfinite(value) for name, value in found.items() if not name.endswith(timings)}
+    return {name: _drop_nonfinite(value) for name, value in found.items() if name in _SCORES}
 
 
 def _drop_nonfinite(value: float) -> float | None:

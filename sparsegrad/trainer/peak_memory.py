@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 MIB = 2**20
 _CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 resets the high-water mark (Linux)
+_PEAKS = {"allocated_mib", "reserved_mib", "resident_mib"}
 _STATUS = Path("/proc/self/status")
 
 
@@ -21,7 +23,8 @@ class PeakMemory:
 
     On CUDA: `max_memory_allocated` and `max_memory_reserved`. On a CPU: the peak resident set, reported together with
     `baseline`, the resident set when the object was created. It is exact if the kernel can reset its high-water mark
-    (Linux); otherwise it is the largest value that `sample` saw.
+    (Linux); otherwise it is the largest value that `start`, `sample` and `stop` saw. A phase counts when it has ended:
+    before that there is no peak.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,7 +33,8 @@ class PeakMemory:
         _return_freed_memory()
         self.baseline = _read_resident()
         self.peak: dict[str, float] = {}
-        self._exact = False
+        self._exact, self._begun = False, 0.0
+        self._earlier: dict[str, Any] | None = None  # report of an earlier process
 
     def start(self) -> None:
         """Begin a phase: earlier peaks are forgotten."""
@@ -39,7 +43,7 @@ class PeakMemory:
         else:
             _return_freed_memory()
             self._exact = _reset_high_water_mark()
-            self.sample()
+            self._begun = _read_resident()  # counts at the end of the phase, if it has one
 
     def sample(self) -> None:
         """Include the memory in use now."""
@@ -53,10 +57,20 @@ class PeakMemory:
         elif self._exact:
             self._raise("resident_mib", _read_high_water_mark())
         else:
+            self._raise("resident_mib", self._begun)
             self.sample()
 
+    def restore(self, report: Mapping[str, Any]) -> None:
+        """Include the peak that `report` returned in an earlier process of the same run."""
+        texts = ("device", "method")
+        self._earlier = {name: str(value) if name in texts else float(value) for name, value in report.items()}
+
     def report(self) -> dict[str, Any]:
-        """Return the measured peak for the record."""
+        """Return the peak for the record, which may be that of an earlier process; without a phase there is none."""
+        own = self._describe()
+        return own if self._earlier is None else _choose_larger(own, self._earlier)
+
+    def _describe(self) -> dict[str, Any]:
         if self.device.type == "cuda":
             return {"device": "cuda", **_round_values(self.peak)}
         method = "VmHWM" if self._exact else "samples"
@@ -64,6 +78,16 @@ class PeakMemory:
 
     def _raise(self, name: str, value: float) -> None:
         self.peak[name] = max(self.peak.get(name, 0.0), value)
+
+
+def _choose_larger(own: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """The larger peak of two processes; on a CPU the larger one above its own baseline, with that baseline."""
+    if own["device"] != earlier.get("device"):  # not comparable
+        return own if own.keys() & _PEAKS else earlier
+    if own["device"] == "cuda":
+        names = (own | earlier).keys() & _PEAKS
+        return own | {name: max(one.get(name, 0.0) for one in (own, earlier)) for name in sorted(names)}
+    return max(own, earlier, key=lambda one: one.get("resident_mib", 0.0) - one.get("baseline_mib", 0.0))
 
 
 def _round_values(values: dict[str, float]) -> dict[str, float]:

@@ -11,17 +11,19 @@ from typing import Any
 import datasets
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from sparsegrad.distributed import average_, world_size
 from sparsegrad.errors import ResourceError, UserError, first_line
 from sparsegrad.files import unreadable
 from sparsegrad.trainer.bfloat16 import fast_bfloat16
-from sparsegrad.trainer.callbacks import LossWatch, Progress, Stopwatch
+from sparsegrad.trainer.callbacks import LossWatch, Progress, RestoreLosses, Stopwatch
 from sparsegrad.trainer.checkpoints import OR_RESTART, PREFIX, check_whole, load_state, prune, read_manifest, seal
 from sparsegrad.trainer.last_batch import own_rows, weighted, without_labels
-from sparsegrad.trainer.length_groups import ShuffledLengthGroups
+from sparsegrad.trainer.length_groups import RepeatableLengthGroups, ShuffledLengthGroups
+from sparsegrad.trainer.lineage import Lineage
 from sparsegrad.trainer.processes import is_of_connection
 
 # Failures of memory or device, which say nothing about a checkpoint. The last one is missing in torch before 2.8.
@@ -40,7 +42,12 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         multiplies_bfloat16: whether products are in bfloat16 anywhere: see `fast_bfloat16`.
         shuffles_groups: whether batches of rows of similar length come in random order.
         *args, **kwargs: of the Trainer.
+
+    Attributes:
+        lineage: the processes of this run, which checkpoints store; None: none.
     """
+
+    lineage: Lineage | None = None
 
     def __init__(
         self,
@@ -56,7 +63,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.watched, self.stopwatch = watched, stopwatch
         self._multiplies_bfloat16, self._shuffles_groups = multiplies_bfloat16, shuffles_groups
-        self._groups: ShuffledLengthGroups | None = None
+        self._groups: ShuffledLengthGroups | RepeatableLengthGroups | None = None
+        self._redraw_from: str | None = None  # see `RepeatableLengthGroups`
         # What evaluations predicted, by step: the newest and the best, which need not be computed again at the end.
         self._predicted: dict[int, EvalLoopOutput] = {}
         # A classifier accepts any keyword, from which the Trainer concludes that its loss is divided by the size of the
@@ -83,16 +91,19 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     def _is_done(self, checkpoint: str) -> bool:
         """Whether training had ended at the checkpoint: then restore its state, otherwise only its unlogged losses.
 
-        Times are restored in either case.
+        Times and earlier processes are restored in either case.
         """
         with report_unreadable(checkpoint):
             state, manifest = load_state(checkpoint), read_manifest(checkpoint)
             if self.stopwatch is not None:
                 self.stopwatch.restore(manifest.get("clock"))
+            if self.lineage is not None:
+                self.lineage.restore(manifest.get("processes"), state.global_step)
+            self._redraw_from = manifest.get("drawn_from")
             if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
                 self.state = state
                 return True
-            self.add_callback(_RestoreLosses(self, **manifest["unlogged"]))
+            self.add_callback(RestoreLosses(self, **manifest["unlogged"]))
         return False
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
@@ -120,10 +131,13 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
-        if not self._shuffles_groups:
+        if not isinstance(sampler, LengthGroupedSampler):
             return sampler
-        rows = sampler.batch_size * world_size()
-        self._groups = ShuffledLengthGroups(rows, sampler.lengths, self.args.data_seed)
+        if self._shuffles_groups:
+            rows = sampler.batch_size * world_size()
+            self._groups = ShuffledLengthGroups(rows, sampler.lengths, self.args.data_seed)
+        else:
+            self._groups = RepeatableLengthGroups(sampler.batch_size, sampler.lengths, self._redraw_from)
         return self._groups
 
     def get_train_dataloader(self) -> Any:
@@ -133,7 +147,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         nor Accelerate would reach it: it would stay in the first epoch.
         """
         loader = super().get_train_dataloader()
-        if self._groups is not None and hasattr(loader, "set_sampler"):
+        if isinstance(self._groups, ShuffledLengthGroups) and hasattr(loader, "set_sampler"):
             loader.set_sampler(self._groups)
         return loader
 
@@ -231,12 +245,20 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             super()._save_checkpoint(*args, **kwargs)
             self.accelerator.wait_for_everyone()  # each process writes its own random state
             if self.args.should_save:
-                clock = {} if self.stopwatch is None else {"clock": self.stopwatch.state()}
-                seal(checkpoint, {"unlogged": unlogged, **clock})
+                seal(checkpoint, {"unlogged": unlogged, **self._describe_process()})
                 prune(checkpoint.parent, self.state.best_global_step)
         except Exception:
             shutil.rmtree(checkpoint, ignore_errors=True)  # on a full disk, an incomplete checkpoint only takes space
             raise
+
+    def _describe_process(self) -> dict[str, Any]:
+        """What a checkpoint stores of its process: times, environment, and the source of the order of an open epoch."""
+        found: dict[str, Any] = {} if self.stopwatch is None else {"clock": self.stopwatch.state()}
+        if self.lineage is not None:
+            found["processes"] = self.lineage.state(self.state.global_step)
+        if isinstance(self._groups, RepeatableLengthGroups) and self.state.epoch % 1:
+            found["drawn_from"] = self._groups.drawn_from
+        return found
 
     def _checkpoint_path(self, step: int) -> Path:
         return Path(self.args.output_dir) / f"{PREFIX}{step}"
@@ -265,18 +287,6 @@ def report_unreadable(checkpoint: str | None) -> Iterator[None]:
         raise ResourceError(
             f"{checkpoint} cannot be loaded ({first_line(error)}): restart the run with resume=false"
         ) from error
-
-
-class _RestoreLosses(TrainerCallback):  # type: ignore[misc]
-    """Gives a resumed run the sum of the losses since the last log, so that its next log is the same."""
-
-    def __init__(self, trainer: RunTrainer, loss: float, since: int) -> None:
-        self.trainer, self.loss, self.since = trainer, float(loss), int(since)
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Restore both values, which the Trainer has just set to zero."""
-        self.trainer._tr_loss += self.loss
-        self.trainer._globalstep_last_logged = self.since
 
 
 def _average_over_processes(loss: torch.Tensor) -> float:

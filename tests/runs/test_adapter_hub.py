@@ -105,6 +105,22 @@ def test_a_damaged_adapter_is_not_published(hub: Hub, folder: Path) -> None:
     assert hub.asked == []
 
 
+def test_a_damaged_lora_adapter_is_not_published_and_an_interrupted_one_is_completed(hub: Hub, tmp_path: Path) -> None:
+    base = own_model()
+    folder = save_lora(changed(base), tmp_path / "lora", base, rank=2, target_modules=["0"]).folder
+    tensors = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(tensors[:-1])
+    with pytest.raises(UserError, match="holds a damaged LoRA adapter"):
+        push_to_hub(folder, NAME)
+    assert hub.asked == []
+    (folder / "adapter_model.safetensors").write_bytes(tensors)
+    waiting = folder / ".adapter_model.99.saving"
+    waiting.mkdir()
+    (folder / "adapter_config.json").rename(waiting / f"{hashlib.sha256(tensors).hexdigest()}.json")
+    push_to_hub(folder, NAME)
+    assert not waiting.exists()
+
+
 def test_a_lora_adapter_is_pushed_with_peft_s_names(hub: Hub, tmp_path: Path) -> None:
     base = own_model()
     saved = save_lora(changed(base), tmp_path / "lora", base, rank=2, target_modules=["0"])

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from process_group import together
 
+from sparsegrad.distributed import rank
 from sparsegrad.trainer import callbacks
 from sparsegrad.trainer.callbacks import WARM_UP_STEPS, EvaluationSteps, LossWatch, NonFiniteLossError, Stopwatch
 from sparsegrad.trainer.peak_memory import PeakMemory
@@ -79,35 +81,56 @@ def test_a_resumed_run_counts_the_times_of_earlier_processes(clock: Clock) -> No
     assert again.run_seconds() is again.state()["run_seconds"] is None
 
 
-def bad_step(losses: list[float], accumulation: int, log_every: int, start: int = 0) -> int | None:
-    """The step that a `LossWatch` names when it sees these micro-batch losses."""
-    watch, args = LossWatch(), SimpleNamespace(gradient_accumulation_steps=accumulation)
-    for number, loss in enumerate(losses, 1):
-        watch.add(torch.tensor(loss))
-        step, rest = divmod(number, accumulation)
-        if rest == 0 and step % log_every == 0:
-            try:
-                watch.on_log(args, SimpleNamespace(global_step=start + step), None)
-            except NonFiniteLossError as error:
-                return int(str(error).rsplit(" ", 1)[1])  # what the user reads
+def bad_step(steps: list[list[float]], log_every: int, start: int = 0) -> int | None:
+    """The step that a `LossWatch` names when it sees steps of these micro-batch losses."""
+    watch = LossWatch()
+    for step, losses in enumerate(steps, 1):
+        for loss in losses:
+            watch.add(torch.tensor(loss))
+        control = SimpleNamespace(should_log=step % log_every == 0, should_evaluate=False, should_save=False)
+        try:
+            watch.on_step_end(None, SimpleNamespace(global_step=start + step), control)
+        except NonFiniteLossError as error:
+            return int(str(error).rsplit(" ", 1)[1])  # what the user reads
     return None
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [(1,), (2,), (3,), (4, 1)])  # 4, 1: epochs of 5 micro-batches, accumulation 4
 @pytest.mark.parametrize("log_every", [1, 5, 10])
 @pytest.mark.parametrize("start", [0, 40])
-def test_the_first_bad_step_is_named(bad: float, accumulation: int, log_every: int, start: int) -> None:
-    for micro_batch in range(20 * accumulation):
-        losses = [1.0] * (20 * accumulation)
-        losses[micro_batch] = bad
-        expected = start + micro_batch // accumulation + 1
-        assert bad_step(losses, accumulation, log_every, start) == expected
+def test_the_first_bad_step_is_named(bad: float, sizes: tuple[int, ...], log_every: int, start: int) -> None:
+    counts = [sizes[step % len(sizes)] for step in range(20)]
+    for step, count in enumerate(counts):
+        for micro_batch in range(count):
+            losses = [[1.0] * one for one in counts]
+            losses[step][micro_batch] = bad
+            assert bad_step(losses, log_every, start) == start + step + 1
 
 
 def test_finite_losses_raise_nothing() -> None:
-    assert bad_step([1.0, 0.0, -3.0, 1e30] * 5, 2, 5) is None
-    LossWatch().on_log(SimpleNamespace(gradient_accumulation_steps=1), SimpleNamespace(global_step=0), None)
+    assert bad_step([[1.0, 0.0], [-3.0, 1e30]] * 5, 5) is None
+    assert bad_step([[]], 1) is None
+
+
+def watch_two(bad: dict[int, int]) -> tuple[str, bool]:
+    """What one of several processes is told when its loss of a step is NaN; `bad`: process -> step."""
+    own, watch = bad.get(rank()), LossWatch()
+    for step in range(1, 11):
+        watch.add(torch.tensor(float("nan") if step == own else 1.0))
+        control = SimpleNamespace(should_log=step % 5 == 0, should_evaluate=False, should_save=False)
+        try:
+            watch.on_step_end(None, SimpleNamespace(global_step=step), control)
+        except NonFiniteLossError as error:
+            return str(error), error.silent
+    return "", False
+
+
+def test_a_bad_loss_of_one_process_is_named_by_all_and_printed_once() -> None:
+    """Otherwise the others would wait for it, and lose the connection."""
+    for bad, step in (({1: 3}, 3), ({0: 9, 1: 8}, 8), ({}, None)):
+        text = "" if step is None else f"the loss is not a finite number at step {step}"
+        assert together(2, watch_two, bad) == [(text, False), (text, step is not None)]
 
 
 def flow(step: int, max_steps: int, should_evaluate: bool) -> Any:

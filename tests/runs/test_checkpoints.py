@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 import shutil
 import subprocess
 import zipfile
@@ -18,7 +20,7 @@ from transformers import TrainerCallback
 
 from sparsegrad.errors import UserError
 from sparsegrad.runs.runner import run
-from sparsegrad.trainer.checkpoints import KEEP, MANIFEST, is_whole, last_checkpoint
+from sparsegrad.trainer.checkpoints import KEEP, MANIFEST, is_whole, last_checkpoint, seal
 
 pytestmark = pytest.mark.xdist_group("checkpoints")  # its fixtures take long: one worker makes them
 
@@ -95,6 +97,68 @@ def test_the_faq_names_every_file_of_a_checkpoint_that_torch_has_pickled(checkpo
     answer = (ROOT / "docs" / "faq.md").read_text().split("**Does it use pickle?**")[1]
     assert "optimizer.pt" in names
     assert [name for name in names if f"`{name}`" not in answer] == []
+
+
+def test_a_changed_digit_in_the_manifest_is_found_and_one_of_an_earlier_version_is_read(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(checkpoints / "checkpoint-2", tmp_path / "checkpoint-2")
+    manifest = checkpoint / MANIFEST
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "unlogged": {"loss": 1.0, "since": 0}}))
+    assert not is_whole(checkpoint)
+    manifest.write_text(json.dumps({"files": content["files"], "unlogged": content["unlogged"]}))
+    assert is_whole(checkpoint)
+
+
+def scripted(scores: list[float]) -> Any:
+    """A `compute_metrics` whose evaluations have these scores, one after the other."""
+    left = iter(scores)
+    return lambda task: lambda prediction: {"accuracy": next(left)}
+
+
+@pytest.mark.parametrize(("damaged", "began", "lost"), [((6,), 4, 1), ((6, 2), 0, 3)])
+def test_a_checkpoint_that_was_the_first_to_be_best_again_can_be_lost(
+    tiny: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    damaged: tuple[int, ...],
+    began: int,
+    lost: int,
+) -> None:
+    """The one before names an older one as its best, which must still be there; without it, the run starts over."""
+    config = tiny("method=full", "protocol.max_steps=8")
+    monkeypatch.setattr("sparsegrad.runs.trainer_setup.compute_metrics", scripted([0.5, 0.4, 0.6]))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, callbacks=[Stop(7)])
+    for step in damaged:
+        (config.checkpoints / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"cut")
+    monkeypatch.setattr("sparsegrad.runs.trainer_setup.compute_metrics", scripted([0.5] * 4))
+    again = Stop()
+    run(config, callbacks=[again])
+    assert again.began == began
+    assert (
+        len(re.findall(rf"incomplete: {'using .*checkpoint-4' if began else 'the run starts over'}", caplog.text))
+        == lost
+    )
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_manifest(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a power failure could leave an empty file beside a manifest that is right."""
+    checkpoint, flushed, fsync = tmp_path / "checkpoint-2", [], os.fsync
+    shutil.copytree(checkpoints / checkpoint.name, checkpoint)
+
+    def note(number: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{number}")))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", note)
+    seal(checkpoint, {})
+    names = [path.name.strip(".").split(".json.")[0].replace("manifest", MANIFEST) for path in flushed]
+    files = sorted(path.name for path in checkpoint.iterdir() if path.name != MANIFEST)
+    assert names == [*files, checkpoint.name, MANIFEST, checkpoint.name, tmp_path.name]
 
 
 class Count(TrainerCallback):  # type: ignore[misc]

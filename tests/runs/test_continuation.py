@@ -10,13 +10,14 @@ from run_fixtures import Composer, Tiny, write_rows
 from test_runs import Stop, curves
 
 from sparsegrad.basis import Basis, load_bases, save_bases
-from sparsegrad.errors import UserError
+from sparsegrad.errors import ResourceError, UserError
 from sparsegrad.hashing import file_sha256
 from sparsegrad.models.source import Source, Sources
 from sparsegrad.runs import method_setup, parts
 from sparsegrad.runs.config import build
 from sparsegrad.runs.runner import run
 from sparsegrad.runs.saving import model_folder
+from sparsegrad.trainer.checkpoints import read_manifest, seal
 
 
 def interrupted(config, step: int) -> None:
@@ -24,11 +25,23 @@ def interrupted(config, step: int) -> None:
         run(config, callbacks=[Stop(step)])
 
 
-def test_a_checkpoint_of_other_data_is_not_continued(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_data_is_neither_continued_nor_deleted(tiny: Tiny, tmp_path: Path) -> None:
     interrupted(tiny(), 3)
     other = f"data.dir={write_rows(tmp_path / 'other', train=20)}"
+    with pytest.raises(ResourceError, match=r"to step 2, .*other data \(fingerprint .*restore .*name=.*resume=false"):
+        run(tiny(other))
+    named = Stop()
+    run(tiny(other, "name=named"), callbacks=[named])
+    assert named.began == 0
     again = Stop()
-    record, _ = run(tiny(other), callbacks=[again])
+    run(tiny(), callbacks=[again])  # with the data of before
+    assert again.began == 2
+
+
+def test_resume_false_takes_other_data(tiny: Tiny, tmp_path: Path) -> None:
+    interrupted(tiny(), 3)
+    other, again = f"data.dir={write_rows(tmp_path / 'other', train=20)}", Stop()
+    record, _ = run(tiny(other, "resume=false"), callbacks=[again])
     assert again.began == 0
     assert record["data"]["train_rows"] == 20
     assert record["config"]["data"]["dir"] == "other", "records are shared: the path of this machine stays out"
@@ -36,7 +49,8 @@ def test_a_checkpoint_of_other_data_is_not_continued(tiny: Tiny, tmp_path: Path)
 
 def test_a_file_of_bases_stands_for_its_content(tiny: Tiny, tmp_path: Path) -> None:
     path = tmp_path / "bases.safetensors"
-    config = tiny("method=sparsegrad", f"method.basis={path}", "protocol.eval_steps=1")
+    overrides = ("method=sparsegrad", f"method.basis={path}", "protocol.eval_steps=1")
+    config = tiny(*overrides)
 
     def write(shift: int) -> None:
         inner, outer = (torch.eye(size).roll(shift, 0) for size in (32, 64))  # orthogonal
@@ -45,8 +59,10 @@ def test_a_file_of_bases_stands_for_its_content(tiny: Tiny, tmp_path: Path) -> N
     write(1)
     interrupted(config, 2)
     write(2)
+    with pytest.raises(ResourceError, match=r"another content of method\.basis=.*restore .*resume=false"):
+        run(config)
     again = Stop()
-    record, _ = run(config, callbacks=[again])
+    record, _ = run(tiny(*overrides, "resume=false"), callbacks=[again])
     assert again.began == 0, "a checkpoint of other bases was continued"
     assert record["calibration"] == {"file": str(path), "sha256": file_sha256(path)}
     write(3)
@@ -157,6 +173,43 @@ def test_the_record_names_the_code_that_was_started(tiny: Tiny, monkeypatch: pyt
     record, _ = run(tiny())
     assert record["environment"]["git"] == {"commit": "first"}
     assert record["environment"]["started"] <= record["environment"]["finished"]
+
+
+def test_the_record_names_the_code_of_every_process_that_trained(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsegrad.runs import environment
+
+    commits = [{"commit": name, "dirty": name == "second"} for name in ("first", "second", "third", "fourth")]
+    left = iter(commits)
+    monkeypatch.setattr(environment, "_git", lambda: next(left))
+    config = tiny("protocol.max_steps=8")
+    interrupted(config, 1)  # wrote no checkpoint, so none of its steps counts
+    interrupted(config, 5)
+    monkeypatch.setattr(environment, "hardware", lambda device: {"device": "cpu", "cpu": "another"})
+    interrupted(config, 7)
+    found = run(config)[0]["environment"]
+    assert found["git"] == commits[3]
+    second, third = found["continued_from"]
+    assert [(one["first_step"], one["last_step"], one["git"]) for one in (second, third)] == [
+        (1, 4, commits[1]),
+        (5, 6, commits[2]),
+    ]
+    assert second["hardware"]["cpu"] != "another"
+    assert {"versions", "hardware"}.isdisjoint(third), "they are those of the last process"
+    assert second["started"] <= third["started"] <= found["started"]
+    assert environment.has_changed_code(found)
+    assert not environment.has_changed_code({**found, "continued_from": [third]})
+
+
+def test_of_a_checkpoint_of_an_earlier_version_only_the_steps_are_known(tiny: Tiny) -> None:
+    config = tiny()
+    interrupted(config, 3)
+    checkpoint = config.checkpoints / "checkpoint-2"
+    stored = read_manifest(checkpoint)
+    seal(checkpoint, {"unlogged": stored["unlogged"]})
+    record, _ = run(config)
+    assert record["environment"]["continued_from"] == [{"first_step": 1, "last_step": 2}]
+    assert record["environment"]["seconds"] is None
+    assert record["memory"]["resident_mib"] > 0
 
 
 def test_the_core_that_fused_adamw_trains_reaches_the_weight(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from llama_fixtures import LLAMA, tree, write_trees
 from process_group import together
@@ -16,10 +18,13 @@ from run_fixtures import ROOT, SHORT, TINY, last_wins, write_rows
 from safetensors.numpy import load_file
 from transformers import TrainerCallback
 
+from sparsegrad.distributed import rank
 from sparsegrad.errors import UserError
+from sparsegrad.runs import saving
 from sparsegrad.runs.config import RunConfig, build
 from sparsegrad.runs.runner import run
 from sparsegrad.runs.saving import model_folder
+from sparsegrad.trainer.callbacks import LossWatch
 
 NO_DROPOUT = ("+model.architecture.hidden_dropout_prob=0", "+model.architecture.attention_probs_dropout_prob=0")
 BERT = (*TINY, *SHORT, *NO_DROPOUT, "train.lr=1e-4")
@@ -208,6 +213,47 @@ def test_a_run_is_continued_by_as_many_processes_and_by_no_other_number(bert: Ca
         assert "with 1 process, and cannot be continued by 2" in found["error"]
         assert "start 1 process, or begin anew with resume=false" in found["error"]
     assert "weights" in outcome((*case, "seed=7", "resume=false"))
+
+
+def poisoned(case: Case, step: int, process: int) -> dict[str, Any]:
+    """A run in which the loss of one process becomes NaN at a step."""
+    add = LossWatch.add
+
+    def spoil(watch: LossWatch, loss: torch.Tensor) -> None:
+        add(watch, loss * float("nan") if watch._count == step - 1 and rank() == process else loss)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LossWatch, "add", spoil)
+        return outcome(case)
+
+
+def test_a_bad_loss_of_another_process_fails_the_run_once(bert: Case, tmp_path: Path) -> None:
+    case = (*bert, "method=full", "protocol.max_steps=20", "protocol.eval_steps=5")
+    found = together(2, poisoned, case, 9, 1)
+    assert all("not a finite number at step 9: training diverged" in one["error"] for one in found)
+    assert [one["silent"] for one in found] == [False, True]
+    (record,) = (tmp_path / "results").rglob("*.json")
+    assert json.loads(record.read_text())["status"] == "failed"
+    assert not list((tmp_path / "work").glob("*/checkpoints"))
+
+
+def short_of_memory(case: Case) -> dict[str, Any]:
+    """A run whose model cannot be saved for lack of memory."""
+
+    def run_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "_save_model", run_out)
+        return outcome(case)
+
+
+def test_a_lack_of_memory_while_saving_is_told_once_and_costs_no_training(bert: Case) -> None:
+    case = (*bert, "method=lora")
+    found = together(2, short_of_memory, case)
+    assert all("memory is too small to save" in one["error"] for one in found)
+    assert [one["silent"] for one in found] == [False, True]
+    assert [one["began"] for one in together(2, at, case, 0)] == [-1, -1], "nothing is left to train"
 
 
 @pytest.mark.parametrize("dies", [0, 1])

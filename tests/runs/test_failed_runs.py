@@ -20,8 +20,9 @@ from test_runs import LEARNS, Stop
 from transformers import Trainer, TrainerCallback
 
 from sparsegrad import cli
-from sparsegrad.errors import ResourceError, UserError
+from sparsegrad.errors import FailedRunError, ResourceError, UserError
 from sparsegrad.runs import runner as runs
+from sparsegrad.runs.predictions import predictions_path
 from sparsegrad.runs.runner import run
 from sparsegrad.trainer import checkpoints
 from sparsegrad.trainer.checkpoints import check_whole, has_checkpoint, last_checkpoint, seal
@@ -127,6 +128,31 @@ def test_a_diverged_run_leaves_a_failed_record_and_no_checkpoint_and_is_tried_ag
     assert json.loads(path.read_text())["status"] == "complete"
 
 
+def test_a_run_that_is_forced_and_fails_keeps_the_complete_record(tiny: Tiny) -> None:
+    config = tiny("method=full")
+    record, _ = run(config)
+    predictions = predictions_path(config.record_path).read_bytes()
+    with pytest.raises(FailedRunError, match=r"not a finite number at step 4.*the complete record .* is kept"):
+        run(tiny("method=full", "force=true"), callbacks=[At(3, poison)])
+    assert json.loads(config.record_path.read_text()) == record
+    assert predictions_path(config.record_path).read_bytes() == predictions
+    assert not config.checkpoints.exists()
+    config.record_path.write_text("{")  # damaged: nothing to keep
+    with pytest.raises(UserError, match="marked failed"):
+        run(tiny("method=full", "force=true"), callbacks=[At(3, poison)])
+    assert json.loads(config.record_path.read_text())["status"] == "failed"
+
+
+def test_a_process_that_writes_no_record_names_none(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main process may not fail, or not here."""
+    config = tiny("method=full")
+    monkeypatch.setattr("sparsegrad.runs.outcome.is_main", lambda: False)
+    with pytest.raises(UserError, match=r"not a finite number at step 4.*train\.lr") as raised:
+        run(config, callbacks=[At(3, poison)])
+    assert "record" not in str(raised.value)
+    assert not config.record_path.exists()
+
+
 def disk_full(checkpoint: Path, facts: Any) -> None:
     with pytest.MonkeyPatch.context() as disk:
         disk.setattr(os, "fsync", no_space)
@@ -150,7 +176,7 @@ def test_what_fails_around_a_run_costs_no_checkpoint_and_is_no_failed_run(
     """A full disk while a checkpoint is sealed; then, on resuming, a lack of memory, a disk error, another version."""
     config = tiny("method=full", "protocol.eval_steps=1")
     saving = At(2, lambda model: monkeypatch.setattr("sparsegrad.trainer.trainer.seal", disk_full))
-    with pytest.raises(UserError, match=r"cannot write .*manifest\.json: No space left"):
+    with pytest.raises(UserError, match=r"cannot write .*checkpoint-2/.*: No space left"):
         run(config, callbacks=[saving])
     faults = {
         "out of memory": torch.OutOfMemoryError("CUDA out of memory"),

@@ -63,9 +63,10 @@ def test_an_interrupted_run_continues_as_if_nothing_had_been(tiny: Tiny, name: s
     assert resumed["result"] == whole["result"]
 
 
-def test_a_run_interrupted_after_its_last_step_trains_no_further(tiny: Tiny) -> None:
-    whole, _ = run(tiny("name=whole"))
-    config = tiny(f"work_dir={tiny().work_dir}-again")
+@pytest.mark.parametrize("protocol", ["paper", "heldout"])
+def test_a_run_interrupted_after_its_last_step_trains_no_further(tiny: Tiny, protocol: str) -> None:
+    whole, _ = run(tiny(f"protocol={protocol}", "name=whole"))
+    config = tiny(f"protocol={protocol}", f"work_dir={tiny().work_dir}-again")
     with pytest.raises(KeyboardInterrupt):
         run(config, callbacks=[Stop(0)])
     clock = read_manifest(last_checkpoint(config.checkpoints) or "")["clock"]
@@ -74,6 +75,11 @@ def test_a_run_interrupted_after_its_last_step_trains_no_further(tiny: Tiny) -> 
     assert again.began == -1  # not trained at all
     assert resumed["speed"]["timed_steps"] == whole["speed"]["timed_steps"] == clock["steps"] == 1
     assert resumed["environment"]["seconds"] > clock["run_seconds"] > 0
+    assert resumed["memory"] == clock["memory"], "the last process took no step"
+    assert resumed["memory"]["resident_mib"] > resumed["memory"]["baseline_mib"]
+    (trained,) = resumed["environment"]["continued_from"]
+    assert (trained["first_step"], trained["last_step"]) == (1, 4)
+    assert "continued_from" not in whole["environment"]
     assert curves(resumed) == pytest.approx(curves(whole))
     assert resumed["result"] == whole["result"]
 

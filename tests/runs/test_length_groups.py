@@ -58,18 +58,26 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     assert list(shuffled(1, 1)) == orders[1]
 
 
-def test_a_run_visits_the_shuffled_batches_and_is_resumed_to_the_bit(tiny: Tiny) -> None:
-    """An epoch has 6 steps; the run is stopped in its second."""
-    longer = ("protocol.max_steps=10", "protocol.patience=null")
-    by_order = {
-        order: run(tiny(f"train.group_by_length={order}", *longer))[0] for order in ("shuffled", "true", "false")
-    }
-    assert len({str(curves(record)) for record in by_order.values()}) == 3
-    config = tiny("train.group_by_length=shuffled", *longer)
+LONGER = ("protocol.max_steps=10", "protocol.patience=null")
+
+
+def test_each_setting_has_an_order_of_its_own(tiny: Tiny) -> None:
+    orders = ("shuffled", "true", "false")
+    assert len({str(curves(run(tiny(f"train.group_by_length={order}", *LONGER))[0])) for order in orders}) == 3
+
+
+@pytest.mark.parametrize("stops", [(9,), (7,), (9, 10)], ids=["in the second epoch", "before it", "twice in it"])
+@pytest.mark.parametrize("order", ["shuffled", "true"])
+def test_a_run_is_resumed_to_the_bit(tiny: Tiny, order: str, stops: tuple[int, ...]) -> None:
+    """An epoch has 6 steps, and every second one writes a checkpoint."""
+    config = tiny(f"train.group_by_length={order}", *LONGER)
+    whole, _ = run(config)
     config.record_path.unlink()
-    with pytest.raises(KeyboardInterrupt):
-        run(config, callbacks=[Stop(9)])
+    for step in stops:
+        with pytest.raises(KeyboardInterrupt):
+            run(config, callbacks=[Stop(step)])
     again = Stop()
     record, _ = run(config, callbacks=[again])
-    assert again.began == 8
-    assert curves(record) == curves(by_order["shuffled"])
+    assert again.began == (stops[0] - 1) // 2 * 2
+    assert curves(record) == curves(whole)
+    assert record["result"] == whole["result"]

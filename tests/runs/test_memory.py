@@ -61,6 +61,28 @@ def test_without_a_high_water_mark_samples_count(monkeypatch: pytest.MonkeyPatch
     assert report["resident_mib"] - report["baseline_mib"] > 90
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_without_a_phase_that_has_ended_there_is_no_peak(monkeypatch: pytest.MonkeyPatch, exact: bool) -> None:
+    monkeypatch.setattr(memory, "_reset_high_water_mark", lambda: exact)
+    peak = PeakMemory(torch.device("cpu"))
+    peak.start()
+    assert "resident_mib" not in peak.report()
+
+
+def test_the_largest_peak_above_its_own_baseline_counts_of_several_processes() -> None:
+    own, above = PeakMemory(torch.device("cpu")), {"device": "cpu", "baseline_mib": 10.0, "method": "samples"}
+    own.baseline = 500.0
+    earlier = {**above, "resident_mib": 110.0}
+    own.restore(earlier)
+    assert own.report() == earlier, "this process has measured nothing"
+    own.peak = {"resident_mib": 590.0}
+    assert own.report() == earlier
+    own.peak = {"resident_mib": 620.0}
+    assert own.report() | {"method": ""} == {**above, "baseline_mib": 500.0, "resident_mib": 620.0, "method": ""}
+    own.restore({"device": "cuda", "allocated_mib": 9000.0, "reserved_mib": 9500.0})
+    assert own.report()["resident_mib"] == 620.0, "peaks of different devices are not compared"
+
+
 # Prints the MiB that malloc holds more after products of 150 lengths than after 50, under autocast.
 GROWTH = """
 import ctypes, sys, torch

@@ -195,8 +195,10 @@ def test_a_checkpoint_of_a_folder_that_changed_is_not_continued(made: Made, sour
     with pytest.raises(KeyboardInterrupt):
         run(made(), callbacks=[Stop(3)])
     edit_weights(source, lambda tensors: {name: one * 1.01 for name, one in tensors.items()})
+    with pytest.raises(UserError, match=r"another model or tokenizer .*restore that, .*resume=false"):
+        run(made())
     watch = Stop()
-    run(made(), callbacks=[watch])
+    run(made("resume=false"), callbacks=[watch])
     assert watch.began == 0
 
 

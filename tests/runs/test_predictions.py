@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,12 @@ def test_classes_above_255_and_numbers_beyond_float16_are_kept() -> None:
     number = Task(name="t", columns=("a",), main_metric="pearson", eval_base=1)
     found = make_arrays(number, np.array([[1e5], [2.0]], np.float32), [1e5, 2.0], [0, 1])
     assert found["label"].tolist() == [1e5, 2.0]
-    assert make_arrays(number, np.array([[1.0]]), [1.0], [0])["label"].dtype == np.float16
+    usual = make_arrays(number, np.array([[1.0], [2.0]]), [3.2, 4.0], [0, 1])
+    assert usual["label"].dtype == usual["predicted"].dtype == np.float16
+    for number_of_row in (1e5, np.inf, np.nan):
+        large = make_arrays(number, np.array([[number_of_row], [2.0]], np.float32), [3.2, 4.0], [0, 1])
+        assert large["predicted"].dtype == np.float32
+        assert np.array_equal(large["label"], usual["label"]), "runs are paired by labels that do not depend on them"
 
 
 def test_rows_are_in_the_order_of_the_data_for_every_seed(tiny: Tiny) -> None:
@@ -146,6 +152,28 @@ def test_warm_up_is_a_share_of_the_steps_and_a_linear_schedule_ends_at_zero(tiny
     assert arguments.lr_scheduler_type == "constant_with_warmup"
     with pytest.raises(UserError, match=r"train\.warmup_ratio=0\.1.*train\.warmup_steps"):
         tiny("train.warmup_ratio=0.1", "train.warmup_steps=3")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [
+        (
+            ("train.warmup_steps=50", "protocol.max_steps=5"),
+            "train.warmup_steps=50 .* 5 steps: .* 8 % of train.lr=0.01; ",
+        ),
+        (("train.warmup_steps=4",), "train.warmup_steps=4 .* 4 steps: .* 75 % .* train.warmup_steps=0"),
+        (("train.warmup_steps=3",), ""),
+        (("train.warmup_ratio=0.95",), ""),
+        ((), ""),
+    ],
+)
+def test_a_warm_up_that_takes_the_whole_run_is_mentioned_once(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture, overrides: tuple[str, ...], warned: str
+) -> None:
+    run(tiny("method=full", *overrides))
+    found = [one.getMessage() for one in caplog.records if one.name == "sparsegrad.runs.trainer_setup"]
+    assert len(found) == bool(warned)
+    assert not warned or re.search(warned, found[0])
 
 
 def test_only_a_run_from_the_start_evaluates_the_untrained_model(tiny: Tiny) -> None:

@@ -71,7 +71,16 @@ def test_only_a_complete_record_counts_as_done(tmp_path: Path) -> None:
     assert find_complete(path) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"schema": 0}', "\x00\xff"])
+@pytest.mark.parametrize("text", ["{}", "[]", "3", '{"architectures": ["BertModel"]}'])
+def test_a_file_of_something_else_is_not_to_be_deleted(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"config\.json is not a record") as raised:
+        find_complete(path)
+    assert "delete" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"schema": 0}', "\x00\xff"])
 def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.json"
     path.write_text(text, encoding="latin-1")
@@ -124,14 +133,24 @@ def test_the_command_says_where_nothing_is(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_all_results_folders_below_a_folder_are_shown(tmp_path: Path) -> None:
-    shown = ("runs/adhoc/1.json", "quickstart/runs/quickstart/2.json", "a/b/runs/runs/3.json")
+    shown = ("copy.json", "runs/adhoc/1.json", "quickstart/runs/quickstart/2.json", "a/b/runs/runs/3.json")
+    shown += ("a/studies/mine/runs/adhoc/6.json",)  # the folder `a` is no results folder, and may have any others
     for name in (*shown, "work/multirun/runs/4.json", "studies/5.json", "quickstart/adapters/x/adapter_config.json"):
         write_json(tmp_path / name, record(**FAILED))
+    for name in ("study.json", "models/adhoc/1/config.json"):
+        write_json(tmp_path / name, {"architectures": ["BertModel"]})
     bad: list[UserError] = []
     for folder in (tmp_path, tmp_path / "a", tmp_path / "a" / "b" / "runs", tmp_path / "a" / "b" / "runs" / "runs"):
         found = [row["path"] for row in read_rows(folder, on_bad=bad.append)]
         assert found == sorted(str(tmp_path / name) for name in shown if (tmp_path / name).is_relative_to(folder))
+        assert list(load_records(folder)["path"]) == found
     assert bad == []
+
+
+def test_a_work_folder_without_results_has_no_records(tmp_path: Path) -> None:
+    """As after a first run that was stopped."""
+    write_json(tmp_path / "work" / "key" / "checkpoints" / "checkpoint-2" / "manifest.json", {"files": {}})
+    assert load_records(tmp_path).empty
 
 
 @pytest.fixture
@@ -177,6 +196,7 @@ def test_records_are_narrowed_sorted_and_averaged(runs: Path, capsys: pytest.Cap
         (("--sort", "steps/"), "did you mean steps/s"),
         (("--filter", "lora"), "key=value"),
         (("--filter", "method=full"), "no record"),
+        (("--reverse",), "add --sort KEY"),
     ],
 )
 def test_what_no_record_has_is_named(

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from run_fixtures import ROOT, Composer, Tiny
+from run_fixtures import ROOT, Composer, Tiny, write_rows
 
 from experiments.reproduce.cells import in_evidence
 from sparsegrad import interrupt, threads
 from sparsegrad.cli import quickstart_table, running
-from sparsegrad.runs.config import build
+from sparsegrad.runs.config import RunConfig, build
 from sparsegrad.runs.predictions import describe_arrays, write_predictions
 from sparsegrad.runs.result_lines import describe_result, find_troubles
 from sparsegrad.runs.runner import run
@@ -105,6 +105,30 @@ def test_a_record_without_a_value_is_not_compared_with(tiny: Tiny) -> None:
     full[0].record_path.write_text(json.dumps(records[0]))
     text = "\n".join(describe_result(tiny("method=lora"), other))
     assert f"full fine-tuning {records[1]['result']['value']:.4f}\n" in text
+
+
+def show_comparison(config: RunConfig, record: dict[str, Any]) -> str:
+    lines = [line for line in describe_result(config, record) if line.startswith("against")]
+    return lines[0].partition("full fine-tuning ")[2] if lines else ""
+
+
+def test_full_fine_tuning_on_other_data_or_otherwise_is_not_compared_with(tiny: Tiny, tmp_path: Path) -> None:
+    others = ("data.max_train=8", "data.max_eval=4", f"data.dir={write_rows(tmp_path / 'other', train=20)}",
+              "train.train_rest=false", "train.grad_accumulation=2", "model.architecture.hidden_size=16")  # fmt: skip
+    for other in others:
+        run(tiny("method=full", "protocol.max_steps=2", other))
+    config = tiny("method=lora", "protocol.max_steps=2")
+    record, _ = run(config)
+    assert show_comparison(config, record) == ""
+    value = run(tiny("method=full", "protocol.max_steps=2", "force=true"))[0]["result"]["value"]
+    assert show_comparison(config, record) == f"{value:.4f}"
+
+
+def test_another_learning_rate_of_full_fine_tuning_is_named(tiny: Tiny) -> None:
+    for rate in ("1e-3", "2e-5"):
+        run(tiny("method=full", "protocol.max_steps=2", f"train.lr={rate}"))
+    config = tiny("method=lora", "protocol.max_steps=2")
+    assert show_comparison(config, run(config)[0]).endswith("(mean of 2 records, train.lr 2e-05, 0.001)")
 
 
 def make_record(losses: list[float], steps: int = 100) -> dict[str, Any]:

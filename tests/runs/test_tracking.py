@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from transformers import TrainerCallback
 
 from sparsegrad import SparseGradAdamW
 from sparsegrad.basis import Basis
+from sparsegrad.errors import ResourceError
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.runner import run
 from sparsegrad.runs.tracking import hyperparameters, kept_energy, run_title
+from sparsegrad.trainer.checkpoints import has_checkpoint
 
 LONG = ("protocol.max_steps=12", "protocol.eval_steps=4", "protocol.patience=null")
 
@@ -103,6 +107,50 @@ def test_wandb_writes_its_files_without_a_network(tiny: Tiny, monkeypatch: pytes
     assert run(config)[0]["status"] == "complete"
     assert len(list(Path(config.work_dir).glob(f"wandb/offline-run-*-{config.key}/*.wandb"))) == 1
     assert wandb.run is None  # the next run of this process is another
+
+
+ONLINE = ("tracker=wandb", "tracker.mode=online")
+
+
+@pytest.fixture
+def logged_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """wandb, where nobody has logged in."""
+    wandb = pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # no terminal to ask in
+    return wandb
+
+
+def test_an_online_run_without_a_login_is_refused_first(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, logged_out: Any
+) -> None:
+    monkeypatch.setattr("sparsegrad.runs.parts.load_model", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ResourceError, match=r"tracker\.mode=online .*wandb login.*tracker\.mode=offline"):
+        run(tiny(*ONLINE))
+
+
+def test_a_finished_run_needs_no_login(tiny: Tiny, logged_out: Any) -> None:
+    record, _ = run(tiny())
+    assert run(tiny(*ONLINE)) == (record, False)
+
+
+def test_an_online_run_whose_server_is_away_keeps_its_checkpoints(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, logged_out: Any
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise logged_out.errors.CommError("no such host\nincrease the timeout")
+
+    stopped = tiny(*LONG)
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, callbacks=[Stop()])
+    monkeypatch.setattr(logged_out, "login", lambda **_: True)
+    monkeypatch.setattr(logged_out, "init", refuse)
+    with pytest.raises(ResourceError, match=r"W&B cannot start the run \(no such host\): .*tracker\.mode=offline"):
+        run(tiny(*LONG, *ONLINE))
+    assert not stopped.record_path.exists()
+    assert has_checkpoint(stopped.checkpoints)
 
 
 def test_kept_energy_is_the_share_of_the_squared_rotated_gradient() -> None:
