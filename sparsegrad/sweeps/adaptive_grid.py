@@ -4,6 +4,7 @@ The first trials are the points of the grid, from its middle outwards, so that t
 with. Every later trial depends on those before it:
 
 - The best value is the smallest or largest one tried, an *edge winner*: the next trial is one step of the grid beyond.
+- Of equal values, that of the earliest trial counts as the best.
 - Otherwise: the geometric mean of the best value and its neighbour across the wider gap; of two equal gaps, the one
   whose neighbour scored better.
 - No trial has a score, as all diverged or were pruned: one step below the smallest value.
@@ -16,16 +17,16 @@ So every study of a plan has the same number of trials, and an extension is paid
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
-from optuna.study import Study, StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from sparsegrad.errors import UserError
-from sparsegrad.sweeps.ledger import Ledger
+from sparsegrad.sweeps.ledger import Ledger, find_first_best, read_ledger, read_score
 from sparsegrad.sweeps.space import Dimension, Space
 
 NAME = "adaptive_grid"
@@ -71,7 +72,7 @@ def next_value(
     """Return the value of the next trial after the grid; the module docstring has the rule.
 
     Args:
-        tried: value -> score, higher is better; None: pruned, diverged or still running.
+        tried: value -> score, higher is better, in the order of the trials; None: pruned, diverged or still running.
         ratio: the step of the grid.
         bounds: the smallest and the largest value that an extension may reach.
     """
@@ -97,9 +98,9 @@ def _choose_neighbour(tried: Mapping[float, float | None], best: float, neighbou
 
 
 def find_best(tried: Mapping[float, float | None]) -> float | None:
-    """Return the value with the best score, of equal ones the smallest; None if there is no score."""
-    scored = [value for value, score in tried.items() if score is not None]
-    return max(scored, key=lambda value: (_rank(tried[value]), -value), default=None)
+    """Return the value with the best score, of equal ones that tried first; None if there is no score."""
+    best = find_first_best(list(tried.values()))
+    return None if best is None else list(tried)[best]
 
 
 class AdaptiveGrid(BaseSampler):
@@ -116,20 +117,22 @@ class AdaptiveGrid(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Return the value of the trial's slot."""
-        ledger = Ledger(study.get_trials(deepcopy=False))
+        ledger = read_ledger(study)
         slot, grid, key = ledger.slot(trial.number), first_values(self._dimension), self._dimension.key
         if slot < len(grid):
             return {key: grid[slot]}
-        sign = 1 if study.direction == StudyDirection.MAXIMIZE else -1
-        tried: dict[float, float | None] = {}
-        for earlier in range(slot):
-            attempts = ledger.attempts(earlier)
-            if key in attempts[0].params:
-                score = attempts[-1].value if attempts[-1].state == TrialState.COMPLETE else None
-                tried[attempts[0].params[key]] = None if score is None else sign * score
+        tried = dict(self._find_tried(study, ledger, slot))
         limits = search_space[key]
         assert isinstance(limits, FloatDistribution)
         return {key: next_value(tried, find_ratio(self._dimension), (limits.low, limits.high))}
+
+    def _find_tried(self, study: Study, ledger: Ledger, slots: int) -> Iterator[tuple[float, float | None]]:
+        """(value, score) of each of the first slots, in their order."""
+        for slot in range(slots):
+            attempts, key = ledger.attempts(slot), self._dimension.key
+            # The first attempt has no value if its worker died before it was stored.
+            if values := [one.params[key] for one in attempts if key in one.params]:
+                yield values[0], read_score(attempts[-1], study.direction)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

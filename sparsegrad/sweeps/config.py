@@ -22,6 +22,7 @@ from sparsegrad.runs.names import with_current_names
 from sparsegrad.runs.overrides import check_fields, list_given
 from sparsegrad.sweeps import adaptive_grid
 from sparsegrad.sweeps.hparams import set_values
+from sparsegrad.sweeps.search_way import describe_pruner
 from sparsegrad.sweeps.space import Space, parse_space
 
 SAMPLERS = ("tpe", "gp", "qmc", "random", "grid", adaptive_grid.NAME)
@@ -150,9 +151,14 @@ class SweepPlan:
             "metric": self.metric,
             "objective": self.sweep.objective,
             "fixed": fixed,
-            # The budget decides what an adaptive grid tries; other samplers can be given more trials later.
-            **({"budget": self.budget} if self.is_adaptive else {}),
+            # They decide what an adaptive grid tries; other sweeps can be given more trials, or another pruner, later.
+            **({"budget": self.budget, **self.way} if self.is_adaptive else {}),
         }
+
+    @property
+    def way(self) -> dict[str, Any]:
+        """How the trials are chosen and stopped, as in the summary of a study."""
+        return {"sampler": self.sweep.sampler, "pruner": describe_pruner(vars(self.sweep))}
 
 
 def make_plan(composed: DictConfig) -> SweepPlan:

@@ -27,6 +27,7 @@ FAMILY = {"sparsegrad_authors": "sparsegrad", "sparsegrad_fast": "sparsegrad"}
 # The authors did not search for MeProp: their BERT runs use the values of SparseGrad, and so do ours for RoBERTa.
 STAND_IN = {"meprop": "sparsegrad"}
 SEARCH = "search"
+STORAGE = "SPARSEGRAD_STORAGE"  # the variable of the environment that names the storage of studies
 # Two ways to give the size of a method, of which it takes one.
 _OTHER_SIZE = {"method.density": "method.keep", "method.keep": "method.density"}
 
@@ -74,7 +75,12 @@ def set_values(composed: DictConfig, values: Mapping[str, Any]) -> None:
 
 def default_storage(results_dir: str) -> str:
     """Return the storage of studies if `sweep.storage` is not set; the same rule as in conf/sweep/custom.yaml."""
-    return os.environ.get("SPARSEGRAD_STORAGE") or f"{results_dir}/studies/studies.db"
+    return os.environ.get(STORAGE) or default_file(results_dir)
+
+
+def default_file(results_dir: str) -> str:
+    """Return the storage of studies if the environment names none either."""
+    return f"{results_dir}/studies/studies.db"
 
 
 def read_rows(name: str, folder: Path = FOLDER) -> list[dict[str, str]]:
@@ -122,7 +128,8 @@ def _read_file(composed: DictConfig, name: str) -> dict[str, Any]:
 
 
 def _read_study(composed: DictConfig, name: str) -> dict[str, Any]:
-    from sparsegrad.sweeps.study import LABELS, load_study  # here: published values need no Optuna
+    from sparsegrad.sweeps.ledger import find_winner  # here: published values need no Optuna
+    from sparsegrad.sweeps.study import LABELS, load_study
 
     study = load_study(default_storage(composed.results_dir), name)
     labels = study.user_attrs.get(LABELS, {})
@@ -132,7 +139,7 @@ def _read_study(composed: DictConfig, name: str) -> dict[str, Any]:
             f"study {name} searched {' / '.join(map(str, found))}, this run is {' / '.join(wanted)}: choose another "
             "study, or search with sweep=quick"
         )
-    try:
-        return study.best_params
-    except ValueError:
-        raise UserError(f"study {name} has no completed trial yet: run its sweep first") from None
+    best = find_winner(study)
+    if best is None:
+        raise UserError(f"study {name} has no completed trial yet: run its sweep first")
+    return best.params

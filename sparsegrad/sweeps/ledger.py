@@ -4,7 +4,8 @@ Every worker reads the same trials and reaches the same result, so no coordinato
 
 - A *fresh* trial takes the next slot. Its slot is the number of fresh trials with lower numbers, which never changes.
 - Fresh trials beyond slot N, which appear if several workers ask at once, are *surplus*: they are not run.
-- A failed trial is attempted again by a *redo* with the same values. Of several redos of a trial, the first counts.
+- A failed trial is attempted again by a *redo* with the same values. Of several redos of a trial, the first counts that
+  is not surplus.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 REDO_OF, SURPLUS, FAILURE, REASON = "redo_of", "surplus", "failure", "reason"
@@ -42,7 +44,7 @@ class Ledger:
         """Number of a trial -> number of the redo that counts."""
         redos: dict[int, int] = {}
         for trial in self.trials:
-            if REDO_OF in trial.user_attrs:
+            if REDO_OF in trial.user_attrs and SURPLUS not in trial.user_attrs:
                 redos.setdefault(trial.user_attrs[REDO_OF], trial.number)  # trials are sorted: the first counts
         return redos
 
@@ -62,13 +64,16 @@ class Ledger:
 
     def slot(self, number: int) -> int:
         """Return the slot of a trial: that of the fresh trial with which its attempts began."""
-        return sum(other < self.history(number)[-1].number for other in self.fresh)
+        first = self.history(number)[-1].number
+        return sum(other < first for other in self.fresh)
 
     def counts(self, number: int, budget: int) -> bool:
         """Whether a trial must run: its slot is within the budget, and no earlier redo does the same work."""
         trial = self._by_number[number]
+        if SURPLUS in trial.user_attrs:
+            return False
         first = REDO_OF not in trial.user_attrs or self._redos[trial.user_attrs[REDO_OF]] == number
-        return SURPLUS not in trial.user_attrs and first and self.slot(number) < budget
+        return first and self.slot(number) < budget
 
     def finished(self, budget: int) -> list[FrozenTrial]:
         """Return the finished trials of the first `budget` slots, by slot."""
@@ -80,6 +85,10 @@ class Ledger:
         last = [self.attempts(slot)[-1] for slot in range(min(budget, len(self.fresh)))]
         return [trial for trial in last if trial.state == TrialState.FAIL]
 
+    def is_early(self, slot: int, ordered_from: int | None) -> bool:
+        """Whether a slot depends on earlier ones of which one is not finished; `ordered_from` as in `has_work`."""
+        return ordered_from is not None and slot >= ordered_from and len(self.finished(slot)) < slot
+
     def deaths(self, number: int) -> int:
         """Count the attempts, this one included, whose worker died or crashed."""
         return sum(one.user_attrs.get(FAILURE) in (DIED, CRASHED) for one in self.history(number))
@@ -89,10 +98,43 @@ class Ledger:
 
         Args:
             budget: number of slots.
-            ordered_from: from this slot on, a slot is free only when all earlier ones are finished.
+            ordered_from: from this slot on, a slot is given only when all earlier ones are finished.
         """
-        if any(one.state == TrialState.WAITING and self.counts(one.number, budget) for one in self.trials):
+        waiting = [one.number for one in self.trials if one.state == TrialState.WAITING]
+        redos = [self.slot(number) for number in waiting if self.counts(number, budget)]
+        if not all(self.is_early(slot, ordered_from) for slot in redos):
             return True
         taken = len(self.fresh)
-        early = ordered_from is not None and taken >= ordered_from and len(self.finished(taken)) < taken
-        return taken < budget and not early
+        return taken < budget and not self.is_early(taken, ordered_from)
+
+
+def read_ledger(study: Study) -> Ledger:
+    """The slots of all trials, for a sampler that is asked for values.
+
+    `get_trials` would read the storage once more, and with the pruner Hyperband show only the trials of one bracket.
+    """
+    return Ledger(study._get_trials(deepcopy=False, use_cache=True))
+
+
+def find_first_best(scores: Sequence[float | None]) -> int | None:
+    """Index of the highest score, of equal ones the first; None without a score: how every winner is chosen."""
+    scored = [(score, -index) for index, score in enumerate(scores) if score is not None]
+    return -max(scored)[1] if scored else None
+
+
+def find_winner(study: Study) -> FrozenTrial | None:
+    """The completed trial with the best value, of equal ones that of the earliest slot; None without one.
+
+    Optuna's `best_trial` leaves open which of equal ones it is, and a sampler would look around another one.
+    """
+    ledger = Ledger(study.get_trials(deepcopy=False))
+    last = [ledger.attempts(slot)[-1] for slot in range(len(ledger.fresh))]
+    best = find_first_best([read_score(one, study.direction) for one in last])
+    return None if best is None else last[best]
+
+
+def read_score(trial: FrozenTrial, direction: StudyDirection) -> float | None:
+    """The value of a completed trial, such that higher is better; None of another trial."""
+    if trial.state != TrialState.COMPLETE or trial.value is None:
+        return None
+    return trial.value if direction == StudyDirection.MAXIMIZE else -trial.value

@@ -8,6 +8,7 @@ from typing import Any
 
 from optuna.study import Study
 
+from sparsegrad.sweeps.ledger import find_winner
 from sparsegrad.sweeps.study import IDENTITY
 
 BEST, OTHERS, INK = (
@@ -73,7 +74,8 @@ def _title(study: Study, name: str) -> str:
 
 def _mark_best(study: Study, figure: Any) -> None:
     """One colour for the best trial and gray for the others: a legend of every trial would be longer than the plot."""
-    axis, best = figure.axes[0], study.best_trial.number
+    axis, winner = figure.axes[0], find_winner(study)
+    best = None if winner is None else winner.number
     for line in axis.lines:
         is_best = line.get_label() == f"Trial{best}"
         line.set(color=BEST if is_best else OTHERS, alpha=1 if is_best else 0.6, zorder=3 if is_best else 2)

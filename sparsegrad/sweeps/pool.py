@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import shlex
 import signal
 import sys
 import time
@@ -19,11 +20,11 @@ from optuna.trial import FrozenTrial, TrialState
 from sparsegrad.errors import UserError
 from sparsegrad.progress import NO_BARS, QUIET, remark, say
 from sparsegrad.sweeps.config import SweepPlan, make_plan
-from sparsegrad.sweeps.hparams import default_storage
-from sparsegrad.sweeps.ledger import FAILURE, MISTAKE, REASON
+from sparsegrad.sweeps.hparams import STORAGE, default_file, default_storage
+from sparsegrad.sweeps.ledger import FAILURE, MISTAKE, REASON, find_winner
 from sparsegrad.sweeps.packing import check_packing, count_slots, take_device
-from sparsegrad.sweeps.search_results import DEFAULT
-from sparsegrad.sweeps.storage import hide_password
+from sparsegrad.sweeps.search_plans import DEFAULT
+from sparsegrad.sweeps.storage import SECRET, hide_password
 from sparsegrad.sweeps.study import SharedStudy, open_study
 from sparsegrad.sweeps.worker import Worker, show_trials, update_trials
 from sparsegrad.threads import limit_threads
@@ -171,23 +172,31 @@ def _summarize(shared: SharedStudy) -> str:
     refused = [trial for trial in finished if trial.user_attrs.get(FAILURE) == MISTAKE]
     if refused:
         text += f" ({len(refused)} refused, the first: trial {refused[0].number}, {refused[0].user_attrs[REASON]})"
-    if pruned == len(finished):
+    best = find_winner(shared.study)
+    if best is None:
         return f"{text}; no trial was completed"
-    best = shared.study.best_trial
     values = " ".join(f"{key}={value}" for key, value in best.params.items())
     return (
         f"{text}; best {shared.plan.metric} {best.value:.4f} ({shared.plan.sweep.objective}), trial {best.number}: "
-        f"{values}\nuse it: hparams=study:{shared.plan.sweep.study}{_name_places(shared.plan, '')}; details: "
-        f"python -m sparsegrad.sweeps show {shared.plan.sweep.study}{_name_places(shared.plan, '--')}"
+        f"{values}\n{_explain_use(shared.plan)}"
     )
 
 
-def _name_places(plan: SweepPlan, prefix: str) -> str:
-    """The arguments that lead to this study where results or storage are not in the default place."""
-    where, found = plan.base.results_dir, []
+def _explain_use(plan: SweepPlan) -> str:
+    """How to use and show the study, also from another shell than that of the sweep, such as a Slurm job's."""
+    study, where, place = plan.sweep.study, plan.base.results_dir, _name_storage(plan)
+    use, show = f"hparams=study:{study}", f"python -m sparsegrad.sweeps show {study}"
     if where != DEFAULT:
-        found.append(f"{prefix}results-dir {where}" if prefix else f"results_dir={where}")
-    # The password stays out of the hint: the environment variable says it too.
-    if prefix and plan.sweep.storage != default_storage(where):
-        found.append(f"{prefix}storage {hide_password(plan.sweep.storage)}")
-    return "".join(f" {one}" for one in found)
+        use, show = f"{use} results_dir={shlex.quote(where)}", f"{show} --results-dir {shlex.quote(where)}"
+    if place:
+        use, show = f"{STORAGE}={place} python run.py ... {use}", f"{show} --storage {place}"
+    return f"use it: {use}; details: {show}"
+
+
+def _name_storage(plan: SweepPlan) -> str:
+    """The storage as a shell needs it; empty if it is the default one, or if only the environment has its password."""
+    where, results = plan.sweep.storage, plan.base.results_dir
+    shown = hide_password(where)
+    if where == default_storage(results) and (where == default_file(results) or SECRET in shown):
+        return ""
+    return shlex.quote(shown if SECRET in shown else where)

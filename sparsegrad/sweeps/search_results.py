@@ -18,14 +18,12 @@ from sparsegrad.distributed import world_size
 from sparsegrad.errors import UserError, check_integer, first_line
 from sparsegrad.files import load_json, unreadable
 from sparsegrad.runs.keys import LATER, determining, flatten
-from sparsegrad.sweeps.make_commands import search_command
+from sparsegrad.sweeps.search_plans import explain_making, find_exported
+from sparsegrad.sweeps.search_way import find_other_data, find_other_way, read_way, study_name
 
 KEY = "train.lr"
 OVERWRITE = "sweep.overwrite=true"  # makes a search anew
-DEFAULT, COMMITTED = "outputs", "results"  # results_dir of a user's runs, and the folder of the committed evidence
-# Name of the sweep by whether the parameters outside the MLP weights train: each regime has searches of its own.
-SWEEPS = {True: "evidence", False: "evidence_mlp_only"}
-COMPARISON = "compare"  # start of the names of the plans whose searches `make compare` makes
+OTHER_FOLDER = "results_dir=FOLDER"  # makes it beside the existing one
 OWN_NAME = "store these settings as conf/method/NAME.yaml with name: NAME, and give METHODS=NAME to make compare"
 # A plan may train other numbers of entries at one searched rate, as evidence_density does; `make search` and
 # `make compare` refuse these, too.
@@ -48,7 +46,12 @@ class SearchMissingError(UserError):
         method: that it is of.
         task: that it is of.
         reason: what is wrong with it, without the remedy.
+        is_other: whether it is there and does not fit, so that to continue it is no remedy.
+        rate: the rate of a search that only was on other data: complete runs may have it.
     """
+
+    is_other: bool = False
+    rate: float | None = None
 
     def __init__(self, study: str, method: str, task: str, reason: str, remedy: str) -> None:
         super().__init__(f"hparams=search: {reason}: {remedy}")
@@ -166,17 +169,6 @@ def read_search(composed: DictConfig, by_hand: Collection[str] = ()) -> tuple[di
     return {KEY: float(f"{float(carry['full_lr']) * ratio:.3g}")}, facts
 
 
-def find_exported(results_dir: str, file: str) -> Path:
-    """The path of a search's export: in `results_dir`, or for the default folder in the committed evidence."""
-    own = Path(results_dir) / file
-    return Path(COMMITTED) / file if results_dir == DEFAULT and not own.exists() else own
-
-
-def study_name(model: str, method: str, task: str, train_rest: bool) -> str:
-    """Return the name of a search, as conf/sweep/evidence*.yaml compose it."""
-    return f"{SWEEPS[train_rest]}-{model}-{method}-{task}"
-
-
 def _make_facts(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"study": summary["study"], "budget": summary["budget"], "at_edge": summary["at_edge"]}
 
@@ -186,7 +178,7 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
     task, train_rest = composed.task.name, bool(composed.train.train_rest)
     name = study_name(model, method, task, train_rest)
     path = find_exported(composed.results_dir, f"studies/{name}/summary.json")
-    remedy = f"{_command_of(composed, method)} fills what is missing"
+    remedy = explain_making(composed, model, method, "fills what is missing")
     try:
         found = _parse_summary(path)
     except FileNotFoundError:
@@ -201,8 +193,11 @@ def _read_summary(composed: DictConfig, model: str, method: str, budget: int | N
     if labels != (model, method, task):
         raise UserError(f"hparams=search: {path} is of {' / '.join(map(str, labels))}, not {name}: {remedy}")
     _check_rows(found, name, train_rest, remedy)
-    _check_budget(composed, found, name, budget, remedy)
+    anew = explain_making(composed, model, method, "makes it anew", OVERWRITE)
+    _check_budget(found, name, budget, remedy, anew)
     _check_conditions(composed, found, name, method)
+    _check_way(composed, found, name, anew)
+    _check_data(composed, found, name)
     return found
 
 
@@ -218,17 +213,22 @@ def _check_rows(found: dict[str, Any], name: str, train_rest: bool, remedy: str)
         raise UserError(f"hparams=search: {name} was chosen on {rows} rows, a table needs heldout: {remedy}")
 
 
-def _check_budget(composed: DictConfig, found: dict[str, Any], name: str, budget: int | None, remedy: str) -> None:
+def _check_budget(found: dict[str, Any], name: str, budget: int | None, remedy: str, anew: str) -> None:
     """Check that a search has the budget of the plan, and has spent it."""
     spent, finished = found["budget"], count_finished(found)
     method, task = found["labels"]["method"], found["labels"]["task"]
     if budget is not None and spent != budget:
-        raise UserError(
-            f"hparams=search: {name} has a budget of {spent} trials, this plan one of {budget}: all methods need the "
-            f"same; {_command_of(composed, method, OVERWRITE)} makes it anew"
-        )
+        reason = f"{name} has a budget of {spent} trials, this plan one of {budget}"
+        raise _make_refusal(found, name, reason, f"all methods need the same; {anew}")
     if not isinstance(spent, int) or finished < spent:
         raise SearchMissingError(name, method, task, f"{name} has {finished} of {spent} trials", remedy)
+
+
+def _make_refusal(summary: Mapping[str, Any], name: str, reason: str, remedy: str) -> SearchMissingError:
+    """The error for a search that is another one than a run needs."""
+    error = SearchMissingError(name, summary["labels"]["method"], summary["labels"]["task"], reason, remedy)
+    error.is_other = True
+    return error
 
 
 def _parse_summary(path: Path) -> dict[str, Any]:
@@ -249,29 +249,36 @@ def count_finished(summary: Mapping[str, Any]) -> int:
     return int(summary["trials"]["complete"]) + int(summary["trials"]["pruned"])
 
 
-def _command_of(composed: DictConfig, method: str, *more: str) -> str:
-    """The command that fills the search of a method on the task of a run, with its data and its results folder."""
-    target = "compare" if str(composed.name).startswith(COMPARISON) else "search"
-    task, where = str(composed.task.name), where_of(composed.results_dir)
-    return search_command(target, [method], [task], composed.data.dir, [*where, *more])
-
-
-def where_of(results_dir: str) -> list[str]:
-    """The override by which `make search` fills the searches that runs of a results folder read."""
-    return [] if results_dir in (DEFAULT, COMMITTED) else [f"results_dir={results_dir}"]
-
-
 def _check_conditions(composed: DictConfig, summary: Mapping[str, Any], name: str, method: str) -> None:
     """Refuse a search that trained otherwise than this run does."""
     # A search on another model has its own protocol; the rate is carried over.
     groups = CONDITIONS if summary["labels"]["model"] == composed.model.name else ("train",)
     conditions = {group: summary.get(group) for group in groups}
     if other := find_other_condition(conditions, composed, summary["best"]["values"]):
-        remedy = (
-            f"{_command_of(composed, method, 'KEY=VALUE', OVERWRITE)} makes it anew, where KEY=VALUE is that setting "
-            "of this run; or leave it as it was"
+        what = "makes it anew, where KEY=VALUE is that setting of this run; or leave it as it was"
+        anew = explain_making(composed, str(summary["labels"]["model"]), method, what, "KEY=VALUE", OVERWRITE)
+        raise _make_refusal(summary, name, f"{name} was searched with {other}", anew)
+
+
+def _check_way(composed: DictConfig, summary: Mapping[str, Any], name: str, anew: str) -> None:
+    """Refuse a search that was not made as the others are."""
+    way = {**read_way(summary["train_rest"]), "metric": str(composed.task.main_metric)}
+    if other := find_other_way(summary, way):
+        raise _make_refusal(summary, name, f"{name} was made with {other}", f"all methods need the same; {anew}")
+
+
+def _check_data(composed: DictConfig, summary: Mapping[str, Any], name: str) -> None:
+    """Refuse a search that was made on other data than this run reads."""
+    model, method = (str(summary["labels"][key]) for key in ("model", "method"))
+    # The data of another model's search may have other rows; only its rate is carried over.
+    if model == composed.model.name and (other := find_other_data(summary, composed)):
+        # Not anew: other runs have taken their rates from it.
+        apart = explain_making(composed, model, method, "searches this data, for runs in FOLDER", OTHER_FOLDER)
+        error = _make_refusal(
+            summary, name, f"{name}: {other}", f"give the data of the search as data.dir=; or {apart}"
         )
-        raise SearchMissingError(name, method, str(composed.task.name), f"{name} was searched with {other}", remedy)
+        error.rate = float(summary["best"]["values"][KEY])
+        raise error
 
 
 def _check_settings(composed: DictConfig, summary: Mapping[str, Any], by_hand: Collection[str]) -> None:
@@ -284,7 +291,7 @@ def _check_settings(composed: DictConfig, summary: Mapping[str, Any], by_hand: C
         there, here = ({key: one[key] for key in one if key not in _AMOUNT} for one in (summary["method"], here))
         found = find_difference(there, here)
     if found:
+        own = "" if summary["train_rest"] else f"{OWN_NAME}; or "  # `make compare` has searches of the other regime
         raise UserError(
-            f"hparams=search: {summary['study']} was searched with {found}: {OWN_NAME}; or set train.lr by hand and "
-            "hparams=null"
+            f"hparams=search: {summary['study']} was searched with {found}: {own}set train.lr by hand and hparams=null"
         )

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sparsegrad.errors import UserError, missing_package
 from sparsegrad.files import write_json, write_text
-from sparsegrad.sweeps.ledger import FINISHED, REASON, RECORD_SECONDS, SURPLUS
+from sparsegrad.sweeps.ledger import FINISHED, REASON, RECORD_SECONDS, SURPLUS, find_winner
 from sparsegrad.sweeps.plots import PLOTS, draw_html, draw_png
 from sparsegrad.sweeps.reporter import PROGRESS
 from sparsegrad.sweeps.search_results import select_conditions, select_settings
@@ -34,9 +34,9 @@ def summary(study: Study) -> dict[str, Any]:
     """
     trials = [trial for trial in study.get_trials(deepcopy=False) if SURPLUS not in trial.user_attrs]
     states = [trial.state for trial in trials]
-    if TrialState.COMPLETE not in states:
+    best = find_winner(study)
+    if best is None:
         raise UserError(f"study {study.study_name} has no completed trial yet: run its sweep first")
-    best = study.best_trial
     seconds, saved = _measure_seconds(trials)
     identity = study.user_attrs.get(IDENTITY, {})
     fixed = identity.get("fixed", {})
@@ -46,6 +46,8 @@ def summary(study: Study) -> dict[str, Any]:
         "metric": identity.get("metric"),
         "objective": identity.get("objective"),
         "budget": identity.get("budget"),
+        "sampler": identity.get("sampler"),
+        "pruner": identity.get("pruner"),
         "train_rest": fixed.get("train.train_rest"),
         "seed": fixed.get("seed"),
         "method": select_settings(fixed) or None,

@@ -25,6 +25,7 @@ FIRST_SWEEP = "run a sweep first, for example python run.py sweep=quick method=l
 JOURNAL, GRPC = "journal:", "grpc://"
 _FORMS = "give a file such as studies.db, journal:FILE, postgresql://USER@HOST/DATABASE or grpc://HOST:PORT"
 _CONNECT_SECONDS = 10
+SECRET = "***"  # in the place of a password
 _SECRETS = ("password", "sslpassword")  # parts of an address's query that psycopg reads
 
 Result = TypeVar("Result")
@@ -73,7 +74,10 @@ def open_existing_store(where: str) -> Store:
     """
     file = find_file(where)
     if file is not None and not file.is_file():
-        raise UserError(f"there is no study yet: {file} does not exist; {FIRST_SWEEP}")
+        raise UserError(
+            f"there is no study yet: {file} does not exist; {FIRST_SWEEP}; if it is elsewhere, set SPARSEGRAD_STORAGE "
+            "to its sweep.storage"
+        )
     return open_store(where)
 
 
@@ -125,7 +129,7 @@ def hide_password(where: str) -> str:
         url = _parse_url(where)
     except UserError:
         return where.rpartition("@")[2]
-    hidden = {name: "***" for name in _SECRETS if name in url.query}
+    hidden = {name: SECRET for name in _SECRETS if name in url.query}
     # Brackets of the URL's own quoting: three stars stay readable.
     return url.update_query_dict(hidden).render_as_string(hide_password=True).replace("%2A", "*")
 
@@ -187,7 +191,7 @@ def _find_reason(error: BaseException, where: str) -> str:
     secrets = {str(secret) for secret in (url.password, *map(url.query.get, _SECRETS)) if secret} if url else set()
     # URLs contain the password quoted, drivers print it plain.
     for secret in secrets | set(map(quote_plus, secrets)):
-        text = text.replace(secret, "***")
+        text = text.replace(secret, SECRET)
     return text
 
 

@@ -21,6 +21,7 @@ from sparsegrad.sweeps.samplers import make_pruner, make_sampler
 from sparsegrad.sweeps.storage import FIRST_SWEEP, Store, open_existing_store, open_store, patiently
 
 IDENTITY, LABELS, CONTENT = "identity", "labels", "content"
+_LATER = ("sampler", "pruner")  # parts of an identity that studies of earlier versions do not have
 
 
 class SharedStudy:
@@ -57,10 +58,15 @@ class SharedStudy:
                 return None
             trial = patiently(partial(self.study.ask, self.plan.distributions), lease)
             patiently(partial(trial.set_user_attr, WORKER, self._me), lease)
-        # Storages without a lock may have given more trials than are left: this one may be surplus.
-        if patiently(self.ledger, lease).counts(trial.number, self.plan.budget):
+        # Storages without a lock may have given another worker a trial meanwhile: this one may be surplus.
+        now = patiently(self.ledger, lease)
+        if not now.counts(trial.number, self.plan.budget):
+            reason = "more workers asked for trials than were left"
+        elif ledger.is_early(now.slot(trial.number), self.plan.ordered_from):
+            reason = "an earlier trial, on which its values depend, was not finished"
+        else:
             return trial
-        self.close(trial, TrialState.FAIL, {SURPLUS: True, REASON: "more workers asked for trials than were left"})
+        self.close(trial, TrialState.FAIL, {SURPLUS: True, REASON: reason})
         return None
 
     def close(
@@ -102,7 +108,10 @@ class SharedStudy:
         ledger = self.ledger() if dead else ledger
         failed = ledger.to_redo(self.plan.budget)
         for trial in failed:
-            self.study.enqueue_trial(trial.params, user_attrs={REDO_OF: trial.number})
+            # A worker that died while it asked may have stored only some values: all are drawn again. They are the
+            # same, except with tpe and gp, which look at what has finished by now.
+            values = trial.params if trial.params.keys() == self.plan.distributions.keys() else {}
+            self.study.enqueue_trial(values, user_attrs={REDO_OF: trial.number})
         return self.ledger() if failed else ledger
 
     def _close_dead(self, trial: FrozenTrial, ledger: Ledger) -> None:
@@ -202,8 +211,8 @@ def _check_identity(plan: SweepPlan, study: Study) -> None:
     remedy = "choose another sweep.study=, or sweep.overwrite=true to delete it and start again"
     if found is None:
         raise UserError(f"study {study.study_name} was not made by a sweep of this project; {remedy}")
-    for part in ("space", "direction", "metric", "objective", "budget"):
-        if found.get(part) != wanted.get(part):
+    for part in ("space", "direction", "metric", "objective", "budget", *_LATER):
+        if found.get(part) != wanted.get(part) and not (part in _LATER and part not in found):
             raise UserError(
                 f"study {study.study_name} exists with another {part}: there {_format_value(found.get(part))}, "
                 f"here {_format_value(wanted.get(part))}; {remedy}"

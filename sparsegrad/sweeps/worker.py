@@ -15,7 +15,7 @@ import torch
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sparsegrad import progress
-from sparsegrad.errors import BusyError, ResourceError, UserError, first_line
+from sparsegrad.errors import BusyError, FailedRunError, ResourceError, UserError, first_line
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.records import find_complete, run_seconds
 from sparsegrad.sweeps.base_run import can_start
@@ -117,6 +117,8 @@ class Worker:
         except UserError as error:
             # A run that failed in training left a record: its values are poor.
             reason = None if config is None else _read_failure(config, self._make_label(trial))
+            if isinstance(error, FailedRunError):  # with force=true an earlier, complete record stays instead
+                reason = reason or str(error)
             if reason is not None:
                 return TrialState.PRUNED, _find_last_value(self.shared, trial), {REASON: reason}
             if not self._is_of_values(trial, reporter):

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sparsegrad.errors import BusyError, UserError
+from sparsegrad.errors import BusyError, FailedRunError, UserError
 from sparsegrad.files import write_json
 from sparsegrad.runs.config import RunConfig
 from sparsegrad.runs.records import find_complete
@@ -52,6 +52,14 @@ def refuse(
 ) -> tuple[dict[str, Any], bool]:
     """A mistake that no trial survives."""
     raise UserError("the model is not there")
+
+
+def diverge(
+    config: RunConfig, *, callbacks: Sequence[Any] = (), labels: Mapping[str, Any]
+) -> tuple[dict[str, Any], bool]:
+    """A run that diverges while an earlier record stays."""
+    callbacks[0].on_train_begin(None, SimpleNamespace(log_history=[]), None)
+    raise FailedRunError("the loss is not a finite number")
 
 
 def fill_disk(

@@ -12,12 +12,13 @@ import pytest
 import sweep_fakes
 from omegaconf import DictConfig
 from optuna.study import Study
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 from run_fixtures import Composer, last_wins
 
 from sparsegrad.errors import UserError
 from sparsegrad.sweeps.adaptive_grid import distributions, find_best, find_ratio, first_values, next_value
 from sparsegrad.sweeps.config import make_plan
+from sparsegrad.sweeps.ledger import SURPLUS
 from sparsegrad.sweeps.pool import run_sweep
 from sparsegrad.sweeps.samplers import sampler
 from sparsegrad.sweeps.show import export, summary
@@ -67,7 +68,8 @@ def test_the_grid_is_tried_from_its_middle() -> None:
         ({1e-5: 0.1, 1e-4: 0.9, 3.16e-4: 0.8, 1e-3: 0.7}, 3.16e-5),  # the wider gap first
         ({1e-5: None, 1e-4: 0.9, 1e-3: None, 1e-2: None}, 3.16e-5),  # neither has a score: the smaller rate
         ({1e-5: None, 1e-4: None}, 1e-6),  # everything diverged
-        ({1e-4: 0.9, 1e-3: 0.9, 1e-2: 0.1, 1e-5: 0.1}, 3.16e-4),  # of equal scores the smaller rate wins
+        ({1e-4: 0.9, 1e-3: 0.5, 1e-5: 0.9, 1e-2: 0.1}, 3.16e-5),  # of equal scores the earliest wins: no edge here
+        ({1e-3: 0.5, 1e-5: 0.9, 1e-4: 0.9, 1e-2: 0.1}, 1e-6),
     ],
 )
 def test_the_rule_of_the_next_rate(tried: dict[float, float | None], following: float) -> None:
@@ -177,6 +179,33 @@ def test_a_second_worker_waits_for_the_trials_that_decide(composed: Sweep) -> No
     assert shared.take() is None
 
 
+@pytest.mark.parametrize("first", ["sweep.db", "journal:sweep.log"])
+def test_workers_that_wait_for_a_repeated_trial_add_no_trials(composed: Sweep, tmp_path: Path, first: str) -> None:
+    kind, _, name = first.rpartition(":")
+    where = f"{kind}:{tmp_path / name}" if kind else str(tmp_path / name)
+    shared = open_study(make_plan(composed(f"sweep.storage={where}", "sweep.trials=6")))
+    for number, rate in enumerate([1e-4, 1e-3, 1e-5, 1e-2, 3.16e-4, 3.16e-3]):
+        state, value = (TrialState.COMPLETE, sweep_fakes.score(rate)) if number < 4 else (TrialState.FAIL, None)
+        kinds = shared.plan.distributions
+        shared.study.add_trial(create_trial(state=state, value=value, params={"train.lr": rate}, distributions=kinds))
+    running = shared.take()
+    assert running is not None
+    for _ in range(20):
+        assert shared.take() is None, "the fourth is running"
+    # One that another worker took too early, as of a storage without a lock.
+    early = shared.study.ask(shared.plan.distributions)
+    shared.close(early, TrialState.FAIL, {SURPLUS: True})
+    for _ in range(20):
+        assert shared.take() is None
+    assert len(shared.study.trials) <= 10
+    shared.close(running, TrialState.COMPLETE, {}, 0.9)
+    last = shared.take()
+    assert last is not None
+    assert [one.params["train.lr"] for one in (running, last)] == [3.16e-4, 3.16e-3]
+    shared.close(last, TrialState.COMPLETE, {}, 0.8)
+    assert shared.is_finished()
+
+
 def test_two_processes_share_one_search(composed: Sweep) -> None:
     both = composed("sweep.workers=2", "protocol.patience=200", "sweep.trials=6")
     run_sweep(both)
@@ -221,3 +250,17 @@ def test_the_exported_summary_is_all_that_is_needed(composed: Sweep, tmp_path: P
     assert figures["trials"]["complete"] == 5
     assert len((tmp_path / "out" / "trials.csv").read_text().splitlines()) == 6
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["summary.json", "trials.csv"]
+
+
+def test_a_search_is_not_continued_with_another_pruner_which_its_summary_names(composed: Sweep) -> None:
+    run_sweep(composed("sweep.trials=5"))
+    figures = summary(study_of(composed()))
+    assert (figures["sampler"], figures["pruner"]) == ("adaptive_grid", {"name": "none"})
+    median = ("sweep.trials=5", "sweep.pruner=median")
+    with pytest.raises(UserError, match=r"exists with another pruner: there .*none.*, here .*median.*overwrite"):
+        run_sweep(composed(*median))
+    study = study_of(composed())
+    earlier = {key: value for key, value in study.user_attrs["identity"].items() if key not in ("sampler", "pruner")}
+    study.set_user_attr("identity", earlier)  # as earlier versions stored it
+    run_sweep(composed(*median))
+    assert summary(study_of(composed()))["pruner"] is None

@@ -145,7 +145,7 @@ def test_a_trial_that_was_run_before_says_so_and_the_hints_name_the_place(
     again = capsys.readouterr().out
     results = tmp_path / "results"
     assert all(f", from record {results}" in line for line in again.splitlines() if line.startswith("trial "))
-    assert f"hparams=study:s results_dir={results};" in again
+    assert f"use it: hparams=study:s results_dir={results};" in again
     assert f"sparsegrad.sweeps show s --results-dir {results}\n" in again
 
 

@@ -15,6 +15,7 @@ from sparsegrad.cli import running
 from sparsegrad.errors import UserError
 from sparsegrad.sweeps.config import make_plan
 from sparsegrad.sweeps.pool import run_sweep
+from sparsegrad.sweeps.reporter import Reporter
 from sparsegrad.sweeps.show import summary
 from sparsegrad.sweeps.storage import hide_password, open_existing_store, patiently
 
@@ -53,6 +54,34 @@ def test_a_fault_in_training_that_is_not_due_to_the_values_ends_the_sweep(compos
     with pytest.raises(UserError, match="the disk is full"):
         run_sweep(options)
     assert states(study_of(options)) == ["FAIL"]
+
+
+def test_a_trial_with_checkpoints_of_other_data_ends_the_sweep(composed: Sweep, tmp_path: Path) -> None:
+    real = ("sweep.runner=sparsegrad.runs.run", "sweep.trials=2", "protocol.max_steps=4", "protocol.eval_steps=1")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Reporter, "on_step_end", stop_after_three_steps)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(composed(*real))
+    other = f"data.dir={write_rows(tmp_path / 'other', train=30)}"
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"other data .*resume=false"):
+            run_sweep(composed(*real, other))
+    run_sweep(composed(*real, other, "resume=false"))
+    assert states(study_of(composed(*real))) == ["FAIL"] * 3 + ["COMPLETE"] * 2
+
+
+def stop_after_three_steps(reporter: Reporter, args: Any, state: Any, control: Any, **_: Any) -> None:
+    if state.global_step == 3:
+        raise KeyboardInterrupt
+
+
+def test_a_trial_that_diverges_beside_its_complete_record_is_pruned(composed: Sweep) -> None:
+    """As with force=true, which keeps that record."""
+    run_sweep(composed("sweep.trials=1"))
+    options = composed("sweep.trials=1", "sweep.runner=sweep_fakes.diverge", "sweep.overwrite=true")
+    run_sweep(options)
+    assert states(study_of(options)) == ["PRUNED"]
+    assert study_of(options).trials[0].user_attrs["reason"] == "the loss is not a finite number"
 
 
 def test_a_crash_is_not_retried_forever(composed: Sweep) -> None:

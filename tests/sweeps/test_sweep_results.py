@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from sparsegrad.errors import UserError
 from sparsegrad.runs.config import build
 from sparsegrad.sweeps import __main__ as sweep
 from sparsegrad.sweeps import hparams
-from sparsegrad.sweeps.pool import run_sweep
+from sparsegrad.sweeps.config import make_plan
+from sparsegrad.sweeps.pool import _explain_use, run_sweep
 
 
 def test_the_best_feeds_back(composed: Sweep, conf: Composer, small: tuple[str, ...]) -> None:
@@ -102,3 +104,54 @@ def test_the_table_sets_found_beside_published(
     assert sum(line.startswith(("| 13 |", "| 14 |", "| 15 |")) for line in lines) == 24
     assert "| 13 | bert_base | sparsegrad | cola | 32 / 3.15e-05 | 32 / 3.15e-05 | 32 / 3.15e-05 |  |  |  |" in lines
     assert lines[-1].startswith("|  | minilm | sparsegrad | sst2 |")
+
+
+@pytest.mark.parametrize("form", ["journal:{}/s.log", "{}/s.db"])
+def test_the_table_reads_every_storage_and_refuses_one_that_is_not_there(
+    form: str, composed: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = form.format(tmp_path)
+    assert searched.main(["--storage", place]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    run_sweep(composed(f"sweep.storage={place}"))
+    capsys.readouterr()
+    assert searched.main(["--storage", place]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("| s |")
+
+
+@pytest.mark.parametrize("is_exported", [False, True])
+def test_the_hints_work_in_another_shell(
+    is_exported: bool,
+    composed: Sweep,
+    conf: Composer,
+    small: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A Slurm job sets the variable for itself only, so that the shell that reads its log does not have it."""
+    place = f"journal:{tmp_path}/a folder/s.log"
+    if is_exported:
+        monkeypatch.setenv(hparams.STORAGE, place)
+    run_sweep(composed(*([] if is_exported else [f"sweep.storage='{place}'"])))
+    monkeypatch.delenv(hparams.STORAGE, raising=False)
+    (line,) = [one for one in capsys.readouterr().out.splitlines() if one.startswith("use it: ")]
+    use, show = line.removeprefix("use it: ").split("; details: ")
+    variable, *_, study, results = shlex.split(use)
+    run = conf(*[one for one in small if not one.startswith(("train.lr", "results_dir"))], study, results)
+    with pytest.raises(UserError, match="if it is elsewhere, set SPARSEGRAD_STORAGE"):
+        hparams.apply(run, ())
+    monkeypatch.setenv(*variable.split("=", 1))
+    assert hparams.apply(run, ())["from"] == "study:s"
+    monkeypatch.delenv(hparams.STORAGE)
+    assert sweep.main(shlex.split(show)[3:]) == 0
+
+
+def test_no_hint_has_a_password(composed: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = "postgresql://me:sesame@host/sweeps?sslmode=require"
+    plan = make_plan(composed(f"sweep.storage='{place}'"))
+    shown = "'postgresql+psycopg://me:***@host/sweeps?sslmode=require'"
+    assert f"use it: SPARSEGRAD_STORAGE={shown} python run.py" in (said := _explain_use(plan))
+    assert f" --storage {shown}" in said
+    monkeypatch.setenv(hparams.STORAGE, place)
+    assert "storage" not in _explain_use(plan).lower(), "the variable has the password, which the hint cannot have"
