@@ -17,6 +17,8 @@ MAKE_VENV = $(PYTHON) -c "import signal, venv; signal.signal(signal.SIGINT, sign
 help: ## list the targets
 	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} \
 		/^[a-z0-9-]+(-%)?:.*## / {sub("-%", "-TABLE", $$1); printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@printf '\nVariables, as in `make search DATA=glue DRY=1`; a target refuses the others\n'
+	@$(foreach name,report reproduce search evidence compare forgetting,printf '  %-21s %s\n' $(name) '$(takes_$(name))';)
 
 ##@ First steps
 # Extra `run` alone, for the targets that need no more; `make install` adds the rest. Without --no-compile, pip would
@@ -121,42 +123,65 @@ bench: $(INSTALLED) ## speed and memory of every method: 30 min on 2 cores
 bench-quick: $(INSTALLED) ## the same in 3 minutes: that it works, not how fast
 	$(BIN)/python -m experiments.bench --quick
 
-# Tables and figures of the paper. SCALE=paper|mini, DATA=<glue folder>, LAUNCHER=local|joblib|slurm|ray, DRY=1 (list the
-# cells and their cost, run nothing), ARGS="seed=42 method=lora" (further overrides of run.py; figure 2 takes
-# ARGS="block=2 step=40" too). Speed tables and section 8 run the benchmark, Tables 13-15 their sweeps.
+# Tables and figures of the paper. SCALE=paper|mini, DATA=<glue folder>, TREES=<file of conversation trees> (Table 6),
+# LAUNCHER=local|joblib|slurm|ray, DRY=1 (list the cells and their cost, run nothing), ARGS="seed=42 method=lora"
+# (further overrides of run.py; figure 2 takes ARGS="block=2 step=40" too). Speed tables and section 8 run the
+# benchmark, Tables 13-15 their sweeps.
 SCALE ?= paper
 LAUNCHER ?= local
-CELLS = $(BIN)/python -m experiments.reproduce --scale $(SCALE) --launcher $(LAUNCHER) $(if $(DATA),--data $(DATA)) $(if $(DRY),--dry)
+# Those of the environment may be for other targets: a table that does not use them leaves them alone.
+from_environment = $(foreach name,DATA TREES LAUNCHER,$(if $(findstring environment,$(origin $(name))),$(name)))
+INHERITED = $(subst $() ,$(comma),$(strip $(from_environment)))
+PLACES = $(if $(DATA),--data $(DATA)) $(if $(TREES),--trees $(TREES)) $(if $(DRY),--dry)
 
 # Names: table1 ... table15, ablation, basis, quality, section8, figure1 ... figure3, all
 reproduce-%: $(INSTALLED) ## table1 ... 15, figure1 ... 3, all; DRY=1 lists only
-	@$(CELLS) $* $(ARGS); status=$$?; \
-	if [ $$status -le 1 ] && [ -z "$(DRY)" ]; then $(BIN)/python -m experiments.report $* --scale $(SCALE) || exit $$?; fi; \
-	if [ $$status -eq 1 ]; then echo "not complete: what failed or is left stands above the tables" >&2; fi; \
-	exit $$status
+	@$(BIN)/python -m experiments.reproduce --scale $(SCALE) --launcher $(LAUNCHER) $(PLACES) \
+		$(if $(INHERITED),--inherited $(INHERITED)) $* $(ARGS)
 
 # The evidence of the small models: searches with equal budgets, then the blocks of conf/experiment/evidence_*.yaml.
 # DATA=<glue folder>, TREES=<file of conversation trees>, WORKERS=2 (processes of one thread each), DRY=1; METHODS=a,b
-# and TASKS=a,b narrow the searches, ARGS="task=stsb" a block. Both continue where they stopped; only records without their predictions are made again.
+# and TASKS=a,b choose a part. Both continue where they stopped; only records without their predictions are made again.
 WORKERS ?= 2
 BLOCK ?= all
-GIVEN = $(if $(DATA),--data $(DATA)) $(if $(TREES),--trees $(TREES)) --workers $(WORKERS) $(if $(DRY),--dry)
 NARROWED = $(if $(METHODS),--methods $(METHODS)) $(if $(TASKS),--tasks $(TASKS))
+GIVEN = --scale $(SCALE) $(PLACES) --workers $(WORKERS) $(NARROWED) $(ARGS)
 
 # These are of the small models alone.
-search compare: SCALE = mini
+search evidence compare: SCALE = mini
 
 search: $(INSTALLED) ## DATA=<glue>: the searches of the evidence
-	@$(BIN)/python -m experiments.reproduce.search_all --scale $(SCALE) $(GIVEN) $(NARROWED) $(ARGS)
+	@$(BIN)/python -m experiments.reproduce.search_all $(GIVEN)
 
 evidence: $(INSTALLED) ## BLOCK=0..6|all DATA=<glue>: the runs of a block
-	@$(BIN)/python -m experiments.reproduce.evidence $(BLOCK) $(GIVEN) $(ARGS)
+	@$(BIN)/python -m experiments.reproduce.evidence $(BLOCK) $(GIVEN)
 
 compare: $(INSTALLED) ## DATA=<glue>: many PEFT methods, one table
-	@$(BIN)/python -m experiments.compare --scale $(SCALE) $(GIVEN) $(NARROWED) $(ARGS)
+	@$(BIN)/python -m experiments.compare $(GIVEN)
 
 # TEXTS: JSON lines or a JSON list such as Alpaca's, other text than that of TREES. Runs without an adapter are trained
 # again, which needs TREES; ARGS="--rows 200 --tokens 128".
 forgetting: $(INSTALLED) ## TEXTS=<json> TREES=<file>: loss on general text
 	@$(BIN)/python -m experiments.compare.forgetting $(if $(TEXTS),--texts $(TEXTS)) $(if $(TREES),--trees $(TREES)) \
-		--workers $(WORKERS) $(if $(DRY),--dry) $(if $(METHODS),--methods $(METHODS)) $(ARGS)
+		--workers $(WORKERS) $(if $(METHODS),--methods $(METHODS)) $(if $(DRY),--dry) $(ARGS)
+
+# Which of these variables a target takes; one that is given to no purpose ends the command before anything starts.
+GIVABLE := SCALE DATA TREES TEXTS LAUNCHER BLOCK METHODS TASKS WORKERS DRY ARGS
+takes_reproduce := SCALE DATA TREES LAUNCHER DRY ARGS
+takes_search := SCALE DATA TREES METHODS TASKS WORKERS DRY ARGS
+takes_evidence := BLOCK $(takes_search)
+takes_compare := $(takes_search)
+takes_forgetting := TEXTS TREES METHODS WORKERS DRY ARGS
+takes_report := ARGS
+takes_sweep := ARGS
+takes_dashboard := ARGS
+instead_reproduce = (ARGS="method=lora task=stsb" chooses runs, and several calls share the work)
+
+goals := $(or $(MAKECMDGOALS),$(.DEFAULT_GOAL))
+families := $(foreach goal,$(goals),$(firstword $(subst -, ,$(goal))))
+takes := $(foreach family,$(families),$(takes_$(family)))
+# Those of the command line: the environment may have them for other targets.
+named := $(foreach name,$(GIVABLE),$(and $(filter command,$(origin $(name))),$($(name)),$(name)))
+untaken := $(filter-out $(takes),$(named))
+instead := $(foreach family,$(families),$(if $(filter METHODS TASKS WORKERS,$(untaken)),$(instead_$(family))))
+$(if $(untaken),$(error make $(goals) takes no $(untaken)$(if $(takes),; it takes $(sort $(takes)))$(if $(strip $(instead)), $(strip $(instead)))))

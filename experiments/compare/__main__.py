@@ -16,19 +16,19 @@ from pathlib import Path
 from experiments.compare.methods import find_method
 from experiments.compare.methods import list_methods as list_methods
 from experiments.report.comparison.block import SHARED, find_shared
-from experiments.report.comparison.notes import PLANS as PLANS
 from experiments.report.comparison.table import write_comparison
 from experiments.report.plans import EvidencePlan
 from experiments.reproduce import commands, dry_run, evidence, making, search_all
 from experiments.reproduce.cells import Cell, in_evidence, list_with_waiting
 from experiments.reproduce.commands import last_wins, split_names
 from experiments.reproduce.counting import mark_uncounted
-from experiments.reproduce.places import check_places
+from experiments.reproduce.places import check_places, in_words_of_make, name_of_place
 from experiments.reproduce.plans import read_plan
 from experiments.reproduce.search import Search
 from experiments.reproduce.waiting import count_waiting
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.runs.overrides import key_of
+from sparsegrad.sweeps.search_plans import COMPARED
 
 # Overrides that other arguments of the command replace.
 CHOSEN = {"method": "give METHODS=", "task": "give TASKS=", "experiment": "TASKS= chooses the plan"}
@@ -120,7 +120,7 @@ def _choose_plans(request: Request) -> list[str]:
     Raises:
         UserError: for an unknown task, or language tasks alone without trees.
     """
-    plans = {name: read_plan(name) for name in PLANS}
+    plans = {name: read_plan(name) for name in COMPARED}
     known = [task for plan in plans.values() for task in plan.grid["task"]]
     for task in request.tasks:
         check_choice("TASKS", task, known)
@@ -190,7 +190,7 @@ def _explain_left_out(arms: Sequence[tuple[str, str]], found: Sequence[Search], 
         if search.is_barren:
             reason = f"no trial of its search was completed: correct the method's settings, then {search.anew}"
         else:
-            reason = str(missing[search.study])
+            reason = in_words_of_make(str(missing[search.study]), name_of_place(task))
         yield f"{method} on {task}: {reason}"
 
 

@@ -1,8 +1,9 @@
-"""Make the runs that a table lacks: `python -m experiments.reproduce table5 --scale mini --data <glue folder>`.
+"""Make a table and the runs that it lacks: `python -m experiments.reproduce table5 --scale mini --data <glue folder>`.
 
 The cells of a table come from conf/experiment. Cells with a complete record are skipped, so the same command continues
 an interrupted one. Several processes can share the work: cells that another process is running are checked again at
-the end. A failed cell does not stop the others; it is reported with its reason, and the next call retries it.
+the end. A failed cell does not stop the others; it is reported with its reason, and the next call retries it. The table
+is written to the results folder that has the runs, also if some of them failed.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from pathlib import Path
 
 from experiments.paths import ROOT, SCALES
 from experiments.report.blocks import BLOCKS
+from experiments.report.command import write_report
 from experiments.reproduce import benchmarks, commands, evidence, making, search_all, searches
 from experiments.reproduce.cells import (
     ELSEWHERE,
     EXPERIMENTS,
     MEASURED,
+    OF_TREES,
     Cell,
     experiments_of,
     in_evidence,
@@ -48,10 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _make_table(options: argparse.Namespace) -> int:
     check_choice("LAUNCHER", options.launcher, LAUNCHERS)
     options.overrides = in_evidence(options.overrides)
-    check_places(options.data, dry=options.dry)
     names = experiments_of(options.table, options.scale)
+    _check_used(options, names)
+    check_places(options.data, options.trees, dry=options.dry)
     of_runs = [one for one in options.overrides if one.partition("=")[0] not in FIGURE_KEYS]
-    groups = [evidence.plan_cells(name, of_runs, options.data, dry=options.dry) for name in names]
+    groups = [evidence.plan_cells(name, of_runs, _place_of(name, options), dry=options.dry) for name in names]
     if reason := _explain_no_runs(options.table, options.scale):
         print(f"{options.table}: {reason}", flush=True)
     studies = _plan_studies(options)  # composed and checked before anything runs
@@ -59,8 +63,54 @@ def _make_table(options: argparse.Namespace) -> int:
     measured += [_benchmark(preset, options) for preset in benchmarks.PRESETS.get(options.table, ())]
     made = [_group(cells, options) for cells in groups]
     given = {"dry": options.dry, "launcher": options.launcher}
-    searched = [search_all.make(found, workers=1, **given, threads=None, plots=True) for found in studies]
-    return max([0, *measured, *made, *searched])
+    made += [search_all.make(found, workers=1, **given, threads=None, plots=True) for found in studies]
+    status = max([0, *measured, *made])
+    # A measurement that was refused has written nothing new to show, unless the table has other parts.
+    if not options.dry and (made or status <= 1):
+        _show_table(options, is_complete=not status)
+    return status
+
+
+def _show_table(options: argparse.Namespace, *, is_complete: bool) -> None:
+    """Write and print the table from the folder of its runs."""
+    write_report(options.table, options.scale, _results(options))
+    if not is_complete:
+        print("not complete: what failed or is left stands above the tables", file=sys.stderr)
+
+
+def _check_used(options: argparse.Namespace, names: Sequence[str]) -> None:
+    """Refuse options that would change nothing, so that nobody waits for runs that do not follow them.
+
+    Those that the environment gives, for other tables, are left out instead.
+
+    Raises:
+        UserError: naming the option.
+    """
+    table = options.table
+    reads_trees = any(name in OF_TREES for name in names)
+    reads_glue = table in searches.TABLES or table in MEASURED or any(name not in OF_TREES for name in names)
+    if options.trees and not reads_trees:
+        _leave_out(options, "trees", None, f"{table} at SCALE={options.scale} reads no conversations: leave out TREES")
+    if options.data and not reads_glue and (options.trees or not reads_trees):
+        _leave_out(options, "data", None, f"{table} does not read GLUE: leave out DATA")
+    if options.launcher != "local" and not names and table not in searches.TABLES:
+        reason = f"{table} has nothing that LAUNCHER={options.launcher} could start: leave it out"
+        _leave_out(options, "launcher", "local", reason)
+
+
+def _leave_out(options: argparse.Namespace, name: str, value: str | None, reason: str) -> None:
+    """Set an option as if it were not given, or refuse it with `reason` if the command line gives it."""
+    if name.upper() not in commands.split_names(options.inherited):
+        raise UserError(reason)
+    setattr(options, name, value)
+
+
+def _place_of(experiment: str, options: argparse.Namespace) -> str | None:
+    """The data of an experiment. Table 6 alone, which reads conversations only, takes them as DATA, too."""
+    data: str | None = options.data
+    if experiment not in OF_TREES:
+        return data
+    return options.trees or (data if options.table == "table6" else None)
 
 
 def _explain_no_runs(table: str, scale: str) -> str:
@@ -148,7 +198,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("table", help="table1 to table15, ablation, basis, quality, figure1 to figure3, section8, all")
     parser.add_argument("--scale", default="paper", help=", ".join(SCALES))
     parser.add_argument("--data", help="folder with GLUE (default: download from the hub)")
+    parser.add_argument("--trees", help="file of OpenAssistant conversation trees, for Table 6 (default: as for GLUE)")
     parser.add_argument("--launcher", default="local", help=", ".join(LAUNCHERS))
+    parser.add_argument(
+        "--inherited", help="of DATA, TREES and LAUNCHER those that are ignored where they are not used"
+    )
     parser.add_argument("--dry", action="store_true", help="list the cells and their cost without running anything")
     parser.add_argument("overrides", nargs="*", help="overrides as for run.py, for example seed=42 method=full,lora")
     return parser

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from sparsegrad.runs.config import RunConfig, build
 from sparsegrad.runs.overrides import expand_aliases, explain, key_of
 from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps import hparams
-from sparsegrad.sweeps.search_results import SearchMissingError
+from sparsegrad.sweeps.search_results import KEY, SearchMissingError
 
 Stamp = tuple[int, int]
 """What tells a record from the one that replaces it, which is a new file."""
@@ -35,6 +35,8 @@ EXPERIMENTS: dict[str, dict[str, tuple[str, ...]]] = {
     | {"table6": ("table6_mini", "table6_mini_bases"), "basis": ("evidence_basis",)}
     | {"all": ("evidence_paper", "evidence_density", "evidence_basis", "table6_mini", "table6_mini_bases")},
 }
+# Experiments on conversations, which read TREES where the others read DATA.
+OF_TREES = ("table6", "table6_mini", "table6_mini_bases")
 # Grid of experiments whose YAML has none.
 GRID = {"seed": "42,3705,2023", "method": "full,lora,sparsegrad,meprop"}
 # Data that `experiments.studies.gradients` measures.
@@ -207,9 +209,14 @@ def _cell(
         if not may_wait:
             raise
         composed.hparams, waits = None, error
+        if error.rate is not None and KEY not in map(key_of, overrides):
+            composed.train.lr = error.rate
         OmegaConf.resolve(composed)
     config, given = build(composed), tuple(overrides)
-    return Cell(experiment=experiment, point=point, overrides=given, config=config, hparams=source, waits=waits)
+    cell = Cell(experiment=experiment, point=point, overrides=given, config=config, hparams=source)
+    if waits is None or (waits.rate is not None and not config.force and cell.is_complete):  # nothing will be trained
+        return cell
+    return replace(cell, waits=waits)
 
 
 def _fill(composed: DictConfig, overrides: Iterable[str]) -> dict[str, Any] | None:

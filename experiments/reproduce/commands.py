@@ -6,12 +6,14 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 
 from experiments.paths import SCALES
+from sparsegrad.cli import replace_unprintable
 from sparsegrad.errors import UserError, check_choice, check_integer, run_as_command
 from sparsegrad.runs.overrides import key_of
 
 
 def run(command: Callable[[], int], overrides: Sequence[str] = ()) -> int:
     """Run a command that can be stopped at any time: status as of `run_as_command`."""
+    replace_unprintable()  # tables have signs that some terminals lack
     what = "makes all runs again, because of force=true" if "force=true" in overrides else "continues where it stopped"
     return run_as_command(command, f"interrupted: the same command {what}")
 
@@ -21,6 +23,13 @@ def add_places(parser: argparse.ArgumentParser, trees: str) -> None:
     parser.add_argument("--data", help="folder with GLUE (default: download from the hub)")
     parser.add_argument("--trees", help=f"file of OpenAssistant conversation trees, for {trees}")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time, one thread each (default: 2)")
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """Options of the commands of the small models: their scale, and which methods and tasks."""
+    parser.add_argument("--scale", default="mini", help="mini: the plans are of the small models")
+    parser.add_argument("--methods", help="only these, comma-separated")
+    parser.add_argument("--tasks", help="only these, comma-separated")
 
 
 def check_small(options: argparse.Namespace, refusal: str) -> None:

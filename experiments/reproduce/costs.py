@@ -15,13 +15,15 @@ from sparsegrad.errors import UserError
 from sparsegrad.runs.records import read_record
 
 AUTHORS = DATA / "authors_runs.csv"
-# Facts that similar runs share, from the closest match to the loosest.
+# Facts that similar runs share, from the closest match to the loosest: the length of a run depends on the task more
+# than its speed on the method.
 _LIKE = (
     ("experiment", "model", "method", "task"),
+    ("model", "method", "task"),
+    ("experiment", "model", "task"),
+    ("model", "task"),
     ("experiment", "model", "method"),
     ("experiment", "model"),
-    ("model", "method", "task"),
-    ("model", "task"),  # the length of a run depends on the task more than its speed on the method
     ("model", "method"),
     ("model",),
 )

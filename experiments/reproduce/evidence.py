@@ -1,9 +1,10 @@
 """Make the runs of the evidence plans: `python -m experiments.reproduce.evidence 2a --data <glue folder>`.
 
 A block is a plan of conf/experiment (experiments/report/blocks.py has their order); `all` makes them one after the
-other. Every cell is a process of its own with one thread. Cells with a complete record are not repeated, so the same
-command continues after a kill, and several calls share the work. A complete record without its predictions is made
-again, as all are with force=true. The records go to results/, with the plan's hash.
+other, and --methods and --tasks choose a part of each. Every cell is a process of its own with one thread. Cells with a
+complete record are not repeated, so the same command continues after a kill, and several calls share the work. A
+complete record without its predictions is made again, as all are with force=true. The records go to results/, with the
+plan's hash.
 """
 
 from __future__ import annotations
@@ -17,21 +18,24 @@ from dataclasses import dataclass
 from experiments.report.blocks import Step
 from experiments.reproduce import commands, dry_run, making, search_all
 from experiments.reproduce.cells import Cell, in_evidence, list_with_waiting
-from experiments.reproduce.commands import last_wins
+from experiments.reproduce.commands import last_wins, split_names
 from experiments.reproduce.counting import mark_uncounted
 from experiments.reproduce.places import check_places, find_lack, refuse
 from experiments.reproduce.plans import list_blocks, read_plan
+from experiments.reproduce.selection import check_names, check_repeats, choose_cells, name_choice
 from experiments.reproduce.waiting import settle_waiting
-from sparsegrad.errors import UserError, check_integer
+from sparsegrad.errors import UserError
 from sparsegrad.runs.overrides import key_of
 from sparsegrad.sweeps.make_commands import make_command
-from sparsegrad.sweeps.search_results import COMMITTED
+from sparsegrad.sweeps.search_plans import COMMITTED, SEARCHED
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Where the data is, the number of processes, further overrides of run.py, and whether to list only."""
+    """Methods and tasks (empty: all), the data, the number of processes, further overrides, and if it only lists."""
 
+    methods: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     data: str | None
     trees: str | None
     workers: int
@@ -42,20 +46,26 @@ class Request:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: status 0 if all cells are complete, 1 if some failed, 2 after bad input, 130 after Ctrl-C."""
     options = _parser().parse_intermixed_args(arguments)
+    return commands.run(lambda: _make_blocks(options), options.overrides)
+
+
+def _make_blocks(options: argparse.Namespace) -> int:
+    commands.check_small(options, "SCALE=paper is not planned: the evidence is of the small models; give SCALE=mini")
     request = Request(
+        methods=split_names(options.methods),
+        tasks=split_names(options.tasks),
         data=options.data,
         trees=options.trees,
         workers=options.workers,
         overrides=tuple(in_evidence(options.overrides)),
         dry=options.dry,
     )
-    return commands.run(lambda: _make_blocks(options.block, request), options.overrides)
-
-
-def _make_blocks(name: str, request: Request) -> int:
-    check_integer("WORKERS", request.workers, at_least=1)
+    blocks = list_blocks(options.block)
+    check_repeats(request.methods, request.tasks, request.overrides)
+    plans = [read_plan(name) for block in blocks for name in block.plans or SEARCHED]
+    check_names(plans, request.methods, request.tasks)
     check_places(request.data, request.trees, dry=request.dry)
-    status = max(_make_block(block, request, is_only=name != "all") for block in list_blocks(name))
+    status = max(_make_block(block, request, is_only=options.block != "all") for block in blocks)
     if not request.dry:
         print(f"next: {_report_command(request.overrides)} rebuilds the tables", flush=True)
     return status
@@ -77,13 +87,18 @@ def _make_block(block: Step, request: Request, *, is_only: bool) -> int:
         return 0
     if not block.plans:
         overrides = tuple(one for one in last_wins(request.overrides) if key_of(one) != "seed")  # of runs, not searches
-        wanted = search_all.Request(data=request.data, trees=request.trees, overrides=overrides)
+        chosen = {"methods": request.methods, "tasks": request.tasks, "overrides": overrides}
+        wanted = search_all.Request(**chosen, data=request.data, trees=request.trees)
         return search_all.make(search_all.plan_searches(wanted), request.workers, dry=request.dry)
     return max(_make_plan(name, block, request) for name in block.plans)
 
 
 def _make_plan(name: str, block: Step, request: Request) -> int:
-    overrides = last_wins((*block.overrides, *request.overrides))
+    chosen = choose_cells(read_plan(name), request.methods, request.tasks)
+    if chosen is None:
+        print(f"left out: {name} has no {name_choice(request.methods, request.tasks)}", flush=True)
+        return 0
+    overrides = last_wins((*block.overrides, *chosen, *request.overrides))
     cells = plan_cells(name, overrides, request.trees if block.takes_trees else request.data, dry=request.dry)
     cells = mark_uncounted(cells, read_plan(name))
     if request.dry:
@@ -115,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m experiments.reproduce.evidence", description=__doc__.splitlines()[0]
     )
     parser.add_argument("block", help="0 to 6, 2a, 2b, or all")
+    commands.add_selection(parser)
     commands.add_places(parser, trees="block 6 and its searches")
     parser.add_argument("--dry", action="store_true", help="list the cells and their cost without running anything")
     parser.add_argument("overrides", nargs="*", help="overrides as for run.py, for example task=stsb")

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from experiments.report.blocks import BLOCKS
-from experiments.report.comparison.notes import PLANS
 from sparsegrad.errors import UserError
 from sparsegrad.sweeps.make_commands import LANGUAGE_TASK
 from sparsegrad.tasks.glue_files import OFFICIAL, explain_task_folder
@@ -51,9 +49,9 @@ def refuse(reasons: Iterable[str], *, dry: bool) -> None:
         print(f"{reason}; the runs themselves would be refused", file=sys.stderr)
 
 
-def name_of_place(experiment: str, task: str) -> str:
-    """What `data.dir` of a run is called in its `make` command: only plans of the evidence have trees beside GLUE."""
-    return "TREES" if task == LANGUAGE_TASK and experiment in (*BLOCKS, *PLANS) else "DATA"
+def name_of_place(task: str) -> str:
+    """What `data.dir` of a run is called in its `make` command."""
+    return "TREES" if task == LANGUAGE_TASK else "DATA"
 
 
 def in_words_of_make(message: str, place: str) -> str:

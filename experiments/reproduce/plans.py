@@ -16,8 +16,6 @@ from experiments.report.plans import REGIMES, EvidencePlan
 from sparsegrad.errors import UserError, check_choice, fail, first_line
 from sparsegrad.runs.composing import compose_run
 
-SEARCHED = ("evidence_paper", "evidence_mlp_only", "evidence_smollm2")  # plans with searches of their own
-
 
 def list_blocks(name: str) -> list[Step]:
     """The blocks that a name stands for, in the order of execution: one, both of `2`, or `all`.

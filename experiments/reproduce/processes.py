@@ -60,7 +60,7 @@ def cell_job(cell: Cell) -> Job:
     own = [one for one in cell.overrides if not one.startswith("hydra.")]
     command = [sys.executable, str(ROOT / "run.py"), f"experiment={cell.experiment}", *own, "hydra.mode=RUN"]
     log = log_path(cell.config.work_dir, cell.config.key)
-    place = name_of_place(cell.experiment, cell.config.task.name)
+    place = name_of_place(cell.config.task.name)
     return Job(label=f"{cell.experiment} {cell.label}", command=tuple(command), log=log, place=place)
 
 

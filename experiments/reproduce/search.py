@@ -17,6 +17,7 @@ from sparsegrad.files import load_json, unreadable
 from sparsegrad.runs.composing import compose_run
 from sparsegrad.runs.overrides import key_of
 from sparsegrad.sweeps.config import SweepPlan
+from sparsegrad.sweeps.leases import Watch
 from sparsegrad.sweeps.ledger import Ledger
 from sparsegrad.sweeps.search_results import count_finished
 from sparsegrad.sweeps.storage import find_file, open_store
@@ -71,6 +72,13 @@ class Search:
         """Whether it is finished without a completed trial, so that it gives no rate."""
         study = None if self.is_summarised or not self.is_finished else self.load_study()
         return study is not None and not has_completed(study)
+
+    @property
+    def has_worker(self) -> bool:
+        """Whether a worker runs one of its trials; one of another machine counts even if it has died."""
+        study, watch = self.load_study(), Watch(self.plan.sweep.lease)
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if study else []
+        return not all(map(watch.is_dead, running))
 
     def finished(self) -> int:
         """Number of finished trials, from the storage or, where that is gone, from the summary."""

@@ -2,8 +2,8 @@
 
 Every method and task of a plan has one study with the plan's number of trials (`evidence.budget`), so that all methods
 are tuned alike. Finished studies are left alone; the same command continues a stopped one. Several calls can share the
-work: two workers of one study never run the same trial. The summaries in results/studies are what `hparams=search`
-reads.
+work: each begins with the studies that have no worker, and two workers of one study never run the same trial. The
+summaries in results/studies are what `hparams=search` reads.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from experiments.report.plans import EvidencePlan
 from experiments.reproduce import commands, searches, stale_searches
 from experiments.reproduce.cells import in_evidence
 from experiments.reproduce.commands import split_names
-from experiments.reproduce.places import check_places, find_lack, refuse
-from experiments.reproduce.plans import SEARCHED, read_plan
+from experiments.reproduce.places import check_places, find_lack, name_of_place, refuse
+from experiments.reproduce.plans import read_plan
 from experiments.reproduce.processes import EndedJob, Job, explain_end, lacks_hub, log_path, run_jobs
 from experiments.reproduce.search import Search
+from experiments.reproduce.selection import check_names, check_repeats, select_arms
+from experiments.reproduce.sharing import Shares
 from sparsegrad import progress
-from sparsegrad.errors import UserError, check_choice
 from sparsegrad.runs.overrides import key_of
 from sparsegrad.sweeps.ledger import REASON
-from sparsegrad.sweeps.make_commands import LANGUAGE_TASK, make_command, search_command
-from sparsegrad.sweeps.search_results import COMPARISON, OVERWRITE, SWEEPS
+from sparsegrad.sweeps.make_commands import make_command, search_command
+from sparsegrad.sweeps.search_plans import SEARCHED, target_of
+from sparsegrad.sweeps.search_results import OVERWRITE
+from sparsegrad.sweeps.search_way import SWEEPS
 from sparsegrad.sweeps.show import check_plot_packages, export, write_plots
 from sparsegrad.sweeps.study import load_study, quiet
 
@@ -65,6 +68,7 @@ def _search(options: argparse.Namespace) -> int:
         trees=options.trees,
         overrides=tuple(in_evidence(options.overrides)),
     )
+    check_repeats(request.methods, request.tasks, request.overrides)
     check_places(options.data, options.trees, dry=options.dry)
     return make(plan_searches(request), options.workers, dry=options.dry)
 
@@ -73,18 +77,17 @@ def plan_searches(request: Request) -> list[Search]:
     """The searches of all plans, checked before anything runs; SmolLM2's only where there are trees.
 
     Raises:
-        UserError: for a method or task that no plan has, or a plan that is not in order.
+        UserError: for methods or tasks that no plan has, searches that need trees alone without them, or a plan that is
+            not in order.
     """
     plans = [read_plan(name) for name in SEARCHED]
     request = _narrow(request)
-    for key, chosen in (("method", request.methods), ("task", request.tasks)):
-        known = list(dict.fromkeys(value for plan in plans for value in plan.grid[key]))
-        for one in chosen:
-            check_choice(f"{key.upper()}S", one, known)
-    if request.trees is None:
-        plans = [plan for plan in plans if not plan.takes_trees]
-        print("SmolLM2's searches are left out: they need TREES=<file of conversation trees>", flush=True)
-    return [search for plan in plans for search in _searches_of(plan, request)]
+    check_names(plans, request.methods, request.tasks)
+    arms = select_arms(plans, request.methods, request.tasks, has_trees=request.trees is not None)
+    return [
+        plan_search(plan, method, task, request.trees if plan.takes_trees else request.data, request.overrides)
+        for plan, method, task in arms
+    ]
 
 
 def _narrow(request: Request) -> Request:
@@ -98,39 +101,17 @@ def _narrow(request: Request) -> Request:
     return replace(request, methods=chosen["method"], tasks=chosen["task"], overrides=rest)
 
 
-def _check_budget(search: Search) -> None:
-    """Refuse a summary of another budget: its search would count as finished here."""
-    spent = search.read_summary().get("budget", search.plan.budget)
-    if spent != search.plan.budget and not search.plan.sweep.overwrite:
-        raise UserError(
-            f"search {search.study} has a budget of {spent} trials, its plan one of {search.plan.budget}: all methods "
-            f"need the same; {search.anew} makes it anew"
-        )
-
-
-def _searches_of(plan: EvidencePlan, request: Request) -> list[Search]:
-    data = request.trees if plan.takes_trees else request.data
-    found = []
-    for task in plan.grid["task"]:
-        for method in plan.grid["method"]:
-            if task in (request.tasks or [task]) and method in (request.methods or [method]):
-                found.append(plan_search(plan, method, task, data, request.overrides))
-    return found
-
-
 def plan_search(plan: EvidencePlan, method: str, task: str, data: str | None, overrides: Sequence[str]) -> Search:
     """The search of one method on one task, with the plan's budget and regime.
 
     Raises:
-        UserError: for a value that is not allowed, or another search of the same name.
+        UserError: for a value that is not allowed, such as a seed or a pruner, or another search of the same name.
     """
+    searches.check_alike(overrides)
     sweep = SWEEPS[plan.regime == "paper"]
     about = [f"experiment={plan.experiment}", f"sweep={sweep}", f"task={task}", f"method={method}"]
-    target = "compare" if plan.experiment.startswith(COMPARISON) else "search"
-    anew = search_command(target, [method], [task], data, commands.carried(overrides, OVERWRITE))
-    found = searches.make_search([*about, *overrides, "hydra.mode=RUN"], task, data, anew)
-    _check_budget(found)
-    return found
+    anew = search_command(target_of(plan.experiment), [method], [task], data, commands.carried(overrides, OVERWRITE))
+    return searches.make_search([*about, *overrides, "hydra.mode=RUN"], task, data, anew)
 
 
 def make(
@@ -206,9 +187,11 @@ def _run_workers(found: Sequence[Search], workers: int, threads: int | None, *, 
 
     with (
         progress.job("trials", budget, unit="trials", done=budget - _count_left(found)) as bar,
-        closing(run_jobs(jobs, workers, is_needed, count, threads=threads)) as ended,
+        closing(Shares()) as shares,
+        closing(run_jobs(shares.pick(jobs, is_needed), workers, is_needed, count, threads=threads)) as ended,
     ):
         for job in ended:
+            shares.release(job.job)
             if lacks_hub(job):
                 lost.add(jobs[job.job].plan.base.task.name)
             export_finished(jobs[job.job], plots=plots)
@@ -233,8 +216,8 @@ def _report_open(found: Sequence[Search]) -> bool:
 def search_job(search: Search) -> Job:
     """The process that adds a worker to a search."""
     base, command = search.plan.base, (sys.executable, str(ROOT / "run.py"), *search.worker_overrides)
-    place = "TREES" if base.task.name == LANGUAGE_TASK else "DATA"
-    return Job(label=search.study, command=command, log=log_path(base.work_dir, search.study), place=place)
+    place, log = name_of_place(base.task.name), log_path(base.work_dir, search.study)
+    return Job(label=search.study, command=command, log=log, place=place)
 
 
 def _export_all(found: Sequence[Search], *, plots: bool) -> None:
@@ -279,9 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.reproduce.search_all", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--scale", default="mini", help="mini: the plans are of the small models")
-    parser.add_argument("--methods", help="only these, comma-separated")
-    parser.add_argument("--tasks", help="only these, comma-separated")
+    commands.add_selection(parser)
     commands.add_places(parser, trees="SmolLM2")
     parser.add_argument(
         "--dry", action="store_true", help="list the searches and what they lack without running anything"

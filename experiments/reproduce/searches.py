@@ -7,7 +7,7 @@ evidence plan on MiniLM (sweep=evidence, which `make search` makes for all metho
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from hydra.errors import HydraException
 
@@ -21,7 +21,8 @@ from experiments.reproduce.plans import read_plan
 from experiments.reproduce.processes import run_to_its_end
 from experiments.reproduce.search import Search, compose_sweep
 from experiments.reproduce.stale_searches import check_stored
-from sparsegrad.runs.overrides import explain
+from sparsegrad.errors import UserError
+from sparsegrad.runs.overrides import explain, key_of
 from sparsegrad.sweeps.config import make_plan
 from sparsegrad.sweeps.make_commands import make_command
 from sparsegrad.sweeps.search_results import OVERWRITE
@@ -31,6 +32,8 @@ TABLES = {
     "table14": ("bert_base", "full"),
     "table15": ("roberta_base", "full"),
 }
+# Begin the keys of `sweep` that are the same for all searches of the evidence.
+ALIKE = ("sweep.sampler", "sweep.pruner", "sweep.metric", "sweep.objective", "sweep.trials")
 MINI_PLAN = "evidence_paper"  # its model and tasks stand for those of the paper
 
 
@@ -38,7 +41,7 @@ def planned_searches(table: str, scale: str, data: str | None, overrides: Sequen
     """The studies of a table; `task=` among the overrides narrows its tasks.
 
     Raises:
-        UserError: for a value that is not allowed.
+        UserError: for a value that is not allowed, at the mini scale also for a seed.
     """
     model, method = TABLES[table]
     narrowed = [one.partition("=")[2].split(",") for one in overrides if one.startswith("task=")]
@@ -47,6 +50,7 @@ def planned_searches(table: str, scale: str, data: str | None, overrides: Sequen
         tasks, about = list(TASKS.values()), ["sweep=paper", f"model={model}", f"method={method}"]
     else:
         tasks = list(read_plan(MINI_PLAN).grid["task"])
+        check_alike(rest)
         about = [f"experiment={MINI_PLAN}", "sweep=evidence", f"method={method}", "hydra.mode=RUN"]
     tasks = narrowed[-1] if narrowed else tasks
 
@@ -55,6 +59,21 @@ def planned_searches(table: str, scale: str, data: str | None, overrides: Sequen
         return make_command(f"reproduce-{table}", scale=scale, data=data, args=args)
 
     return [make_search([*about, f"task={task}", *rest], task, data, command(task)) for task in tasks]
+
+
+def check_alike(overrides: Iterable[str]) -> None:
+    """Refuse to make a search of the evidence otherwise than the others: no run would take its rate.
+
+    Raises:
+        UserError: saying why.
+    """
+    for one in overrides:
+        if key_of(one) == "seed":
+            raise UserError(
+                f"{one} is not allowed for a search: all use the same seed, which no comparison uses; leave it out"
+            )
+        if key_of(one).startswith(ALIKE):
+            raise UserError(f"{one} is not allowed here: the searches of all methods are made alike; leave it out")
 
 
 def make_search(overrides: list[str], task: str, data: str | None, anew: str) -> Search:

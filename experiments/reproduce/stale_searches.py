@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from sparsegrad.errors import ResourceError, UserError
 from sparsegrad.runs.overrides import key_of
 from sparsegrad.runs.predictions import predictions_path
 from sparsegrad.runs.records import read_record
+from sparsegrad.runs.run_folder import delete_checkpoints_of_other_data
 from sparsegrad.sweeps.search_results import (
+    OTHER_FOLDER,
     OWN_NAME,
     find_difference,
     find_other_condition,
@@ -20,8 +23,9 @@ from sparsegrad.sweeps.search_results import (
     select_conditions,
     select_settings,
 )
+from sparsegrad.sweeps.search_way import find_other_data, find_other_way
 from sparsegrad.sweeps.storage import open_store
-from sparsegrad.sweeps.study import IDENTITY, content_of, delete, find_refusal, read_fingerprint
+from sparsegrad.sweeps.study import CONTENT, IDENTITY, content_of, delete, find_refusal, read_fingerprint
 
 
 def check_stored(search: Search) -> None:
@@ -31,6 +35,16 @@ def check_stored(search: Search) -> None:
         raise UserError(f"search {search.study} was made with {found}: {remedy}")
     if found := _find_other_setting(search):
         raise UserError(f"search {search.study} was made with {found}: {OWN_NAME}; or make it anew with {search.anew}")
+    if found := _find_other_goal(search):
+        raise UserError(
+            f"search {search.study}: {found}: all methods need the same: make it anew with {search.anew}, or ask for "
+            "the same"
+        )
+    if found := find_other_data(_read_content(search), search.plan.composed):
+        raise UserError(  # not anew: runs have taken their rates from it
+            f"search {search.study}: {found}: give the data of the search, or ARGS={OTHER_FOLDER} for searches of this "
+            "data and their runs"
+        )
 
 
 def find_staleness(search: Search) -> str:
@@ -42,7 +56,9 @@ def find_staleness(search: Search) -> str:
         return f"it was made with {found}"
     if search.is_barren:
         return "no trial was completed"
-    if found := _find_other_goal(search) or _find_other_data(search):
+    if found := _find_other_goal(search):
+        return found
+    if found := find_other_data(_read_content(search), search.plan.composed, of_hub=True):
         return found
     study = None if search.is_finished else search.load_study()
     # A worker compares more than what makes a finished search another one.
@@ -73,23 +89,24 @@ def _find_other_setting(search: Search) -> str:
 
 
 def _find_other_goal(search: Search) -> str:
-    """Whether a study or summary looked for something else, or had another budget."""
+    """Whether a study or summary looked for something else, or in another way, or had another budget."""
     wanted: dict[str, Any] = json.loads(json.dumps(search.plan.identity()))  # as a storage has it
     study, summary = search.load_study(), search.read_summary()
     for stored in (summary, {} if study is None else study.user_attrs.get(IDENTITY, {})):
         for part in ("space", "direction", "metric", "objective", "budget"):
             if part in wanted and stored.get(part, wanted[part]) != wanted[part]:
                 return f"its {part} is {stored[part]}, not {wanted[part]}"
+        if found := find_other_way(stored, {**search.plan.way, "seed": search.plan.base.seed}):
+            return f"it was made with {found}"
     if search.is_summarised and summary.get("best", {}).get("values", {}).keys() != wanted["space"].keys():
         return "its summary has other values than those searched"
     return ""
 
 
-def _find_other_data(search: Search) -> str:
-    """Whether a summary is of data with another content; empty where one of the two is not at hand."""
-    stored = search.read_summary().get("content", {}).get("data")
-    found = None if stored is None else read_fingerprint(search.plan)
-    return "" if found is None or found == stored else f"its data has the fingerprint {stored}, not {found}"
+def _read_content(search: Search) -> dict[str, Any]:
+    """A summary, or where it is not written yet the same of its study: the content of the data that it was made on."""
+    study = search.load_study()
+    return search.read_summary() or {"content": {} if study is None else study.user_attrs.get(CONTENT, {})}
 
 
 def delete_stale(searches: Sequence[Search]) -> None:
@@ -102,7 +119,8 @@ def delete_stale(searches: Sequence[Search]) -> None:
 def delete_search(search: Search) -> None:
     """Delete the study and the summary of a search; the records of its trials stay, except those of other data.
 
-    A record of the same settings saves the new search a trial, but one of other data would be refused.
+    A record of the same settings saves the new search a trial, but one of other data would be refused, and so would the
+    checkpoints of a stopped trial.
     """
     found = read_fingerprint(search.plan)
     # The records first: after an interruption, the study still says that it is another one.
@@ -110,9 +128,19 @@ def delete_search(search: Search) -> None:
         if found is not None and _read_data(path) not in (None, found):
             path.unlink()
             predictions_path(path).unlink(missing_ok=True)
+    if found is not None:
+        delete_checkpoints_of_other_data(search.plan.base, found, list(_list_keys(search)))
     if search.load_study() is not None:
         delete(open_store(search.plan.sweep.storage), search.study)
     search.summary.unlink(missing_ok=True)
+
+
+def _list_keys(search: Search) -> Iterator[str]:
+    """The keys of the runs of a stored study that the new one may try again."""
+    study = search.load_study()
+    for trial in study.get_trials(deepcopy=False) if study else []:
+        with suppress(UserError):  # of other settings: it has other keys
+            yield search.plan.trial_config(trial.params).key
 
 
 def _read_data(record: Path) -> str | None:

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from experiments.report.blocks import BLOCKS
 from experiments.reproduce.cells import Cell
+from experiments.reproduce.places import in_words_of_make, name_of_place
 from experiments.reproduce.plans import read_plan
 from sparsegrad.errors import UserError
 from sparsegrad.sweeps.make_commands import LANGUAGE_TASK, search_command
-from sparsegrad.sweeps.search_results import SearchMissingError, where_of
+from sparsegrad.sweeps.search_plans import where_of
+from sparsegrad.sweeps.search_results import SearchMissingError
 
 
 def count_waiting(cells: Sequence[Cell]) -> str:
@@ -37,8 +39,10 @@ def settle_waiting(cells: Sequence[Cell], data: str | None, *, dry: bool) -> Non
     if not count:
         return
     found = list(_find_searches(cells).values())
-    if len(found) == 1:
-        text = f"{cells[0].experiment}: {count}: {found[0]}"
+    others = [one for one in found if one.is_other]
+    if others or len(found) == 1:
+        place = name_of_place(cells[0].config.task.name)
+        text = f"{cells[0].experiment}: {count}: {in_words_of_make(str((others or found)[0]), place)}"
     else:
         command = _command_of(cells[0], found, data)
         text = f"{cells[0].experiment}: {count}: {command} makes them (the first: {found[0].reason})"

@@ -92,7 +92,7 @@ def test_a_run_of_any_method_is_made_again_without_its_predictions_and_named_if_
     monkeypatch.setattr(command, "write_comparison", lambda *_: "the table")
     assert command.main(["--methods", "peft", "--tasks", "mrpc", "seed=42", *where]) == 0
     assert made == [not is_edited]
-    reason = "its plan compare was edited afterwards" if is_edited else "run it again with force=true"
+    reason = "its plan compare was edited afterwards" if is_edited else "the command that made it makes it again"
     assert reason in capsys.readouterr().out
 
 
@@ -153,7 +153,7 @@ def test_a_report_of_everything_has_the_comparisons_that_have_runs(
     cases.healthy()
     rules = {"regime": "mlp_only", "gate_experiment": "evidence_paper", "reference": "lora_tuned"}
     grid = {"task": "mrpc", "seed": "42,3705,2023", "method": "lora_tuned,peft/dora"}
-    for name in command.PLANS:
+    for name in command.COMPARED:
         cases.plan(name, rules, grid=grid)
     for seed in SEEDS:
         for method, accuracy in (("lora_tuned", 0.8), ("dora", 0.84)):

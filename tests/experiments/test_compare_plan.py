@@ -7,23 +7,25 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.compare import __main__ as command
+from experiments.compare.methods import list_methods
 from experiments.paths import CONF
 from experiments.report.comparison.notes import PLANS
 from experiments.report.plans import read_plan as read_stored_plan
+from experiments.reproduce import search_all
 from experiments.reproduce.plans import read_plan
 from sparsegrad.methods.peft import Peft
 from sparsegrad.methods.peft_size import Weight, fit_budget
 from sparsegrad.runs.config import build
+from sparsegrad.sweeps.search_plans import COMPARED
 
 
 def test_the_committed_plan_compares_ten_methods_in_the_protocol_of_the_searches() -> None:
     mine, theirs = read_plan("compare"), read_plan("evidence_mlp_only")
     assert len(mine.grid["method"]) >= 10
     assert mine.budget == theirs.budget
-    assert set(mine.grid["method"]) <= set(command.list_methods())
+    assert set(mine.grid["method"]) <= set(list_methods())
     assert len(read_plan("compare_smollm2").grid["method"]) == 5
-    assert PLANS.keys() == set(command.PLANS)
+    assert PLANS.keys() == set(COMPARED)
 
 
 def test_every_method_of_the_language_model_trains_the_planned_share() -> None:
@@ -39,7 +41,7 @@ def test_every_method_of_the_language_model_trains_the_planned_share() -> None:
             plan.share, rel=0.13 if method == "peft/dora" else 0.001
         ), f"{method}: DoRA has magnitudes beside its whole ranks"
         assert config.save_adapter == "sparsegrad"
-    search = command.search_all.plan_search(read_plan(plan.experiment), "peft/dora", "oasst1", "trees", ())
+    search = search_all.plan_search(read_plan(plan.experiment), "peft/dora", "oasst1", "trees", ())
     assert search.plan.base.save_adapter is None, "only runs keep adapters, not the trials of a search"
 
 

@@ -15,11 +15,13 @@ from experiments.report.blocks import STEPS
 from experiments.report.plans import REGIMES
 from experiments.reproduce import plans, search_all
 from experiments.reproduce.cells import Cell, list_cells
-from experiments.reproduce.plans import SEARCHED, list_blocks, read_plan
+from experiments.reproduce.plans import list_blocks, read_plan
 from experiments.reproduce.search import Search
 from sparsegrad.errors import UserError
 from sparsegrad.runs.keys import determining, flatten
-from sparsegrad.sweeps.search_results import find_other_condition, select_conditions, study_name
+from sparsegrad.sweeps.search_plans import SEARCHED
+from sparsegrad.sweeps.search_results import find_other_condition, select_conditions
+from sparsegrad.sweeps.search_way import study_name
 
 pytestmark = pytest.mark.xdist_group("evidence_plans")  # its fixtures take long: one worker makes them
 

@@ -27,7 +27,7 @@ from sparsegrad import progress
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
 from sparsegrad.runs.plan import plan_hash
-from sparsegrad.sweeps.search_results import study_name
+from sparsegrad.sweeps.search_way import study_name
 
 PYTHON = sys.executable
 PLAN = ROOT / "conf" / "experiment" / "evidence_paper.yaml"
@@ -85,7 +85,7 @@ def test_a_search_runs_with_equal_budgets_and_its_rates_are_used(
 def test_a_killed_search_continues_where_it_stopped(
     results: Path, places: list[str], empty_glue: str, tmp_path: Path
 ) -> None:
-    slow = ["protocol.patience=400", "sweep.pruner=none"]  # milliseconds of a run of the stand-in
+    slow = ["protocol.patience=400"]  # milliseconds of a run of the stand-in
     command = [quick_python(), "-m", "experiments.reproduce.search_all", "--methods", "full", "--tasks", "mrpc"]
     command += ["--data", empty_glue, *FAKE, *places, *slow]
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL)
@@ -110,11 +110,23 @@ def test_a_killed_search_continues_where_it_stopped(
         (["--scale", "paper"], "make reproduce-table13"),
         (["--methods", "magic"], "METHODS=magic is not allowed: choose one of full, lora"),
         (["--tasks", "rte"], "TASKS=rte is not allowed: choose one of stsb"),
+        (["--tasks", "oasst1", "--dry"], "TASKS=oasst1 needs TREES=<file of conversation trees>"),
+        (
+            ["--methods", "static_mask", "--tasks", "mrpc"],
+            "no plan has METHODS=static_mask on TASKS=mrpc: choose TASKS of stsb, sst2, cola",
+        ),
+        (["--methods", "lora", "method=full"], "METHODS=lora and ARGS=method=full exclude each other"),
+        (["--methods", "lora", "seed=42"], "seed=42 is not allowed for a search: all use the same seed"),
         (["--workers", "0"], "WORKERS=0"),
         (["--data", "nowhere"], "DATA=nowhere does not exist: give the folder with GLUE"),
         (["--trees", "nowhere"], "TREES=nowhere does not exist: give the file of conversation trees"),
         (["--data", ".", "--tasks", "cola"], "DATA=. has no cola: put its files into cola or CoLA"),
         (["sweep.trials=0"], "sweep.trials=0"),
+        (["sweep.pruner=none"], "sweep.pruner=none is not allowed here: the searches of all methods are made alike"),
+        (["sweep.pruner_warmup=1"], "sweep.pruner_warmup=1 is not allowed"),
+        (["sweep.sampler=tpe"], "sweep.sampler=tpe is not allowed"),
+        (["sweep.objective=validation"], "sweep.objective=validation is not allowed"),
+        (["+sweep.metric=loss"], "sweep.metric=loss is not allowed"),
     ],
 )
 def test_bad_input_of_a_search_is_one_line(
@@ -132,8 +144,10 @@ def test_a_search_of_another_budget_is_refused(
     store(results, summary("lora", 1e-4, budget=6, trials={"complete": 6, "pruned": 0}))
     assert search_all.main(["--methods", "lora", "--tasks", "cola", *places]) == 2
     error = capsys.readouterr().err
-    assert "evidence-minilm-lora-cola has a budget of 6 trials, its plan one of 8" in error
-    assert f'; make search SCALE=mini METHODS=lora TASKS=cola ARGS="{" ".join(places)} sweep.overwrite=true"' in error
+    assert "search evidence-minilm-lora-cola: its budget is 6, not 8: all methods need the same" in error
+    assert (
+        f'anew with make search SCALE=mini METHODS=lora TASKS=cola ARGS="{" ".join(places)} sweep.overwrite=' in error
+    )
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
+@pytest.fixture(autouse=True)
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, Path]]:
+    """Name, scale and results folder of each table that would be written."""
+    found: list[tuple[str, str, Path]] = []
+    monkeypatch.setattr(runner, "write_report", lambda *given: found.append(given))
+    return found
+
+
 def measured(arm: str, repeat: int) -> dict[str, Any]:
     cell = {"setting": SETTING.key, "arm": arm, "repeat": repeat, "status": "complete", "peak_mib": 1.0}
     return {**cell, "steps": 50, "warmup_steps": 20, "steps_per_second": 7.0}
@@ -54,13 +62,14 @@ def measured(arm: str, repeat: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("table", ["table3", "table7", "table8"])
 def test_speed_tables_measure_what_is_missing(
-    table: str, calls: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    table: str, calls: list[str], shown: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = f"results_dir={tmp_path}"
     assert runner.main([table, "--dry", where]) == 0
     assert "paper: 0 of 6 measurements complete" in capsys.readouterr().out
-    assert calls == [], "dry measures nothing"
+    assert calls == shown == [], "dry measures nothing"
     assert runner.main([table, where]) == 0
+    assert shown == [(table, "paper", tmp_path)], "from the folder of its measurements"
     assert calls.count("paper") == 1
     assert runner.main([table, where]) == 0
     assert calls.count("paper") == 1, "what is complete is not measured again"
@@ -80,12 +89,41 @@ def test_a_failed_measurement_is_shown_and_tried_again(
     assert sorted(one for one in calls if one.startswith("lora")) == [f"lora_peft {n}" for n in range(3)]
 
 
-def test_what_fails_again_ends_with_status_1(
-    calls: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_what_fails_again_ends_with_its_table_and_status_1(
+    calls: list[str],
+    shown: list[Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(benchmarks, "call", lambda preset, path: None)
-    assert benchmarks.make("paper", tmp_path, dry=False) == 1
-    assert "full: not measured yet; the next call tries it again" in capsys.readouterr().out
+    assert runner.main(["table7", f"results_dir={tmp_path}"]) == 1
+    said = capsys.readouterr()
+    assert "full: not measured yet; the next call tries it again" in said.out
+    assert shown == [("table7", "paper", tmp_path)]
+    assert "not complete: what failed or is left stands above the tables" in said.err
+
+
+@pytest.mark.parametrize(("table", "is_shown"), [("figure2", False), ("quality", True)])
+def test_a_refused_measurement_leaves_the_table_to_the_other_parts(
+    table: str, is_shown: bool, shown: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "main", lambda _: 2)
+    monkeypatch.setattr(runner.evidence, "plan_cells", lambda *_, **__: [])
+    monkeypatch.setattr(runner, "_group", lambda *_: 0)
+    assert runner.main([table, "--scale", "mini", f"results_dir={tmp_path}"]) == 2
+    assert bool(shown) is is_shown
+
+
+def test_an_interrupted_call_ends_without_a_table(
+    calls: list[str], shown: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmarks, "call", stop)
+    assert runner.main(["table7", f"results_dir={tmp_path}"]) == 130
+    assert shown == []
 
 
 def test_the_benchmark_takes_no_overrides_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +136,7 @@ def small(tmp_path: Path) -> list[str]:
     """Overrides for a search of three trials on a function without a model."""
     fake = [one for one in FAKE_SWEEP if not one.startswith(("sweep=", "sweep.study=", "sweep.space=", "task="))]
     places = [f"results_dir={tmp_path / 'results'}", f"work_dir={tmp_path / 'work'}"]
-    return [*fake, *places, "sweep.trials=3", "protocol.patience=null"]
+    return [*fake, *places, "evidence.budget=3", "protocol.patience=null"]
 
 
 @pytest.fixture

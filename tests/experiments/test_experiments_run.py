@@ -13,10 +13,14 @@ import pytest
 from quick_python import quick_python
 from run_fixtures import ROOT, SHORT, TINY, environment
 
+from experiments.paths import CONF
 from experiments.reproduce import __main__ as runner
-from experiments.reproduce.cells import EXPERIMENTS, Cell, experiments_of, list_cells
+from experiments.reproduce import evidence
+from experiments.reproduce.cells import EXPERIMENTS, OF_TREES, Cell, experiments_of, list_cells
 from sparsegrad.files import write_json
+from sparsegrad.runs.composing import compose_run
 from sparsegrad.runs.config import build
+from sparsegrad.sweeps import search_way
 
 SEEDS = 4
 
@@ -118,6 +122,7 @@ def test_kill_and_call_again_repeats_no_finished_cell(overrides: list[str], glue
     assert all(after[path] == text for path, text in before.items())
     seeds = [json.loads(text)["config"]["seed"] for text in after.values()]
     assert sorted(seeds) == [1, 2]
+    assert "exploratory" in (tmp_path / "results" / "tables" / "evidence_paper.md").read_text()
 
 
 def test_dry_lists_what_exists_and_what_is_missing(
@@ -168,9 +173,86 @@ def test_dry_lists_runs_that_wait_for_a_search_and_names_it(tmp_path: Path, caps
     assert "nowhere does not exist: give the folder with GLUE" in capsys.readouterr().err
 
 
+def test_complete_runs_are_listed_with_any_data_and_others_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(search_way, "_read_fingerprint", lambda _: "other")
+    (tmp_path / "stsb").mkdir()
+    given = ["2a", "--data", str(tmp_path), "--tasks", "stsb", "--methods", "lora"]
+    for dry in ([], ["--dry"]):
+        assert evidence.main([*given, *dry]) == 0
+        assert "3 of 3 cells complete" in capsys.readouterr().out
+    assert evidence.main([*given, "--dry", "seed=42,37"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 of 2 cells complete" in shown
+    assert "1 of 2 cells waits for 1 search: hparams=search: evidence-minilm-lora-stsb: its data has" in shown
+    assert "give the data of the search as DATA=; or make search SCALE=mini" in shown
+    assert "ARGS=results_dir=FOLDER searches this data, for runs in FOLDER" in shown
+    assert evidence.main([*given, "seed=42,37"]) == 2
+    assert evidence.main([*given, "--dry", "force=true"]) == 0
+    assert "3 of 3 cells wait" in capsys.readouterr().out
+
+
 def test_what_needs_no_runs_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = f"results_dir={tmp_path}"
     for name in ("table1", "table2", "figure1"):
-        assert runner.main([name]) == 0
+        assert runner.main([name, where]) == 0
         assert capsys.readouterr().out.startswith(f"{name}: ")
-    assert runner.main(["figure2", "--dry", f"results_dir={tmp_path}"]) == 0
+    assert (tmp_path / "tables" / "table1.md").is_file()
+    assert (tmp_path / "figures" / "figure1-light.svg").is_file()
+    assert runner.main(["figure2", "--dry", where]) == 0
     assert "figure2.json is missing" in capsys.readouterr().out
+
+
+def test_table_6_reads_trees_and_the_other_tables_glue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, str | None] = {}
+
+    def plan(name: str, _: Any, data: str | None, **__: Any) -> list[Cell]:
+        found[name] = data
+        return []
+
+    monkeypatch.setattr(runner.evidence, "plan_cells", plan)
+    monkeypatch.setattr(runner, "_group", lambda *_: 0)
+    monkeypatch.setattr(runner, "_plan_studies", lambda _: [])
+    monkeypatch.setattr(runner, "_measure", lambda *_, **__: 0)
+    given = ["--scale", "mini", "--dry", f"results_dir={tmp_path}"]
+    assert runner.main(["all", *given, "--data", "glue", "--trees", "trees"]) == 0
+    assert found == {name: "trees" if name in OF_TREES else "glue" for name in experiments_of("all", "mini")}
+    assert runner.main(["all", *given, "--data", "glue"]) == 0
+    assert found["table6_mini"] is None, "the hub's conversations, not the folder with GLUE"
+    for option in ("--trees", "--data"):
+        assert runner.main(["table6", *given, option, "trees"]) == 0
+        assert found["table6_mini"] == "trees"
+
+
+def test_the_experiments_on_conversations_are_known() -> None:
+    every = {one for scale in EXPERIMENTS for one in experiments_of("all", scale)}
+    tasks = {one: compose_run([f"experiment={one}"], CONF).task.name for one in every}
+    assert {name for name, task in tasks.items() if task == "oasst1"} == set(OF_TREES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table5", "--trees", "trees"], "table5 at SCALE=paper reads no conversations: leave out TREES"),
+        (["table6", "--trees", "trees", "--data", "glue"], "table6 does not read GLUE: leave out DATA"),
+        (["table3", "--data", "glue"], "table3 does not read GLUE: leave out DATA"),
+        (["table3", "--launcher", "slurm"], "table3 has nothing that LAUNCHER=slurm could start: leave it out"),
+        (["table3", "--data", "glue", "--inherited", "TREES"], "table3 does not read GLUE: leave out DATA"),
+    ],
+)
+def test_what_a_table_would_ignore_is_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runner.main([*arguments, "--dry", f"results_dir={tmp_path}"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("table", ["table3", "table5", "table6", "figure1"])
+def test_what_the_environment_has_for_other_tables_is_left_out(
+    table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "_plan_studies", lambda _: [])
+    places = ["--data", str(tmp_path), "--trees", str(tmp_path), "--launcher", "slurm"]
+    inherited = ["--inherited", "DATA,TREES,LAUNCHER"]
+    assert runner.main([table, "--dry", *places, *inherited, f"results_dir={tmp_path}"]) == 0

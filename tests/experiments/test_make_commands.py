@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from run_fixtures import ROOT
 
+from experiments.compare import forgetting
 from experiments.reproduce.commands import carried
 from experiments.reproduce.places import in_words_of_make, name_of_place
 from experiments.reproduce.processes import log_path
@@ -49,9 +50,8 @@ def test_errors_of_runs_are_in_the_words_of_make(said: str, place: str, words: s
     assert in_words_of_make(said, place) == words
 
 
-def test_only_plans_with_trees_call_them_so() -> None:
-    assert [name_of_place(one, "oasst1") for one in ("evidence_smollm2", "table6_mini")] == ["TREES", "DATA"]
-    assert name_of_place("compare", "stsb") == "DATA"
+def test_conversations_are_called_trees() -> None:
+    assert [name_of_place(one) for one in ("oasst1", "stsb")] == ["TREES", "DATA"]
 
 
 def test_two_calls_do_not_share_a_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -60,11 +60,63 @@ def test_two_calls_do_not_share_a_log(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert log_path(str(tmp_path), "key") != first
 
 
-@pytest.mark.parametrize(("target", "scale"), [("search", "mini"), ("compare", "mini"), ("reproduce-table5", "paper")])
-def test_searches_and_comparisons_are_of_the_small_models_by_default(target: str, scale: str) -> None:
-    def words(*given: str) -> str:
-        command = ["make", "--dry-run", "--old-file=pyproject.toml", "--old-file=constraints.txt", target, *given]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def ask_make(*words: str) -> subprocess.CompletedProcess[str]:
+    """What `make` would run, or why it refuses."""
+    command = ["make", "--dry-run", "--old-file=pyproject.toml", "--old-file=constraints.txt", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
-    assert f"--scale {scale} " in words()
-    assert "--scale other " in words("SCALE=other")
+
+@pytest.mark.parametrize(
+    ("target", "scale"),
+    [("search", "mini"), ("compare", "mini"), ("evidence", "mini"), ("reproduce-table5", "paper")],
+)
+def test_searches_and_comparisons_are_of_the_small_models_by_default(target: str, scale: str) -> None:
+    assert f"--scale {scale} " in ask_make(target).stdout
+    assert "--scale other " in ask_make(target, "SCALE=other").stdout
+
+
+@pytest.mark.parametrize("target", ["search", "evidence", "compare"])
+def test_methods_tasks_and_places_reach_the_command(target: str) -> None:
+    said = ask_make(target, "METHODS=lora,full", "TASKS=stsb", "WORKERS=3", "TREES=t", "DATA=d", "DRY=1").stdout
+    for option in ("--methods lora,full", "--tasks stsb", "--workers 3", "--trees t", "--data d", "--dry"):
+        assert option in said
+
+
+def test_the_table_is_written_by_the_command_that_knows_its_folder() -> None:
+    said = ask_make("reproduce-table5", "TREES=t", "ARGS=results_dir=elsewhere").stdout.split()
+    assert said.count("-m") == 1
+    assert {"--trees", "results_dir=elsewhere"} < set(said)
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["reproduce-table5", "METHODS=lora", "TASKS=stsb", "WORKERS=4"], "takes no METHODS TASKS WORKERS; it takes"),
+        (["reproduce-table5", "WORKERS=4"], 'ARGS="method=lora task=stsb" chooses runs'),
+        (["evidence", "LAUNCHER=slurm"], "make evidence takes no LAUNCHER; it takes ARGS BLOCK DATA"),
+        (["search", "BLOCK=2a"], "make search takes no BLOCK"),
+        (["forgetting", "TASKS=oasst1"], "make forgetting takes no TASKS"),
+        (["report", "DATA=glue"], "make report takes no DATA; it takes ARGS"),
+        (["clean", "ARGS=x"], "make clean takes no ARGS"),
+    ],
+)
+def test_a_variable_that_a_target_ignores_is_one_error(words: list[str], refused: str) -> None:
+    said = ask_make(*words)
+    assert said.returncode == 2
+    assert refused in said.stderr
+    assert said.stderr.count("\n") == 1
+
+
+def test_variables_of_the_environment_end_no_target_that_does_not_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"DATA": "glue", "TREES": "trees", "TASKS": "stsb", "LAUNCHER": "slurm"}.items():
+        monkeypatch.setenv(name, value)
+    options = ask_make("forgetting", "TEXTS=t", "DRY=1").stdout.partition("experiments.compare.forgetting")[2].split()
+    forgetting._parser().parse_args(options)
+    assert ask_make("reproduce-table3").stdout.split()[-3:] == ["--inherited", "DATA,TREES,LAUNCHER", "table3"]
+    assert "--inherited TREES,LAUNCHER table3" in ask_make("reproduce-table3", "DATA=glue").stdout
+
+
+def test_empty_variables_and_those_of_other_targets_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKERS", "4")
+    for words in (["reproduce-table5", "METHODS="], ["search", "evidence", "BLOCK=2a"], ["report", "ARGS=--help"]):
+        assert ask_make(*words).returncode == 0

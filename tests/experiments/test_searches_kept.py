@@ -21,6 +21,7 @@ from experiments.reproduce import search_all, searches, stale_searches
 from experiments.reproduce.cells import list_cells
 from sparsegrad.errors import ResourceError, UserError
 from sparsegrad.files import read_json, write_json
+from sparsegrad.sweeps import search_way
 from sparsegrad.sweeps.search_results import SearchMissingError
 from sparsegrad.sweeps.study import open_study
 
@@ -110,7 +111,8 @@ def test_a_search_is_found_by_runs_of_another_seed_and_of_plans_that_borrow_its_
     name = "evidence_mlp_only-minilm-sparsegrad-stsb"
     labels = {"model": "minilm", "method": "sparsegrad", "task": "stsb"}
     write_json(
-        results / "studies" / name / "summary.json", {**summary, "study": name, "labels": labels, "protocol": None}
+        results / "studies" / name / "summary.json",
+        {**summary, "study": name, "labels": labels, "metric": "pearson", "protocol": None},
     )
     for borrowing, own in (("evidence_density", "method.keep=4500"), ("evidence_basis", "method.steps=30")):
         cells = list_cells(borrowing, ["task=stsb", "seed=42", own, *where])
@@ -123,8 +125,8 @@ def test_overwriting_deletes_another_search_once_and_none_that_is_asked_for(
     finish(plan("frozen", *where))
     started: list[Any] = []
 
-    def run(jobs: Any, *_: Any, **__: Any) -> Any:
-        started.extend(job for job in jobs if not jobs[job].is_finished)
+    def run(jobs: Any, _: int, is_needed: Any, *__: Any, **___: Any) -> Any:
+        started.extend(filter(is_needed, jobs))
         yield from ()
 
     monkeypatch.setattr(search_all, "run_jobs", run)
@@ -164,11 +166,16 @@ def test_a_search_of_other_data_is_made_anew_without_the_records_of_the_old_data
     write_json(first.summary, {**finish(first), "content": {"data": "old"}})
     search = plan("frozen", *where, "sweep.overwrite=true")
     assert not stale_searches.find_staleness(search), "the data is not at hand"
-    monkeypatch.setattr(stale_searches, "read_fingerprint", lambda _: "old")
+    monkeypatch.setattr(search_way, "_read_fingerprint", lambda _: "old")
     assert not stale_searches.find_staleness(search)
-    monkeypatch.setattr(stale_searches, "read_fingerprint", lambda _: "new")
+    monkeypatch.setattr(search_way, "_read_fingerprint", lambda _: "new")
     assert stale_searches.find_staleness(search) == "its data has the fingerprint old, not new"
 
+    monkeypatch.setattr(stale_searches, "read_fingerprint", lambda _: "new")
+    trial = search.plan.trial_config({"train.lr": 1e-4})
+    for one in (trial, search.plan.trial_config({"train.lr": 2e-4})):  # without an owner, as of earlier versions
+        one.checkpoints.mkdir(parents=True)
+        (one.checkpoints / "data").write_text("old")
     folder = search.plan.base.record_path.parent
     any_record = read_json(next((ROOT / "results" / "runs" / "evidence_gates").glob("*.json")))
     for name in ("old", "new"):
@@ -178,6 +185,8 @@ def test_a_search_of_other_data_is_made_anew_without_the_records_of_the_old_data
     stale_searches.delete_search(search)
     assert not first.summary.exists()
     assert search.load_study() is None
+    assert not trial.checkpoints.exists()
+    assert one.checkpoints.exists(), "of no trial of the study"
     assert sorted(path.name for path in folder.iterdir()) == ["damaged.json", "new.json", "new.npz"]
 
 
