@@ -1,10 +1,13 @@
 """Measure speed and memory of the methods: `python -m experiments.bench` (`make bench`).
 
 An arm is a method, in one variant; a setting is a model with its batches and precision. Each arm, setting and repeat is
-measured in its own process. The arms take turns within a repeat, and ratios are computed within a repeat. Results that
-exist are not measured again, so the same command continues an interrupted benchmark; it repeats failed measurements,
-except those that ran out of GPU memory. A GPU measures more settings than a CPU. The benchmark runs from a checkout
-without installing the package; it needs torch, transformers, peft, psutil and safetensors.
+measured in its own process. The arms take turns within a repeat, and ratios are computed within a repeat; those of arms
+that different commits measured, in separate calls, are marked. Another thread count or device than that of an existing
+file is refused, and so are other bases of one of its settings; `--force` drops an arm's earlier cells, and names the
+settings that `--minutes` does not reach, which keep theirs. Results that exist are not measured again, so the same
+command continues an interrupted benchmark; it repeats failed measurements, except those that ran out of GPU memory. A
+GPU measures more settings than a CPU. The benchmark runs from a checkout without installing the package; it needs
+torch, transformers, peft, psutil and safetensors.
 
 Schema of `results/bench/HARDWARE.json` (schema 1):
 
@@ -23,7 +26,8 @@ Schema of `results/bench/HARDWARE.json` (schema 1):
     decompositions  method-OUTxIN-COUNT -> seconds, peak_mib of the HOSVD of random gradients; stacked_tensor_mib is
                 computed: the size of that tensor in float64
     summary     setting -> arm -> steps_per_second, peak_mib, and speed, memory: reference -> ratio to it (speed
-                above 1 is faster, memory below 1 is smaller); each as median, min, max and n over repeats
+                above 1 is faster, memory below 1 is smaller); each as median, min, max and n over repeats, and
+                mixed: the number of these repeats whose two cells are of different commits, if there are any
     bars        targets of the engines: required value, measured value, whether it is met
 
 Preset `paper` measures Tables 3, 7 and 8: RoBERTa-base with the paper's arms `full`, `lora_peft`, `layer_sparse_dense`
@@ -136,7 +140,11 @@ def parser() -> argparse.ArgumentParser:
         choices=BASES,
         help="reflections: random orthogonal bases without calibration (default %(default)s)",
     )
-    made.add_argument("--force", action="store_true", help="measure again even where results exist")
+    made.add_argument(
+        "--force",
+        action="store_true",
+        help="measure again even where results exist; with the steps of the other arms of a setting, if it has any",
+    )
     made.add_argument(
         "--render", action="store_true", help="measure nothing; write table and plot of the existing results"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench.arms import MAIN_ARMS
+from experiments.bench.render import mark
 from experiments.bench.shapes import find_shape
 from experiments.palette import style_of_bench_arm
 from sparsegrad.errors import UserError
@@ -88,17 +89,21 @@ def _bars(axes: Any, document: Mapping[str, Any]) -> None:
         end, tick = ratio["max"], predicted.get(arm, 0)
         if -0.05 < tick - end < 0.2:  # not over the tick; a tick further away leaves room
             end = max(end, tick)
-        axes.annotate(f"{ratio['median']:.2f}", (end, arm), (6, 0), textcoords="offset points", va="center")
+        axes.annotate(
+            f"{ratio['median']:.2f}{mark(ratio)}", (end, arm), (6, 0), textcoords="offset points", va="center"
+        )
     axes.invert_yaxis()
     axes.axvline(1, color="gray", linewidth=0.8, zorder=0)
     axes.margins(x=0.08)
     title = f"{document['settings'][key]['label']}\nblack tick: predicted from the MLP linears alone"
+    if any("mixed" in ratio for ratio in ratios):
+        title += "\n†: the two methods by different commits"
     axes.set(title=title, xlabel="speed, steps/s over full fine-tuning")
 
 
 def _lines(axes: Any, document: Mapping[str, Any], points: Points, name: str) -> list[tuple[float, float, str, str]]:
     """Draw one line per arm, and a dashed one for its prediction; the ends (x, y, arm, colour) of the measured ones."""
-    ends = []
+    ends, is_mixed = [], False
     for arm in MAIN_ARMS:
         style = style_of_bench_arm(arm)
         summaries = {x: document["summary"][key].get(arm) for x, key in points.items()}
@@ -109,12 +114,17 @@ def _lines(axes: Any, document: Mapping[str, Any], points: Points, name: str) ->
         measured = [found[x]["median"] for x in xs]
         predictions = [document["settings"][points[x]]["predicted"]["full"] for x in xs]
         axes.plot(xs, measured, marker=style.marker, color=style.colour)
+        mixed = [x for x in xs if "mixed" in found[x]]
+        faces = {"markerfacecolor": "white", "color": style.colour, "linestyle": "none"}
+        axes.plot(mixed, [found[x]["median"] for x in mixed], marker=style.marker, **faces)
+        is_mixed |= bool(mixed)
         axes.plot(xs, [one.get(arm) for one in predictions], "--", color=style.colour, linewidth=0.9)
         ends.append((xs[-1], measured[-1], arm, style.colour))
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(points), [f"{x:g}" for x in sorted(points)])
     axes.minorticks_off()
-    axes.set(title=f"by {name}\nsolid: measured, dashed: predicted", xlabel=name)
+    hollow = "\nhollow: the two methods by different commits" * is_mixed
+    axes.set(title=f"by {name}\nsolid: measured, dashed: predicted{hollow}", xlabel=name)
     axes.set_ylabel("speed, steps/s over full fine-tuning")
     return ends
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.bench.arithmetic import COSTS, relative_speed
 from experiments.bench.arms import ARMS
-from experiments.bench.results import mlp_of
+from experiments.bench.results import ABOUT_MIXED, mark_mixed, mlp_of
 from experiments.bench.settings import Setting
 from sparsegrad.files import write_text
 from sparsegrad.runs.environment import read_device_name
@@ -59,12 +59,20 @@ def _preamble(document: Mapping[str, Any]) -> Iterable[str]:
     yield f"{hardware['threads']} CPU threads; torch {versions['torch']}, transformers {versions['transformers']},"
     yield f"peft {versions['peft']}. Random weights; batches of random tokens, with the token lengths of a task."
     yield "Values are medians over repeats; ratios are taken within a repeat, with minimum and maximum in brackets."
+    if any(one and "mixed" in one for one in _list_ratios(document)):
+        yield ABOUT_MIXED
     if hardware["device"] == "cuda":
         yield "Memory: peak allocated during the measured steps."
     else:
         yield "Memory: peak resident during the measured steps, above the loaded model."
     yield "Predicted: from the multiplications of the MLP linears alone (docs/performance.md)."
     yield ""
+
+
+def _list_ratios(document: Mapping[str, Any]) -> Iterable[Mapping[str, float] | None]:
+    for arms in document["summary"].values():
+        for found in arms.values():
+            yield from (*found["speed"].values(), *found["memory"].values())
 
 
 def _render_setting(setting: Mapping[str, Any], arms: Mapping[str, Any], length: str) -> Iterable[str]:
@@ -162,12 +170,16 @@ def _about(arm: str) -> str:
 
 
 def ratio(found: Mapping[str, float] | None) -> str:
-    """Median, with minimum and maximum in brackets where there are several values."""
+    """Median, with minimum and maximum in brackets where there are several values; marked as by `mark`."""
     if found is None:
         return ""
-    if found["n"] == 1:
-        return f"{found['median']:.2f}"
-    return f"{found['median']:.2f} [{found['min']:.2f}, {found['max']:.2f}]"
+    span = "" if found["n"] == 1 else f" [{found['min']:.2f}, {found['max']:.2f}]"
+    return f"{found['median']:.2f}{span}{mark(found)}"
+
+
+def mark(found: Mapping[str, float]) -> str:
+    """What follows a ratio of two arms that different commits measured; else empty."""
+    return mark_mixed(int(found.get("mixed", 0)), int(found["n"]))
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterable[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +19,11 @@ SCHEMA = 1
 Cell = Mapping[str, Any]
 Document = dict[str, Any]
 OUT_OF_MEMORY = "out of memory"  # a reason that the process gave itself begins with it
+MIXED = " †"  # follows a ratio of two arms that different commits measured
+ABOUT_MIXED = (
+    "†: the two methods of this ratio were measured by different commits, in separate calls; slow drift of the machine "
+    "may be part of it."
+)
 NO_BASES = "no calibration: "  # precedes the reason of a calibration, in the cells that needed its bases
 # Earlier names of arms, in results measured before the engines were renamed.
 _EARLIER_ARMS = {
@@ -90,6 +95,11 @@ def is_final(cell: dict[str, Any] | None) -> bool:
     return reason.removeprefix(NO_BASES).startswith(OUT_OF_MEMORY)
 
 
+def drop_cells(document: Document, setting: str, arms: Collection[str]) -> None:
+    """Remove the cells of these arms in a setting."""
+    document["cells"] = [cell for cell in document["cells"] if cell["setting"] != setting or cell["arm"] not in arms]
+
+
 def put_cell(document: Document, cell: dict[str, Any]) -> None:
     """Add a cell; it replaces one of the same setting, arm and repeat."""
     document["cells"] = [old for old in document["cells"] if _identity(old) != _identity(cell)] + [cell]
@@ -127,11 +137,17 @@ def _summarise_arm(document: Document, setting: str, arm: str) -> dict[str, Any]
     return {
         "steps_per_second": spread(cell["steps_per_second"] for cell in cells),
         "peak_mib": spread(cell["peak_mib"] for cell in cells),
-        "speed": {name: spread(repeat_ratios(cells, of, "steps_per_second")) for name, of in others.items()},
-        "memory": {name: spread(repeat_ratios(cells, of, "peak_mib")) for name, of in others.items()},
+        "speed": {name: _spread_ratios(cells, of, "steps_per_second") for name, of in others.items()},
+        "memory": {name: _spread_ratios(cells, of, "peak_mib") for name, of in others.items()},
         "steps": sum(cell["steps"] for cell in cells),
         "failed": failed[:1],
     }
+
+
+def _spread_ratios(cells: Sequence[Cell], others: Sequence[Cell], field: str) -> dict[str, float] | None:
+    """As `spread`, and `mixed`: the number of ratios whose two cells are of different commits, if there are any."""
+    found, mixed = spread(repeat_ratios(cells, others, field)), count_mixed(cells, others, field)
+    return {**found, "mixed": mixed} if found and mixed else found
 
 
 def repeat_ratios(cells: Iterable[Cell], others: Iterable[Cell], field: str) -> list[float]:
@@ -139,16 +155,32 @@ def repeat_ratios(cells: Iterable[Cell], others: Iterable[Cell], field: str) -> 
 
     In one call of the benchmark the arms of a repeat are measured one after the other, so that slow drift of the
     machine cancels. Nothing guarantees the same load: it may change from one process to the next, and a cell that was
-    missing or had failed is measured by a later call, perhaps with other code. `time` and `commit` of a cell tell.
+    missing or had failed is measured by a later call, perhaps with other code: `count_mixed` tells.
 
     Args:
         cells, others: cells of the two arms in one setting; those that failed are left out.
         field: `steps_per_second` or `peak_mib`. A repeat in which the other arm's is 0 has no ratio.
     """
+    return [cell[field] / other[field] for cell, other in _pair_repeats(cells, others, field)]
+
+
+def count_mixed(cells: Iterable[Cell], others: Iterable[Cell], field: str) -> int:
+    """Number of the ratios of `repeat_ratios` whose cells were measured by different commits."""
+    return sum(cell.get("commit") != other.get("commit") for cell, other in _pair_repeats(cells, others, field))
+
+
+def mark_mixed(mixed: int, repeats: int) -> str:
+    """What follows a ratio of which so many of its repeats are of different commits; empty if none is."""
+    if not mixed:
+        return ""
+    return MIXED if mixed == repeats else f"{MIXED} ({mixed} of {repeats} repeats)"
+
+
+def _pair_repeats(cells: Iterable[Cell], others: Iterable[Cell], field: str) -> list[tuple[Cell, Cell]]:
+    """Cells of the same repeat and number of steps: fewer steps mean other batches, which are not comparable."""
     of = {cell["repeat"]: cell for cell in others if not _failed(cell)}
     pairs = [(cell, of[cell["repeat"]]) for cell in cells if not _failed(cell) and cell["repeat"] in of]
-    # Fewer steps mean other batches, so such cells are not comparable.
-    return [cell[field] / other[field] for cell, other in pairs if cell["steps"] == other["steps"] and other[field]]
+    return [(cell, other) for cell, other in pairs if cell["steps"] == other["steps"] and other[field]]
 
 
 def complete(document: Document, setting: str, arm: str) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from experiments.paths import ROOT
 from sparsegrad import progress
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
-from sparsegrad.runs.environment import describe_environment, now
+from sparsegrad.runs.environment import describe_environment, now, read_device_name
 
 _NEVER = ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG")  # debugging settings that change timings
 TIMEOUT = 1200  # seconds for one process, compilation included
@@ -57,13 +57,19 @@ class Bench:
     tell: Callable[[str], None] = print
     document: results.Document = field(default_factory=results.empty)
     _start: float = field(default_factory=time.monotonic)
+    _kept: list[str] = field(default_factory=list)  # settings that `force` did not reach in time
 
     def run(self, planned: list[tuple[Planned, list[str]]], apart: list[Decomposition | Calibration]) -> None:
         """Measure what the results lack.
 
         A failed measurement is recorded. The next call repeats it, unless the GPU's memory was too small for it.
+
+        Raises:
+            UserError: when the results are of another device, thread count or bases, or cannot be read.
         """
-        self.document = {**results.read(self.out), **self._head()}
+        before = results.read(self.out)
+        self._check_conditions(before, [chosen.setting.key for chosen, _ in planned])
+        self.document = {**before, **self._head()}
         left, total = 0, len(apart) + self.schedule.repeats * sum(len(arms) for _, arms in planned)
         with progress.job("benchmark", total, unit="measurements") as bar:
             for one in apart:
@@ -73,19 +79,40 @@ class Bench:
                     self._calibration(one)
                 bar.step()
             for chosen, arms in planned:
-                self._note(chosen)
-                for repeat, arm in interleaved(arms, self.schedule.repeats):
-                    bar.update(note=arm)
-                    if self._is_over_time():
-                        left += not results.is_final(results.find_cell(self.document, chosen.setting.key, arm, repeat))
-                    else:
-                        self._cell(chosen, arm, repeat)
-                    bar.step()
+                left += self._setting(chosen, arms, bar)
         self.document["finished"] = now()
         self.write()
         if left:
-            minutes = self.schedule.minutes
-            self.tell(f"{left} measurements left after {minutes:g} minutes: the same command continues with them")
+            self.tell(self._describe_left(left))
+
+    def _setting(self, chosen: Planned, arms: list[str], bar: progress.Job) -> int:
+        """Measure the arms of a setting in turn; the number of measurements that there was no time for."""
+        key, left = chosen.setting.key, 0
+        self._note(chosen)
+        if self.force and not self._is_over_time():
+            # Cells of an earlier call would decide the number of steps, and stay beyond the present repeats.
+            results.drop_cells(self.document, key, arms)
+        elif self.force and any(cell["setting"] == key and cell["arm"] in arms for cell in self.document["cells"]):
+            self._kept.append(key)
+        for repeat, arm in interleaved(arms, self.schedule.repeats):
+            bar.update(note=arm)
+            if self._is_over_time():
+                left += self.force or not results.is_final(results.find_cell(self.document, key, arm, repeat))
+            else:
+                self._cell(chosen, arm, repeat)
+            bar.step()
+        return left
+
+    def _describe_left(self, left: int) -> str:
+        said = f"{left} measurements left after {self.schedule.minutes:g} minutes: "
+        if not self.force:
+            return f"{said}the same command continues with them"
+        if not self._kept:
+            return f"{said}the same command without --force continues with them"
+        return (
+            f"{said}the same command without --force continues with those that have no result. Still with earlier "
+            f"results, which only --force with more --minutes measures again: {', '.join(self._kept)}"
+        )
 
     def write(self) -> None:
         """Write results, table and plot."""
@@ -97,6 +124,22 @@ class Bench:
             write_plot(self.document, self.out.with_suffix(".png"))
         except UserError as error:
             self.tell(str(error))
+
+    def _check_conditions(self, before: results.Document, settings: Sequence[str]) -> None:
+        """Refuse to add to results that were measured otherwise."""
+        known = before.get("hardware", {})
+        name = read_device_name(known)
+        if known and name != (own := read_device_name(machine.facts(self.device))):
+            raise UserError(f"{self.out} was measured on {name}, not on {own}: choose another --out")
+        given: list[tuple[str, Any, Any, str]] = [("threads", known.get("threads", self.threads), self.threads, "")]
+        noted = {key: before["settings"][key] for key in settings if key in before["settings"]}
+        given += [("bases", of.get("bases", self.bases), self.bases, f" of {key}") for key, of in noted.items()]
+        for option, earlier, now_given, place in given:
+            if earlier != now_given:
+                raise UserError(
+                    f"{option}={now_given} is not allowed: {self.out}{place} was measured with {option}={earlier}; "
+                    f"choose another --out, or --{option} {earlier}"
+                )
 
     def _head(self) -> dict[str, Any]:
         found = describe_environment(self.device)

@@ -72,6 +72,12 @@ def block_command(folder: str, seeds: Collection[int] = ()) -> str:
     return f"make evidence BLOCK={name} {data}"
 
 
+def describe_repeat(folder: str, seed: int) -> str:
+    """How one run of a folder is made again, in words: its block repeats the runs that do not count."""
+    command = block_command(folder, [seed]) if folder in BLOCKS else "the command that made it"
+    return f"{command} makes it again"
+
+
 def _list_seeds(step: Step) -> Iterator[str]:
     """The seeds that a step chooses from its plan."""
     for one in step.overrides:

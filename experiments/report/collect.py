@@ -11,7 +11,9 @@ from typing import Any
 
 from experiments.report.departures import find_departures
 from experiments.report.plans import EvidencePlan, read_plan
+from sparsegrad.errors import UserError
 from sparsegrad.files import read_json
+from sparsegrad.runs.environment import has_changed_code, list_processes
 from sparsegrad.runs.records import PRUNED, SCHEMA, run_seconds
 
 # Folders that tables read. In others, such as those of sweeps, records of one seed differ by design.
@@ -130,7 +132,11 @@ def collect_cells(runs: Path) -> Store:
                 found = record.get("schema") if isinstance(record, dict) else type(record).__name__
                 store.skipped.append(f"{place}: record schema {found}, this version reads {SCHEMA}")
                 continue
+            _check_result(record)
             found_runs = dict(_runs(place, record, plans.get(place.parts[0])))  # complete before the store changes
+        except UserError as error:
+            store.skipped.append(f"{place}: not a readable record ({error})")
+            continue
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             store.skipped.append(f"{place}: not a readable record ({type(error).__name__})")
             continue
@@ -138,6 +144,12 @@ def collect_cells(runs: Path) -> Store:
             store.runs.setdefault(key, []).append(run)
         store.records[place] = record
     return store
+
+
+def _check_result(record: dict[str, Any]) -> None:
+    """A complete record has a score; that of a run that diverged is null."""
+    if record["status"] == "complete" and "value" not in record.get("result", {}):
+        raise UserError("it is complete without result.value")
 
 
 def _runs(place: Path, record: dict[str, Any], plan: EvidencePlan | None) -> Iterator[tuple[Key, Run]]:
@@ -172,9 +184,12 @@ def skipped_summary(store: Store) -> str:
 
 
 def commit_of(record: Mapping[str, Any]) -> str:
-    """Short form of the commit that made a record, marked if files had been changed; empty if it names none."""
-    git = record.get("environment", {}).get("git") or {}
-    return f"{git['commit'][:7]}{' with changes' if git.get('dirty') else ''}" if git.get("commit") else ""
+    """Short form of the commits that made a record, marked if files had been changed; empty if it names none."""
+    environment = record.get("environment", {})
+    gits = [one.get("git") or {} for one in list_processes(environment)]
+    commits = dict.fromkeys(git["commit"][:7] for git in gits if git.get("commit"))
+    changes = " with changes" if commits and has_changed_code(environment) else ""
+    return f"{' then '.join(commits)}{changes}"
 
 
 def hours(record: Mapping[str, Any]) -> float | None:

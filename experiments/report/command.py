@@ -31,6 +31,7 @@ from experiments.report.tables import (
     claims,
     correspondence,
     energy,
+    exact,
     hyperparams,
     llama,
     main_tables,
@@ -60,7 +61,7 @@ def _searched(number: int) -> Maker:
 
 
 def _block(folder: str) -> Maker:
-    return lambda context: main_tables.block_tables(context, folder)
+    return lambda context: [*main_tables.block_tables(context, folder), *exact.block_tables(context, folder)]
 
 
 # Name -> its tables at the paper's scale; `MINI` replaces some of them at the mini scale.
@@ -85,7 +86,7 @@ MAKERS: dict[str, Maker] = {
     "ablation": lambda context: [ablation.table(context, 11), ablation.table(context, 12)],
     "quality": lambda context: [energy.table(context)],
     "claims": lambda context: [claims.table(context)],
-    "evidence": main_tables.tables,
+    "evidence": lambda context: [*main_tables.tables(context), *exact.tables(context)],
     **{folder: _block(folder) for folder in BLOCKS},
 }
 MINI: dict[str, Maker] = {
@@ -144,7 +145,7 @@ def write_report(name: str, scale: str, results: Path) -> None:
         return
     tables = everything(context) if name == "all" else make(context, name)
     for table in tables:
-        write_table(table, results / "tables")
+        write_table(table, results / table.folder)
     if name == "all":
         drawn = _figures(context, "all")
         compared, pictures = write_comparisons(context)
@@ -191,7 +192,7 @@ def write_comparisons(context: Context) -> tuple[list[Table], dict[str, Path]]:
     for folder in PLANS:
         if load_comparison(context, folder).blocks[folder].runs:
             tables.append(write_files(context, folder))
-            figure = context.results / "compare" / f"{folder}.png"
+            figure = context.results / tables[-1].folder / f"{folder}.png"
             drawn |= {tables[-1].title: figure} if figure.is_file() else {}
     return tables, drawn
 

@@ -79,6 +79,13 @@ def decide(context: Context, spec: Spec, parts: int = 1) -> list[Decision]:
     return list(KINDS[kind](context, {**spec, "parts": parts}))
 
 
+def count_differences(spec: Spec) -> int:
+    """Number of differences with an interval in one part of a claim, each of which can refute the claim."""
+    if spec["kind"] == "grade":
+        return 1
+    return len(spec["blocks"]) if spec["kind"] in ("difference", "margin") else 0
+
+
 def _decide_pairs(context: Context, spec: Spec, rule: Rule) -> Iterable[Decision]:
     for folder in spec["blocks"]:
         yield _decide_pair(context, spec, folder, rule)
@@ -240,15 +247,20 @@ def _decide_grade(context: Context, spec: Spec) -> Iterable[Decision]:
         return
     gains = {judge: _gains(a, b) for judge, (a, b) in found.items()}
     shown = "; ".join(_describe_grades(judge, a, b) for judge, (a, b) in found.items())
-    single = [paired_interval(one) for one in gains.values()]
-    joint = [paired_interval(one, spec["parts"]) for one in gains.values()]
-    is_above = all(one is not None and one[0] > 0 for one in single)
-    is_below = all(one is not None and one[1] < 0 for one in joint)
-    verdict = SUPPORTED if is_above else CONTRADICTED if is_below else UNDECIDED
-    widest = max(filter(None, single), key=width, default=None)
+    parts = int(spec["parts"])
+    single, joint = ([paired_interval(one, count) for one in gains.values()] for count in (1, parts))
+    verdict = SUPPORTED if _are_all(single, "above") else CONTRADICTED if _are_all(joint, "below") else UNDECIDED
+    # Refuted alone, but not together with the other parts of the claim: the interval that says so is shown.
+    widened = parts if verdict == UNDECIDED and _are_all(single, "below") else 1
+    widest = max(filter(None, joint if widened > 1 else single), key=width, default=None)
     # The interval is over questions: it knows nothing of how much another seed would change.
     seeds = min(count_answers(graded, model, method) for method in methods)
-    yield Decision(verdict, f"{model}: {shown}", widest, unit="in grade", seeds=seeds, see=see)
+    yield Decision(verdict, f"{model}: {shown}", widest, widened, unit="in grade", seeds=seeds, see=see)
+
+
+def _are_all(intervals: Iterable[tuple[float, float] | None], side: str) -> bool:
+    """Whether all intervals exist and are on one side of 0: `above` or `below`."""
+    return all(one is not None and (one[0] > 0 if side == "above" else one[1] < 0) for one in intervals)
 
 
 def width(interval: tuple[float, float]) -> float:

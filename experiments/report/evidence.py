@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.report.arms import arm_of
-from experiments.report.blocks import BLOCKS
+from experiments.report.blocks import BLOCKS, describe_repeat
 from experiments.report.departures import find_departures
 from experiments.report.plans import EvidencePlan, read_plan
 from experiments.report.repeats import settle_runs
@@ -18,7 +18,7 @@ from experiments.report.searches import Searches, is_number
 from experiments.report.stats import Difference, compare
 from experiments.report.tables.base import Context
 from sparsegrad.errors import DIVERGED, ResourceError, UserError
-from sparsegrad.runs.predictions import read_predictions
+from sparsegrad.runs.predictions import AGAIN, read_predictions, smallest_float
 from sparsegrad.runs.records import PRUNED
 
 _ROUNDING, _ROUNDING_OF_LOSS = 0.05, 0.005  # points and nats: predictions are stored with fewer digits than scores
@@ -97,7 +97,11 @@ def _why_failed(record: Mapping[str, Any]) -> str | None:
     """Why a record has no score; None if it has one."""
     if record["status"] != "complete":
         return str(record.get("reason", ""))
-    return None if is_number(record["result"].get("value")) else f"its score is not a finite number: it {DIVERGED}"
+    return None if is_number(_result_of(record).get("value")) else f"its score is not a finite number: it {DIVERGED}"
+
+
+def _result_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    return record.get("result") or {}
 
 
 def judge_record(
@@ -122,19 +126,31 @@ def judge_record(
     own = _find_plan(record, plans)
     if why := _why_exploratory(record, own):
         return f"exploratory, {why}"
+    again = describe_repeat(place.parts[0], int(record["config"]["seed"]))
     try:
-        arrays = Remembered(read_predictions(results / "runs" / place, record))
+        arrays = _read_arrays(results / "runs" / place, record)
     except ResourceError:
         raise
     except UserError as error:
-        return f"{LEFT_OUT}{error}"
-    if not is_number(record["result"].get("value")):
+        return f"{LEFT_OUT}{str(error).replace(AGAIN, again)}"
+    config, result = record["config"], _result_of(record)
+    if not is_number(result.get("value")):
         return "its score is not a finite number"
-    config, result = record["config"], record["result"]
+    if "metric" not in result:
+        return f"{LEFT_OUT}its score has no metric: {again}"
     score = float(result["value"]) * (1.0 if result["metric"] in LOWER_IS_BETTER else POINTS)
     arm, task = arm_of(config, own or plan), str(config["task"]["name"])
     found = EvidenceRun(place, record, arm, task, int(config["seed"]), round(score, 6), arrays)
-    return found if _is_score_of(found) else f"{LEFT_OUT}its score is not that of its predictions"
+    return found if _is_score_of(found) else f"{LEFT_OUT}its score is not that of its predictions: {again}"
+
+
+def _read_arrays(path: Path, record: Mapping[str, Any]) -> Remembered:
+    arrays = Remembered(read_predictions(path, record))
+    label = arrays.get("label")
+    if label is not None and label.dtype.kind == "f":
+        # Earlier versions stored labels in the type of the predictions; rows are paired by labels of one type.
+        arrays["label"] = label.astype(smallest_float(label))
+    return arrays
 
 
 def _is_score_of(run: EvidenceRun) -> bool:

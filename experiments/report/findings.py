@@ -88,6 +88,7 @@ def _speed(context: Context) -> Iterator[Finding]:
         pairs = [("exact", "layer_regular"), ("exact", "full"), ("fast", "lora_peft")]
         said = [
             f"{arm}: {ratio:.2f} times the steps/s of {other}"
+            + " (by different commits)" * bool(of[arm]["speed_mark"][other])
             for arm, other in pairs
             if arm in of and (ratio := of[arm]["speed_over"].get(other)) is not None
         ]

@@ -10,7 +10,7 @@ from experiments.palette import order_of, style_of
 from experiments.report.evidence import Evidence
 from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.runs import Block, EvidenceRun
-from experiments.report.searches import Searches
+from experiments.report.searches import ALIKE, Searches
 from sparsegrad.errors import DIVERGED
 
 GATES = "evidence_gates"  # the block of gates alone
@@ -32,6 +32,7 @@ class Health:
         improving: runs that still improve at their last evaluation, and all runs.
         missing: one text per arm that lacks seeds.
         exempt: what the plan's floors do that would stop a comparison of other arms.
+        gate_folder: the block whose runs reached it, if that is another one.
     """
 
     reasons: tuple[str, ...]
@@ -40,6 +41,7 @@ class Health:
     improving: tuple[int, int]
     missing: tuple[str, ...]
     exempt: tuple[str, ...] = ()
+    gate_folder: str = ""
 
     @property
     def is_comparable(self) -> bool:
@@ -71,6 +73,7 @@ def check_task(evidence: Evidence, folder: str, task: str, searches: Searches) -
         *_check_improving(block, improving),
         *_check_data(runs),
         *_check_budget(block, runs, searches),
+        *_check_alike(block, runs, searches),
     ]
     return Health(
         reasons=tuple(reasons),
@@ -79,6 +82,7 @@ def check_task(evidence: Evidence, folder: str, task: str, searches: Searches) -
         improving=improving,
         missing=tuple(_missing_seeds(block, task)),
         exempt=(*_check_collapsed(floors), *_count_improving(floors)),
+        gate_folder=next((place for run in references if (place := run.path.parts[0]) != folder), ""),
     )
 
 
@@ -172,6 +176,20 @@ def _check_budget(block: Block, runs: list[EvidenceRun], searches: Searches) -> 
     other = [f"{arm} {trials}" for arm, trials in sorted(found.items()) if trials != wanted]
     if other:
         yield f"searches have another budget than {wanted} trials: {', '.join(other)}"
+
+
+def _check_alike(block: Block, runs: list[EvidenceRun], searches: Searches) -> Iterator[str]:
+    """Arms whose searches were made otherwise; a summary that does not say how was made as the plan says."""
+    if block.plan is None or block.plan.budget is None:
+        return
+    found = {run.arm: search.alike for run in runs if (search := searches.of_run(run)) is not None}
+    for key in ALIKE:
+        said = {arm: alike[key] for arm, alike in sorted(found.items()) if key in alike}
+        if len(set(said.values())) > 1:
+            yield f"searches differ in their {key}: {', '.join(f'{arm} {value}' for arm, value in said.items())}"
+    seeds = set(map(str, block.plan.seeds))
+    if reported := [arm for arm, alike in sorted(found.items()) if alike.get("seed") in seeds]:
+        yield f"searches have a seed of the comparison: {', '.join(reported)}"
 
 
 def _missing_seeds(block: Block, task: str) -> Iterator[str]:

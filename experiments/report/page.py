@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -13,11 +14,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from experiments.report.answers_page import has_answers
+from experiments.report.bench_files import unread
 from experiments.report.blocks import BLOCKS, IN_SMALL, block_command
 from experiments.report.collect import skipped_summary
 from experiments.report.comparison import notes as comparison
 from experiments.report.details import anchor, cell_details, environment_line
-from experiments.report.tables import hyperparams, speed
+from experiments.report.tables import hyperparams
 from experiments.report.tables.base import MISSING, OURS, Context, Table
 from experiments.report.tables.main_tables import progress
 from sparsegrad.files import write_text
@@ -25,6 +27,7 @@ from sparsegrad.runs.records import PRUNED
 
 TEMPLATES = Path(__file__).parent / "templates"
 LONG = 48  # characters; longer cells wrap
+EVIDENCE = ("evidence_", "compare")  # prefixes of the names of tables
 LEDGER, FINDINGS, BASED_ON = "claims", "findings", "based on"
 _PART = r"(< |~)?[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?"
 _UNIT = r"( ?%| MiB| MB| GB| GiB| s| h)?"
@@ -49,10 +52,8 @@ def write_figure1(folder: Path) -> list[Path]:
 def write_page(context: Context, tables: Sequence[Table], figures: Mapping[str, Path]) -> Path:
     """Render and write the page; `figures` maps titles to PNGs. Returns its path."""
     path = context.results / "report" / "index.html"
-    images = [
-        {"title": title, "name": image.stem, "image": base64.b64encode(image.read_bytes()).decode()}
-        for title, image in figures.items()
-    ]
+    names = {table.name for table in tables}
+    images = [_describe_figure(title, image, path.parent, names) for title, image in figures.items()]
     inline = _template("figure1.svg.j2").render({name: f"var(--{name})" for name in THEMES["light"]})
     # Images are embedded, so that the page works as a single file.
     described = [_describe_table(context, table, tables, {*figures_by_name(figures)}) for table in tables]
@@ -60,6 +61,16 @@ def write_page(context: Context, tables: Sequence[Table], figures: Mapping[str, 
     facts |= {"failed": _count_failed(context), "progress": progress(context), "answers": has_answers(context.results)}
     write_text(path, _template("page.html.j2").render(facts | _environment(context)) + "\n")
     return path
+
+
+def _describe_figure(title: str, image: Path, page: Path, tables: Collection[str]) -> dict[str, str]:
+    """A figure in the form that the template expects; one with the name of a table has an id of its own."""
+    return {
+        "title": title,
+        "name": f"{image.stem}-figure" if image.stem in tables else image.stem,
+        "image": base64.b64encode(image.read_bytes()).decode(),
+        "file": Path(os.path.relpath(image.with_suffix(".pdf"), page)).as_posix(),
+    }
 
 
 def figures_by_name(figures: Mapping[str, Path]) -> dict[str, str]:
@@ -70,11 +81,11 @@ def figures_by_name(figures: Mapping[str, Path]) -> dict[str, str]:
 def _sort_sections(tables: Sequence[dict[str, Any]], images: Sequence[dict[str, str]]) -> dict[str, Any]:
     """The parts of the page in their order; tables without anything of ours are folded away."""
     by_name = {table["name"]: table for table in tables}
-    first = [name for name in by_name if name in (LEDGER, FINDINGS) or name.startswith(("evidence_", "compare"))]
-    others = [table for name, table in by_name.items() if name not in first]
+    evidence = sorted((name for name in by_name if name.startswith(EVIDENCE)), key=_place_block)
+    others = [table for name, table in by_name.items() if name not in (LEDGER, FINDINGS, *evidence)]
     return {
         "ledger": by_name.get(LEDGER),
-        "evidence": [by_name[name] for name in first if name not in (LEDGER, FINDINGS)],
+        "evidence": [by_name[name] for name in evidence],
         "findings": by_name.get(FINDINGS),
         "paper": [table for table in others if not table["is_bare"]],
         "bare": [table for table in others if table["is_bare"]],
@@ -82,11 +93,16 @@ def _sort_sections(tables: Sequence[dict[str, Any]], images: Sequence[dict[str, 
     }
 
 
+def _place_block(table: str) -> int:
+    """The place of a table's block among the blocks; comparisons are last."""
+    return next((place for place, folder in enumerate(BLOCKS) if table.startswith(folder)), len(BLOCKS))
+
+
 def problems(context: Context) -> list[str]:
     """One line for each record, benchmark or summary that was not used, with the reason."""
     store = context.store
     lines = [line for line in (skipped_summary(store),) if line]
-    others = [*speed.unread(context.results), *hyperparams.unread(context.results)]
+    others = [*unread(context.results), *hyperparams.unread(context.results)]
     return [*lines, *store.skipped, *store.disagreements(), *others]
 
 
@@ -96,12 +112,13 @@ def _describe_table(
     """A table in the form that the template expects."""
     known = {label: anchor(table.name, label) for label in table.records}
     records = [{str(name): str(cell) for name, cell in row.items()} for row in table.frame.to_dict("records")]
-    titles = {one.name: one.title.split(":")[0] for one in tables} | {name: _name_figure(name) for name in figures}
+    titles = {name: _name_figure(name) for name in figures} | {one.name: one.title.split(":")[0] for one in tables}
     titles |= {folder: about.short for folder, about in BLOCKS.items() if folder in titles}
     small = IN_SMALL.get(table.name, "")
     numeric = {name for name in table.frame.columns if _is_numeric([row[name] for row in records])}
     return {
         "name": table.name,
+        "folder": table.folder,
         "title": table.title,
         "notes": table.notes,
         "columns": [{"name": name, "css": "num" if name in numeric else ""} for name in table.frame.columns],
@@ -110,7 +127,7 @@ def _describe_table(
         ],
         "details": cell_details(context, table),
         "is_bare": table.is_bare,
-        "is_detail": table.name.startswith("evidence_") and table.name.endswith("_tasks"),
+        "is_detail": table.name.startswith("evidence_") and table.name.endswith(("_tasks", "_orders")),
         "missing": table.coverage[1] - table.coverage[0],
         "command": _command(table.name),
         "in_small": {"href": small, "title": BLOCKS[small].title} if small in titles else None,
@@ -143,7 +160,7 @@ def _cell(
 
 def _label(table: Table, row: Mapping[str, str], name: str) -> str:
     """The label in `records` of a cell."""
-    if table.name.startswith("evidence_"):
+    if table.name.startswith(EVIDENCE):
         return f"{row.get('method')} {row['task'] if name == 'score' else name}"
     return table.label_of(row) if name.startswith(OURS) else ""
 

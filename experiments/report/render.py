@@ -7,7 +7,17 @@ from pathlib import Path
 from experiments.report.tables.base import Table
 from sparsegrad.files import write_text
 
-_LATEX = {"±": r"$\pm$", "%": r"\%", "_": r"\_", "^": r"\^{}", "~": r"\~{}", "#": r"\#", "&": r"\&", "<": "$<$"}
+_LATEX = {
+    "±": r"$\pm$",
+    "†": r"$\dagger$",
+    "%": r"\%",
+    "_": r"\_",
+    "^": r"\^{}",
+    "~": r"\~{}",
+    "#": r"\#",
+    "&": r"\&",
+    "<": "$<$",
+}
 
 
 def write_table(table: Table, folder: Path) -> list[Path]:

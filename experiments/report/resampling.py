@@ -57,6 +57,15 @@ class Remembered(dict[str, Any]):
         self.draws: dict[tuple[str, int], Floats] = {}
 
 
+def shared_rows(metric: str, arrays: Arrays) -> NDArray[Any]:
+    """What runs that are paired have in common, one number for each row: its label, or its tokens."""
+    return np.asarray(arrays[_shared_name(metric)])
+
+
+def _shared_name(metric: str) -> str:
+    return "tokens" if metric == "nll" else "label"
+
+
 def score_draws(metric: str, runs: Sequence[Arrays], draws: int = DRAWS) -> Floats:
     """The metric of each run in each draw of rows: (draws, runs).
 
@@ -109,9 +118,9 @@ def _sums(metric: str, runs: Sequence[Arrays]) -> tuple[Floats, Callable[[Floats
     """(per-row terms (runs, rows, terms), score of the means of these terms)."""
     if metric not in METRICS:
         raise UserError(f"metric={metric} has no statistics: it must be one of {', '.join(METRICS)}")
-    shared = "tokens" if metric == "nll" else "label"
-    if any(not np.array_equal(one[shared], runs[0][shared]) for one in runs):
-        raise UserError(f"these runs have different validation rows ({shared}): they cannot be paired")
+    first = shared_rows(metric, runs[0])
+    if any(not np.array_equal(shared_rows(metric, one), first) for one in runs):
+        raise UserError(f"these runs have different validation rows ({_shared_name(metric)}): they cannot be paired")
     terms, score = METRICS[metric]
     return np.stack([terms(one) for one in runs]), score
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from experiments.palette import order_of
 from experiments.report.plans import MIN_SEEDS, EvidencePlan
 from experiments.report.resampling import LOWER_IS_BETTER, POINTS, has_collapsed
-from experiments.report.stats import Seeded
+from experiments.report.stats import Seeded, Summary
 from sparsegrad.runs.predictions import Arrays
 
 _RISE = 0.5  # points that a run must gain at its end to count as still improving; of a loss, percent
@@ -186,6 +186,17 @@ class Block:
     def is_floor(self, arm: str) -> bool:
         """Whether the plan shows this arm only to read the others by."""
         return self.plan is not None and arm.partition(" ")[0] in self.plan.floors
+
+    def average(self, arm: str, tasks: Sequence[str]) -> Summary | None:
+        """Mean over tasks of their means over all seeds, as in differences; None if a task has no run.
+
+        Its std is over the seeds that have all tasks, its count that of the task with the fewest.
+        """
+        scores = [self.scores(arm, task) for task in tasks]
+        if not scores or not all(scores):
+            return None
+        common = self.averages(arm, tasks)
+        return Summary(mean(map(mean, scores)), stdev(common) if len(common) > 1 else None, min(map(len, scores)))
 
     def averages(self, arm: str, tasks: Sequence[str]) -> list[float]:
         """Mean over tasks for each seed that has all of them."""

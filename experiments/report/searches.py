@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -13,22 +13,28 @@ import pandas as pd
 from experiments.report.runs import EvidenceRun
 from experiments.report.tables.hyperparams import summaries
 from sparsegrad.errors import UserError
-from sparsegrad.runs.environment import read_device_name
+from sparsegrad.runs.environment import list_processes, read_device_name
 from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps.search_results import KEY as RATE
+from sparsegrad.sweeps.search_way import describe_setting
 
+ALIKE = ("sampler", "pruner", "seed")  # what the searches of all methods have in common, besides their budget
 CURRENT = ""  # a run whose values are those of its search as it is now
 
 
 @dataclass(frozen=True)
 class Search:
-    """One study: its finished trials, their hours, the values of the best one, and the evaluations of these trials."""
+    """One study: its finished trials, their hours, the values of the best one, and the evaluations of these trials.
+
+    `alike` has those of `ALIKE` that its summary says; earlier ones say fewer.
+    """
 
     study: str
     trials: int
     hours: float
     values: Mapping[str, float]
     evaluations: int | None = None
+    alike: Mapping[str, str] = field(default_factory=dict)
 
 
 class Searches:
@@ -102,8 +108,10 @@ class Searches:
 
 
 def machine_of(record: Mapping[str, Any]) -> str:
-    """The GPU that a record names, its CPU if the run used none, or empty."""
-    return read_device_name(record.get("environment", {}).get("hardware") or {})
+    """The GPU that a record names, its CPU if the run used none, or empty; several if it was continued elsewhere."""
+    processes = list_processes(record.get("environment", {}))
+    names = dict.fromkeys(read_device_name(one.get("hardware") or {}) for one in processes)
+    return " and ".join(filter(None, names))
 
 
 def _read_machine(path: Path) -> str:
@@ -125,7 +133,8 @@ def _read_search(summary: Mapping[str, Any], results: Path) -> Search:
     finished = int(trials["complete"]) + int(trials.get("pruned", 0))
     values = {str(key): float(value) for key, value in summary["best"]["values"].items() if is_number(value)}
     evaluations = _count_evaluations(results / "studies" / study / "trials.csv")
-    return Search(study, finished, float(summary.get("seconds", 0.0)) / 3600, values, evaluations)
+    alike = {key: describe_setting(summary[key]) for key in ALIKE if summary.get(key) is not None}
+    return Search(study, finished, float(summary.get("seconds", 0.0)) / 3600, values, evaluations, alike)
 
 
 def _count_evaluations(trials: Path) -> int | None:

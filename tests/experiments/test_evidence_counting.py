@@ -52,7 +52,7 @@ def change_plan(record: Path) -> None:
     [
         (lambda _: None, (), ""),
         (lambda _: None, ("force=true",), "1: force=true"),
-        (lambda record: predictions_path(record).unlink(), (), "run it again with force=true"),
+        (lambda record: predictions_path(record).unlink(), (), "make evidence BLOCK=0 DATA=<glue folder> makes it"),
     ],
     ids=["counts", "asked", "no predictions"],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 from evidence_cases import SEEDS, Cases
@@ -13,8 +14,10 @@ from test_report_claims import PAIR, of
 from experiments.palette import STYLES, style_of
 from experiments.report import figures, page, score_hours
 from experiments.report.blocks import BLOCKS, block_command
+from experiments.report.collect import commit_of
 from experiments.report.decisions import decide
 from experiments.report.evidence import load_evidence
+from experiments.report.searches import machine_of
 from experiments.report.tables import ablation, claims, main_tables
 from sparsegrad.files import write_json
 
@@ -52,6 +55,17 @@ def test_a_table_names_the_commits_of_its_runs(cases: Cases) -> None:
         cases.run("full", "sst2", seed, 0.85, environment=about)
     for table in main_tables.tables(of(cases))[:2]:
         assert "Code of the runs, as commit (runs): unknown (15), aaaaaaa (1), bbbbbbb with changes (2)." in table.notes
+
+
+def test_a_continued_run_has_the_commits_and_the_machines_of_all_its_processes() -> None:
+    git = [{"commit": letter * 40, "dirty": letter == "b"} for letter in "abc"]
+    processes: list[dict[str, Any]] = [{"git": git[0], "hardware": {"device": "cpu", "cpu": "Xeon"}}, {"git": git[1]}]
+    last = {"git": git[2], "hardware": {"device": "cpu", "cpu": "EPYC"}}
+    record = {"environment": {**last, "continued_from": processes}}
+    assert commit_of(record) == "aaaaaaa then bbbbbbb then ccccccc with changes"
+    assert machine_of(record) == "Xeon and EPYC"
+    record = {"environment": {**last, "continued_from": [{**last, "hardware": {}}]}}
+    assert (commit_of(record), machine_of(record)) == ("ccccccc", "EPYC")
 
 
 def test_a_table_names_the_machines_of_its_runs_and_of_their_searches(cases: Cases) -> None:

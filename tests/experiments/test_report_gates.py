@@ -17,6 +17,7 @@ from experiments.report.gates import Health, check_task, comparable_tasks
 from experiments.report.plans import read_plan
 from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches
+from sparsegrad.files import read_json, write_json
 
 
 def load(cases: Cases) -> Evidence:
@@ -162,6 +163,39 @@ def test_arms_with_different_data_are_named(cases: Cases) -> None:
     for seed in SEEDS:
         cases.run("sparsegrad", "mrpc", seed, 0.8, fingerprint="other")
     assert health(cases, "mrpc").reasons == ("arms have different data: full, lora_tuned and sparsegrad",)
+
+
+def describe_search(cases: Cases, arm: str, **about: Any) -> None:
+    path = cases.results / "studies" / f"evidence-minilm-{arm}-sst2" / "summary.json"
+    write_json(path, {**read_json(path), **about})
+
+
+@pytest.mark.parametrize(
+    ("other", "reasons"),
+    [
+        ({}, ()),
+        (
+            {"pruner": {"name": "none"}},
+            ("searches differ in their pruner: full median (warmup=5), sparsegrad none",),
+        ),
+        ({"seed": 8}, ("searches differ in their seed: full 7, sparsegrad 8",)),
+        ({"sampler": "tpe"}, ()),  # the others do not say theirs
+    ],
+)
+def test_searches_that_were_made_otherwise_are_named(
+    other: dict[str, Any], reasons: tuple[str, ...], cases: Cases
+) -> None:
+    cases.healthy()
+    made = {"pruner": {"name": "median", "warmup": 5}, "seed": 7}
+    describe_search(cases, "full", **made)
+    describe_search(cases, "sparsegrad", **{**made, **other})
+    assert health(cases).reasons == reasons
+
+
+def test_a_search_with_a_seed_of_the_comparison_is_named(cases: Cases) -> None:
+    cases.healthy()
+    describe_search(cases, "full", seed=42)
+    assert health(cases).reasons == ("searches have a seed of the comparison: full",)
 
 
 def test_a_search_with_another_budget_is_named(cases: Cases) -> None:

@@ -83,7 +83,7 @@ def test_damaged_predictions_leave_their_record_out(cases: Cases, damage: str) -
     block = load(cases).blocks["evidence_paper"]
     assert not block.runs
     assert "full-sst2-42.npz cannot be read" in block.apart[0]
-    assert "force=true" in block.apart[0]
+    assert block.apart[0].endswith(": make evidence BLOCK=2a DATA=<glue folder> makes it again")
 
 
 def test_two_records_of_one_seed_contradict_each_other(cases: Cases) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.palette import style_of
-from sparsegrad.files import write_bytes
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Point:
 
 
 def draw(points: Sequence[Point], unit: str, path: Path) -> None:
-    """Write the figure as PNG.
+    """Write the figure as PNG, and as PDF beside it.
 
     Args:
         points: the best first.
@@ -40,7 +38,9 @@ def draw(points: Sequence[Point], unit: str, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 1.2 + 0.3 * len(points)), layout="constrained")
+    from experiments.report.figures import save
+
+    figure = Figure(figsize=(7, 1.2 + 0.3 * len(points)), dpi=150, layout="constrained")
     axis = figure.add_subplot()
     for place, point in enumerate(reversed(points)):
         style = style_of(point.arm)
@@ -51,6 +51,4 @@ def draw(points: Sequence[Point], unit: str, path: Path) -> None:
     axis.set_yticks(range(len(points)), [point.label for point in reversed(points)])
     axis.set_xlabel(f"{unit}, 95 % interval")
     axis.grid(axis="x", alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    write_bytes(path, buffer.getvalue())
+    save(figure, path)

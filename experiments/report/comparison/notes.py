@@ -97,8 +97,8 @@ def describe_partial(labels: Sequence[str]) -> list[str]:
     if not labels:
         return []
     return [
-        f"{', '.join(labels)}: average, differences and costs are over the named tasks alone, so they cannot be "
-        "compared with those of other rows. They are below the methods with all tasks, whatever their score."
+        f"{', '.join(labels)}: average, differences, costs and forgetting are over the named tasks alone, so they "
+        "cannot be compared with those of other rows. They are below the methods with all tasks, whatever their score."
     ]
 
 

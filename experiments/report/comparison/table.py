@@ -21,7 +21,7 @@ from experiments.report.evidence import Evidence
 from experiments.report.gates import Health, check_task
 from experiments.report.origins import origin_notes
 from experiments.report.render import markdown, write_table
-from experiments.report.runs import Block
+from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches
 from experiments.report.stats import Difference, adjust
 from experiments.report.tables.base import Context, Table, interval_text
@@ -33,6 +33,8 @@ from experiments.report.tables.evidence_cells import (
     median_share,
 )
 from experiments.report.tables.main_tables import apart_notes
+
+FOLDER = "compare"  # of tables and figures, below the results folder
 
 Forgetting = Mapping[str, Mapping[str, float]]
 """Key of a run -> its losses `before` and `after`."""
@@ -80,9 +82,9 @@ def write_files(context: Context, folder: str) -> Table:
     table, points = make_table(context, folder)
     if is_empty(table):  # a comparison that failed must not replace the table of an earlier one
         return table
-    write_table(table, context.results / "compare")
+    write_table(table, context.results / table.folder)
     if points:
-        draw(points, notes.PLANS[folder].score, context.results / "compare" / f"{folder}.png")
+        draw(points, notes.PLANS[folder].score, context.results / table.folder / f"{folder}.png")
     return table
 
 
@@ -97,7 +99,7 @@ def make_table(context: Context, folder: str) -> tuple[Table, list[Point]]:
     block, about = evidence.blocks[folder], notes.PLANS[folder]
     if not block.runs:
         frame = pd.DataFrame([{"method": f"not run yet: {about.command}"}])
-        return Table(folder, f"Comparison of methods: {about.title}", frame, apart_notes(block)), []
+        return Table(folder, f"Comparison of methods: {about.title}", frame, apart_notes(block), folder=FOLDER), []
     health = {task: check_task(evidence, folder, task, searches) for task in block.tasks}
     reference = choose_reference(block)
     tasks = [task for task, found in health.items() if found.is_comparable]
@@ -106,8 +108,8 @@ def make_table(context: Context, folder: str) -> tuple[Table, list[Point]]:
     frame = _make_frame(evidence, block, arms, reference, health, searches, clock, read_forgetting(context.results))
     lines = [*_list_notes(block, arms, reference, health), clock.about, *origin_notes(block, searches)]
     lines += [notes.FORGETTING] if "forgetting" in frame else []
-    table = Table(folder, f"Comparison of {len(arms)} methods: {about.title}", frame, [*lines, *apart_notes(block)])
-    return table, _make_points(arms)
+    title, below = f"Comparison of {len(arms)} methods: {about.title}", [*lines, *apart_notes(block)]
+    return Table(folder, title, frame, below, _list_records(block, arms), FOLDER), _make_points(arms)
 
 
 def choose_reference(block: Block) -> str:
@@ -171,9 +173,9 @@ def _make_frame(
                 arm.difference, adjusted.get(arm.name), arm.name == reference, health, len(adjusted), arm.tasks,
                 block.is_loss,
             ),
-            **_describe_cost(block, arm.name, clock),
+            **_describe_cost(block, arm, clock),
             **format_costs(evidence, block, arm.name, tasks, searches, clock),
-            **_describe_forgetting(block, arm.name, forgotten),
+            **_describe_forgetting(block, arm, forgotten),
         })  # fmt: skip
     frame = pd.DataFrame(rows).rename(columns={"difference": f"minus {style_of(reference).name}"})
     return frame.loc[:, (frame != "").any()]
@@ -201,6 +203,16 @@ def _list_notes(block: Block, arms: Sequence[Arm], reference: str, health: Mappi
     ]
 
 
+def _list_records(block: Block, arms: Sequence[Arm]) -> dict[str, list[Path]]:
+    """Label of a score cell -> its records; the label is the row's name and the column's."""
+    return {
+        f"{arm.label} {task}": [run.path for run in runs.values()]
+        for arm in arms
+        for task in block.tasks
+        if (runs := block.of(arm.name, task))
+    }
+
+
 def _make_points(arms: Sequence[Arm]) -> list[Point]:
     return [
         Point(arm.name, arm.label, arm.average.value, arm.average.interval, arm.is_partial)
@@ -213,16 +225,21 @@ def _plain_interval(interval: tuple[float, float] | None) -> str:
     return interval_text(interval).replace("+", "")
 
 
-def _describe_cost(block: Block, arm: str, clock: Clock) -> dict[str, str]:
-    """Trainable share of the MLP weights, and of the runs, peak memory and steps/s, if these come from one machine."""
-    runs = [run.record for run in block.runs_of(arm)]
+def _describe_cost(block: Block, arm: Arm, clock: Clock) -> dict[str, str]:
+    """Trainable share of the MLP weights, and on its tasks, peak memory and steps/s, if these come from one machine."""
+    runs = [run.record for run in _runs_of(block, arm)]
     speeds = [float(rate) for run in runs if (rate := run.get("speed", {}).get("steps_per_second"))]
     peaks = [float(peak) for run in runs if (peak := _peak_mib(run.get("memory") or {})) is not None]
     return {
-        **format_trainable(block, arm),
+        **format_trainable(block, arm.name),
         "steps/s": f"{median(speeds):.2f}" if speeds and clock.is_known else "",
         "peak MiB": f"{median(peaks):.0f}" if peaks else "",
     }
+
+
+def _runs_of(block: Block, arm: Arm) -> list[EvidenceRun]:
+    """The runs of a row: those on its tasks."""
+    return [run for task in arm.tasks for run in block.of(arm.name, task).values()]
 
 
 def _peak_mib(memory: Mapping[str, Any]) -> float | None:
@@ -230,10 +247,10 @@ def _peak_mib(memory: Mapping[str, Any]) -> float | None:
     return max(numbers, default=None)
 
 
-def _describe_forgetting(block: Block, arm: str, found: Forgetting) -> dict[str, str]:
-    """Loss on general text after training minus before, and the number of runs that were measured."""
+def _describe_forgetting(block: Block, arm: Arm, found: Forgetting) -> dict[str, str]:
+    """Loss on general text after training minus before, and the number of runs on its tasks that were measured."""
     if not any(run.path.stem in found for run in block.all_runs()):
         return {}
-    keys = [run.path.stem for run in block.runs_of(arm) if run.path.stem in found]
+    keys = [run.path.stem for run in _runs_of(block, arm) if run.path.stem in found]
     changes = [found[key]["after"] - found[key]["before"] for key in keys]
     return {"forgetting": f"{mean(changes):+.3f} ({len(changes)})" if changes else "not measured"}

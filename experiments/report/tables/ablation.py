@@ -114,7 +114,7 @@ def evidence_curve(context: Context) -> list[Point]:
     # Not only the paper's counts: the plan has others, where a break would show.
     arms = {arm: int(kept) for arm in block.arms if (kept := arm.partition("keep=")[2]).isdigit()}
     whole = [arm for arm in arms if tasks and block.tasks_of(arm, None, tasks) == tasks]
-    found = [(100 * arms[arm] / MINI_SIZE, summarise(block.averages(arm, tasks))) for arm in whole]
+    found = [(100 * arms[arm] / MINI_SIZE, block.average(arm, tasks)) for arm in whole]
     return sorted((Point(share, value) for share, value in found if value is not None), key=lambda point: point.share)
 
 

@@ -43,6 +43,7 @@ class Table:
         frame: cells as text.
         notes: lines below the table.
         records: label of a cell -> its records, relative to results/runs.
+        folder: that of its files, below the results folder.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Table:
     frame: pd.DataFrame
     notes: list[str] = field(default_factory=list)
     records: dict[str, list[Path]] = field(default_factory=dict)
+    folder: str = "tables"
 
     @property
     def cells(self) -> list[tuple[str, bool]]:

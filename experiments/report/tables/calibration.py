@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.report.bench_files import documents
 from experiments.report.tables.base import MISSING, Context, Table
-from experiments.report.tables.speed import documents
 
 
 @dataclass(frozen=True)

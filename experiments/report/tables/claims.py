@@ -23,6 +23,7 @@ from experiments.report.decisions import (
     SUPPORTED,
     UNDECIDED,
     Decision,
+    count_differences,
     decide,
     width,
 )
@@ -61,45 +62,74 @@ class Verdict:
     @property
     def text(self) -> str:
         """The verdict in words, with the parts and tasks that it rests on; one from few seeds is provisional."""
-        words = self.kind
-        tested = [one for one in self.decisions if one.verdict != NOT_TESTED]
-        holding = sum(one.verdict == SUPPORTED for one in tested)
-        if self.kind in (SUPPORTED, REPRODUCED) and holding < len(self.decisions):
-            words = f"{words} in {holding} of {len(self.decisions)} parts, the others are not tested"
+        words, count, holding = self.kind, len(self.decisions), self._select(SUPPORTED)
+        if self.kind in (SUPPORTED, REPRODUCED) and len(holding) < count:
+            words = f"{words} in {len(holding)} of {count} parts, the others are not tested"
         if self.kind == UNDECIDED:
-            words = _describe_open([one for one in self.decisions if one.verdict == UNDECIDED])
-            if holding:
-                words = f"supported in {holding} of {len(self.decisions)} parts; in others {words}"
-        words = " ".join([words, *filter(None, [self.tasks]), *_list_once(one.place for one in tested if one.place)])
-        seeds = [one.seeds for one in self.decisions if one.seeds]
-        is_provisional = self.kind != NOT_TESTED and seeds and min(seeds) < FINAL_SEEDS
-        return f"{words} (provisional: {min(seeds)} of {FINAL_SEEDS} seeds)" if is_provisional else words
+            words = _describe_open(self._select(UNDECIDED))
+        limits, of_holding = _describe_limits(self.deciding), _describe_limits(holding)
+        if self.kind == UNDECIDED and holding:
+            own = "" if of_holding == limits else of_holding
+            words = f"supported in {len(holding)} of {count} parts{own}; in others {words}"
+        return words + limits
+
+    @property
+    def deciding(self) -> Sequence[Decision]:
+        """The parts that the verdict rests on; of an undecided one, those that its text shows."""
+        if self.kind == UNDECIDED:
+            return _shown_open(self._select(UNDECIDED))
+        refuted = self.kind in (CONTRADICTED, NOT_REPRODUCED)
+        return self._select(CONTRADICTED if refuted else SUPPORTED)
 
     @property
     def tasks(self) -> str:
         """On which tasks it was decided, in words; empty where it has none."""
-        found = _list_once(task for one in self.decisions if one.verdict != NOT_TESTED for task in one.tasks)
-        names = [PRINTED.get(task, task) for task in found]
-        is_one = len(names) == 1 and found[0] in PRINTED  # one task of GLUE, of which the paper claims the average
-        return f"on {', '.join(names)}{' alone' if is_one else ''}" if names else ""
+        return _name_tasks(self.deciding)
+
+    def _select(self, verdict: str) -> list[Decision]:
+        return [one for one in self.decisions if one.verdict == verdict]
+
+
+def _describe_limits(parts: Sequence[Decision]) -> str:
+    """Tasks, places, and few seeds of the parts that a verdict rests on, to follow it."""
+    seeds = [one.seeds for one in parts if one.seeds]
+    is_provisional = seeds and min(seeds) < FINAL_SEEDS
+    provisional = f"(provisional: {min(seeds)} of {FINAL_SEEDS} seeds)" if is_provisional else ""
+    words = [_name_tasks(parts), *_list_once(one.place for one in parts), provisional]
+    return "".join(f" {one}" for one in words if one)
+
+
+def _name_tasks(parts: Sequence[Decision]) -> str:
+    found = _list_once(task for one in parts for task in one.tasks)
+    names = [PRINTED.get(task, task) for task in found]
+    is_one = len(names) == 1 and found[0] in PRINTED  # one task of GLUE, of which the paper claims the average
+    return f"on {', '.join(names)}{' alone' if is_one else ''}" if names else ""
 
 
 def _list_once(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
+def _shown_open(parts: Sequence[Decision]) -> Sequence[Decision]:
+    """Of undecided parts those that a text shows: what speaks for and against, else the widest interval."""
+    if mixed := [one for one in parts if one.mixed]:
+        return mixed
+    found = [(width(one.interval), one) for one in parts if one.interval is not None]
+    return [max(found, key=lambda pair: pair[0])[1]] if found else parts
+
+
 def _describe_open(parts: Sequence[Decision]) -> str:
-    """What undecided parts leave open: their widest interval, or what speaks for and against."""
-    if mixed := [one.mixed for one in parts if one.mixed]:
+    """What undecided parts leave open."""
+    shown = _shown_open(parts)
+    if mixed := [one.mixed for one in shown if one.mixed]:
         return f"undecided ({'; '.join(mixed)})"
-    intervals = {one.interval: one for one in parts if one.interval is not None}
-    if not intervals:
+    if shown[0].interval is None:
         return UNDECIDED
-    low, high = max(intervals, key=width)
-    shown, which = intervals[low, high], "interval" if len(intervals) == 1 else "widest interval"
-    digits = 3 if shown.unit == "in loss" else 2
-    joint = f", widened for {shown.joint} parts," if shown.joint > 1 else ""
-    return f"undecided: the {which}{joint} is {low:+.{digits}f} to {high:+.{digits}f} {shown.unit}"
+    (low, high), only = shown[0].interval, len({one.interval for one in parts if one.interval is not None}) == 1
+    digits = 3 if shown[0].unit == "in loss" else 2
+    joint = f", widened for {shown[0].joint} parts," if shown[0].joint > 1 else ""
+    which = "interval" if only else "widest interval"
+    return f"undecided: the {which}{joint} is {low:+.{digits}f} to {high:+.{digits}f} {shown[0].unit}"
 
 
 def read_claims(folder: Path = DATA) -> list[dict[str, Any]]:
@@ -134,7 +164,7 @@ def _judge_claim(context: Context, claim: Mapping[str, Any]) -> Verdict:
     decisions: list[Decision] = []
     others: list[Decision] = []
     deciding = [spec for spec in claim["decide"] if spec.get("decides", True)]
-    parts = sum(len(spec.get("blocks", [])) for spec in deciding)
+    parts = sum(map(count_differences, deciding))
     for spec in claim["decide"]:
         is_deciding = spec in deciding
         (decisions if is_deciding else others).extend(decide(context, spec, parts if is_deciding else 1))

@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.bench.presets import ACCURACY_SETTING
 from experiments.bench.settings import matches
-from experiments.report.tables.speed import documents
+from experiments.report.bench_files import documents
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from experiments.report.gates import Health
 from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.runs import Block
 from experiments.report.searches import Searches
-from experiments.report.stats import Difference, interquartile_mean, summarise
+from experiments.report.stats import Difference, Summary, interquartile_mean, summarise
 from experiments.report.tables.base import MISSING, hours, interval_text
 from experiments.report.tables.costs import Cost
 
@@ -23,25 +23,36 @@ def format_score(scores: Sequence[float], metric: str) -> str:
     found = summarise(scores)
     if found is None:
         return MISSING
-    digits = 3 if metric in LOWER_IS_BETTER else 2
+    return f"{_format_mean(found, 3 if metric in LOWER_IS_BETTER else 2)} ({found.n})"
+
+
+def _format_mean(found: Summary, digits: int) -> str:
     spread = "" if found.std is None else f" ± {found.std:.{digits}f}"
-    return f"{found.mean:.{digits}f}{spread} ({found.n})"
+    return f"{found.mean:.{digits}f}{spread}"
 
 
 def format_averages(block: Block, arm: str, own: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
     """The average over an arm's tasks, which are named if the table has more, and its interquartile mean."""
     if not tasks:
         return {"average": "", "IQM": ""}
-    if not own:
+    found, middle = block.average(arm, own), interquartile_mean(block.averages(arm, own))
+    if found is None:
         return {"average": MISSING, "IQM": MISSING}
-    values, metric = block.averages(arm, own), block.metric(own[0])
-    middle = interquartile_mean(values)
-    digits = 3 if metric in LOWER_IS_BETTER else 2
-    average = format_score(values, metric) + _name_tasks(own, tasks)
+    digits = 3 if block.metric(own[0]) in LOWER_IS_BETTER else 2
+    average = _format_mean(found, digits) + _count_seeds(block, arm, own) + name_tasks(own, tasks)
     return {"average": average, "IQM": MISSING if middle is None else f"{middle:.{digits}f}"}
 
 
-def _name_tasks(own: Sequence[str], tasks: Sequence[str]) -> str:
+def _count_seeds(block: Block, arm: str, tasks: Sequence[str]) -> str:
+    """Number of seeds behind an average; where tasks have different ones, the fewest and most, and the common ones."""
+    counts, common = [len(block.of(arm, task)) for task in tasks], len(block.averages(arm, tasks))
+    if common == max(counts):
+        return f" ({common})"
+    span = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
+    return f" ({span}, {common} common)"
+
+
+def name_tasks(own: Sequence[str], tasks: Sequence[str]) -> str:
     """Which tasks a number is of, if they are not all of the table's."""
     return "" if set(own) == set(tasks) else f" ({', '.join(own)} only)"
 
@@ -64,12 +75,13 @@ def format_difference(
         return {**blank, "difference": failed[0].verdict}
     if found is None:
         return {**blank, "difference": MISSING}
-    smallest = found.detectable(comparisons) or 0.0
-    digits = 3 if is_loss or (abs(found.value) < 0.1 and smallest < 0.1) else 2
-    value = f"{found.value:+.{digits}f}{_name_tasks(found.tasks, tasks)}"
+    smallest = found.detectable(comparisons)
+    is_small = smallest is not None and max(abs(found.value), smallest) < 0.1
+    digits = 3 if is_loss or is_small else 2
+    value = f"{found.value:+.{digits}f}{name_tasks(found.tasks, tasks)}"
     if not found.has_seeds:
         return {**blank, "difference": value, "95 %": f"too few seeds ({found.seeds} paired)"}
-    if found.interval is None:
+    if smallest is None:
         return {**blank, "difference": value, "95 %": "equal in every run"}
     return {
         "difference": value,

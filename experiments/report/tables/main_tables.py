@@ -11,7 +11,7 @@ import pandas as pd
 from experiments.palette import style_of
 from experiments.report.blocks import BLOCKS, block_command
 from experiments.report.clock import make_clock
-from experiments.report.comparison.notes import CORRECTED, SCORES
+from experiments.report.comparison.notes import describe_floors
 from experiments.report.evidence import Evidence, load_evidence
 from experiments.report.gates import GATES, Health, check_task, comparable_tasks
 from experiments.report.origins import origin_notes
@@ -19,6 +19,7 @@ from experiments.report.resampling import LOWER_IS_BETTER
 from experiments.report.runs import Block, EvidenceRun
 from experiments.report.searches import Searches
 from experiments.report.stats import Difference, adjust
+from experiments.report.tables import main_notes
 from experiments.report.tables.base import Context, Table, list_apart
 from experiments.report.tables.costs import measured
 from experiments.report.tables.evidence_cells import (
@@ -40,23 +41,6 @@ REFERENCES = {
     "evidence_smollm2": "lora",
 }
 REFERENCE = "lora_tuned"
-AVERAGED = (
-    ": mean ± sample std over seeds (number of seeds), checkpoint chosen on held-out training rows. IQM: interquartile "
-    "mean of the average over seeds."
-)
-DIFFERENCES = (
-    f"Difference: of the average over comparable tasks, paired by seed and validation row; 95 % interval from 10,000 "
-    f"draws of the rows and the variance between seeds. {CORRECTED} No interval from fewer than {{seeds}} seeds."
-)
-HOURS = (
-    "Training h: of the training steps of one seed (mean over seeds) on all comparable tasks, without evaluation and "
-    "calibration. Search h: of the finished trials of the searches on these tasks."
-)
-TO_TARGET = (
-    " H to target: until full fine-tuning's score on held-out training rows minus one point is first reached, "
-    "summed over these tasks, mean over seeds; every seed must reach it."
-)
-TRAINABLE = "Trainable: trained entries of the MLP weights, of all of them; per step for methods that choose them anew."
 
 
 def tables(context: Context) -> list[Table]:
@@ -117,11 +101,11 @@ def _main_table(
         expense = {**format_costs(evidence, block, arm, own, searches, clock), **format_speed(block, arm, costs)}
         rows.append({**_format_scores(block, arm, own, tasks), **difference, **expense})
     notes = [
-        *_main_notes(block, health, reference, tasks),
+        *_main_notes(evidence, block, health, reference, tasks),
         clock.about,
         describe_machine(block, machine),
         *origin_notes(block, searches),
-        *_left_out_notes(found),
+        *main_notes.describe_unpaired(found),
         *apart_notes(block),
     ]
     return Table(block.folder, BLOCKS[block.folder].title, _name_difference(rows, reference), notes, _records(block))
@@ -134,15 +118,20 @@ def _format_scores(block: Block, arm: str, own: Sequence[str], tasks: Sequence[s
     return {"method": style_of(arm).name, **format_trainable(block, arm), **scores, **averages}
 
 
-def _main_notes(block: Block, health: Mapping[str, Health], reference: str | None, tasks: Sequence[str]) -> list[str]:
+def _main_notes(
+    evidence: Evidence, block: Block, health: Mapping[str, Health], reference: str | None, tasks: Sequence[str]
+) -> list[str]:
     """The notes on what the main table compares: health of the tasks, rules, reference, and what is left out."""
     comparable = [task for task, found in health.items() if found.is_comparable]
     return [
-        *_health_notes(health),
-        *_list_rules(block),
-        _describe_reference(reference, tasks),
+        *main_notes.describe_health(block, health),
+        *main_notes.describe_gate_runs(evidence, block, health),
+        *describe_floors(block),
+        *main_notes.list_rules(block, reference),
+        main_notes.describe_reference(reference, tasks),
+        *main_notes.describe_seeds(block, tasks),
         *_describe_replaced(block, reference),
-        *_describe_left_out(block, comparable, tasks),
+        *main_notes.describe_left_out(block, comparable, tasks),
     ]
 
 
@@ -172,12 +161,10 @@ def _task_table(evidence: Evidence, block: Block, health: Mapping[str, Health]) 
     adjusted = adjust({" ".join(key): one for key, one in found.items()})
     rows = [_task_row(block, arm, task, one, adjusted, reference, health) for (task, arm), one in found.items()]
     notes = [
-        *_health_notes(health),
-        *_list_rules(block)[:2],
-        "Still improving: runs whose best evaluation is the last one and half a point (of a loss, 0.5 %) above all "
-        "earlier ones; at a constant rate, above all but the last three. Gain at the end: points (a loss: as it is) by "
-        "which the last evaluation is above the best before the last three, mean over seeds; with a rate that falls to "
-        "0, part of it is due to that.",
+        *main_notes.describe_health(block, health),
+        *main_notes.describe_gate_runs(evidence, block, health),
+        *describe_floors(block),
+        *main_notes.list_task_rules(block, reference),
         *origin_notes(block),
     ]
     title = f"{BLOCKS[block.folder].title}: per task"
@@ -225,52 +212,12 @@ def _records(block: Block) -> dict[str, list[Path]]:
     }
 
 
-def _health_notes(health: Mapping[str, Health]) -> list[str]:
-    """One note per task: gate, share of runs that still improve, missing seeds, and why it is not comparable."""
-    lines = []
-    for task, found in health.items():
-        reached = "no runs" if found.reached is None else f"{found.reached:.2f}"
-        gate = "no gate" if found.gate is None else f"full fine-tuning {reached}, gate {found.gate:g}"
-        parts = [gate, f"{found.improving[0]} of {found.improving[1]} runs still improving at the end"]
-        parts += [f"seeds not run yet: {'; '.join(found.missing)}"] if found.missing else []
-        parts += [f"not comparable: {reason}" for reason in found.reasons]
-        parts += [f"exempt: {one}" for one in found.exempt]
-        lines.append(f"{task}: {'; '.join(parts)}.")
-    return lines
-
-
-def _list_rules(block: Block) -> list[str]:
-    rules = (SCORES[block.is_loss] + AVERAGED, DIFFERENCES, HOURS + ("" if block.is_loss else TO_TARGET), TRAINABLE)
-    return [rule.format(seeds=block.fewest_seeds) for rule in rules]
-
-
-def _describe_reference(reference: str | None, tasks: Sequence[str]) -> str:
-    if reference is None:
-        return "These runs decide whether a task can be compared at all; they are not compared with each other."
-    if not tasks:
-        return "No task is comparable, so there are no differences."
-    return f"Average, differences and hours are over {', '.join(tasks)}; reference: {style_of(reference).name}."
-
-
-def _describe_left_out(block: Block, comparable: Sequence[str], tasks: Sequence[str]) -> list[str]:
-    """Comparable tasks that are not yet in the averages, and planned tasks without runs."""
-    few = [task for task in comparable if task not in tasks]
-    lines = [f"Not in the averages, with fewer than {block.fewest_seeds} seeds: {', '.join(few)}."] if few else []
-    absent = [task for task in (block.plan.tasks if block.plan else ()) if task not in block.tasks]
-    return [*lines, *([f"Tasks without runs so far: {', '.join(absent)}."] if absent else [])]
-
-
 def _describe_replaced(block: Block, reference: str | None) -> list[str]:
     """That another arm stands in for the planned reference, which has no runs."""
     planned = _planned_reference(block)
     if reference in (None, planned):
         return []
     return [f"The planned reference is {style_of(planned).name}, which has no runs yet."]
-
-
-def _left_out_notes(found: Mapping[str, Difference | None]) -> list[str]:
-    left = [f"{style_of(arm).name} {one.left_out}" for arm, one in found.items() if one is not None and one.left_out]
-    return [f"Seeds that only one of the two arms has are left out of differences: {', '.join(left)}."] if left else []
 
 
 def apart_notes(block: Block) -> list[str]:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
 from sparsegrad.errors import UserError
-from sparsegrad.sweeps.hparams import default_storage, find, read_rows
-from sparsegrad.sweeps.storage import Store, open_store
+from sparsegrad.sweeps.hparams import default_file, default_storage, find, read_rows
+from sparsegrad.sweeps.ledger import find_winner
+from sparsegrad.sweeps.search_plans import COMMITTED
+from sparsegrad.sweeps.storage import Store, find_file, open_existing_store
 from sparsegrad.sweeps.study import LABELS, quiet
 
 HEADER = (
@@ -64,7 +65,8 @@ def _best_of(studies: list[tuple[tuple[str, ...], Any]], names: tuple[str, ...])
     if not found:
         return
     study = max(found, key=lambda one: len(one.get_trials(deepcopy=False)))
-    best = study.best_trial
+    best = find_winner(study)
+    assert best is not None  # only studies with a completed trial are in the table
     batch, rate = best.params.get("train.batch_size"), best.params.get("train.lr")
     yield "values", f"{'' if batch is None else batch} / {'' if rate is None else f'{rate:.2e}'}"
     yield "score", f"{best.value:.4f}"
@@ -76,18 +78,25 @@ def _pair(row: dict[str, str], prefix: str = "") -> str:
     return f"{batch} / {float(rate):.2e}" if rate else ""
 
 
+def _open(where: str) -> Store | None:
+    """The storage; None without a file of this checkout's own studies: the table of published values needs none."""
+    file = find_file(where)
+    if where == default_file(COMMITTED) and file is not None and not file.is_file():
+        return None
+    return open_existing_store(where)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table as Markdown: status 0, or 2 and one line with the remedy after bad input."""
     parser = argparse.ArgumentParser(prog="python -m experiments.report.tables.searched", description="Tables 13-15.")
     parser.add_argument(
         "--storage", help="storage as in sweep.storage (default: SPARSEGRAD_STORAGE or the results folder)"
     )
-    parser.add_argument("--results-dir", default="results")
+    parser.add_argument("--results-dir", default=COMMITTED)
     options = parser.parse_args(arguments)
-    where = options.storage or default_storage(options.results_dir)
     quiet()
     try:
-        lines = rows(open_store(where) if "://" in where or Path(where).is_file() else None)
+        lines = rows(_open(options.storage or default_storage(options.results_dir)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

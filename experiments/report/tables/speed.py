@@ -5,8 +5,7 @@ These are what the paper prints, what the authors' logs print, and what the logs
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -15,14 +14,15 @@ import pandas as pd
 
 from experiments.bench.lengths import histograms
 from experiments.bench.presets import PADDED_TASK, PAPER_MODEL, paper_setting
-from experiments.bench.results import repeat_ratios, with_current_arms
+from experiments.bench.results import ABOUT_MIXED, count_mixed, mark_mixed, repeat_ratios
 from experiments.bench.settings import Setting, matches
 from experiments.published import TASKS, authors_runs, cells, contradicts
+from experiments.report.bench_files import documents
 from experiments.report.tables.accuracy import AVERAGE, contradicted
 from experiments.report.tables.base import MISSING, SCALED, Context, Table
 
 Cells = Sequence[Mapping[str, Any]]
-SCHEMA = 1
+FIELDS = {"speed": "steps_per_second", "peak": "peak_mib"}  # name in a row of `measured` -> field of cells
 PER_TASK = (7, 8)
 # Padding of the benchmark -> name in columns. Padded dynamically, tasks differ in cost.
 PADDINGS = {"max_length": "padded", "longest": "dynamic"}
@@ -47,45 +47,13 @@ BATCHES = (
     "The logs' batch sizes differ by method and task. Where a cell has two values, they are means over the runs of "
     "each batch size; compare values of the same batch size."
 )
-# In the same folder, but not benchmarks: docs/several-gpus.md.
-APART = ("bytes_per_step.json", "sharded.json")
-
-
-def _files(results: Path) -> list[Path]:
-    return [path for path in sorted((results / "bench").glob("*.json")) if path.name not in APART]
-
-
-def documents(results: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, content) of each readable benchmark file; `unread` lists the others."""
-    for path in _files(results):
-        found = _document(path)
-        if isinstance(found, dict):
-            yield path.stem, found
-
-
-def unread(results: Path) -> list[str]:
-    """One line for each benchmark file that is damaged or of another schema."""
-    found = [(path, _document(path)) for path in _files(results)]
-    return [f"bench/{path.name}: {reason}" for path, reason in found if isinstance(reason, str)]
-
-
-def _document(path: Path) -> dict[str, Any] | str:
-    """The content of a benchmark file, or the reason why it cannot be used."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"not a readable benchmark ({type(error).__name__})"
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        schema = found.get("schema") if isinstance(found, dict) else type(found).__name__
-        return f"benchmark schema {schema}, this version reads {SCHEMA}"
-    if "cells" not in found or "settings" not in found:
-        return "not a benchmark: no cells or no settings"
-    current: dict[str, Any] = with_current_arms(found)
-    return current
 
 
 def measured(results: Path, shape: str = PAPER_MODEL) -> list[dict[str, Any]]:
-    """One row per machine, setting and arm: medians over repeats, or None and a reason where all failed."""
+    """One row per machine, setting and arm: medians over repeats, or None and a reason where all failed.
+
+    `speed_mark` and `peak_mark` have what follows the ratio to another arm: empty if one commit measured both.
+    """
     rows = []
     for name, document in documents(results):
         for key, setting in document["settings"].items():
@@ -103,17 +71,14 @@ def measured(results: Path, shape: str = PAPER_MODEL) -> list[dict[str, Any]]:
 def _row(name: str, setting: Mapping[str, Any], arm: str, found: Cells, of: Mapping[str, Cells]) -> dict[str, Any]:
     good = [cell for cell in found if cell["status"] == "complete"]
     about = {field: setting.get(field) or "" for field in ("label", *Setting.__dataclass_fields__)}
-    medians = {
-        name: median(cell[field] for cell in good) if good else None
-        for name, field in (("speed", "steps_per_second"), ("peak", "peak_mib"))
-    }
+    medians = {name: median(cell[field] for cell in good) if good else None for name, field in FIELDS.items()}
     reason = "" if good else str(found[0].get("reason", ""))
-    ratios = {
-        f"{name}_over": {
-            other: median(ratios) for other, cells in of.items() if (ratios := repeat_ratios(good, cells, field))
-        }
-        for name, field in (("speed", "steps_per_second"), ("peak", "peak_mib"))
-    }
+    ratios: dict[str, dict[str, Any]] = {f"{name}_{what}": {} for name in FIELDS for what in ("over", "mark")}
+    for kind, field in FIELDS.items():
+        for other, theirs in of.items():
+            if values := repeat_ratios(good, theirs, field):
+                ratios[f"{kind}_over"][other] = median(values)
+                ratios[f"{kind}_mark"][other] = mark_mixed(count_mixed(good, theirs, field), len(values))
     return {"machine": name, "arm": arm, **about, "n": len(good), **medians, **ratios, "reason": reason}
 
 
@@ -274,6 +239,7 @@ def _all_settings(found: list[dict[str, Any]]) -> Table:
         "have real token lengths.",
         _describe_extra(),
     ]
+    notes += [ABOUT_MIXED] if any(row[f"{kind}_mark"].get("full") for row in found for kind in FIELDS) else []
     if not rows:
         notes.append(
             "Missing: measure them with `make reproduce-table3` (python -m experiments.bench --presets paper)."
@@ -283,8 +249,8 @@ def _all_settings(found: list[dict[str, Any]]) -> Table:
 
 def _with_ratio(row: Mapping[str, Any]) -> dict[str, str]:
     ratios = {
-        name: f"{row[field]['full']:.2f}" if "full" in row[field] else ""
-        for name, field in (("of full", "speed_over"), ("of full ", "peak_over"))
+        name: f"{row[f'{kind}_over']['full']:.2f}{row[f'{kind}_mark']['full']}" if "full" in row[f"{kind}_over"] else ""
+        for name, kind in (("of full", "speed"), ("of full ", "peak"))
     }
     about = {name: str(row[name]) for name in ("machine", "task", "padding", "batch", "precision", "mode", "arm", "n")}
     failed = row["speed"] is None
