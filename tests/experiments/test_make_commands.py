@@ -62,7 +62,8 @@ def test_two_calls_do_not_share_a_log(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def ask_make(*words: str) -> subprocess.CompletedProcess[str]:
     """What `make` would run, or why it refuses."""
-    command = ["make", "--dry-run", "--old-file=pyproject.toml", "--old-file=constraints.txt", *words]
+    old = ("--old-file=pyproject.toml", "--old-file=constraints.txt")
+    command = ["make", "--dry-run", "--no-print-directory", *old, *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
