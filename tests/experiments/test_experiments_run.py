@@ -248,7 +248,7 @@ def test_what_a_table_would_ignore_is_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("table", ["table3", "table5", "table6", "figure1"])
+@pytest.mark.parametrize("table", ["table3", "table4", "table6", "figure1"])
 def test_what_the_environment_has_for_other_tables_is_left_out(
     table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
