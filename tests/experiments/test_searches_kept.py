@@ -160,11 +160,11 @@ def test_overwriting_deletes_another_search_once_and_none_that_is_asked_for(
 
 
 def test_a_search_of_other_data_is_made_anew_without_the_records_of_the_old_data(
-    where: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    where: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = plan("frozen", *where)
     write_json(first.summary, {**finish(first), "content": {"data": "old"}})
-    search = plan("frozen", *where, "sweep.overwrite=true")
+    search = plan("frozen", *where, "sweep.overwrite=true", f"work_dir={tmp_path / 'checkpoints'}")
     assert not stale_searches.find_staleness(search), "the data is not at hand"
     monkeypatch.setattr(search_way, "_read_fingerprint", lambda _: "old")
     assert not stale_searches.find_staleness(search)
