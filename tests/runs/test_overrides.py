@@ -15,6 +15,7 @@ from hydra.errors import OverrideParseException
 from quick_python import quick_python
 from run_fixtures import ROOT, Composer, environment
 
+import sparsegrad.sweeps
 from sparsegrad.cli.console import main
 from sparsegrad.cli.entry import _pick_overrides
 from sparsegrad.cli.help_text import make_help
@@ -198,6 +199,7 @@ def test_published_values_need_no_optuna(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "optuna", None)
     for name in [name for name in sys.modules if name.startswith("sparsegrad.sweeps.")]:
         monkeypatch.delitem(sys.modules, name)  # imported by other tests while it was there
+        monkeypatch.delattr(sparsegrad.sweeps, name.rpartition(".")[2], raising=False)  # else the fresh one stays there
     fresh = runpy.run_module("sparsegrad.sweeps.hparams")
     assert fresh["find"](fresh["read_rows"]("paper"), "roberta_base", "full", "cola")
 

@@ -20,7 +20,7 @@ from experiments.reproduce.search_all import plan_search
 from sparsegrad.errors import UserError
 from sparsegrad.files import read_json, write_json
 from sparsegrad.runs.overrides import key_of
-from sparsegrad.sweeps import hparams, search_plans
+from sparsegrad.sweeps import hparams, search_plans, search_way
 from sparsegrad.sweeps.config import make_plan
 from sparsegrad.sweeps.search_results import SearchMissingError
 from sparsegrad.sweeps.search_way import read_way
@@ -182,8 +182,6 @@ def test_a_search_that_was_made_otherwise_than_the_others_is_refused(
 def test_a_search_on_other_data_is_refused_where_the_data_is_in_a_folder(
     conf: Composer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparsegrad.sweeps import search_way
-
     read = []
     monkeypatch.setattr(search_way, "_read_fingerprint", lambda composed: read.append(composed.data.dir) or "other")
     run = ("experiment=evidence_paper", "method=lora", "task=mrpc")
