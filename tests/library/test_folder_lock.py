@@ -32,36 +32,30 @@ def loaded(folder: Path) -> float:
     return float(read_adapter(folder)[1]["x"].values[0])
 
 
+# How each format is saved, what is read of it again (of a LoRA adapter: of both files), and its files.
+FORMATS = {
+    "adapter": (save, lambda folder: (loaded(folder),), [FACTS, TENSORS]),
+    "lora": (save_lora, found, [CONFIG, LORA_TENSORS]),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("value", [2.0, 3.0])  # that of the outer save, as of one state of the model, or another
 @pytest.mark.parametrize("step", range(8))
 def test_a_signal_handler_saves_a_whole_adapter_within_a_save(
-    step: int, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, value: float, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    write, read, files = FORMATS[name]
     interrupted = pytest.raises(ResourceError, match="a signal handler, came in between; the folder holds that adapter")
-    save(tmp_path, 1.0)
+    write(tmp_path, 1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", stopping_at(step, lambda: save(tmp_path, value)))
+        patch.setattr(Path, "replace", stopping_at(step, lambda: write(tmp_path, value)))
         with nullcontext() if step == 7 else interrupted:
-            save(tmp_path, 2.0)
-    assert loaded(tmp_path) == value
-    assert names(tmp_path) == [FACTS, TENSORS]
-    save(tmp_path, 4.0)
-    assert loaded(tmp_path) == 4.0
-
-
-@pytest.mark.parametrize("value", [2.0, 3.0])
-@pytest.mark.parametrize("step", range(8))
-def test_a_signal_handler_saves_a_whole_lora_within_a_save(
-    step: int, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interrupted = pytest.raises(ResourceError, match="from a signal handler")
-    save_lora(tmp_path, 1.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", stopping_at(step, lambda: save_lora(tmp_path, value)))
-        with nullcontext() if step == 7 else interrupted:
-            save_lora(tmp_path, 2.0)
-    assert found(tmp_path) == (value, value)
-    assert names(tmp_path) == [CONFIG, LORA_TENSORS]
+            write(tmp_path, 2.0)
+    assert set(read(tmp_path)) == {value}
+    assert names(tmp_path) == files
+    write(tmp_path, 4.0)
+    assert set(read(tmp_path)) == {4.0}
 
 
 def test_a_signal_handler_that_ends_the_process_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
