@@ -143,7 +143,7 @@ def _delete(folder: Path, *patterns: str) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[tuple[_Turn, bool]]:
     """Within: this thread has the lock of `folder`; yields False where there is none to have."""
-    from filelock import FileLock  # a requirement of torch; nothing but a save needs it
+    from filelock import FileLock  # nothing but a save needs it
 
     where = folder.resolve()
     key = (os.getpid(), threading.get_ident(), where)

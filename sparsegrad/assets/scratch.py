@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout  # a requirement of torch
+from filelock import FileLock, Timeout
 
 from sparsegrad.assets.table import ASSETS, Asset
 from sparsegrad.files import is_of_writing, unwritable

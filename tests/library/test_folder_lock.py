@@ -114,9 +114,10 @@ def test_whoever_may_write_to_the_folder_can_settle_a_killed_save(files: Any, tm
     try:
         with saving(tmp_path, files) as scratch:
             assert stat.S_IMODE(scratch.stat().st_mode) == 0o775
+            # Here, since some versions of filelock delete the file at the end.
+            assert stat.S_IMODE((tmp_path / ".sparsegrad_adapter.lock").stat().st_mode) == 0o666
     finally:
         os.umask(before)
-    assert stat.S_IMODE((tmp_path / ".sparsegrad_adapter.lock").stat().st_mode) == 0o666
 
 
 @pytest.mark.parametrize("step", range(7))

@@ -16,10 +16,10 @@ from sparsegrad.extras import explain_missing, find_extra, install_command
 
 SWEEP = ("matplotlib", "optuna", "optuna_dashboard", "plotly", "psycopg", "jinja2", "tabulate")
 CORE = (
-    *SWEEP, "accelerate", "datasets", "evaluate", "filelock", "huggingface_hub", "hydra", "omegaconf", "pandas", "peft",
+    *SWEEP, "accelerate", "datasets", "evaluate", "huggingface_hub", "hydra", "omegaconf", "pandas", "peft",
     "psutil", "yaml", "rich", "sklearn", "scipy", "tqdm", "transformers",
 )  # fmt: skip
-ALL = (*CORE, "numpy", "safetensors", "torch")  # as without the environment
+ALL = (*CORE, "filelock", "numpy", "safetensors", "torch")  # as without the environment
 _BLOCK = """import sys
 
 class Finder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shutil
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,10 @@ from run_fixtures import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+OTHER_NAMES = {"hydra": "hydra-core", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+OF_OTHERS = {"pyarrow": "datasets", "sqlalchemy": "optuna", "markupsafe": "jinja2"}  # package -> what requires it
+OF_RUNS = {"assets", "cli", "methods", "metrics", "models", "runs", "sweeps", "tasks", "trainer"}
+OPTIONAL = {"huggingface_hub", "scipy", "tensorly"}  # where they are missing, the library does without or names them
 LOCKED = {
     canonicalize_name(name): version
     for name, version in (line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
@@ -49,6 +54,17 @@ def needed(lines: list[str], extras: frozenset[str] = frozenset()) -> Iterator[R
             yield requirement
 
 
+def packages_of(paths: Iterable[Path]) -> set[str]:
+    """The packages of others that these files import, wherever in them."""
+    names = set()
+    for node in (node for path in paths for node in ast.walk(ast.parse(path.read_text()))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return {OTHER_NAMES.get(name, name) for name in names - sys.stdlib_module_names - {"sparsegrad", "experiments"}}
+
+
 def closure(lines: list[str]) -> dict[str, str]:
     """Name -> version of everything installed that `lines` bring, over all levels; docs' packages may be absent."""
     found: dict[str, str] = {}
@@ -74,6 +90,23 @@ def test_the_lock_names_all_that_an_installation_brings() -> None:
     assert {"torch", "pytest", "antlr4-python3-runtime"} <= brought.keys()
     of_cuda = ("nvidia-", "cuda-", "triton")
     assert {name for name in brought.keys() - LOCKED.keys() if not name.startswith(of_cuda)} == set()
+
+
+def test_every_package_that_the_library_imports_is_a_dependency_or_optional() -> None:
+    """Otherwise nobody bounds its version: filelock was left to torch, and with old ones no adapter could be saved."""
+    packages = packages_of(path for path in (ROOT / "sparsegrad").rglob("*.py") if not OF_RUNS & {*path.parts})
+    assert packages - OPTIONAL == {requirement.name for requirement in needed(PROJECT["dependencies"])}
+
+
+@pytest.mark.parametrize("folder", ["sparsegrad", "experiments", "scripts"])
+def test_every_package_that_is_imported_is_declared_or_comes_with_one_that_is(folder: str) -> None:
+    packages = packages_of((ROOT / folder).rglob("*.py"))
+    declared = {requirement.name for requirement in needed([*PROJECT["dependencies"], *EXTRAS["dev"]])}
+    assert "torch" in packages
+    assert packages - declared <= OF_OTHERS.keys()
+    for package in packages - declared:
+        required = map(Requirement, metadata.requires(OF_OTHERS[package]) or [])
+        assert package in {canonicalize_name(one.name) for one in required if one.marker is None}
 
 
 @pytest.mark.parametrize("extra", ["", "dev", "docs"])
