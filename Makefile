@@ -60,7 +60,7 @@ test: $(INSTALLED) assets ## all tests, after installing what they need
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadgroup
 
 # The library's tests, in an environment that has its core dependencies alone. TORCH=2.13.0 takes that version, where
-# the one that pip would choose is not to be had; EXTRAS="run" brings an extra too, TESTS=tests/runs its tests.
+# the one that pip would choose is not to be had; EXTRAS="sweep joblib slurm" TESTS=tests/runs: those of runs.
 TESTS ?= tests/library
 EXTRAS ?=
 comma := ,

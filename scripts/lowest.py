@@ -24,6 +24,7 @@ def lowest(extras: list[str], pins: dict[str, str]) -> list[str]:
     unbounded = [line for line, match in zip(wanted, found, strict=True) if match is None]
     if unbounded:
         raise SystemExit(f"no lower bound in {', '.join(unbounded)}: write name>=version")
+    # The last bound counts, since that of an extra is the higher one.
     bounds = {match["name"]: match["lowest"] for match in found if match is not None}
     return [f"{name}=={version}" for name, version in sorted({**bounds, **pins}.items())]
 

@@ -22,7 +22,10 @@ MAX_JSON = 64 * 2**20  # bytes; a record has about 10,000
 _PROTECTED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _IN_THE_WAY = {errno.ENOTDIR, errno.EEXIST}  # a file is in the place of a folder
 _WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, *_PROTECTED, errno.ENOTDIR}
-_WRITING_MARKS = ("Error while serializing: I/O error", "inline_container", "PytorchStreamWriter", "iostream error")
+_WRITING_MARKS = (
+    "Error while serializing: I/O error", "Error while serializing: IoError",  # the second of older versions
+    "inline_container", "PytorchStreamWriter", "iostream error",
+)  # fmt: skip
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -73,7 +73,8 @@ def describe_arrays(arrays: Arrays) -> dict[str, Any]:
 def write_predictions(record: Path, arrays: Arrays) -> None:
     """Write the arrays beside a record, compressed; equal arrays give equal bytes."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    # Without allow_pickle, which numpy 2.0 would store as one more array.
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     write_bytes(predictions_path(record), buffer.getvalue())
 
 

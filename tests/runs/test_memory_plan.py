@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from model_zoo import tiny_model
+from peft_cases import needs_lora_ga
 from run_fixtures import Tiny
 from torch import nn
 
@@ -81,7 +82,7 @@ ADDED = {  # one block: a weight (64, 32) and a weight (32, 64)
 }
 
 
-@pytest.mark.parametrize("name", ADDED)
+@pytest.mark.parametrize("name", [pytest.param(one, marks=needs_lora_ga if "lora_ga" in one else ()) for one in ADDED])
 def test_each_method_counts_what_it_trains(tiny: Tiny, small_bert: Any, name: str) -> None:
     """As in the counts of the trained model."""
     config = tiny(f"method={name}", "method.budget=density:0.05" if name == "peft/lora_ga" else "train.lr=1e-3")

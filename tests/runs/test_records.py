@@ -265,6 +265,7 @@ def test_peft_runs_have_their_type_in_the_name_and_no_engine(
         (FileNotFoundError(errno.ENOENT, "gone", "/data/runs/x"), False),
         (ConnectionResetError(errno.ECONNRESET, "hung up"), False),
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (SafetensorError('Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No" })'), True),
         (SafetensorError("Error while deserializing header: HeaderTooLarge"), False),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), True),
         (RuntimeError("shape mismatch"), False),

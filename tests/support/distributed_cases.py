@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -38,8 +39,9 @@ METHODS: dict[str, Method] = {
     "lora_sb": LoraSb(density=0.05, steps=4),
     "static_mask": StaticMask(density=0.05, steps=4),
     "peft": Peft(config={"peft_type": "HRA", "r": 2}),
-    "lora_ga": Peft(config={"peft_type": "LORA", "init_lora_weights": "lora_ga", "r": 2}, steps=4),
 }
+if "lora_ga_config" in LoraConfig.__dataclass_fields__:  # since peft 0.19
+    METHODS["lora_ga"] = Peft(config={"peft_type": "LORA", "init_lora_weights": "lora_ga", "r": 2}, steps=4)
 
 
 def bert(dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
