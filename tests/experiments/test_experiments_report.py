@@ -275,7 +275,8 @@ def test_a_browser_shows_the_page_on_a_phone(served: str, committed: Path, tmp_p
     shown = subprocess.run([*command, "--dump-dom", served], capture_output=True, text=True, timeout=120, check=True)
     found = json.loads(shown.stdout.split("<title>")[1].split("</title>")[0].replace("&quot;", '"'))
     assert found["width"] <= found["inner"] <= 400, "the page is wider than a phone"
-    assert found["tables"] == len(list((committed / "tables").glob("*.csv"))) + 1  # and environment
+    generated = [*(committed / "tables").glob("*.csv"), *(committed / "compare").glob("*.csv")]
+    assert found["tables"] == len(generated) + 1  # and environment
     assert found["keyboard"], "a table that scrolls cannot be focused"
     assert found["hinted"], "a table is cut without a hint"
     assert found["drawn"], "a figure was not drawn"
