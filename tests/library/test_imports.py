@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from source_imports import imported_names
 
 ROOT = Path(__file__).parents[2]
 # From the ground up; a row may import itself and all rows above it in this list. `tasks` and `metrics` see each other.
@@ -53,14 +54,7 @@ def package_of(module: str) -> str:
 
 
 def imports(path: Path) -> list[str]:
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            # `from sparsegrad.runs import records` names a module, `from sparsegrad.runs.records import x` does too.
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
-    return [name for name in found if name.startswith(("sparsegrad.", "experiments."))]
+    return [name for name in imported_names(path) if name.startswith(("sparsegrad.", "experiments."))]
 
 
 def modules() -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import re
 import shutil
@@ -20,6 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from run_fixtures import ROOT
+from source_imports import imported_names
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -56,12 +56,7 @@ def needed(lines: list[str], extras: frozenset[str] = frozenset()) -> Iterator[R
 
 def packages_of(paths: Iterable[Path]) -> set[str]:
     """The packages of others that these files import, wherever in them."""
-    names = set()
-    for node in (node for path in paths for node in ast.walk(ast.parse(path.read_text()))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.partition(".")[0])
+    names = {name.partition(".")[0] for path in paths for name in imported_names(path)}
     return {OTHER_NAMES.get(name, name) for name in names - sys.stdlib_module_names - {"sparsegrad", "experiments"}}
 
 

@@ -40,7 +40,8 @@ METHODS: dict[str, Method] = {
     "static_mask": StaticMask(density=0.05, steps=4),
     "peft": Peft(config={"peft_type": "HRA", "r": 2}),
 }
-if "lora_ga_config" in LoraConfig.__dataclass_fields__:  # since peft 0.19
+HAS_LORA_GA = "lora_ga_config" in LoraConfig.__dataclass_fields__  # since peft 0.19
+if HAS_LORA_GA:
     METHODS["lora_ga"] = Peft(config={"peft_type": "LORA", "init_lora_weights": "lora_ga", "r": 2}, steps=4)
 
 

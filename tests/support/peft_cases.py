@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_cases import bert
-from peft import LoraConfig
+from distributed_cases import HAS_LORA_GA, bert
 from run_fixtures import ROOT, Composer
 from test_methods import batch, context
 from transformers import BertForSequenceClassification
@@ -50,4 +49,4 @@ def train(model: Any, result: Prepared, steps: range) -> None:
         result.optimizer.zero_grad()
 
 
-needs_lora_ga = pytest.mark.skipif("lora_ga_config" not in LoraConfig.__dataclass_fields__, reason="of peft 0.19")
+needs_lora_ga = pytest.mark.skipif(not HAS_LORA_GA, reason="of peft 0.19")
