@@ -53,7 +53,8 @@ class TrainConfig:
         schedule: of the learning rate: `constant` (GLUE), `cosine` (the paper's LLaMA runs) or `linear`, both to 0.
         warmup_steps: optimizer steps in which the learning rate rises from 0.
         warmup_ratio: the same as a share of all steps, instead.
-        rest_lr: learning rate of everything outside the MLP weights; null: `lr`, as in the paper.
+        rest_lr: learning rate of everything outside the MLP weights (of BitFit: of the head); null: `lr`, as in the
+            paper.
         gradient_checkpointing: recompute activations in the backward pass instead of storing them.
         parallel: what several processes share: `ddp` (each has all weights) or `fsdp2` (each has a part of each weight;
             for frozen weights, see `sparsegrad.trainer.parallel`).

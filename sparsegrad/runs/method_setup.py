@@ -40,7 +40,7 @@ def prepare_method(
         shard_model(model, device)
     # Weights of two precisions in one model need autocast, in the calibration too.
     mixed = _calibrates_mixed(config)
-    rest = outside(model, parts.linears)
+    rest = _find_rest(config, parts, context)
     fast = fast_bfloat16(device) if config.multiplies_bfloat16 else nullcontext()
     before = [] if outline is None else list(model.named_parameters(remove_duplicate=False))
     with torch.autocast(device.type, torch.bfloat16, enabled=mixed), fast:
@@ -51,6 +51,17 @@ def prepare_method(
     if config.train.rest_lr is not None:
         set_rest_rate(prepared.optimizer, rest, config.train.rest_lr)
     return prepared
+
+
+def _find_rest(config: RunConfig, parts: Parts, context: Context) -> set[int]:
+    """The parameters that train at `train.rest_lr`, by identity: those outside the MLP weights.
+
+    Of a method that chooses them itself, such as BitFit, only the head: the others are what the method trains.
+    """
+    model: Any = parts.model
+    if not getattr(config.method, "chooses_rest", False):
+        return outside(model, parts.linears)
+    return {id(parameter) for name, parameter in model.named_parameters() if context.is_head(name)}
 
 
 def _check_saving(config: RunConfig, parts: Parts, prepared: Prepared) -> None:

@@ -17,7 +17,6 @@ from run_fixtures import Composer, RunPy, Tiny, last_wins
 
 from sparsegrad.errors import ResourceError, UserError
 from sparsegrad.models.pooling import mean_of_tokens, set_pooling
-from sparsegrad.optim.rest import set_rest_rate
 from sparsegrad.runs.config import build
 from sparsegrad.runs.plan import plan_hash
 from sparsegrad.runs.predictions import (
@@ -180,39 +179,6 @@ def test_only_a_run_from_the_start_evaluates_the_untrained_model(tiny: Tiny) -> 
     config = tiny("protocol.eval_at_start=true")
     assert training_arguments(config, 24, resuming=False).eval_on_start
     assert not training_arguments(config, 24, resuming=True).eval_on_start
-
-
-@pytest.mark.parametrize("method", ["full", "lora", "meprop", "sparsegrad", "sparsegrad_fast"])
-def test_the_rest_has_a_rate_of_its_own(tiny: Tiny, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsegrad.runs import runner
-
-    rates: dict[str, float] = {}
-    make = runner.make_trainer
-
-    def spy(config: Any, model: Any, optimizer: Any, *rest: Any, **more: Any) -> Any:
-        by_id = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        rates.update({name: by_id[id(p)] for name, p in model.named_parameters() if id(p) in by_id})
-        return make(config, model, optimizer, *rest, **more)
-
-    monkeypatch.setattr(runner, "make_trainer", spy)
-    run(tiny(f"method={method}", "train.rest_lr=1e-4"))
-    outside = {name: rate for name, rate in rates.items() if "embeddings" in name or "classifier" in name}
-    ends = (".dense.weight", "core", "lora_A.default.weight")
-    inside = {name: rate for name, rate in rates.items() if name.endswith(ends)}
-    mlp = {name: rate for name, rate in inside.items() if "attention" not in name and "pooler" not in name}
-    assert outside
-    assert set(outside.values()) == {1e-4}
-    assert mlp
-    assert set(mlp.values()) == {1e-2}
-
-
-def test_a_split_group_keeps_its_settings() -> None:
-    a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([a, b], lr=1e-2, weight_decay=0.5)
-    set_rest_rate(optimizer, {id(b)}, 1e-4)
-    assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in optimizer.param_groups] == [
-        (1e-2, 0.5, 1), (1e-4, 0.5, 1)
-    ]  # fmt: skip
 
 
 def test_mean_pooling_leaves_padding_out() -> None:
