@@ -35,10 +35,15 @@ def find_departures(record: Mapping[str, Any], plan: EvidencePlan) -> list[str]:
     config = record["config"]
     found = [
         f"{key}={value}"
-        for key, expected in _expected(plan.path, plan.sha256, str(config["task"]["name"])).items()
+        for key, expected in _expected(plan.path, plan.sha256, *_names(config)).items()
         if not _is_swept(key, plan) and not _equal(value := _read_value(config, key), expected)
     ]
     return [*found, *_other_cell(record, plan)]
+
+
+def _names(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Task and method of a run, on which the settings of its plan may depend."""
+    return str(config["task"]["name"]), str(config["method"]["name"])
 
 
 def _read_value(config: Mapping[str, Any], key: str) -> Any:
@@ -115,7 +120,7 @@ def _is_swept(key: str, plan: EvidencePlan) -> bool:
 
 
 @functools.cache
-def _expected(path: Path, sha256: str, task: str) -> Mapping[str, Any]:
+def _expected(path: Path, sha256: str, task: str, method: str) -> Mapping[str, Any]:
     """Key -> planned value, of the keys whose value the plan or its base fixes; `sha256` is for the cache alone."""
     node, conf = load_node(path), path.parents[1]
     base: dict[str, Any] = {}
@@ -129,7 +134,7 @@ def _expected(path: Path, sha256: str, task: str) -> Mapping[str, Any]:
     if (file := conf / "model" / f"{chosen.get('override /model')}.yaml").is_file():
         # Its name alone: models get new settings, which older records do not have.
         base["model"] = {"name": OmegaConf.select(OmegaConf.load(file), "name")}
-    return dict(_leaves(OmegaConf.merge(base, node, {"task": {"name": task}})))
+    return dict(_leaves(OmegaConf.merge(base, node, {"task": {"name": task}, "method": {"name": method}})))
 
 
 def _overrides(node: DictConfig) -> Iterator[tuple[str, str]]:

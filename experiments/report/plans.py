@@ -21,7 +21,9 @@ from sparsegrad.runs.plan import plan_hash
 REGIMES = {"paper": True, "mlp_only": False}  # -> train.train_rest
 MIN_SEEDS = 3  # no interval from fewer
 # Fields that runs and searches read, and tables do not.
-OF_RUNS = ("rates_of", "carry", "epochs", "eval_steps", "patience_from", "max_train", "direction")
+OF_RUNS = (
+    "rates_of", "carry", "epochs", "eval_steps", "patience_from", "max_train", "direction", "head_lr", "own_head_lr",
+)  # fmt: skip
 FIELDS = (
     "gates", "gate_method", "gate_experiment", "budget", "regime", "seeds", "min_seeds", "max_improving", "reference",
     "exploratory", "floors", "share", *OF_RUNS,

@@ -18,6 +18,7 @@ from experiments.reproduce.cells import Cell, list_cells
 from experiments.reproduce.plans import list_blocks, read_plan
 from experiments.reproduce.search import Search
 from sparsegrad.errors import UserError
+from sparsegrad.files import load_json
 from sparsegrad.runs.keys import determining, flatten
 from sparsegrad.sweeps.search_plans import SEARCHED
 from sparsegrad.sweeps.search_results import find_other_condition, select_conditions
@@ -166,6 +167,22 @@ def test_the_methods_that_a_plan_runs_were_searched(searches: list[Search], cell
             model = node.get("carry", {}).get("model", config.model.name)
             sweep = "evidence" if config.train.train_rest else "evidence_mlp_only"
             assert found[f"{sweep}-{model}-{method}-{config.task.name}"] == node["budget"]
+
+
+def test_the_head_trains_at_the_rate_of_the_random_mask() -> None:
+    """One rate for all methods of the regime, which committed searches found."""
+    for name in ("evidence_mlp_only", "evidence_density", "evidence_basis", "compare"):
+        node = load(name)
+        assert node["evidence"]["head_lr"].keys() == set(node["hydra"]["sweeper"]["params"]["task"].split(","))
+        for task, rate in node["evidence"]["head_lr"].items():
+            study = study_name("minilm", "random_mask", task, train_rest=False)
+            file = ROOT / "results" / "studies" / study / "summary.json"
+            if not file.is_file():  # not searched yet: that of STS-B
+                assert rate == node["evidence"]["head_lr"]["stsb"]
+                continue
+            found = load_json(file)
+            assert rate == pytest.approx(found["best"]["values"]["train.lr"], rel=1e-3)
+            assert not found["at_edge"]
 
 
 @pytest.mark.parametrize(

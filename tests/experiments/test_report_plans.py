@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from itertools import product
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from experiments.report import arms
 from experiments.report.arms import arm_of
 from experiments.report.blocks import BLOCKS
 from experiments.report.departures import find_departures
-from experiments.report.plans import read_plan
+from experiments.report.plans import load_node, read_plan
 from sparsegrad.errors import UserError
 
 
@@ -230,6 +231,23 @@ def test_a_run_of_a_plan_follows_it(name: str) -> None:
     assert find_departures(record, plan) == ["protocol.max_steps=4"]
     config["model"]["name"] = "another"
     assert find_departures(record, plan) == ["protocol.max_steps=4", "model.name=another"]
+
+
+@pytest.mark.parametrize("name", ["evidence_mlp_only", "compare"])
+def test_all_methods_train_the_head_at_the_rate_of_the_plan(name: str) -> None:
+    plan = read_plan(name)
+    assert plan is not None
+    rates = load_node(plan.path).evidence.head_lr
+    for method, task in product(("random_mask", "lora_tuned"), plan.grid["task"]):
+        overrides = [f"experiment={name}", f"method={method}", f"task={task}"]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config: Any = OmegaConf.to_container(compose("config", overrides), resolve=True)
+        planned = None if method == "random_mask" else rates[task]  # whose head trains at the searched rate
+        assert config["train"]["rest_lr"] == planned
+        record = {"config": config, "hparams": {"from": "search", "train.lr": 1e-4}}
+        assert find_departures(record, plan) == []
+        config["train"]["rest_lr"] = 1e-5
+        assert find_departures(record, plan) == ["train.rest_lr=1e-05"]
 
 
 def test_an_arm_is_named_by_what_differs_from_its_yaml() -> None:
