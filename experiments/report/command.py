@@ -22,6 +22,7 @@ from experiments.report.comparison.notes import PLANS
 from experiments.report.comparison.table import write_files
 from experiments.report.page import problems, write_figure1, write_page
 from experiments.report.render import markdown, write_table
+from experiments.report.stale import remove_stale
 from experiments.report.tables import (
     ablation,
     accuracy,
@@ -149,6 +150,7 @@ def write_report(name: str, scale: str, results: Path) -> None:
     if name == "all":
         drawn = _figures(context, "all")
         compared, pictures = write_comparisons(context)
+        remove_stale(results, [*tables, *compared], pictures.values())
         print(write_page(context, [*tables, *compared], drawn | pictures))
         if answers := write_answers_page(results):
             print(answers)

@@ -1,0 +1,31 @@
+"""Files of a plan that an earlier report wrote, and that today's records no longer give."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from experiments.report.blocks import BLOCKS
+from experiments.report.comparison.notes import PLANS
+from experiments.report.tables.base import Table
+
+PLANNED: dict[str, Collection[str]] = {"tables": BLOCKS, "compare": PLANS}  # folder -> plans whose files are in it
+TEXTS, PICTURES = (".md", ".csv", ".tex"), (".png", ".pdf")
+
+
+def remove_stale(results: Path, tables: Iterable[Table], pictures: Iterable[Path]) -> None:
+    """Delete the tables and figures of plans that are not among those just written.
+
+    They would show scores that no longer count, for example after a plan was edited. Other files are left alone.
+    """
+    written = {(table.folder, table.name, suffix) for table in tables for suffix in TEXTS}
+    written |= {(path.parent.name, path.stem, suffix) for path in pictures for suffix in PICTURES}
+    for folder, plans in PLANNED.items():
+        for path in (results / folder).glob("*"):
+            is_generated = path.suffix in (*TEXTS, *PICTURES) and _is_of_plan(path.stem, plans)
+            if is_generated and (folder, path.stem, path.suffix) not in written:
+                path.unlink()
+
+
+def _is_of_plan(stem: str, plans: Collection[str]) -> bool:
+    return any(stem == plan or stem.startswith(f"{plan}_") for plan in plans)
