@@ -12,8 +12,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from sparsegrad.errors import UserError
 
 REMEDY = (
-    "freeze it before training (train_rest=false freezes all parameters outside the targets), or use "
-    "sparsegrad.save_adapter, which stores any change"
+    "freeze it before training (train_rest=False of prepare, train.train_rest=false of run.py, freezes all parameters "
+    "outside the targets), or use sparsegrad.save_adapter, which stores any change"
 )
 # End of a class name -> peft's task type, and the heads that peft stores whole for it, whether they changed or not.
 _HEADS = ("classifier", "score")
