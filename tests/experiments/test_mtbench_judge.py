@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from judge_cases import PROMPTS, QUESTIONS, TURNS, run, verdicts, write_answers
-from judge_server import Judge, Says
+from judge_server import Judge, Says, serve
 from quick_python import quick_python
 from run_fixtures import ROOT, environment
 
@@ -131,9 +131,9 @@ def test_a_killed_grading_goes_on_where_it_was(folder: Path, judge: Judge) -> No
         file.write(b'{"question_id": 2, "mod')  # what a kill in the middle of a write leaves
     before = len(verdicts(folder))
     assert 0 < before < TURNS
-    judge.otherwise, judge.asked = Says(), []
-    assert run(folder, judge.url) == 0
-    assert len(judge.asked) == TURNS - before
+    with serve() as later:  # the first one may still get a request that the killed process sent
+        assert run(folder, later.url) == 0
+        assert len(later.asked) == TURNS - before
     assert len(verdicts(folder)) == TURNS
 
 
