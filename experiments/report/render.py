@@ -18,6 +18,7 @@ _LATEX = {
     "&": r"\&",
     "<": "$<$",
 }
+SUFFIXES = (".md", ".tex", ".csv")  # of a table's files, in the order in which they are written
 
 
 def write_table(table: Table, folder: Path) -> list[Path]:
@@ -27,9 +28,9 @@ def write_table(table: Table, folder: Path) -> list[Path]:
         UserError: when the folder cannot be written.
     """
     assert not table.frame.isna().any(axis=None), f"{table.name}: an empty cell is an empty text"
-    texts = {"md": markdown(table), "tex": latex(table), "csv": table.frame.to_csv(index=False, lineterminator="\n")}
-    paths = [folder / f"{table.name}.{suffix}" for suffix in texts]
-    for path, text in zip(paths, texts.values(), strict=True):
+    texts = (markdown(table), latex(table), table.frame.to_csv(index=False, lineterminator="\n"))
+    paths = [folder / f"{table.name}{suffix}" for suffix in SUFFIXES]
+    for path, text in zip(paths, texts, strict=True):
         write_text(path, text)
     return paths
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from experiments.report.blocks import BLOCKS
 from experiments.report.comparison.notes import PLANS
+from experiments.report.render import SUFFIXES
 from experiments.report.tables.base import Table
 
 PLANNED: dict[str, Collection[str]] = {"tables": BLOCKS, "compare": PLANS}  # folder -> plans whose files are in it
-TEXTS, PICTURES = (".md", ".csv", ".tex"), (".png", ".pdf")
+PICTURES = (".png", ".pdf")
 
 
 def remove_stale(results: Path, tables: Iterable[Table], pictures: Iterable[Path]) -> None:
@@ -18,11 +19,11 @@ def remove_stale(results: Path, tables: Iterable[Table], pictures: Iterable[Path
 
     They would show scores that no longer count, for example after a plan was edited. Other files are left alone.
     """
-    written = {(table.folder, table.name, suffix) for table in tables for suffix in TEXTS}
+    written = {(table.folder, table.name, suffix) for table in tables for suffix in SUFFIXES}
     written |= {(path.parent.name, path.stem, suffix) for path in pictures for suffix in PICTURES}
     for folder, plans in PLANNED.items():
         for path in (results / folder).glob("*"):
-            is_generated = path.suffix in (*TEXTS, *PICTURES) and _is_of_plan(path.stem, plans)
+            is_generated = path.suffix in (*SUFFIXES, *PICTURES) and _is_of_plan(path.stem, plans)
             if is_generated and (folder, path.stem, path.suffix) not in written:
                 path.unlink()
 

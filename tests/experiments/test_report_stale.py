@@ -32,3 +32,4 @@ def test_files_of_a_plan_that_were_not_written_are_removed(tmp_path: Path) -> No
 
 def test_a_folder_without_results_has_nothing_to_remove(tmp_path: Path) -> None:
     remove_stale(tmp_path, [], [])
+    assert list(tmp_path.iterdir()) == []
