@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ RATE = "train.lr"
 GIVEN = dict.fromkeys(("paper", "authors"), ("train.batch_size", RATE))  # source of hyperparameters -> what it gives
 # Settings of a model or task that say where it is read from, which a record's content hash covers, or the default rate.
 DESCRIBED = {"model": ("source", "revision", "lr", "trust_remote_code"), "task": ("_target_", "eval_base")}
-OF_MODEL = re.compile(r"oc\.select:(task|model)\.|\$\{model\.|\$\{task\.(?!name\})")
+CELL = ("model", "task", "method")  # settings may refer to those of a run, `${task.usual.max_length}`
 
 
 def find_departures(record: Mapping[str, Any], plan: EvidencePlan) -> list[str]:
@@ -33,17 +33,13 @@ def find_departures(record: Mapping[str, Any], plan: EvidencePlan) -> list[str]:
     The learning rate counts as planned if it comes from the plan's search or published table, or is one of its grid.
     """
     config = record["config"]
+    cell = json.dumps({group: config[group] for group in CELL}, sort_keys=True)
     found = [
         f"{key}={value}"
-        for key, expected in _expected(plan.path, plan.sha256, *_names(config)).items()
+        for key, expected in _expected(plan.path, plan.sha256, cell).items()
         if not _is_swept(key, plan) and not _equal(value := _read_value(config, key), expected)
     ]
     return [*found, *_other_cell(record, plan)]
-
-
-def _names(config: Mapping[str, Any]) -> tuple[str, str]:
-    """Task and method of a run, on which the settings of its plan may depend."""
-    return str(config["task"]["name"]), str(config["method"]["name"])
 
 
 def _read_value(config: Mapping[str, Any], key: str) -> Any:
@@ -75,14 +71,14 @@ def _other_cell(record: Mapping[str, Any], plan: EvidencePlan) -> Iterator[str]:
 
 
 def _other_settings(config: Mapping[str, Any], plan: EvidencePlan, group: str) -> Iterator[str]:
-    """Settings of the model or the task that neither its YAML nor the plan has: methods take defaults from them.
+    """Settings of the model or the task that are other than its YAML's and the plan's, or that neither of them has.
 
-    A setting that is newer than the record, or that the YAML no longer has, is none: only added defaults are.
+    A setting that is newer than the record is none.
     """
     found, name = flatten(config.get(group) or {}), str(config[group]["name"])
     expected = _read_settings(plan.path, plan.sha256, group, name)
     for key, value in found.items() if expected else ():
-        is_added = key.startswith("usual.") and key not in expected
+        is_added = key not in expected and value not in (None, LATER.get((group, key)))
         is_other = key in expected and "${" not in str(expected[key]) and not _equal(value, expected[key])
         if (is_added or is_other) and key not in DESCRIBED[group] and f"{group}.{key}" not in plan.grid:
             yield f"{group}.{key}={value}"
@@ -120,8 +116,11 @@ def _is_swept(key: str, plan: EvidencePlan) -> bool:
 
 
 @functools.cache
-def _expected(path: Path, sha256: str, task: str, method: str) -> Mapping[str, Any]:
-    """Key -> planned value, of the keys whose value the plan or its base fixes; `sha256` is for the cache alone."""
+def _expected(path: Path, sha256: str, cell: str) -> Mapping[str, Any]:
+    """Key -> planned value, of the keys whose value the plan or its base fixes; `sha256` is for the cache alone.
+
+    `cell` is JSON of the run's model, task and method: `_other_settings` and `_other_options` hold them to the plan.
+    """
     node, conf = load_node(path), path.parents[1]
     base: dict[str, Any] = {}
     if (file := conf / "config.yaml").is_file():
@@ -134,7 +133,8 @@ def _expected(path: Path, sha256: str, task: str, method: str) -> Mapping[str, A
     if (file := conf / "model" / f"{chosen.get('override /model')}.yaml").is_file():
         # Its name alone: models get new settings, which older records do not have.
         base["model"] = {"name": OmegaConf.select(OmegaConf.load(file), "name")}
-    return dict(_leaves(OmegaConf.merge(base, node, {"task": {"name": task}, "method": {"name": method}})))
+    planned = OmegaConf.merge(base, node)
+    return dict(_leaves(planned, OmegaConf.merge(json.loads(cell), planned)))
 
 
 def _overrides(node: DictConfig) -> Iterator[tuple[str, str]]:
@@ -143,14 +143,14 @@ def _overrides(node: DictConfig) -> Iterator[tuple[str, str]]:
             yield from ((str(key), str(value)) for key, value in one.items())
 
 
-def _leaves(node: Any) -> Iterator[tuple[str, Any]]:
+def _leaves(planned: Any, whole: Any) -> Iterator[tuple[str, Any]]:
+    """The planned keys with their values, which `whole` resolves: it has the settings that they refer to."""
     for section in SECTIONS:
-        raw: Any = OmegaConf.to_container(node[section], resolve=False) if section in node else {}
-        for key, value in flatten(raw, f"{section}.").items():
-            # Defaults of the model or task: a record does not say what they were.
-            if key not in FREE and not OF_MODEL.search(str(value)):
+        raw: Any = OmegaConf.to_container(planned[section], resolve=False) if section in planned else {}
+        for key in flatten(raw, f"{section}."):
+            if key not in FREE:
                 with contextlib.suppress(OmegaConfBaseException):
-                    yield key, OmegaConf.select(node, key, throw_on_missing=True)
+                    yield key, OmegaConf.select(whole, key, throw_on_missing=True)
 
 
 def _equal(value: Any, expected: Any) -> bool:

@@ -151,7 +151,8 @@ def test_predictions_that_are_not_finite_have_collapsed() -> None:
         ("model", {"lora_rank": 64}, ["model.lora_rank=64"]),
         ("model", {"usual": {"density": 0.05}}, ["model.usual.density=0.05"]),
         ("model", {"blocks": "0::1"}, ["model.blocks=0::1"]),
-        ("model", {"source": "elsewhere", "newer": 1}, []),
+        ("model", {"source": "elsewhere", "revision": None, "keep_head": False}, []),
+        ("model", {"dense": ["output"]}, ["model.dense=['output']"]),
         ("task", {"mask_prompt": True}, ["task.mask_prompt=True"]),
     ],
 )

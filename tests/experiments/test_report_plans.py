@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -227,6 +228,10 @@ def test_a_run_of_a_plan_follows_it(name: str) -> None:
     config: Any = OmegaConf.to_container(composed, resolve=True)
     record = {"config": config, "hparams": {"from": plan.hparams, "train.lr": 1e-4, "train.batch_size": 16}}
     assert find_departures(record, plan) == []
+    other = copy.deepcopy(record)
+    other["config"]["data"]["max_length"] = 7  # the plan has this from the task, and no setting for the blocks
+    other["config"]["model"]["blocks"] = [0]
+    assert sorted(find_departures(other, plan)) == ["data.max_length=7", "model.blocks=[0]"]
     config["protocol"]["max_steps"] = 4
     assert find_departures(record, plan) == ["protocol.max_steps=4"]
     config["model"]["name"] = "another"
