@@ -33,7 +33,10 @@ AT_BENCHMARK = (
     "several machines. So these hours compare methods on the benchmark's machine; the runs themselves took longer or "
     "shorter."
 )
-AT_RUNS = "Hours: of the machine of the runs, which they shared, so they are rough."
+AT_RUNS = (
+    "Hours: of the machine of the runs, which they shared, so they are rough. Searches that were made on another "
+    "machine have none."
+)
 AT_NOTHING = "No hours: the runs are from several machines, and the benchmark lacks some of the arms."
 
 
@@ -63,12 +66,13 @@ class Clock:
         return None if steps is None or not speed else steps / speed / 3600
 
     def search_hours(self, arm: str, runs: Sequence[EvidenceRun], searches: Searches) -> float | None:
-        """Hours of all trials of the searches behind some runs of an arm; of their own machine without a benchmark."""
+        """Hours of all trials of the searches behind some runs of an arm; without a benchmark, on the runs' machine."""
         if self.speeds is not None:
             steps = searches.count_steps(runs)
             return None if steps is None else steps / self.speeds[arm] / 3600
         behind = searches.of_runs(runs)
-        return sum(search.hours for search in behind) if self.is_known and behind else None
+        machines = {machine_of(run.record) for run in runs} | set(map(searches.machines_of, behind))
+        return sum(search.hours for search in behind) if self.is_known and behind and len(machines) == 1 else None
 
 
 def make_clock(block: Block, costs: Mapping[str, Cost]) -> Clock:

@@ -34,10 +34,11 @@ def find_departures(record: Mapping[str, Any], plan: EvidencePlan) -> list[str]:
     """
     config = record["config"]
     cell = json.dumps({group: config[group] for group in CELL}, sort_keys=True)
+    given = GIVEN.get(plan.hparams or "", ())  # `_other_cell` says where these are from
     found = [
         f"{key}={value}"
         for key, expected in _expected(plan.path, plan.sha256, cell).items()
-        if not _is_swept(key, plan) and not _equal(value := _read_value(config, key), expected)
+        if key not in given and not _is_swept(key, plan) and not _equal(value := _read_value(config, key), expected)
     ]
     return [*found, *_other_cell(record, plan)]
 

@@ -93,21 +93,20 @@ def comparable_tasks(evidence: Evidence, folder: str, searches: Searches) -> lis
 
 
 def reference_runs(evidence: Evidence, folder: str, task: str, method: str = "full") -> list[EvidenceRun]:
-    """Runs of the gate's method: of this block, else of the block that its plan names, with the same model.
+    """Runs of the gate's method: of the block that its plan names, or else of this one, with the same model.
 
+    A comparison may have `full` as one of its methods; there it trains less than in the block that is named.
     The block of gates has several rates with one seed each: there the run counts that is best on held-out rows. Other
     blocks do not fall back on it: its schedule, pooling and rows are not theirs.
     """
     own = evidence.blocks[folder]
-    elsewhere = own.plan.gate_experiment if own.plan else None
-    models = {_model(run) for run in own.all_runs(task)}
-    for name in (folder, *([elsewhere] if elsewhere in evidence.blocks else [])):
-        block = evidence.blocks[name]
-        arms = [arm for arm in block.arms if arm.partition(" ")[0] == method]
-        found = [run for arm in arms for run in block.of(arm, task).values() if _model(run) in models]
-        if found:
-            return found if name != GATES else [max(found, key=lambda run: run.chosen_score)]
-    return []
+    name = (own.plan.gate_experiment if own.plan else None) or folder
+    if name not in evidence.blocks:
+        return []
+    block, models = evidence.blocks[name], {_model(run) for run in own.all_runs(task)}
+    arms = [arm for arm in block.arms if arm.partition(" ")[0] == method]
+    found = [run for arm in arms for run in block.of(arm, task).values() if _model(run) in models]
+    return [max(found, key=lambda run: run.chosen_score)] if found and name == GATES else found
 
 
 def _model(run: EvidenceRun) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from experiments.report.collect import commit_of
 from experiments.report.runs import Block
-from experiments.report.searches import Searches, machine_of
+from experiments.report.searches import Search, Searches, machine_of
 
 _UNKNOWN = "unknown"  # of runs whose record names none
 
@@ -25,7 +25,14 @@ def origin_notes(block: Block, searches: Searches | None = None) -> list[str]:
         *_count("Code of the runs, as commit (runs)", (commit_of(run.record) for run in runs)),
         *_count("Machines of the runs (runs)", (machine_of(run.record) for run in runs)),
         *_count("Machines of their searches (searches)", map(searches.machines_of, behind) if searches else ()),
+        *_name_edges(behind),
     ]
+
+
+def _name_edges(behind: Iterable[Search]) -> list[str]:
+    edges = sorted(search.study for search in behind if search.is_at_edge)
+    why = "A better rate may lie beyond those tried, as the best is the smallest or largest of them"
+    return [f"{why}: {', '.join(edges)}."] if edges else []
 
 
 def _count(what: str, names: Iterable[str]) -> list[str]:

@@ -18,7 +18,13 @@ from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps.search_results import KEY as RATE
 from sparsegrad.sweeps.search_way import describe_setting
 
-ALIKE = ("sampler", "pruner", "seed")  # what the searches of all methods have in common, besides their budget
+ALIKE = (
+    "sampler",
+    "pruner",
+    "space",
+    "direction",
+    "seed",
+)  # what the searches of all methods have in common, besides their budget
 CURRENT = ""  # a run whose values are those of its search as it is now
 
 
@@ -26,7 +32,8 @@ CURRENT = ""  # a run whose values are those of its search as it is now
 class Search:
     """One study: its finished trials, their hours, the values of the best one, and the evaluations of these trials.
 
-    `alike` has those of `ALIKE` that its summary says; earlier ones say fewer.
+    `alike` has those of `ALIKE` that its summary says; earlier ones say fewer. `is_at_edge`: whether the best rate
+    is the smallest or largest of those tried.
     """
 
     study: str
@@ -35,6 +42,7 @@ class Search:
     values: Mapping[str, float]
     evaluations: int | None = None
     alike: Mapping[str, str] = field(default_factory=dict)
+    is_at_edge: bool = False
 
 
 class Searches:
@@ -134,7 +142,8 @@ def _read_search(summary: Mapping[str, Any], results: Path) -> Search:
     values = {str(key): float(value) for key, value in summary["best"]["values"].items() if is_number(value)}
     evaluations = _count_evaluations(results / "studies" / study / "trials.csv")
     alike = {key: describe_setting(summary[key]) for key in ALIKE if summary.get(key) is not None}
-    return Search(study, finished, float(summary.get("seconds", 0.0)) / 3600, values, evaluations, alike)
+    hours, is_at_edge = float(summary.get("seconds", 0.0)) / 3600, bool(summary.get("at_edge"))
+    return Search(study, finished, hours, values, evaluations, alike, is_at_edge)
 
 
 def _count_evaluations(trials: Path) -> int | None:

@@ -33,7 +33,10 @@ TABLES = {
     "table15": ("roberta_base", "full"),
 }
 # Begin the keys of `sweep` that are the same for all searches of the evidence.
-ALIKE = ("sweep.sampler", "sweep.pruner", "sweep.metric", "sweep.objective", "sweep.trials")
+ALIKE = (
+    "sweep.sampler", "sweep.pruner", "sweep.metric", "sweep.objective", "sweep.trials", "sweep.space",
+    "sweep.direction",
+)  # fmt: skip
 MINI_PLAN = "evidence_paper"  # its model and tasks stand for those of the paper
 
 

@@ -158,7 +158,8 @@ class SweepPlan:
     @property
     def way(self) -> dict[str, Any]:
         """How the trials are chosen and stopped, as in the summary of a study."""
-        return {"sampler": self.sweep.sampler, "pruner": describe_pruner(vars(self.sweep))}
+        pruner = describe_pruner(vars(self.sweep))
+        return {"sampler": self.sweep.sampler, "pruner": pruner, "space": self.space.plain()}
 
 
 def make_plan(composed: DictConfig) -> SweepPlan:

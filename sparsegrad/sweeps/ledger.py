@@ -17,7 +17,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 REDO_OF, SURPLUS, FAILURE, REASON = "redo_of", "surplus", "failure", "reason"
-RECORD_SECONDS = "record_seconds"  # of the run itself, in a trial that only found its record
+RECORD_SECONDS = "record_seconds"  # of the whole run, of which a trial may have trained only the rest
 # DIED and CRASHED count against `sweep.retries`; a stop by the user, or a mistake that the user can correct, does not.
 # A trial is pruned for a MISTAKE that is due to its own values.
 DIED, CRASHED, STOPPED, MISTAKE = "died", "crashed", "stopped", "mistake"

@@ -30,13 +30,15 @@ def study_name(model: str, method: str, task: str, train_rest: bool) -> str:
 
 @lru_cache
 def read_way(train_rest: bool) -> Mapping[str, Any]:
-    """The `sampler`, `pruner` and `seed` of the searches of a regime; empty without a checkout."""
+    """The `sampler`, `pruner`, `space` and `seed` of the searches of a regime; empty without a checkout."""
     names = ["custom", SWEEPS[True], *([] if train_rest else [SWEEPS[False]])]
     paths = [CONF / "sweep" / f"{name}.yaml" for name in names]
     if not all(path.is_file() for path in paths):
         return {}
     merged: Any = OmegaConf.merge(*map(OmegaConf.load, paths))
-    return {"sampler": merged.sweep.sampler, "pruner": describe_pruner(merged.sweep), "seed": merged.seed}
+    space: Any = OmegaConf.to_container(merged.sweep.space)
+    way = {"sampler": merged.sweep.sampler, "pruner": describe_pruner(merged.sweep), "space": space}
+    return {**way, "seed": merged.seed}
 
 
 def describe_pruner(sweep: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def find_other_way(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """What a search was made with otherwise, in words; what one of the two does not say counts as the same.
 
     Args:
-        there: a summary; one of an earlier version names neither sampler nor pruner.
+        there: a summary; one of an earlier version does not name all of these.
         here: `read_way`, or the same of a plan.
     """
     for part, wanted in here.items():

@@ -48,6 +48,8 @@ def summary(study: Study) -> dict[str, Any]:
         "budget": identity.get("budget"),
         "sampler": identity.get("sampler"),
         "pruner": identity.get("pruner"),
+        "space": identity.get("space"),
+        "direction": identity.get("direction"),
         "train_rest": fixed.get("train.train_rest"),
         "seed": fixed.get("seed"),
         "method": select_settings(fixed) or None,
@@ -85,10 +87,10 @@ def _measure_seconds(trials: list[FrozenTrial]) -> tuple[float, float]:
 
 
 def _find_seconds(trial: FrozenTrial) -> float | None:
-    """The time of a trial, or that of the earlier run whose record it found; None while it runs."""
-    own = None if trial.duration is None else trial.duration.total_seconds()
-    found: float | None = trial.user_attrs.get(RECORD_SECONDS, own)
-    return found
+    """The time of a trial, or that of its run where it continued or found one; None while it runs."""
+    if trial.duration is None:
+        return None
+    return max(trial.duration.total_seconds(), float(trial.user_attrs.get(RECORD_SECONDS, 0.0)))
 
 
 def export(study: Study, folder: Path) -> dict[str, Any]:

@@ -116,11 +116,11 @@ class Worker:
             raise  # of this machine, not of the values
         except UserError as error:
             # A run that failed in training left a record: its values are poor.
-            reason = None if config is None else _read_failure(config, self._make_label(trial))
-            if isinstance(error, FailedRunError):  # with force=true an earlier, complete record stays instead
-                reason = reason or str(error)
-            if reason is not None:
-                return TrialState.PRUNED, _find_last_value(self.shared, trial), {REASON: reason}
+            facts = {} if config is None else _read_failure(config, self._make_label(trial))
+            if isinstance(error, FailedRunError) and not facts:  # with force=true an earlier, complete record stays
+                facts = {REASON: str(error)}
+            if facts:
+                return TrialState.PRUNED, _find_last_value(self.shared, trial), facts
             if not self._is_of_values(trial, reporter):
                 raise
             return TrialState.PRUNED, None, {FAILURE: MISTAKE, REASON: str(error)}
@@ -139,9 +139,7 @@ class Worker:
         value = _read_score(record, self.shared.plan.metric)
         # Not stored in the study: only this call found the run done.
         self._source = "" if is_new else f", from record {config.record_path}"
-        facts: dict[str, Any] = {"record": str(config.record_path)}
-        if not is_new and (spent := run_seconds(record)) is not None:
-            facts[RECORD_SECONDS] = spent  # else a search that is made anew from its records would cost nothing
+        facts = {"record": str(config.record_path), **_read_seconds(record)}
         if value is None:
             return TrialState.PRUNED, None, facts | {REASON: f"{self.shared.plan.metric} is not a number"}
         return TrialState.COMPLETE, value, facts
@@ -245,14 +243,20 @@ def update_trials(bar: progress.Job, shared: SharedStudy, finished: Sequence[Fro
     bar.update(done=len(finished), note=None if best is None else f"best {best:.4f}")
 
 
-def _read_failure(config: RunConfig, label: Mapping[str, Any]) -> str | None:
-    """Read the reason from the failed record of this trial; None if it failed before training."""
+def _read_failure(config: RunConfig, label: Mapping[str, Any]) -> dict[str, Any]:
+    """Read reason and time from the failed record of this trial; empty if it failed before training."""
     try:
         record = json.loads(config.record_path.read_text())
     except (OSError, ValueError):
-        return None
+        return {}
     mine = record.get("status") == "failed" and record.get("sweep", {}) == label
-    return str(record.get("reason", "failed")) if mine else None
+    return {REASON: str(record.get("reason", "failed")), **_read_seconds(record)} if mine else {}
+
+
+def _read_seconds(record: Mapping[str, Any]) -> dict[str, float]:
+    """The time of a run: a trial that found its record, or that continued a stopped one, took less itself."""
+    spent = run_seconds(record)
+    return {} if spent is None else {RECORD_SECONDS: spent}
 
 
 def _find_last_value(shared: SharedStudy, trial: Trial) -> float | None:

@@ -75,7 +75,12 @@ def test_the_table_is_sorted_by_score_and_counts_equal_runs_of_other_plans(cases
     assert [one.label for one in points] == list(rows.index)
     text = write_comparison(cases.results, "compare")
     assert "SparseGrad exact" in text
-    assert {path.name for path in (cases.results / "compare").iterdir()} >= {"compare.md", "compare.csv", "compare.png"}
+    written = {path.name for path in (cases.results / "compare").iterdir()}
+    assert written >= {"compare.md", "compare.csv", "compare.png", "compare.pdf"}
+    for path in (cases.results / "runs" / "evidence_paper").glob("full-*.json"):
+        path.unlink()  # so that no gate is reached
+    assert "not comparable" in write_comparison(cases.results, "compare")
+    assert {path.name for path in (cases.results / "compare").iterdir()} == written - {"compare.png", "compare.pdf"}
 
 
 def test_a_comparison_without_runs_says_how_to_make_them(cases: Cases) -> None:  # noqa: F811

@@ -38,7 +38,7 @@ def planned_settings() -> dict[tuple[str, str], Any]:
     """What the experiments of the paper's tables have in common; `test_a_run_of_a_plan_follows_it` composes them."""
     plan = read_plan("table9")
     assert plan is not None
-    expected = departures._expected(plan.path, plan.sha256, "cola", "full")
+    expected = departures._expected(plan.path, plan.sha256, json.dumps({"task": {"name": "cola"}}))
     return {(group, name): setting for key, setting in expected.items() for group, _, name in [key.partition(".")]}
 
 

@@ -12,7 +12,10 @@ from experiments.report.tables.base import Table
 
 def test_files_of_a_plan_that_were_not_written_are_removed(tmp_path: Path) -> None:
     names = {
-        "tables": ["evidence_paper.md", "evidence_paper_exact.csv", "evidence_basis_tasks.tex", "mine.md"],
+        "tables": [
+            "evidence_paper.md", "evidence_paper_exact.csv", "evidence_basis_tasks.tex", "mine.md",
+            "evidence_paper_mine.csv",
+        ],
         "compare": ["compare.md", "compare.png", "compare_smollm2.png", "compare_smollm2.pdf"],
         "compare/forgetting": ["compare.json"],
     }  # fmt: skip
@@ -25,7 +28,7 @@ def test_files_of_a_plan_that_were_not_written_are_removed(tmp_path: Path) -> No
     remove_stale(tmp_path, tables, [tmp_path / "compare" / "compare_smollm2.png"])
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {
-        "tables/evidence_paper.md", "tables/mine.md", "compare/compare_smollm2.png",
+        "tables/evidence_paper.md", "tables/mine.md", "tables/evidence_paper_mine.csv", "compare/compare_smollm2.png",
         "compare/compare_smollm2.pdf", "compare/forgetting/compare.json",
     }  # fmt: skip
 

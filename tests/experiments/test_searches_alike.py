@@ -16,8 +16,12 @@ from sparsegrad.sweeps import search_way
 from sparsegrad.sweeps.search_results import OVERWRITE
 from sparsegrad.sweeps.study import CONTENT, open_study
 
+NARROW = "sweep.space={train.lr:{float:[3e-5,1e-4],log:true,points:4}}"
 
-@pytest.mark.parametrize("override", ["sweep.pruner=none", "sweep.pruner_warmup=1", "sweep.metric=loss"])
+
+@pytest.mark.parametrize(
+    "override", ["sweep.pruner=none", "sweep.pruner_warmup=1", "sweep.metric=loss", "sweep.direction=minimize", NARROW]
+)
 def test_a_search_that_was_made_in_another_way_counts_only_for_that_way(
     where: tuple[str, str], override: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from run_fixtures import ROOT, Composer, last_wins
 
 from sparsegrad.errors import UserError
 from sparsegrad.files import write_json
-from sparsegrad.runs.records import read_record
+from sparsegrad.runs.records import read_record, run_seconds
 from sparsegrad.sweeps.config import make_plan
 from sparsegrad.sweeps.pool import run_sweep
 from sparsegrad.sweeps.samplers import sampler
@@ -231,6 +231,7 @@ def test_real_runs_are_pruned_and_leave_their_records(composed: Sweep, tmp_path:
     record = records[pruned.number]
     assert record["status"] == "failed"
     assert record["reason"] == pruned.user_attrs["reason"]
+    assert run_seconds(record) == pruned.user_attrs["record_seconds"]
     assert [row["loss"] for row in record["evaluations"]] == list(pruned.intermediate_values.values())
     assert summary(study)["seconds_saved_by_pruning"] > 0
     assert not list((tmp_path / "work").glob("*/checkpoints"))

@@ -15,6 +15,7 @@ from test_adaptive_grid import Sweep, study_of
 from test_adaptive_grid import composed as composed  # the fixture
 
 from sparsegrad.files import read_json
+from sparsegrad.runs.records import run_seconds
 from sparsegrad.sweeps import hparams
 from sparsegrad.sweeps.adaptive_grid import find_best
 from sparsegrad.sweeps.ledger import REDO_OF, find_first_best, find_winner
@@ -102,3 +103,17 @@ def test_committed_summaries_have_the_winner_of_the_rule(path: Path) -> None:
     assert int(rows[best]["trial"]) == figures["best"]["trial"]
     rates = {float(row["train.lr"]): score for row, score in zip(rows, scores, strict=True)}
     assert find_best(rates) == figures["best"]["values"]["train.lr"]
+
+
+@pytest.mark.parametrize("path", SUMMARIES, ids=lambda path: path.parent.name)
+def test_the_time_of_a_committed_search_has_that_of_stopped_processes(path: Path) -> None:
+    """A trial that was stopped and continued took as long as its record says, not as its last process."""
+    with (path.parent / "trials.csv").open(newline="") as lines:
+        spent = {int(row["trial"]): float(row["seconds"]) for row in csv.DictReader(lines) if row["seconds"]}
+        lines.seek(0)
+        finished = {int(row["trial"]) for row in csv.DictReader(lines) if row["state"] in ("complete", "pruned")}
+    for record in map(read_json, sorted((ROOT / "results" / "runs" / path.parent.name).glob("*.json"))):
+        trial = record["sweep"]["trial"]
+        if trial in finished:
+            assert spent[trial] >= round(run_seconds(record) or 0.0, 2)
+    assert read_json(path)["seconds"] == pytest.approx(sum(spent[trial] for trial in finished), abs=0.5)

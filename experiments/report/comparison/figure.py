@@ -8,6 +8,8 @@ from pathlib import Path
 
 from experiments.palette import style_of
 
+PICTURES = (".png", ".pdf")
+
 
 @dataclass(frozen=True)
 class Point:
@@ -52,3 +54,9 @@ def draw(points: Sequence[Point], unit: str, path: Path) -> None:
     axis.set_xlabel(f"{unit}, 95 % interval")
     axis.grid(axis="x", alpha=0.3)
     save(figure, path)
+
+
+def remove_figure(path: Path) -> None:
+    """Delete what `draw` wrote for this path."""
+    for suffix in PICTURES:
+        path.with_suffix(suffix).unlink(missing_ok=True)

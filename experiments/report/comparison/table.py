@@ -15,7 +15,7 @@ from experiments.report.clock import Clock, make_clock
 from experiments.report.collect import collect_cells
 from experiments.report.comparison import notes
 from experiments.report.comparison.block import load_comparison
-from experiments.report.comparison.figure import Point, draw
+from experiments.report.comparison.figure import Point, draw, remove_figure
 from experiments.report.comparison.forgotten import read_forgetting
 from experiments.report.evidence import Evidence
 from experiments.report.gates import Health, check_task
@@ -83,8 +83,11 @@ def write_files(context: Context, folder: str) -> Table:
     if is_empty(table):  # a comparison that failed must not replace the table of an earlier one
         return table
     write_table(table, context.results / table.folder)
+    picture = context.results / table.folder / f"{folder}.png"
     if points:
-        draw(points, notes.PLANS[folder].score, context.results / table.folder / f"{folder}.png")
+        draw(points, notes.PLANS[folder].score, picture)
+    else:
+        remove_figure(picture)  # an earlier one would show what cannot be compared
     return table
 
 

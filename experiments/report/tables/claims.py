@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pandas as pd
@@ -35,7 +36,6 @@ FILE = "claims.yaml"
 FIELDS = {"id", "name", "claim", "section", "cells", "published", "logs", "caveat", "decide"}
 REQUIRED = FIELDS - {"cells", "published", "caveat"}
 PRINTED = {task: name for name, task in TASKS.items()} | {"stsb": "STS-B", "sst2": "SST-2"}
-BATCH = 16  # the logs' batch sizes differ by method and task; all methods have runs of this one
 LOGGED = {"speed": ("true_steps_per_second", "steps/s", 2), "memory": ("train_peak_mb", "MB", 0)}
 
 
@@ -253,11 +253,19 @@ def _format_scores(model: str, methods: Sequence[str]) -> str:
 
 
 def _format_logged(measure: str, model: str, methods: Sequence[str]) -> str:
-    """Means over tasks of a column of the logs, at the batch size that all methods have."""
+    """Means of a column of the logs over the tasks that all methods have at one batch size: tasks differ in cost."""
     column, unit, digits = LOGGED[measure]
-    shown = []
+    means = {}
     for method in methods:
-        frame = pd.concat([authors_runs(model, method, task) for task in TASKS.values()])
-        value = frame[frame["batch_size"] == BATCH][column].mean()
-        shown.append(f"{method} {value:.{digits}f} {unit}")
-    return f"{', '.join(shown)} (batch size {BATCH})"
+        runs = pd.concat([authors_runs(model, method, task) for task in TASKS.values()]).dropna(subset=[column])
+        means[method] = runs.groupby(["batch_size", "task"])[column].mean()
+    size, tasks = _find_common(means.values())
+    shown = [f"{method} {mean(one[size, task] for task in tasks):.{digits}f} {unit}" for method, one in means.items()]
+    return f"{', '.join(shown)} (batch size {size:g}; {', '.join(tasks)})"
+
+
+def _find_common(means: Iterable[pd.Series[float]]) -> tuple[float, list[str]]:
+    """The batch size at which all of these means, by batch size and task, have most tasks in common, and the tasks."""
+    common = set.intersection(*(set(one.index) for one in means))
+    tasks = {size: sorted(task for other, task in common if other == size) for size, _ in sorted(common)}
+    return max(tasks.items(), key=lambda item: len(item[1]))

@@ -97,7 +97,8 @@ def list_task_rules(block: Block, reference: str | None) -> list[str]:
 def describe_reference(reference: str | None, tasks: Sequence[str]) -> str:
     """The tasks that the main table averages, and its reference."""
     if reference is None:
-        return "These runs decide whether a task can be compared at all; they are not compared with each other."
+        averaged = f" Average and hours are over {', '.join(tasks)}." if tasks else ""
+        return f"These runs decide whether a task can be compared; they are not compared with each other.{averaged}"
     if not tasks:
         return "No task is comparable, so there are no differences."
     return f"Average, differences and hours are over {', '.join(tasks)}; reference: {style_of(reference).name}."

@@ -45,7 +45,9 @@ WHY = (
 LOGGED_BATCH = "logs' batch"
 BATCHES = (
     "The logs' batch sizes differ by method and task. Where a cell has two values, they are means over the runs of "
-    "each batch size; compare values of the same batch size."
+    "each batch size; compare values of the same batch size. Averages are over the tasks that a method has at that "
+    "batch size, which are not those of other methods, and tasks differ up to fivefold in steps/s: compare methods "
+    "task by task (Table 7)."
 )
 
 
