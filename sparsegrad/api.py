@@ -32,7 +32,7 @@ from sparsegrad.optim.groups import core_groups, param_groups
 from sparsegrad.optim.moments import MOMENTS
 from sparsegrad.optim.orders import ORDERS
 from sparsegrad.optim.release import refuse_released
-from sparsegrad.optim.rest import check_rest, find_saved, freeze_rest, outside, set_rest_rate
+from sparsegrad.optim.rest import check_rest, find_saved, freeze_rest, outside, refuse_freezing, set_rest_rate
 from sparsegrad.optim.rotation import check_rotation_dtype
 from sparsegrad.optim.selection import count_kept
 from sparsegrad.optim.summary import count_parameters, describe
@@ -110,8 +110,8 @@ def prepare(
         model: called as `model(**batch)`; its result must have a `loss` (see `calibrate`). With engine `exact` its
             function and state dict stay the same, but `weight.grad` of the linears that train becomes a rotated
             gradient, see `rotation_order`. The model may be wrapped in `DistributedDataParallel`, except with engine
-            `fast`, where DDP has to wrap the prepared model. With engine `fast` it may be sharded by FSDP2, before or
-            after the call. Several connected processes calibrate together.
+            `fast` or where `train_rest=False` freezes something: DDP has to wrap the prepared model there. With engine
+            `fast` it may be sharded by FSDP2, before or after the call. Several connected processes calibrate together.
         batches: at least `calibration_steps` mappings of tensors with labels, used for calibration only; None with
             `bases`.
         target_modules: the linears to train: names or ends of names, as in `peft`; a mapping from layer kind to a
@@ -179,17 +179,21 @@ def prepare(
     _check_arguments(batches, lr, bases, calibration_steps, options)
     check_rest(train_rest, modules_to_save, rest_lr, decay_vectors)
     _check_engine(model, options)
-    model = unwrapped(model)  # names, and back-propagation without DDP's gradient averaging
+    given, model = model, unwrapped(model)  # names, and back-propagation without DDP's gradient averaging
     linears = _find_linears(model, target_modules, options)
     rest, saved = outside(model, linears), find_saved(model, modules_to_save or ())
+    if given is not model and not train_rest:
+        refuse_freezing(model, rest, saved)
     # Calibration may take minutes: construct a throwaway optimizer first, so that bad options fail before it.
     SparseGradAdamW(model.parameters(), lr=lr, **adamw)
     if bases is None:
         assert batches is not None
         taken = take_batches(batches, calibration_steps, "calibration_steps")  # too few: names this argument
         bases = calibrate(
-            model, taken, linears, calibration_steps, sides=sides, gram_device=gram_device, progress=progress
-        )
+            model, taken, linears, calibration_steps, sides=sides, gram_device=gram_device, progress=progress,
+            # Ordinary linears, as this order has them in training, too.
+            drop_padding=rotation_order != "gradient",
+        )  # fmt: skip
     else:
         check_same_weights(model)  # `calibrate` checks this in the other case
         bases = _fit_bases(bases, linears, sides)

@@ -230,7 +230,8 @@ def from_gathered(model: nn.Module, make: Callable[[], Value]) -> Value:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside `DistributedDataParallel`, without the prefix of its names and without its gradient hooks."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    inner = getattr(model, "_orig_mod", model)  # of `torch.compile`
+    return inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
 
 
 def _sum_bits(tensor: Tensor) -> int:

@@ -71,7 +71,7 @@ class Entry:
         if self.form != "rotated":
             return None if self.index is None else self.index.long(), self.values
         V, U = (bases[f"{self.kind}.{part}"] for part in BASIS_PARTS)  # (out, c) and (in, r)
-        core = torch.zeros(V.shape[1] * U.shape[1], dtype=torch.float64)
+        core = torch.zeros(V.shape[1] * U.shape[1], dtype=torch.float64, device=V.device)
         core[self.index.long()] = self.values.double()  # type: ignore[union-attr]
         return None, add_rotated(base, core.view(V.shape[1], U.shape[1]), V, U).view(-1)
 

@@ -198,9 +198,8 @@ def _find_named(model: nn.Module, names: Names, rank: int | None) -> dict[str, n
         name: one for found in find_mlp(model, names).values() for name, one in found.items()
     }
     for name in named if rank is not None else ():
-        check_integer(
-            "rank", rank, at_least=1, at_most=_shorter_side(model, name), remedy=f"{name} has no side that is longer"
-        )
+        shorter = _shorter_side(model, name)
+        check_integer("rank", rank, at_least=1, at_most=shorter, remedy=f"the shorter side of {name} is {shorter}")
     return named
 
 
@@ -246,11 +245,21 @@ def _plan(
         chosen = {name for name in chosen if name in blocks or rank <= _shorter_side(model, name)}
     layout = plan_layout(model, changed, [name for name in linears if name in chosen], {*blocks, *(named or {})})
     if not layout.targets:
-        raise UserError(
-            f"rank={rank}, max_error={max_error}: no linear that changed can have LoRA matrices. Its weight must be in "
-            "the base, and its shorter side at least the rank: give a smaller rank, or use sparsegrad.save_adapter"
-        )
+        raise _explain_nothing(rank, max_error)
     return layout
+
+
+def _explain_nothing(rank: int | None, max_error: float | None) -> UserError:
+    """The error where no linear gets LoRA matrices."""
+    if rank is None and max_error is None:
+        return UserError(
+            "no core of a fast linear has changed: train before saving, give rank= to approximate the changes of "
+            "other linears, or use sparsegrad.save_adapter"
+        )
+    return UserError(
+        f"rank={rank}, max_error={max_error}: no linear that changed can have LoRA matrices. Its weight must be in "
+        "the base, and its shorter side at least the rank: give a smaller rank, or use sparsegrad.save_adapter"
+    )
 
 
 def _factor(

@@ -238,4 +238,7 @@ def check_present(name: str, target: Tensor) -> None:
 
 def check_contiguous(name: str, target: Tensor) -> None:
     if not target.is_contiguous():
-        raise UserError(f"{name} is not contiguous in memory: call .contiguous() on it before loading an adapter")
+        raise UserError(
+            f"{name} is not contiguous in memory: before loading an adapter, give it memory that is, by "
+            "p.data = p.data.contiguous() for this p of model.named_parameters()"
+        )

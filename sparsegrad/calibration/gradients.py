@@ -16,7 +16,8 @@ from sparsegrad.basis import SIDES, Basis
 from sparsegrad.calibration.buffers import keep_buffers
 from sparsegrad.calibration.grams import Grams
 from sparsegrad.calibration.inputs import check_batches, check_device, read_linears
-from sparsegrad.calibration.loss import NO_REENTRANT, Batch, compute_loss
+from sparsegrad.calibration.loss import NO_REENTRANT, Batch, check_gradients_enabled, compute_loss
+from sparsegrad.calibration.plain_linears import lean_gradients
 from sparsegrad.distributed import (
     average_,
     check_same_weights,
@@ -31,11 +32,7 @@ from sparsegrad.distributed import (
     whole,
 )
 from sparsegrad.errors import UserError, check_choice, check_integer
-from sparsegrad.layers.lean import LeanLinear
-from sparsegrad.layers.replace import computes_gradient
-from sparsegrad.layers.steps import recheck
 from sparsegrad.optim.release import refuse_released
-from sparsegrad.optim.rotation import Rotation
 from sparsegrad.progress import track
 
 
@@ -55,6 +52,7 @@ def calibrate(
     *,
     sides: str = "both",
     gram_device: torch.device | str | None = None,
+    drop_padding: bool = True,
     update: Callable[[], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Basis]:
@@ -85,6 +83,8 @@ def calibrate(
         gram_device: device of the Gram matrices; `cpu` saves GPU memory. None uses the weights' device, or that of the
             first gradient for a model on several devices (`device_map`). For a LLaMA block (4096, 11008) the sums of
             one kind occupy 0.55 GB.
+        drop_padding: on a CPU, leave padding out of the gradients, which are the same without it. False: the model is
+            called as it is, for losses that are differentiated twice, `torch.func` or nested tensors.
         update: called after each batch, e.g. to take an optimizer step as the authors' code does. The other parameters
             are then not frozen, and the statistics of BatchNorm are not set back.
         progress: called as `progress(items, desc=...)` for the batches, and again for the decompositions; `tqdm` fits,
@@ -95,14 +95,16 @@ def calibrate(
         Layer kind -> `Basis`, in the weights' dtype (float32 for lower precisions) and on the model's device.
 
     Raises:
-        UserError: for names instead of linears, too few batches, a batch without loss, a weight that gets no gradient
-            (with several processes: not from every batch) or several of one batch, a gradient that is not finite, a
-            model sharded by FSDP1 or tensor parallelism, a model that differs between processes, a device that does not
-            exist, or weights whose gradients an optimizer releases.
+        UserError: inside `torch.no_grad()`; for names instead of linears, too few batches, a batch without loss, a
+            weight that gets no gradient (with several processes: not from every batch) or several of one batch, a
+            gradient that is not finite, a model sharded by FSDP1 or tensor parallelism, a model that differs between
+            processes, a device that does not exist, or weights whose gradients an optimizer releases.
     """
     progress = progress or track
     check_integer("steps", steps, at_least=1, remedy="the paper uses 30")
     check_choice("sides", sides, SIDES)
+    check_choice("drop_padding", drop_padding, (True, False))
+    check_gradients_enabled()
     check_device(gram_device)
     found, source = read_linears(mlp), take_batches(batches, steps)
     model = unwrapped(model)
@@ -115,7 +117,11 @@ def calibrate(
     names = _names_of(model, weights)
     counts = dict.fromkeys(names, 0)
     kept = keep_buffers(model) if update is None else nullcontext()
-    with kept, _lean_gradients(found), _collect_gradients(model, weights, grams, counts, freeze=update is None):
+    with (
+        kept,
+        lean_gradients(found, drop_padding),
+        _collect_gradients(model, weights, grams, counts, freeze=update is None),
+    ):
         for _ in progress(range(steps), desc="calibration"):
             compute_loss(model, next(source), device).backward()  # type: ignore[no-untyped-call]
             if update is not None:
@@ -203,31 +209,6 @@ def _names_of(model: nn.Module, weights: Mapping[str, list[Tensor]]) -> dict[int
         for kind, group in weights.items()
         for number, weight in enumerate(group)
     }
-
-
-@contextmanager
-def _lean_gradients(linears: Mapping[str, list[nn.Linear]]) -> Iterator[None]:
-    """Inside the context, the linears compute plain gradients, and on a CPU they leave out padding.
-
-    Padding costs a third of the weight gradients of short texts and nearly all of those of the last block, of which a
-    classifier reads one token. Layers that an earlier `prepare` lets compute rotated gradients are set back meanwhile.
-    """
-    converted: list[LeanLinear] = []
-    before: list[tuple[LeanLinear, Rotation | None, bool]] = []
-    try:
-        for linear in (linear for found in linears.values() for linear in found):
-            if isinstance(linear, LeanLinear):
-                before.append((linear, linear.rotation, linear.drop_padding))
-                recheck()
-                linear.rotation, linear.drop_padding = None, linear.drop_padding or linear.weight.is_cpu
-            elif linear.weight.is_cpu and computes_gradient(linear) and not is_shard(linear.weight):
-                converted.append(LeanLinear.convert(linear, drop_padding=True))
-        yield
-    finally:
-        for layer, rotation, drop_padding in before:
-            layer.rotation, layer.drop_padding = rotation, drop_padding
-        for layer in converted:
-            layer.restore()
 
 
 @contextmanager

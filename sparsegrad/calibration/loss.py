@@ -45,6 +45,12 @@ def compute_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor
     return loss
 
 
+def check_gradients_enabled() -> None:
+    """Raise `UserError` inside `torch.no_grad()` and the like: no loss has gradients there."""
+    if not torch.is_grad_enabled():
+        raise UserError("gradients are switched off (torch.no_grad, inference_mode): calibrate outside of it")
+
+
 def _find_loss(output: Any, labelled: bool) -> Tensor | None:
     """The loss, where transformers' Trainer looks for it. A tuple starts with it only if the batch had labels."""
     if isinstance(output, Mapping):

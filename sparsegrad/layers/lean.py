@@ -25,7 +25,9 @@ from sparsegrad.layers.steps import forget, layers_of, watch
 from sparsegrad.optim.orders import rotated_gradient
 from sparsegrad.optim.rotation import Rotation
 
-_REMEDY = "give prepare rotation_order='gradient', and leave drop_padding and save_dtype off"
+_REMEDY = (
+    "give prepare rotation_order='gradient' (calibrate: drop_padding=False), and leave drop_padding and save_dtype off"
+)
 _PROBE = 16  # leading columns of dy that tell most rows that are not zero; the others are read whole
 
 
@@ -250,9 +252,9 @@ class LeanLinear(nn.Linear):
 
         (None, None) if no token is left out: indexing would only copy.
         """
-        # On a CPU the count is at hand and always pays. Compiled code cannot have a shape that depends on it.
-        at_hand = self.rotation is not None and dy.is_cpu and not torch.compiler.is_compiling()
-        if not (self.drop_padding or at_hand):
+        # On a CPU the count is at hand and always pays.
+        at_hand = self.rotation is not None and dy.is_cpu
+        if not (self.drop_padding or at_hand) or torch.compiler.is_compiling():  # whose shapes cannot depend on it
             return None, None
         found = dy[:, :_PROBE].any(1)
         if bool(found.all()):

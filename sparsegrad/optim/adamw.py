@@ -260,7 +260,8 @@ class SparseGradAdamW(torch.optim.AdamW):
                 step(self)
                 # A fused step does not increment the version counters, by which a `BlockLinear` sees its core move.
                 fused = [group for group in self.param_groups if group["fused"]]
-                torch.autograd.graph.increment_version([weight for group in fused for weight in group["params"]])
+                moved = [weight for group in fused for weight in group["params"] if weight.grad is not None]
+                torch.autograd.graph.increment_version(moved)
             elif bool(finite):
                 step(self)
         finally:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -51,7 +52,8 @@ def rotated_gradient(dy: Tensor, x: Tensor, U: Tensor | None, V: Tensor | None, 
     """V^T dy^T x U (out, in) in the given order.
 
     The product dy^T x has the dtype of the tokens. Each rotation has the dtype of its basis, and its result is cast
-    back to that of the tokens if it precedes the product.
+    back to that of the tokens if it precedes the product; not to float16, where it may overflow although no token
+    does, as a rotation may gather a token's norm in one entry.
 
     Args:
         dy: output gradients (tokens, out).
@@ -62,6 +64,8 @@ def rotated_gradient(dy: Tensor, x: Tensor, U: Tensor | None, V: Tensor | None, 
     Returns:
         The rotated gradient (out, in): in the dtype of the bases if the gradient was rotated, or that of the tokens.
     """
+    if torch.float16 in (x.dtype, dy.dtype) and (order.inputs or order.outputs):
+        x, dy = x.float(), dy.float()
     if U is not None and order.inputs:
         x = (x.to(U.dtype) @ U).to(x.dtype)
     if V is not None and order.outputs:

@@ -75,6 +75,15 @@ def freeze_rest(model: nn.Module, rest: set[int], saved: set[int]) -> None:
             parameter.requires_grad_(id(parameter) in saved)
 
 
+def refuse_freezing(model: nn.Module, rest: set[int], saved: set[int]) -> None:
+    """Raise `UserError` if `freeze_rest` would change what trains, which DDP notes when it wraps a model."""
+    if any(p.requires_grad is not (id(p) in saved) for p in model.parameters() if id(p) in rest):
+        raise UserError(
+            "train_rest=False changes which parameters train, and DistributedDataParallel noted them when it wrapped "
+            "the model: prepare the model first and wrap it afterwards"
+        )
+
+
 def set_rest_rate(optimizer: torch.optim.Optimizer, rest: set[int], lr: Any) -> None:
     """Give the parameters of `rest` a learning rate of their own; groups that hold others too are split.
 

@@ -141,7 +141,7 @@ def _add_transposed(weight: Tensor, other: Tensor) -> None:
 def _make_sparse(index: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     """A matrix in CSR, which torch multiplies twice as fast as COO, from ascending flat positions."""
     rows = index // shape[1]
-    starts = torch.zeros(shape[0] + 1, dtype=index.dtype)
+    starts = torch.zeros(shape[0] + 1, dtype=index.dtype, device=index.device)
     starts[1:] = torch.bincount(rows, minlength=shape[0]).cumsum(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)

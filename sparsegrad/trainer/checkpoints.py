@@ -38,7 +38,8 @@ def seal(checkpoint: Path, facts: Mapping[str, Any]) -> None:
     Raises:
         ResourceError: if a file cannot be written to the disk.
     """
-    paths = sorted(path for path in checkpoint.iterdir() if path.name != MANIFEST)
+    # A folder, of a tokenizer with several chat templates, is not read again.
+    paths = sorted(path for path in checkpoint.iterdir() if path.is_file() and path.name != MANIFEST)
     for path in paths:
         try:
             flush(path)
