@@ -19,13 +19,13 @@ def main(config: DictConfig) -> None:
     run_command(config, find_published)
 
 
-def find_published(model: str, method: str, task: str) -> tuple[float, int] | None:
+def find_published(model: str, method: str, task: str, metric: str) -> tuple[float, int] | None:
     """The paper's score in points and its table, from the files of the checkout; None where it has none."""
     try:
         from experiments.published import score_of  # here: it brings in pandas, an extra
     except ModuleNotFoundError:
         return None
-    return score_of(model, method, task)
+    return score_of(model, method, task, metric)
 
 
 if __name__ == "__main__":

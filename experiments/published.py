@@ -21,6 +21,7 @@ COLUMNS = {
 METHODS = {"Regular FT": "full", "LoRA": "lora", "SparseGrad": "sparsegrad", "MeProp": "meprop"}
 TASKS = {"STSB": "stsb", "CoLA": "cola", "MNLI": "mnli", "MRPC": "mrpc", "QNLI": "qnli", "QQP": "qqp", "RTE": "rte"}
 TASKS |= {"SST2": "sst2"}
+METRICS = {"cola": "matthews_correlation", "stsb": "pearson"}  # of the printed scores; of other tasks, accuracy
 GLUE_MODELS = {4: "roberta_large", 9: "bert_base", 10: "roberta_base"}  # table -> model, scores per task
 SEEDS = (42, 3705, 2023)  # the paper's; the authors' logs have runs with other seeds too
 
@@ -53,8 +54,10 @@ def cells(table: int, folder: Path = DATA) -> dict[tuple[str, str], tuple[str, s
     return {(row.row, row.column): (row.value, row.std) for row in rows.itertuples()}  # type: ignore[misc]
 
 
-def score_of(model: str, method: str, task: str) -> tuple[float, int] | None:
-    """The printed score in points and the number of its table; None where none is printed."""
+def score_of(model: str, method: str, task: str, metric: str) -> tuple[float, int] | None:
+    """The printed score in points and the number of its table; None where none is printed, or one by another metric."""
+    if metric != METRICS.get(task, "accuracy"):
+        return None
     rows = {ours: row for row, ours in METHODS.items()} | {"sparsegrad_authors": "SparseGrad"}
     columns = {ours: column for column, ours in TASKS.items()}
     for table, of in GLUE_MODELS.items():

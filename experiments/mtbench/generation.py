@@ -73,9 +73,11 @@ class Writer:
         folder = str(source.fetch())
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"model {folder} cannot be read: {first_line(error)}") from None
+        if missing := sorted(found["missing_keys"]):
+            raise UserError(f"model {folder} lacks {', '.join(missing[:3])}: it is no language model; name one")
         return cls(model.to(place).eval(), tokenizer, format, max_new_tokens)
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from sparsegrad.assets.hub_errors import explain
 from sparsegrad.errors import UserError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-_SETTINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")  # endings of files beside the weights
+_SETTINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".codes", ".py")  # endings of files beside the weights
 MODEL_OTHERWISE = "give a folder as model.source=, or use model=minilm, which needs no hub"
 
 

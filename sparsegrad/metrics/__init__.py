@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,8 +65,9 @@ def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
         logits = prediction.predictions
         guesses = _make_predictions(task, np.asarray(logits[0] if isinstance(logits, tuple) else logits))
         # Not by `evaluate.load`: it would ask the network, and copy the module to a folder that all processes share.
-        metric = TextClassification(config_name=config, keep_in_memory=True)
-        scores = metric.compute(predictions=guesses, references=np.asarray(prediction.label_ids).reshape(-1))
+        with tempfile.TemporaryDirectory() as folder:  # it makes one even in memory, and the cache may be read-only
+            metric = TextClassification(config_name=config, keep_in_memory=True, cache_dir=folder)
+            scores = metric.compute(predictions=guesses, references=np.asarray(prediction.label_ids).reshape(-1))
         return dict(scores)
 
     return compute

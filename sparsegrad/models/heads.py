@@ -31,7 +31,7 @@ def keep_head(model: Any, config: ModelConfig, task: Task, heads: dict[str, Any]
     Raises:
         UserError: for a source without a head of these labels.
     """
-    found = [str(label) for label in model.config.id2label.values()]
+    found = [str(label) for _, label in sorted(model.config.id2label.items())]  # the file may have any order
     order = _order(found, task)
     if order is None:
         wanted = ", ".join(task.labels) or "one number"

@@ -24,7 +24,9 @@ ASSET = "asset:"
 _OTHER_TOKENIZER = "set model.tokenizer=asset:minilm, which needs no hub and suits a model with random weights"
 _OWN_TOKENIZER = "give a folder as model.tokenizer=, or null for the model's own"
 # Files that loading may read; the code of a model with model.trust_remote_code=true is one of them.
-_CONTENT = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.py")
+_CONTENT = (
+    "*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "*.codes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

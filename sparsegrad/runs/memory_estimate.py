@@ -149,8 +149,8 @@ def _smaller(setup: Setup) -> Iterator[tuple[str, Setup]]:
 
 def make_setup(config: RunConfig, model: nn.Module, linears: Linears) -> Setup:
     """The setup of one run."""
-    architecture: Any = model.config
-    method: Any = config.method
+    whole: Any = model.config
+    architecture, method = whole.get_text_config(), config.method  # for text, of a model that reads images, too
     found = [linear for kind in linears.values() for linear in kind.values()]
     shapes, width = weight_shapes(linears), architecture.hidden_size
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -154,7 +154,8 @@ def _unusual_facts(config: RunConfig, sources: Sources) -> dict[str, Any]:
         facts["precision"] = config.train.precision
     if columns != sorted(columns):  # in this order a pair of texts is read; the data's fingerprint sorts them
         facts["columns"] = columns
-    if model.tokenizer is not None or model.trust_remote_code:  # another one may share its vocabulary; code computes
+    # Another tokenizer may share the vocabulary, another template of it makes other tokens; code computes.
+    if model.tokenizer is not None or model.trust_remote_code or getattr(config.task, "format", None) == "chat":
         facts["source"] = sources.as_json()
     if config.task.is_language and world_size() > 1:  # whose loss is a mean over the tokens of each process
         facts["processes"] = world_size()

@@ -24,14 +24,14 @@ _MODEL = ("weights", "architecture", "pooling", "keep_head", "mlp", "kinds", "de
 _MOST = 200  # records that are looked through for a run of full fine-tuning to compare with
 
 
-Published = Callable[[str, str, str], "tuple[float, int] | None"]
-"""(model, method, task) -> the paper's score in points and its table; None where it has none."""
+Published = Callable[[str, str, str, str], "tuple[float, int] | None"]
+"""(model, method, task, metric) -> the paper's score in points and its table; None where it has none."""
 
 
 def describe_result(config: RunConfig, record: Mapping[str, Any], published: Published | None = None) -> list[str]:
     """The lines after the score: against what, time, memory, and where record, model and adapter are."""
     path, names = config.record_path, (config.model.name, config.method.name, config.task.name)
-    printed = published(*names) if published is not None else None
+    printed = published(*names, config.task.main_metric) if published is not None else None
     scores = [] if printed is None else [f"published {printed[0] / 100:.3f} (Table {printed[1]})"]
     scores += [*_constant_scores(record, _read_arrays(path, record)), *_full_scores(path, record)]
     named = {
@@ -155,6 +155,7 @@ def _facts(record: Mapping[str, Any]) -> tuple[Any, ...]:
         *(config[group]["name"] for group in ("model", "task", "protocol")),
         *(model.get(name) for name in _MODEL),
         record.get("source"),
+        config["task"].get("main_metric"),
         *(data.get(name) for name in ("fingerprint", "train_rows")),
         *(protocol.get(name) for name in ("max_steps", "epochs")),
         train.get("train_rest"),

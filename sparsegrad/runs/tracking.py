@@ -5,6 +5,7 @@ A run keeps its identity over interruptions: its key names the W&B run and the T
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -75,9 +76,12 @@ def tracked(config: RunConfig, trainer: Trainer, record: Mapping[str, Any], stop
 
 
 def run_title(config: RunConfig) -> str:
-    """A readable name that is a valid folder: task, model, method, learning rate, seed, start of the key."""
+    """A readable name that is a valid folder: task, model, method, learning rate, seed, name, start of the key.
+
+    The same settings under two names are two runs.
+    """
     parts = (config.task.name, config.model.name, config.method.name, f"lr{config.train.lr:g}", f"seed{config.seed}")
-    return "-".join((*parts, config.key[:6]))
+    return "-".join((*parts, _clean(config.name), config.key[:6]))
 
 
 def run_facts(config: RunConfig, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,10 +290,14 @@ _TRACKERS: dict[str, type[Tracker]] = {"wandb": WandbTracker, "tensorboard": Ten
 
 
 def _run_id(config: RunConfig) -> str:
-    """The key; a run that is made anew on purpose does not continue the earlier one."""
-    if config.resume and not config.force:
-        return config.key
-    return f"{config.key}-{datetime.now(UTC):%Y%m%d%H%M%S}"
+    """Key and name; a run that is made anew on purpose does not continue the earlier one."""
+    found = f"{config.key}-{_clean(config.name)}"
+    return found if config.resume and not config.force else f"{found}-{datetime.now(UTC):%Y%m%d%H%M%S}"
+
+
+def _clean(name: str) -> str:
+    """A name of records, which may have dots and slashes, for a folder or the id of a run."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
 
 
 def _rename(name: str) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from sparsegrad.errors import UserError
+from sparsegrad.errors import UserError, fail
 from sparsegrad.tasks.base import Splits, Task, make_dataset
 
 
@@ -22,28 +22,30 @@ class Official:
 
     Attributes:
         folder: of the task's files.
-        columns: names in the file of the task's text columns, followed by the name of its label.
+        texts: text columns by their names on the hub, with those in the file.
+        label: name of the label in the file.
         dev: file of the validation split.
         header: the columns of a file without a header line; None: the first line is the header.
     """
 
     folder: str
-    columns: tuple[str, ...]
+    texts: Mapping[str, str]
+    label: str = "label"
     dev: str = "dev.tsv"
     header: tuple[str, ...] | None = None
 
 
-_PAIR = ("sentence1", "sentence2")
+_ONE, _PAIR = {"sentence": "sentence"}, {"sentence1": "sentence1", "sentence2": "sentence2"}
 OFFICIAL = {
-    "cola": Official("CoLA", ("sentence", "label"), header=("source", "label", "star", "sentence")),
-    "sst2": Official("SST-2", ("sentence", "label")),
-    "mrpc": Official("MRPC", ("#1 String", "#2 String", "Quality")),
-    "stsb": Official("STS-B", (*_PAIR, "score")),
-    "qqp": Official("QQP", ("question1", "question2", "is_duplicate")),
-    "mnli": Official("MNLI", (*_PAIR, "gold_label"), dev="dev_matched.tsv"),
-    "qnli": Official("QNLI", ("question", "sentence", "label")),
-    "rte": Official("RTE", (*_PAIR, "label")),
-    "wnli": Official("WNLI", (*_PAIR, "label")),
+    "cola": Official("CoLA", _ONE, header=("source", "label", "star", "sentence")),
+    "sst2": Official("SST-2", _ONE),
+    "mrpc": Official("MRPC", {"sentence1": "#1 String", "sentence2": "#2 String"}, "Quality"),
+    "stsb": Official("STS-B", _PAIR, "score"),
+    "qqp": Official("QQP", {"question1": "question1", "question2": "question2"}, "is_duplicate"),
+    "mnli": Official("MNLI", {"premise": "sentence1", "hypothesis": "sentence2"}, "gold_label", "dev_matched.tsv"),
+    "qnli": Official("QNLI", {"question": "question", "sentence": "sentence"}),
+    "rte": Official("RTE", _PAIR),
+    "wnli": Official("WNLI", _PAIR),
 }
 MAX_LINE = 2**24  # bytes; a file that is no text table may be a single line of gigabytes
 # The published QQP has lines that an unquoted line break splits in two, and empty questions. The hub's copy drops the
@@ -186,13 +188,14 @@ def _parse_json(rows: Rows, number: int, line: str) -> dict[str, Any]:
 
 def _read_tsv(task: Task, path: Path) -> datasets.Dataset:
     rows, official, found = Rows(task, path), OFFICIAL[task.name], lines(path)
+    if not set(task.columns) <= set(official.texts):
+        raise fail("task.columns", list(task.columns), f"{path} has {', '.join(official.texts)}")
+    wanted = (*(official.texts[name] for name in task.columns), official.label)
     header = official.header or tuple(next(found, (1, ""))[1].split("\t"))
-    missing = [name for name in official.columns if name not in header]
+    missing = [name for name in wanted if name not in header]
     if missing:
-        raise rows.error(
-            1, f"column {', '.join(missing)} is missing: task={task.name} needs {', '.join(official.columns)}"
-        )
-    *texts, label = (header.index(name) for name in official.columns)
+        raise rows.error(1, f"column {', '.join(missing)} is missing: task={task.name} needs {', '.join(wanted)}")
+    *texts, label = map(header.index, wanted)
     for number, line in found:
         if not line:  # such as at the end of a file that an editor saved; it holds no row
             continue
@@ -222,6 +225,8 @@ def _check_fields(rows: Rows, number: int, fields: list[str], header: tuple[str,
 
 def _parse_label(task: Task, text: str) -> Any:
     """Convert a label to its id or number; a name stays text, and `Rows.add` refuses what is none of them."""
+    if text in task.labels:  # a name may be a number
+        return text
     try:
         return float(text) if task.is_regression else int(text)
     except ValueError:

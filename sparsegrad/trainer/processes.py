@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 
@@ -16,11 +17,22 @@ _CONNECTION_ERRORS = ("Connection closed by peer", "Connection reset by peer", "
 
 
 def connect(device: torch.device) -> None:
-    """Connect the processes that a launcher started: by NCCL on CUDA, otherwise by gloo. A single one needs nothing."""
+    """Connect the processes that a launcher started: by NCCL on CUDA, otherwise by gloo. A single one needs nothing.
+
+    Raises:
+        UserError: where the environment tells of several processes but not how to connect them. Each would train
+            alone, on its part of the rows.
+    """
     if world_size() > 1 and not connected():
         from accelerate import PartialState  # type: ignore[import-untyped]
 
-        PartialState(cpu=device.type == "cpu")
+        with contextlib.suppress(ValueError):
+            PartialState(cpu=device.type == "cpu")
+        if not connected():
+            raise UserError(
+                f"WORLD_SIZE={world_size()} is set, but not all of RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: "
+                "start with torchrun or accelerate launch, or unset WORLD_SIZE for a single process"
+            )
 
 
 def largest(number: int) -> int:

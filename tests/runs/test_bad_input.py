@@ -23,6 +23,7 @@ from sparsegrad.basis import Basis, save_bases
 from sparsegrad.errors import UserError
 from sparsegrad.runs.preflight import check_rows
 from sparsegrad.runs.tokenized_splits import token_sets
+from sparsegrad.trainer.processes import connect
 
 
 @pytest.mark.usefixtures("nothing_loaded")
@@ -185,6 +186,15 @@ def test_a_missing_tracker_is_named(refused: Refused, monkeypatch: pytest.Monkey
     line = refused("tracker=wandb")
     assert "pip install -e '.[wandb]'" in line
     assert "tracker=none" in line
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_several_processes_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """As in a cluster's job that exports its size: each process would train alone, on its part of each batch."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="WORLD_SIZE=2 is set, but not all of RANK, LOCAL_RANK"):
+        connect(torch.device(device))
 
 
 @pytest.mark.parametrize("check", ["rows", "windows"])

@@ -161,6 +161,14 @@ def test_a_checkpoint_is_on_the_disk_before_its_manifest(
     assert names == [*files, checkpoint.name, MANIFEST, checkpoint.name, tmp_path.name]
 
 
+def test_a_tokenizers_folder_of_chat_templates_does_not_hinder_a_checkpoint(checkpoints: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-2"
+    shutil.copytree(checkpoints / checkpoint.name, checkpoint)
+    (checkpoint / "additional_chat_templates").mkdir()
+    seal(checkpoint, {})
+    assert "additional_chat_templates" not in json.loads((checkpoint / MANIFEST).read_text())["files"]
+
+
 class Count(TrainerCallback):  # type: ignore[misc]
     """Bytes and checkpoints that lie there when one has just been written, before older ones go, and at each step."""
 

@@ -32,6 +32,11 @@ def score(of: Task, logits: list[list[float]], labels: list[float]) -> dict[str,
 LOGITS = [[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.5]]  # predicts 0 1 1 0
 
 
+def test_scores_need_no_writable_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", "/proc/nowhere")
+    assert score(task(), LOGITS, [0, 1, 0, 0]) == {"accuracy": 0.75}
+
+
 def test_accuracy_and_f1() -> None:
     assert score(task(), LOGITS, [0, 1, 0, 0]) == {"accuracy": 0.75}
     assert score(task(metric="accuracy_f1"), LOGITS, [0, 1, 0, 0]) == pytest.approx({"accuracy": 0.75, "f1": 2 / 3})

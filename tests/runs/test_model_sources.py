@@ -141,6 +141,20 @@ def test_a_kept_head_has_its_rows_in_the_order_of_the_tasks_labels(made: Made, s
     assert made("model.keep_head=true").key != made().key
 
 
+def test_a_kept_head_is_read_by_the_numbers_of_its_labels_not_their_order_in_the_file(made: Made, source: Path) -> None:
+    edit_config(source, id2label={"1": "Negative", "0": "Positive"}, label2id={"Positive": 0, "Negative": 1})
+    before, model = load_file(source / "model.safetensors"), loaded(made("model.keep_head=true"))
+    assert torch.equal(model.classifier.weight, before["classifier.weight"].flip(0))
+
+
+def test_another_chat_template_is_another_source(made: Made, source: Path) -> None:
+    keys = set()
+    for template in ("A", "B"):
+        (source / "chat_template.jinja").write_text(template)
+        keys.add(find_sources(made().model).model.identity)
+    assert len(keys) == 2
+
+
 def test_a_head_of_other_labels_cannot_be_kept_and_the_remedy_works(made: Made, source: Path) -> None:
     edit_config(source, id2label={"0": "LABEL_0", "1": "LABEL_1"}, label2id={"LABEL_0": 0, "LABEL_1": 1})
     with pytest.raises(UserError, match=r"LABEL_0.*model\.keep_head=false"):

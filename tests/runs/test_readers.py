@@ -55,8 +55,8 @@ def official(root: Path, name: str, end: str = "") -> tuple[Path, Task]:
     lines = [] if files.header else ["\t".join(header)]
     for number in range(10):
         label = task.labels[number % 2] if name in ("mnli", "qnli", "rte") else str(number % 2)
-        row = dict.fromkeys(header, "0") | {column: f"text {number} of {column}" for column in files.columns[:-1]}
-        lines.append("\t".join((row | {files.columns[-1]: label})[column] for column in header))
+        row = dict.fromkeys(header, "0") | {column: f"text {number} of {column}" for column in files.texts.values()}
+        lines.append("\t".join((row | {files.label: label})[column] for column in header))
     (root / files.folder).mkdir(parents=True)
     for part in ("train.tsv", files.dev):
         (root / files.folder / part).write_text("\n".join(lines) + "\n" + end, encoding="utf-8")
@@ -69,7 +69,7 @@ def test_a_stray_tab_is_refused_wherever_it_is(name: str, tmp_path: Path) -> Non
     path = root / OFFICIAL[name].folder / "train.tsv"
     good = path.read_text(encoding="utf-8")
     before = task.load(DataConfig(dir=str(root))).train.to_dict()
-    for column in OFFICIAL[name].columns[:-1]:
+    for column in OFFICIAL[name].texts.values():
         number = 1 + next(i for i, line in enumerate(good.split("\n")) if f"text 4 of {column}" in line)
         path.write_text(good.replace(f"text 4 of {column}", f"text\t4 of {column}"), encoding="utf-8")
         fields = len(OFFICIAL[name].header or HEADERS[name].split(" "))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from run_fixtures import ROOT, Composer, Tiny, write_rows
 
+from experiments.published import score_of
 from experiments.reproduce.cells import in_evidence
 from sparsegrad import interrupt, threads
 from sparsegrad.cli import quickstart_table, running
@@ -122,6 +123,15 @@ def test_full_fine_tuning_on_other_data_or_otherwise_is_not_compared_with(tiny: 
     assert show_comparison(config, record) == ""
     value = run(tiny("method=full", "protocol.max_steps=2", "force=true"))[0]["result"]["value"]
     assert show_comparison(config, record) == f"{value:.4f}"
+
+
+def test_scores_of_another_metric_are_not_compared_with(tiny: Tiny) -> None:
+    run(tiny("method=full", "protocol.max_steps=2"))
+    config = tiny("method=lora", "protocol.max_steps=2", "task.main_metric=f1", "+task.metric=accuracy_f1")
+    record, _ = run(config)
+    assert show_comparison(config, record) == ""
+    assert score_of("bert_base", "full", "mrpc", "f1") is None
+    assert score_of("bert_base", "full", "mrpc", "accuracy") is not None
 
 
 def test_another_learning_rate_of_full_fine_tuning_is_named(tiny: Tiny) -> None:

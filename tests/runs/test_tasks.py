@@ -25,9 +25,9 @@ ALL = sorted({path.stem for path in CONF.glob("*.yaml")} - set(LANGUAGE))
 GLUE = sorted(OFFICIAL)
 
 
-def make(name: str) -> Task:
+def make(name: str, **changes: Any) -> Task:
     """The task of conf/task/<name>.yaml, built the way a run builds it."""
-    conf: dict[str, Any] = dict(OmegaConf.load(CONF / f"{name}.yaml"))
+    conf: dict[str, Any] = {**OmegaConf.load(CONF / f"{name}.yaml"), **changes}
     task: Task = get_class(conf.pop("_target_"))(**conf)
     return task
 
@@ -51,12 +51,13 @@ def write_jsonl(root: Path, task: Task, train: list[dict[str, Any]], validation:
 
 def tsv(task: Task, rows: list[dict[str, Any]]) -> str:
     official = OFFICIAL[task.name]
-    names = official.header or ("index", *official.columns)
+    columns = [*(official.texts[column] for column in task.columns), official.label]
+    names = official.header or ("index", *columns)
     words = task.name in ("mnli", "qnli", "rte")
     text = "" if official.header else "\t".join(names) + "\n"
     for row in rows:
         label = task.labels[row["label"]] if words else str(row["label"])
-        cells = dict(zip(official.columns, [*(row[column] for column in task.columns), label], strict=True))
+        cells = dict(zip(columns, [*(row[column] for column in task.columns), label], strict=True))
         text += "\t".join(cells.get(name, "0") for name in names) + "\n"
     return text
 
@@ -201,6 +202,24 @@ def test_a_malformed_official_line_is_named(tmp_path: Path, name: str, text: str
     (root / OFFICIAL[name].folder / "train.tsv").write_text(text)
     with pytest.raises(UserError, match=message):
         task.load(DataConfig(dir=str(root)))
+
+
+def test_a_label_whose_name_is_a_number_is_read_by_its_name(tmp_path: Path) -> None:
+    task = make("sst2", labels=["1", "0"])
+    root = write_official(tmp_path, task, sample(task), sample(task))
+    (root / "SST-2" / "train.tsv").write_text("sentence\tlabel\ngood\t1\nbad\t0\n")
+    assert task.load(DataConfig(dir=str(root))).train["label"][:] == [0, 1]
+
+
+def test_official_files_are_read_by_the_names_of_the_columns(tmp_path: Path) -> None:
+    task = make("mnli")
+    root = write_official(tmp_path, task, sample(task), sample(task))
+    turned = make("mnli", columns=["hypothesis", "premise"]).load(DataConfig(dir=str(root))).train
+    assert turned["premise"][:] == task.load(DataConfig(dir=str(root))).train["premise"][:]
+    (alone,) = {tuple(make("mnli", columns=["premise"]).load(DataConfig(dir=str(root))).train.column_names)}
+    assert set(alone) == {"premise", "label"}
+    with pytest.raises(UserError, match=r"task\.columns=\['text'\] is not allowed: .* has premise, hypothesis"):
+        make("mnli", columns=["text"]).load(DataConfig(dir=str(root)))
 
 
 def test_the_flaws_of_qqp_are_counted_not_hidden(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_wandb_continues_the_run_of_the_same_key(
     monkeypatch.setattr(wandb, "init", init)
     config = tiny(*LONG, "tracker=wandb")
     record = interrupt_and_resume(config)
-    assert [one["id"] for one in started] == [config.key] * 2
+    assert [one["id"] for one in started] == [f"{config.key}-{config.name}"] * 2
     assert {one["resume"] for one in started} == {"allow"}
     assert started[0]["name"] == run_title(config)
     facts = json.loads(json.dumps(started[0]["config"]))  # plain data
@@ -100,12 +100,19 @@ def test_wandb_continues_the_run_of_the_same_key(
     assert f"wandb sync {config.work_dir}/wandb/offline-run-*-of-the-key" in capsys.readouterr().err
 
 
+def test_the_same_settings_under_two_names_are_two_runs(tiny: Tiny) -> None:
+    one, other = tiny("name=one"), tiny("name=an.other.one")
+    assert one.key == other.key
+    titles = {run_title(config) for config in (one, other)}
+    assert titles == {run_title(one), run_title(one).replace("-one-", "-an_other_one-")}
+
+
 def test_wandb_writes_its_files_without_a_network(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     config = tiny("tracker=wandb", "protocol.max_steps=2")
     assert run(config)[0]["status"] == "complete"
-    assert len(list(Path(config.work_dir).glob(f"wandb/offline-run-*-{config.key}/*.wandb"))) == 1
+    assert len(list(Path(config.work_dir).glob(f"wandb/offline-run-*-{config.key}-{config.name}/*.wandb"))) == 1
     assert wandb.run is None  # the next run of this process is another
 
 
