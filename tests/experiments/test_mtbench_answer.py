@@ -84,6 +84,21 @@ def load_writer(model: Path, count: int) -> Writer:
     return Writer.load(find_source(str(model)), format="inst", max_new_tokens=count, device="cpu", dtype=torch.float32)
 
 
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_model_without_a_head_for_language_is_refused(model: Path, tmp_path: Path, is_tied: bool) -> None:
+    """Its head would be random; one that is tied to the embeddings is none that is missing."""
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+    shutil.copytree(model, tmp_path / "copy")
+    kind: Any = LlamaForCausalLM if is_tied else LlamaForSequenceClassification
+    kind.from_pretrained(model, tie_word_embeddings=is_tied).save_pretrained(tmp_path / "copy")
+    if is_tied:
+        assert load_writer(tmp_path / "copy", 2)
+    else:
+        with pytest.raises(UserError, match=r"lacks lm_head\.weight: it is no language model"):
+            load_writer(tmp_path / "copy", 2)
+
+
 def test_every_question_is_answered_in_fastchats_schema(run: Answering, tmp_path: Path) -> None:
     assert run() == 0
     rows = read_lines(tmp_path / "out" / "model_answer" / "tiny.jsonl")

@@ -41,7 +41,7 @@ def test_the_card_states_the_errors_and_is_kept_once_edited(tmp_path: Path, capl
         ({"rank": WIDTH + 1}, f"rank={WIDTH + 1}.* give a smaller rank"),
         (
             {"rank": WIDTH + 1, "target_modules": list(MLP)},
-            rf"rank={WIDTH + 1} .* to {WIDTH};.*intermediate\.dense",
+            rf"rank={WIDTH + 1} .* to {WIDTH};.*shorter side of .*intermediate\.dense is {WIDTH}",
         ),
         ({"max_error": 0}, "max_error=0 .* below 1"),
         ({"max_error": 1.0}, "max_error=1.0 .* below 1"),
@@ -157,3 +157,13 @@ def test_after_an_error_the_old_adapter_is_complete(
     with pytest.raises(UserError, match="No space left"):
         save_lora(perturbed(base), tmp_path, base, rank=3)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_fast_linears_that_have_not_trained_are_named_as_the_reason(tmp_path: Path) -> None:
+    model = bert()
+    base = copy.deepcopy(model)
+    fast(model)
+    with torch.no_grad():
+        model.classifier.bias += 1
+    with pytest.raises(UserError, match="no core of a fast linear has changed: train before saving, give rank="):
+        save_lora(model, tmp_path / "lora", base=base)

@@ -11,6 +11,7 @@ from model_zoo import tiny_model
 from peft_cases import needs_lora_ga
 from run_fixtures import Tiny
 from torch import nn
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 from sparsegrad.errors import UserError
 from sparsegrad.runs.memory_estimate import GIB, Setup, check_fits, estimate_memory, make_setup
@@ -64,6 +65,23 @@ def test_the_mlp_width_is_that_of_the_linears(layout: str, mlp_width: int, kinds
     linears = dict(list(find_mlp(model).items())[:kinds])
     setup = make_setup(config, model, linears)  # type: ignore[arg-type]
     assert (setup.width, setup.mlp_width, setup.depth, setup.vocabulary, setup.tokens) == (16, mlp_width, 2, 50, 36)
+
+
+def test_a_model_that_reads_images_too_is_measured_by_its_part_for_text() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 50}
+    vision = {**sizes, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    model = AutoModelForCausalLM.from_config(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    )
+    config = SimpleNamespace(
+        method=SimpleNamespace(name="full"),
+        train=SimpleNamespace(batch_size=4, precision="fp32", gradient_checkpointing=False, train_rest=False),
+        data=SimpleNamespace(max_length=9),
+        task=SimpleNamespace(is_language=True),
+    )
+    setup = make_setup(config, model, find_mlp(model, "llama"))  # type: ignore[arg-type]
+    assert (setup.width, setup.mlp_width, setup.depth, setup.vocabulary) == (16, 32, 2, 50)
 
 
 ADDED = {  # one block: a weight (64, 32) and a weight (32, 64)

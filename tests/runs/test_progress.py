@@ -83,6 +83,12 @@ def interrupt(clock: Clock) -> None:
     raise KeyboardInterrupt
 
 
+def test_without_a_screen_at_all_nothing_is_shown(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a daemon, or after `2>&-`."""
+    monkeypatch.setattr("sys.stderr", None)
+    run_three_minutes(clock)
+
+
 def test_a_log_file_gets_a_plain_line_every_30_seconds(clock: Clock, show: Any) -> None:
     screen = show(terminal=False)
     run_three_minutes(clock)
