@@ -279,8 +279,13 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
+def has_terminal() -> bool:
+    """Whether stderr is a terminal; it may also be None, as after `2>&-`."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def _is_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return has_terminal() and os.environ.get("TERM") != "dumb"
 
 
 def _bar_characters() -> str:

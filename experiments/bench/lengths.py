@@ -13,7 +13,7 @@ from sparsegrad.errors import check_choice
 
 LENGTHS = Path(__file__).with_name("lengths.json")
 PADDINGS = ("max_length", "longest", "none")
-_GROUP = 50  # batches that are sorted by length together, as `group_by_length` of `transformers` does
+_GROUP = 50  # batches that are drawn, and with `longest` sorted by length, together, as `group_by_length` does
 
 
 @cache
@@ -30,7 +30,7 @@ def mean_length(task: str, most: int) -> float:
 
 
 def batch_lengths(task: str, batch: int, most: int, padding: str, count: int, seed: int) -> list[list[int]]:
-    """Token lengths of the rows of `count` batches.
+    """Token lengths of the rows of `count` batches; a smaller count gives the first of them.
 
     Args:
         task: task whose lengths are drawn.
@@ -47,11 +47,13 @@ def batch_lengths(task: str, batch: int, most: int, padding: str, count: int, se
         return [[most] * batch for _ in range(count)]
     check_choice("task", task, tuple(histograms()))
     generator = torch.Generator().manual_seed(seed)
-    # Sorting needs a full group of batches, even if fewer are asked for.
-    lengths = _draw(task, batch * max(count, _GROUP if padding == "longest" else 0), generator).clamp(max=most)
-    if padding == "longest":
-        lengths = _grouped(lengths, batch, generator)
-    return [rows.tolist() for rows in lengths.view(-1, batch)][:count]
+    made: list[list[int]] = []
+    while len(made) < count:  # whole groups, so that the batches do not depend on their number
+        lengths = _draw(task, batch * _GROUP, generator).clamp(max=most)
+        if padding == "longest":
+            lengths = _sorted(lengths, batch, generator)
+        made += lengths.view(-1, batch).tolist()
+    return made[:count]
 
 
 def token_batch(lengths: list[int], width: int, vocabulary: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -70,8 +72,7 @@ def _draw(task: str, count: int, generator: torch.Generator) -> Tensor:
     return torch.tensor(list(found))[torch.multinomial(rows, count, replacement=True, generator=generator)]
 
 
-def _grouped(lengths: Tensor, batch: int, generator: torch.Generator) -> Tensor:
-    """Sort rows within groups of batches, then shuffle whole batches."""
-    groups = [group.sort(descending=True).values for group in torch.split(lengths, batch * _GROUP)]
-    batches = torch.cat(groups).view(-1, batch)
+def _sorted(lengths: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """Sort the rows of a group of batches, then shuffle whole batches."""
+    batches = lengths.sort(descending=True).values.view(-1, batch)
     return batches[torch.randperm(len(batches), generator=generator)].flatten()

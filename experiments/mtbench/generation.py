@@ -77,7 +77,8 @@ class Writer:
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"model {folder} cannot be read: {first_line(error)}") from None
         if missing := sorted(found["missing_keys"]):
-            raise UserError(f"model {folder} lacks {', '.join(missing[:3])}: it is no language model; name one")
+            lacks = ", ".join(missing[:3])
+            raise UserError(f"model {folder} lacks {lacks}, which would be random: give a causal language model")
         return cls(model.to(place).eval(), tokenizer, format, max_new_tokens)
 
     def __post_init__(self) -> None:
@@ -117,7 +118,10 @@ class Writer:
 
     def _count_new_tokens(self, length: int) -> int:
         """`max_new_tokens`, or fewer if the model's context window ends before."""
-        window = getattr(self.model.config, "max_position_embeddings", None) or length + self.max_new_tokens
+        window = (
+            getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+            or length + self.max_new_tokens
+        )
         if window <= length:
             raise UserError(
                 f"a conversation of {length} tokens fills the model's window of {window}: "

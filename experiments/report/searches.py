@@ -18,13 +18,8 @@ from sparsegrad.runs.records import read_record
 from sparsegrad.sweeps.search_results import KEY as RATE
 from sparsegrad.sweeps.search_way import describe_setting
 
-ALIKE = (
-    "sampler",
-    "pruner",
-    "space",
-    "direction",
-    "seed",
-)  # what the searches of all methods have in common, besides their budget
+# What the searches of all methods have in common, besides their budget.
+ALIKE = ("sampler", "pruner", "space", "direction", "seed")
 CURRENT = ""  # a run whose values are those of its search as it is now
 
 

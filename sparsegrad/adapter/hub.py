@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ from sparsegrad.adapter.format import FACTS, TENSORS, read_adapter, tensors_path
 from sparsegrad.arguments import explained, show
 from sparsegrad.errors import UserError, first_line
 from sparsegrad.files import unwritable
-from sparsegrad.progress import foreign_bars, is_quiet, job
+from sparsegrad.progress import foreign_bars, has_terminal, is_quiet, job
 
 _NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*")  # org/name, or the name alone of a few old models
 _CARD = "README.md"
@@ -175,7 +174,7 @@ def _show_job(name: str) -> Iterator[None]:
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     has_bars = not are_progress_bars_disabled()
-    hides_bars = has_bars and (is_quiet() or not sys.stderr.isatty())
+    hides_bars = has_bars and (is_quiet() or not has_terminal())
     if hides_bars:
         disable_progress_bars()
     try:

@@ -239,6 +239,6 @@ def check_present(name: str, target: Tensor) -> None:
 def check_contiguous(name: str, target: Tensor) -> None:
     if not target.is_contiguous():
         raise UserError(
-            f"{name} is not contiguous in memory: before loading an adapter, give it memory that is, by "
-            "p.data = p.data.contiguous() for this p of model.named_parameters()"
+            f"{name} is not contiguous in memory: before loading an adapter, run t = model.state_dict(keep_vars=True)"
+            f"[{name!r}]; t.data = t.data.contiguous()"
         )

@@ -48,7 +48,7 @@ def compute_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor
 def check_gradients_enabled() -> None:
     """Raise `UserError` inside `torch.no_grad()` and the like: no loss has gradients there."""
     if not torch.is_grad_enabled():
-        raise UserError("gradients are switched off (torch.no_grad, inference_mode): calibrate outside of it")
+        raise UserError("gradients are switched off: call this outside torch.no_grad() and inference_mode()")
 
 
 def _find_loss(output: Any, labelled: bool) -> Tensor | None:

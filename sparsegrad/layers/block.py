@@ -251,7 +251,9 @@ class BlockLinear(nn.Module):
         if not torch.is_grad_enabled():  # spares the products and casts that only a gradient needs
             return nn.functional.linear(x, W.to(x.dtype), bias)
         refuse_transforms(REMEDY)
-        U_r, V_c = self.in_basis.to(x.dtype), self.out_basis.to(x.dtype)
+        # A projection gathers a token's norm in few entries, and float16 may not hold it.
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        U_r, V_c = self.in_basis.to(dtype), self.out_basis.to(dtype)
         return BlockProduct.apply(x, W, bias, self.core, U_r, V_c)  # type: ignore[no-untyped-call, no-any-return]
 
     def _apply(self, *args: Any, **kwargs: Any) -> BlockLinear:

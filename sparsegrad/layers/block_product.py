@@ -32,7 +32,7 @@ class BlockProduct(torch.autograd.Function):
         # x (T, in) itself is not saved: its gradient needs only W, and that of the core only x U_r (T, r). As in
         # `nn.Linear`, W may change before a backward pass that does not need it.
         needs_x, _, _, needs_core, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x @ U_r if needs_core else None, W if needs_x else None, V_c)
+        ctx.save_for_backward(x.to(U_r.dtype) @ U_r if needs_core else None, W if needs_x else None, V_c)
         ctx.core_dtype, ctx.layout = core.dtype, layout_of(core)
         return nn.functional.linear(x, W.to(x.dtype), bias)
 
@@ -43,7 +43,7 @@ class BlockProduct(torch.autograd.Function):
         # FSDP2 has gathered W again by now. Storing a cast copy between the passes would undo that: it is made twice.
         dx = dy @ W.to(dy.dtype) if ctx.needs_input_grad[0] else None
         db = dy.sum(0) if ctx.needs_input_grad[2] else None
-        dcore = core_gradient(dy, x_r, V_c).to(ctx.core_dtype) if ctx.needs_input_grad[3] else None
+        dcore = core_gradient(dy.to(V_c.dtype), x_r, V_c).to(ctx.core_dtype) if ctx.needs_input_grad[3] else None
         if dcore is not None and ctx.layout is not None:
             dcore = average_shards(dcore, ctx.layout)
         return dx, None, db, dcore, None, None

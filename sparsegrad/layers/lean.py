@@ -89,7 +89,7 @@ class LeanLinear(nn.Linear):
         linear: the linear whose weight (out, in) and bias this layer shares.
         drop_padding: leave out tokens whose output gradient is zero, as it is for padding. The sums are the same with
             fewer terms. The number of such tokens is read on the host, which makes the CPU wait for a GPU. On a CPU a
-            layer with a rotation always does this.
+            layer with a rotation always does this; compiled code never does, as its shapes cannot depend on the number.
         save_dtype: dtype in which x is saved for dW, such as `torch.bfloat16`: half the memory, but rounded products.
 
     Raises:

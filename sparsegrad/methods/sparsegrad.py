@@ -59,7 +59,7 @@ class SparseGrad:
             micro-batch.
         backward: for engine `layer`: `regular` or `sparse_dense`.
         sides: what engine `exact` rotates: `both` (the method), or only `in`, `out` or `small`. One side is not the
-            method, but its rotation costs a sixth (see docs/performance.md).
+            method, but its rotation costs a sixth to a fifth (see docs/performance.md).
         moments: for engine `exact`: `dense` (the method) or `support`, which needs a tenth of the memory and is not
             the method.
         release_gradients: for engine `exact`: update each MLP weight as soon as its gradient is computed, then free

@@ -51,9 +51,9 @@ def cheapest_order(tokens: int, n_in: int, n_out: int, sides: str = "both") -> O
 def rotated_gradient(dy: Tensor, x: Tensor, U: Tensor | None, V: Tensor | None, order: Order) -> Tensor:
     """V^T dy^T x U (out, in) in the given order.
 
-    The product dy^T x has the dtype of the tokens. Each rotation has the dtype of its basis, and its result is cast
-    back to that of the tokens if it precedes the product; not to float16, where it may overflow although no token
-    does, as a rotation may gather a token's norm in one entry.
+    The product dy^T x has the dtype of the tokens; float32 instead of float16 if a rotation precedes it, because that
+    rotation may gather a token's norm in one entry and overflow. Each rotation has the dtype of its basis, and its
+    result is cast to that of the product.
 
     Args:
         dy: output gradients (tokens, out).

@@ -1,6 +1,6 @@
 """Trackers of a run: Weights & Biases and TensorBoard, with the experiment as the run's configuration.
 
-A run keeps its identity over interruptions: its key names the W&B run and the TensorBoard folder.
+A run keeps its identity over interruptions: its key and name give the W&B run and the TensorBoard folder.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback
 
 from sparsegrad.distributed import is_main, on_main
 from sparsegrad.errors import ResourceError, first_line
+from sparsegrad.hashing import json_sha256
 from sparsegrad.optim.group_checks import is_sparse
 from sparsegrad.optim.scratch import Scratch
 from sparsegrad.optim.selection import select
@@ -196,7 +197,7 @@ class WandbTracker(Tracker):
     """A run of Weights & Biases; offline runs are uploaded later with `wandb sync`."""
 
     def open(self, step: int) -> None:
-        """Start the run, or continue the one of the same key.
+        """Start the run, or continue the one of the same key and name.
 
         Raises:
             ResourceError: if wandb refuses, for example because its server cannot be reached.
@@ -296,8 +297,9 @@ def _run_id(config: RunConfig) -> str:
 
 
 def _clean(name: str) -> str:
-    """A name of records, which may have dots and slashes, for a folder or the id of a run."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+    """A name, which may be long and have dots, spaces and other letters, for a folder or the id of a run."""
+    clean = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+    return name if name == clean and len(name) <= 64 else f"{clean[:64]}-{json_sha256(name)[:6]}"
 
 
 def _rename(name: str) -> str:

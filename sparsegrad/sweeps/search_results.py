@@ -30,7 +30,7 @@ OWN_NAME = "store these settings as conf/method/NAME.yaml with name: NAME, and g
 _AMOUNT = ("density", "keep")
 # Groups whose settings a search and its runs have in common, apart from the method.
 CONDITIONS = ("train", "data", "protocol", "model")
-MINIMIZED = dict.fromkeys(("nll", "perplexity"), "minimize")
+LOSSES = frozenset({"nll", "perplexity"})  # main metrics of the tasks that are better lower
 _SIZES = ("batch_size", "grad_accumulation")  # rows of a step, for each process
 _APART = {  # settings that change no result, or are compared otherwise
     "train": ("parallel", "gradient_checkpointing", *_SIZES),
@@ -264,7 +264,11 @@ def _check_conditions(composed: DictConfig, summary: Mapping[str, Any], name: st
 def _check_way(composed: DictConfig, summary: Mapping[str, Any], name: str, anew: str) -> None:
     """Refuse a search that was not made as the others are."""
     metric = str(composed.task.main_metric)
-    way = {**read_way(summary["train_rest"]), "metric": metric, "direction": MINIMIZED.get(metric, "maximize")}
+    way = {
+        **read_way(summary["train_rest"]),
+        "metric": metric,
+        "direction": "minimize" if metric in LOSSES else "maximize",
+    }
     if other := find_other_way(summary, way):
         raise _make_refusal(summary, name, f"{name} was made with {other}", f"all methods need the same; {anew}")
 

@@ -89,8 +89,10 @@ def _read_fingerprint(composed: DictConfig) -> str:
 
 
 def describe_setting(value: Any) -> str:
-    """A part of a summary in words, a pruner as `median (startup_trials=2, warmup=5)`."""
+    """A part of a summary in words: a pruner as `median (startup_trials=2, warmup=5)`, a space as its keys."""
     if not isinstance(value, Mapping):
         return str(value)
     settings = ", ".join(f"{key}={one}" for key, one in value.items() if key != "name")
-    return f"{value.get('name')} ({settings})" if settings else str(value.get("name"))
+    if "name" not in value:  # a space
+        return settings
+    return f"{value['name']} ({settings})" if settings else str(value["name"])

@@ -189,7 +189,8 @@ def _parse_json(rows: Rows, number: int, line: str) -> dict[str, Any]:
 def _read_tsv(task: Task, path: Path) -> datasets.Dataset:
     rows, official, found = Rows(task, path), OFFICIAL[task.name], lines(path)
     if not set(task.columns) <= set(official.texts):
-        raise fail("task.columns", list(task.columns), f"{path} has {', '.join(official.texts)}")
+        allowed = f"{path} is read by the names on the hub"
+        raise fail("task.columns", list(task.columns), allowed, f"choose from {', '.join(official.texts)}")
     wanted = (*(official.texts[name] for name in task.columns), official.label)
     header = official.header or tuple(next(found, (1, ""))[1].split("\t"))
     missing = [name for name in wanted if name not in header]

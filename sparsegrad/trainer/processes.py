@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import signal
 import threading
 
@@ -12,6 +12,7 @@ from torch import distributed as dist
 from sparsegrad.distributed import connected, mark_shared, rank, world_size
 from sparsegrad.errors import ResourceError, UserError
 
+_OF_LAUNCHER = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Messages of gloo, which raises a plain RuntimeError; NCCL raises a `DistError`.
 _CONNECTION_ERRORS = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
 
@@ -24,15 +25,14 @@ def connect(device: torch.device) -> None:
             alone, on its part of the rows.
     """
     if world_size() > 1 and not connected():
+        if missing := [name for name in _OF_LAUNCHER if name not in os.environ]:
+            raise UserError(
+                f"WORLD_SIZE={world_size()} is set, but not {', '.join(missing)}: start with torchrun or accelerate "
+                "launch, or unset WORLD_SIZE for a single process"
+            )
         from accelerate import PartialState  # type: ignore[import-untyped]
 
-        with contextlib.suppress(ValueError):
-            PartialState(cpu=device.type == "cpu")
-        if not connected():
-            raise UserError(
-                f"WORLD_SIZE={world_size()} is set, but not all of RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT: "
-                "start with torchrun or accelerate launch, or unset WORLD_SIZE for a single process"
-            )
+        PartialState(cpu=device.type == "cpu")
 
 
 def largest(number: int) -> int:

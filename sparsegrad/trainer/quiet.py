@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 import warnings
 
 from sparsegrad.distributed import is_main
-from sparsegrad.progress import erase, is_quiet
+from sparsegrad.progress import erase, has_terminal, is_quiet
 
 # They log every request at INFO, with the signed addresses of the hub's files.
 _HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "filelock", "fsspec")
@@ -26,7 +25,7 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()  # ours show the tokenizing
     # The hub's bars, of downloads, know the bytes of a file, which ours do not. `transformers` has just disabled them.
-    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None and sys.stderr.isatty() and not is_quiet():
+    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None and has_terminal() and not is_quiet():
         enable_progress_bars()
     hub = logging.getLogger("huggingface_hub")  # prints its warnings to stderr itself; the root logger has stdout
     hub.propagate = False

@@ -13,6 +13,7 @@ from test_benchmark import CPU, SETTING
 from experiments.bench import __main__ as benchmark
 from experiments.bench import machine
 from experiments.bench.arms import ARMS, REFERENCES, arms_of, list_ready, lora_rank
+from experiments.bench.lengths import batch_lengths
 from experiments.bench.measure import batches, measure_arm, prepare_loop, prepare_model
 from experiments.bench.presets import plan
 from experiments.bench.settings import Setting
@@ -95,6 +96,9 @@ def test_every_arm_gets_the_same_batches_padded_as_asked() -> None:
     first, second = (list(_take(batches(longest, CPU, 3, 5), 5)) for _ in range(2))
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, second, strict=True))
     assert all(batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1] for batch in first)
+    for padding in ("longest", "max_length"):  # the first arm of a setting asks for more than the others
+        lengths = [batch_lengths("mrpc", 4, 128, padding, count, 3) for count in (120, 5)]
+        assert lengths[0][:5] == lengths[1]
     padded = next(batches(replace(longest, padding="max_length"), CPU, 3, 1))
     assert padded["input_ids"].shape == (4, 128)
     assert (padded["attention_mask"].sum(1) < 128).any()

@@ -95,7 +95,7 @@ def test_a_model_without_a_head_for_language_is_refused(model: Path, tmp_path: P
     if is_tied:
         assert load_writer(tmp_path / "copy", 2)
     else:
-        with pytest.raises(UserError, match=r"lacks lm_head\.weight: it is no language model"):
+        with pytest.raises(UserError, match=r"lacks lm_head\.weight, which would be random: give a causal"):
             load_writer(tmp_path / "copy", 2)
 
 

@@ -173,9 +173,11 @@ def test_memory_laid_out_otherwise_is_refused_at_merge(folder: Path) -> None:
     model: Any = own_model()
     adapter = load_adapter(model, folder)
     model[0].weight.data = model[0].weight.detach().t().contiguous().t()
-    with pytest.raises(UserError, match=r"0\.weight is not contiguous"):
+    with pytest.raises(UserError, match=r"0\.weight is not contiguous") as refusal:
         adapter.merge()
     assert has_bits(model, bits(own_model()))
+    exec(str(refusal.value).partition(", run ")[2])  # the remedy
+    adapter.merge()
 
 
 def test_a_switch_that_cannot_go_on_leaves_the_base(folder: Path) -> None:

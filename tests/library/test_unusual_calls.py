@@ -140,12 +140,30 @@ def test_a_layer_checks_the_shape_of_its_basis() -> None:
         SparseGradLinear(torch.randn(9, 6), None, Basis.identity(4, 4), 3, "regular")
 
 
+def gathering(size: int) -> Tensor:
+    """An orthogonal matrix whose first column has equal entries: it gathers the norm of an equal token there."""
+    mirror = torch.nn.functional.normalize(torch.eye(size)[0] - size**-0.5, dim=0)
+    return torch.eye(size) - 2 * torch.outer(mirror, mirror)
+
+
 def test_a_rotation_of_tokens_in_float16_does_not_overflow() -> None:
-    """Each entry of the token is small, but the basis gathers its norm, which float16 cannot hold, in one entry."""
+    """Each entry of the token is small, but float16 cannot hold its norm."""
     size = 4096
     x, dy = torch.full((1, size), 1500.0, dtype=torch.float16), torch.full((1, 2), 1e-3, dtype=torch.float16)
-    mirror = torch.nn.functional.normalize(torch.eye(size)[0] - size**-0.5, dim=0)
-    U = torch.eye(size) - 2 * torch.outer(mirror, mirror)  # its first column has equal entries
+    U = gathering(size)
     expected = (dy.float().T @ x.float()) @ U
     found = rotated_gradient(dy, x, U, None, Order(inputs=True, outputs=False))
     assert torch.allclose(found.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_projection_of_tokens_in_float16_does_not_overflow() -> None:
+    size, model = 1024, nn.Sequential()
+    model.up = nn.Linear(size, 4)
+    nn.init.zeros_(model.up.weight)
+    bases = {"up": Basis(gathering(size), torch.eye(4))}
+    prepare(model, None, ["up"], bases=bases, engine="fast", train_rest=False, modules_to_save=[])
+    with torch.autocast("cpu", torch.float16):
+        total = model.up(torch.full((1, size), 3000.0)).sum()
+    total.backward()
+    assert model.up.core.grad.isfinite().all()
+    assert model.up.core.grad.abs().max() > 65504

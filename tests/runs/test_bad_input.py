@@ -193,7 +193,9 @@ def test_several_processes_without_a_launcher_are_refused(monkeypatch: pytest.Mo
     """As in a cluster's job that exports its size: each process would train alone, on its part of each batch."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UserError, match="WORLD_SIZE=2 is set, but not all of RANK, LOCAL_RANK"):
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE=2 is set, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start"):
         connect(torch.device(device))
 
 

@@ -161,6 +161,8 @@ def test_the_way_is_that_of_the_sweep(plan: str, conf: Composer) -> None:
         ),
         ({"sampler": "tpe"}, "sampler=tpe, not adaptive_grid"),
         ({"seed": 42}, "seed=42, not 7"),
+        ({"space": {"train.lr": {"float": [3e-5, 1e-4]}}}, "space=train.lr={'float': [3e-05, 0.0001]}, not train.lr="),
+        ({"direction": "minimize"}, "direction=minimize, not maximize"),
         ({"metric": "loss"}, "metric=loss, not accuracy"),
     ],
 )
