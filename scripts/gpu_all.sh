@@ -2,7 +2,7 @@
 # Run all GPU checks in one call of at most 25 minutes and write one archive: the tests in tests/gpu, the first settings
 # of the benchmark, and trials that share the GPU.
 #
-#   scripts/gpu_all.sh OUT_FOLDER          # on a machine with CUDA; needs torch, transformers, peft, pytest
+#   scripts/gpu_all.sh OUT_FOLDER          # on a machine with CUDA; needs the extra `run`, pytest and MiniLM (`make assets`)
 #   scripts/gpu_all.sh OUT_FOLDER --dry    # rehearsal on a CPU: the same steps in miniature
 #
 # Every step has its own time limit. A step that fails does not stop the others; its log is in the archive.
@@ -51,8 +51,8 @@ else
   # shellcheck disable=SC2086  # $bench is split into its words on purpose
   step bench $((minutes * 60 + 120)) "$python" -m experiments.bench $bench \
     --bases reflections --minutes "$minutes" --out "$out/bench.json" --work "$out/work"
-  # Needs MiniLM (`make assets`), Hydra, Optuna, and nvidia-ml-py for the utilisation of the GPU.
-  step packed 240 "$python" -m experiments.studies.packed_trials --device cuda --workers 1 4 8 \
+  # Needs Optuna, and nvidia-ml-py for the utilisation of the GPU.
+  step packed 240 "$python" -m experiments.studies.packed_trials --device cuda --workers 1 3 6 \
     --out "$out/packed_trials.json"
 fi
 rm -rf "$out/work"

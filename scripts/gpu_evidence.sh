@@ -88,11 +88,13 @@ kill_all() { # kill_all LAUNCHER: end the block and its runs at once: workers wi
 }
 
 make_block() { # make_block BLOCK: make the missing runs of the block within the remaining time
-  local launcher status
+  local launcher status left
   touch "$out/began"
   [ "$mps" = 0 ] || start_mps
+  left=$((end - SECONDS))
+  [ $left -gt 0 ] || left=1 # 0 would be no limit
   # TERM lets running cells write a checkpoint before they end. `timeout` leads a process group of its own.
-  timeout --signal=TERM --kill-after=60 "$((end - SECONDS))" "$python" -m experiments.reproduce.evidence "$1" \
+  timeout --signal=TERM --kill-after=60 "$left" "$python" -m experiments.reproduce.evidence "$1" \
     ${TASKS:+"task=$TASKS"} ${METHODS:+"method=$METHODS"} --data "$data" --workers "$workers" ${dry:+--dry} \
     > >(tee -a "$out/evidence.log") 2>&1 &
   launcher=$!
@@ -131,7 +133,9 @@ for block in $blocks; do
   [ $status -eq 0 ] || break # later blocks need the results of earlier ones
 done
 
-find results/runs results/studies -type f -newer "$out/start" ! -name '*.lock' -print0 |
-  tar --null --files-from - -czf "$out/records.tar.gz"
-echo "archive: $out/records.tar.gz ($(tar -tzf "$out/records.tar.gz" | wc -l) files)"
+# Without the database of searches, which would replace that of the checkout; what is finished is exported beside it.
+archive=$out/records-$(date +%Y%m%d-%H%M%S).tar.gz
+find results/runs results/studies -type f -newer "$out/start" ! -name '*.lock' ! -name '*.db*' -print0 |
+  tar --null --files-from - -czf "$archive"
+echo "archive: $archive ($(tar -tzf "$archive" | wc -l) files)"
 exit "$status"

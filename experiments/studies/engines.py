@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -241,7 +242,8 @@ def _run_missing(out: Path, arm: str, lr: float, seed: int, glue: Path) -> None:
     result = run_one(arm, lr, seed, glue)
     finite = {name: round(value, 4) if math.isfinite(value) else None for name, value in result.items()}
     row = {"arm": arm, "lr": lr, "seed": seed, **finite}
-    write_json(out, {"rows": [*_rows(out), row]})  # read again: another process may have added rows
+    with FileLock(f"{out}.lock"):  # another process may add rows
+        write_json(out, {"rows": [*_rows(out), row]})
     print(json.dumps(row), flush=True)
 
 

@@ -39,6 +39,8 @@ def profile_arm(arm: str, setting: Setting, device: torch.device) -> dict[str, A
         loop = measure.prepare_loop(setting, arm, model, source, device, lambda: load_bases(bases))
     for _ in range(_WARMUP):
         loop.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # kernels of the warm-up that still wait would be counted
     with profile() as profiled:
         for _ in range(_STEPS):
             loop.step()

@@ -88,17 +88,17 @@ def main() -> int:
     """The command line: measure each number of workers in turn, print and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "results/studies/packed_trials.json")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="at most 6, the number of trials")
     parser.add_argument("--method", default="sparsegrad")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
+    environment = describe_environment(torch.device(options.device))
     rows = []
     for workers in options.workers:
         rows.append(measure(workers, options.method, options.steps, options.device))
         print(rows[-1], flush=True)
-    environment = describe_environment(torch.device(options.device))
-    write_json(options.out, {"environment": environment, "method": options.method, "rows": rows})
+        write_json(options.out, {"environment": environment, "method": options.method, "rows": rows})
     return 0
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from scipy.stats import pearsonr
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -216,7 +217,8 @@ def _run_missing(out: Path, cell: dict[str, Any], glue: Path) -> None:
         return
     row = {**cell, **run_one(**cell, glue=glue)}
     row["score"] = round(row["score"], 4)
-    write_json(out, {"rows": [*_rows(out), row]})  # read again: another process may have added rows
+    with FileLock(f"{out}.lock"):  # another process may add rows
+        write_json(out, {"rows": [*_rows(out), row]})
     print(json.dumps(row), flush=True)
 
 

@@ -38,6 +38,7 @@ done
 wait "$launcher" # for its own status, which is remembered
 status=$?
 if [ "$asked" = USR1 ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+    # The job of one task of an array has the id of the whole array, which would be queued again with all its tasks.
+    scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
 fi
 exit "$status"

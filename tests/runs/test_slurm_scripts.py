@@ -92,6 +92,15 @@ def test_before_the_time_is_up_it_saves_and_is_queued_again(script: Path, tmp_pa
     assert wait_for(tmp_path / "requeued") == "requeue 123456"
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_task_of_an_array_is_queued_again_alone(script: Path, tmp_path: Path) -> None:
+    job = start(script, tmp_path, SLURM_ARRAY_JOB_ID="123456", SLURM_ARRAY_TASK_ID="7")
+    wait_for(tmp_path / "started")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(20) == 1
+    assert wait_for(tmp_path / "requeued") == "requeue 123456_7"
+
+
 def test_pre_empted_it_saves_and_leaves_the_queue_to_slurm(tmp_path: Path) -> None:
     job = start(SCRIPTS[0], tmp_path)
     wait_for(tmp_path / "started")
