@@ -85,6 +85,7 @@ def interrupt(clock: Clock) -> None:
 
 def test_without_a_screen_at_all_nothing_is_shown(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a daemon, or after `2>&-`."""
+    monkeypatch.setenv(progress.QUIET, "0")  # it is set to 1 where nothing can be written
     monkeypatch.setattr("sys.stderr", None)
     run_three_minutes(clock)
 
