@@ -228,9 +228,14 @@ def from_gathered(model: nn.Module, make: Callable[[], Value]) -> Value:
         return from_main(make) if sharded else make()
 
 
+def unwrap_compiled(model: nn.Module) -> nn.Module:
+    """The model that was compiled, which shares every weight; or `model` itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside `DistributedDataParallel`, without the prefix of its names and without its gradient hooks."""
-    inner = getattr(model, "_orig_mod", model)  # of `torch.compile`
+    inner = unwrap_compiled(model)
     return inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
 
 

@@ -49,10 +49,8 @@ def batch_lengths(task: str, batch: int, most: int, padding: str, count: int, se
     generator = torch.Generator().manual_seed(seed)
     made: list[list[int]] = []
     while len(made) < count:  # whole groups, so that the batches do not depend on their number
-        lengths = _draw(task, batch * _GROUP, generator).clamp(max=most)
-        if padding == "longest":
-            lengths = _sorted(lengths, batch, generator)
-        made += lengths.view(-1, batch).tolist()
+        group = _draw(task, batch * _GROUP, generator).clamp(max=most)
+        made += (_sorted(group, batch, generator) if padding == "longest" else group.view(-1, batch)).tolist()
     return made[:count]
 
 
@@ -73,6 +71,6 @@ def _draw(task: str, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _sorted(lengths: Tensor, batch: int, generator: torch.Generator) -> Tensor:
-    """Sort the rows of a group of batches, then shuffle whole batches."""
+    """The batches of a group: its rows sorted, then whole batches shuffled."""
     batches = lengths.sort(descending=True).values.view(-1, batch)
-    return batches[torch.randperm(len(batches), generator=generator)].flatten()
+    return batches[torch.randperm(len(batches), generator=generator)]

@@ -118,10 +118,8 @@ class Writer:
 
     def _count_new_tokens(self, length: int) -> int:
         """`max_new_tokens`, or fewer if the model's context window ends before."""
-        window = (
-            getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-            or length + self.max_new_tokens
-        )
+        architecture = self.model.config.get_text_config()
+        window = getattr(architecture, "max_position_embeddings", None) or length + self.max_new_tokens
         if window <= length:
             raise UserError(
                 f"a conversation of {length} tokens fills the model's window of {window}: "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsegrad.adapter.hub import is_hub_name, must_use_cache
 from sparsegrad.adapter.merge import named_tensors
-from sparsegrad.distributed import from_gathered
+from sparsegrad.distributed import from_gathered, unwrap_compiled
 from sparsegrad.errors import UserError, first_line
 from sparsegrad.layers.replace import merge_shards, refuse_layers
 
@@ -40,11 +40,6 @@ def write_gathered(
         return from_gathered(plain, lambda: save(model, *args, **kwargs))
 
     return call  # type: ignore[return-value]
-
-
-def unwrap_compiled(model: nn.Module) -> nn.Module:
-    """The model that was compiled, which shares every weight; or `model` itself."""
-    return getattr(model, "_orig_mod", model)
 
 
 def get_class_name(model: nn.Module) -> str:

@@ -15,7 +15,6 @@ from sparsegrad.adapter.base import (
     name_base,
     read_base,
     refuse_other_format,
-    unwrap_compiled,
     write_gathered,
 )
 from sparsegrad.adapter.changes import find_changed, list_trainable
@@ -25,7 +24,7 @@ from sparsegrad.adapter.lora_files import write_lora
 from sparsegrad.adapter.lora_layout import Layout, is_transposed, make_config, plan_layout, takes_lora
 from sparsegrad.adapter.low_rank import Factors, factor_block, subtract, truncate
 from sparsegrad.arguments import explained
-from sparsegrad.distributed import refuse_fsdp1
+from sparsegrad.distributed import refuse_fsdp1, unwrap_compiled
 from sparsegrad.errors import UserError, check_integer, check_number, renamed_arguments
 from sparsegrad.layers.block import BlockLinear
 from sparsegrad.layers.common import make_linear

@@ -18,7 +18,6 @@ from sparsegrad.adapter.base import (
     name_base,
     read_base,
     refuse_other_format,
-    unwrap_compiled,
     write_gathered,
 )
 from sparsegrad.adapter.card import write_card
@@ -30,6 +29,7 @@ from sparsegrad.adapter.sizes import Saved, summarize
 from sparsegrad.arguments import explained
 from sparsegrad.basis import Basis
 from sparsegrad.bits import as_integers
+from sparsegrad.distributed import unwrap_compiled
 from sparsegrad.errors import UserError, check_number, renamed_arguments
 from sparsegrad.optim.summary import describe
 from sparsegrad.targets import Linears, Names, find_mlp, is_quantized

@@ -19,6 +19,7 @@ from sparsegrad.sweeps.make_commands import search_command
 CONF = Path(__file__).resolve().parents[2] / "conf"  # of the checkout: a wheel has neither plans nor their commands
 SEARCHED = ("evidence_paper", "evidence_mlp_only", "evidence_smollm2")  # plans whose searches `make search` makes
 COMPARED = ("compare", "compare_smollm2")  # those of which `make compare` does
+LOSSES = frozenset({"nll", "perplexity"})  # main metrics that are better lower
 DEFAULT, COMMITTED = "outputs", "results"  # results_dir of a user's runs, and the folder of the committed evidence
 
 
@@ -94,7 +95,7 @@ def _explain_own_search(composed: DictConfig) -> str:
 
 def _list_differences(composed: DictConfig) -> Iterator[str]:
     """The overrides that such a search needs besides model, method and task."""
-    if composed.task.get("main_metric") == "nll":  # a loss
+    if composed.task.get("main_metric") in LOSSES:
         yield "sweep.direction=minimize"
     usual = OmegaConf.select(composed, "model.usual.train_rest", default=True)
     if (rest := composed.train.train_rest) != usual:

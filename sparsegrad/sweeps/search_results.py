@@ -18,7 +18,7 @@ from sparsegrad.distributed import world_size
 from sparsegrad.errors import UserError, check_integer, first_line
 from sparsegrad.files import load_json, unreadable
 from sparsegrad.runs.keys import LATER, determining, flatten
-from sparsegrad.sweeps.search_plans import explain_making, find_exported
+from sparsegrad.sweeps.search_plans import LOSSES, explain_making, find_exported
 from sparsegrad.sweeps.search_way import find_other_data, find_other_way, read_way, study_name
 
 KEY = "train.lr"
@@ -30,7 +30,6 @@ OWN_NAME = "store these settings as conf/method/NAME.yaml with name: NAME, and g
 _AMOUNT = ("density", "keep")
 # Groups whose settings a search and its runs have in common, apart from the method.
 CONDITIONS = ("train", "data", "protocol", "model")
-LOSSES = frozenset({"nll", "perplexity"})  # main metrics of the tasks that are better lower
 _SIZES = ("batch_size", "grad_accumulation")  # rows of a step, for each process
 _APART = {  # settings that change no result, or are compared otherwise
     "train": ("parallel", "gradient_checkpointing", *_SIZES),
