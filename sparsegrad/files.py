@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_JSON = 64 * 2**20  # bytes; a record has about 10,000
+MAX_LEVELS = 32  # of nesting; a record has six. Code that copies or merges what it read recurses several times a level.
 # Error codes of a full, read-only or protected file system, and how safetensors and torch.save report them.
 _PROTECTED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _IN_THE_WAY = {errno.ENOTDIR, errno.EEXIST}  # a file is in the place of a folder
@@ -141,7 +142,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file that this project wrote.
 
     Raises:
-        ValueError: when it is missing, damaged, nested too deeply, or larger than `MAX_JSON`.
+        ValueError: when it is missing, damaged, nested deeper than `MAX_LEVELS`, or larger than `MAX_JSON`.
     """
     try:
         return load_json(path)
@@ -154,6 +155,17 @@ def load_json(path: Path) -> Any:
     if (size := path.stat().st_size) > MAX_JSON:
         raise ValueError(f"{size} bytes are too many")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError(str(error)) from None
+    if _is_deep(content):
+        raise ValueError(f"nested deeper than {MAX_LEVELS} levels")
+    return content
+
+
+def _is_deep(content: Any) -> bool:
+    level = [content]
+    for _ in range(MAX_LEVELS):
+        parts = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [one for part in parts for one in part]
+    return any(isinstance(one, dict | list) for one in level)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from experiments.mtbench.client import Endpoint
 from experiments.mtbench.judge import Grading, Tally, cost, estimate, grade, judgments_path, make_tasks
+from experiments.mtbench.lines import only_writer
 from experiments.mtbench.schema import load_answers, load_prompts, load_questions, select
 from experiments.mtbench.scores import ModelScores, compute_scores
 from sparsegrad.errors import UserError, check_choice, check_integer, check_number
@@ -21,13 +22,16 @@ OUT = Path("results/mtbench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Status 0; 1 if turns lack a verdict; 2 after bad input; 130 after Ctrl-C."""
+    """Run one command.
+
+    Status 0; 1 if turns lack a verdict; 2 after bad input; 75 if another process is at the same work; 130 after Ctrl-C.
+    """
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         print("\ninterrupted: the same command continues", file=sys.stderr)
         return 130
@@ -113,9 +117,11 @@ def _answer(options: argparse.Namespace) -> int:
         check_settings(path, settings)  # writes a file, so only after the model could be loaded
         return writer
 
-    if path.exists():
-        check_settings(path, settings)
-    added = answer_questions(questions, load, path, name=options.name, size=options.batch_size, seed=options.seed)
+    asked = {"name": options.name, "size": options.batch_size, "seed": options.seed}
+    with only_writer(path):
+        if path.exists():
+            check_settings(path, settings)
+        added = answer_questions(questions, load, path, **asked)
     print(f"{added} answers added, {len(questions)} in {path}")
     return 0
 
@@ -134,8 +140,11 @@ def _judge(options: argparse.Namespace) -> int:
     if options.dry_run or not todo:
         return 0
     _confirm(options.yes)
-    tally = grade(todo, endpoint, grading, workers=options.workers)
-    grading.missing(todo)  # copies the new verdicts to equal answers, of which only one was judged
+    with only_writer(path, options.answers.stem):  # a judge may grade several models at once
+        grading = Grading(path, options.model, retry_gaps=options.retry_gaps)  # with what others have written since
+        todo = grading.missing(tasks)
+        tally = grade(todo, endpoint, grading, workers=options.workers)
+        grading.missing(todo)  # copies the new verdicts to equal answers, of which only one was judged
     return _report(tally, prices, path)
 
 

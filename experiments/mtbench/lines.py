@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from sparsegrad.errors import UserError
+from sparsegrad.errors import BusyError, UserError
 from sparsegrad.files import unwritable
 
 Row = dict[str, Any]
+_PATIENCE = 1.0  # seconds to wait for a process that is just ending
 
 
 def read_lines(path: Path) -> list[Row]:
@@ -31,6 +33,32 @@ def read_lines(path: Path) -> list[Row]:
         if row is None and line.strip() and not cut:
             raise UserError(f"{path}, line {number} is not a JSON object: repair or delete the line")
     return [row for row in rows if row is not None]
+
+
+@contextmanager
+def only_writer(path: Path, work: str = "answers") -> Iterator[None]:
+    """Within: no other process does the same work for `path`. Both would compute, or pay for, the same rows.
+
+    Args:
+        path: the file of rows; its folder is created if needed.
+        work: names the lock file, so that different works for one file can go on at once.
+
+    Raises:
+        BusyError: when another process is at it.
+        ResourceError: when the lock file cannot be written.
+    """
+    lock = FileLock(f"{path}.{work}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=_PATIENCE)
+    except Timeout:
+        raise BusyError(f"{path}: another process is at work on it: wait for it, or stop it") from None
+    except OSError as error:
+        raise unwritable(path, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:

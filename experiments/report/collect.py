@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.report.departures import find_departures
 from experiments.report.plans import EvidencePlan, read_plan
-from sparsegrad.errors import UserError
+from sparsegrad.errors import UserError, first_line
 from sparsegrad.files import read_json
 from sparsegrad.runs.environment import has_changed_code, list_processes
 from sparsegrad.runs.records import PRUNED, SCHEMA, run_seconds
@@ -138,7 +138,7 @@ def collect_cells(runs: Path) -> Store:
             store.skipped.append(f"{place}: not a readable record ({error})")
             continue
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-            store.skipped.append(f"{place}: not a readable record ({type(error).__name__})")
+            store.skipped.append(f"{place}: not a readable record ({type(error).__name__}: {first_line(error)})")
             continue
         for key, run in found_runs.items():
             store.runs.setdefault(key, []).append(run)

@@ -207,6 +207,17 @@ def test_a_record_nested_deep_does_not_end_the_report(tmp_path: Path) -> None:
     assert len(collect_cells(tmp_path).skipped) == 1
 
 
+def test_a_record_of_a_planned_run_nested_deep_does_not_end_the_report(tmp_path: Path) -> None:
+    all_readers()["records of a report"].make(tmp_path)
+    assert not collect_cells(tmp_path).skipped
+    path = tmp_path / "glue_bert_base" / "record.json"
+    record = json.loads(path.read_text())
+    record["config"]["model"]["deep"] = "DEEP"
+    # JSON of this depth can be read; to copy it would recurse twice a level.
+    _text(path, json.dumps(record).replace('"DEEP"', "[" * 480 + "]" * 480))
+    assert "nested deeper than 32 levels" in collect_cells(tmp_path).skipped[0]
+
+
 def test_numbers_beyond_every_float_are_out_of_bounds() -> None:
     for value in (10**400, float("inf"), float("nan")):
         with pytest.raises(UserError):

@@ -15,13 +15,13 @@ import torch
 from experiments.mtbench import answer as answering
 from experiments.mtbench.cli import main
 from experiments.mtbench.generation import Writer, write_prompt
-from experiments.mtbench.lines import append_line, read_lines
+from experiments.mtbench.lines import append_line, only_writer, read_lines
 from experiments.mtbench.schema import (
     TEMPERATURES,
     Question,
     load_answers,
 )
-from sparsegrad.errors import UserError
+from sparsegrad.errors import BUSY, UserError
 from sparsegrad.models.source import find_source
 
 QUESTIONS = [
@@ -132,6 +132,15 @@ def test_a_stopped_run_ends_with_the_answers_of_a_whole_one(run: Answering, tmp_
     assert said(tmp_path) == whole
     assert read_lines(path)[:3] == kept
     assert len(read_lines(path)) == len(QUESTIONS)
+
+
+def test_two_processes_do_not_answer_into_one_file(
+    run: Answering, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with only_writer(tmp_path / "out" / "model_answer" / "tiny.jsonl"):
+        assert run() == BUSY
+    assert "another process is at work on it" in capsys.readouterr().err
+    assert run() == 0
 
 
 def test_a_finished_run_loads_no_model(run: Answering, monkeypatch: pytest.MonkeyPatch) -> None:

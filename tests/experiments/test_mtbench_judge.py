@@ -21,8 +21,9 @@ from experiments.mtbench import compute_scores, side_by_side
 from experiments.mtbench import judge as judging
 from experiments.mtbench.cli import main
 from experiments.mtbench.judge import parse_grade
-from experiments.mtbench.lines import append_line, read_lines
+from experiments.mtbench.lines import append_line, only_writer, read_lines
 from experiments.mtbench.schema import Answer, load_answers
+from sparsegrad.errors import BUSY
 
 pytestmark = pytest.mark.usefixtures("own_prompts")
 
@@ -135,6 +136,27 @@ def test_a_killed_grading_goes_on_where_it_was(folder: Path, judge: Judge) -> No
         assert run(folder, later.url) == 0
         assert len(later.asked) == TURNS - before
     assert len(verdicts(folder)) == TURNS
+
+
+def test_two_processes_do_not_pay_for_the_same_verdicts(folder: Path, judge: Judge) -> None:
+    path = folder / "model_judgment" / "j_single.jsonl"
+    with only_writer(path, "tiny"):
+        assert run(folder, judge.url) == BUSY
+    assert not judge.asked
+    with only_writer(path, "another model"):
+        assert run(folder, judge.url) == 0
+
+
+def test_verdicts_that_came_during_the_question_whether_to_start_are_not_asked_again(
+    folder: Path, judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_elsewhere(yes: bool) -> None:
+        monkeypatch.setattr("experiments.mtbench.cli._confirm", lambda yes: None)
+        assert run(folder, judge.url) == 0
+
+    monkeypatch.setattr("experiments.mtbench.cli._confirm", start_elsewhere)
+    assert run(folder, judge.url) == 0
+    assert len(judge.asked) == TURNS
 
 
 def grade_here() -> None:

@@ -101,7 +101,7 @@ def names_outside(path: Path, draw: random.Random) -> None:
 
 def nested_deep(path: Path, draw: random.Random) -> None:
     """Put in deeply nested brackets, or a number of 5,000 digits."""
-    depth = draw.choice([900, 5000, 200_000])
+    depth = draw.choice([100, 300, 900, 5000, 200_000])
     deep = draw.choice(["[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth, "9" * 5000])
     _on_a_line(path, draw, lambda content: _change(content, draw, ("DEEP",)), lambda text: text.replace('"DEEP"', deep))
 
