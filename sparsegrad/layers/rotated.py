@@ -152,11 +152,16 @@ class SparseGradLinear(nn.Module):
         return Basis(self.in_basis, self.out_basis)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to y (..., out). Under autocast the products use its dtype, as in `nn.Linear`."""
+        """x (..., in) to y (..., out). As in `nn.Linear`, y has the dtype of autocast if it is enabled.
+
+        The products have that dtype too, except with float16: they are computed in float32.
+        """
         if torch.is_grad_enabled():
             refuse_transforms(_REMEDY)
         check_input(x, self.rotated_weight, self.bias, _REMEDY)
-        dtype = product_dtype(x)
+        out_dtype = product_dtype(x)
+        # A rotation may gather a token's norm in one entry, which float16 may not hold.
+        dtype = torch.float32 if out_dtype == torch.float16 else out_dtype
         with torch.autocast(x.device.type, enabled=False):
             tokens, U, V = x.reshape(-1, x.shape[-1]).to(dtype), self.in_basis.to(dtype), self.out_basis.to(dtype)
             y = _RotatedLinear.apply(  # type: ignore[no-untyped-call]
@@ -164,7 +169,7 @@ class SparseGradLinear(nn.Module):
             )
             # Outside the Function: the bias is not rotated, and autograd knows the gradient of a sum.
             y = y if self.bias is None else y + self.bias.to(dtype)
-        return y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+        return y.reshape(*x.shape[:-1], y.shape[-1]).to(out_dtype)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         out_features, in_features = self.rotated_weight.shape

@@ -167,3 +167,17 @@ def test_a_projection_of_tokens_in_float16_does_not_overflow() -> None:
     total.backward()
     assert model.up.core.grad.isfinite().all()
     assert model.up.core.grad.abs().max() > 65504
+
+
+def test_the_rotated_space_of_engine_layer_does_not_overflow_in_float16() -> None:
+    size = 1024
+    linear = nn.Linear(size, 4)
+    nn.init.constant_(linear.weight, 1e-6)
+    layer = SparseGradLinear.from_linear(linear, Basis(gathering(size), torch.eye(4)), keep=9)
+    x = torch.full((2, size), 3000.0)
+    with torch.autocast("cpu", torch.float16):
+        y = layer(x)
+    assert y.dtype == torch.float16
+    assert torch.allclose(y.float(), linear(x), rtol=1e-2)
+    y.sum().backward()
+    assert layer.rotated_weight.grad.to_dense().isfinite().all()
