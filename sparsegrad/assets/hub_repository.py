@@ -16,7 +16,7 @@ from sparsegrad.assets.hub_errors import explain
 from sparsegrad.errors import UserError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-_SETTINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".codes", ".py")  # endings of files beside the weights
+SETTINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".codes", ".py")  # endings of files beside the weights
 MODEL_OTHERWISE = "give a folder as model.source=, or use model=minilm, which needs no hub"
 
 
@@ -86,7 +86,7 @@ class Repository:
 def _select_model_files(files: list[str], weights: bool) -> tuple[str, ...]:
     """The files that a model is loaded from; pickles only where there is nothing else."""
     top = [file for file in files if "/" not in file]
-    wanted = [file for file in top if file.endswith(_SETTINGS)]
+    wanted = [file for file in top if file.endswith(SETTINGS)]
     # `consolidated` files are the same weights once more, in another layout.
     safe = [file for file in top if file.endswith(".safetensors") and not file.startswith("consolidated")]
     pickles = [file for file in top if file.startswith(("pytorch_model", "adapter_model")) and file.endswith(".bin")]

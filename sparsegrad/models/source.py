@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparsegrad.assets.download import asset_path
 from sparsegrad.assets.hub import fetch_files, find_model
-from sparsegrad.assets.hub_repository import MODEL_OTHERWISE, Repository
+from sparsegrad.assets.hub_repository import MODEL_OTHERWISE, SETTINGS, Repository
 from sparsegrad.assets.table import ASSETS
 from sparsegrad.distributed import from_main, on_main
 from sparsegrad.errors import UserError
@@ -24,9 +24,7 @@ ASSET = "asset:"
 _OTHER_TOKENIZER = "set model.tokenizer=asset:minilm, which needs no hub and suits a model with random weights"
 _OWN_TOKENIZER = "give a folder as model.tokenizer=, or null for the model's own"
 # Files that loading may read; the code of a model with model.trust_remote_code=true is one of them.
-_CONTENT = (
-    "*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "*.codes",
-)  # fmt: skip
+_CONTENT = ("*.safetensors", "*.bin", *(f"*{ending}" for ending in SETTINGS))
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,27 @@ def test_hours_of_a_search_count_the_evaluations_of_finished_trials(cases: Cases
     assert count(cases) is None
 
 
+@pytest.mark.parametrize(("cpu", "hours"), [("of the runs", 0.5), ("another", None)])
+def test_a_search_has_hours_only_on_the_machine_of_the_runs(cases: Cases, cpu: str, hours: float | None) -> None:
+    cases.plan()
+    cases.study("full", "sst2")
+    for seed in SEEDS:
+        cases.run("full", "sst2", seed, 0.85, **on("of the runs"))
+    cases.run("full", "sst2", 1, 0.85, folder="evidence-minilm-full-sst2", experiment="evidence_paper", **on(cpu))
+    block = load_evidence(of(cases)).blocks["evidence_paper"]
+    one, runs = clock.make_clock(block, {}), list(block.of("full", "sst2").values())
+    assert one.about == clock.AT_RUNS
+    assert one.search_hours("full", runs, Searches(cases.results)) == hours
+
+
+def test_a_best_rate_at_an_edge_of_its_search_is_named(cases: Cases) -> None:
+    cases.healthy()
+    path = cases.results / "studies" / "evidence-minilm-full-sst2" / "summary.json"
+    write_json(path, {**read_json(path), "at_edge": True})
+    named = [note for note in main_tables.tables(of(cases))[0].notes if note.startswith("A better rate may lie")]
+    assert [note.rpartition(": ")[2] for note in named] == ["evidence-minilm-full-sst2."]
+
+
 def count(cases: Cases) -> int | None:
     block = load_evidence(of(cases)).blocks["evidence_paper"]
     return Searches(cases.results).count_steps(block.of("full", "sst2").values())

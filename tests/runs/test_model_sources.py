@@ -147,10 +147,11 @@ def test_a_kept_head_is_read_by_the_numbers_of_its_labels_not_their_order_in_the
     assert torch.equal(model.classifier.weight, before["classifier.weight"].flip(0))
 
 
-def test_another_chat_template_is_another_source(made: Made, source: Path) -> None:
+@pytest.mark.parametrize("name", ["chat_template.jinja", "bpe.codes", "qwen.tiktoken"])
+def test_another_chat_template_or_vocabulary_is_another_source(made: Made, source: Path, name: str) -> None:
     keys = set()
-    for template in ("A", "B"):
-        (source / "chat_template.jinja").write_text(template)
+    for content in ("A", "B"):
+        (source / name).write_text(content)
         keys.add(find_sources(made().model).model.identity)
     assert len(keys) == 2
 
