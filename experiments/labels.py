@@ -51,7 +51,7 @@ def label_points(axis: Any, labels: Sequence[tuple[float, float, str]], spans: S
             _draw_leader(axis, (x, y), side, rise)
 
 
-def label_ends(axis: Any, lines: Sequence[tuple[float, float, str, str]], gap: float = GAP) -> None:
+def label_ends(axis: Any, lines: Sequence[tuple[float, float, str, str]]) -> None:
     """Write names right of the last points (x, y, name, colour) of lines; names that would overlap move apart.
 
     The names are outside the axes; the layout of the figure leaves them room.
@@ -60,7 +60,7 @@ def label_ends(axis: Any, lines: Sequence[tuple[float, float, str, str]], gap: f
     unit = axis.figure.dpi / 72.0
     heights = [axis.transData.transform((x, y))[1] / unit for x, y, _, _ in lines]
     back = axis.transData.inverted()
-    for (x, y, text, colour), moved in zip(lines, spread(heights, gap), strict=True):
+    for (x, y, text, colour), moved in zip(lines, spread(heights, GAP), strict=True):
         height = back.transform((0, moved * unit))[1]  # in data: the layout changes once more, to make room
         axis.annotate(
             text, (x, y), (1.04, height), textcoords=("axes fraction", "data"), fontsize=SIZE, color=INK, va="center",

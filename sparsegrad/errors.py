@@ -102,9 +102,9 @@ def _letters(name: object) -> str:
     return "".join(letter for letter in str(name).lower() if letter not in "_-. ")
 
 
-def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
+def warn_renamed(old: str, new: str) -> None:
     """Warn, once per place in the code, that `old` is now called `new`; the caller accepts both names."""
-    warnings.warn(f"{old} is now called {new}; the old name still works", FutureWarning, stacklevel=stacklevel)
+    warnings.warn(f"{old} is now called {new}; the old name still works", FutureWarning, stacklevel=3)
 
 
 def renamed_arguments(quiet: bool = False, **names: str) -> Callable[[Function], Function]:

@@ -43,7 +43,7 @@ def explain_missing(error: ModuleNotFoundError) -> str | None:
 def find_extra(package: str, wanted: str) -> str | None:
     """`wanted` if it installs the package, otherwise the first extra that does; None where none does."""
     extras = _read_extras(_list_requirements())
-    return next((name for name in (wanted, *extras) if package in _list_packages(name, extras)), None)
+    return next((name for name in (wanted, *extras) if package in _walk(name, extras)), None)
 
 
 def _is_installed(module: str) -> bool:
@@ -112,12 +112,8 @@ def _read_extras(requirements: list[str]) -> dict[str, set[str]]:
     return extras
 
 
-def _list_packages(extra: str, extras: dict[str, set[str]]) -> set[str]:
-    """All packages of an extra, with those of the extras that it includes."""
-    return set(_walk(extra, extras))
-
-
 def _walk(extra: str, extras: dict[str, set[str]]) -> Iterator[str]:
+    """All packages of an extra, with those of the extras that it includes."""
     for one in extras.get(extra, ()):
         if one.startswith(f"{PROJECT}["):
             yield from _walk(one[len(PROJECT) + 1 : -1], extras)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def json_sha256(content: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """Hex SHA-256 of `content` as JSON with sorted keys; `default` is that of `json.dumps`."""
-    return text_sha256(json.dumps(content, sort_keys=True, default=default))
+def json_sha256(content: Any) -> str:
+    """Hex SHA-256 of `content` as JSON with sorted keys."""
+    return text_sha256(json.dumps(content, sort_keys=True))
 
 
 def file_sha256(path: Path) -> str:

@@ -32,10 +32,10 @@ def write_table(document: Mapping[str, Any], path: Path) -> None:
     write_text(path, "\n".join(_lines(document)) + "\n")
 
 
-def predictions(shape: str = "mlp_768") -> list[str]:
+def predictions() -> list[str]:
     """Predicted steps/s relative to full fine-tuning, by tokens per step: a Markdown table."""
     # Arms of equal cost share a row.
-    settings = [Setting(shape=shape, batch=batch, padding="none") for batch in PREDICTED_BATCHES]
+    settings = [Setting(shape="mlp_768", batch=batch, padding="none") for batch in PREDICTED_BATCHES]
     arms = {cost: ", ".join(f"`{name}`" for name, arm in ARMS.items() if arm.cost == cost) for cost in COSTS}
     rows = ([arms[cost], *(f"{relative_speed(cost, mlp_of(setting)):.2f}" for setting in settings)] for cost in COSTS)
     return list(table(("arms", *(f"{setting.tokens:,.0f} tokens" for setting in settings)), rows))

@@ -16,7 +16,6 @@ from experiments.mtbench.schema import Answer, Question, answer_id, content_hash
 from sparsegrad.errors import UserError, fail
 from sparsegrad.files import unreadable, write_json
 
-Say = Callable[[str], None]
 _LATER = ("source", "dtype")  # settings that earlier versions did not store, or as `auto`
 
 
@@ -84,7 +83,6 @@ def answer_questions(
     name: str,
     size: int,
     seed: int,
-    say: Say = print,
 ) -> int:
     """Answer the questions that `path` lacks; returns the number of new answers.
 
@@ -102,7 +100,7 @@ def answer_questions(
                 append_line(path, found.row())
                 done.add(found.question_id)
                 added += 1
-        say(f"{len(done)} of {len(questions)} questions answered")
+        print(f"{len(done)} of {len(questions)} questions answered")
     return added
 
 

@@ -191,7 +191,6 @@ def grade(
     grading: Grading,
     *,
     workers: int = 4,
-    say: Callable[[str], None] = print,
 ) -> Tally:
     """Ask the judge to grade every task; each verdict is on disk as soon as it arrives.
 
@@ -208,7 +207,7 @@ def grade(
                 outcome = _grade_one(task, client, grading)
                 with lock:
                     _count(tally, task, outcome)
-                    say(f"{tally.graded + tally.unparsable + len(tally.failed)} of {len(tasks)} turns asked")
+                    print(f"{tally.graded + tally.unparsable + len(tally.failed)} of {len(tasks)} turns asked")
             except StoppedError:
                 return  # the thread that stopped the work reports the reason
             except BaseException:

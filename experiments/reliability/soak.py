@@ -101,8 +101,8 @@ def read_samples(path: Path) -> Samples:
     return Samples(seconds, mib, [(second, note) for second, _, note in rows if note])
 
 
-def report(samples: Samples, about: str, warm_up: float, level: float = 0.95) -> dict[str, Any]:
-    """Slope in MiB per hour without the first `warm_up` share of the time, its confidence interval, and summary facts.
+def report(samples: Samples, about: str, warm_up: float) -> dict[str, Any]:
+    """Slope in MiB per hour after the first `warm_up` share of the time, its 95 % confidence interval, and a summary.
 
     Raises:
         UserError: for fewer than two samples per stretch after the warm-up.
@@ -114,7 +114,7 @@ def report(samples: Samples, about: str, warm_up: float, level: float = 0.95) ->
         raise UserError(f"{kept.sum()} samples after the warm-up are too few: {2 * STRETCHES} are needed")
     hours, mib = stretch_means(samples.seconds[kept] / HOUR, samples.mib[kept])
     fit = stats.linregress(hours, mib)
-    half = float(stats.t.ppf((1 + level) / 2, len(hours) - 2) * fit.stderr)
+    half = float(stats.t.ppf(0.975, len(hours) - 2) * fit.stderr)
     return {
         "about": about,
         "hours": round(float(np.ptp(samples.seconds)) / HOUR, 4),
@@ -124,7 +124,7 @@ def report(samples: Samples, about: str, warm_up: float, level: float = 0.95) ->
         "stretches": len(hours),
         "slope_mib_per_hour": round(float(fit.slope), 4),
         "interval": [round(float(fit.slope) - half, 4), round(float(fit.slope) + half, 4)],
-        "level": level,
+        "level": 0.95,
         "first_mib": round(float(mib[0]), 2),
         "last_mib": round(float(mib[-1]), 2),
         "peak_mib": round(float(samples.mib.max()), 2),

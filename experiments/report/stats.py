@@ -58,8 +58,8 @@ def interquartile_mean(values: Sequence[float]) -> float | None:
     return float(np.average(np.sort(values), weights=inside))
 
 
-def welch_interval(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
-    """Two-sided Welch confidence interval of mean(a) - mean(b), for unequal variances.
+def welch_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | None:
+    """Two-sided 95 % Welch confidence interval of mean(a) - mean(b), for unequal variances.
 
     None if a side has fewer than two values, or if neither side varies: then the variance cannot be estimated.
     """
@@ -68,7 +68,7 @@ def welch_interval(a: Sequence[float], b: Sequence[float], level: float = LEVEL)
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # one side may have equal values: its variance is 0
-        interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(level)
+        interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(LEVEL)
     return float(interval.low), float(interval.high)
 
 

@@ -198,9 +198,9 @@ def _share(dy: Tensor) -> float:
     return round((dy != 0).float().mean().item(), 5)
 
 
-def _stripes(dy: Tensor, tokens: int = 512) -> dict[str, Any]:
-    """Share of non-zero features of dL/dY (tokens, features) for each of the first `tokens` tokens."""
-    rows = (dy[:tokens] != 0).float().mean(1)
+def _stripes(dy: Tensor) -> dict[str, Any]:
+    """Share of non-zero features of dL/dY (tokens, features) for each of the first 512 tokens."""
+    rows = (dy[:512] != 0).float().mean(1)
     return {"tokens": len(rows), "features": dy.shape[1], "row_share": [round(value, 3) for value in rows.tolist()]}
 
 

@@ -25,6 +25,7 @@ from sparsegrad.tasks.base import tokenize
 from sparsegrad.trainer.quiet import quiet_transformers
 
 Batch = Mapping[str, Any]
+CALIBRATION_STEPS = 30
 
 
 def build_run(*overrides: str) -> RunConfig:
@@ -47,7 +48,7 @@ class Probe:
         linears: layer kind -> its linears, block by block.
     """
 
-    def __init__(self, config: RunConfig, *, calibration_steps: int = 30) -> None:
+    def __init__(self, config: RunConfig) -> None:
         quiet_transformers()
         set_seed(config.seed)
         self.config = config
@@ -56,7 +57,7 @@ class Probe:
         self.linears = {kind: list(of.values()) for kind, of in find_mlp(self.model, config.model.mlp).items()}
         self.rows = tokenize(config.task.load(config.data).train, config.task, self.tokenizer, config.data)
         self.model.train()
-        self.bases = calibrate(self.model, self.batches(1), self.linears, calibration_steps)
+        self.bases = calibrate(self.model, self.batches(1), self.linears, CALIBRATION_STEPS)
         self.optimizer = SparseGradAdamW(self._groups(), lr=config.train.lr)
 
     def batches(self, stream: int, pad: str = "longest") -> Iterator[Batch]:

@@ -13,7 +13,7 @@ are orthogonal, but otherwise arbitrary.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Grams:
 
     out_gram: Tensor | None = None
     in_gram: Tensor | None = None
-    count: int = field(default=0)
+    count: int = 0
     sides: str = "both"
     shape: tuple[int, ...] | None = None
     device: torch.device | str | None = None
@@ -78,8 +78,8 @@ class Grams:
         self.out_gram = None if sides == "in" else G.new_zeros(G.shape[0], G.shape[0])
         self.in_gram = None if sides == "out" else G.new_zeros(G.shape[1], G.shape[1])
 
-    def basis(self, dtype: torch.dtype | None = None) -> Basis:
-        """The HOSVD factor matrices, computed in float64 and cast to `dtype` (default: that of the sums).
+    def basis(self) -> Basis:
+        """The HOSVD factor matrices, computed in float64 and cast to the dtype of the sums.
 
         With a large side (see `sparsegrad.calibration.eigh`) this consumes the sums, because their memory is needed.
         The next `add` then starts from zero.
@@ -92,7 +92,7 @@ class Grams:
         if any(gram is not None and is_large(len(gram), gram.device) for gram in (self.in_gram, self.out_gram)):
             self.shape = None  # marks the sums as used up, for `_take_gram` and the next `add`
         # One side after the other, and no reference kept here: each Gram matrix is freed once it is decomposed.
-        return Basis(_decompose(self._take_gram("in_gram"), dtype), _decompose(self._take_gram("out_gram"), dtype))
+        return Basis(_decompose(self._take_gram("in_gram")), _decompose(self._take_gram("out_gram")))
 
     def _take_gram(self, name: str) -> Tensor | None:
         """Return a sum, and drop it from this object if the sums are used up."""
@@ -135,12 +135,12 @@ def check_finite(total: Tensor) -> None:
         raise UserError("a calibration gradient is not finite: calibrate in float32, or check the data")
 
 
-def _decompose(gram: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+def _decompose(gram: Tensor | None) -> Tensor | None:
     """Columns (n, n) = eigenvectors of a Gram matrix (n, n) by decreasing eigenvalue, computed in float64."""
     if gram is None:
         return None
     check_finite(gram)
-    device, dtype = gram.device, dtype or gram.dtype
+    device, dtype = gram.device, gram.dtype
     if is_large(len(gram), gram.device):
         gram = to_host(gram)  # frees the original
         vectors = large_eigenvectors(gram)

@@ -17,6 +17,7 @@ from sparsegrad.errors import UserError, check_integer
 from sparsegrad.layers.block_product import REMEDY, BlockProduct
 from sparsegrad.layers.common import (
     FixedParameter,
+    check_fit,
     check_input,
     check_linear,
     factor_change,
@@ -75,10 +76,7 @@ class BlockLinear(nn.Module):
     def _add_core(self, basis: Basis, core_shape: tuple[int, int]) -> None:
         _keep_out_of_compiler()
         weight = self.weight
-        if not basis.fits(weight.shape):
-            raise UserError(
-                f"a basis for {basis.shape} does not fit a linear of {tuple(weight.shape)}: calibrate it again"
-            )
+        check_fit(basis, weight)
         check_updated(weight, "the weight of a block")
         for name, size, most in zip(("out", "in"), core_shape, weight.shape, strict=True):
             check_integer(f"{name} directions", size, at_least=1, at_most=most)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsegrad.basis import Basis
 from sparsegrad.errors import UserError
 from sparsegrad.optim.selection import check_density
 
@@ -53,6 +54,12 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
     return linear
+
+
+def check_fit(basis: Basis, weight: Tensor) -> None:
+    """Raise `UserError` for a basis of another shape than the weight (out, in)."""
+    if not basis.fits(weight.shape):
+        raise UserError(f"a basis for {basis.shape} does not fit a linear of {tuple(weight.shape)}: calibrate it again")
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

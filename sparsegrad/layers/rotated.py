@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsegrad.basis import Basis
-from sparsegrad.errors import UserError, check_choice
+from sparsegrad.errors import check_choice
 from sparsegrad.layers.common import (
+    check_fit,
     check_input,
     check_linear,
     make_linear,
@@ -60,11 +61,6 @@ def _select_entries(gradient: Tensor, keep: int) -> Tensor:
     return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, gradient.shape, check_invariants=False)
 
 
-def _check_fit(basis: Basis, weight: Tensor) -> None:
-    if not basis.fits(weight.shape):
-        raise UserError(f"a basis for {basis.shape} does not fit a linear of {tuple(weight.shape)}: calibrate it again")
-
-
 class SparseGradLinear(nn.Module):
     """A linear layer that computes the same function as an `nn.Linear`, with a sparse gradient in the rotated space.
 
@@ -92,7 +88,7 @@ class SparseGradLinear(nn.Module):
 
     def __init__(self, rotated_weight: Tensor, bias: Tensor | None, basis: Basis, keep: int, backward: str) -> None:
         super().__init__()
-        _check_fit(basis, rotated_weight)
+        check_fit(basis, rotated_weight)
         self.keep = count_kept(rotated_weight.shape, keep=keep)
         self.backward_mode = check_choice("backward", backward, BACKWARDS)
         self.rotated_weight = nn.Parameter(rotated_weight)
@@ -126,7 +122,7 @@ class SparseGradLinear(nn.Module):
         """
         check_linear(linear, "engine layer")
         weight = linear.weight.detach()
-        _check_fit(basis, weight)
+        check_fit(basis, weight)
         basis = basis.to(weight.device, weight.dtype)
         bias = None if linear.bias is None else linear.bias.detach().clone()
         return cls(basis.rotate(weight), bias, basis, count_kept(weight.shape, keep=keep, density=density), backward)

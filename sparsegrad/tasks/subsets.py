@@ -12,14 +12,14 @@ from sparsegrad.errors import UserError
 
 # Every subset and held-out part uses this one seed, so that runs with different seeds see the same rows.
 SPLIT_SEED = 20240507
+HELDOUT = 0.1  # share of the training rows
 
 
-def split_heldout(train: datasets.Dataset, share: float = 0.1) -> tuple[datasets.Dataset, datasets.Dataset]:
+def split_heldout(train: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Split rows for protocol `heldout`: the same rows in every run, each part in the order of the file.
 
     Args:
-        train: the training rows.
-        share: of the rows that are held out.
+        train: the training rows, of which a tenth is held out.
 
     Returns:
         (train, held out).
@@ -27,11 +27,11 @@ def split_heldout(train: datasets.Dataset, share: float = 0.1) -> tuple[datasets
     Raises:
         UserError: if one of the parts would be empty.
     """
-    count = round(len(train) * share)
-    if not 0 < count < len(train):
+    count = round(len(train) * HELDOUT)
+    if not count:
         raise UserError(
-            f"{len(train)} training rows cannot give a held-out share of {share:g}: at least "
-            f"{math.ceil(1 / share) if 0 < share < 1 else 2} rows are needed; raise data.max_train, or give more data"
+            f"{len(train)} training rows cannot give a held-out share of {HELDOUT:g}: at least "
+            f"{math.ceil(1 / HELDOUT)} rows are needed; raise data.max_train, or give more data"
         )
     order = _shuffle_rows(len(train))
     # Sorted: each part keeps the order of the file.

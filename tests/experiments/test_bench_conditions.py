@@ -67,10 +67,12 @@ def test_another_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         run(fake(tmp_path))
 
 
-def test_other_bases_are_refused_for_the_settings_that_have_some(tmp_path: Path) -> None:
+def test_other_bases_are_refused_only_for_the_settings_that_have_some(tmp_path: Path) -> None:
     bench = fake(tmp_path, bases="reflections")
     bench.document = results.empty()
     bench._check_conditions({**results.empty(), "settings": {"another": {"bases": "calibrated"}}}, [SETTING.key])
+    with pytest.raises(UserError, match="bases"):
+        bench._check_conditions({**results.empty(), "settings": {SETTING.key: {"bases": "calibrated"}}}, [SETTING.key])
 
 
 def test_force_measures_with_the_new_steps_and_leaves_no_earlier_cell(tmp_path: Path) -> None:

@@ -35,6 +35,14 @@ def test_a_plan_edited_after_its_runs_leaves_them_exploratory(cases: Cases) -> N
     assert all("its plan evidence_paper was edited afterwards" in line for line in block.apart)
 
 
+def test_the_runs_of_a_plan_that_says_so_are_exploratory(cases: Cases) -> None:
+    cases.plan(rules={"exploratory": True})
+    cases.run("full", "sst2", 42, 0.9)
+    block = load(cases).blocks["evidence_paper"]
+    assert not block.runs
+    assert "exploratory, its plan evidence_paper says so" in block.apart[0]
+
+
 @pytest.mark.parametrize(
     ("plan", "why"),
     [(None, "made without a plan"), ({"experiment": "gone", "sha256": "0"}, "its plan gone no longer exists")],

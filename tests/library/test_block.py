@@ -151,10 +151,15 @@ def test_autocast_does_not_round_what_is_merged(linear, basis) -> None:
 
 def test_who_holds_the_old_linears_holds_no_second_copy(linear, basis) -> None:
     """As `run.py` does with the linears that it has found."""
-    model, bias = nn.Sequential(linear), linear.bias
+
+    class Own(nn.Linear):
+        """A subclass, which is replaced; an `nn.Linear` is converted in place."""
+
+    linear.__class__ = Own
+    model, weight, bias = nn.Sequential(linear), linear.weight.data_ptr(), linear.bias
     blocks = use_blocks(model, {"only": {"0": linear}}, {"only": basis}, 0.5)
-    assert blocks["only"]["0"] is model[0]
-    assert model[0].weight.data_ptr() == linear.weight.data_ptr()
+    assert blocks["only"]["0"] is model[0] is not linear
+    assert model[0].weight.data_ptr() == linear.weight.data_ptr() == weight
     assert bias is None or model[0].bias.data_ptr() == bias.data_ptr()
 
 

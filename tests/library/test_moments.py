@@ -124,7 +124,7 @@ def test_compact_moments_are_saved_and_go_on_to_the_bit(dtype: torch.dtype) -> N
     whole, halves = weights(dtype=dtype), weights(dtype=dtype)
     torch.manual_seed(1)
     walk(whole, SparseGradAdamW([{"params": whole, **group}], lr=1e-2), range(8))
-    torch.manual_seed(1)
+    torch.manual_seed(2)  # the rounding of bfloat16 weights does not depend on torch's generator
     first = SparseGradAdamW([{"params": halves, **group}], lr=1e-2)
     walk(halves, first, range(4))
     file = io.BytesIO()
@@ -168,8 +168,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counte
 
     def everything() -> list[Tensor]:
         states = [optimizer.state[p] for p in parameters]
-        names = states[0].keys() - {"step", "used"}
-        return [*parameters, rest, *(state[name] for state in states for name in names if name.startswith("exp"))]
+        return [*parameters, rest, *(one for state in states for one in state.values() if isinstance(one, Tensor))]
 
     step(0)
     before = copy.deepcopy(everything())

@@ -133,12 +133,19 @@ def test_the_selection_is_made_after_accumulation() -> None:
     assert torch.allclose(one[0].weight, other[0].weight, atol=1e-12)
 
 
-def test_training_lowers_the_loss_to_the_full_methods_neighbourhood() -> None:
-    sparse, full, data = network(), network(), batches(1) * 300
-    sparse_loss = train(sparse, [SparseGradAdamW(groups(sparse, basis=random_basis(), density=0.1), lr=1e-2)], data)
-    full_loss = train(full, [torch.optim.AdamW(full.parameters(), lr=1e-2)], data)
-    assert sparse_loss[-1] < 0.1 * sparse_loss[0]
-    assert full_loss[-1] < 0.1 * full_loss[0]
+def test_training_one_weight_lowers_the_loss_to_the_full_methods_neighbourhood() -> None:
+    """Of one weight alone: the rest could lower it without that weight."""
+    losses = []
+    for is_sparse in (True, False):
+        model = network()
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter is model[0].weight)
+        group = {"params": [model[0].weight], "basis": random_basis(), "density": 0.1}
+        optimizer = SparseGradAdamW([group], lr=1e-2) if is_sparse else torch.optim.AdamW(group["params"], lr=1e-2)
+        losses.append(train(model, [optimizer], batches(1) * 300))
+    sparse, full = losses
+    assert full[-1] < 0.3 * full[0]
+    assert sparse[-1] < 1.5 * full[-1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -150,7 +157,7 @@ def test_state_dict_round_trip_goes_on_to_the_bit(dtype: torch.dtype) -> None:
     train(model, [optimizer], data[:4])
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    torch.manual_seed(1)  # bfloat16 weights are rounded at random
+    torch.manual_seed(1)
     train(model, [optimizer], data[4:])
 
     file.seek(0)
@@ -158,7 +165,7 @@ def test_state_dict_round_trip_goes_on_to_the_bit(dtype: torch.dtype) -> None:
     resumed = SparseGradAdamW(groups(fresh, basis=random_basis(seed=9), keep=9), lr=1e-2)
     fresh.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
-    torch.manual_seed(1)
+    torch.manual_seed(2)  # the rounding of bfloat16 weights does not depend on torch's generator
     train(fresh, [resumed], data[4:])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
 

@@ -166,6 +166,7 @@ def test_calibration_with_an_update_trains_meanwhile(model) -> None:
 def test_two_lines_train_any_loop(model) -> None:
     optimizer = prepare(model, batches(5), density=0.05, lr=3e-3, calibration_steps=5)
     assert isinstance(optimizer, SparseGradAdamW)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
     first = last = None
     for _ in range(30):
         loss = model(**batches(1)[0]).loss
@@ -174,6 +175,8 @@ def test_two_lines_train_any_loop(model) -> None:
         optimizer.step()
         first, last = first or loss.item(), loss.item()
     assert last < 0.5 * first
+    for name, weight in model.named_parameters():
+        assert not torch.equal(weight, before[name]) or not weight.grad.any(), name
 
 
 def test_prepare_covers_every_trainable_parameter_once(model) -> None:

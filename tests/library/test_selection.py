@@ -45,8 +45,16 @@ def test_density_rounds_to_the_nearest_count() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"keep": 1, "density": 0.1}, {"keep": 1.5}, {"keep": True}, {"density": "x"}]
+    ("arguments", "said"),
+    [
+        ({}, "keep=None and density=None: give exactly one"),
+        ({"keep": 1, "density": 0.1}, r"keep=1 and density=0\.1: give exactly one"),
+        ({"keep": 1.5}, r"keep=1\.5"),
+        ({"keep": True}, "keep=True"),
+        ({"density": "x"}, "density=x"),
+        ({"density": 0.001}, r"density=0\.001 keeps no entry of a weight \(10, 10\): give at least 0\.01"),
+    ],
 )
-def test_bad_input_is_named(arguments: dict) -> None:
-    with pytest.raises(UserError, match=r"keep|density"):
+def test_bad_input_is_named(arguments: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
         count_kept((10, 10), **arguments)

@@ -34,7 +34,7 @@ def test_backward_and_step_within_autocast_are_those_outside(order: str, dtype: 
             if not inside or order == "gradient":
                 loss.backward()
             with _in_autocast(enabled=inside):
-                torch.manual_seed(step)
+                torch.manual_seed(step + 10 * inside)  # on which the rounding of bfloat16 weights does not depend
                 optimizer.step()
             optimizer.zero_grad()
         changed.append([parameter.detach() for parameter in model.parameters()])

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_runs import Stop
 from transformers import AutoModelForSequenceClassification
 
-from sparsegrad import load_adapter
+from sparsegrad import load_adapter, prepare
 from sparsegrad.basis import load_bases
 from sparsegrad.runs.config import build
 from sparsegrad.runs.runner import run
@@ -92,3 +92,8 @@ def test_bases_and_optimizer_state_still_load(folder: Path) -> None:
     saved = {group["kind"]: group["basis"] for group in state["param_groups"] if group.get("kind")}
     assert bases.keys() == saved.keys()
     assert all(torch.equal(bases[kind].in_basis, saved[kind]["in_basis"]) for kind in bases)
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "adapter" / "base")
+    kept = {name: state["param_groups"][0][name] for name in ("keep", "density")}
+    optimizer = prepare(model, None, bases=bases, **kept)
+    optimizer.load_state_dict(state)
+    assert len(optimizer.state) == len(state["state"]) > 0

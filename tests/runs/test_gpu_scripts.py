@@ -1,4 +1,4 @@
-"""scripts/gpu_evidence.sh, run by bash in a copy of the checkout's layout with a stand-in for Python."""
+"""The scripts for a GPU, run by bash in a copy of the checkout's layout with a stand-in for Python."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def write_program(path: Path, text: str) -> None:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts" / "gpu_evidence.sh", tmp_path / "scripts")
+    for name in ("gpu_evidence.sh", "gpu_all.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
     for name in ("glue", "results/studies", "results/runs/old", "parts/minilm"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "results" / "runs" / "old" / "record.json").write_text("{}")
@@ -123,3 +124,15 @@ def test_the_parts_of_a_model_are_joined_in_order_and_checked(checkout: Path) ->
     assert joined == "".join(f"{number}," for number in range(12))
     assert (checkout / "checked").read_text() == "checked minilm\n"
     assert "--dry" in (checkout / "results" / "runs" / "new" / "0.json").read_text()
+
+
+def test_all_checks_are_rehearsed_and_a_failed_one_stops_no_other(checkout: Path) -> None:
+    write_program(checkout / "python", '#!/bin/bash\n[[ "$*" != *"-m pytest"* ]]\n')
+    command, env = ["bash", "scripts/gpu_all.sh", "out", "--dry"], {**os.environ, "PYTHON": str(checkout / "python")}
+    done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    with tarfile.open(checkout / "out" / "gpu_all.tar.gz") as archive:
+        summary = archive.extractfile("./summary.txt")
+        assert summary is not None
+        lines = summary.read().decode().splitlines()
+    assert lines == [f"{step}: exit status {int(step == 'tests')}" for step in ("versions", "tests", "bench", "packed")]

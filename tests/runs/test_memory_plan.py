@@ -48,6 +48,7 @@ def test_the_remedy_fits() -> None:
     large = replace(SEVEN_B, precision="fp32", checkpointing=False, tokens=16384)
     with pytest.raises(UserError, match=r"this would fit: train\.gradient_checkpointing=true"):
         check_fits(large, 60 * GIB)
+    check_fits(replace(large, checkpointing=True), 60 * GIB)
 
 
 @pytest.mark.parametrize(("layout", "mlp_width"), [("gpt2", 32), ("llama", 32), ("qwen2", 32)])

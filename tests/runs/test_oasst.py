@@ -226,9 +226,9 @@ def test_questions_without_an_answer_can_be_left_out(tmp_path: Path, tokenizer: 
     assert kept == [["user", "assistant"], ["user", "assistant"]]
     assert found.counts["train_messages_unanswered"] == 2
     assert found.counts["train_conversations_ending_with_question"] == 0
-    windows, _ = oasst().tokens(found.train, tokenizer, DataConfig(max_length=32))
-    ids, end = windows["input_ids"][0], tokenizer.eos_token_id
-    assert end is None or tokenizer.decode(ids).count("[/inst]") == 2
+    windows, counts = oasst().tokens(found.train, tokenizer, DataConfig(max_length=64))
+    assert counts["conversations"] == 2
+    assert tokenizer.decode(windows["input_ids"][0], skip_special_tokens=True).count("[ / inst ]") == 2
 
 
 def test_a_question_with_an_answer_stays_when_its_other_answers_are_dropped(tmp_path: Path) -> None:

@@ -149,8 +149,8 @@ def test_the_seed_of_the_run_draws_what_is_drawn_once(conf: Composer) -> None:
     drawn = {}
     for seed in (1, 2):
         models = {name: fresh() for name in ("shira", "vera")}
-        tuned = {name: prepared(made(conf, name, f"seed={seed}"), model) for name, model in models.items()}
-        del tuned
+        for name, model in models.items():
+            prepared(made(conf, name, f"seed={seed}"), model)
         vera = models["vera"].bert.encoder.layer[0].output.dense.vera_A["default"].clone()
         drawn[seed] = [vera, models["shira"].bert.encoder.layer[0].output.dense.shira_indices["default"].clone()]
     assert not any(torch.equal(*pair) for pair in zip(*drawn.values(), strict=True))
@@ -231,7 +231,6 @@ def test_the_floors_train_the_head_and_the_biases() -> None:
 
 def test_bases_by_name() -> None:
     """`none` keeps entries of the plain gradient, `authors` transposes U, `random` is orthogonal."""
-    model = fresh()
     found = {
         name: prepared(SparseGrad(keep=9, density=None, steps=2, basis=name), fresh())
         for name in ("hosvd", "authors", "random", "none")
@@ -242,4 +241,3 @@ def test_bases_by_name() -> None:
     U = bases["random"].in_basis
     assert torch.allclose(U.T @ U, torch.eye(16), atol=1e-5)
     assert not torch.allclose(U, bases["hosvd"].in_basis, atol=0.1)
-    del model

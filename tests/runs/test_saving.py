@@ -89,7 +89,7 @@ def test_the_other_format_takes_the_place_of_the_first(made: Made, source: Path,
         config = made("method=sparsegrad", f"save_adapter={one}", "force=true")
         run(config)
     names = {path.name for path in config.adapter_folder.iterdir()}
-    (fresh,) = (made("method=sparsegrad", f"save_adapter={formats[1]}", "seed=7"),)
+    fresh = made("method=sparsegrad", f"save_adapter={formats[1]}", "seed=7")
     run(fresh)
     assert names == {path.name for path in fresh.adapter_folder.iterdir()}
     assert "save_lora wrote this card" in (config.adapter_folder / "README.md").read_text() or formats[1] != "lora"

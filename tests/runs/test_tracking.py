@@ -73,12 +73,13 @@ def test_wandb_continues_the_run_of_the_same_key(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wandb = pytest.importorskip("wandb")
-    started, finished = [], []
+    started, finished, logged = [], [], []
 
     class Run:
         id = "of-the-key"
 
         def log(self, values: dict[str, float], step: int) -> None:
+            logged.append((step, set(values)))
             assert all(isinstance(value, float | int) for value in values.values())
 
         def finish(self, exit_code: int) -> None:
@@ -98,6 +99,7 @@ def test_wandb_continues_the_run_of_the_same_key(
     assert (facts["density"], facts["engine"], facts["key"]) == (0.01, "exact", config.key)
     assert facts["record"]["trainable"] == record["trainable"]
     assert finished == [1, 0]  # the first was interrupted
+    assert {one["step"] for one in record["evaluations"]} <= {step for step, names in logged if "eval/loss" in names}
     assert f"wandb sync {config.work_dir}/wandb/offline-run-*-of-the-key" in capsys.readouterr().err
 
 

@@ -47,13 +47,18 @@ def fail_to_save(config: RunConfig, source: Path, message: str) -> None:
 
 def test_what_could_not_be_saved_is_saved_by_the_same_command_without_training(made: Made, source: Path) -> None:
     config = made("method=sparsegrad", "save_adapter=sparsegrad")
+    undisturbed = made("method=sparsegrad", "save_adapter=sparsegrad", "name=undisturbed")
+    run(undisturbed)
     fail_to_save(config, source, r"cannot be read.*the same command saves from them; with save_adapter=null it ends")
     assert not config.record_path.exists()
     again = Away()
     record, is_new = run(config, callbacks=[again])
     assert (is_new, again.steps, record["status"]) == (True, 0, "complete")
-    model = base(source)
-    load_adapter(model, config.adapter_folder).merge()
+    models = [base(source), base(source)]
+    for model, one in zip(models, (config, undisturbed), strict=True):
+        load_adapter(model, one.adapter_folder).merge()
+    for found, wanted in zip(*(model.state_dict().values() for model in models), strict=True):
+        assert torch.equal(found, wanted)
     assert not config.checkpoints.exists()
 
 

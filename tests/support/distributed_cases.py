@@ -129,7 +129,7 @@ def walk_prepared(dtype: torch.dtype, wrap_first: bool) -> dict[str, Any]:
     """`prepare` and DDP, in either order; each process's own generator is in another state, as with dropout."""
     model = bert(dtype)
     inner, model = model, wrapped(model) if wrap_first else model
-    optimizer = prepare(model, batches(), density=0.05, steps=4, lr=1e-3)
+    optimizer = prepare(model, batches(), density=0.05, calibration_steps=4, lr=1e-3)
     torch.manual_seed(100 + rank())
     losses = loop(model if wrap_first else wrapped(model), optimizer, 5)
     weights = arrays({name: tensor.float() for name, tensor in inner.state_dict().items()})
@@ -171,7 +171,7 @@ def payloads() -> dict[str, dict[str, int]]:
 def saved(folder: str, steps: int, begin: bool) -> dict[str, Any]:
     """Begin and save, or load and go on, for some steps of full batches; the weights."""
     model: Any = bert()
-    optimizer = prepare(model, batches(), density=0.05, steps=4, lr=1e-3)
+    optimizer = prepare(model, batches(), density=0.05, calibration_steps=4, lr=1e-3)
     path = f"{folder}/state.pt"
     if not begin:
         found = torch.load(path, weights_only=True)
@@ -198,9 +198,9 @@ def messages(*calls: Any) -> list[str]:
 def refused_by_the_library() -> list[str]:
     """Another seed on each process, for the whole model and for a frozen part; gradients released one by one."""
     other = bert(seed=rank())
-    optimizer = prepare(bert(), batches(), density=0.05, steps=2)
+    optimizer = prepare(bert(), batches(), density=0.05, calibration_steps=2)
     return messages(
-        lambda: prepare(other, batches(), density=0.05, steps=2),
+        lambda: prepare(other, batches(), density=0.05, calibration_steps=2),
         lambda: optimizer.release_gradients(),
     )
 
@@ -211,7 +211,7 @@ def refused_shards() -> list[str]:
     from torch.distributed.fsdp import fully_shard
 
     model: Any = bert()
-    before = prepare(model, batches(), density=0.05, steps=2)
+    before = prepare(model, batches(), density=0.05, calibration_steps=2)
     mlp = {kind: list(found.values()) for kind, found in find_mlp(model).items()}
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     weights = [linear.weight for linear in mlp["output"]]
@@ -219,7 +219,7 @@ def refused_shards() -> list[str]:
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     return messages(
-        lambda: prepare(model, batches(), density=0.05, steps=2),
+        lambda: prepare(model, batches(), density=0.05, calibration_steps=2),
         lambda: SparseGradAdamW([{"params": weights, "density": 0.05}]),
         lambda: before.step(),
     )

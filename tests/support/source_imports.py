@@ -15,6 +15,7 @@ def imported_names(path: Path) -> list[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: import by the full name of the module"
             found += [f"{node.module}.{alias.name}" for alias in node.names]
     return found

@@ -101,6 +101,7 @@ def held(size: int, capacity: int, folder: Path | None = None) -> Iterator[BaseP
     end = time.monotonic() + 20
     while not device.entries() and time.monotonic() < end:
         time.sleep(0.01)
+    assert device.entries(), "nothing was reserved"
     yield process
     process.kill()
     process.join(20)

@@ -31,9 +31,9 @@ def read(results: Path) -> dict[str, Any] | None:
     return read_figure_data(results, "basis")
 
 
-def kept_energy(found: dict[str, Any], basis: str, kind: str, density: float = DENSITY) -> dict[int, float]:
-    """Step -> mean over blocks of the energy in the largest entries."""
-    rows = [row for row in found["rows"] if (row["basis"], row["kind"], row["density"]) == (basis, kind, density)]
+def kept_energy(found: dict[str, Any], basis: str, kind: str) -> dict[int, float]:
+    """Step -> mean over blocks of the energy in the largest 1 % of entries."""
+    rows = [row for row in found["rows"] if (row["basis"], row["kind"], row["density"]) == (basis, kind, DENSITY)]
     return {row["step"]: mean(row["blocks"]) for row in rows}
 
 
