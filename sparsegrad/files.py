@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_JSON = 64 * 2**20  # bytes; a record has about 10,000
+MAX_DIGITS = 300  # of an integer; a float cannot hold one of 310
 MAX_LEVELS = 32  # of nesting; a record has six. Code that copies or merges what it read recurses several times a level.
 # Error codes of a full, read-only or protected file system, and how safetensors and torch.save report them.
 _PROTECTED = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -142,7 +143,8 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file that this project wrote.
 
     Raises:
-        ValueError: when it is missing, damaged, nested deeper than `MAX_LEVELS`, or larger than `MAX_JSON`.
+        ValueError: when it is missing, damaged, nested deeper than `MAX_LEVELS`, larger than
+            `MAX_JSON`, or contains an integer of more than `MAX_DIGITS` digits.
     """
     try:
         return load_json(path)
@@ -155,12 +157,18 @@ def load_json(path: Path) -> Any:
     if (size := path.stat().st_size) > MAX_JSON:
         raise ValueError(f"{size} bytes are too many")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_parse_integer)
     except RecursionError as error:
         raise ValueError(str(error)) from None
     if _is_deep(content):
         raise ValueError(f"nested deeper than {MAX_LEVELS} levels")
     return content
+
+
+def _parse_integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _is_deep(content: Any) -> bool:

@@ -14,7 +14,7 @@ from adapter_checks import Prepared, own_model
 from sparsegrad import UserError, save_adapter
 from sparsegrad.adapter.lora_files import write_lora
 from sparsegrad.basis import Basis, save_bases
-from sparsegrad.files import check_writable, unwritable, write_json
+from sparsegrad.files import check_writable, read_json, unwritable, write_json
 
 
 def save(folder: Path) -> None:
@@ -84,3 +84,29 @@ def test_tensors_have_the_permissions_of_any_new_file(tmp_path: Path, umask: int
     written = files - locks
     assert len(written) >= 5
     assert {path.stat().st_mode & 0o777 for path in written} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 33 + "]" * 33, "nested deeper than 32 levels"),
+        ('{"a":' * 100_000, "recursion"),
+        ('{"a": ' + "9" * 310 + "}", "a number of 310 digits"),
+        ('{"a": ', "Expecting value"),
+    ],
+)
+def test_json_that_code_would_stumble_over_later_is_not_read(tmp_path: Path, text: str, said: str) -> None:
+    """Python reads the first and the third; copies of the one are too deep, and floats cannot hold the other."""
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_json(path)
+
+
+def test_json_up_to_the_limits_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("[" * 32 + "9" * 300 + "]" * 32)
+    found = read_json(path)
+    for _ in range(32):
+        (found,) = found
+    assert float(found) == pytest.approx(1e300)
