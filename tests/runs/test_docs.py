@@ -96,6 +96,27 @@ def test_every_page_is_in_the_navigation_and_every_page_of_it_exists() -> None:
     assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))
 
 
+LINKS = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *DOCS.glob("*.md")], ids=lambda page: page.name)
+def test_links_lead_to_what_is_there(page: Path) -> None:
+    """From docs/ to docs/ alone: the site that is built of it has nothing else."""
+    for link in LINKS.findall(page.read_text()):
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert page.parent == ROOT or target.is_relative_to(DOCS), f"{link} leads out of docs/"
+        assert not anchor or anchor in anchors(target), link
+
+
 def test_no_page_installs_the_other_sparsegrad() -> None:
     pages = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *(ROOT / "sparsegrad").rglob("*.py")]
     wrong = [page for page in pages if re.search(r"pip install '?sparsegrad(?!-peft)\b.*\[", page.read_text())]
