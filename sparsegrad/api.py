@@ -24,7 +24,7 @@ from sparsegrad.calibration.loss import Batch
 from sparsegrad.distributed import check_same_weights, is_managed, is_shard, refuse_shards, reshard, unwrapped
 from sparsegrad.errors import UserError, check_choice, check_integer, renamed_arguments, warn_renamed
 from sparsegrad.layers.common import check_linear
-from sparsegrad.layers.replace import rotate_gradients, use_blocks
+from sparsegrad.layers.replace import refuse_own_function, rotate_gradients, use_blocks
 from sparsegrad.layers.shards import check_shards
 from sparsegrad.optim.adamw import SparseGradAdamW
 from sparsegrad.optim.group_checks import check_rate
@@ -113,7 +113,7 @@ def prepare(
             `fast` or where `train_rest=False` freezes something: DDP has to wrap the prepared model there. With engine
             `fast` it may be sharded by FSDP2, before or after the call. Several connected processes calibrate together.
         batches: at least `calibration_steps` mappings of tensors with labels, used for calibration only; None with
-            `bases`.
+            `bases`. Gradients that the target weights have from before the call are deleted.
         target_modules: the linears to train: names or ends of names, as in `peft`; a mapping from layer kind to a
             pattern of names; or the name of a known layout. None detects the layout. See `find_mlp`. `mlp=` is an
             alias.
@@ -136,14 +136,15 @@ def prepare(
             training, before saving.
         rotation_order: how engine `exact` computes rotated gradients. With `auto` the linears do it during
             back-propagation, in the cheapest order of products for the number of tokens, and leave the result in
-            `weight.grad`. Accumulation, DDP, clipping by norm and `GradScaler` mean the same as before. What adds a
-            plain gradient does not, such as a penalty on the weights in the loss (L2-SP, EWC), nor does what reads
-            single entries of `weight.grad` or moves the weight along it: clipping by value or by unit (AGC), SAM,
-            Fisher information, gradient surgery by entry. These need `gradient`, where `weight.grad` is the plain
-            gradient and the optimizer rotates it, as it does for `Conv1D` in any case. Errors are raised for a penalty,
-            except on layers that `torch.compile` compiled, which cannot tell its gradient from theirs; for clipping by
-            value, if it leaves many equal entries in step 1, 2, 4, 8 and so on; and for a step of another optimizer.
-            The other uses are not noticed. `tokens`, `inputs` and `outputs` are the other orders, for measurements.
+            `weight.grad`. Accumulation, DDP, clipping by the 2-norm and `GradScaler` mean the same as before. What adds
+            a plain gradient does not, such as a penalty on the weights in the loss (L2-SP, EWC), nor does what reads
+            single entries of `weight.grad` or moves the weight along it: clipping by value, by another norm or by unit
+            (AGC), SAM, Fisher information, gradient surgery by entry. These need `gradient`, where `weight.grad` is the
+            plain gradient and the optimizer rotates it, as it does for `Conv1D` in any case. Errors are raised for a
+            penalty, except on layers that `torch.compile` compiled, which cannot tell its gradient from theirs; for
+            clipping by value, if it leaves many equal entries in step 1, 2, 4, 8 and so on; and for a step of another
+            optimizer. The other uses are not noticed. `tokens`, `inputs` and `outputs` are the other orders, for
+            measurements.
         rotation_dtype: `torch.bfloat16` rotates gradients in bfloat16 with sums in float32, on hardware that has it. It
             rounds, so that a few of the kept entries differ. None: the dtype of the weights, at least float32.
         train_rest: whether everything outside the target weights trains that requires a gradient (the paper). False
@@ -255,6 +256,7 @@ def _find_linears(model: nn.Module, names: Names | None, options: _Options) -> L
         count_kept(linear.weight.shape, keep=options.keep, density=options.density, name=f"{name}.weight")
         if options.engine == "fast":
             check_linear(linear, 'engine="fast"', 'give engine="exact"')
+            refuse_own_function(linear, name)
         if is_managed(linear) or is_shard(linear.weight):
             check_shards(linear)
     check_rotation_dtype(options.rotation_dtype, next(all_linears(linears)).weight.device)

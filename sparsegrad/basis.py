@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsegrad.arguments import explained
+from sparsegrad.arguments import explained, show
 from sparsegrad.errors import UserError, check_choice
 from sparsegrad.files import save_tensors, unreadable, write_with
 from sparsegrad.hashing import tensors_sha256
@@ -40,8 +40,8 @@ class Basis:
         out_basis: V (out, out), the paper's V^T; or None.
 
     Raises:
-        UserError: when a matrix is not square, or both are None. Orthogonality is not checked, as that costs O(n^3):
-            the caller guarantees it.
+        UserError: when a matrix is no tensor or not square, or both are None. Orthogonality is not checked, as that
+            costs O(n^3): the caller guarantees it.
     """
 
     in_basis: Tensor | None
@@ -51,6 +51,8 @@ class Basis:
         if self.in_basis is None and self.out_basis is None:
             raise UserError("a basis of no side rotates nothing: give in_basis, out_basis or both")
         for name, matrix in (("in_basis", self.in_basis), ("out_basis", self.out_basis)):
+            if not isinstance(matrix, Tensor | None):
+                raise UserError(f"{name} is a {type(matrix).__name__}: give a square matrix as a tensor, or None")
             if matrix is not None and (matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]):
                 raise UserError(f"{name} of shape {tuple(matrix.shape)} is not a basis: give a square matrix")
 
@@ -206,8 +208,11 @@ def save_bases(path: str | os.PathLike[str], bases: Mapping[str, Basis], fingerp
         fingerprint: identifies what the bases were made from; see `load_bases`.
 
     Raises:
+        UserError: for what is no mapping from names to bases.
         ResourceError: when the file cannot be written; an earlier one is unchanged.
     """
+    if not isinstance(bases, Mapping) or not all(isinstance(kind, str) for kind in bases):
+        raise UserError(f"bases is {show(bases)}: give {{name of a layer kind: Basis}}, as optimizer.bases")
     tensors: dict[str, Tensor] = {}
     for kind, basis in bases.items():
         for side in ("in_basis", "out_basis"):

@@ -57,8 +57,9 @@ def find_mlp(model: nn.Module, target_modules: Names | None = None) -> Linears:
         model: any module; only its module names matter.
         target_modules: None detects the one layout of `LAYOUTS` that matches the model's names, in every block.
             Otherwise the name of a layout; a mapping from layer kind to a regular expression for the whole module name;
-            or a list of module names or their ends, as in `peft`, where names that differ only in numbers form one kind
-            (`layers.*.mlp.up_proj`). `mlp=` is an alias.
+            or a list of module names or their ends, as in `peft`, where names form one kind if they differ only in
+            parts that are numbers (`layers.*.mlp.up_proj`), other than that of a linear in an `nn.Sequential`
+            (`layers.*.mlp.0`). `mlp=` is an alias.
 
     Returns:
         Layer kind -> module name -> linear. All weights of a kind have one shape.
@@ -81,13 +82,18 @@ def find_mlp(model: nn.Module, target_modules: Names | None = None) -> Linears:
 
 
 def check_trainable(linears: Linears) -> None:
-    """Raise `UserError` for a weight that training would silently leave unchanged: frozen, or in float16."""
+    """Raise `UserError` for a weight that cannot train: frozen, without values, or in float16, which loses updates."""
     for found in linears.values():
         for name, linear in found.items():
             if not linear.weight.requires_grad:
                 raise UserError(
                     f"{name}.weight is frozen (requires_grad=False): call requires_grad_(True) on it, or name only "
                     "the other linears with target_modules=[...]"
+                )
+            if linear.weight.is_meta:
+                raise UserError(
+                    f"{name}.weight has no values (device meta): load the model with its weights, and without "
+                    "offloading, such as with device_map=None"
                 )
             check_updated(linear.weight, f"{name}.weight")
 
@@ -142,18 +148,33 @@ def _match_patterns(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, 
 
 
 def _match_ends(model: nn.Module, wanted: Sequence[str]) -> dict[str, list[str]]:
-    """Names of modules by kind, for a list of names or ends of names; the kind has * in place of each number."""
+    """Names of modules by kind, for a list of names or ends of names."""
     named: dict[str, list[str]] = {}
     for end in wanted:
         found = [name for name, _ in model.named_modules() if name == end or name.endswith(f".{end}")]
         if not found:
             named[end] = []  # an empty kind: `find_mlp` reports it
         for name in found:
-            kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+            kind = _name_kind(model, name)
             named.setdefault(kind, [])
             if name not in named[kind]:
                 named[kind].append(name)
     return named
+
+
+def _name_kind(model: nn.Module, name: str) -> str:
+    """The name with * for the numbers of a list's items, and without the parts that wrappers add.
+
+    The linears of an `nn.Sequential` keep their numbers: they are different layers of one MLP.
+    """
+    parts, found = name.split("."), []
+    for number, part in enumerate(parts):
+        parent = model.get_submodule(".".join(parts[:number]))
+        is_wrapper = part == "_orig_mod" or (part == "module" and isinstance(parent, nn.DataParallel))
+        is_layer = isinstance(parent, nn.Sequential) and number == len(parts) - 1
+        if not is_wrapper:
+            found.append("*" if part.isdigit() and not is_layer else part)
+    return ".".join(found)
 
 
 def _refuse_peft(model: nn.Module) -> None:
@@ -186,7 +207,10 @@ def _get_linears(model: nn.Module, kind: str, names: list[str]) -> dict[str, nn.
     found = {name: _check_module(name, model.get_submodule(name)) for name in names}
     shapes = {tuple(linear.weight.shape) for linear in found.values()}
     if len(shapes) > 1:
-        raise UserError(f"kind {kind} matches weights of shapes {sorted(shapes)}: name one kind per shape")
+        raise UserError(
+            f"kind {kind} matches weights of shapes {sorted(shapes)}: name one kind per shape, as target_modules="
+            "{kind: pattern of names}"
+        )
     return found
 
 

@@ -121,8 +121,10 @@ def _load_base(model: nn.Module, source: str | Path, mlp: Mapping[str, str]) -> 
     # `from_pretrained` initializes all missing tensors and only warns: if every MLP weight is missing, the files are of
     # another architecture.
     drawn = set(mlp) if missing.issuperset(mlp) else set()
-    tensors = named_tensors(loaded)
-    if unknown := drawn | set(named_tensors(model)) - set(tensors):
+    tensors, own = named_tensors(loaded), named_tensors(model)
+    # Loaded in one dtype; parts of the model may have been converted, such as its normalization.
+    tensors = {name: one.to(own[name].dtype) if name in own else one for name, one in tensors.items()}
+    if unknown := drawn | set(own) - set(tensors):
         raise UserError(
             f"base={source} does not have {format_names(unknown)} of the model: name the base that it came from"
         )

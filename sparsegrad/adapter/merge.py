@@ -60,6 +60,10 @@ class Patch:
         All memory is allocated before the first write, and an interruption of the write is undone, so that an error
         leaves both unchanged.
         """
+        with torch.inference_mode(target.is_inference()):  # else what is widened in inference mode could never train
+            self._swap(target)
+
+    def _swap(self, target: Tensor) -> None:
         data = target.detach()
         flat, whole = data.view(-1), data.to(self.values.dtype)  # the same memory, unless the dtype changes
         index = slice(None) if self.index is None else self.index.to(flat.device)
@@ -180,6 +184,11 @@ class Adapter:
         for name, patch in self._patches.items():
             if name in tensors:
                 check_present(name, tensors[name])
+            if name in tensors and tensors[name].dtype != patch.now[0]:
+                raise UserError(
+                    f"{name} was converted from {patch.now[0]} to {tensors[name].dtype} since this adapter was loaded, "
+                    "merged or unmerged: convert the model before load_adapter, or after the last unmerge"
+                )
             if name not in tensors or mark(tensors[name]) != patch.now:
                 raise UserError(f"{name} was changed since this adapter was loaded, merged or unmerged: {remedy}")
             check_contiguous(name, tensors[name])

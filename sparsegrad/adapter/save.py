@@ -133,7 +133,10 @@ def _find_kinds(model: nn.Module, optimizer: Any, names: Names | None) -> dict[s
             f"target_modules={names} and optimizer=: give one of them, since the optimizer knows its weights"
         )
     tensors = named_tensors(model)
-    kinds = {_strip_compiled(tensors, name): group.kind for group in describe(optimizer).taken for name in group.names}
+    trained = {name: group.kind for group in describe(optimizer).taken for name in group.names}
+    kinds = {_name_within(tensors, name): kind for name, kind in trained.items()}
+    if len(kinds) < len(trained):  # of two models with the same names in one module
+        kinds = trained
     if unknown := set(kinds) - set(tensors):
         raise UserError(
             f"the optimizer trains {format_names(unknown)}, which the model does not have: give the model that was "
@@ -158,9 +161,11 @@ def _find_linears(model: nn.Module, names: Names | None) -> Linears:
         raise UserError(f"{error}; or give optimizer=, what sparsegrad.prepare returned, which knows them") from None
 
 
-def _strip_compiled(tensors: Mapping[str, Tensor], name: str) -> str:
-    """The name of a parameter in the plain model, if the model was compiled when it was prepared."""
-    return name if name in tensors else name.replace("_orig_mod.", "")
+def _name_within(tensors: Mapping[str, Tensor], name: str) -> str:
+    """The name in the plain model of a parameter of what was prepared: that model compiled, or a module around it."""
+    parts = name.replace("_orig_mod.", "").split(".")
+    ends = (".".join(parts[start:]) for start in range(len(parts)))
+    return next((end for end in ends if end in tensors), name)
 
 
 def _make_entry(tensor: Tensor, before: Tensor | None, is_mlp: bool) -> Entry:
@@ -195,7 +200,7 @@ def _rotate_kind(
     basis: Basis = group["basis"].to("cpu", torch.float64)
     if None in basis.shape:  # with one side rotated the change is not sparse enough to save anything
         return
-    listed = [name for name in (_strip_compiled(tensors, own) for own in group["param_names"]) if name in entries]
+    listed = [name for name in (_name_within(tensors, own) for own in group["param_names"]) if name in entries]
     found = {name: _rotate_change(basis, tensors[name], before[name], tolerance) for name in listed}
     cores = {name: core for name, core in found.items() if core is not None}
     if not cores:

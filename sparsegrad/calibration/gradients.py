@@ -74,8 +74,8 @@ def calibrate(
     Args:
         model: called as `model(**batch)`. The result has a `loss` as attribute or key, or is a tuple whose first item
             is the loss.
-        batches: mappings of tensors with labels; at least `steps` of them. They are read lazily and moved to the
-            model's device.
+        batches: mappings of tensors with labels, under keys that begin with `label`; at least `steps` of them. They are
+            read lazily and moved to the model's device.
         mlp: what `find_mlp` returns; or layer kind -> linears, whose weights (out, in) share one basis.
         steps: number of batches (paper: 30).
         sides: `both` (the paper), or only `in`, `out` or `small`, the side with fewer features. Decomposing the longer
@@ -240,6 +240,7 @@ def _collect_gradients(
     freeze: bool,
 ) -> Iterator[None]:
     """Inside the context, gradients of `weights` are added to `grams`, and counted by the identity of the weight."""
+    kept = _take_hooks(model) if freeze else []
     # The hooks run during back-propagation, so that the gradients of all weights never exist at the same time.
     hooks = [
         weight.register_post_accumulate_grad_hook(_make_hook(grams[kind], counts, id(weight), freeze))  # type: ignore[no-untyped-call]
@@ -252,6 +253,17 @@ def _collect_gradients(
     finally:
         for hook in hooks:
             hook.remove()
+        for own, before in kept:
+            own.update(before)
+
+
+def _take_hooks(model: nn.Module) -> list[tuple[dict[int, Any], dict[int, Any]]]:
+    """Take away hooks that run when a gradient is complete, such as an optimizer's step; returns what to restore."""
+    found = [own for parameter in model.parameters() if (own := parameter._post_accumulate_grad_hooks)]
+    kept = [(own, dict(own)) for own in found]
+    for own in found:
+        own.clear()
+    return kept
 
 
 def _make_hook(sums: Grams, counts: dict[int, int], key: int, release: bool) -> Callable[[Tensor], None]:

@@ -12,6 +12,7 @@ are orthogonal, but otherwise arbitrary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,7 @@ class Grams:
         The next `add` then starts from zero.
 
         Raises:
-            UserError: when there is no gradient, or one was not finite.
+            UserError: when there is no gradient, one was not finite, or all are zero.
         """
         if self.shape is None:
             raise UserError("HOSVD of no gradients is not defined: give at least one gradient")
@@ -135,11 +136,20 @@ def check_finite(total: Tensor) -> None:
         raise UserError("a calibration gradient is not finite: calibrate in float32, or check the data")
 
 
+def _check_nonzero(gram: Tensor) -> None:
+    if not gram.any():
+        raise UserError(
+            "all calibration gradients of a layer kind are zero, as those of a linear before one that starts at zero: "
+            "calibrate after some training steps"
+        )
+
+
 def _decompose(gram: Tensor | None) -> Tensor | None:
     """Columns (n, n) = eigenvectors of a Gram matrix (n, n) by decreasing eigenvalue, computed in float64."""
     if gram is None:
         return None
     check_finite(gram)
+    _check_nonzero(gram)
     device, dtype = gram.device, gram.dtype
     if is_large(len(gram), gram.device):
         gram = to_host(gram)  # frees the original
@@ -195,11 +205,19 @@ def _hosvd_stacked(gradients: list[Tensor]) -> Basis:
         import tensorly
     except ModuleNotFoundError as error:
         raise missing_package('hosvd(method="stacked")', error.name, "dev") from None
-    tensor = torch.stack(gradients).double().numpy(force=True)  # (count, out, in)
+    if len({tuple(one.shape) for one in gradients}) > 1 or gradients[0].ndim != 2:
+        raise UserError("gradients of several shapes have no common HOSVD: give tensors (out, in) of one shape")
+    dtype = functools.reduce(torch.promote_types, (one.dtype for one in gradients), torch.float32)
+    stacked = torch.stack([one.detach().double() for one in gradients])  # (count, out, in)
+    check_finite(stacked)
+    _check_nonzero(stacked)
+    tensor = stacked.numpy(force=True)
     # Mode 1 unfolds to (out, count * in), mode 2 to (in, count * out).
     unfolded = [tensorly.unfold(tensor, mode) for mode in (1, 2)]
     factors = [tensorly.tenalg.svd_interface(one, n_eigenvecs=min(one.shape))[0] for one in unfolded]
-    out_basis, in_basis = (_complete(torch.from_numpy(factor.copy())).to(gradients[0]) for factor in factors)
+    out_basis, in_basis = (
+        _complete(torch.from_numpy(factor.copy())).to(gradients[0].device, dtype) for factor in factors
+    )
     return Basis(in_basis, out_basis)
 
 

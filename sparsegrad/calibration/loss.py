@@ -31,14 +31,18 @@ def compute_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor
     output, labelled = model(**moved), any(name.startswith("label") for name in moved)
     loss = _find_loss(output, labelled)
     if loss is None:
-        remedy = "return it as an attribute, as a key, or first in a tuple" if labelled else "give batches with labels"
+        remedy = "return it as an attribute, as a key, or first in a tuple"
+        if not labelled:
+            remedy = 'give batches with labels, under a key that begins with "label"'
+            remedy += ", or return the loss as an attribute or a key" if isinstance(output, tuple) else ""
         raise UserError(
             f"the model gives no loss for a batch of {', '.join(moved)}: {remedy}; "
             f"it returned {_describe_output(output)}"
         )
     if loss.numel() != 1 or not loss.requires_grad:
         # A reentrant checkpoint has no gradient if none of its inputs needs one, as after a frozen embedding.
-        remedy = "" if loss.numel() != 1 else f"; {NO_REENTRANT}"
+        other = "the linears have to be those of this model, not of a copy"
+        remedy = "" if loss.numel() != 1 else f"; {NO_REENTRANT}; {other}"
         raise UserError(
             f"the model's loss {tuple(loss.shape)} cannot be differentiated: give one number with gradients{remedy}"
         )

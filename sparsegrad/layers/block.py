@@ -6,6 +6,7 @@ This is not the exact method; see `sparsegrad.layers.block_product`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -170,9 +171,15 @@ class BlockLinear(nn.Module):
             force: also after writes to the core that torch does not count: those through `.data`.
 
         Raises:
-            UserError: while FSDP2 has gathered W: what is added to that copy would be lost.
+            UserError: while FSDP2 has gathered W, or if W is computed from other parameters: what is added to that copy
+                would be lost; if W has been converted to float16.
         """
         # The version counts in-place writes. Comparing values instead would make the CPU wait for the GPU.
+        if "weight" not in self._parameters:
+            raise UserError(
+                "the weight of a block is computed from other parameters, as by pruning or weight_norm, so that its "
+                "core cannot be merged into it: call to_linears(model) before, and prepare again"
+            )
         state = count_writes(self.core)
         counted = state != self._merged_state
         if not (counted or force or self._unsure):
@@ -201,6 +208,7 @@ class BlockLinear(nn.Module):
 
     def _add_change(self, W: Tensor, change: Tensor) -> None:
         """Add this process's part of V_c change U_r^T to its part of W, for a change (c, r) of the core."""
+        check_updated(W, "the weight of a block")  # which may have been converted since
         weight, rows, columns = own_part(W)
         # (rows, k) and (k, columns), with k the shorter side of the core
         left, right = factor_change(change, self.in_basis[columns], self.out_basis[rows])
@@ -223,13 +231,14 @@ class BlockLinear(nn.Module):
                 self._cast = (state, W.detach().to(dtype))
         return self._cast[1]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """x (..., in) to y (..., out). Under autocast the products use its dtype, as in `nn.Linear`.
 
         Raises:
             RuntimeError: as `nn.Linear`, for an input of another dtype that autocast does not cast.
             UserError: for a nested tensor, unless gradients are off; with FSDP2, as `check_gathered`.
         """
+        x = input  # the parameter's name is that of `nn.Linear`
         if sharded := is_managed(self):
             check_gathered(self.core, self._merged_state)
         else:
@@ -254,8 +263,16 @@ class BlockLinear(nn.Module):
         U_r, V_c = self.in_basis.to(dtype), self.out_basis.to(dtype)
         return BlockProduct.apply(x, W, bias, self.core, U_r, V_c)  # type: ignore[no-untyped-call, no-any-return]
 
-    def _apply(self, *args: Any, **kwargs: Any) -> BlockLinear:
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> BlockLinear:
+        """As for every module, but the core stays at least float32, also in `model.to(torch.bfloat16)`."""
+
+        def apply(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            of_core = any(tensor is one for one in (self.core, self.core.grad, self.merged))
+            is_narrow = of_core and found.dtype != tensor.dtype and torch.finfo(found.dtype).bits < 32
+            return tensor.to(found.device, torch.float32) if is_narrow else found
+
+        super()._apply(apply, *args, **kwargs)  # type: ignore[no-untyped-call]
         keep_fixed(self, "merged")
         return self
 

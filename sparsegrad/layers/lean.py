@@ -187,8 +187,9 @@ class LeanLinear(nn.Linear):
         """An ordinary linear that shares the parameters of this layer."""
         return make_linear(self.weight, self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """x (..., in) to y (..., out). Under autocast the products use its dtype, as in `nn.Linear`."""
+        x = input  # the parameter's name is that of `nn.Linear`
         if not torch.is_grad_enabled():
             return self._infer(x)
         refuse_transforms(_REMEDY)

@@ -39,8 +39,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def use_blocks(model: nn.Module, linears: Linears, bases: Mapping[str, Basis], density: float) -> Blocks:
     """Replace each of `linears` by a `BlockLinear`, whose weight is frozen and whose bias trains if it did before.
 
-    The linears become such layers in place, without a copy of their weights. A subclass of `nn.Linear` or one with a
-    patched `forward` is replaced by a new layer, which takes over its weight and its hooks.
+    The linears become such layers in place, without a copy of their weights. A subclass of `nn.Linear` that computes
+    the same is replaced by a new layer, which takes over its weight and its hooks.
 
     Args:
         model: changed in place.
@@ -52,11 +52,14 @@ def use_blocks(model: nn.Module, linears: Linears, bases: Mapping[str, Basis], d
         Layer kind -> module name -> the new layer.
 
     Raises:
-        UserError: as `BlockLinear.from_linear`, or for a density out of range.
+        UserError: as `BlockLinear.from_linear`, for a density out of range, or for a linear with a function of its own.
 
     After any error `model` has the linears and the function that it had. Weights that were converted before it have no
     gradient then, and linears of engine `exact` may leave the rotation to their optimizer, as after `to_linears`.
     """
+    for name, linear in ((name, linear) for found in linears.values() for name, linear in found.items()):
+        check_linear(linear, "a block")
+        refuse_own_function(linear, name)
     reshard(model)
     blocks = _make_blocks(linears, bases, density)
     for kind, found in linears.items():
@@ -94,8 +97,20 @@ def share_bases(layers: Sequence[BlockLinear]) -> None:
         layer.in_basis, layer.out_basis = layers[0].in_basis, layers[0].out_basis
 
 
+def refuse_own_function(linear: nn.Module, name: str) -> None:
+    """Raise `UserError` for a linear whose function a `BlockLinear` would not have, such as one with a scale."""
+    kind = type(linear)
+    inherits = kind.forward in (nn.Linear.forward, LeanLinear.forward) and "forward" not in vars(linear)
+    own = {*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}
+    if not inherits or own:
+        reason = f"has {', '.join(sorted(own))} of its own" if inherits else "has a forward of its own"
+        raise UserError(
+            f'{name} is a {kind.__name__} and {reason}, which a layer of engine="fast" would not compute: give '
+            'engine="exact", or leave it out'
+        )
+
+
 def _make_block(linear: nn.Linear, basis: Basis, core: tuple[int, int]) -> BlockLinear:
-    check_linear(linear, "a block")
     if is_managed(linear) or is_shard(linear.weight) or computes_gradient(linear):
         if isinstance(linear, LeanLinear):  # of an earlier call with engine `exact`
             linear.restore()

@@ -147,11 +147,12 @@ class SparseGradLinear(nn.Module):
         """U and V as a `Basis`."""
         return Basis(self.in_basis, self.out_basis)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """x (..., in) to y (..., out). As in `nn.Linear`, y has the dtype of autocast if it is enabled.
 
         The products have that dtype too, except with float16: they are computed in float32.
         """
+        x = input  # the parameter's name is that of `nn.Linear`
         if torch.is_grad_enabled():
             refuse_transforms(_REMEDY)
         check_input(x, self.rotated_weight, self.bias, _REMEDY)

@@ -128,9 +128,15 @@ def _own_rotation(optimizer: Optimizer, group: dict[str, Any]) -> Any:
 
 
 def _explain(optimizer: Optimizer, layer: LeanLinear) -> UserError:
+    weight = layer.describe_weight()
+    got = f"{type(optimizer).__name__} got the rotated gradient of {weight}, from which it learns nothing"
+    if isinstance(optimizer, SparseGradAdamW):
+        return UserError(
+            f"{got}, as the layer rotates for the optimizer of another prepare: step with that one, or call "
+            "sparsegrad.to_linears(model) and prepare again"
+        )
     return UserError(
-        f"{type(optimizer).__name__} got the rotated gradient of {layer.describe_weight()}, from which it learns "
-        "nothing: step with the optimizer that prepare returned, as in Trainer(..., optimizers=(optimizer, None)); to "
+        f"{got}: step with the optimizer that prepare returned, as in Trainer(..., optimizers=(optimizer, None)); to "
         "train this model with another one, call sparsegrad.to_linears(model) first"
     )
 

@@ -280,6 +280,8 @@ class SparseGradAdamW(torch.optim.AdamW):
                 another engine, other weights or another order of them, cores between other bases, or by another
                 optimizer; nothing is changed.
         """
+        if not {"param_groups", "state"} <= state_dict.keys():
+            raise UserError("this is no state of an optimizer: give what optimizer.state_dict() returned")
         check_saved(self.param_groups, state_dict["param_groups"])
         before = self.param_groups
         groups = [unpack_group(group) for group in state_dict["param_groups"]]

@@ -54,9 +54,16 @@ def check_step(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) ->
     """Check what may have changed since a group was added: options, dtypes, gradients that torch's AdamW refuses."""
     if taken := is_sparse(group):
         check_implemented(group)
+    elif group.get("basis") is not None:
+        raise UserError(
+            "a group with a basis has neither keep nor density, and AdamW would take its rotated gradients for plain "
+            "ones: set group['density'] or group['keep']"
+        )
     for number, weight in enumerate(group["params"]):
         if (gradient := weight.grad) is None:
             continue
+        if taken:
+            _check_matrix(weight, name_of(group, number))
         if gradient.is_sparse and not taken:
             raise UserError(
                 f"{name_of(group, number)} has a sparse gradient, which AdamW does not take: build its embedding with "
@@ -89,6 +96,14 @@ def check_dtype(weight: Tensor, state: Mapping[str, Any], name: str, taken: bool
         )
 
 
+def _check_matrix(weight: Tensor, name: str) -> None:
+    if weight.dim() != 2:
+        raise UserError(
+            f"{name} cannot be SparseGrad: put only weights (out, in) into the groups with keep or density, and change "
+            "these options in such groups alone"
+        )
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Check that every weight is a matrix, fits the basis and has enough entries."""
     check_implemented(group)
@@ -96,8 +111,7 @@ def check_group(group: dict[str, Any]) -> None:
     for weight, name in zip(group["params"], group.get("param_names") or repeat("a weight"), strict=False):
         if is_shard(weight):
             raise shards_error(f"a parameter {tuple(weight.shape)} is")
-        if weight.dim() != 2:
-            raise UserError(f"a parameter {tuple(weight.shape)} cannot be SparseGrad: put only weights (out, in) there")
+        _check_matrix(weight, f"a parameter {tuple(weight.shape)}")
         check_updated(weight, "a SparseGrad weight")
         count_kept(weight.shape, keep=group["keep"], density=group["density"], name=name)
         basis = group["basis"]

@@ -52,6 +52,9 @@ def find_saved(model: nn.Module, names: Sequence[str]) -> set[int]:
     for wanted in names:
         found = [module for name, module in modules.items() if f".{name}".endswith(f".{wanted}")]
         if not found:
+            parent = wanted.rpartition(".")[0]
+            if parent and any(f".{name}".endswith(f".{parent}") for name in modules):
+                raise fail("modules_to_save", wanted, "modules train whole, not single parameters", f"give {parent!r}")
             hint = did_you_mean(wanted, [*modules, *(name.rpartition(".")[2] for name in modules)])
             children = ", ".join(name for name, _ in model.named_children())
             raise UserError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,10 @@ class Rotation:
         self._settled = False  # whether `basis` has been placed where the first weights are
         # Copies for weights elsewhere: the layers of one kind may be on several devices (`device_map`).
         self._copies: dict[tuple[torch.device, torch.dtype], Basis] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without counts that a device still computes, which cannot be copied, and copies for other devices."""
+        return {**vars(self), "_ties": [], "_copies": {}}
 
     def place(self, device: torch.device, dtype: torch.dtype) -> Basis:
         """The basis on `device` in `dtype`; only the first call for a device copies."""

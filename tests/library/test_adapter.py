@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from toy_models import TOYS, toy_batches, toy_model
 
 from sparsegrad import UserError, load_adapter, save_adapter
-from sparsegrad.adapter.format import FACTS
+from sparsegrad.adapter.format import FACTS, TENSORS
 
 BATCHES = toy_batches("bert", 4)
 Trained = tuple[nn.Module, nn.Module, Any]
@@ -206,12 +207,24 @@ def test_a_wrapped_model_is_refused_with_its_plain_name(trained: Trained, tmp_pa
         save_adapter(nn.DataParallel(model), tmp_path, base, optimizer)
 
 
-def test_an_optimizer_of_other_names_is_refused_and_never_weakens_the_adapter(trained: Trained, tmp_path: Path) -> None:
-    """Prepared inside another module, its names have a prefix: its weights would not be known as the base's."""
-    base, model, optimizer = trained
-    renamed = copy.copy(optimizer)
-    renamed.param_groups = [
-        {**group, "param_names": [f"inner.{name}" for name in group["param_names"]]} for group in optimizer.param_groups
+def renamed(optimizer: Any, rename: Callable[[str], str]) -> Any:
+    other = copy.copy(optimizer)
+    other.param_groups = [
+        {**group, "param_names": [rename(name) for name in group["param_names"]]} for group in optimizer.param_groups
     ]
-    with pytest.raises(UserError, match=r"trains inner\.bert.* leave out optimizer="):
-        save_adapter(model, tmp_path, base, renamed)
+    return other
+
+
+def test_an_optimizer_of_a_module_around_the_model_is_as_good(trained: Trained, tmp_path: Path) -> None:
+    base, model, optimizer = trained
+    for name, own in (("plain", optimizer), ("around", renamed(optimizer, lambda name: f"inner.{name}"))):
+        save_adapter(model, tmp_path / name, base, own, tolerance=0.1)
+    for file in (FACTS, TENSORS):
+        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "around" / file).read_bytes()
+
+
+def test_an_optimizer_of_other_names_is_refused_and_never_weakens_the_adapter(trained: Trained, tmp_path: Path) -> None:
+    """Its weights would not be known as the base's."""
+    base, model, optimizer = trained
+    with pytest.raises(UserError, match=r"trains bert\.decoder.* leave out optimizer="):
+        save_adapter(model, tmp_path, base, renamed(optimizer, lambda name: name.replace("encoder", "decoder")))

@@ -158,7 +158,7 @@ def test_another_dtype_or_a_lost_tensor_is_refused_at_merge(folder: Path) -> Non
     model: Any = own_model()
     adapter = load_adapter(model, folder)
     model.to(torch.bfloat16)
-    with pytest.raises(UserError, match=r"0\.weight was changed"):
+    with pytest.raises(UserError, match=r"0\.weight was converted from torch\.float32 to torch\.bfloat16"):
         adapter.merge()
     model = own_model()
     adapter = load_adapter(model, folder)

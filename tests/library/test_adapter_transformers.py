@@ -34,6 +34,27 @@ def test_with_a_tolerance_kept_entries_are_stored_and_keep_their_promise(layout:
     check_tolerance(tiny_model(layout, torch.float32), tiny_batches(layout, 4), tmp_path)
 
 
+def test_a_folder_is_the_base_of_a_model_of_which_a_part_was_converted(tmp_path: Path) -> None:
+    """As for training in bfloat16 with the normalization in float32."""
+    tiny_model("bert", torch.bfloat16).save_pretrained(tmp_path / "base")
+
+    def load() -> torch.nn.Module:
+        model = type(tiny_model("bert")).from_pretrained(tmp_path / "base", dtype=torch.bfloat16).eval()
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.float()
+        return model
+
+    model, fresh = load(), load()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "dense.weight" in name:
+                weight += 1
+    save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    load_adapter(fresh, tmp_path / "adapter").merge()
+    assert has_bits(fresh, bits(model))
+
+
 def test_a_folder_is_a_base_and_a_head_that_it_lacks_is_new(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As from the hub: the saved base has no classifier, each load draws another one, the adapter brings its own."""
     caplog.set_level(logging.WARNING, "transformers")

@@ -50,7 +50,7 @@ def unpickled(model: nn.Module) -> Any:
 def refused(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     before = [parameter.clone() for parameter in model.parameters()]
     name = type(optimizer).__name__
-    with pytest.raises(UserError, match=rf"^{name} got the rotated gradient of up\.weight.*optimizers=.*to_linears"):
+    with pytest.raises(UserError, match=rf"^{name} got the rotated gradient of up\.weight.*to_linears"):
         step(model, optimizer)
     assert all(map(torch.equal, model.parameters(), before))
 

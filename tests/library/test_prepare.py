@@ -142,7 +142,7 @@ def test_calibration_leaves_the_model_as_it_was(model) -> None:
 def test_calibration_back_propagates_to_the_mlp_weights_alone_and_keeps_no_gradient(model) -> None:
     touched: list[str] = []
     for name, parameter in model.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda _, name=name: touched.append(name))
+        parameter.register_hook(lambda _, name=name: touched.append(name))
     update_free = calibrate(model, batches(1), linears(model), steps=1)
     alive = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
     expected = {f"{name}.weight" for found in find_mlp(model).values() for name in found}
