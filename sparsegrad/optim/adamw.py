@@ -26,6 +26,7 @@ from sparsegrad.optim.group_checks import (
     is_sparse,
 )
 from sparsegrad.optim.groups import with_names
+from sparsegrad.optim.moments import stack_states
 from sparsegrad.optim.release import Release
 from sparsegrad.optim.saved_states import check_saved, keep_layers, pack_group, unpack_group
 from sparsegrad.optim.scratch import Scratch
@@ -297,3 +298,4 @@ class SparseGradAdamW(torch.optim.AdamW):
             for weight, index in zip(group["params"], saved["params"], strict=True):
                 for name, value in state_dict["state"].get(index, {}).items():
                     self.state[weight][name] = value.to(weight.device, copy=True)
+            stack_states([self.state[weight] for weight in group["params"] if weight in self.state])

@@ -37,12 +37,11 @@ def dense_moments(
     Returns:
         The change (count, k) of the rotated weights at `index`.
     """
-    first, second = (_stack_rows(states, name, size, values) for name in ("exp_avg", "exp_avg_sq"))
+    first, second = (_Rows(states, name, size, values) for name in ("exp_avg", "exp_avg_sq"))
     (beta1, beta2), steps = group["betas"], _count_step(states, finite)
-    m, v = first.gather(1, index), second.gather(1, index)
-    m, v = _update_moments(m, v, values, group["betas"], finite)
-    first.scatter_(1, index, m)
-    second.scatter_(1, index, v)
+    m, v = _update_moments(first.gather(index), second.gather(index), values, group["betas"], finite)
+    first.scatter(index, m)
+    second.scatter(index, v)
     exponents = steps.double().clamp(min=1)  # 0 while every step was skipped: 1 - beta^0 would divide by zero
     scales = -group["lr"] * (1 - beta2**exponents).sqrt() / (1 - beta1**exponents) * finite
     change: Tensor = m / (v.sqrt() + group["eps"]) * scales.to(m.dtype)[:, None]  # (count, k) * (count, 1)
@@ -64,7 +63,8 @@ def support_moments(
     """
     (beta1, beta2), steps = group["betas"], _count_step(states, finite)
     slots = min(_SLOTS * index.shape[1], size)
-    old = _load_slots(states, slots, values)  # name -> (count, slots)
+    rows = _load_slots(states, slots, values)  # name -> (count, slots)
+    old = {name: one.read() for name, one in rows.items()}
     order = index.argsort(1)  # sorted, as the slots are, for the binary search below
     key, gradient = index.gather(1, order).int(), values.gather(1, order)
     place = torch.searchsorted(old["index"], key).clamp_(max=slots - 1)
@@ -75,7 +75,8 @@ def support_moments(
     # The slots go to the entries with the largest `used`. With -1, the entries of a skipped step never get one.
     used = torch.where(finite, steps.int()[:, None].expand_as(key), -1)
     new = {"index": key, "exp_avg": m, "exp_avg_sq": v, "age": age, "used": used}
-    _store_latest(states, old, new, place, known & finite)
+    for name, latest in _find_latest(old, new, place, known & finite).items():
+        rows[name].replace(latest)
     exponents = age.clamp(min=1).to(m.dtype)
     change = (m / (1 - beta1**exponents)) / ((v / (1 - beta2**exponents)).sqrt() + group["eps"]) * -group["lr"]
     return torch.zeros_like(values).scatter_(1, order, change * finite)  # back in the order of `index`
@@ -105,47 +106,92 @@ def _count_step(states: Sequence[State], finite: Tensor) -> Tensor:
     return steps
 
 
-def _stack_rows(states: Sequence[State], name: str, size: int, like: Tensor, fill: int = 0) -> Tensor:
-    """The states' tensors `name` as one tensor (count, size), of which each is a row, so that one kernel updates all.
+class _Rows:
+    """The states' tensors `name` (size,) as the rows of one storage, so that one kernel updates all.
 
-    If they are rows of one storage already, no data is copied. That fails on the first step, after loading a state,
-    and when the weights that have a gradient change. A new state starts with `fill`, in the dtype of `like`.
+    They become such rows in the first step of their weights, and when a state is loaded (`stack_states`). Where other
+    weights have a gradient than in that step, as with experts, the rows are read and written one by one: another
+    storage for each set of weights would leave the earlier ones in use by the weights that are not in it.
+
+    Args:
+        states: new ones start with `fill`, in the dtype of `like`.
+        name: of the tensor.
+        size: its number of entries.
+        like: tells dtype and device.
+        fill: see `states`.
     """
-    parts: list[Tensor | None] = [state.get(name) for state in states]
-    first = parts[0]
-    if first is not None and _are_rows(parts, size, like.device):
-        return first.as_strided((len(parts), size), (size, 1))
-    whole = like.new_full((len(parts), size), fill)
-    for row, part, state in zip(whole, parts, states, strict=True):
-        if part is not None:
-            row.copy_(part.flatten())
-        state[name] = row
-    return whole
+
+    def __init__(self, states: Sequence[State], name: str, size: int, like: Tensor, fill: int = 0) -> None:
+        self._states, self._name = states, name
+        if all(name not in state for state in states):
+            for row, state in zip(like.new_full((len(states), size), fill), states, strict=True):
+                state[name] = row
+        for state in states:
+            if name not in state:
+                state[name] = like.new_full((size,), fill)
+            elif state[name].device != like.device:
+                state[name] = state[name].to(like.device)
+        self._parts: list[Tensor] = [state[name] for state in states]
+        is_stack = _are_rows(self._parts, size)
+        self._whole = self._parts[0].as_strided((len(self._parts), size), (size, 1)) if is_stack else None
+
+    def read(self) -> Tensor:
+        """All rows (count, size); perhaps not a copy."""
+        return torch.stack(self._parts) if self._whole is None else self._whole
+
+    def gather(self, index: Tensor) -> Tensor:
+        """Entries (count, k) at positions (count, k)."""
+        if self._whole is not None:
+            return self._whole.gather(1, index)
+        return torch.stack([part.gather(0, one) for part, one in zip(self._parts, index, strict=True)])
+
+    def scatter(self, index: Tensor, values: Tensor) -> None:
+        """Write entries (count, k) at positions (count, k)."""
+        if self._whole is not None:
+            self._whole.scatter_(1, index, values)
+            return
+        for part, one, value in zip(self._parts, index, values, strict=True):
+            part.scatter_(0, one, value)
+
+    def replace(self, whole: Tensor) -> None:
+        """Give the states the rows of `whole` (count, size), which is taken over."""
+        for state, row in zip(self._states, whole, strict=True):
+            state[self._name] = row if self._whole is not None else row.clone()
 
 
-def _are_rows(parts: Sequence[Tensor | None], size: int, device: torch.device) -> bool:
-    """Whether the tensors are consecutive rows of one storage on `device`."""
+def stack_states(states: Sequence[State]) -> None:
+    """Make the moments of several weights, as they are loaded, rows of one storage for each name, size and device."""
+    for name in ("exp_avg", "exp_avg_sq", "index", "age", "used"):
+        alike: dict[tuple[Any, ...], list[State]] = {}
+        for state in states:
+            if name in state:
+                part = state[name]
+                alike.setdefault((part.numel(), part.dtype, part.device), []).append(state)
+        for found in alike.values():
+            for state, row in zip(found, torch.stack([state[name].flatten() for state in found]), strict=True):
+                state[name] = row
+
+
+def _are_rows(parts: Sequence[Tensor], size: int) -> bool:
+    """Whether the tensors are consecutive rows of one storage."""
     first = parts[0]
-    assert first is not None
     storage, step = first.untyped_storage().data_ptr(), size * first.element_size()
     return all(
-        part is not None
-        and part.device == device
-        and part.untyped_storage().data_ptr() == storage
-        and part.data_ptr() == first.data_ptr() + number * step
+        part.untyped_storage().data_ptr() == storage and part.data_ptr() == first.data_ptr() + number * step
         for number, part in enumerate(parts)
     )
 
 
-def _load_slots(states: Sequence[State], slots: int, like: Tensor) -> dict[str, Tensor]:
-    """The slots of all states as tensors (count, slots); those of a new state are empty."""
-    for state in states:
-        if "index" in state and len(state["index"]) != slots:
+def _load_slots(states: Sequence[State], slots: int, like: Tensor) -> dict[str, _Rows]:
+    """The slots of all states, as rows of tensors (count, slots); those of a new state are empty."""
+    if resized := [state for state in states if "index" in state and len(state["index"]) != slots]:
+        for state in resized:
             _resize(state, slots)
+        stack_states(resized)
     whole = like.new_empty(0, dtype=torch.int32)
-    moments = {name: _stack_rows(states, name, slots, like) for name in ("exp_avg", "exp_avg_sq")}
-    counts = {name: _stack_rows(states, name, slots, whole) for name in ("age", "used")}
-    return {"index": _stack_rows(states, "index", slots, whole, _EMPTY), **moments, **counts}
+    moments = {name: _Rows(states, name, slots, like) for name in ("exp_avg", "exp_avg_sq")}
+    counts = {name: _Rows(states, name, slots, whole) for name in ("age", "used")}
+    return {"index": _Rows(states, "index", slots, whole, _EMPTY), **moments, **counts}
 
 
 def _resize(state: State, slots: int) -> None:
@@ -166,13 +212,10 @@ def _rank(used: Tensor, position: Tensor) -> Tensor:
     return (used.long() << 32) - position
 
 
-def _store_latest(
-    states: Sequence[State], old: dict[str, Tensor], new: dict[str, Tensor], place: Tensor, known: Tensor
-) -> None:
-    """Store the most recently used of the old and new entries in the states, sorted by position.
+def _find_latest(old: dict[str, Tensor], new: dict[str, Tensor], place: Tensor, known: Tensor) -> dict[str, Tensor]:
+    """The most recently used of the old and new entries: name -> slots (count, slots), sorted by position.
 
     Args:
-        states: updated in place.
         old, new: name -> slots (count, slots) and kept entries (count, k).
         place: slot (count, k) of each new entry that is known.
         known: which new entries replace an old one, whose copy in `old` is then discarded.
@@ -185,6 +228,4 @@ def _store_latest(
     chosen = _rank(torch.cat([stale, new["used"]], 1), position).topk(slots, sorted=False).indices
     merged = {name: torch.cat([old[name], new[name]], 1).gather(1, chosen) for name in old}
     order = merged["index"].argsort(1)
-    for name, tensor in merged.items():
-        for state, row in zip(states, tensor.gather(1, order), strict=True):
-            state[name] = row  # of one storage, see `_stack_rows`
+    return {name: tensor.gather(1, order) for name, tensor in merged.items()}

@@ -273,3 +273,45 @@ def test_the_slots_do_not_depend_on_how_a_device_orders_equals(monkeypatch: pyte
         walk(parameters, SparseGradAdamW([group], lr=1e-2), range(12))
         walked.append(parameters)
     assert all(torch.equal(a, b) for a, b in zip(*walked, strict=True))
+
+
+def storages(optimizer: SparseGradAdamW) -> dict[int, int]:
+    """Address -> bytes of the memory that the moments hold."""
+    held = [one.untyped_storage() for state in optimizer.state.values() for one in state.values() if one.numel() > 1]
+    return {one.data_ptr(): one.nbytes() for one in held}
+
+
+@pytest.mark.parametrize(("moments", "most"), [("dense", 1.0), ("support", 2.0)])
+def test_weights_that_are_used_irregularly_take_the_steps_and_the_memory_of_each_alone(
+    moments: str, most: float
+) -> None:
+    """As experts: in each step, four common ones and another rare one have a gradient."""
+    one, other = weights(16), weights(16)
+    group = {"keep": 9, "moments": moments}
+    together = SparseGradAdamW([{"params": one, **group}], lr=1e-2)
+    alone = [SparseGradAdamW([{"params": [weight], **group}], lr=1e-2) for weight in other]
+    for seed in range(24):
+        for parameters, optimizers in ((one, [together]), (other, alone)):
+            give_gradients(parameters, seed)
+            for number, parameter in enumerate(parameters):
+                if number not in (0, 1, 2, 3, 4 + seed % 12):
+                    parameter.grad = None
+            for optimizer in optimizers:
+                optimizer.step()
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(one, other, strict=True))
+    needed = sum(one.nbytes for state in together.state.values() for one in state.values() if one.numel() > 1)
+    assert sum(storages(together).values()) <= most * needed
+
+
+@pytest.mark.parametrize("moments", ["dense", "support"])
+def test_loaded_moments_are_rows_of_one_storage(moments: str) -> None:
+    parameters = weights()
+    optimizer = SparseGradAdamW([{"params": parameters, "keep": 9, "moments": moments}], lr=1e-2)
+    walk(parameters, optimizer, range(2))
+    count = len(storages(optimizer))
+    saved = optimizer.state_dict()
+    apart = {number: {name: one.clone() for name, one in state.items()} for number, state in saved["state"].items()}
+    optimizer.load_state_dict({**saved, "state": apart})
+    assert len(storages(optimizer)) == count
+    walk(parameters, optimizer, range(2, 3))
+    assert len(storages(optimizer)) == count
