@@ -6,6 +6,8 @@ holds the rotated gradient V^T dy^T x U instead of dW = dy^T x (see `sparsegrad.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +33,18 @@ _REMEDY = (
 _PROBE = 16  # leading columns of dy that tell most rows that are not zero; the others are read whole
 
 
+@contextmanager
+def _explained_batches() -> Iterator[None]:
+    """Within: torch's error for gradients of a batch of outputs at once says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Batching rule" not in str(error):
+            raise
+        what = "batched gradients (is_grads_batched=True, jacobian(..., vectorize=True))"
+        raise UserError(f"{what} do not work with the layers of this engine: {_REMEDY}") from None
+
+
 class _LeanLinear(torch.autograd.Function):
     """y = x W^T + b with x (tokens, in) saved in `layer.save_dtype` and the gradient of W by `layer.weight_gradient`.
 
@@ -52,7 +66,8 @@ class _LeanLinear(torch.autograd.Function):
         refuse_second_order(_REMEDY)
         device = grads[0].device.type
         if not torch.is_autocast_enabled(device) and not torch.compiler.is_compiling():
-            return _LeanLinear._multiply(ctx, *grads)
+            with _explained_batches():
+                return _LeanLinear._multiply(ctx, *grads)
         # Autograd runs this in the caller's autocast, and compiled code in that of the forward pass, which would round
         # the rotations.
         with torch.autocast(device, enabled=False):

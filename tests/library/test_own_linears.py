@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -224,6 +225,25 @@ def test_an_optimizer_in_the_backward_pass_does_not_step_during_calibration() ->
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model(**batches()[0]).loss.backward()
     assert len(stepped) == len(list(model.parameters()))
+
+
+def outputs(model: Net, x: Tensor) -> Tensor:
+    for block in model.blocks:
+        x = block(x)
+    return model.head(x).flatten()
+
+
+def test_batched_gradients_are_refused_and_the_remedy_works() -> None:
+    found = []
+    for order in ("auto", "gradient"):
+        model, x = Net(), batches()[0]["x"].requires_grad_()
+        prepared(model, rotation_order=order)
+        y = outputs(model, x)
+        with (
+            nullcontext() if order == "gradient" else pytest.raises(UserError, match=r"batched gradients .*'gradient'")
+        ):
+            found += torch.autograd.grad(y, x, torch.eye(len(y)), is_grads_batched=True)
+    assert found[0].shape == (8, 8, 8)
 
 
 def test_linears_of_a_copy_are_mentioned() -> None:
