@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -118,6 +120,18 @@ def refuse_transforms(remedy: str) -> None:
         )
     if torch.autograd.forward_ad._current_level >= 0:
         raise UserError(f"forward-mode gradients (dual_level) do not work with the layers of this engine: {remedy}")
+
+
+@contextmanager
+def explained_batches(remedy: str) -> Iterator[None]:
+    """Within: torch's error for the gradients of several outputs at once becomes a `UserError` with `remedy`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Batching rule" not in str(error):
+            raise
+        what = "batched gradients (is_grads_batched=True, jacobian(..., vectorize=True))"
+        raise UserError(f"{what} do not work with the layers of this engine: {remedy}") from None
 
 
 def core_gradient(dy: Tensor, x_r: Tensor, V_c: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ holds the rotated gradient V^T dy^T x U instead of dW = dy^T x (see `sparsegrad.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from sparsegrad.errors import UserError, check_choice
 from sparsegrad.layers.common import (
     check_input,
     check_linear,
+    explained_batches,
     make_linear,
     product_dtype,
     refuse_second_order,
@@ -31,18 +30,6 @@ _REMEDY = (
     "give prepare rotation_order='gradient' (calibrate: drop_padding=False), and leave drop_padding and save_dtype off"
 )
 _PROBE = 16  # leading columns of dy that tell most rows that are not zero; the others are read whole
-
-
-@contextmanager
-def _explained_batches() -> Iterator[None]:
-    """Within: torch's error for gradients of a batch of outputs at once says what to do."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "Batching rule" not in str(error):
-            raise
-        what = "batched gradients (is_grads_batched=True, jacobian(..., vectorize=True))"
-        raise UserError(f"{what} do not work with the layers of this engine: {_REMEDY}") from None
 
 
 class _LeanLinear(torch.autograd.Function):
@@ -66,7 +53,7 @@ class _LeanLinear(torch.autograd.Function):
         refuse_second_order(_REMEDY)
         device = grads[0].device.type
         if not torch.is_autocast_enabled(device) and not torch.compiler.is_compiling():
-            with _explained_batches():
+            with explained_batches(_REMEDY):
                 return _LeanLinear._multiply(ctx, *grads)
         # Autograd runs this in the caller's autocast, and compiled code in that of the forward pass, which would round
         # the rotations.
