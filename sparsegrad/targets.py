@@ -45,6 +45,7 @@ Linears = dict[str, dict[str, nn.Linear]]
 It may also hold GPT-2's `Conv1D`, whose weight is (in, out). Its basis is that of the linear with the two matrices
 exchanged. The method treats rows and columns alike, so it keeps the same entries.
 """
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 Names = Mapping[str, str] | Sequence[str] | str
 
 
@@ -59,7 +60,7 @@ def find_mlp(model: nn.Module, target_modules: Names | None = None) -> Linears:
             Otherwise the name of a layout; a mapping from layer kind to a regular expression for the whole module name;
             or a list of module names or their ends, as in `peft`, where names form one kind if they differ only in
             parts that are numbers (`layers.*.mlp.up_proj`), other than that of a linear in an `nn.Sequential`
-            (`layers.*.mlp.0`). `mlp=` is an alias.
+            (`layers.*.mlp.0`); a mapping can make one kind of them. `mlp=` is an alias.
 
     Returns:
         Layer kind -> module name -> linear. All weights of a kind have one shape.
@@ -170,7 +171,7 @@ def _name_kind(model: nn.Module, name: str) -> str:
     parts, found = name.split("."), []
     for number, part in enumerate(parts):
         parent = model.get_submodule(".".join(parts[:number]))
-        is_wrapper = part == "_orig_mod" or (part == "module" and isinstance(parent, nn.DataParallel))
+        is_wrapper = part == "_orig_mod" or (part == "module" and isinstance(parent, _PARALLEL))
         is_layer = isinstance(parent, nn.Sequential) and number == len(parts) - 1
         if not is_wrapper:
             found.append("*" if part.isdigit() and not is_layer else part)

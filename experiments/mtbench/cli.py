@@ -24,7 +24,7 @@ OUT = Path("results/mtbench")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Status 0; 1 if turns lack a verdict; 2 after bad input; 75 if another process is at the same work; 130 after Ctrl-C.
+    Status 0; 1 if turns lack a verdict; 2 after bad input; 75 if another process is doing the same; 130 after Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     try:

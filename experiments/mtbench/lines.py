@@ -44,7 +44,7 @@ def only_writer(path: Path, work: str = "answers") -> Iterator[None]:
         work: names the lock file, so that different works for one file can go on at once.
 
     Raises:
-        BusyError: when another process is at it.
+        BusyError: when another process is doing it.
         ResourceError: when the lock file cannot be written.
     """
     lock = FileLock(f"{path}.{work}.lock")
@@ -52,7 +52,7 @@ def only_writer(path: Path, work: str = "answers") -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=_PATIENCE)
     except Timeout:
-        raise BusyError(f"{path}: another process is at work on it: wait for it, or stop it") from None
+        raise BusyError(f"{path}: another process is already writing it: wait until it ends, or stop it") from None
     except OSError as error:
         raise unwritable(path, error) from None
     try:

@@ -133,10 +133,9 @@ def _find_kinds(model: nn.Module, optimizer: Any, names: Names | None) -> dict[s
             f"target_modules={names} and optimizer=: give one of them, since the optimizer knows its weights"
         )
     tensors = named_tensors(model)
-    trained = {name: group.kind for group in describe(optimizer).taken for name in group.names}
-    kinds = {_name_within(tensors, name): kind for name, kind in trained.items()}
-    if len(kinds) < len(trained):  # of two models with the same names in one module
-        kinds = trained
+    describe(optimizer)  # raises what is wrong with it
+    groups = [group for group in optimizer.param_groups if group.get("kind")]
+    kinds = {name: group["kind"] for group in groups for name in _list_names(tensors, group)}
     if unknown := set(kinds) - set(tensors):
         raise UserError(
             f"the optimizer trains {format_names(unknown)}, which the model does not have: give the model that was "
@@ -161,11 +160,17 @@ def _find_linears(model: nn.Module, names: Names | None) -> Linears:
         raise UserError(f"{error}; or give optimizer=, what sparsegrad.prepare returned, which knows them") from None
 
 
-def _name_within(tensors: Mapping[str, Tensor], name: str) -> str:
-    """The name in the plain model of a parameter of what was prepared: that model compiled, or a module around it."""
-    parts = name.replace("_orig_mod.", "").split(".")
-    ends = (".".join(parts[start:]) for start in range(len(parts)))
-    return next((end for end in ends if end in tensors), name)
+def _list_names(tensors: Mapping[str, Tensor], group: Mapping[str, Any]) -> list[str]:
+    """Names in the plain model of the weights of a group, which may be of that model compiled, or of one around it."""
+    if group.get("weight_shape"):  # engine `fast`: the parameters are cores, which the model may have no longer
+        names = [f"{name.removesuffix('core')}weight" for name in group["param_names"]]
+        return [name if name in tensors else name.replace("_orig_mod.", "") for name in names]
+    own = {id(tensor): name for name, tensor in tensors.items()}
+    plain = (name if name in tensors else name.replace("_orig_mod.", "") for name in group["param_names"])
+    return [
+        name if name in tensors else own.get(id(weight), name)
+        for name, weight in zip(plain, group["params"], strict=True)
+    ]
 
 
 def _make_entry(tensor: Tensor, before: Tensor | None, is_mlp: bool) -> Entry:
@@ -200,7 +205,7 @@ def _rotate_kind(
     basis: Basis = group["basis"].to("cpu", torch.float64)
     if None in basis.shape:  # with one side rotated the change is not sparse enough to save anything
         return
-    listed = [name for name in (_name_within(tensors, own) for own in group["param_names"]) if name in entries]
+    listed = [name for name in _list_names(tensors, group) if name in entries]
     found = {name: _rotate_change(basis, tensors[name], before[name], tolerance) for name in listed}
     cores = {name: core for name, core in found.items() if core is not None}
     if not cores:

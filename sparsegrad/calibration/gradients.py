@@ -120,6 +120,7 @@ def calibrate(
     with (
         kept,
         lean_gradients(found, drop_padding),
+        _without_hooks(model),
         _collect_gradients(model, weights, grams, counts, freeze=update is None),
     ):
         for _ in progress(range(steps), desc="calibration"):
@@ -240,7 +241,6 @@ def _collect_gradients(
     freeze: bool,
 ) -> Iterator[None]:
     """Inside the context, gradients of `weights` are added to `grams`, and counted by the identity of the weight."""
-    kept = _take_hooks(model) if freeze else []
     # The hooks run during back-propagation, so that the gradients of all weights never exist at the same time.
     hooks = [
         weight.register_post_accumulate_grad_hook(_make_hook(grams[kind], counts, id(weight), freeze))  # type: ignore[no-untyped-call]
@@ -253,17 +253,20 @@ def _collect_gradients(
     finally:
         for hook in hooks:
             hook.remove()
-        for own, before in kept:
-            own.update(before)
 
 
-def _take_hooks(model: nn.Module) -> list[tuple[dict[int, Any], dict[int, Any]]]:
-    """Take away hooks that run when a gradient is complete, such as an optimizer's step; returns what to restore."""
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Within: no hook runs when a gradient is complete, such as the step of an optimizer in the backward pass."""
     found = [own for parameter in model.parameters() if (own := parameter._post_accumulate_grad_hooks)]
     kept = [(own, dict(own)) for own in found]
-    for own in found:
-        own.clear()
-    return kept
+    try:
+        for own in found:
+            own.clear()
+        yield
+    finally:
+        for own, before in kept:
+            own.update(before)
 
 
 def _make_hook(sums: Grams, counts: dict[int, int], key: int, release: bool) -> Callable[[Tensor], None]:

@@ -30,7 +30,7 @@ from sparsegrad.layers.common import (
 from sparsegrad.layers.shards import check_gathered, check_shards, count_writes, new_core, own_part
 from sparsegrad.layers.steps import forget, watch
 from sparsegrad.optim.rounding import add_stochastic
-from sparsegrad.targets import check_updated
+from sparsegrad.targets import UPDATED, check_updated
 
 
 class BlockLinear(nn.Module):
@@ -172,18 +172,17 @@ class BlockLinear(nn.Module):
 
         Raises:
             UserError: while FSDP2 has gathered W, or if W is computed from other parameters: what is added to that copy
-                would be lost; if W has been converted to float16.
+                would be lost; or if W has been converted to float16, in which small changes are.
         """
         # The version counts in-place writes. Comparing values instead would make the CPU wait for the GPU.
-        if "weight" not in self._parameters:
-            raise UserError(
-                "the weight of a block is computed from other parameters, as by pruning or weight_norm, so that its "
-                "core cannot be merged into it: call to_linears(model) before, and prepare again"
-            )
         state = count_writes(self.core)
         counted = state != self._merged_state
         if not (counted or force or self._unsure):
             return
+        if reason := self._explain_loss():
+            if whole(self.core).equal(whole(self.merged)):
+                return
+            raise UserError(reason)
         if is_managed(self) and not is_shard(self.weight):
             if whole(self.core).equal(whole(self.merged)):  # only the identity of the core has changed
                 return
@@ -200,6 +199,20 @@ class BlockLinear(nn.Module):
         if not counted:
             self._cast = None
 
+    def _explain_loss(self) -> str:
+        """Why a change of W would be lost; empty if it would not."""
+        if "weight" not in self._parameters:
+            return (
+                "the weight of a block is computed from other parameters, as by pruning or weight_norm, so that its "
+                "core cannot be merged into it: call to_linears(model) before that, and prepare again"
+            )
+        if self.weight.dtype not in UPDATED:
+            return (
+                f"the weight of a block is {self.weight.dtype} now, in which small updates are lost: train in float32 "
+                "or bfloat16, and call to_linears(model) before you convert it"
+            )
+        return ""
+
     def train(self, mode: bool = True) -> BlockLinear:
         """As for every module. The next merge then does not rely on counts: see the class on writes through `.data`."""
         if mode != self.training and not is_managed(self):  # shards would have to be exchanged
@@ -208,7 +221,6 @@ class BlockLinear(nn.Module):
 
     def _add_change(self, W: Tensor, change: Tensor) -> None:
         """Add this process's part of V_c change U_r^T to its part of W, for a change (c, r) of the core."""
-        check_updated(W, "the weight of a block")  # which may have been converted since
         weight, rows, columns = own_part(W)
         # (rows, k) and (k, columns), with k the shorter side of the core
         left, right = factor_change(change, self.in_basis[columns], self.out_basis[rows])
@@ -266,9 +278,11 @@ class BlockLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> BlockLinear:
         """As for every module, but the core stays at least float32, also in `model.to(torch.bfloat16)`."""
 
+        own = (self.core, self.core.grad, self.merged)  # as they are now: torch may replace them one by one
+
         def apply(tensor: Tensor) -> Tensor:
             found = fn(tensor)
-            of_core = any(tensor is one for one in (self.core, self.core.grad, self.merged))
+            of_core = any(tensor is one for one in own)
             is_narrow = of_core and found.dtype != tensor.dtype and torch.finfo(found.dtype).bits < 32
             return tensor.to(found.device, torch.float32) if is_narrow else found
 

@@ -6,6 +6,7 @@ holds the rotated gradient V^T dy^T x U instead of dW = dy^T x (see `sparsegrad.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ class _LeanLinear(torch.autograd.Function):
                 return _LeanLinear._multiply(ctx, *grads)
         # Autograd runs this in the caller's autocast, and compiled code in that of the forward pass, which would round
         # the rotations.
-        with torch.autocast(device, enabled=False):
+        explained = nullcontext() if torch.compiler.is_compiling() else explained_batches(_REMEDY)
+        with torch.autocast(device, enabled=False), explained:
             return _LeanLinear._multiply(ctx, *grads)
 
     @staticmethod

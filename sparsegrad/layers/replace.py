@@ -99,8 +99,10 @@ def share_bases(layers: Sequence[BlockLinear]) -> None:
 
 def refuse_own_function(linear: nn.Module, name: str) -> None:
     """Raise `UserError` for a linear whose function a `BlockLinear` would not have, such as one with a scale."""
-    kind = type(linear)
-    inherits = kind.forward in (nn.Linear.forward, LeanLinear.forward) and "forward" not in vars(linear)
+    kind, usual = type(linear), (nn.Linear.forward, LeanLinear.forward)
+    # Accelerate's hooks, which only move tensors, put the former one aside.
+    patched = vars(linear).get("_old_forward" if hasattr(linear, "_hf_hook") else "forward")
+    inherits = kind.forward in usual and (patched is None or getattr(patched, "__func__", None) in usual)
     own = {*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}
     if not inherits or own:
         reason = f"has {', '.join(sorted(own))} of its own" if inherits else "has a forward of its own"

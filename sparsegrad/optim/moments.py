@@ -15,6 +15,7 @@ from torch import Tensor
 
 State = dict[str, Any]
 _EMPTY = torch.iinfo(torch.int32).max  # position of an unused slot: beyond every weight, so it sorts last
+_STACKED = ("exp_avg", "exp_avg_sq", "index", "age", "used")
 _SLOTS = 4  # entries for which `support` stores moments, in multiples of the kept entries
 
 
@@ -76,7 +77,7 @@ def support_moments(
     used = torch.where(finite, steps.int()[:, None].expand_as(key), -1)
     new = {"index": key, "exp_avg": m, "exp_avg_sq": v, "age": age, "used": used}
     for name, latest in _find_latest(old, new, place, known & finite).items():
-        rows[name].replace(latest)
+        rows[name].write(latest)
     exponents = age.clamp(min=1).to(m.dtype)
     change = (m / (1 - beta1**exponents)) / ((v / (1 - beta2**exponents)).sqrt() + group["eps"]) * -group["lr"]
     return torch.zeros_like(values).scatter_(1, order, change * finite)  # back in the order of `index`
@@ -122,15 +123,16 @@ class _Rows:
     """
 
     def __init__(self, states: Sequence[State], name: str, size: int, like: Tensor, fill: int = 0) -> None:
-        self._states, self._name = states, name
         if all(name not in state for state in states):
             for row, state in zip(like.new_full((len(states), size), fill), states, strict=True):
                 state[name] = row
         for state in states:
             if name not in state:
                 state[name] = like.new_full((size,), fill)
-            elif state[name].device != like.device:
+        if any(state[name].device != like.device for state in states):
+            for state in states:
                 state[name] = state[name].to(like.device)
+            stack_states(states, (name,))
         self._parts: list[Tensor] = [state[name] for state in states]
         is_stack = _are_rows(self._parts, size)
         self._whole = self._parts[0].as_strided((len(self._parts), size), (size, 1)) if is_stack else None
@@ -153,15 +155,18 @@ class _Rows:
         for part, one, value in zip(self._parts, index, values, strict=True):
             part.scatter_(0, one, value)
 
-    def replace(self, whole: Tensor) -> None:
-        """Give the states the rows of `whole` (count, size), which is taken over."""
-        for state, row in zip(self._states, whole, strict=True):
-            state[self._name] = row if self._whole is not None else row.clone()
+    def write(self, whole: Tensor) -> None:
+        """Write all rows (count, size)."""
+        if self._whole is not None:
+            self._whole.copy_(whole)
+            return
+        for part, row in zip(self._parts, whole, strict=True):
+            part.copy_(row)
 
 
-def stack_states(states: Sequence[State]) -> None:
+def stack_states(states: Sequence[State], names: Sequence[str] = _STACKED) -> None:
     """Make the moments of several weights, as they are loaded, rows of one storage for each name, size and device."""
-    for name in ("exp_avg", "exp_avg_sq", "index", "age", "used"):
+    for name in names:
         alike: dict[tuple[Any, ...], list[State]] = {}
         for state in states:
             if name in state:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from typing import Any
 
 import datasets
@@ -29,9 +29,10 @@ def split_heldout(train: datasets.Dataset) -> tuple[datasets.Dataset, datasets.D
     """
     count = round(len(train) * HELDOUT)
     if not count:
+        fewest = next(number for number in itertools.count(1) if round(number * HELDOUT))
         raise UserError(
-            f"{len(train)} training rows cannot give a held-out share of {HELDOUT:g}: at least "
-            f"{math.ceil(1 / HELDOUT)} rows are needed; raise data.max_train, or give more data"
+            f"{len(train)} training rows cannot give a held-out share of {HELDOUT:g}: at least {fewest} rows are "
+            "needed; raise data.max_train, or give more data"
         )
     order = _shuffle_rows(len(train))
     # Sorted: each part keeps the order of the file.

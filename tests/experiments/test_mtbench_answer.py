@@ -139,7 +139,7 @@ def test_two_processes_do_not_answer_into_one_file(
 ) -> None:
     with only_writer(tmp_path / "out" / "model_answer" / "tiny.jsonl"):
         assert run() == BUSY
-    assert "another process is at work on it" in capsys.readouterr().err
+    assert "another process is already writing it" in capsys.readouterr().err
     assert run() == 0
 
 

@@ -223,8 +223,17 @@ def test_an_optimizer_of_a_module_around_the_model_is_as_good(trained: Trained, 
         assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "around" / file).read_bytes()
 
 
+def test_an_optimizer_of_another_model_with_the_same_names_is_refused(trained: Trained, tmp_path: Path) -> None:
+    """As of a student, for its teacher."""
+    base, model, optimizer = trained
+    with pytest.raises(UserError, match=r"trains student\.bert.* leave out optimizer="):
+        save_adapter(copy.deepcopy(model), tmp_path, base, renamed(optimizer, lambda name: f"student.{name}"))
+
+
 def test_an_optimizer_of_other_names_is_refused_and_never_weakens_the_adapter(trained: Trained, tmp_path: Path) -> None:
     """Its weights would not be known as the base's."""
     base, model, optimizer = trained
     with pytest.raises(UserError, match=r"trains bert\.decoder.* leave out optimizer="):
-        save_adapter(model, tmp_path, base, renamed(optimizer, lambda name: name.replace("encoder", "decoder")))
+        save_adapter(
+            copy.deepcopy(model), tmp_path, base, renamed(optimizer, lambda name: name.replace("encoder", "decoder"))
+        )

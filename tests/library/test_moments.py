@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -281,11 +282,15 @@ def storages(optimizer: SparseGradAdamW) -> dict[int, int]:
     return {one.data_ptr(): one.nbytes() for one in held}
 
 
-@pytest.mark.parametrize(("moments", "most"), [("dense", 1.0), ("support", 2.0)])
-def test_weights_that_are_used_irregularly_take_the_steps_and_the_memory_of_each_alone(
-    moments: str, most: float
-) -> None:
-    """As experts: in each step, four common ones and another rare one have a gradient."""
+SETS: dict[str, Callable[[int], Sequence[int]]] = {
+    "experts": lambda step: (0, 1, 2, 3, 4 + step % 12),
+    "fewer and fewer": lambda step: range(16 - step % 16),
+}
+
+
+@pytest.mark.parametrize("used", SETS)
+@pytest.mark.parametrize("moments", ["dense", "support"])
+def test_weights_that_are_used_irregularly_take_the_steps_and_the_memory_of_each_alone(moments: str, used: str) -> None:
     one, other = weights(16), weights(16)
     group = {"keep": 9, "moments": moments}
     together = SparseGradAdamW([{"params": one, **group}], lr=1e-2)
@@ -294,13 +299,26 @@ def test_weights_that_are_used_irregularly_take_the_steps_and_the_memory_of_each
         for parameters, optimizers in ((one, [together]), (other, alone)):
             give_gradients(parameters, seed)
             for number, parameter in enumerate(parameters):
-                if number not in (0, 1, 2, 3, 4 + seed % 12):
+                if number not in SETS[used](seed):
                     parameter.grad = None
             for optimizer in optimizers:
                 optimizer.step()
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(one, other, strict=True))
     needed = sum(one.nbytes for state in together.state.values() for one in state.values() if one.numel() > 1)
-    assert sum(storages(together).values()) <= most * needed
+    assert sum(storages(together).values()) == needed
+
+
+@pytest.mark.parametrize("moments", ["dense", "support"])
+def test_one_irregular_step_leaves_the_moments_rows_of_one_storage(moments: str) -> None:
+    parameters = weights(8)
+    optimizer = SparseGradAdamW([{"params": parameters, "keep": 9, "moments": moments}], lr=1e-2)
+    walk(parameters, optimizer, range(2))
+    count = len(storages(optimizer))
+    give_gradients(parameters, 2)
+    parameters[1].grad = None
+    optimizer.step()
+    walk(parameters, optimizer, range(3, 5))
+    assert len(storages(optimizer)) == count
 
 
 @pytest.mark.parametrize("moments", ["dense", "support"])

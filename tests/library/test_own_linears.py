@@ -98,6 +98,14 @@ def test_a_linear_with_a_function_of_its_own_keeps_it_or_is_refused(change: Any)
     assert not torch.equal(model.blocks[0].up.weight, weight)
 
 
+def test_a_linear_whose_tensors_accelerate_moves_is_accepted_by_fast() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = Net()
+    for block in model.blocks:
+        hooks.add_hook_to_module(block.up, hooks.AlignDevicesHook("cpu"))
+    train(model, prepared(model, engine="fast"))
+
+
 def test_a_linear_with_another_parameter_is_refused_by_fast() -> None:
     model = Net()
     model.blocks[1].down.register_buffer("calls", torch.zeros(1))
@@ -126,8 +134,20 @@ def test_a_block_that_was_converted_to_float16_is_refused() -> None:
     model.half()
     batch = {name: value.half() for name, value in batches()[0].items()}
     model(**batch).loss.backward()
-    with pytest.raises(UserError, match=r"the weight of a block in torch\.float16 loses small updates"):
+    with pytest.raises(
+        UserError, match=r"the weight of a block is torch\.float16 now, in which small updates are lost"
+    ):
         optimizer.step()
+
+
+def test_a_trained_block_can_be_converted_to_float16_to_evaluate() -> None:
+    model, x = Net(), batches()[0]["x"]
+    train(model, prepared(model, engine="fast"))
+    expected = outputs(copy.deepcopy(to_linears(copy.deepcopy(model))).half(), x.half())
+    model.eval()
+    model.half()
+    assert torch.allclose(outputs(model, x.half()), expected, atol=1e-3)
+    assert torch.equal(outputs(to_linears(model), x.half()), expected)
 
 
 def test_pruning_after_prepare_is_refused_by_fast() -> None:
@@ -199,7 +219,15 @@ def test_the_linears_of_a_sequential_are_kinds_of_their_own() -> None:
     }
 
 
-@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+def as_ddp(model: nn.Module) -> nn.Module:
+    """As `DistributedDataParallel`, which needs a process group to be made."""
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = model
+    return wrapped
+
+
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel, as_ddp])
 def test_kinds_do_not_have_the_names_of_wrappers(wrap: Any) -> None:
     kinds = ["blocks.*.up", "blocks.*.down"]
     assert list(find_mlp(wrap(Net()), NAMES)) == kinds
@@ -233,17 +261,28 @@ def outputs(model: Net, x: Tensor) -> Tensor:
     return model.head(x).flatten()
 
 
-def test_batched_gradients_are_refused_and_the_remedy_works() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_batched_gradients_are_refused_and_the_remedy_works(autocast: bool) -> None:
     found = []
     for order in ("auto", "gradient"):
         model, x = Net(), batches()[0]["x"].requires_grad_()
         prepared(model, rotation_order=order)
         y = outputs(model, x)
-        with (
-            nullcontext() if order == "gradient" else pytest.raises(UserError, match=r"batched gradients .*'gradient'")
-        ):
+        refused = pytest.raises(UserError, match=r"batched gradients .*rotation_order='gradient'")
+        with refused if order == "auto" else nullcontext(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             found += torch.autograd.grad(y, x, torch.eye(len(y)), is_grads_batched=True)
     assert found[0].shape == (8, 8, 8)
+
+
+def test_hooks_stay_when_a_calibration_fails() -> None:
+    model, seen = Net(), []
+    model.head.weight.register_post_accumulate_grad_hook(seen.append)
+    linears = find_mlp(model, NAMES)
+    model.blocks[0].up.weight.requires_grad_(False)
+    with pytest.raises(RuntimeError):
+        calibrate(model, batches(), linears, 4)
+    model(**batches()[0]).loss.backward()
+    assert len(seen) == 1
 
 
 def test_linears_of_a_copy_are_mentioned() -> None:
