@@ -13,6 +13,7 @@ are orthogonal, but otherwise arbitrary.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,7 @@ class Grams:
         The next `add` then starts from zero.
 
         Raises:
-            UserError: when there is no gradient, one was not finite, or all are zero.
+            UserError: when there is no gradient, or one was not finite.
         """
         if self.shape is None:
             raise UserError("HOSVD of no gradients is not defined: give at least one gradient")
@@ -136,11 +137,12 @@ def check_finite(total: Tensor) -> None:
         raise UserError("a calibration gradient is not finite: calibrate in float32, or check the data")
 
 
-def _check_nonzero(gram: Tensor) -> None:
+def _warn_of_zeros(gram: Tensor) -> None:
     if not gram.any():
-        raise UserError(
+        warnings.warn(
             "all calibration gradients of a layer kind are zero, as those of a linear before one that starts at zero: "
-            "calibrate after some training steps"
+            "its basis is arbitrary; calibrate after some training steps",
+            stacklevel=2,
         )
 
 
@@ -149,7 +151,7 @@ def _decompose(gram: Tensor | None) -> Tensor | None:
     if gram is None:
         return None
     check_finite(gram)
-    _check_nonzero(gram)
+    _warn_of_zeros(gram)
     device, dtype = gram.device, gram.dtype
     if is_large(len(gram), gram.device):
         gram = to_host(gram)  # frees the original
@@ -210,7 +212,7 @@ def _hosvd_stacked(gradients: list[Tensor]) -> Basis:
     dtype = functools.reduce(torch.promote_types, (one.dtype for one in gradients), torch.float32)
     stacked = torch.stack([one.detach().double() for one in gradients])  # (count, out, in)
     check_finite(stacked)
-    _check_nonzero(stacked)
+    _warn_of_zeros(stacked)
     tensor = stacked.numpy(force=True)
     # Mode 1 unfolds to (out, count * in), mode 2 to (in, count * out).
     unfolded = [tensorly.unfold(tensor, mode) for mode in (1, 2)]

@@ -25,7 +25,7 @@ from sparsegrad.optim.selection import top_k_index
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-ENGINES: dict[str, Method] = {**METHODS, "layer": SparseGrad(density=0.05, calibration_steps=4, engine="layer")}
+ENGINES: dict[str, Method] = {**METHODS, "layer": SparseGrad(density=0.05, steps=4, engine="layer")}
 # Their start differs between devices: it is the SVD of the signs of gradients, some of which are near 0, or a
 # randomised SVD in float32.
 LOOSE = ("lora_ga", "lora_sb")
