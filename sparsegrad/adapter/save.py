@@ -31,7 +31,7 @@ from sparsegrad.basis import Basis
 from sparsegrad.bits import as_integers
 from sparsegrad.distributed import unwrap_compiled
 from sparsegrad.errors import UserError, check_number, renamed_arguments
-from sparsegrad.optim.summary import describe
+from sparsegrad.optim.summary import describe, list_weights
 from sparsegrad.targets import Linears, Names, find_mlp, is_quantized
 
 _TRIES = 3  # to keep the tolerance in spite of rounding
@@ -134,7 +134,7 @@ def _find_kinds(model: nn.Module, optimizer: Any, names: Names | None) -> dict[s
         )
     tensors = named_tensors(model)
     describe(optimizer)  # raises what is wrong with it
-    groups = [group for group in optimizer.param_groups if group.get("kind")]
+    groups = (group for group in optimizer.param_groups if group.get("kind"))
     kinds = {name: group["kind"] for group in groups for name in _list_names(tensors, group)}
     if unknown := set(kinds) - set(tensors):
         raise UserError(
@@ -162,15 +162,11 @@ def _find_linears(model: nn.Module, names: Names | None) -> Linears:
 
 def _list_names(tensors: Mapping[str, Tensor], group: Mapping[str, Any]) -> list[str]:
     """Names in the plain model of the weights of a group, which may be of that model compiled, or of one around it."""
-    if group.get("weight_shape"):  # engine `fast`: the parameters are cores, which the model may have no longer
-        names = [f"{name.removesuffix('core')}weight" for name in group["param_names"]]
-        return [name if name in tensors else name.replace("_orig_mod.", "") for name in names]
-    own = {id(tensor): name for name, tensor in tensors.items()}
-    plain = (name if name in tensors else name.replace("_orig_mod.", "") for name in group["param_names"])
-    return [
-        name if name in tensors else own.get(id(weight), name)
-        for name, weight in zip(plain, group["params"], strict=True)
-    ]
+    names = list_weights(group)
+    plain = [name if name in tensors else name.replace("_orig_mod.", "") for name in names]
+    own = {id(tensor): name for name, tensor in tensors.items()}  # without the cores of engine `fast`, once it is over
+    pairs = zip(plain, group["params"], strict=True)
+    return [name if name in tensors else own.get(id(weight), name) for name, weight in pairs]
 
 
 def _make_entry(tensor: Tensor, before: Tensor | None, is_mlp: bool) -> Entry:

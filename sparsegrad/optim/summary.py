@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,12 +149,17 @@ def _summarize_group(group: dict[str, Any]) -> Taken:
     weight: torch.Tensor = group["params"][0]
     frozen = sum(not parameter.requires_grad for parameter in group["params"])
     if group.get("weight_shape"):  # engine `fast`: the parameter is the core, beside the frozen weight
-        names = tuple(name.removesuffix("core") + "weight" for name in group["param_names"])
         core = (weight.shape[0], weight.shape[1])
-        return Taken(group["kind"], names, group["weight_shape"], weight.numel(), core, frozen)
+        return Taken(group["kind"], list_weights(group), group["weight_shape"], weight.numel(), core, frozen)
     kept = count_kept(weight.shape, keep=group["keep"], density=group["density"])
     shape = (weight.shape[0], weight.shape[1])
-    return Taken(group["kind"], tuple(group["param_names"]), shape, kept, frozen=frozen)
+    return Taken(group["kind"], list_weights(group), shape, kept, frozen=frozen)
+
+
+def list_weights(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the weights that a group with a `kind` trains, if need be by the cores of engine `fast`."""
+    names = tuple(group["param_names"])
+    return tuple(f"{name.removesuffix('core')}weight" for name in names) if group.get("weight_shape") else names
 
 
 @explained()
